@@ -1,0 +1,86 @@
+"""The errors a person can cause. Each says where, what was found, what was expected and what to do.
+
+What only this project can cause is an `assert` instead. `sat_train.cli` alone turns these into exit codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class SatTrainError(Exception):
+    """Root of all errors that a person can cause and repair.
+
+    Args:
+        problem: One sentence that names the key or path and the value found there.
+        expected: What would have been right.
+        remedy: What to do now.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, *, expected: str = "", remedy: str = "") -> None:
+        self.problem = problem
+        self.expected = expected
+        self.remedy = remedy
+        lines = [problem]
+        if expected:
+            lines.append(f"  expected: {expected}")
+        if remedy:
+            lines.append(f"  remedy:   {remedy}")
+        super().__init__("\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong in a configuration.
+
+    Args:
+        path: Dotted key, e.g. `args.train_iters`.
+        value: What stands there, as text; empty when the key is missing.
+        expected: What would have been right.
+        source: File, or `command line`, that the value came from; empty when unknown.
+        suggestion: The nearest key or value that exists; empty when there is none.
+    """
+
+    path: str
+    value: str
+    expected: str
+    source: str = ""
+    suggestion: str = ""
+
+    def __str__(self) -> str:
+        shown = f"{self.path} = {self.value}" if self.value else self.path
+        parts = [f"{shown}: expected {self.expected}"]
+        if self.suggestion:
+            parts.append(f"did you mean '{self.suggestion}'?")
+        if self.source:
+            parts.append(f"[{self.source}]")
+        return " ".join(parts)
+
+
+class ConfigError(SatTrainError):
+    """Faults in the YAML files or on the command line, all of them at once."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self.faults = tuple(faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__("\n".join([f"{count} in the configuration:", *(f"  - {fault}" for fault in faults)]))
+
+
+class LaunchError(SatTrainError):
+    """The processes cannot be started or cannot find each other."""
+
+
+class DataError(SatTrainError):
+    """A clip, caption, manifest or cache is missing or unreadable."""
+
+
+class CheckpointError(SatTrainError):
+    """Weights or a checkpoint are missing, torn, of another shape, or cannot be written."""
+
+
+class TrainingError(SatTrainError):
+    """Training cannot go on: non-finite loss, a lost rank, a run folder that cannot be written."""
+
+    exit_code = 1
