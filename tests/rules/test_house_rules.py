@@ -1,0 +1,122 @@
+"""Laws of the code base that no linter knows: names, sizes, homes of third-party packages."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "sat_train"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted(
+    path
+    for folder in ("sat_train", "launch", "tools", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_FORWARD_LINES = 45
+
+# Where a third-party package may be imported; a path is a folder or a file under sat_train/.
+HOMES = {
+    "omegaconf": ("config/",),
+    "pydantic": ("config/",),
+    "sat": ("distributed/", "models/"),
+    "deepspeed": ("distributed/", "training/", "checkpoint/"),
+    "transformers": ("models/text/",),
+    "diffusers": ("checkpoint/",),
+    "av": ("data/", "pipeline/video_file.py"),
+    "wandb": ("training/callbacks/wandb.py",),
+}
+
+
+def imported_packages(tree: ast.AST) -> set[str]:
+    """Returns the top-level names of all absolute imports, also those inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def functions(path: Path) -> list[tuple[str, int]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [
+        (node.name, (node.end_lineno or node.lineno) - node.lineno + 1)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_third_party_packages_stay_at_home(path: Path) -> None:
+    place = str(path.relative_to(PACKAGE))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    strays = {
+        name
+        for name in imported_packages(tree) & HOMES.keys()
+        if not any(place == home or place.startswith(home) for home in HOMES[name])
+    }
+    assert not strays, (
+        f"{place} imports {sorted(strays)}, which live in {[HOMES[name] for name in sorted(strays)]}"
+    )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+    for name, lines in functions(path):
+        limit = MAX_FORWARD_LINES if name == "forward" else MAX_FUNCTION_LINES
+        assert lines <= limit, f"{name} has {lines} lines, limit {limit}"
+
+
+def test_no_grab_bag_modules() -> None:
+    banned = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
+    assert not [path for path in SOURCES if path.name in banned]
+
+
+def test_no_unfinished_work() -> None:
+    markers = ("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")
+    found = [
+        f"{path.relative_to(ROOT)}: {marker}"
+        for path in SOURCES
+        for marker in markers
+        if marker in path.read_text(encoding="utf-8")
+    ]
+    assert not found
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in MODULES
+        if path.read_text(encoding="utf-8").strip()
+        and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) is None
+    ]
+    assert not silent
+
+
+def test_errors_are_never_swallowed() -> None:
+    """A bare `except:` or an `except ...: pass` hides the first cause from the person who could repair it."""
+    found = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ExceptHandler) and node.type is None:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
+
+
+def test_shipped_assets_keep_their_size() -> None:
+    """The pack is at most 10 MB, the demo data set at most 3 MB."""
+    assets = PACKAGE / "assets"
+
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    assert size(assets / "tiny") <= 10_000_000
+    assert size(assets / "demo") <= 3_000_000
