@@ -9,11 +9,11 @@ export TOKENIZERS_PARALLELISM = false
 
 .venv/.installed: setup.cfg
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
 .venv/.installed-test: setup.cfg .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@
 
 demo: .venv/.installed   ## install, fine-tune the embedded tiny model on real video files, sample from it
