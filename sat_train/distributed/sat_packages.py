@@ -36,7 +36,9 @@ def enter_sat_packages() -> None:
         return
     spec = importlib.util.find_spec("sat")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("SwissArmyTransformer is not installed; pip install 'SwissArmyTransformer>=0.4.12'")
+        raise ModuleNotFoundError(
+            "SwissArmyTransformer is not installed; pip install 'SwissArmyTransformer>=0.4.12'"
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     for name in _PACKAGES:
         _enter_package(name, root.joinpath(*name.split(".")[1:]))

@@ -1,0 +1,210 @@
+"""Who this process is among its peers, read from the launcher's environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sat_train.errors import LaunchError
+
+_LOOPBACK = "127.0.0.1"
+_DEFAULT_PORT = 29500
+_SLURM_PORTS = (
+    20000,
+    20000,
+)  # first port, count: the job number picks one, so two jobs on a node do not meet
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """The place of one process in the launch.
+
+    Args:
+        rank: Global rank, `0 <= rank < world_size`.
+        local_rank: Rank on this machine; also the index of its GPU.
+        world_size: Processes in the launch.
+        local_world_size: Processes on this machine.
+        master_addr: Host of rank 0; empty for a single process, which needs no network.
+        master_port: Port on that host; 0 for a single process.
+        launcher: `torchrun`, `slurm`, `openmpi` or `single`.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+
+    def __post_init__(self) -> None:
+        _check_range("rank", self.rank, self.world_size)
+        _check_range("local rank", self.local_rank, self.local_world_size)
+        if self.local_world_size > self.world_size:
+            raise LaunchError(
+                f"{self.local_world_size} processes on this machine, but {self.world_size} in all",
+                expected="local world size <= world size",
+                remedy="start all processes with one launcher: torchrun, srun or mpirun",
+            )
+
+    @classmethod
+    def single(cls) -> RankEnv:
+        """The only process of its run."""
+        return cls(0, 0, 1, 1, "", 0, "single")
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> RankEnv:
+        """Reads the variables of torchrun, OpenMPI or SLURM, in this order; none of them means a single process.
+
+        torchrun comes first because srun or mpirun may have started one torchrun per machine.
+
+        Args:
+            environ: Variables to read instead of `os.environ`.
+
+        Raises:
+            LaunchError: Variables of the launcher are missing, are no numbers, or contradict each other.
+        """
+        variables = os.environ if environ is None else environ
+        if "RANK" in variables or "WORLD_SIZE" in variables:
+            env = _read_torchrun(variables)
+            if "TORCHELASTIC_RUN_ID" not in variables:
+                _check_agrees(env, variables)
+            return env
+        if "OMPI_COMM_WORLD_RANK" in variables:
+            return _read_openmpi(variables)
+        if "SLURM_STEP_ID" in variables and "SLURM_PROCID" in variables:
+            return _read_slurm(variables)
+        return cls.single()
+
+
+def _check_range(name: str, value: int, size: int) -> None:
+    if not 0 <= value < size:
+        raise LaunchError(
+            f"{name} {value} of {size} processes",
+            expected=f"0 <= {name} < {size}",
+            remedy="unset RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE left over from another launch",
+        )
+
+
+def _integer(variables: Mapping[str, str], name: str) -> int:
+    try:
+        return int(variables[name])
+    except ValueError:
+        raise LaunchError(f"{name}={variables[name]!r}", expected="an integer") from None
+
+
+def _require(variables: Mapping[str, str], launcher: str, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in variables]
+    if missing:
+        raise LaunchError(
+            f"{launcher} variables are incomplete: {', '.join(missing)} not set",
+            expected=", ".join(names),
+            remedy="start with torchrun, or unset RANK and WORLD_SIZE for a single process",
+        )
+
+
+def _read_torchrun(variables: Mapping[str, str]) -> RankEnv:
+    # the deepspeed launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE
+    local_size = "LOCAL_SIZE" if "LOCAL_SIZE" in variables else "LOCAL_WORLD_SIZE"
+    _require(
+        variables, "torchrun", ("RANK", "LOCAL_RANK", "WORLD_SIZE", local_size, "MASTER_ADDR", "MASTER_PORT")
+    )
+    return RankEnv(
+        rank=_integer(variables, "RANK"),
+        local_rank=_integer(variables, "LOCAL_RANK"),
+        world_size=_integer(variables, "WORLD_SIZE"),
+        local_world_size=_integer(variables, local_size),
+        master_addr=variables["MASTER_ADDR"],
+        master_port=_integer(variables, "MASTER_PORT"),
+        launcher="torchrun",
+    )
+
+
+def _read_openmpi(variables: Mapping[str, str]) -> RankEnv:
+    prefix = "OMPI_COMM_WORLD_"
+    _require(
+        variables, "OpenMPI", tuple(prefix + name for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    )
+    world_size = _integer(variables, prefix + "SIZE")
+    local_world_size = _integer(variables, prefix + "LOCAL_SIZE")
+    if "MASTER_ADDR" not in variables and local_world_size < world_size:
+        raise LaunchError(
+            f"OpenMPI started {world_size} processes on several machines and MASTER_ADDR is not set",
+            remedy="mpirun -x MASTER_ADDR=<host of rank 0> ...",
+        )
+    return RankEnv(
+        rank=_integer(variables, prefix + "RANK"),
+        local_rank=_integer(variables, prefix + "LOCAL_RANK"),
+        world_size=world_size,
+        local_world_size=local_world_size,
+        master_addr=variables.get("MASTER_ADDR", _LOOPBACK),
+        master_port=_integer(variables, "MASTER_PORT") if "MASTER_PORT" in variables else _DEFAULT_PORT,
+        launcher="openmpi",
+    )
+
+
+def _read_slurm(variables: Mapping[str, str]) -> RankEnv:
+    names = (
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_NODEID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_STEP_TASKS_PER_NODE",
+    )
+    _require(variables, "SLURM", (*names, "SLURM_STEP_NODELIST", "SLURM_JOB_ID"))
+    tasks_per_node = _expand_tasks(variables["SLURM_STEP_TASKS_PER_NODE"])
+    node = _integer(variables, "SLURM_NODEID")
+    _check_range("SLURM_NODEID", node, len(tasks_per_node))
+    first_port, ports = _SLURM_PORTS
+    job_port = first_port + _integer(variables, "SLURM_JOB_ID") % ports
+    return RankEnv(
+        rank=_integer(variables, "SLURM_PROCID"),
+        local_rank=_integer(variables, "SLURM_LOCALID"),
+        world_size=_integer(variables, "SLURM_STEP_NUM_TASKS"),
+        local_world_size=tasks_per_node[node],
+        master_addr=variables.get("MASTER_ADDR") or _first_host(variables["SLURM_STEP_NODELIST"]),
+        master_port=_integer(variables, "MASTER_PORT") if "MASTER_PORT" in variables else job_port,
+        launcher="slurm",
+    )
+
+
+def _expand_tasks(text: str) -> list[int]:
+    """`2(x3),1` -> `[2, 2, 2, 1]`, SLURM's tasks of each machine."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={text!r}", expected="a list such as 8(x4),2")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _first_host(nodelist: str) -> str:
+    """`gpu[03-07,9],big1` -> `gpu03`, the first machine of a SLURM node list."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodelist)
+    if match is None:
+        raise LaunchError(f"SLURM_STEP_NODELIST={nodelist!r}", expected="a list such as gpu[03-07]")
+    return match[1] + (match[2] or "") + match[3]
+
+
+def _check_agrees(env: RankEnv, variables: Mapping[str, str]) -> None:
+    """A RANK exported by hand must not contradict the launcher that started this process.
+
+    Every task of an srun would believe it is that rank and wait for the others for ever.
+    """
+    for launcher, marker, reader in (
+        ("mpirun", "OMPI_COMM_WORLD_RANK", _read_openmpi),
+        ("srun", "SLURM_STEP_ID", _read_slurm),
+    ):
+        if marker not in variables:
+            continue
+        other = reader(variables)
+        if (env.rank, env.world_size) != (other.rank, other.world_size):
+            raise LaunchError(
+                f"RANK={env.rank} WORLD_SIZE={env.world_size}, but {launcher} says rank {other.rank} of "
+                f"{other.world_size}",
+                expected="one answer",
+                remedy=f"unset RANK and WORLD_SIZE, so that {launcher}'s variables count",
+            )
