@@ -1,0 +1,1 @@
+"""Processes, groups, collectives and seeds. Knows no model."""

@@ -11,10 +11,8 @@ from sat_train.errors import LaunchError
 
 _LOOPBACK = "127.0.0.1"
 _DEFAULT_PORT = 29500
-_SLURM_PORTS = (
-    20000,
-    20000,
-)  # first port, count: the job number picks one, so two jobs on a node do not meet
+# first port, count: the job number picks one, so that two jobs on a machine do not meet
+_SLURM_PORTS = (20000, 20000)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class RankEnv:
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> RankEnv:
-        """Reads the variables of torchrun, OpenMPI or SLURM, in this order; none of them means a single process.
+        """Reads the variables of torchrun, OpenMPI or SLURM, in this order; without any, the process is alone.
 
         torchrun comes first because srun or mpirun may have started one torchrun per machine.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,7 +92,7 @@ def start_processes(
 
 
 def start_single_process(device: str = "cpu") -> ProcessGrid:
-    """Returns a grid of this process alone, without environment or network; a grid that is up is returned as it is.
+    """Returns a grid of this process alone, without environment or network; the one that is up, if any.
 
     For meta builds, tools and unit tests: SAT's layers ask `sat.mpu` for their sizes when they are built.
     """
@@ -165,8 +166,8 @@ def _join(env: RankEnv, backend: str, timeout: timedelta) -> None:
         )
     except dist.DistError as error:
         raise LaunchError(
-            f"rank {env.rank} of {env.world_size} did not meet the others at {env.master_addr}:{env.master_port}: "
-            f"{str(error).splitlines()[0]}",
+            f"rank {env.rank} of {env.world_size} did not meet the others at "
+            f"{env.master_addr}:{env.master_port}: {str(error).splitlines()[0]}",
             remedy="see that all machines started, that the address is reachable and that the port is free",
         ) from error
 
@@ -195,11 +196,13 @@ def _lay_out(env: RankEnv, device: torch.device, backend: str, model_parallel_si
 
 @contextlib.contextmanager
 def _quiet_sat(env: RankEnv) -> Iterator[None]:
-    """SAT guesses LOCAL_WORLD_SIZE when it is missing, and says so on every start."""
+    """SAT guesses LOCAL_WORLD_SIZE when it is missing, and its import warns of deprecated TorchScript."""
     before = os.environ.get("LOCAL_WORLD_SIZE")
     os.environ["LOCAL_WORLD_SIZE"] = str(env.local_world_size)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         if before is None:
             del os.environ["LOCAL_WORLD_SIZE"]

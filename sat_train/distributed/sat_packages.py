@@ -1,8 +1,9 @@
 """Makes the parts of SwissArmyTransformer that this project stands on importable without the rest.
 
-`import sat` runs SAT's own training loop module, which imports wandb (undeclared), every model SAT ships, tokenizers and boto3:
-seconds per process, and a crash where wandb is missing. Only `sat.mpu`, `sat.model.base_model`, `sat.model.transformer` and what they
-import are used here, so the packages above them are entered into `sys.modules` without running their `__init__`.
+`import sat` runs SAT's own training loop module, which imports wandb (undeclared), every model SAT ships,
+tokenizers and boto3: seconds per process, and a crash where wandb is missing. Only `sat.mpu`,
+`sat.model.base_model`, `sat.model.transformer` and what they import are used here, so the packages above them are
+entered into `sys.modules` without running their `__init__`.
 
 Import this module before any `sat.*` import. A complete `sat` that is already loaded is left alone.
 
@@ -12,6 +13,7 @@ Source: THUDM/SwissArmyTransformer@63dc23a `sat/__init__.py`, `sat/model/__init_
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
 from pathlib import Path
@@ -39,6 +41,9 @@ def enter_sat_packages() -> None:
         raise ModuleNotFoundError(
             "SwissArmyTransformer is not installed; pip install 'SwissArmyTransformer>=0.4.12'"
         )
+    os.environ.setdefault(
+        "SAT_LOGLEVEL", "WARNING"
+    )  # read once, at import; its start-up notes are no news here
     root = Path(next(iter(spec.submodule_search_locations)))
     for name in _PACKAGES:
         _enter_package(name, root.joinpath(*name.split(".")[1:]))

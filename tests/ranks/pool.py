@@ -1,0 +1,126 @@
+"""Living rank processes: importing torch, DeepSpeed and SAT costs seconds, so tests share the processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_GRACE_S = 5  # how long the others may take to fail too once one rank has failed
+
+
+def _serve(connection: Connection) -> None:
+    """A rank process: takes calls until the test session ends."""
+    import torch
+
+    from sat_train.distributed.environment import RankEnv
+    from sat_train.distributed.processes import start_processes, stop_processes
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, world_size, port, model_parallel_size, function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            env = RankEnv(rank, rank, world_size, world_size, "127.0.0.1", port, "torchrun")
+            grid = start_processes(
+                env, device="cpu", model_parallel_size=model_parallel_size, timeout_minutes=2
+            )
+            connection.send((True, function(grid, *args)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+        finally:
+            stop_processes()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RankFailure(AssertionError):
+    """A function raised on a rank; carries that rank's traceback."""
+
+
+class RankPool:
+    """Runs functions on gloo ranks. Processes start when first needed and live until `close`."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def run(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        model_parallel_size: int = 1,
+        timeout_s: float = 240,
+    ) -> list[Any]:
+        """Calls `function(grid, *args)` on every rank and returns the results in rank order.
+
+        Args:
+            function: A module-level function; it, its arguments and its result are pickled.
+
+        Raises:
+            RankFailure: With the traceback of the first rank that raised. The next call starts new processes.
+        """
+        self._grow(world_size)
+        port = _free_port()
+        for rank, (_, connection) in enumerate(self._ranks[:world_size]):
+            connection.send((rank, world_size, port, model_parallel_size, function, args))
+        return self._collect(world_size, time.monotonic() + timeout_s)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process, connection in self._ranks:
+            connection.close()
+            process.kill()
+            process.join()
+        self._ranks.clear()
+
+    def _grow(self, world_size: int) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        while len(self._ranks) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+
+    def _collect(self, world_size: int, deadline: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        failure = ""
+        while len(results) < world_size and time.monotonic() < deadline:
+            waiting = {
+                connection: rank
+                for rank, (_, connection) in enumerate(self._ranks[:world_size])
+                if rank not in results
+            }
+            for ready in multiprocessing.connection.wait(list(waiting), timeout=0.2):
+                rank = waiting[ready]
+                results[rank], problem = self._receive(rank, ready)
+                if problem and not failure:
+                    failure = problem
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if failure or len(results) < world_size:
+            self.close()
+            missing = sorted(set(range(world_size)) - set(results))
+            raise RankFailure(failure or f"ranks {missing} did not answer")
+        return [results[rank] for rank in range(world_size)]
+
+    @staticmethod
+    def _receive(rank: int, connection: Connection) -> tuple[Any, str]:
+        try:
+            succeeded, value = connection.recv()
+        except EOFError:
+            return None, f"rank {rank} died"
+        return (value, "") if succeeded else (None, f"rank {rank}:\n{value}")
