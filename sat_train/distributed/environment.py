@@ -54,7 +54,7 @@ class RankEnv:
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> RankEnv:
-        """Reads the variables of torchrun, OpenMPI or SLURM, in this order; without any, the process is alone.
+        """Reads the variables of torchrun, OpenMPI or SLURM, in this order; without any, it is alone.
 
         torchrun comes first because srun or mpirun may have started one torchrun per machine.
 

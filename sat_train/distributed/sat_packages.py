@@ -2,8 +2,8 @@
 
 `import sat` runs SAT's own training loop module, which imports wandb (undeclared), every model SAT ships,
 tokenizers and boto3: seconds per process, and a crash where wandb is missing. Only `sat.mpu`,
-`sat.model.base_model`, `sat.model.transformer` and what they import are used here, so the packages above them are
-entered into `sys.modules` without running their `__init__`.
+`sat.model.base_model`, `sat.model.transformer` and what they import are used here, so the packages above them
+are entered into `sys.modules` without running their `__init__`.
 
 Import this module before any `sat.*` import. A complete `sat` that is already loaded is left alone.
 
