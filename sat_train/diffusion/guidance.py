@@ -1,0 +1,69 @@
+"""Classifier-free guidance: how far a prediction is pushed away from the one without a caption.
+
+v = v_null + scale * (v_text - v_null)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConstantGuidance:
+    """The same scale at every step.
+
+    Args:
+        scale: 1 means no guidance: the network is evaluated once a step.
+    """
+
+    scale: float = 6.0
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether the network must be evaluated without the caption too."""
+        return self.scale != 1.0
+
+    def scale_at(self, timestep: int, steps: int) -> float:
+        """Returns the scale of the step at `timestep` in a run of `steps` steps."""
+        return self.scale
+
+
+@dataclass(frozen=True)
+class DynamicGuidance:
+    """CogVideoX's cosine guidance, exactly as released.
+
+    Both sources put the *timestep* (999 to 0) where the formula wants the number of steps done, so with 50
+    steps the scale does not rise smoothly from 1 to `1 + scale`: it jumps about between the two, and sinks to
+    1 in the last few steps. The models are sampled this way everywhere, so this is kept.
+
+    Args:
+        scale: The scale moves between 1 and `1 + scale`.
+        exp: Exponent, a whole number because its base is negative at most timesteps.
+        num_steps: The number of steps the formula is written for; None takes the run's own, as diffusers
+            does.
+
+    Source: zai-org/CogVideo@7a1af71 `sgm/modules/diffusionmodules/guiders.py` DynamicCFG with `sampling.py`
+    VideoDDIMSampler.denoise (`step_index = num_steps - timestep`); diffusers 0.42 `CogVideoXPipeline`
+    `use_dynamic_cfg`. The two are the same function.
+    """
+
+    scale: float = 6.0
+    exp: float = 5.0
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        assert float(self.exp).is_integer(), f"exp = {self.exp} is not a whole number"
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether the network must be evaluated without the caption too."""
+        return self.scale != 0.0
+
+    def scale_at(self, timestep: int, steps: int) -> float:
+        """Returns the scale of the step at `timestep` in a run of `steps` steps."""
+        done = (steps - timestep) / (self.num_steps or steps)
+        return 1.0 + self.scale * (1.0 - math.cos(math.pi * done**self.exp)) / 2.0
+
+
+Guidance = ConstantGuidance | DynamicGuidance

@@ -1,0 +1,57 @@
+"""The training loss, and how noise levels are weighted in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def v_mse_per_sample(v_pred: Tensor, v_true: Tensor) -> Tensor:
+    """Mean squared error of the velocity, for each sample, in fp32.
+
+    Equal to the squared error of x0 weighted with `1 / (1 - alpha_bar)`, as which CogVideo writes it; in
+    v-space no weight of 1000 and more meets a difference of 1/1000 and less.
+
+    Args:
+        v_pred: Prediction, shape (b, ...), any float dtype.
+        v_true: Target of the same shape.
+
+    Returns:
+        float32 of shape (b,).
+
+    Source: zai-org/CogVideo@7a1af71 `sgm/modules/diffusionmodules/loss.py` VideoDiffusionLoss.
+    """
+    return (v_pred.float() - v_true.float()).square().flatten(1).mean(1)
+
+
+def min_snr_weight(alpha_bar: Tensor, gamma: float) -> Tensor:
+    """Weight of the velocity's error that takes emphasis from the nearly clean timesteps.
+
+    An x0 loss has the weight `SNR + 1` in v-space; capped at gamma that is `min(SNR + 1, gamma) / (SNR + 1)`,
+    which is `min(1, gamma * (1 - alpha_bar))`. Capping SNR itself would give the last timestep, where SNR is
+    0, the weight 0, and the model would never learn to start from pure noise.
+
+    Args:
+        alpha_bar: float64 of any shape.
+        gamma: Cap, positive; 5 in the paper.
+
+    Returns:
+        Weights in (0, 1] of the shape of `alpha_bar`, float32.
+
+    Source: Hang et al. 2023 (arXiv:2303.09556); zai-org/CogVideo@7a1af71 VideoDiffusionLoss `min_snr_value`.
+    """
+    return (gamma * (1.0 - alpha_bar)).clamp(max=1.0).to(torch.float32)
+
+
+def offset_noise(eps: Tensor, offset_b: Tensor, level: float) -> Tensor:
+    """Adds to each sample's noise one normal number that all its elements share, so that brightness is
+    learned too.
+
+    Args:
+        eps: Noise, shape (b, ...).
+        offset_b: One normal number for each sample, shape (b,).
+        level: Standard deviation of the shared part; CogVideoX was trained with 0.
+
+    Source: zai-org/CogVideo@7a1af71 VideoDiffusionLoss `offset_noise_level`.
+    """
+    return eps + level * offset_b.to(eps).reshape(-1, *[1] * (eps.ndim - 1))

@@ -1,0 +1,115 @@
+"""Samplers: from noise to a latent, each one flat function.
+
+A sampler calls `denoise(latent, timestep) -> v` once a step; guidance and conditioning are the caller's.
+Latents are float32 of any shape; `alpha_bar` is the float64 schedule. `on_step(index, steps)` is called after
+each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sat_train.diffusion.parameterization import x0_from_v
+from sat_train.diffusion.timesteps import Spacing, sampling_timesteps
+
+Denoise = Callable[[Tensor, int], Tensor]
+OnStep = Callable[[int, int], None]
+
+
+def sample_ddim(
+    denoise: Denoise,
+    latent: Tensor,
+    *,
+    alpha_bar: Tensor,
+    steps: int,
+    spacing: Spacing = "trailing",
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Deterministic DDIM.
+
+    Args:
+        denoise: (latent, timestep) -> predicted v, of the latent's shape.
+        latent: Unit normal noise.
+        alpha_bar: Schedule, shape (num_timesteps,).
+        steps: Number of network evaluations.
+        spacing: Which timesteps are visited.
+        on_step: Called with (index of the finished step, steps).
+
+    Returns:
+        Clean latent.
+
+    Source: Song et al. 2021 (arXiv:2010.02502) equation 12 with eta 0; diffusers 0.42
+    `CogVideoXDDIMScheduler`.
+    """
+    alpha_bar = alpha_bar.cpu()
+    clean = alpha_bar.new_ones(())
+    for index, (timestep, reached) in enumerate(sampling_timesteps(steps, len(alpha_bar), spacing)):
+        now = alpha_bar[timestep]
+        then = clean if reached is None else alpha_bar[reached]
+        x0 = x0_from_v(latent, denoise(latent, timestep), now)
+        noise_kept = ((1 - then) / (1 - now)).sqrt()
+        latent = noise_kept * latent + (then.sqrt() - now.sqrt() * noise_kept) * x0
+        if on_step is not None:
+            on_step(index, steps)
+    return latent
+
+
+def sample_dpmpp_2m(
+    denoise: Denoise,
+    latent: Tensor,
+    *,
+    alpha_bar: Tensor,
+    steps: int,
+    draw_noise: Callable[[], Tensor],
+    spacing: Spacing = "trailing",
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DPM-Solver++ of second order, multistep, in its stochastic form (VPSDE).
+
+    With `lambda = log(sqrt(alpha_bar / (1 - alpha_bar)))`, `h` its growth over this step and `h_last` over
+    the step before, the update needs `exp(-2h)`, written here as a ratio of SNRs because `h` is infinite in
+    the first step and the last.
+
+    Args:
+        denoise: (latent, timestep) -> predicted v, of the latent's shape.
+        latent: Unit normal noise.
+        alpha_bar: Schedule, shape (num_timesteps,).
+        steps: Number of network evaluations.
+        draw_noise: Gives unit normal noise of the latent's shape. Called once in the first step and twice in
+            each later one but the last, with the second kept: so do CogVideoX's own samplers, and one seed
+            gives one video in both.
+        spacing: Which timesteps are visited.
+        on_step: Called with (index of the finished step, steps).
+
+    Returns:
+        Clean latent.
+
+    Source: Lu et al. 2022 (arXiv:2211.01095) SDE-DPM-Solver++(2M); zai-org/CogVideo@7a1af71
+    VPSDEDPMPP2MSampler; diffusers 0.42 `CogVideoXDPMScheduler`.
+    """
+    alpha_bar = alpha_bar.cpu()
+    log_snr_half = torch.logit(alpha_bar) / 2
+    x0_last, timestep_last = None, 0
+    for index, (timestep, reached) in enumerate(sampling_timesteps(steps, len(alpha_bar), spacing)):
+        now = alpha_bar[timestep]
+        x0 = x0_from_v(latent, denoise(latent, timestep), now)
+        if reached is None:
+            latent = x0
+        else:
+            then = alpha_bar[reached]
+            snr_ratio = now * (1 - then) / ((1 - now) * then)  # exp(-2h)
+            noise, estimate = draw_noise(), x0
+            if x0_last is not None:
+                h = log_snr_half[reached] - log_snr_half[timestep]
+                h_last = log_snr_half[timestep] - log_snr_half[timestep_last]
+                noise, estimate = draw_noise(), x0 + h / (2 * h_last) * (x0 - x0_last)
+            noise_kept = ((1 - then) / (1 - now) * snr_ratio).sqrt()
+            noise_new = ((1 - then) * (1 - snr_ratio)).sqrt()
+            latent = noise_kept * latent + then.sqrt() * (1 - snr_ratio) * estimate + noise_new * noise
+        x0_last, timestep_last = x0, timestep
+        if on_step is not None:
+            on_step(index, steps)
+    return latent

@@ -1,0 +1,37 @@
+"""The noise schedule: how much of the signal is left at each training timestep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def zero_snr_alpha_bar(
+    num_timesteps: int = 1000,
+    shift_scale: float = 1.0,
+    *,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+) -> Tensor:
+    """Scaled-linear DDPM schedule with shifted SNR, rescaled so that the last timestep is pure noise.
+
+    Args:
+        num_timesteps: Number of training timesteps.
+        shift_scale: Divides the SNR at every timestep; 3.0 for CogVideoX-2B, 1.0 for the other family
+            members.
+        beta_start: Variance added at the first timestep.
+        beta_end: Variance added at the last timestep, before the rescaling.
+
+    Returns:
+        `alpha_bar` of shape (num_timesteps,), float64, falling from nearly 1 to exactly 0: the share of the
+        signal's variance that is left at each timestep.
+
+    Source: Lin et al. 2024 (arXiv:2305.08891) algorithm 1 for the zero terminal SNR; zai-org/CogVideo@7a1af71
+    `sgm/modules/diffusionmodules/discretizer.py` ZeroSNRDDPMDiscretization, and diffusers 0.42
+    `CogVideoXDDIMScheduler` with `rescale_betas_zero_snr`, for the order of shift and rescaling.
+    """
+    beta = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1.0 - beta, dim=0)
+    alpha_bar = alpha_bar / (shift_scale + (1.0 - shift_scale) * alpha_bar)
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

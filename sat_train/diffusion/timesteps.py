@@ -1,0 +1,81 @@
+"""Which timesteps training draws, and which ones a sampler visits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Spacing = Literal["trailing", "linspace"]
+
+
+def uniform_timesteps(uniform_b: Tensor, num_timesteps: int) -> Tensor:
+    """Timesteps drawn independently for each sample.
+
+    Args:
+        uniform_b: One float64 number in [0, 1) for each sample, shape (b,).
+        num_timesteps: Number of training timesteps.
+
+    Returns:
+        int64 timesteps in [0, num_timesteps), shape (b,).
+    """
+    return (uniform_b * num_timesteps).long()
+
+
+def stratified_timesteps(uniform_b: Tensor, stratum_b: Tensor, num_strata: int, num_timesteps: int) -> Tensor:
+    """Timesteps that cover the range evenly over a global batch: each sample draws within its own stratum.
+
+    The strata are as many equal parts of the range as the global batch has samples, so the distribution over
+    a step is the same at any world size, and a single sample's distribution over many steps stays uniform.
+
+    Args:
+        uniform_b: One float64 number in [0, 1) for each sample, shape (b,).
+        stratum_b: int64 stratum of each sample, in [0, num_strata), shape (b,).
+        num_strata: Size of the global batch.
+        num_timesteps: Number of training timesteps.
+
+    Returns:
+        int64 timesteps in [0, num_timesteps), shape (b,).
+
+    Source: Kingma et al. 2021 (arXiv:2107.00630) appendix I.1. It stands in for `uniform_sampling` of
+    zai-org/CogVideo@7a1af71 `sgm/modules/diffusionmodules/sigma_sampling.py`, which stratifies by rank and
+    only above 8 ranks.
+    """
+    return uniform_timesteps((stratum_b + uniform_b) / num_strata, num_timesteps).clamp_(
+        max=num_timesteps - 1
+    )
+
+
+def sampling_timesteps(
+    steps: int, num_timesteps: int = 1000, spacing: Spacing = "trailing"
+) -> list[tuple[int, int | None]]:
+    """The path of a sampler through the schedule, from pure noise to clean.
+
+    `trailing` goes from each timestep to the next one in the list. `linspace` is there to repeat what
+    diffusers does for CogVideoX-2B as released: each step jumps by `num_timesteps // steps`, whatever the
+    next timestep is.
+
+    Args:
+        steps: Number of network evaluations.
+        num_timesteps: Number of training timesteps.
+        spacing: How the timesteps are laid out.
+
+    Returns:
+        Pairs (timestep, the timestep reached by the step); None stands for the clean latent.
+
+    Source: diffusers 0.42 `CogVideoXDDIMScheduler.set_timesteps` and `.step`. For `trailing` the two agree
+    where `steps` divides `num_timesteps`; elsewhere diffusers jumps by a rounded stride and misses its own
+    next timestep.
+    """
+    assert 1 <= steps <= num_timesteps, f"steps = {steps} is not in [1, {num_timesteps}]"
+    if spacing == "trailing":
+        timesteps = [round(num_timesteps - i * num_timesteps / steps) - 1 for i in range(steps)]
+        reached: list[int | None] = [*timesteps[1:], None]
+        return list(zip(timesteps, reached, strict=True))
+    assert spacing == "linspace", f"unknown spacing {spacing!r}"
+    timesteps = (
+        torch.linspace(0, num_timesteps - 1, steps, dtype=torch.float64).round().long().flip(0).tolist()
+    )
+    stride = num_timesteps // steps
+    return [(timestep, timestep - stride if timestep >= stride else None) for timestep in timesteps]
