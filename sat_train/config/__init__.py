@@ -1,0 +1,14 @@
+"""YAML in, one frozen and validated RunConfig out. Imports neither torch nor sat."""
+
+from sat_train.config.run import RunConfig as RunConfig
+from sat_train.config.schema.args import ArgsConfig as ArgsConfig
+from sat_train.config.schema.data import DataConfig as DataConfig
+from sat_train.config.schema.data import VideoDatasetParams as VideoDatasetParams
+from sat_train.config.schema.deepspeed import DeepSpeedConfig as DeepSpeedConfig
+from sat_train.config.schema.deepspeed import OptimizerParams as OptimizerParams
+from sat_train.config.schema.encoders import T5TextEncoderParams as T5TextEncoderParams
+from sat_train.config.schema.encoders import VideoCoderParams as VideoCoderParams
+from sat_train.config.schema.encoders import VideoVAEParams as VideoVAEParams
+from sat_train.config.schema.model import ModelConfig as ModelConfig
+from sat_train.config.schema.network import DiffusionTransformerParams as DiffusionTransformerParams
+from sat_train.config.schema.network import LoraParams as LoraParams

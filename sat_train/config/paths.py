@@ -1,0 +1,42 @@
+"""Where files are: configurations beside the working directory or in the package, and shipped assets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ASSETS = PACKAGE / "assets"
+_PREFIX = "asset:"
+
+
+def find_config(path: str | Path) -> Path | None:
+    """Returns the file of a configuration: from the working directory, else from those in the package.
+
+    Args:
+        path: As typed, e.g. `configs/sft.yaml`.
+    """
+    candidates = (Path(path), PACKAGE / path)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def expand_assets(value: Any) -> Any:
+    """Replaces `asset:name` by the path of the shipped file, in all texts of a tree."""
+    if isinstance(value, dict):
+        return {key: expand_assets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand_assets(item) for item in value]
+    if isinstance(value, str) and value.startswith(_PREFIX):
+        return str(ASSETS / value[len(_PREFIX) :])
+    return value
+
+
+def shorten_assets(value: Any) -> Any:
+    """Undoes `expand_assets`, so that what is written is the same on every machine."""
+    if isinstance(value, dict):
+        return {key: shorten_assets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shorten_assets(item) for item in value]
+    if isinstance(value, str) and value.startswith(f"{ASSETS}/"):
+        return _PREFIX + value[len(str(ASSETS)) + 1 :]
+    return value

@@ -1,0 +1,80 @@
+"""The validated configuration of one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sat_train.config.paths import shorten_assets
+from sat_train.config.schema.args import ArgsConfig
+from sat_train.config.schema.data import DataConfig
+from sat_train.config.schema.deepspeed import DeepSpeedConfig
+from sat_train.config.schema.model import ModelConfig
+from sat_train.config.schema.record import Record
+
+# Settings that say where things are kept and what is shown, not which numbers come out.
+_WITHOUT_EFFECT_ON_NUMBERS = frozenset(
+    [
+        "experiment_name",
+        "save",
+        "save_interval",
+        "keep_last",
+        "keep_every",
+        "log_interval",
+        "tensorboard",
+        "wandb",
+        "wandb_project_name",
+        "resume",
+        "num_workers",
+        "prefetch_factor",
+        "distributed_timeout_minutes",
+        "output_dir",
+        "valid_prompts",
+        "valid_video_interval",
+    ]
+)
+
+
+class Sections(Record):
+    """The four sections of the merged files."""
+
+    args: ArgsConfig
+    model: ModelConfig
+    data: DataConfig
+    deepspeed: DeepSpeedConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs to know.
+
+    Args:
+        args: SAT's arguments and ours.
+        model: The model.
+        data: The data.
+        deepspeed: The engine.
+        sources: For each dotted key with a value, the file it came from, `command line` or `default`.
+        notes: What the person should hear once, e.g. old keys without effect.
+    """
+
+    args: ArgsConfig
+    model: ModelConfig
+    data: DataConfig
+    deepspeed: DeepSpeedConfig
+    sources: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    def tree(self) -> dict[str, Any]:
+        """Returns the four sections as plain dictionaries, lists and scalars; shipped files as `asset:`."""
+        sections = {name: getattr(self, name).model_dump(mode="json") for name in Sections.model_fields}
+        shortened: dict[str, Any] = shorten_assets(sections)
+        return shortened
+
+    def digest(self) -> str:
+        """Returns the sha256, in hex, of every value that can change the numbers of a run."""
+        tree = self.tree()
+        tree["args"] = {k: v for k, v in tree["args"].items() if k not in _WITHOUT_EFFECT_ON_NUMBERS}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,156 @@
+"""Section `args`: SAT's arguments in SAT's spelling, and ours where SAT has none."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sat_train.config.schema.record import Floats, HeightWidth, Record, Text, Texts
+
+
+class ArgsConfig(Record):
+    """How a run is trained, kept, validated and sampled."""
+
+    # The run
+    experiment_name: Text = Field(
+        "sat_train",
+        min_length=1,
+        description="Name of the run folder, before the date, and of the tracker run.",
+    )
+    mode: Literal["pretrain", "finetune", "inference"] = Field(
+        "pretrain",
+        description="pretrain: from random weights or `load`. finetune: from `load`. inference: no training.",
+    )
+    seed: int = Field(
+        1234, ge=0, description="Key of all randomness: order, crops, timesteps, noise, new weights."
+    )
+    deterministic: bool = Field(False, description="Use only kernels that give the same bits at every run.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: CUDA when there is a device, else CPU."
+    )
+    plugins: Texts = Field((), description="Python modules whose classes a `target` may name by dotted path.")
+
+    # Length, batch and optimization
+    train_iters: int | None = Field(
+        None, ge=1, description="Optimizer steps of the whole run. Either this or `epochs`."
+    )
+    epochs: int | None = Field(
+        None, ge=1, description="Passes over the training data, instead of `train_iters`."
+    )
+    batch_size: int = Field(4, ge=1, description="Samples of one rank in one forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes for one optimizer step.")
+    lr: float = Field(1e-4, ge=0, description="Highest learning rate; reached at the end of the warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
+    clip_grad: float = Field(0.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    warmup: float = Field(
+        0.01,
+        ge=0,
+        description="Linear warm-up from 0: below 1 a share of all steps, else a number of steps.",
+    )
+    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="What the learning rate does after the warm-up."
+    )
+    lr_decay_iters: int | None = Field(
+        None, ge=1, description="Step at which the decay ends; none: the last step of the run."
+    )
+    lr_decay_ratio: float = Field(
+        0.1, ge=0, le=1, description="Lowest learning rate as a share of the highest."
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep an exponential moving average of the trained weights, e.g. 0.9999.",
+    )
+
+    # Precision, memory and parallelism
+    fp16: bool = Field(False, description="Compute in float16 with a loss scale.")
+    bf16: bool = Field(False, description="Compute in bfloat16.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage. 0 works in fp32 only.")
+    checkpoint_activations: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
+    checkpoint_num_layers: int = Field(1, ge=1, description="Layers between two kept activations.")
+    compile: Literal["off", "blocks"] = Field("off", description="blocks: torch.compile on each DiT block.")
+    model_parallel_size: int = Field(1, ge=1, description="Ranks that share one model (tensor parallelism).")
+    distributed_backend: Literal["auto", "nccl", "gloo"] = Field(
+        "auto", description="auto: NCCL on CUDA, gloo on CPU."
+    )
+    distributed_timeout_minutes: float = Field(
+        30.0, gt=0, description="A collective that takes longer ends the run."
+    )
+
+    # Weights and checkpoints
+    load: Text | None = Field(
+        None,
+        description="Weights to start from: a SAT folder or file, safetensors, or a diffusers folder.",
+    )
+    resume: Text = Field(
+        "none",
+        description="auto: go on in the newest complete run of this name, or start. must: go on. none. A path.",
+    )
+    save: Text | None = Field("runs", description="Folder of run folders. none: keep nothing.")
+    save_interval: int = Field(500, ge=1, description="Steps between checkpoints.")
+    keep_last: int | None = Field(3, ge=1, description="Newest checkpoints to keep; none keeps all.")
+    keep_every: int | None = Field(
+        None, ge=1, description="Also keep the checkpoints of steps divisible by this."
+    )
+
+    # Log and validation
+    log_interval: int = Field(50, ge=1, description="Steps between log lines.")
+    tensorboard: bool = Field(True, description="Write TensorBoard files into the run folder.")
+    wandb: bool = Field(False, description="Report to Weights & Biases.")
+    wandb_project_name: Text = Field("sat_train", description="Weights & Biases project.")
+    eval_interval: int | None = Field(
+        None, ge=1, description="Steps between validations; none: no validation."
+    )
+    eval_iters: int = Field(100, ge=1, description="Batches of one validation.")
+    eval_batch_size: int | None = Field(
+        None, ge=1, description="Samples of one rank in a validation batch; none: `batch_size`."
+    )
+    valid_prompts: Texts = Field((), description="Prompts that validation draws as videos.")
+    valid_video_interval: int | None = Field(
+        None, ge=1, description="Steps between validation videos; none: no videos."
+    )
+
+    # Data
+    train_data: Texts | None = Field(None, description="Training data: folders or manifests.")
+    train_data_weights: Floats | None = Field(None, description="One weight for each entry of `train_data`.")
+    valid_data: Texts | None = Field(None, description="Validation data: folders or manifests.")
+    split: Text = Field(
+        "1,0,0",
+        description="Shares of `train_data` for training, validation, test, when `valid_data` is not given.",
+    )
+    num_workers: int = Field(
+        1, ge=0, description="Decoding processes of one rank; 0 decodes in the training process."
+    )
+    prefetch_factor: int = Field(4, ge=1, description="Batches that each worker prepares ahead.")
+
+    # Sampling
+    prompt: Text | None = Field(None, description="One prompt; wins over `input_file`.")
+    input_type: Literal["cli", "txt"] = Field(
+        "cli", description="cli: `prompt`. txt: one prompt a line in `input_file`."
+    )
+    input_file: Text | None = Field(
+        None, description="Text file of prompts, one a line; `prompt@@image` for image-to-video."
+    )
+    image: Text | None = Field(None, description="First frame for image-to-video with `prompt`.")
+    output_dir: Text = Field("samples", description="Folder for sampled videos.")
+    sampling_image_size: HeightWidth | None = Field(
+        None,
+        description="Height and width of samples in pixels; none: `data.params.video_size`, or the image's.",
+    )
+    sampling_num_frames: int | None = Field(
+        None,
+        ge=1,
+        description="LATENT frames, as in CogVideo: 13 are 49 frames, 22 are 81 in 1.5; none: as trained.",
+    )
+    sampling_fps: int = Field(8, ge=1, description="Frames per second of the written videos.")
+    sampling_steps: int | None = Field(
+        None, ge=1, description="Wins over `model.sampler_config.params.num_steps`."
+    )
+    sampler: Literal["DDIM", "DPMPP2M"] | None = Field(
+        None, description="Wins over `model.sampler_config.target`."
+    )
+    guidance_scale: float | None = Field(None, ge=0, description="Wins over the guider's `scale`.")

@@ -1,0 +1,100 @@
+"""Section `deepspeed`: what the DeepSpeed engine is told, in DeepSpeed's spelling."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sat_train.config.schema.record import Betas, Record, Whole
+
+
+class OptimizerParams(Record):
+    """Adam's numbers."""
+
+    lr: float = Field(1e-4, ge=0, description="Highest learning rate; the same setting as `args.lr`.")
+    betas: Betas = Field((0.9, 0.999), description="Decay of the first and second moment.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="Decoupled weight decay; the same setting as `args.weight_decay`."
+    )
+
+
+class OptimizerConfig(Record):
+    """The optimizer of the trained weights."""
+
+    type: Literal["AdamW", "Adam"] = Field(
+        "AdamW", description="Both decouple the weight decay, as FusedEmaAdam did."
+    )
+    params: OptimizerParams = Field(OptimizerParams(), description="Its numbers.")
+
+
+class OffloadConfig(Record):
+    """Where ZeRO keeps what the device has no room for."""
+
+    device: Literal["none", "cpu"] = Field("none", description="none keeps it on the device.")
+    pin_memory: bool = Field(False, description="Page-locked host memory: faster copies.")
+
+
+class ZeroConfig(Record):
+    """ZeRO: optimizer states (1), gradients (2) and weights (3) divided over the data axis."""
+
+    stage: Literal[0, 1, 2, 3] = Field(1, description="The same setting as `args.zero_stage`.")
+    contiguous_gradients: bool = Field(True, description="Copy gradients into one buffer as they come.")
+    overlap_comm: bool = Field(False, description="Reduce gradients while the backward pass goes on.")
+    reduce_scatter: bool = Field(True, description="Reduce-scatter instead of all-reduce.")
+    reduce_bucket_size: Whole = Field(500_000_000, ge=1, description="Elements reduced at once.")
+    allgather_bucket_size: Whole = Field(500_000_000, ge=1, description="Elements gathered at once.")
+    round_robin_gradients: bool = Field(
+        False, description="Spread the copies of offloaded gradients over ranks."
+    )
+    offload_optimizer: OffloadConfig = Field(OffloadConfig(), description="Offload of optimizer states.")
+    offload_param: OffloadConfig = Field(OffloadConfig(), description="Offload of weights; stage 3 only.")
+    stage3_max_live_parameters: Whole = Field(
+        1_000_000_000, ge=1, description="Gathered weights at one time; stage 3."
+    )
+    stage3_max_reuse_distance: Whole = Field(
+        1_000_000_000, ge=1, description="Keep gathered weights used again within this."
+    )
+    stage3_prefetch_bucket_size: Whole = Field(
+        50_000_000, ge=0, description="Weights fetched ahead; stage 3."
+    )
+    stage3_param_persistence_threshold: Whole = Field(
+        100_000, ge=0, description="Smaller weights stay whole; stage 3."
+    )
+
+
+class Fp16Config(Record):
+    """float16 and its loss scale."""
+
+    enabled: bool = Field(False, description="The same setting as `args.fp16`.")
+    loss_scale: float = Field(0.0, ge=0, description="0: dynamic.")
+    initial_scale_power: int = Field(16, ge=0, description="The first dynamic loss scale is 2 to this power.")
+    loss_scale_window: int = Field(
+        400, ge=1, description="Steps without overflow before the scale is doubled."
+    )
+    hysteresis: int = Field(2, ge=1, description="Overflows before the scale is halved.")
+    min_loss_scale: float = Field(1.0, gt=0, description="The scale never falls below this.")
+
+
+class Bf16Config(Record):
+    """bfloat16."""
+
+    enabled: bool = Field(False, description="The same setting as `args.bf16`.")
+
+
+class DeepSpeedConfig(Record):
+    """The DeepSpeed engine around the DiT."""
+
+    train_micro_batch_size_per_gpu: int = Field(4, ge=1, description="The same setting as `args.batch_size`.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="The same setting as in `args`.")
+    gradient_clipping: float = Field(0.0, ge=0, description="The same setting as `args.clip_grad`.")
+    steps_per_print: int = Field(1_000_000_000, ge=1, description="Steps between DeepSpeed's own log lines.")
+    wall_clock_breakdown: bool = Field(
+        False, description="DeepSpeed's own timers; they synchronise the device."
+    )
+    zero_allow_untested_optimizer: bool = Field(True, description="Let ZeRO drive any torch optimizer.")
+    zero_optimization: ZeroConfig = Field(ZeroConfig(), description="ZeRO.")
+    fp16: Fp16Config = Field(Fp16Config(), description="float16.")
+    bf16: Bf16Config = Field(Bf16Config(), description="bfloat16.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")

@@ -1,0 +1,53 @@
+"""Section `model`: the transformer, its frozen helpers and the diffusion process, in CogVideo's shape."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sat_train.config.schema.diffusion import (
+    DiscreteDenoiserSlot,
+    DPMPP2MSlot,
+    SamplerSlot,
+    VideoDiffusionLossSlot,
+)
+from sat_train.config.schema.encoders import GeneralConditionerSlot, VideoVAESlot
+from sat_train.config.schema.network import DiffusionTransformerSlot
+from sat_train.config.schema.record import Record, Texts
+
+
+class ModelConfig(Record):
+    """One member of the CogVideoX family."""
+
+    scale_factor: float = Field(
+        1.0, gt=0, description="Latents are multiplied by this before the transformer sees them."
+    )
+    image_latent_scale: float | None = Field(
+        None,
+        gt=0,
+        description="Factor on the latent of the first frame (image-to-video); none: `scale_factor`.",
+    )
+    noised_image_input: bool = Field(
+        False, description="Image-to-video: the latent of the first frame is a second input."
+    )
+    noised_image_dropout: float = Field(
+        0.0, ge=0, le=1, description="Share of samples trained without the image."
+    )
+    noised_image_all_concat: Literal[False] = Field(
+        False, description="The image stands beside the first frame only."
+    )
+    not_trainable_prefixes: Texts = Field(
+        (), description="Beginnings of weight names that are frozen; all: everything but adapters."
+    )
+    null_condition: Literal["zero", "empty_prompt"] = Field(
+        "zero", description="What a dropped caption becomes: a zero embedding, or the encoded empty prompt."
+    )
+    network_config: DiffusionTransformerSlot = Field(description="The transformer.")
+    conditioner_config: GeneralConditionerSlot = Field(description="The text encoder.")
+    first_stage_config: VideoVAESlot = Field(description="The video autoencoder.")
+    denoiser_config: DiscreteDenoiserSlot = Field(
+        DiscreteDenoiserSlot(), description="Noise schedule and prediction."
+    )
+    loss_fn_config: VideoDiffusionLossSlot = Field(VideoDiffusionLossSlot(), description="The training loss.")
+    sampler_config: SamplerSlot = Field(DPMPP2MSlot(target="DPMPP2M"), description="How samples are drawn.")

@@ -1,0 +1,196 @@
+"""The video diffusion transformer: its numbers, and the parts that differ between family members."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from sat_train.config.schema.record import Record, Texts
+
+SizePolicy = Literal["refuse", "interpolate"]
+
+
+def _patch_to_triple(value: Any) -> Any:
+    """Turns CogVideoX 1.0's `2` into `(1, 2, 2)`, and a list into a tuple."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (1, value, value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+PatchSize = Annotated[tuple[int, int, int], BeforeValidator(_patch_to_triple)]
+
+
+class Sincos3DPositionEmbeddingParams(Record):
+    """Fixed sines and cosines of time, height and width, added to the patches (CogVideoX-2B)."""
+
+    text_length: int = Field(ge=1, description="Text tokens in front of the video tokens.")
+    height_interpolation: float = Field(
+        1.0, gt=0, description="Positions along the height are divided by this."
+    )
+    width_interpolation: float = Field(
+        1.0, gt=0, description="Positions along the width are divided by this."
+    )
+    time_interpolation: float = Field(1.0, gt=0, description="Positions along time are divided by this.")
+    size_policy: SizePolicy = Field("refuse", description="What to do at a size other than the one trained.")
+
+
+class Rotary3DPositionEmbeddingParams(Record):
+    """Rotations of queries and keys by time, height and width (CogVideoX-5B, 1.5)."""
+
+    text_length: int = Field(
+        ge=1, description="Text tokens in front of the video tokens; they are not rotated."
+    )
+    hidden_size_head: int | None = Field(
+        None, ge=8, description="Width of a head; none: hidden_size / heads."
+    )
+    theta: float = Field(10000.0, gt=0, description="Base of the rotation frequencies.")
+    learnable_pos_embed: bool = Field(False, description="Also add a learned table (CogVideoX-5B-I2V).")
+    size_policy: SizePolicy = Field("refuse", description="What to do with a learned table at another size.")
+
+
+class ImagePatchEmbeddingParams(Record):
+    """Patches of the latent and text embeddings to tokens."""
+
+    text_hidden_size: int = Field(ge=1, description="Width of the text encoder.")
+
+
+class AdaLNParams(Record):
+    """Modulation of each layer by the timestep."""
+
+    qk_ln: bool = Field(True, description="Normalise queries and keys of each head.")
+
+
+class FinalLayerParams(Record):
+    """Tokens to the predicted latent; it has no settings of its own."""
+
+
+class LoraParams(Record):
+    """Low-rank adapters beside frozen weights."""
+
+    r: int = Field(ge=1, description="Rank.")
+    lora_alpha: float = Field(
+        1.0,
+        gt=0,
+        description="The adapter's scale is lora_alpha / r. SAT's convention is 1, with lr 1e-3.",
+    )
+    targets: Texts = Field(
+        (r"attention\.query_key_value$", r"attention\.dense$"),
+        min_length=1,
+        description="Regular expressions searched in the module names; each must find one.",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
+
+
+class Sincos3DPositionEmbeddingSlot(Record):
+    """Fixed sines and cosines."""
+
+    target: Literal["Sincos3DPositionEmbedding"] = Field(description="Kind of position embedding.")
+    params: Sincos3DPositionEmbeddingParams = Field(description="Its settings.")
+
+
+class Rotary3DPositionEmbeddingSlot(Record):
+    """Rotary embedding."""
+
+    target: Literal["Rotary3DPositionEmbedding"] = Field(description="Kind of position embedding.")
+    params: Rotary3DPositionEmbeddingParams = Field(description="Its settings.")
+
+
+PositionEmbeddingSlot = Annotated[
+    Sincos3DPositionEmbeddingSlot | Rotary3DPositionEmbeddingSlot, Field(discriminator="target")
+]
+
+
+class ImagePatchEmbeddingSlot(Record):
+    """Patch embedding."""
+
+    target: Literal["ImagePatchEmbedding"] = Field(
+        "ImagePatchEmbedding", description="Kind of patch embedding."
+    )
+    params: ImagePatchEmbeddingParams = Field(description="Its settings.")
+
+
+class AdaLNSlot(Record):
+    """Adaptive layer norm."""
+
+    target: Literal["AdaLN"] = Field("AdaLN", description="Kind of layer modulation.")
+    params: AdaLNParams = Field(AdaLNParams(), description="Its settings.")
+
+
+class FinalLayerSlot(Record):
+    """Final layer."""
+
+    target: Literal["FinalLayer"] = Field("FinalLayer", description="Kind of final layer.")
+    params: FinalLayerParams = Field(FinalLayerParams(), description="Its settings.")
+
+
+class LoraSlot(Record):
+    """Adapters."""
+
+    target: Literal["Lora"] = Field("Lora", description="Kind of adapter.")
+    params: LoraParams = Field(description="Its settings.")
+
+
+class NetworkModules(Record):
+    """SAT mixins of the transformer."""
+
+    pos_embed_config: PositionEmbeddingSlot = Field(description="Where a token is.")
+    patch_embed_config: ImagePatchEmbeddingSlot = Field(description="Latents and text to tokens.")
+    adaln_layer_config: AdaLNSlot = Field(AdaLNSlot(), description="Modulation of each layer.")
+    final_layer_config: FinalLayerSlot = Field(FinalLayerSlot(), description="Tokens to a latent.")
+    lora_config: LoraSlot | None = Field(None, description="Adapters; none trains the weights themselves.")
+
+
+class TransformerArgs(Record):
+    """What CogVideo's files tell SAT's BaseModel."""
+
+    checkpoint_activations: bool = Field(
+        False, description="The same setting as `args.checkpoint_activations`."
+    )
+    model_parallel_size: int = Field(1, ge=1, description="The same setting as `args.model_parallel_size`.")
+    layernorm_order: Literal["pre"] = Field(
+        "pre", description="The layer norm stands in front of each block."
+    )
+    is_decoder: Literal[False] = Field(
+        False, description="There is no cross-attention: text and video share one sequence."
+    )
+
+
+class DiffusionTransformerParams(Record):
+    """The numbers of the transformer."""
+
+    num_layers: int = Field(ge=1, description="Transformer layers.")
+    hidden_size: int = Field(ge=1, description="Model width.")
+    num_attention_heads: int = Field(
+        ge=1, description="Heads; hidden_size / heads is 64 in the whole family."
+    )
+    in_channels: int = Field(
+        ge=1, description="Latent channels that go in: 16, or 32 with an image latent beside."
+    )
+    out_channels: int = Field(ge=1, description="Latent channels that come out.")
+    patch_size: PatchSize = Field(
+        description="Frames, height and width of a patch; one number p means [1, p, p]."
+    )
+    num_frames: int = Field(ge=1, description="Pixel frames that the position embedding is made for.")
+    latent_height: int = Field(ge=1, description="Latent height that the position embedding is made for.")
+    latent_width: int = Field(ge=1, description="Latent width that the position embedding is made for.")
+    time_compressed_rate: Literal[4] = Field(4, description="Pixel frames in one latent frame.")
+    time_embed_dim: int | None = Field(
+        None, ge=1, description="Width of the timestep embedding; none: hidden_size."
+    )
+    ofs_embed_dim: int | None = Field(
+        None, ge=1, description="Width of the `ofs` embedding (1.5 image-to-video); none: no `ofs`."
+    )
+    elementwise_affine: bool = Field(True, description="Layer norms have a weight and a bias.")
+    height_interpolation: float = Field(1.0, gt=0, description="For rotary positions: divides the height.")
+    width_interpolation: float = Field(1.0, gt=0, description="For rotary positions: divides the width.")
+    time_interpolation: float = Field(1.0, gt=0, description="For rotary positions: divides time.")
+    transformer_args: TransformerArgs = Field(TransformerArgs(), description="SAT's own arguments.")
+    modules: NetworkModules = Field(description="SAT mixins.")
+
+
+class DiffusionTransformerSlot(Record):
+    """The transformer."""
+
+    target: Literal["DiffusionTransformer"] = Field(description="Kind of network.")
+    params: DiffusionTransformerParams = Field(description="Its settings.")

@@ -1,0 +1,43 @@
+"""What all sections share: the record they are made of, and the few types that YAML needs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+class Record(BaseModel):
+    """A frozen group of settings. Nothing is converted in silence and no unknown key is let in."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _list_to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _whole_float_to_int(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _one_to_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _list_to_tuple(value)
+
+
+def _number_to_text(value: Any) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
+# YAML has lists only; a frozen record holds tuples.
+Ints = Annotated[tuple[int, ...], BeforeValidator(_list_to_tuple)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_list_to_tuple)]
+HeightWidth = Annotated[tuple[int, int], BeforeValidator(_list_to_tuple)]
+Betas = Annotated[tuple[float, float], BeforeValidator(_list_to_tuple)]
+# One text may stand for a list of one.
+Texts = Annotated[tuple[str, ...], BeforeValidator(_one_to_tuple)]
+# `3.` and `1e9` are whole numbers that YAML reads as floats.
+Whole = Annotated[int, BeforeValidator(_whole_float_to_int)]
+# A name such as `2024` that YAML reads as a number.
+Text = Annotated[str, BeforeValidator(_number_to_text)]
