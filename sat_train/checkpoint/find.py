@@ -1,0 +1,137 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sat_train.checkpoint.layout import CORRUPT_SUFFIX, committed_steps, step_folder
+from sat_train.checkpoint.manifest import Manifest, verify_checkpoint
+from sat_train.errors import CheckpointError
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+IsAlive = Callable[[Path], bool]
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint whose every byte has been verified.
+
+    Args:
+        run_folder: Folder of the run that goes on.
+        step: The step it goes on from.
+        manifest: Its manifest.
+    """
+
+    run_folder: Path
+    step: int
+    manifest: Manifest
+
+
+def find_resume_point(
+    mode: str, *, save_root: Path, experiment_name: str, is_alive: IsAlive
+) -> ResumePoint | None:
+    """Finds what `args.resume` asks for.
+
+    Args:
+        mode: `auto`: the newest run of this name that holds a complete checkpoint and that nobody writes to,
+            else None. `must`: the same, and an error when there is none. `none`: None. Anything else is the
+            path of a run folder, or of one step inside it.
+        save_root: `args.save`.
+        experiment_name: `args.experiment_name`.
+        is_alive: Says whether a living run writes to a run folder.
+
+    Raises:
+        CheckpointError: `must` found nothing; the path holds no complete checkpoint or belongs to a living
+            run.
+
+    Ranks: one, whose answer the others take (`agreement.on_rank_0`).
+    """
+    if mode == "none":
+        return None
+    if mode not in ("auto", "must"):
+        return _find_at(Path(mode), is_alive)
+    found = find_resumable(save_root, experiment_name, is_alive=is_alive)
+    if found is None and mode == "must":
+        raise CheckpointError(
+            f"args.resume = must: {save_root} holds no complete checkpoint of a stopped '{experiment_name}'",
+            expected=f"a folder {experiment_name}-<YYYYmmdd-HHMMSS> with a committed step",
+            remedy="look at args.save and args.experiment_name, or use resume: auto to start afresh",
+        )
+    return found
+
+
+def find_resumable(save_root: Path, experiment_name: str, *, is_alive: IsAlive) -> ResumePoint | None:
+    """Returns the newest verified checkpoint of the newest stopped run of that name, or None."""
+    for run_folder in run_folders(save_root, experiment_name):
+        if is_alive(run_folder):
+            log.info("%s is being written to by a living run; looking further", run_folder)
+            continue
+        found = newest_verified(run_folder)
+        if found is not None:
+            return found
+    return None
+
+
+def run_folders(save_root: Path, experiment_name: str) -> list[Path]:
+    """Returns the folders `<experiment_name>-<YYYYmmdd-HHMMSS>`, newest first."""
+    pattern = re.compile(re.escape(experiment_name) + r"-\d{8}-\d{6}")
+    if not save_root.is_dir():
+        return []
+    folders = [path for path in save_root.iterdir() if path.is_dir() and pattern.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: path.name, reverse=True)
+
+
+def newest_verified(run_folder: Path) -> ResumePoint | None:
+    """Returns the newest checkpoint of a run that verifies, or None.
+
+    Those that do not verify are renamed to `<step>.corrupt`.
+    """
+    for step in committed_steps(run_folder):
+        try:
+            return ResumePoint(run_folder, step, verify_checkpoint(step_folder(run_folder, step)))
+        except CheckpointError as error:
+            log.warning("%s\n  going back to the checkpoint before it", error)
+            _set_aside(run_folder, step)
+    return None
+
+
+def _set_aside(run_folder: Path, step: int) -> None:
+    folder = step_folder(run_folder, step)
+    for attempt in range(100):
+        target = folder.with_name(f"{step}{CORRUPT_SUFFIX}" + (f".{attempt}" if attempt else ""))
+        if not target.exists():
+            try:
+                os.rename(folder, target)
+            except OSError as error:
+                log.warning("%s could not be renamed to %s: %s", folder, target.name, error.strerror)
+            return
+
+
+def _find_at(path: Path, is_alive: IsAlive) -> ResumePoint:
+    names_step = path.name.isdigit()
+    run_folder = path.parent if names_step else path
+    if not path.is_dir():
+        raise CheckpointError(
+            f"args.resume = {path}: no such folder",
+            expected="auto, must, none, a run folder, or a step inside a run folder",
+        )
+    if is_alive(run_folder):
+        raise CheckpointError(
+            f"args.resume = {path}: a living run writes to {run_folder}", remedy="stop it first"
+        )
+    if names_step:
+        return ResumePoint(run_folder, int(path.name), verify_checkpoint(path))
+    found = newest_verified(run_folder)
+    if found is None:
+        raise CheckpointError(
+            f"args.resume = {path}: no complete checkpoint inside",
+            expected="a run folder with a committed step",
+            remedy="to start from weights alone, use args.load",
+        )
+    return found

@@ -1,0 +1,46 @@
+"""Comparing what a model has with what a file holds, before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sat_train.errors import CheckpointError
+
+Shape = tuple[int, ...]
+_MOST_SHOWN = 40
+
+
+def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str) -> None:
+    """Compares names and shapes.
+
+    Args:
+        expected: What the model has.
+        found: What the file holds.
+        where: Names the file in the message.
+
+    Raises:
+        CheckpointError: Lists every missing name, every unexpected one, and every mismatch with both shapes.
+    """
+    missing = [f"missing     {name} {_text(expected[name])}" for name in expected if name not in found]
+    unexpected = [f"unexpected  {name} {_text(found[name])}" for name in found if name not in expected]
+    mismatched = [
+        f"mismatched  {name}: the model has {_text(shape)}, the file {_text(found[name])}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    faults = [*mismatched, *missing, *unexpected]
+    if not faults:
+        return
+    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} of another shape"
+    shown = faults[:_MOST_SHOWN]
+    if len(faults) > len(shown):
+        shown.append(f"... and {len(faults) - len(shown)} more")
+    raise CheckpointError(
+        "\n  ".join([f"{where} does not fit the model: {counts}", *shown]),
+        expected=f"the {len(expected)} names of the model, with its shapes",
+        remedy="look at the model preset: another family, size or LoRA rank has other names and shapes",
+    )
+
+
+def _text(shape: Shape) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"

@@ -1,0 +1,165 @@
+"""Publishing a checkpoint so that it exists whole or not at all.
+
+All ranks write into `.tmp-<step>-<id>/`, each file synced and hashed; they compare notes; rank 0 writes the
+manifest and renames the folder to `<step>/`. That rename is the commit. `latest` follows, for SAT and for
+people. DeepSpeed alone writes in place and moves `latest` before the other ranks are done, so a kill leaves a
+torn checkpoint that it later loads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sat_train.checkpoint.agreement import on_rank_0
+from sat_train.checkpoint.files import FileRecord, sync_folder, write_text
+from sat_train.checkpoint.layout import (
+    LATEST,
+    MANIFEST,
+    TEMPORARY_PREFIX,
+    committed_steps,
+    step_folder,
+)
+from sat_train.checkpoint.manifest import Manifest, read_manifest
+from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import CheckpointError
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+# Room for what else is written meanwhile: logs, samples, other runs.
+SPACE_MARGIN = 1.2
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank wrote into the temporary folder.
+
+    Args:
+        files: Its files.
+        failure: Why it could not write them all; empty when it could.
+    """
+
+    files: list[FileRecord] = field(default_factory=list)
+    failure: str = ""
+
+
+def publish(
+    grid: ProcessGrid,
+    *,
+    run_folder: Path,
+    step: int,
+    expected_bytes: int,
+    write: Callable[[Path], RankReport],
+    describe: Callable[[tuple[FileRecord, ...]], Manifest],
+) -> Path:
+    """Writes and commits the folder of one step.
+
+    Args:
+        run_folder: Exists, on a file system that all ranks see.
+        step: Its name. A folder of that step that is there is replaced.
+        expected_bytes: Estimate of the whole, for the check of free space.
+        write: Writes this rank's files into the folder it is given. It reports a failure instead of raising.
+        describe: Makes the manifest, on rank 0, from the files of all ranks.
+
+    Returns:
+        The committed folder.
+
+    Raises:
+        CheckpointError: On all ranks alike: too little space, a failed write, a folder that not all ranks
+            see. What was committed before is untouched and nothing of the failed save is left.
+
+    Ranks: all.
+    """
+    temporary = on_rank_0(grid, lambda: _open_temporary(run_folder, step, expected_bytes))
+    reports = gather_objects(grid, write(temporary))
+    return on_rank_0(grid, lambda: _commit_or_clean(temporary, run_folder, step, reports, describe))
+
+
+def expected_size(run_folder: Path, first_guess: int) -> int:
+    """Returns the bytes of the newest checkpoint in the folder, or `first_guess` when there is none."""
+    for step in committed_steps(run_folder):
+        try:
+            return sum(record.size for record in read_manifest(step_folder(run_folder, step)).files)
+        except CheckpointError as error:
+            log.warning("%s", error)
+    return first_guess
+
+
+def _open_temporary(run_folder: Path, step: int, expected_bytes: int) -> Path:
+    needed = int(expected_bytes * SPACE_MARGIN)
+    free = shutil.disk_usage(run_folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"no room for the checkpoint of step {step} in {run_folder}: {_mib(free)} free",
+            expected=f"{_mib(needed)}, which is {SPACE_MARGIN} times its size",
+            remedy="free space, or keep fewer checkpoints (args.keep_last)",
+        )
+    temporary = run_folder / f"{TEMPORARY_PREFIX}{step}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    return temporary
+
+
+def _commit_or_clean(
+    temporary: Path,
+    run_folder: Path,
+    step: int,
+    reports: list[RankReport],
+    describe: Callable[[tuple[FileRecord, ...]], Manifest],
+) -> Path:
+    try:
+        _check_reports(temporary, step, reports)
+        files = tuple(
+            sorted((file for report in reports for file in report.files), key=lambda file: file.name)
+        )
+        write_text(temporary / MANIFEST, describe(files).to_json())
+        target = _rename(temporary, run_folder, step)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _point_latest(run_folder, step)
+    return target
+
+
+def _check_reports(temporary: Path, step: int, reports: list[RankReport]) -> None:
+    failures = [f"rank {rank}: {report.failure}" for rank, report in enumerate(reports) if report.failure]
+    if failures:
+        raise CheckpointError(
+            "\n  ".join([f"the checkpoint of step {step} could not be written:", *failures]),
+            remedy="see that the disk has room and may be written; earlier checkpoints are intact",
+        )
+    for rank, report in enumerate(reports):
+        for record in report.files:
+            path = temporary / record.name
+            if not path.is_file() or path.stat().st_size != record.size:
+                raise CheckpointError(
+                    f"rank 0 does not see {path}, which rank {rank} wrote",
+                    expected="a run folder (args.save) on a file system that all machines share",
+                )
+
+
+def _rename(temporary: Path, run_folder: Path, step: int) -> Path:
+    target = step_folder(run_folder, step)
+    replaced = run_folder / f"{TEMPORARY_PREFIX}replaced-{uuid.uuid4().hex[:8]}"
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(temporary, target)
+    sync_folder(run_folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def _point_latest(run_folder: Path, step: int) -> None:
+    try:
+        write_text(run_folder / LATEST, str(step))
+    except OSError as error:
+        log.warning("step %d is saved, but %s/%s could not be updated: %s", step, run_folder, LATEST, error)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

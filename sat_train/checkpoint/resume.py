@@ -1,0 +1,125 @@
+"""Loading a training run, strictly: what was saved goes back where it came from, or nothing is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sat_train.checkpoint.engine_io import load_engine, optimized_shapes, read_shard, saved_shapes
+from sat_train.checkpoint.find import ResumePoint
+from sat_train.checkpoint.layout import ema_file_name, step_folder
+from sat_train.checkpoint.manifest import BaseWeights
+from sat_train.checkpoint.names import check_names_and_shapes
+from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import CheckpointError
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """Where the run stands.
+
+    Args:
+        step: Optimizer steps done.
+        samples_consumed: Samples that all ranks together have taken.
+        client_state: What was given to `save_training_checkpoint`.
+        ema_state: This rank's part of the weight average; None when none was saved.
+    """
+
+    step: int
+    samples_consumed: int
+    client_state: dict[str, Any]
+    ema_state: dict[str, Any] | None
+
+
+def load_training_checkpoint(
+    grid: ProcessGrid, *, engine: Any, point: ResumePoint, base_weights: BaseWeights | None = None
+) -> ResumeState:
+    """Puts a verified checkpoint into a freshly built DeepSpeed engine.
+
+    Args:
+        engine: Engine over the same model and optimizer groups as the one that was saved; base weights are
+            loaded already.
+        point: From `find_resume_point`.
+        base_weights: The frozen weights that this run loaded, for a checkpoint that left them out.
+
+    Raises:
+        CheckpointError: On all ranks alike: another number of ranks or ZeRO stage, other base weights, other
+            names or shapes (listed).
+
+    Ranks: all.
+    """
+    _check_same_layout(grid, point, int(engine.zero_optimization_stage()))
+    _check_same_base(point, base_weights)
+    _check_same_parameters(grid, engine, point)
+    client_state = load_engine(
+        engine, run_folder=point.run_folder, step=point.step, exclude_frozen=point.manifest.trainable_only
+    )
+    return ResumeState(
+        step=point.step,
+        samples_consumed=point.manifest.samples_consumed,
+        client_state=client_state,
+        ema_state=_read_ema(point.run_folder, point.step, grid.rank),
+    )
+
+
+def _check_same_layout(grid: ProcessGrid, point: ResumePoint, zero_stage: int) -> None:
+    manifest = point.manifest
+    saved = _layout(manifest.data_size, manifest.model_size, manifest.zero_stage)
+    ours = _layout(grid.data_size, grid.model_size, zero_stage)
+    if saved != ours:
+        raise CheckpointError(
+            f"{step_folder(point.run_folder, point.step)} was written by {saved}, this run has {ours}",
+            expected="the same numbers: the optimizer's state is cut into one piece a rank",
+            remedy=f"start {manifest.world_size} processes, or begin from its weights with args.load",
+        )
+
+
+def _layout(data_size: int, model_size: int, zero_stage: int) -> str:
+    return f"{data_size} data x {model_size} model ranks at ZeRO-{zero_stage}"
+
+
+def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
+    saved = point.manifest.base_weights
+    if saved is not None and ours is not None and saved.sha256 != ours.sha256:
+        raise CheckpointError(
+            f"step {point.step} of {point.run_folder} stands on base weights {saved.source} "
+            f"(sha256 {saved.sha256[:12]}), and {ours.source} (sha256 {ours.sha256[:12]}) is loaded",
+            expected="the same frozen weights",
+            remedy=f"set args.load: {saved.source}",
+        )
+
+
+def _check_same_parameters(grid: ProcessGrid, engine: Any, point: ResumePoint) -> None:
+    """ZeRO's flat buffers carry no names: another order would load into wrong places without a word."""
+    folder = step_folder(point.run_folder, point.step)
+    path = Path(engine._get_ckpt_name(str(point.run_folder), str(point.step)))
+    saved = saved_shapes(read_shard(path, mmap=True))
+    problem = ""
+    ours = optimized_shapes(engine, exclude_frozen=point.manifest.trainable_only)
+    try:
+        check_names_and_shapes(_merged(ours), _merged(saved), where=str(folder))
+        if [list(group) for group in ours] != [list(group) for group in saved]:
+            raise CheckpointError(
+                f"{folder}: the same parameters in another order or in other optimizer groups",
+                expected="the optimizer groups of the run that wrote it",
+                remedy="undo the change of the optimizer's settings, or begin from weights with args.load",
+            )
+    except CheckpointError as error:
+        problem = str(error)
+    first = next((other for other in gather_objects(grid, problem) if other), "")
+    if first:
+        raise CheckpointError(first)
+
+
+def _merged(groups: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for group in groups for name, shape in group.items()}
+
+
+def _read_ema(run_folder: Path, step: int, rank: int) -> dict[str, Any] | None:
+    path = step_folder(run_folder, step) / ema_file_name(rank)
+    return read_shard(path) if path.is_file() else None

@@ -1,0 +1,63 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from sat_train.checkpoint.files import sync_folder
+from sat_train.checkpoint.layout import TEMPORARY_PREFIX, committed_steps, step_folder
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+
+def prune_checkpoints(run_folder: Path, *, keep_last: int, keep_every: int = 0) -> list[int]:
+    """Deletes what is too old. Call it after the new checkpoint is committed, never before.
+
+    Args:
+        run_folder: The run's folder.
+        keep_last: How many of the newest stay; 0 keeps all.
+        keep_every: Steps that are a multiple of this stay for ever; 0 for none.
+
+    Returns:
+        The deleted steps.
+
+    Ranks: one.
+    """
+    steps = committed_steps(run_folder)
+    if keep_last <= 0:
+        return []
+    doomed = [step for step in steps[keep_last:] if not (keep_every > 0 and step % keep_every == 0)]
+    for step in doomed:
+        _delete(run_folder, step)
+    return doomed
+
+
+def remove_leftovers(run_folder: Path) -> list[Path]:
+    """Deletes the temporary folders of saves that were killed. Call it when this run owns the folder and is
+    not saving.
+
+    Ranks: one.
+    """
+    leftovers = sorted(path for path in run_folder.glob(TEMPORARY_PREFIX + "*") if path.is_dir())
+    for path in leftovers:
+        log.info("removing %s, left by a save that did not finish", path)
+        shutil.rmtree(path, ignore_errors=True)
+    return leftovers
+
+
+def _delete(run_folder: Path, step: int) -> None:
+    """Renames before deleting: a kill in between leaves a temporary folder, not half a checkpoint."""
+    grave = run_folder / f"{TEMPORARY_PREFIX}deleted-{step}-{uuid.uuid4().hex[:8]}"
+    try:
+        os.rename(step_folder(run_folder, step), grave)
+        sync_folder(run_folder)
+    except OSError as error:
+        log.warning(
+            "the old checkpoint %s could not be deleted: %s", step_folder(run_folder, step), error.strerror
+        )
+        return
+    shutil.rmtree(grave, ignore_errors=True)
