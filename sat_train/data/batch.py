@@ -1,0 +1,109 @@
+"""What the loader hands over: one sample, and a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CachedSample:
+    """Encoded tensors of a batch, read from the cache instead of being computed.
+
+    Args:
+        mean_btchw: Mean of the VAE's posterior, before the scale factor.
+        logvar_btchw: Its log-variance; a latent is drawn anew from both each time.
+        text_bld: Text embeddings.
+        image_latent_btchw: Mean of the first frame's posterior, for image-to-video; None for text-to-video.
+    """
+
+    mean_btchw: Tensor
+    logvar_btchw: Tensor
+    text_bld: Tensor
+    image_latent_btchw: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """A batch as the pipeline sees it.
+
+    Args:
+        video_btchw: Pixels, uint8 RGB; None when `cached` stands in for them.
+        captions: One text a sample.
+        image_bchw: Pixels of the image that conditions each clip, uint8; None: the clip's first frame is it.
+        clip_ids: Names for messages.
+        sample_indices: Global positions: samples consumed before each one. Key of all randomness.
+        cached: Encoded tensors; None without the cache.
+    """
+
+    video_btchw: Tensor | None
+    captions: tuple[str, ...]
+    image_bchw: Tensor | None
+    clip_ids: tuple[str, ...]
+    sample_indices: tuple[int, ...]
+    cached: CachedSample | None = None
+
+    def __len__(self) -> int:
+        return len(self.sample_indices)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> VideoBatch:
+        """Returns the batch with its tensors on `device`; uint8 pixels stay uint8."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> VideoBatch:
+        """Returns the batch in page-locked memory. PyTorch's loader calls this by its name."""
+        return _map_tensors(self, torch.Tensor.pin_memory)
+
+
+def _map_tensors(record, change):
+    """Returns a copy of a record (and of the records in it) with `change` done to each of its tensors."""
+    changed = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = change(value)
+        elif isinstance(value, CachedSample):
+            changed[field.name] = _map_tensors(value, change)
+    return replace(record, **changed)
+
+
+@dataclass(frozen=True)
+class VideoSample:
+    """One sample.
+
+    Args:
+        video_tchw: Pixels, uint8 RGB.
+        caption: Its text.
+        image_chw: Pixels of a given conditioning image, uint8; None: the first frame is it.
+        clip_id: Name for messages.
+        sample_index: Global position.
+        times: When each frame is shown in its file, in seconds.
+    """
+
+    video_tchw: Tensor
+    caption: str
+    image_chw: Tensor | None
+    clip_id: str
+    sample_index: int
+    times: tuple[float, ...]
+
+
+def collate(samples: Sequence[VideoSample]) -> VideoBatch:
+    """Stacks samples of one shape.
+
+    Where only some samples carry an image, the others give their first frame.
+    """
+    shapes = {tuple(sample.video_tchw.shape) for sample in samples}
+    assert len(shapes) == 1, f"a batch holds one shape, got {sorted(shapes)}: who plans batches must see to it"
+    has_image = any(sample.image_chw is not None for sample in samples)
+    images = [sample.video_tchw[0] if sample.image_chw is None else sample.image_chw for sample in samples]
+    return VideoBatch(
+        video_btchw=torch.stack([sample.video_tchw for sample in samples]),
+        captions=tuple(sample.caption for sample in samples),
+        image_bchw=torch.stack(images) if has_image else None,
+        clip_ids=tuple(sample.clip_id for sample in samples),
+        sample_indices=tuple(sample.sample_index for sample in samples),
+    )
