@@ -115,6 +115,10 @@ def stop_processes() -> None:
     deepspeed_comm = sys.modules.get("deepspeed.comm.comm")
     if deepspeed_comm is not None:
         deepspeed_comm.cdb = None
+    deepspeed_groups = sys.modules.get("deepspeed.utils.groups")
+    if deepspeed_groups is not None:
+        deepspeed_groups._WORLD_GROUP = None
+        deepspeed_groups.mpu = None
     _grid = None
 
 
