@@ -1,0 +1,66 @@
+"""What `make demo` runs: fine-tunes the embedded tiny model on the demo clips, then draws a video with the result.
+
+The last lines name the checkpoint, the video and how the validation loss moved. Every command is printed, so that it can be
+typed again and changed.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+SAVE = Path("runs/demo")
+SAMPLES = Path("samples/demo")
+STEPS = 300
+PROMPTS = (
+    "a red star moves right on a blue background",
+    "a yellow disc grows on a purple background",
+    "the sun rises over green hills",
+)
+
+
+def run(command: list[str]) -> None:
+    """Prints a command, runs it, and stops this script with its exit code when it fails."""
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def validation_losses(run_folder: Path) -> list[float]:
+    """Returns the validation losses of a run, oldest first."""
+    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry["valid_loss"] for entry in map(json.loads, lines) if "valid_loss" in entry]
+
+
+def main() -> None:
+    train_words = [
+        f"args.train_iters={STEPS}",
+        "args.save_interval=150",
+        "args.eval_interval=150",
+        "args.log_interval=20",
+    ]
+    run(
+        ["torchrun", "launch/train_video.py", "--base", "configs/sft.yaml", *train_words]
+        + ["deepspeed.optimizer.params.lr=3e-4", f"args.save={SAVE}"]
+    )
+    run_folder = max(SAVE.iterdir(), key=lambda path: path.stat().st_mtime)
+    prompt_file = run_folder / "prompts.txt"
+    prompt_file.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    run(
+        ["torchrun", "launch/sample_video.py", "--base", "configs/sample.yaml", f"args.load={run_folder}"]
+        + ["args.input_type=txt", f"args.input_file={prompt_file}", f"args.output_dir={SAMPLES}"]
+    )
+    losses = validation_losses(run_folder)
+    step = (run_folder / "latest").read_text(encoding="utf-8").strip()
+    print(f"\ncheckpoint       {run_folder / step}")
+    for video in sorted(SAMPLES.rglob("*.mp4")):
+        print(f"sample           {video}")
+    print(f"validation loss  {losses[0]:.4f} before -> {losses[-1]:.4f} after {STEPS} steps")
+
+
+if __name__ == "__main__":
+    main()
