@@ -1,0 +1,226 @@
+"""A run that is saved and resumed goes on as if nothing had happened: DeepSpeed engines, gloo ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sat_train.checkpoint.agreement import on_rank_0
+from sat_train.checkpoint.find import ResumePoint, find_resume_point
+from sat_train.checkpoint.manifest import BaseWeights
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import CheckpointError
+from tests.ranks.pool import RankFailure
+
+pytestmark = pytest.mark.ranks
+
+# ZeRO-0 in half precision counts Adam's steps wrongly in DeepSpeed, so there is no such case
+CASES = [
+    (stage, dtype, lora)
+    for stage in (0, 1, 2, 3)
+    for dtype in ("fp32", "bf16")
+    for lora in (False, True)
+    if (stage, dtype) != (0, "bf16")
+]
+BASE = BaseWeights(source="base.safetensors", sha256="b" * 64)
+
+
+def build_engine(*, zero_stage: int, dtype: str, lora: bool, seed: int = 0, width: int = 16) -> Any:
+    import deepspeed
+
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, width), torch.nn.SiLU(), torch.nn.Linear(width, 7), torch.nn.Linear(7, 4)
+    )
+    model.register_buffer("table", torch.arange(3.0))
+    if lora:
+        model[0].weight.requires_grad_(False)
+        model[2].bias.requires_grad_(False)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": zero_stage},
+        "bf16": {"enabled": dtype == "bf16"},
+        "gradient_clipping": 0.1,
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def train(engine: Any, rank: int, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        inputs = torch.randn(2, 8, generator=generator).to(next(engine.module.parameters()).dtype)
+        loss = engine(inputs).float().square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def save(
+    grid: ProcessGrid, engine: Any, run_folder: Path, *, step: int, lora: bool = False, ema_state: Any = None
+) -> Path:
+    from sat_train.checkpoint.save import save_training_checkpoint
+
+    return save_training_checkpoint(
+        grid,
+        engine=engine,
+        run_folder=run_folder,
+        step=step,
+        samples_consumed=2 * grid.data_size * step,
+        client_state={"smoothed_loss": 0.5, "names": ["a", "b"]},
+        ema_state=ema_state,
+        exclude_frozen=lora,
+        config_digest="c" * 64,
+        data_fingerprint="d" * 64,
+        base_weights=BASE if lora else None,
+    )
+
+
+def find(grid: ProcessGrid, save_root: Path) -> ResumePoint | None:
+    return on_rank_0(
+        grid,
+        lambda: find_resume_point(
+            "auto", save_root=save_root, experiment_name="exp", is_alive=lambda folder: False
+        ),
+    )
+
+
+def load(grid: ProcessGrid, engine: Any, save_root: Path, base: BaseWeights = BASE) -> Any:
+    from sat_train.checkpoint.resume import load_training_checkpoint
+
+    point = find(grid, save_root)
+    assert point is not None
+    return load_training_checkpoint(grid, engine=engine, point=point, base_weights=base)
+
+
+def new_run(grid: ProcessGrid, save_root: Path) -> Path:
+    run_folder = save_root / "exp-20260101-000000"
+    on_rank_0(grid, lambda: run_folder.mkdir(parents=True))
+    return run_folder
+
+
+def _resume_is_exact(grid: ProcessGrid, root: Path, zero_stage: int, dtype: str, lora: bool) -> int:
+    save_root = root / f"{zero_stage}-{dtype}-{lora}"
+    run_folder = new_run(grid, save_root)
+    engine = build_engine(zero_stage=zero_stage, dtype=dtype, lora=lora)
+    train(engine, grid.rank, range(3))
+    ema = {"0.weight": torch.full((2,), float(grid.rank))}
+    folder = save(grid, engine, run_folder, step=3, lora=lora, ema_state=ema)
+    straight = train(engine, grid.rank, range(3, 6))
+
+    # frozen weights come from the base; all else must come from the checkpoint, whatever was there before
+    resumed = build_engine(zero_stage=zero_stage, dtype=dtype, lora=lora, seed=0 if lora else 1)
+    state = load(grid, resumed, save_root)
+    assert train(resumed, grid.rank, range(3, 6)) == straight
+    assert (state.step, state.samples_consumed) == (3, 6 * grid.data_size)
+    assert state.client_state == {"smoothed_loss": 0.5, "names": ["a", "b"]}
+    assert torch.equal(state.ema_state["0.weight"], ema["0.weight"])
+    return sum(path.stat().st_size for path in folder.glob("*model_states.pt"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resume_is_bit_exact(rank_pool: Callable[..., Any], tmp_path: Path, world_size: int) -> None:
+    for zero_stage, dtype, lora in CASES:
+        rank_pool(world_size)(_resume_is_exact, tmp_path / str(world_size), zero_stage, dtype, lora)
+
+
+def _save_only(grid: ProcessGrid, save_root: Path, lora: bool) -> None:
+    engine = build_engine(zero_stage=2, dtype="fp32", lora=lora)
+    train(engine, grid.rank, range(1))
+    save(grid, engine, new_run(grid, save_root), step=1, lora=lora)
+
+
+def _load_refused(grid: ProcessGrid, save_root: Path, options: dict[str, Any], base_sha256: str) -> str:
+    engine = build_engine(**{"zero_stage": 2, "dtype": "fp32", "lora": False, **options})
+    before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    with pytest.raises(CheckpointError) as caught:
+        load(grid, engine, save_root, BaseWeights(source="ours.safetensors", sha256=base_sha256))
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+    return str(caught.value)
+
+
+def test_what_does_not_fit_is_refused_by_name(rank_pool: Callable[..., Any], tmp_path: Path) -> None:
+    rank_pool(2)(_save_only, tmp_path / "full", False)
+    rank_pool(2)(_save_only, tmp_path / "lora", True)
+
+    def refusal(world_size: int, kind: str, sha256: str = "b" * 64, **options: Any) -> str:
+        messages = rank_pool(world_size)(_load_refused, tmp_path / kind, options, sha256)
+        assert len(set(messages)) == 1, "all ranks must say the same"
+        return str(messages[0])
+
+    assert "written by 2 data x 1 model ranks at ZeRO-2, this run has 1 data" in refusal(1, "full")
+    assert "this run has 2 data x 1 model ranks at ZeRO-1" in refusal(2, "full", zero_stage=1)
+    wider = refusal(2, "full", width=32)
+    assert "mismatched  0.weight: the model has [32, 8], the file [16, 8]" in wider
+    assert "0 missing, 0 unexpected, 3 of another shape" in wider
+    assert "unexpected  0.weight [16, 8]" in refusal(2, "full", lora=True)
+    assert "stands on base weights base.safetensors" in refusal(2, "lora", sha256="e" * 64, lora=True)
+
+
+def _a_failed_write_is_agreed(grid: ProcessGrid, save_root: Path) -> str:
+    from sat_train.checkpoint import engine_io
+
+    engine = build_engine(zero_stage=2, dtype="fp32", lora=False)
+    run_folder = new_run(grid, save_root)
+    save(grid, engine, run_folder, step=1)
+    train(engine, grid.rank, range(1))
+
+    def full_disk(path: Path, write: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    honest = engine_io.write_file
+    if grid.rank == 1:
+        engine_io.write_file = full_disk
+    with pytest.raises(CheckpointError) as caught:
+        save(grid, engine, run_folder, step=2)
+    engine_io.write_file = honest
+    assert not (run_folder / "2").exists()
+    # training goes on, and so does saving
+    train(engine, grid.rank, range(1, 2))
+    save(grid, engine, run_folder, step=3)
+    found = find(grid, save_root)
+    assert found is not None
+    assert found.step == 3
+    return str(caught.value)
+
+
+def test_one_rank_that_cannot_write_fails_the_save_on_all(
+    rank_pool: Callable[..., Any], tmp_path: Path
+) -> None:
+    messages = rank_pool(2)(_a_failed_write_is_agreed, tmp_path)
+    assert messages[0] == messages[1]
+    assert "rank 1: zero_pp_rank_1_mp_rank_00_optim_states.pt: No space left on device" in messages[0]
+
+
+def _killed_in_a_save(grid: ProcessGrid, save_root: Path) -> None:
+    from sat_train.checkpoint import engine_io
+
+    engine = build_engine(zero_stage=2, dtype="fp32", lora=False)
+    run_folder = new_run(grid, save_root)
+    save(grid, engine, run_folder, step=1)
+    train(engine, grid.rank, range(1))
+    if grid.rank == 1:
+        engine_io.write_file = lambda path, write: os.kill(os.getpid(), signal.SIGKILL)
+    save(grid, engine, run_folder, step=2)
+
+
+def _resumed_step(grid: ProcessGrid, save_root: Path) -> int:
+    return int(load(grid, build_engine(zero_stage=2, dtype="fp32", lora=False), save_root).step)
+
+
+def test_a_rank_killed_in_a_save_leaves_the_earlier_checkpoint(
+    rank_pool: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RankFailure):
+        rank_pool(2)(_killed_in_a_save, tmp_path)
+    assert rank_pool(2)(_resumed_step, tmp_path) == [1, 1]

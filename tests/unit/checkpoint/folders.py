@@ -1,0 +1,72 @@
+"""Small checkpoints made of plain files, for the tests of publishing, finding and keeping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sat_train.checkpoint.files import FileRecord, HashingFile, write_file
+from sat_train.checkpoint.manifest import Manifest
+from sat_train.checkpoint.publish import RankReport, publish
+from sat_train.distributed.processes import ProcessGrid
+
+FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+def run_folder(root: Path, stamp: str = "20260101-000000", name: str = "exp") -> Path:
+    folder = root / f"{name}-{stamp}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def describe(step: int, files: tuple[FileRecord, ...]) -> Manifest:
+    return Manifest(
+        step=step,
+        samples_consumed=4 * step,
+        world_size=1,
+        data_size=1,
+        model_size=1,
+        zero_stage=2,
+        trainable_only=False,
+        config_digest="c" * 64,
+        data_fingerprint="d" * 64,
+        base_weights=None,
+        versions={"torch": torch.__version__},
+        files=files,
+    )
+
+
+def write_shards(folder: Path, step: int) -> RankReport:
+    """Two files that hold the step, large enough to be written in several pieces."""
+    records = []
+    for name in FILES:
+
+        def write(file: HashingFile) -> None:
+            torch.save({"step": step, "weights": torch.full((5000,), float(step))}, file)
+
+        try:
+            records.append(write_file(folder / name, write))
+        except OSError as error:
+            return RankReport(files=records, failure=f"{name}: {error.strerror}")
+    return RankReport(files=records)
+
+
+def commit(grid: ProcessGrid, run: Path, step: int, *, expected_bytes: int = 0) -> Path:
+    return publish(
+        grid,
+        run_folder=run,
+        step=step,
+        expected_bytes=expected_bytes,
+        write=lambda folder: write_shards(folder, step),
+        describe=lambda files: describe(step, files),
+    )
+
+
+def holds_step(folder: Path, step: int) -> bool:
+    """Says whether every file of a step folder loads and holds what was written for that step."""
+    states = [torch.load(folder / name, weights_only=True) for name in FILES]
+    return all(
+        state["step"] == step and torch.equal(state["weights"], torch.full((5000,), float(step)))
+        for state in states
+    )

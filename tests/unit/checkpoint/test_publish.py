@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sat_train.checkpoint import files as files_module
+from sat_train.checkpoint.find import newest_verified
+from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps
+from sat_train.checkpoint.manifest import verify_checkpoint
+from sat_train.checkpoint.retention import prune_checkpoints, remove_leftovers
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import CheckpointError
+from tests.unit.checkpoint.folders import FILES, commit, holds_step, run_folder
+
+
+def test_a_published_folder_holds_the_files_and_their_hashes(grid: ProcessGrid, tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    target = commit(grid, run, 7)
+    assert target == run / "7"
+    assert sorted(path.name for path in target.iterdir()) == sorted([*FILES, MANIFEST])
+    assert (run / LATEST).read_text() == "7"
+    assert verify_checkpoint(target).samples_consumed == 28
+    assert not list(run.glob(".tmp-*"))
+
+
+def test_a_step_that_is_saved_again_replaces_the_old_one(grid: ProcessGrid, tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    commit(grid, run, 7)
+    (run / "7" / "stray").touch()
+    commit(grid, run, 7)
+    assert not (run / "7" / "stray").exists()
+    assert holds_step(run / "7", 7)
+    assert not list(run.glob(".tmp-*"))
+
+
+# --- killed at every point
+
+_POINTS = ("fsync", "replace", "rename", "mkdir", "open", "rmdir", "unlink")
+
+
+def _die_at(number: int) -> None:
+    """From now on this process dies at its `number`-th file operation; a write stops half-way."""
+    count = 0
+
+    def dies() -> bool:
+        nonlocal count
+        count += 1
+        return count == number
+
+    def before(function: Callable[..., Any]) -> Callable[..., Any]:
+        def killed(*args: Any, **options: Any) -> Any:
+            if dies():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return killed
+
+    for name in _POINTS:
+        setattr(os, name, before(getattr(os, name)))
+    write = files_module.HashingFile.write
+
+    def half_written(self: files_module.HashingFile, data: Any) -> int:
+        if dies():
+            write(self, memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
+            self._raw.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, data)
+
+    files_module.HashingFile.write = half_written  # type: ignore[method-assign]
+
+
+def _save_in_child(action: Callable[[], object], number: int) -> int:
+    """Runs `action` in a forked process that dies at its `number`-th file operation; returns how it ended."""
+    child = os.fork()
+    if child == 0:
+        _die_at(number)
+        action()
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def test_a_save_killed_at_any_point_never_leaves_a_torn_checkpoint(grid: ProcessGrid, tmp_path: Path) -> None:
+    ended, number = signal.SIGKILL, 0
+    seen = set()
+    while ended:
+        number += 1
+        run = run_folder(tmp_path, name=f"exp{number}")
+        commit(grid, run, 1)
+
+        def save_and_prune(run: Path = run) -> None:
+            commit(grid, run, 2)
+            prune_checkpoints(run, keep_last=1)
+
+        ended = _save_in_child(save_and_prune, number)
+        assert ended in (0, signal.SIGKILL)
+        found = newest_verified(run)
+        assert found is not None, f"nothing to resume from after a kill at operation {number}"
+        assert holds_step(run / str(found.step), found.step)
+        assert not list(run.glob("*.corrupt")), f"a torn folder was committed at operation {number}"
+        seen.add(found.step)
+
+        remove_leftovers(run)
+        assert not list(run.glob(".tmp-*"))
+        commit(grid, run, 3)
+        assert (run / LATEST).read_text() == "3"
+    assert seen == {1, 2}
+    assert number > 20
+
+
+# --- a disk that is full
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(mount)], capture_output=True
+    )
+    if done.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_disk_that_fills_during_a_save_keeps_the_earlier_checkpoint(
+    grid: ProcessGrid, tiny_disk: Path
+) -> None:
+    run = run_folder(tiny_disk)
+    commit(grid, run, 1)
+    (tiny_disk / "other").write_bytes(b"x" * 50_000)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)step 2 could not be written.*rank 0: .*No space left on device"
+    ):
+        commit(grid, run, 2)
+    found = newest_verified(run)
+    assert found is not None
+    assert found.step == 1
+    assert not list(run.glob(".tmp-*"))
+    (tiny_disk / "other").unlink()
+    commit(grid, run, 2)
+    assert committed_steps(run) == [2, 1]
+
+
+def test_too_little_space_is_said_before_anything_is_written(grid: ProcessGrid, tiny_disk: Path) -> None:
+    run = run_folder(tiny_disk)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)no room for the checkpoint of step 1 .*expected: 120 MiB"
+    ):
+        commit(grid, run, 1, expected_bytes=100 * 2**20)
+    assert not list(run.iterdir())
+
+
+def test_a_write_that_fails_half_way_is_reported_with_its_cause(grid: ProcessGrid, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stops a file where a quota would, without needing root."""
+    run = run_folder(tmp_path)
+    commit(grid, run, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=os.strerror(errno.EFBIG)):
+            commit(grid, run, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert committed_steps(run) == [1]
+    assert not list(run.glob(".tmp-*"))
+
+
+def test_a_run_folder_that_is_gone_is_one_clear_error(grid: ProcessGrid, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: No such file or directory"):
+        commit(grid, tmp_path / "nowhere", 1)
