@@ -18,12 +18,14 @@ class CachedSample:
         logvar_btchw: Its log-variance; a latent is drawn anew from both each time.
         text_bld: Text embeddings.
         image_latent_btchw: Mean of the first frame's posterior, for image-to-video; None for text-to-video.
+        image_logvar_btchw: Its log-variance; None takes the mean as it is.
     """
 
     mean_btchw: Tensor
     logvar_btchw: Tensor
     text_bld: Tensor
     image_latent_btchw: Tensor | None = None
+    image_logvar_btchw: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def collate(samples: Sequence[VideoSample]) -> VideoBatch:
     Where only some samples carry an image, the others give their first frame.
     """
     shapes = {tuple(sample.video_tchw.shape) for sample in samples}
-    assert len(shapes) == 1, f"a batch holds one shape, got {sorted(shapes)}: who plans batches must see to it"
+    assert len(shapes) == 1, (
+        f"a batch holds one shape, got {sorted(shapes)}: who plans batches must see to it"
+    )
     has_image = any(sample.image_chw is not None for sample in samples)
     images = [sample.video_tchw[0] if sample.image_chw is None else sample.image_chw for sample in samples]
     return VideoBatch(

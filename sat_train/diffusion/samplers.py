@@ -1,8 +1,8 @@
 """Samplers: from noise to a latent, each one flat function.
 
-A sampler calls `denoise(latent, timestep) -> v` once a step; guidance and conditioning are the caller's.
-Latents are float32 of any shape; `alpha_bar` is the float64 schedule. `on_step(index, steps)` is called after
-each step.
+A sampler draws the noise it starts from and calls `denoise(latent, timestep) -> v` once a step; guidance and
+conditioning are the caller's. Latents are float32 of any shape; `alpha_bar` is the float64 schedule.
+`on_step(index, steps)` is called after each step.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from sat_train.diffusion.parameterization import x0_from_v
 from sat_train.diffusion.timesteps import Spacing, sampling_timesteps
 
 Denoise = Callable[[Tensor, int], Tensor]
+DrawNoise = Callable[[], Tensor]
 OnStep = Callable[[int, int], None]
 
 
 def sample_ddim(
     denoise: Denoise,
-    latent: Tensor,
+    draw_noise: DrawNoise,
     *,
     alpha_bar: Tensor,
     steps: int,
@@ -32,7 +33,7 @@ def sample_ddim(
 
     Args:
         denoise: (latent, timestep) -> predicted v, of the latent's shape.
-        latent: Unit normal noise.
+        draw_noise: Gives unit normal noise of the latent's shape. Called once.
         alpha_bar: Schedule, shape (num_timesteps,).
         steps: Number of network evaluations.
         spacing: Which timesteps are visited.
@@ -46,6 +47,7 @@ def sample_ddim(
     """
     alpha_bar = alpha_bar.cpu()
     clean = alpha_bar.new_ones(())
+    latent = draw_noise()
     for index, (timestep, reached) in enumerate(sampling_timesteps(steps, len(alpha_bar), spacing)):
         now = alpha_bar[timestep]
         then = clean if reached is None else alpha_bar[reached]
@@ -59,11 +61,10 @@ def sample_ddim(
 
 def sample_dpmpp_2m(
     denoise: Denoise,
-    latent: Tensor,
+    draw_noise: DrawNoise,
     *,
     alpha_bar: Tensor,
     steps: int,
-    draw_noise: Callable[[], Tensor],
     spacing: Spacing = "trailing",
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -75,12 +76,11 @@ def sample_dpmpp_2m(
 
     Args:
         denoise: (latent, timestep) -> predicted v, of the latent's shape.
-        latent: Unit normal noise.
+        draw_noise: Gives unit normal noise of the latent's shape. Called once before the first step, once in
+            it, and twice in each later one but the last, with the second kept: so do CogVideoX's own
+            samplers, and one seed gives one video here and there.
         alpha_bar: Schedule, shape (num_timesteps,).
         steps: Number of network evaluations.
-        draw_noise: Gives unit normal noise of the latent's shape. Called once in the first step and twice in
-            each later one but the last, with the second kept: so do CogVideoX's own samplers, and one seed
-            gives one video in both.
         spacing: Which timesteps are visited.
         on_step: Called with (index of the finished step, steps).
 
@@ -92,7 +92,7 @@ def sample_dpmpp_2m(
     """
     alpha_bar = alpha_bar.cpu()
     log_snr_half = torch.logit(alpha_bar) / 2
-    x0_last, timestep_last = None, 0
+    latent, x0_last, timestep_last = draw_noise(), None, 0
     for index, (timestep, reached) in enumerate(sampling_timesteps(steps, len(alpha_bar), spacing)):
         now = alpha_bar[timestep]
         x0 = x0_from_v(latent, denoise(latent, timestep), now)

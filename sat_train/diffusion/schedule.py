@@ -12,6 +12,8 @@ def zero_snr_alpha_bar(
     *,
     beta_start: float = 0.00085,
     beta_end: float = 0.012,
+    keep_start: bool = False,
+    post_shift: bool = False,
 ) -> Tensor:
     """Scaled-linear DDPM schedule with shifted SNR, rescaled so that the last timestep is pure noise.
 
@@ -21,6 +23,8 @@ def zero_snr_alpha_bar(
             members.
         beta_start: Variance added at the first timestep.
         beta_end: Variance added at the last timestep, before the rescaling.
+        keep_start: Take a smaller first variance, so that the shift brings it back to `beta_start`.
+        post_shift: Shift after the rescaling instead of before; `keep_start` means nothing then.
 
     Returns:
         `alpha_bar` of shape (num_timesteps,), float64, falling from nearly 1 to exactly 0: the share of the
@@ -30,8 +34,20 @@ def zero_snr_alpha_bar(
     `sgm/modules/diffusionmodules/discretizer.py` ZeroSNRDDPMDiscretization, and diffusers 0.42
     `CogVideoXDDIMScheduler` with `rescale_betas_zero_snr`, for the order of shift and rescaling.
     """
+    if keep_start and not post_shift:
+        beta_start = beta_start / (shift_scale + (1.0 - shift_scale) * beta_start)
     beta = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1.0 - beta, dim=0)
-    alpha_bar = alpha_bar / (shift_scale + (1.0 - shift_scale) * alpha_bar)
+    if post_shift:
+        return _shift_snr(_zero_terminal_snr(alpha_bar), shift_scale)
+    return _zero_terminal_snr(_shift_snr(alpha_bar, shift_scale))
+
+
+def _shift_snr(alpha_bar: Tensor, shift_scale: float) -> Tensor:
+    return alpha_bar / (shift_scale + (1.0 - shift_scale) * alpha_bar)
+
+
+def _zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
+    """Moves and stretches `sqrt(alpha_bar)` so that it ends at 0 and begins where it began."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

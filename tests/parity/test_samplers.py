@@ -9,6 +9,7 @@ from sat_train.diffusion.schedule import zero_snr_alpha_bar
 
 # every count divides 1000, where diffusers' stride meets its own timesteps
 STEPS = [2, 10, 50]
+SHAPE = (2, 3, 4, 5, 6)
 
 
 def _denoise(latent: torch.Tensor, timestep: int) -> torch.Tensor:
@@ -26,7 +27,7 @@ def _scheduler(cls, shift_scale, spacing):
 
 
 def _noise():
-    return torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
@@ -40,7 +41,7 @@ def test_ddim(steps, shift_scale, spacing):
         v = _denoise(theirs, int(timestep))
         theirs = scheduler.step(v, timestep, theirs, return_dict=False)[0]
     ours = sample_ddim(
-        _denoise, _noise(), alpha_bar=zero_snr_alpha_bar(1000, shift_scale), steps=steps, spacing=spacing
+        _denoise, _noise, alpha_bar=zero_snr_alpha_bar(1000, shift_scale), steps=steps, spacing=spacing
     )
     # fp32 rounding, grown by a field whose slope is about 2
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -52,8 +53,8 @@ def test_ddim(steps, shift_scale, spacing):
 def test_dpmpp_2m_draws_the_same_noise_and_goes_the_same_way(steps, shift_scale, spacing):
     scheduler = _scheduler(CogVideoXDPMScheduler, shift_scale, spacing)
     scheduler.set_timesteps(steps)
-    theirs, x0_last = _noise(), None
-    generator = torch.Generator().manual_seed(1)
+    x0_last, generator = None, torch.Generator().manual_seed(1)
+    theirs = torch.randn(SHAPE, generator=generator)
     for index, timestep in enumerate(scheduler.timesteps):
         back = scheduler.timesteps[index - 1] if index else None
         v = _denoise(theirs, int(timestep))
@@ -63,10 +64,9 @@ def test_dpmpp_2m_draws_the_same_noise_and_goes_the_same_way(steps, shift_scale,
     generator = torch.Generator().manual_seed(1)
     ours = sample_dpmpp_2m(
         _denoise,
-        _noise(),
+        lambda: torch.randn(SHAPE, generator=generator),
         alpha_bar=zero_snr_alpha_bar(1000, shift_scale),
         steps=steps,
-        draw_noise=lambda: torch.randn(2, 3, 4, 5, 6, generator=generator),
         spacing=spacing,
     )
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

@@ -34,11 +34,15 @@ def _velocity_of_normal(mean: float, std: float):
 
 
 def _run(name, denoise, latent, steps, **options):
-    if name == "ddim":
-        return sample_ddim(denoise, latent, alpha_bar=ALPHA_BAR, steps=steps, **options)
     generator = torch.Generator().manual_seed(7)
-    draw = lambda: torch.randn(latent.shape, generator=generator, dtype=latent.dtype)  # noqa: E731
-    return sample_dpmpp_2m(denoise, latent, alpha_bar=ALPHA_BAR, steps=steps, draw_noise=draw, **options)
+    drawn = [latent]
+
+    def draw_noise():
+        drawn.append(torch.randn(latent.shape, generator=generator, dtype=latent.dtype))
+        return drawn[-2]
+
+    sample = {"ddim": sample_ddim, "dpmpp_2m": sample_dpmpp_2m}[name]
+    return sample(denoise, draw_noise, alpha_bar=ALPHA_BAR, steps=steps, **options)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])

@@ -1,0 +1,67 @@
+"""The random numbers of a batch: one stream for each sample and purpose, whatever is beside the sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sat_train.distributed.seeds import derive_generator
+
+
+@dataclass(frozen=True)
+class SampleRandomness:
+    """Draws for the samples of one batch, on the CPU, in full precision.
+
+    A sample's numbers depend on `(seed, purpose, its index)` alone: not on the world size, the micro-batch,
+    the rank or the order of the draws. Ranks that hold the same sample draw the same numbers and need not
+    exchange them.
+
+    Args:
+        seed: The run's seed.
+        sample_indices: Global index of each sample of the batch.
+    """
+
+    seed: int
+    sample_indices: tuple[int, ...]
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns unit normal numbers, float32, of shape (b, *shape)."""
+        return torch.stack(
+            [torch.randn(shape, generator=generator) for generator in self._generators(purpose)]
+        )
+
+    def uniform(self, purpose: str) -> Tensor:
+        """Returns one number in [0, 1) for each sample, float64, of shape (b,)."""
+        return torch.stack(
+            [
+                torch.rand((), generator=generator, dtype=torch.float64)
+                for generator in self._generators(purpose)
+            ]
+        )
+
+    def chance(self, purpose: str, probability: float) -> Tensor:
+        """Returns for each sample whether an event of this probability happens, bool, of shape (b,)."""
+        return self.uniform(purpose) < probability
+
+    def strata(self, purpose: str, batch_size: int) -> Tensor:
+        """Gives each sample of a global batch its own number in [0, batch_size), shuffled from batch to
+        batch.
+
+        Args:
+            purpose: What the strata are for.
+            batch_size: Samples of a global batch; sample `i` is the `i % batch_size`-th of batch `i //
+                batch_size`.
+
+        Returns:
+            int64 of shape (b,).
+        """
+        return torch.stack([self._shuffled(purpose, index, batch_size) for index in self.sample_indices])
+
+    def _shuffled(self, purpose: str, index: int, batch_size: int) -> Tensor:
+        batch, position = divmod(index, batch_size)
+        return torch.randperm(batch_size, generator=derive_generator(self.seed, purpose, batch))[position]
+
+    def _generators(self, purpose: str) -> list[torch.Generator]:
+        return [derive_generator(self.seed, purpose, index) for index in self.sample_indices]

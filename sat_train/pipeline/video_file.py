@@ -1,0 +1,123 @@
+"""Writes videos for people: mp4 files and contact sheets, complete or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from sat_train.errors import SatTrainError
+from sat_train.log import get_logger
+
+logger = get_logger(__name__)
+
+# CRF of libx264; below 18 compression is hardly visible, and these files are looked at for artefacts of the
+# model
+_CRF = "16"
+_CAPTION_HEIGHT = 16
+_GAP = 2
+
+
+def write_mp4(path: Path | str, video_tchw: Tensor, *, fps: float) -> None:
+    """Writes H.264 in yuv420p, which every player shows.
+
+    Where FFmpeg came without libx264 it is MPEG-4 part 2, and a warning says so. Odd sizes, which yuv420p
+    cannot hold, are made even by repeating the last row or column.
+
+    Args:
+        path: File to write; its folder is made.
+        video_tchw: uint8 RGB frames.
+        fps: Frames per second.
+
+    Raises:
+        SatTrainError: The file cannot be written.
+    """
+    frames_thwc = _even_size(video_tchw).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    with _complete_or_absent(Path(path)) as partial, av.open(str(partial), "w", format="mp4") as container:
+        codec = _codec()
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames_thwc.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": _CRF} if codec == "libx264" else {"qscale": "2"}
+        for frame_hwc in frames_thwc:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_hwc, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def write_contact_sheet(
+    path: Path | str, videos: Sequence[Tensor], captions: Sequence[str], *, columns: int = 8
+) -> None:
+    """Writes a PNG with one row a video: its caption, and frames spread over its length, first and last
+    included.
+
+    Args:
+        path: File to write; its folder is made.
+        videos: uint8 RGB video_tchw, of any sizes.
+        captions: One for each video, cut to the width of the sheet.
+        columns: Frames of a row, at most.
+
+    Raises:
+        SatTrainError: The file cannot be written.
+    """
+    assert len(videos) == len(captions) > 0, f"{len(videos)} videos, {len(captions)} captions"
+    rows = [_row(video, caption, columns) for video, caption in zip(videos, captions, strict=True)]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    with _complete_or_absent(Path(path)) as partial:
+        sheet.save(partial, format="PNG")
+
+
+def _row(video_tchw: Tensor, caption: str, columns: int) -> Image.Image:
+    frames, _, height, width = video_tchw.shape
+    columns = min(columns, frames)
+    row = Image.new("RGB", (columns * (width + _GAP) - _GAP, _CAPTION_HEIGHT + height + _GAP), "white")
+    ImageDraw.Draw(row).text((2, 2), " ".join(caption.split()), fill="black")
+    for column in range(columns):
+        index = round(column * (frames - 1) / max(columns - 1, 1))
+        pixels = video_tchw[index].permute(1, 2, 0).contiguous().cpu().numpy()
+        row.paste(Image.fromarray(pixels), (column * (width + _GAP), _CAPTION_HEIGHT))
+    return row
+
+
+def _even_size(video_tchw: Tensor) -> Tensor:
+    height, width = video_tchw.shape[-2:]
+    if height % 2 == 0 and width % 2 == 0:
+        return video_tchw
+    # replicate padding is not written for uint8
+    padded = F.pad(video_tchw.float(), (0, width % 2, 0, height % 2), mode="replicate")
+    return padded.to(video_tchw.dtype)
+
+
+def _codec() -> str:
+    if "libx264" in av.codecs_available:
+        return "libx264"
+    logger.warning("this FFmpeg has no libx264: videos are written as MPEG-4 part 2")
+    return "mpeg4"
+
+
+@contextmanager
+def _complete_or_absent(path: Path) -> Iterator[Path]:
+    """Gives a name beside `path` to write to, and renames it when the writing is done."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise SatTrainError(
+            f"{path} cannot be written: {error}",
+            remedy="check the folder, its permissions and the free space",
+        ) from error
+    finally:
+        if partial.exists():
+            partial.unlink()
