@@ -18,6 +18,7 @@ class SatTrainError(Exception):
     """
 
     exit_code = 2
+    ranks_agree = False  # all ranks raise the same one, so rank 0 alone shows it
 
     def __init__(self, problem: str, *, expected: str = "", remedy: str = "") -> None:
         self.problem = problem

@@ -80,11 +80,10 @@ def check_all_ranks(grid: ProcessGrid, error: SatTrainError | None) -> None:
     Ranks: all.
     """
     errors = gather_objects(grid, error and (str(error), error.exit_code))
-    if error is not None:
-        raise error
     for rank, other in enumerate(errors):
         if other is not None:
             message, exit_code = other
-            raised = SatTrainError(f"rank {rank}: {message}")
+            raised = error or SatTrainError(f"rank {rank}: {message}")
             raised.exit_code = exit_code
+            raised.ranks_agree = True
             raise raised

@@ -111,15 +111,16 @@ def stop_processes() -> None:
 
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
-    # DeepSpeed keeps its own handle on torch.distributed and would take the dead one at the next start
-    deepspeed_comm = sys.modules.get("deepspeed.comm.comm")
-    if deepspeed_comm is not None:
-        deepspeed_comm.cdb = None
-    deepspeed_groups = sys.modules.get("deepspeed.utils.groups")
-    if deepspeed_groups is not None:
-        deepspeed_groups._WORLD_GROUP = None
-        deepspeed_groups.mpu = None
+    _forget_groups_in_deepspeed()
     _grid = None
+
+
+def _forget_groups_in_deepspeed() -> None:
+    """DeepSpeed keeps groups in module variables and would take the dead ones at the next start."""
+    comm, groups = (sys.modules.get(f"deepspeed.{name}") for name in ("comm.comm", "utils.groups"))
+    if comm is not None and groups is not None:
+        comm.cdb = groups.mpu = groups.mesh_device = None
+        groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def _choose_device(device: str, env: RankEnv) -> torch.device:

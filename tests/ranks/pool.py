@@ -8,7 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _GRACE_S = 5  # how long the others may take to fail too once one rank has failed
@@ -50,11 +50,14 @@ class RankFailure(AssertionError):
 
 
 class RankPool:
-    """Runs functions on gloo ranks. Processes start when first needed and live until `close`."""
+    """Runs functions on gloo ranks. Processes start when first needed and live until `close`.
+
+    Each world size has its own: ZeRO-3 counts modules from the start of the process and compares the ranks.
+    """
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._ranks: list[tuple[Any, Connection]] = []
+        self._worlds: dict[int, list[tuple[Any, Connection]]] = {}
 
     def run(
         self,
@@ -72,55 +75,59 @@ class RankPool:
         Raises:
             RankFailure: With the traceback of the first rank that raised. The next call starts new processes.
         """
-        self._grow(world_size)
+        ranks = self._worlds.get(world_size) or self._start(world_size)
         port = _free_port()
-        for rank, (_, connection) in enumerate(self._ranks[:world_size]):
+        for rank, (_, connection) in enumerate(ranks):
             connection.send((rank, world_size, port, model_parallel_size, function, args))
-        return self._collect(world_size, time.monotonic() + timeout_s)
-
-    def close(self) -> None:
-        """Ends the processes."""
-        for process, connection in self._ranks:
-            connection.close()
-            process.kill()
-            process.join()
-        self._ranks.clear()
-
-    def _grow(self, world_size: int) -> None:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        while len(self._ranks) < world_size:
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
-
-    def _collect(self, world_size: int, deadline: float) -> list[Any]:
-        results: dict[int, Any] = {}
-        failure = ""
-        while len(results) < world_size and time.monotonic() < deadline:
-            waiting = {
-                connection: rank
-                for rank, (_, connection) in enumerate(self._ranks[:world_size])
-                if rank not in results
-            }
-            for ready in multiprocessing.connection.wait(list(waiting), timeout=0.2):
-                rank = waiting[ready]
-                results[rank], problem = self._receive(rank, ready)
-                if problem and not failure:
-                    failure = problem
-                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+        results, failure = _collect(ranks, time.monotonic() + timeout_s)
         if failure or len(results) < world_size:
-            self.close()
+            self._end(world_size)
             missing = sorted(set(range(world_size)) - set(results))
             raise RankFailure(failure or f"ranks {missing} did not answer")
         return [results[rank] for rank in range(world_size)]
 
-    @staticmethod
-    def _receive(rank: int, connection: Connection) -> tuple[Any, str]:
-        try:
-            succeeded, value = connection.recv()
-        except EOFError:
-            return None, f"rank {rank} died"
-        return (value, "") if succeeded else (None, f"rank {rank}:\n{value}")
+    def close(self) -> None:
+        """Ends the processes."""
+        for world_size in list(self._worlds):
+            self._end(world_size)
+
+    def _start(self, world_size: int) -> list[tuple[Any, Connection]]:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        ranks = self._worlds[world_size] = []
+        for _ in range(world_size):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        return ranks
+
+    def _end(self, world_size: int) -> None:
+        for process, connection in self._worlds.pop(world_size):
+            connection.close()
+            process.kill()
+            process.join()
+
+
+def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> tuple[dict[int, Any], str]:
+    """Waits for the ranks' answers; once one has failed, only a little longer."""
+    results: dict[int, Any] = {}
+    failure = ""
+    while len(results) < len(ranks) and time.monotonic() < deadline:
+        waiting = {connection: rank for rank, (_, connection) in enumerate(ranks) if rank not in results}
+        for ready in wait(list(waiting), timeout=0.2):
+            rank = waiting[ready]
+            results[rank], problem = _receive(rank, ready)
+            if problem and not failure:
+                failure = problem
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+    return results, failure
+
+
+def _receive(rank: int, connection: Connection) -> tuple[Any, str]:
+    try:
+        succeeded, value = connection.recv()
+    except EOFError:
+        return None, f"rank {rank} died"
+    return (value, "") if succeeded else (None, f"rank {rank}:\n{value}")

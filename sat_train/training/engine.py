@@ -1,0 +1,114 @@
+"""The DeepSpeed engine around the DiT alone. T5 and the VAE never enter it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sat_train.config import RunConfig
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import ConfigError, Fault
+
+
+def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimizer, grid: ProcessGrid) -> Any:
+    """Hands the DiT and a torch optimizer to DeepSpeed.
+
+    No learning-rate scheduler goes with them: `Trainer` sets the rate before each step.
+
+    Returns:
+        `deepspeed.DeepSpeedEngine`; its `module` is `dit` itself, moved to the device and cast.
+
+    Raises:
+        ConfigError: Stage, precision and compilation do not go together.
+
+    Ranks: all.
+    """
+    check_combination(run, grid.device)
+    if run.args.compile == "blocks":
+        dit.compile_blocks()  # before DeepSpeed hooks the modules
+    import deepspeed  # here, after the accelerator has been chosen: it looks once, when imported
+
+    # on the CPU it would compile a collective of its own at start, which gloo has already
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, _, _, _ = deepspeed.initialize(
+        model=dit.to(grid.device),
+        optimizer=optimizer,
+        config=engine_config(run),
+        mpu=SatGrid(grid) if grid.model_size > 1 else None,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def check_combination(run: RunConfig, device: torch.device) -> None:
+    """Refuses what DeepSpeed accepts and does wrong, or refuses without saying why.
+
+    Stage 0 in half precision counts Adam's steps wrongly, and stage 3 breaks compiled blocks at each weight.
+
+    Raises:
+        ConfigError: With every such combination.
+    """
+    args, faults = run.args, []
+    stage = str(args.zero_stage)
+    if args.zero_stage == 0 and (args.fp16 or args.bf16):
+        faults.append(Fault("args.zero_stage", stage, "1, 2 or 3 with fp16 or bf16"))
+    if args.zero_stage == 0 and args.model_parallel_size > 1:
+        faults.append(Fault("args.zero_stage", stage, "1, 2 or 3 with args.model_parallel_size above 1"))
+    if args.fp16 and device.type == "cpu":
+        faults.append(Fault("args.fp16", "true", "false on the CPU; args.bf16=true works there"))
+    if args.zero_stage == 3 and args.compile == "blocks":
+        faults.append(Fault("args.compile", "blocks", "off with args.zero_stage=3"))
+    if faults:
+        raise ConfigError(faults)
+
+
+def engine_config(run: RunConfig) -> dict[str, Any]:
+    """Returns DeepSpeed's dictionary: the section, and what would otherwise compile or synchronise."""
+    section = run.deepspeed
+    zero = section.zero_optimization.model_dump(exclude={"offload_optimizer", "offload_param"})
+    for name in ("offload_optimizer", "offload_param"):
+        offload = getattr(section.zero_optimization, name)
+        if offload.device != "none":
+            zero[name] = offload.model_dump()
+    return {
+        "train_micro_batch_size_per_gpu": section.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": section.gradient_accumulation_steps,
+        "gradient_clipping": section.gradient_clipping,
+        "zero_optimization": zero,
+        "fp16": section.fp16.model_dump(),
+        "bf16": section.bf16.model_dump(),
+        "zero_allow_untested_optimizer": section.zero_allow_untested_optimizer,
+        # a torch optimizer on offloaded states is slower than DeepSpeed's, but needs no compiler
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": section.steps_per_print,
+        "wall_clock_breakdown": section.wall_clock_breakdown,
+        # its throughput timer synchronises the device at every step
+        "timers": {"throughput": {"enabled": section.wall_clock_breakdown}},
+    }
+
+
+class SatGrid:
+    """The process grid as DeepSpeed wants to ask for it."""
+
+    def __init__(self, grid: ProcessGrid) -> None:
+        self._grid = grid
+
+    def get_model_parallel_rank(self) -> int:
+        return self._grid.model_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._grid.model_size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._grid.model_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._grid.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._grid.data_size
+
+    def get_data_parallel_group(self) -> Any:
+        return self._grid.data_group

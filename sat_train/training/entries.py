@@ -1,0 +1,70 @@
+"""What is reported of a run: one record a logged step, one a validation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainEntry:
+    """One logged step.
+
+    Args:
+        step: Optimizer steps done.
+        loss: Mean over the global batch of this step.
+        loss_smoothed: Exponentially weighted mean of the losses of all steps.
+        lr: Learning rate of this step.
+        grad_norm: Norm of the whole gradient before clipping; None when the engine gave none.
+        step_time_s: Seconds of one step, mean since the last entry, without saving and validating.
+        data_wait_s: Seconds of it in which this rank waited for the loader.
+        samples_per_s: Samples of all ranks together.
+        peak_memory_gib: Most memory since start: of the device, or of the process on the CPU.
+        skipped: Steps so far that were left out because a gradient was not finite.
+    """
+
+    step: int
+    loss: float
+    loss_smoothed: float
+    lr: float
+    grad_norm: float | None
+    step_time_s: float
+    data_wait_s: float
+    samples_per_s: float
+    peak_memory_gib: float
+    skipped: int
+
+
+@dataclass(frozen=True)
+class ValidationEntry:
+    """One validation.
+
+    Args:
+        step: Optimizer steps done.
+        valid_loss: Mean over clips and timesteps.
+        valid_loss_by_timestep: Mean at each timestep of the grid, by timestep.
+        valid_samples: Clips in it.
+    """
+
+    step: int
+    valid_loss: float
+    valid_loss_by_timestep: dict[int, float]
+    valid_samples: int
+
+
+Entry = TrainEntry | ValidationEntry
+
+
+def as_json(entry: Entry) -> dict[str, Any]:
+    """Returns the entry as a plain dictionary."""
+    return asdict(entry)
+
+
+def scalars(entry: Entry) -> dict[str, float]:
+    """Returns the numbers of an entry by tracker name, e.g. `train/loss`."""
+    if isinstance(entry, TrainEntry):
+        values = {f"train/{name}": value for name, value in asdict(entry).items() if name != "step"}
+    else:
+        values = {"valid/loss": entry.valid_loss}
+        values |= {f"valid/loss_at_{t}": loss for t, loss in entry.valid_loss_by_timestep.items()}
+    return {name: value for name, value in values.items() if value is not None}

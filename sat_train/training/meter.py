@@ -1,0 +1,96 @@
+"""Losses, times and memory between two log lines. Nothing here waits for the device between them."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sat_train.distributed.collectives import sum_over_data
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.training.entries import TrainEntry
+from sat_train.training.state import TrainState
+from sat_train.training.step import StepResult
+
+_GIB = 2**30
+
+
+class Meter:
+    """Collects what steps leave and reads it when it is wanted.
+
+    Args:
+        grid: The process grid.
+        samples_per_step: Samples of all ranks together in one step.
+    """
+
+    def __init__(self, grid: ProcessGrid, samples_per_step: int) -> None:
+        self._grid = grid
+        self._samples_per_step = samples_per_step
+        self._pending: list[torch.Tensor] = []
+        self._last_loss = float("nan")
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new interval."""
+        self._steps = 0
+        self._data_wait_s = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, result: StepResult) -> None:
+        """Takes one step in."""
+        self._pending.append(result.loss)
+        self._steps += 1
+        self._data_wait_s += result.data_wait_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out of the step time what happens inside: saving, validating."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def fold_losses(self, state: TrainState) -> None:
+        """Averages the pending losses over the ranks and takes them into the smoothed loss, in their order.
+
+        Ranks: all.
+        """
+        if not self._pending:
+            return
+        losses = sum_over_data(self._grid, torch.stack(self._pending)) / self._grid.data_size
+        self._pending.clear()
+        for loss in losses.tolist():
+            state.take_loss(loss)
+            self._last_loss = loss
+
+    def entry(self, state: TrainState, *, lr: float, grad_norm: float | None) -> TrainEntry:
+        """Reads everything since the last entry. Call `fold_losses` before.
+
+        Returns:
+            The record of the step that has just ended.
+        """
+        seconds = time.perf_counter() - self._since
+        steps = max(1, self._steps)
+        return TrainEntry(
+            step=state.step,
+            loss=self._last_loss,
+            loss_smoothed=state.loss_smoothed,
+            lr=lr,
+            grad_norm=grad_norm,
+            step_time_s=seconds / steps,
+            data_wait_s=self._data_wait_s / steps,
+            samples_per_s=self._samples_per_step * steps / seconds,
+            peak_memory_gib=peak_memory_gib(self._grid.device),
+            skipped=state.skipped,
+        )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the most memory this process has used: of the device, or resident on the CPU. In GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB

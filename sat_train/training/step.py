@@ -1,0 +1,165 @@
+"""One optimizer step: micro-steps, agreement of the ranks, update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from sat_train.distributed.collectives import gather_objects, max_flags
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import TrainingError
+from sat_train.training.signals import StopRequest
+
+
+class Batch(Protocol):
+    """What a step needs to know of a batch: names for its messages."""
+
+    clip_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step left.
+
+    Args:
+        loss: [], fp32, on the device: mean over this rank's samples.
+        data_wait_s: Seconds in which this rank waited for the loader.
+        stop: Some rank was asked to stop.
+        applied: The weights were updated; False when a gradient was not finite.
+    """
+
+    loss: torch.Tensor
+    data_wait_s: float
+    stop: bool
+    applied: bool
+
+
+class Stepper:
+    """Makes optimizer steps.
+
+    Args:
+        engine: DeepSpeed engine.
+        compute_loss: Mean loss of a batch, through the engine.
+        batches: This rank's micro-batches, without end.
+        grid: The process grid.
+        stop_request: Whether this process was asked to stop.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Any,
+        compute_loss: Callable[[Any], torch.Tensor],
+        batches: Iterator[Batch],
+        grid: ProcessGrid,
+        stop_request: StopRequest,
+    ) -> None:
+        self._engine = engine
+        self._compute_loss = compute_loss
+        self._batches = batches
+        self._grid = grid
+        self._stop_request = stop_request
+        self.micro_steps = int(engine.gradient_accumulation_steps())
+        self._plain_grad_norm: float | None = None
+
+    def step(self, number: int, learning_rate: float) -> StepResult:
+        """Makes one step, or none of it.
+
+        Args:
+            number: Number of this step, from 1, for messages.
+            learning_rate: Rate of this step.
+
+        Raises:
+            TrainingError: On all ranks alike, before the update: the loss of some clip is not finite.
+
+        Ranks: all.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        losses: list[torch.Tensor] = []
+        seen: list[tuple[str, ...]] = []
+        waited = 0.0
+        for _ in range(self.micro_steps - 1):
+            waited += self._micro_step(losses, seen)
+            self._engine.backward(self._pending)
+            self._engine.step()
+        waited += self._micro_step(losses, seen)
+        answer = self._ask_ranks(losses)  # on its way while the backward pass runs
+        self._engine.backward(self._pending)
+        not_finite, stop = answer.read()
+        if not_finite:
+            self._raise_not_finite(number, losses, seen)
+        self._update(number)
+        loss = torch.stack(losses).mean()
+        return StepResult(loss, waited, bool(stop), self._engine.was_step_applied())
+
+    def grad_norm(self) -> float | None:
+        """Returns the gradient's norm at the last step, before clipping. Waits for the device."""
+        norm = self._engine.get_global_grad_norm()
+        return self._plain_grad_norm if norm is None else float(norm)
+
+    def _micro_step(self, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> float:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        waited = time.perf_counter() - start
+        self._pending = self._compute_loss(batch)
+        losses.append(self._pending.detach().float())
+        seen.append(batch.clip_ids)
+        return waited
+
+    def _ask_ranks(self, losses: list[torch.Tensor]) -> _Answer:
+        finite = torch.stack(losses).isfinite().all()
+        stop = torch.tensor(float(bool(self._stop_request)), device=finite.device)
+        return _Answer(max_flags(self._grid, torch.stack([(~finite).float(), stop])))
+
+    def _raise_not_finite(self, number: int, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> None:
+        ours = [
+            f"rank {self._grid.rank}: loss {float(loss)} on {', '.join(clips)}"
+            for loss, clips in zip(losses, seen, strict=True)
+            if not math.isfinite(float(loss))
+        ]
+        lines = [line for lines in gather_objects(self._grid, ours) for line in lines]
+        error = TrainingError(
+            "\n  ".join([f"step {number}: the loss is not finite; the weights were not updated", *lines]),
+            expected="a finite loss",
+            remedy="look at these clips; lower the learning rate; the last checkpoint is intact",
+        )
+        error.ranks_agree = True
+        raise error
+
+    def _update(self, number: int) -> None:
+        if self._engine.zero_optimization_stage() == 0:
+            self._check_plain_gradients(number)
+        self._engine.step()
+
+    def _check_plain_gradients(self, number: int) -> None:
+        """ZeRO skips a step whose gradients are not finite; stage 0 would write them into the weights."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(self._plain_grad_norm):
+            error = TrainingError(
+                f"step {number}: the gradient has norm {self._plain_grad_norm}; the weights were not updated",
+                remedy="lower the learning rate; args.zero_stage=1 skips such steps",
+            )
+            error.ranks_agree = True  # the gradients have been averaged over the ranks
+            raise error
+
+
+class _Answer:
+    """Flags on their way from the device: reading them waits for what was queued before, not after."""
+
+    def __init__(self, flags: torch.Tensor) -> None:
+        self._event = torch.cuda.Event() if flags.is_cuda else None
+        self._flags = flags.to("cpu", non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._flags.tolist()

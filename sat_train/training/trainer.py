@@ -1,0 +1,122 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sat_train.errors import TrainingError
+from sat_train.training.callbacks.callback import Callback
+from sat_train.training.ema import WeightAverage
+from sat_train.training.entries import Entry
+from sat_train.training.meter import Meter
+from sat_train.training.schedule import LearningRate
+from sat_train.training.state import TrainState
+from sat_train.training.step import Stepper
+
+# A dynamic fp16 loss scale comes down from 2**16 in fewer steps than this.
+_MOST_SKIPS_IN_A_ROW = 40
+
+
+class Trainer:
+    """Steps until the run is complete or was asked to stop, and tells its callbacks.
+
+    Args:
+        stepper: Makes the steps.
+        meter: Collects what they leave.
+        learning_rate: Rate by step.
+        train_iters: Step at which the run is complete.
+        samples_per_step: Samples of all ranks together in one step.
+        log_interval: Steps between entries.
+        state: Where the run stands; moved on by `run`.
+        average: Moving average of the weights, if one is kept.
+        callbacks: Called in this order.
+    """
+
+    def __init__(
+        self,
+        *,
+        stepper: Stepper,
+        meter: Meter,
+        learning_rate: LearningRate,
+        train_iters: int,
+        samples_per_step: int,
+        log_interval: int,
+        state: TrainState,
+        average: WeightAverage | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.state = state
+        self.train_iters = train_iters
+        self.learning_rate = learning_rate
+        self.average = average
+        self.stopping = False
+        self._stepper = stepper
+        self._meter = meter
+        self._samples_per_step = samples_per_step
+        self._log_interval = log_interval
+        self._callbacks = callbacks
+        self._skips_in_a_row = 0
+
+    @property
+    def complete(self) -> bool:
+        """All steps are done."""
+        return self.state.step >= self.train_iters
+
+    def run(self) -> None:
+        """Trains.
+
+        Raises:
+            TrainingError: The loss is not finite, or no step could be applied for long.
+
+        Ranks: all.
+        """
+        for callback in self._callbacks:
+            callback.started(self)
+        self._meter.restart()
+        while not self.complete and not self.stopping:
+            self._step()
+            with self._meter.paused():
+                for callback in self._callbacks:
+                    callback.step_done(self)
+        for callback in self._callbacks:
+            callback.finished(self)
+
+    def report(self, entry: Entry) -> None:
+        """Hands an entry to all callbacks."""
+        for callback in self._callbacks:
+            callback.reported(entry)
+
+    def settle(self) -> None:
+        """Brings `state` up to date with the steps done: their losses are read lazily.
+
+        Ranks: all.
+        """
+        self._meter.fold_losses(self.state)
+
+    def _step(self) -> None:
+        state = self.state
+        lr = self.learning_rate.at(state.step)
+        result = self._stepper.step(state.step + 1, lr)
+        state.step += 1
+        state.samples_consumed += self._samples_per_step
+        self._count_skip(result.applied)
+        if self.average is not None and result.applied:
+            self.average.update()
+        self._meter.add(result)
+        self.stopping = result.stop
+        if state.step % self._log_interval == 0 or state.step == 1 or self.complete or self.stopping:
+            self.settle()
+            self.report(self._meter.entry(state, lr=lr, grad_norm=self._stepper.grad_norm()))
+            self._meter.restart()
+
+    def _count_skip(self, applied: bool) -> None:
+        self._skips_in_a_row = 0 if applied else self._skips_in_a_row + 1
+        self.state.skipped += not applied
+        if self._skips_in_a_row >= _MOST_SKIPS_IN_A_ROW:
+            error = TrainingError(
+                f"step {self.state.step}: the gradients of {_MOST_SKIPS_IN_A_ROW} steps are not finite",
+                expected="finite gradients",
+                remedy="lower the learning rate, or train in bf16; the last checkpoint is intact",
+            )
+            error.ranks_agree = True
+            raise error

@@ -1,0 +1,141 @@
+"""Laws of the optimizer step: stages, accumulation, world size, and what is not finite."""
+
+import pytest
+import torch
+
+from sat_train.distributed.collectives import sum_over_data
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import TrainingError
+from tests.ranks.pool import RankFailure
+from tests.ranks.toy import build_toy, toy_run
+
+pytestmark = pytest.mark.ranks
+
+STEPS = 6
+# Sums over other groupings of the same fp32 numbers, amplified by Adam's division by small moments.
+TOLERANCE = 2e-5
+
+
+def _losses(grid: ProcessGrid, options: dict, steps: int = STEPS) -> tuple[list[float], list[float]]:
+    _, stepper, _ = build_toy(grid, toy_run(**options))
+    losses, norms = [], []
+    for number in range(1, steps + 1):
+        result = stepper.step(number, 1e-2)
+        losses.append(float(sum_over_data(grid, result.loss.clone())) / grid.data_size)
+        norms.append(stepper.grad_norm())
+    return losses, norms
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Losses and gradient norms of one process at ZeRO-1 with the whole batch at once."""
+    return {}
+
+
+def _reference(reference: dict, rank_pool) -> tuple[list[float], list[float]]:
+    if not reference:
+        reference["result"] = rank_pool(1)(_losses, {"batch_size": 8})[0]
+    return reference["result"]
+
+
+def test_training_lowers_the_loss(rank_pool, reference):
+    losses, norms = _reference(reference, rank_pool)
+    assert sum(losses[3:]) < sum(losses[:3])  # three steps of 8 are one pass over the 24 samples
+    assert all(norm > 0 for norm in norms)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_every_stage_and_world_size_gives_the_same_losses_and_norms(
+    rank_pool, reference, zero_stage, world_size
+):
+    losses, norms = _reference(reference, rank_pool)
+    options = {"batch_size": 8 // world_size, "zero_stage": zero_stage}
+    for result in rank_pool(world_size)(_losses, options):
+        assert result[0] == pytest.approx(losses, rel=TOLERANCE)
+        assert result[1] == pytest.approx(norms, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_accumulation_equals_one_big_batch(rank_pool, reference, zero_stage):
+    losses, norms = _reference(reference, rank_pool)
+    options = {"batch_size": 2, "accumulation": 2, "zero_stage": zero_stage}
+    for result in rank_pool(2)(_losses, options):
+        assert result[0] == pytest.approx(losses, rel=TOLERANCE)
+        assert result[1] == pytest.approx(norms, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_follows_fp32(rank_pool, reference, zero_stage):
+    losses, _ = _reference(reference, rank_pool)
+    options = {"batch_size": 4, "zero_stage": zero_stage, "precision": "bf16"}
+    # bf16 has 8 bits of mantissa: half a percent a number
+    assert rank_pool(2)(_losses, options)[0][0] == pytest.approx(losses, rel=0.02)
+
+
+def _poisoned(grid: ProcessGrid, zero_stage: int) -> tuple[str, bool, bool]:
+    """Sample 5 is in the second half of the first global micro-batch of 8: rank 1 alone has it."""
+    engine, stepper, _ = build_toy(
+        grid, toy_run(batch_size=4, accumulation=2, zero_stage=zero_stage), poison=5
+    )
+    before = _weights(engine)
+    with pytest.raises(TrainingError) as caught:
+        stepper.step(1, 1e-2)
+    return str(caught.value), torch.equal(before, _weights(engine)), caught.value.ranks_agree
+
+
+def _weights(engine) -> torch.Tensor:
+    if engine.zero_optimization_stage() < 3:
+        return torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
+    return torch.cat([p.ds_tensor.detach().flatten().clone() for p in engine.module.parameters()])
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(rank_pool, zero_stage):
+    for message, untouched, agreed in rank_pool(2)(_poisoned, zero_stage):
+        assert "step 1: the loss is not finite" in message
+        assert "rank 1: loss nan on clip4, clip5, clip6, clip7" in message
+        assert "rank 0" not in message
+        assert untouched
+        assert agreed
+
+
+def _stopped(grid: ProcessGrid) -> list[bool]:
+    _, stepper, stop_request = build_toy(grid, toy_run(batch_size=2))
+    first = stepper.step(1, 1e-2).stop
+    if grid.rank == 1:
+        stop_request.signal_name = "SIGTERM"
+    return [first, stepper.step(2, 1e-2).stop]
+
+
+def test_a_signal_on_one_rank_stops_all_after_the_same_step(rank_pool):
+    assert rank_pool(2)(_stopped) == [[False, True]] * 2
+
+
+def _overflowing(grid: ProcessGrid, zero_stage: int) -> tuple[list[bool], bool, int]:
+    """On rank 1 the second backward pass overflows though the loss is finite."""
+    engine, stepper, _ = build_toy(grid, toy_run(batch_size=4, precision="bf16", zero_stage=zero_stage))
+    weight = next(engine.module.parameters())
+    results = []
+    for number in (1, 2, 3):
+        poison = number == 2 and grid.rank == 1
+        hook = weight.register_hook(
+            lambda gradient, factor=float("inf") if poison else 1.0: gradient * factor
+        )
+        results.append(stepper.step(number, 1e-2).applied)
+        hook.remove()
+    return results, bool(_weights(engine).isfinite().all()), engine.skipped_steps
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(rank_pool, zero_stage):
+    assert rank_pool(2)(_overflowing, zero_stage) == [([True, False, True], True, 1)] * 2
+
+
+def _build_fp16(grid: ProcessGrid) -> None:
+    build_toy(grid, toy_run(batch_size=4, precision="fp16", zero_stage=0))
+
+
+def test_what_cannot_work_is_refused_at_once(rank_pool):
+    with pytest.raises(RankFailure, match=r"2 faults(.|\n)*args.zero_stage = 0(.|\n)*args.fp16 = true"):
+        rank_pool(1)(_build_fp16)
