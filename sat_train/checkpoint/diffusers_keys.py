@@ -1,0 +1,174 @@
+"""The transformer's weights under diffusers' names and under SAT's: one table, read in both directions.
+
+SAT fuses what diffusers keeps apart: q, k, v in one weight, and both modulations of a block in one. So each
+diffusers tensor is some of the equal parts of the first dim of one SAT tensor.
+
+Source: zai-org/CogVideo@7a1af71 `tools/convert_weight_sat2hf.py`; huggingface/diffusers@0.42
+    `CogVideoXTransformer3DModel`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sat_train.errors import CheckpointError
+
+
+class Part(NamedTuple):
+    """A diffusers tensor as parts of a SAT tensor.
+
+    Args:
+        diffusers_key: Its name there.
+        sat_key: The tensor it is part of.
+        chunks: Which of `pieces` equal parts of the first dim of the SAT tensor it is, in its own order.
+        pieces: How many there are; 1: the two tensors are the same.
+    """
+
+    diffusers_key: str
+    sat_key: str
+    chunks: tuple[int, ...]
+    pieces: int
+
+
+_POSITIONS = Part("patch_embed.pos_embedding", "mixins.pos_embed.pos_embedding", (0,), 1)
+
+# diffusers module, SAT module, chunks, pieces; every module has a weight and a bias
+_MODULES: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
+    ("patch_embed.proj", "mixins.patch_embed.proj", (0,), 1),
+    ("patch_embed.text_proj", "mixins.patch_embed.text_proj", (0,), 1),
+    ("time_embedding.linear_1", "time_embed.0", (0,), 1),
+    ("time_embedding.linear_2", "time_embed.2", (0,), 1),
+    ("ofs_embedding.linear_1", "ofs_embed.0", (0,), 1),
+    ("ofs_embedding.linear_2", "ofs_embed.2", (0,), 1),
+    ("norm_final", "transformer.final_layernorm", (0,), 1),
+    ("norm_out.norm", "mixins.final_layer.norm_final", (0,), 1),
+    ("norm_out.linear", "mixins.final_layer.adaLN_modulation.1", (0,), 1),
+    ("proj_out", "mixins.final_layer.linear", (0,), 1),
+    # block N; SAT's modulation is shift, scale, gate of attention, then of MLP, for video and then for text
+    ("transformer_blocks.N.attn1.to_q", "transformer.layers.N.attention.query_key_value", (0,), 3),
+    ("transformer_blocks.N.attn1.to_k", "transformer.layers.N.attention.query_key_value", (1,), 3),
+    ("transformer_blocks.N.attn1.to_v", "transformer.layers.N.attention.query_key_value", (2,), 3),
+    ("transformer_blocks.N.attn1.to_out.0", "transformer.layers.N.attention.dense", (0,), 1),
+    ("transformer_blocks.N.attn1.norm_q", "mixins.adaln_layer.query_layernorm_list.N", (0,), 1),
+    ("transformer_blocks.N.attn1.norm_k", "mixins.adaln_layer.key_layernorm_list.N", (0,), 1),
+    ("transformer_blocks.N.norm1.norm", "transformer.layers.N.input_layernorm", (0,), 1),
+    ("transformer_blocks.N.norm1.linear", "mixins.adaln_layer.adaLN_modulations.N.1", (0, 1, 2, 6, 7, 8), 12),
+    ("transformer_blocks.N.norm2.norm", "transformer.layers.N.post_attention_layernorm", (0,), 1),
+    (
+        "transformer_blocks.N.norm2.linear",
+        "mixins.adaln_layer.adaLN_modulations.N.1",
+        (3, 4, 5, 9, 10, 11),
+        12,
+    ),
+    ("transformer_blocks.N.ff.net.0.proj", "transformer.layers.N.mlp.dense_h_to_4h", (0,), 1),
+    ("transformer_blocks.N.ff.net.2", "transformer.layers.N.mlp.dense_4h_to_h", (0,), 1),
+)
+
+_NUMBER = re.compile(
+    r"(transformer_blocks|layers|adaLN_modulations|query_layernorm_list|key_layernorm_list)\.(\d+)"
+)
+
+
+def part_of_diffusers_key(key: str) -> Part | None:
+    """Returns where a tensor of a diffusers transformer belongs in SAT; None for any other key."""
+    return next(iter(_find(key, side=0)), None)
+
+
+def parts_of_sat_key(key: str) -> tuple[Part, ...]:
+    """Returns the diffusers tensors that a SAT tensor is made of, none for a key that SAT does not have."""
+    return _find(key, side=1)
+
+
+def transformer_to_diffusers(
+    state_dict: Mapping[str, Tensor], *, learned_positions: bool = False
+) -> dict[str, Tensor]:
+    """Renames and splits SAT's transformer weights for diffusers.
+
+    Args:
+        state_dict: All weights of the transformer under SAT's keys, without prefix or adapters, not sliced.
+            Tensors may be on the meta device.
+        learned_positions: The position table is learned (5B-I2V) and goes along; else diffusers computes it.
+
+    Returns:
+        diffusers' state dict; its tensors are views where the layout allows.
+
+    Raises:
+        CheckpointError: A key is none of the transformer's.
+    """
+    known = {key: parts_of_sat_key(key) for key in state_dict}
+    _check_known([key for key, parts in known.items() if not parts], "SAT")
+    result = {}
+    for key, parts in known.items():
+        if key == _POSITIONS.sat_key and not learned_positions:
+            continue
+        for part in parts:
+            chunks = state_dict[key].chunk(part.pieces)
+            chosen = [chunks[index] for index in part.chunks]
+            result[part.diffusers_key] = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+    return result
+
+
+def transformer_from_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames and fuses the weights of a diffusers transformer for SAT: undoes `transformer_to_diffusers`.
+
+    The position table of a model without a learned one is not among them: the model computes it
+    (`DiffusionTransformer.derived_keys`).
+
+    Raises:
+        CheckpointError: A key is none of the transformer's, or a part of a fused weight is missing.
+    """
+    known = {key: part_of_diffusers_key(key) for key in state_dict}
+    _check_known([key for key, part in known.items() if part is None], "diffusers")
+    result: dict[str, Tensor] = {}
+    for part in known.values():
+        if part is not None and part.sat_key not in result:
+            result[part.sat_key] = _fuse(part.sat_key, state_dict)
+    return result
+
+
+def _fuse(sat_key: str, state_dict: Mapping[str, Tensor]) -> Tensor:
+    parts = parts_of_sat_key(sat_key)
+    missing = [part.diffusers_key for part in parts if part.diffusers_key not in state_dict]
+    if missing:
+        raise CheckpointError(
+            f"{sat_key} is made of several diffusers tensors, and {', '.join(missing)} is missing",
+            remedy="download the folder again, all shards of it",
+        )
+    if len(parts) == 1:
+        return state_dict[parts[0].diffusers_key]
+    chunks: dict[int, Tensor] = {}
+    for part in parts:
+        tensor = state_dict[part.diffusers_key]
+        chunks.update(zip(part.chunks, tensor.chunk(len(part.chunks)), strict=True))
+    return torch.cat([chunks[index] for index in sorted(chunks)])
+
+
+def _find(key: str, *, side: int) -> tuple[Part, ...]:
+    """Returns the table's rows for a key of diffusers (side 0) or of SAT (side 1)."""
+    if key == _POSITIONS[side]:
+        return (_POSITIONS,)
+    module, _, kind = key.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return ()
+    number = _NUMBER.search(module)
+    generic = _NUMBER.sub(r"\1.N", module)
+    layer = f".{number.group(2)}" if number else ""
+    return tuple(
+        Part(f"{diffusers.replace('.N', layer)}.{kind}", f"{sat.replace('.N', layer)}.{kind}", chunks, pieces)
+        for diffusers, sat, chunks, pieces in _MODULES
+        if generic == (diffusers, sat)[side]
+    )
+
+
+def _check_known(strangers: list[str], family: str) -> None:
+    if strangers:
+        shown = ", ".join(strangers[:5]) + (f" and {len(strangers) - 5} more" if len(strangers) > 5 else "")
+        raise CheckpointError(
+            f"{len(strangers)} weights are not a CogVideoX transformer's: {shown}",
+            expected=f"the keys of a {family} CogVideoX transformer",
+        )

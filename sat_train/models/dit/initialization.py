@@ -1,0 +1,66 @@
+"""Initial weights: a pure function of the seed and the weight's name, whatever the device or grid."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from sat import mpu
+from torch import Tensor, nn
+
+from sat_train.distributed.seeds import derive_generator
+from sat_train.models.dit.sharding import full_shape, tensor_parallel_slice
+
+_STD = 0.02
+
+# The first pattern found in a weight's name decides; what none matches is a plain linear layer.
+_RULES = (
+    (r"norm.*\.weight$", "ones"),
+    (r"norm.*\.bias$", "zeros"),
+    (r"adaLN_modulations\.", "zeros"),
+    (r"pos_embedding$", "zeros"),
+    (r"transformer\.layers\..*\.bias$|(patch_embed\.proj|final_layer\.linear)\.bias$", "zeros"),
+    (r"(query_key_value|dense_h_to_4h)\.weight$", "normal"),
+    (r"(attention\.dense|dense_4h_to_h)\.weight$", "scaled_normal"),
+    (r"(patch_embed\.proj|final_layer\.linear)\.weight$", "xavier"),
+)
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, *, seed: int, num_layers: int) -> None:
+    """Fills every parameter in place. Gates start at zero, so every block of a new model is the identity.
+
+    Args:
+        model: A transformer with SAT's keys, on a real device; this rank's slice of it.
+        seed: The run's seed.
+        num_layers: Blocks; weights that write into the residual stream are scaled by it.
+
+    Source: THUDM/SwissArmyTransformer@63dc23a `sat/mpu/utils.py`; zai-org/CogVideo@7a1af71
+        `sat/dit_video_concat.py` `reinit` of each mixin.
+    """
+    rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), "linear")
+        weight = parameters.get(name.removesuffix("bias") + "weight", parameter)
+        full = torch.empty(full_shape(name, parameter.shape, size))
+        _fill(full, rule, fan_in=weight[0].numel(), num_layers=num_layers, seed=seed, name=name)
+        parameter.copy_(tensor_parallel_slice(name, full, rank=rank, size=size))
+
+
+def _fill(full: Tensor, rule: str, *, fan_in: int, num_layers: int, seed: int, name: str) -> None:
+    generator = derive_generator(seed, f"initial weight {name}")
+    if rule == "ones":
+        full.fill_(1.0)
+    elif rule == "zeros":
+        full.zero_()
+    elif rule == "normal":
+        full.normal_(std=_STD, generator=generator)
+    elif rule == "scaled_normal":
+        full.normal_(std=_STD / math.sqrt(2 * num_layers), generator=generator)
+    elif rule == "xavier":
+        nn.init.xavier_uniform_(full.flatten(1), generator=generator)
+    else:
+        bound = 1 / math.sqrt(fan_in)
+        full.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,69 @@
+"""How each weight is cut for tensor parallelism; pure functions of a key and a tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sat_train.errors import CheckpointError
+
+# (key pattern, dim that is cut, equal parts of it that are each cut by themselves); every rank holds what no
+# pattern matches. SAT cuts q, k and v of the fused weight each by heads: a rank has its heads of all three.
+_CUTS = (
+    (r"attention\.query_key_value\.(weight|bias)$", 0, 3),
+    (r"mlp\.dense_h_to_4h\.(weight|bias)$", 0, 1),
+    (r"(attention\.query_key_value|mlp\.dense_h_to_4h)\.matrix_B\.\d+$", 0, 1),
+    (r"(attention\.dense|mlp\.dense_4h_to_h)\.(weight|matrix_A\.\d+)$", 1, 1),
+)
+
+
+def tensor_parallel_cut(key: str) -> tuple[int, int] | None:
+    """Returns (dim, parts) for a weight that is cut, None for one that every rank holds whole."""
+    return next(((dim, parts) for pattern, dim, parts in _CUTS if re.search(pattern, key)), None)
+
+
+def full_shape(key: str, shape: Sequence[int], size: int) -> tuple[int, ...]:
+    """Returns the shape of the whole weight, given that of one of `size` slices."""
+    cut = tensor_parallel_cut(key)
+    return tuple(length * size if cut and dim == cut[0] else length for dim, length in enumerate(shape))
+
+
+def tensor_parallel_slice(key: str, tensor: Tensor, *, rank: int, size: int) -> Tensor:
+    """Returns the slice that one rank of the model axis holds.
+
+    Args:
+        key: SAT key, with or without a prefix.
+        tensor: The whole weight.
+        rank: Rank on the model axis.
+        size: Ranks on the model axis.
+
+    Returns:
+        A view where one suffices, else a copy.
+
+    Raises:
+        CheckpointError: The weight cannot be cut into `size` equal slices.
+    """
+    cut = tensor_parallel_cut(key)
+    if cut is None or size == 1:
+        return tensor
+    dim, parts = cut
+    if tensor.shape[dim] % (parts * size):
+        raise CheckpointError(
+            f"{key} of shape {tuple(tensor.shape)} cannot be cut for model_parallel_size = {size}",
+            expected=f"dim {dim} divisible by {parts * size}",
+        )
+    slices = [part.chunk(size, dim)[rank] for part in tensor.chunk(parts, dim)]
+    return slices[0] if parts == 1 else torch.cat(slices, dim)
+
+
+def tensor_parallel_merge(key: str, slices: Sequence[Tensor]) -> Tensor:
+    """Returns the whole weight, given every rank's slice in rank order: undoes `tensor_parallel_slice`."""
+    cut = tensor_parallel_cut(key)
+    if cut is None or len(slices) == 1:
+        return slices[0]
+    dim, parts = cut
+    pieces = [part.chunk(parts, dim) for part in slices]
+    return torch.cat([piece[index] for index in range(parts) for piece in pieces], dim)
