@@ -1,5 +1,6 @@
 """YAML in, one frozen and validated RunConfig out. Imports neither torch nor sat."""
 
+from sat_train.config.loading import load_run_config as load_run_config
 from sat_train.config.run import RunConfig as RunConfig
 from sat_train.config.schema.args import ArgsConfig as ArgsConfig
 from sat_train.config.schema.data import DataConfig as DataConfig
@@ -12,3 +13,4 @@ from sat_train.config.schema.encoders import VideoVAEParams as VideoVAEParams
 from sat_train.config.schema.model import ModelConfig as ModelConfig
 from sat_train.config.schema.network import DiffusionTransformerParams as DiffusionTransformerParams
 from sat_train.config.schema.network import LoraParams as LoraParams
+from sat_train.config.words import split_command_line as split_command_line

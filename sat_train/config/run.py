@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
 from sat_train.config.paths import shorten_assets
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.config.schema.data import DataConfig
@@ -41,10 +43,10 @@ _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
 class Sections(Record):
     """The four sections of the merged files."""
 
-    args: ArgsConfig
-    model: ModelConfig
-    data: DataConfig
-    deepspeed: DeepSpeedConfig
+    args: ArgsConfig = Field(ArgsConfig(), description="How a run is trained, kept, validated and sampled.")
+    model: ModelConfig = Field(description="The model, in CogVideo's shape.")
+    data: DataConfig | None = Field(None, description="What is read for training; sampling needs none.")
+    deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description="The DeepSpeed engine.")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class RunConfig:
     Args:
         args: SAT's arguments and ours.
         model: The model.
-        data: The data.
+        data: The data; None only where a run was loaded for sampling.
         deepspeed: The engine.
         sources: For each dotted key with a value, the file it came from, `command line` or `default`.
         notes: What the person should hear once, e.g. old keys without effect.
@@ -62,14 +64,17 @@ class RunConfig:
 
     args: ArgsConfig
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig | None
     deepspeed: DeepSpeedConfig
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
     def tree(self) -> dict[str, Any]:
         """Returns the four sections as plain dictionaries, lists and scalars; shipped files as `asset:`."""
-        sections = {name: getattr(self, name).model_dump(mode="json") for name in Sections.model_fields}
+        records = {name: getattr(self, name) for name in Sections.model_fields}
+        sections = {
+            name: record.model_dump(mode="json") for name, record in records.items() if record is not None
+        }
         shortened: dict[str, Any] = shorten_assets(sections)
         return shortened
 

@@ -52,7 +52,7 @@ class ArgsConfig(Record):
         "linear", description="What the learning rate does after the warm-up."
     )
     lr_decay_iters: int | None = Field(
-        None, ge=1, description="Step at which the decay ends; none: the last step of the run."
+        None, ge=1, description="Step at which the decay ends; null: the last step of the run."
     )
     lr_decay_ratio: float = Field(
         0.1, ge=0, le=1, description="Lowest learning rate as a share of the highest."
@@ -71,7 +71,6 @@ class ArgsConfig(Record):
     checkpoint_activations: bool = Field(
         False, description="Compute activations again in the backward pass instead of keeping them."
     )
-    checkpoint_num_layers: int = Field(1, ge=1, description="Layers between two kept activations.")
     compile: Literal["off", "blocks"] = Field("off", description="blocks: torch.compile on each DiT block.")
     model_parallel_size: int = Field(1, ge=1, description="Ranks that share one model (tensor parallelism).")
     distributed_backend: Literal["auto", "nccl", "gloo"] = Field(
@@ -88,11 +87,11 @@ class ArgsConfig(Record):
     )
     resume: Text = Field(
         "none",
-        description="auto: go on in the newest complete run of this name, or start. must: go on. none. A path.",
+        description="auto: go on in the newest complete run of this name, or start. must: go on. none. Or a path.",
     )
-    save: Text | None = Field("runs", description="Folder of run folders. none: keep nothing.")
+    save: Text | None = Field("runs", description="Folder of run folders. null: keep nothing.")
     save_interval: int = Field(500, ge=1, description="Steps between checkpoints.")
-    keep_last: int | None = Field(3, ge=1, description="Newest checkpoints to keep; none keeps all.")
+    keep_last: int | None = Field(3, ge=1, description="Newest checkpoints to keep; null keeps all.")
     keep_every: int | None = Field(
         None, ge=1, description="Also keep the checkpoints of steps divisible by this."
     )
@@ -103,15 +102,15 @@ class ArgsConfig(Record):
     wandb: bool = Field(False, description="Report to Weights & Biases.")
     wandb_project_name: Text = Field("sat_train", description="Weights & Biases project.")
     eval_interval: int | None = Field(
-        None, ge=1, description="Steps between validations; none: no validation."
+        None, ge=1, description="Steps between validations; null: no validation."
     )
     eval_iters: int = Field(100, ge=1, description="Batches of one validation.")
     eval_batch_size: int | None = Field(
-        None, ge=1, description="Samples of one rank in a validation batch; none: `batch_size`."
+        None, ge=1, description="Samples of one rank in a validation batch; null: `batch_size`."
     )
     valid_prompts: Texts = Field((), description="Prompts that validation draws as videos.")
     valid_video_interval: int | None = Field(
-        None, ge=1, description="Steps between validation videos; none: no videos."
+        None, ge=1, description="Steps between validation videos; null: no videos."
     )
 
     # Data
@@ -139,12 +138,12 @@ class ArgsConfig(Record):
     output_dir: Text = Field("samples", description="Folder for sampled videos.")
     sampling_image_size: HeightWidth | None = Field(
         None,
-        description="Height and width of samples in pixels; none: `data.params.video_size`, or the image's.",
+        description="Height and width of samples in pixels; null: `data.params.video_size`, or the image's.",
     )
     sampling_num_frames: int | None = Field(
         None,
         ge=1,
-        description="LATENT frames, as in CogVideo: 13 are 49 frames, 22 are 81 in 1.5; none: as trained.",
+        description="LATENT frames, as in CogVideo: 13 are 49 frames, 22 are 81 in 1.5; null: as trained.",
     )
     sampling_fps: int = Field(8, ge=1, description="Frames per second of the written videos.")
     sampling_steps: int | None = Field(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sat_train.config.schema.record import Record
+from sat_train.config.schema.record import NoParams, Record
 
 
 class ZeroSNRDDPMDiscretizationParams(Record):
@@ -37,12 +37,14 @@ class EpsWeightingSlot(Record):
     """Weight 1/(1 - alpha_bar) on the x0 error, which is the plain error of v."""
 
     target: Literal["EpsWeighting"] = Field("EpsWeighting", description="Kind of loss weight.")
+    params: NoParams = Field(NoParams(), description="It has none.")
 
 
 class VideoScalingSlot(Record):
     """The network predicts v."""
 
     target: Literal["VideoScaling"] = Field("VideoScaling", description="Kind of prediction.")
+    params: NoParams = Field(NoParams(), description="It has none.")
 
 
 class DiscreteDenoiserParams(Record):
@@ -73,7 +75,7 @@ class DiscreteSamplingParams(Record):
         description="Spread the timesteps of one step evenly over the schedule, at any number of ranks.",
     )
     discretization_config: ZeroSNRDDPMDiscretizationSlot | None = Field(
-        None, description="None, or the same as the denoiser's."
+        None, description="null, or the same as the denoiser's."
     )
 
 
@@ -89,7 +91,7 @@ class VideoDiffusionLossParams(Record):
 
     offset_noise_level: float = Field(0.0, ge=0, description="Extra noise shared by all pixels of a frame.")
     min_snr_value: float | None = Field(
-        None, gt=0, description="Largest weight on the x0 error (min-SNR); none: no limit."
+        None, gt=0, description="Largest weight on the x0 error (min-SNR); null: no limit."
     )
     sigma_sampler_config: DiscreteSamplingSlot = Field(
         DiscreteSamplingSlot(), description="Timesteps of training."
@@ -121,7 +123,7 @@ class DynamicGuidanceParams(Record):
 
     scale: float = Field(6.0, ge=0, description="Growth of the guidance scale.")
     exp: float = Field(5.0, gt=0, description="The higher, the later the growth.")
-    num_steps: int | None = Field(None, ge=1, description="None, or the sampler's number of steps.")
+    num_steps: int | None = Field(None, ge=1, description="null, or the sampler's number of steps.")
 
 
 class DynamicGuidanceSlot(Record):
@@ -142,7 +144,7 @@ class SamplerParams(Record):
         DynamicGuidanceSlot(target="DynamicGuidance"), description="Classifier-free guidance."
     )
     discretization_config: ZeroSNRDDPMDiscretizationSlot | None = Field(
-        None, description="None, or the same as the denoiser's."
+        None, description="null, or the same as the denoiser's."
     )
 
 

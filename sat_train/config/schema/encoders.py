@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sat_train.config.schema.record import Ints, Record, Text, Texts
-
-
-def _list_to_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+from sat_train.config.schema.record import HeightWidth, Ints, NoParams, Record, Text, Texts, list_to_tuple
 
 
 class T5TextEncoderParams(Record):
@@ -39,7 +35,7 @@ class T5TextEncoderSlot(Record):
 class GeneralConditionerParams(Record):
     """The encoders of the conditions."""
 
-    emb_models: Annotated[tuple[T5TextEncoderSlot, ...], BeforeValidator(_list_to_tuple)] = Field(
+    emb_models: Annotated[tuple[T5TextEncoderSlot, ...], BeforeValidator(list_to_tuple)] = Field(
         min_length=1, max_length=1, description="The text encoder, alone in a list."
     )
 
@@ -83,10 +79,6 @@ class VideoDecoder3DSlot(Record):
     params: VideoCoderParams = Field(description="Its settings.")
 
 
-class NoParams(Record):
-    """A part without settings."""
-
-
 class DiagonalGaussianParams(Record):
     """The posterior of a latent."""
 
@@ -117,14 +109,22 @@ class VideoVAEParams(Record):
     cp_size: int = Field(
         0, ge=0, description="Ranks that share the frames of one video; 0 and 1: each rank encodes its own."
     )
-    chunk_frames: int | None = Field(
-        None, ge=1, description="Latent frames coded at once; none: as few as the cache allows."
+    encode_chunk_frames: int | None = Field(
+        8,
+        ge=4,
+        multiple_of=4,
+        description="Frames encoded at once, as diffusers; null: the whole clip, as SAT.",
     )
-    tile_size: int | None = Field(
-        None, ge=16, description="Height and width in pixels of a tile; none: whole frames."
+    decode_chunk_frames: int | None = Field(
+        2, ge=1, description="Latent frames decoded at once; null: the whole clip."
     )
-    tile_overlap: float = Field(
-        0.25, ge=0, lt=1, description="Share of a tile that is blended with its neighbour."
+    clips_at_once: int | None = Field(
+        None, ge=1, description="Clips of a batch coded together; null: all of them."
+    )
+    tiling: bool = Field(False, description="Code pictures larger than a tile in tiles that are blended.")
+    tile_size: HeightWidth = Field((240, 360), description="Height and width of a tile in pixels.")
+    tile_overlap: HeightWidth = Field(
+        (40, 72), description="Pixels a tile shares with the one above it and with the one to its left."
     )
     loss_config: IdentitySlot = Field(IdentitySlot(), description="Not trained here.")
     regularizer_config: DiagonalGaussianSlot = Field(DiagonalGaussianSlot(), description="The posterior.")

@@ -26,7 +26,7 @@ class ModelConfig(Record):
     image_latent_scale: float | None = Field(
         None,
         gt=0,
-        description="Factor on the latent of the first frame (image-to-video); none: `scale_factor`.",
+        description="Factor on the latent of the first frame (image-to-video); null: `scale_factor`.",
     )
     noised_image_input: bool = Field(
         False, description="Image-to-video: the latent of the first frame is a second input."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from sat_train.config.schema.record import Record, Texts
 
@@ -18,7 +18,11 @@ def _patch_to_triple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-PatchSize = Annotated[tuple[int, int, int], BeforeValidator(_patch_to_triple)]
+PatchSize = Annotated[
+    tuple[int, int, int],
+    BeforeValidator(_patch_to_triple),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]}),
+]
 
 
 class Sincos3DPositionEmbeddingParams(Record):
@@ -42,7 +46,7 @@ class Rotary3DPositionEmbeddingParams(Record):
         ge=1, description="Text tokens in front of the video tokens; they are not rotated."
     )
     hidden_size_head: int | None = Field(
-        None, ge=8, description="Width of a head; none: hidden_size / heads."
+        None, ge=8, description="Width of a head; null: hidden_size / heads."
     )
     theta: float = Field(10000.0, gt=0, description="Base of the rotation frequencies.")
     learnable_pos_embed: bool = Field(False, description="Also add a learned table (CogVideoX-5B-I2V).")
@@ -138,7 +142,7 @@ class NetworkModules(Record):
     patch_embed_config: ImagePatchEmbeddingSlot = Field(description="Latents and text to tokens.")
     adaln_layer_config: AdaLNSlot = Field(AdaLNSlot(), description="Modulation of each layer.")
     final_layer_config: FinalLayerSlot = Field(FinalLayerSlot(), description="Tokens to a latent.")
-    lora_config: LoraSlot | None = Field(None, description="Adapters; none trains the weights themselves.")
+    lora_config: LoraSlot | None = Field(None, description="Adapters; null trains the weights themselves.")
 
 
 class TransformerArgs(Record):
@@ -176,10 +180,10 @@ class DiffusionTransformerParams(Record):
     latent_width: int = Field(ge=1, description="Latent width that the position embedding is made for.")
     time_compressed_rate: Literal[4] = Field(4, description="Pixel frames in one latent frame.")
     time_embed_dim: int | None = Field(
-        None, ge=1, description="Width of the timestep embedding; none: hidden_size."
+        None, ge=1, description="Width of the timestep embedding; null: hidden_size."
     )
     ofs_embed_dim: int | None = Field(
-        None, ge=1, description="Width of the `ofs` embedding (1.5 image-to-video); none: no `ofs`."
+        None, ge=1, description="Width of the `ofs` embedding (1.5 image-to-video); null: no `ofs`."
     )
     elementwise_affine: bool = Field(True, description="Layer norms have a weight and a bias.")
     height_interpolation: float = Field(1.0, gt=0, description="For rotary positions: divides the height.")

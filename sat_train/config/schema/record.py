@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 
 
 class Record(BaseModel):
@@ -13,7 +13,11 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", protected_namespaces=())
 
 
-def _list_to_tuple(value: Any) -> Any:
+class NoParams(Record):
+    """A part without settings."""
+
+
+def list_to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -22,7 +26,7 @@ def _whole_float_to_int(value: Any) -> Any:
 
 
 def _one_to_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else _list_to_tuple(value)
+    return (value,) if isinstance(value, str) else list_to_tuple(value)
 
 
 def _number_to_text(value: Any) -> Any:
@@ -31,12 +35,16 @@ def _number_to_text(value: Any) -> Any:
 
 
 # YAML has lists only; a frozen record holds tuples.
-Ints = Annotated[tuple[int, ...], BeforeValidator(_list_to_tuple)]
-Floats = Annotated[tuple[float, ...], BeforeValidator(_list_to_tuple)]
-HeightWidth = Annotated[tuple[int, int], BeforeValidator(_list_to_tuple)]
-Betas = Annotated[tuple[float, float], BeforeValidator(_list_to_tuple)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(list_to_tuple)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(list_to_tuple)]
+HeightWidth = Annotated[tuple[int, int], BeforeValidator(list_to_tuple)]
+Betas = Annotated[tuple[float, float], BeforeValidator(list_to_tuple)]
 # One text may stand for a list of one.
-Texts = Annotated[tuple[str, ...], BeforeValidator(_one_to_tuple)]
+Texts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_one_to_tuple),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
 # `3.` and `1e9` are whole numbers that YAML reads as floats.
 Whole = Annotated[int, BeforeValidator(_whole_float_to_int)]
 # A name such as `2024` that YAML reads as a number.

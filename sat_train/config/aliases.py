@@ -1,0 +1,117 @@
+"""Settings that CogVideo's files can spell in two places, brought to one value.
+
+`deepspeed:` is not a second source of truth: two files that contradict each other are a fault, a word on the command
+line wins, and afterwards both spellings hold the one value.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from sat_train.config.layers import DEFAULT, Merged
+from sat_train.config.schema.args import ArgsConfig
+from sat_train.config.words import COMMAND_LINE
+from sat_train.errors import Fault
+
+_ZERO = "deepspeed.zero_optimization"
+_SAT_ARGS = "model.network_config.params.transformer_args"
+_SAMPLER = "model.sampler_config"
+_GUIDER = f"{_SAMPLER}.params.guider_config"
+
+SAME = {
+    "args.lr": "deepspeed.optimizer.params.lr",
+    "args.weight_decay": "deepspeed.optimizer.params.weight_decay",
+    "args.batch_size": "deepspeed.train_micro_batch_size_per_gpu",
+    "args.gradient_accumulation_steps": "deepspeed.gradient_accumulation_steps",
+    "args.clip_grad": "deepspeed.gradient_clipping",
+    "args.zero_stage": f"{_ZERO}.stage",
+    "args.fp16": "deepspeed.fp16.enabled",
+    "args.bf16": "deepspeed.bf16.enabled",
+    "args.checkpoint_activations": f"{_SAT_ARGS}.checkpoint_activations",
+    "args.model_parallel_size": f"{_SAT_ARGS}.model_parallel_size",
+}
+# Here the first spelling, where given, wins over the second.
+WINS_OVER = (
+    ("args.sampler", f"{_SAMPLER}.target"),
+    ("args.sampling_steps", f"{_SAMPLER}.params.num_steps"),
+    ("args.guidance_scale", f"{_GUIDER}.params.scale"),
+)
+_DEFAULT_TARGETS = {_SAMPLER: "DPMPP2M", _GUIDER: "DynamicGuidance"}
+
+
+def fold_aliases(merged: Merged, faults: list[Fault]) -> None:
+    """Gives all spellings of one setting the same value.
+
+    Args:
+        merged: Changed in place.
+        faults: Gets contradictions between files, naming both.
+    """
+    for first, second in SAME.items():
+        _fold_same(merged, first, second, faults)
+    for path, target in _DEFAULT_TARGETS.items():
+        if get_value(merged.tree, f"{path}.target") is PydanticUndefined:
+            _set(merged, f"{path}.target", target, DEFAULT)
+    for first, second in WINS_OVER:
+        _fold_winner(merged, first, second)
+    _fold_guidance_steps(merged)
+
+
+def get_value(tree: Any, path: str) -> Any:
+    """Returns the value at a dotted path, or `PydanticUndefined` when the tree has no such key."""
+    for part in path.split("."):
+        if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
+            tree = tree[int(part)]
+        elif isinstance(tree, dict) and part in tree:
+            tree = tree[part]
+        else:
+            return PydanticUndefined
+    return tree
+
+
+def _fold_same(merged: Merged, first: str, second: str, faults: list[Fault]) -> None:
+    spelled = {path: get_value(merged.tree, path) for path in (first, second)}
+    given = {path: value for path, value in spelled.items() if value is not PydanticUndefined}
+    typed = {path: value for path, value in given.items() if merged.source_of(path) == COMMAND_LINE}
+    winners = typed or given
+    if not winners:
+        _set(merged, second, copy.copy(ArgsConfig.model_fields[first.removeprefix("args.")].default), DEFAULT)
+        return
+    if len(set(map(repr, winners.values()))) > 1 and winners[first] != winners[second]:
+        other = f"{second} = {winners[second]} [{merged.source_of(second)}]"
+        faults.append(Fault(first, str(winners[first]), f"the same as {other}", merged.source_of(first)))
+    winner = next(iter(winners))
+    source = merged.source_of(winner)
+    for path in (first, second):
+        if path != winner:
+            _set(merged, path, winners[winner], source)
+
+
+def _fold_winner(merged: Merged, first: str, second: str) -> None:
+    value = get_value(merged.tree, first)
+    if value is None or value is PydanticUndefined:
+        return
+    if merged.source_of(second) == COMMAND_LINE and merged.source_of(first) != COMMAND_LINE:
+        _set(merged, first, get_value(merged.tree, second), COMMAND_LINE)
+    else:
+        _set(merged, second, value, merged.source_of(first))
+
+
+def _fold_guidance_steps(merged: Merged) -> None:
+    """Dynamic guidance grows over the sampler's steps: a number of steps from the command line is meant for both."""
+    steps, guided = f"{_SAMPLER}.params.num_steps", f"{_GUIDER}.params.num_steps"
+    if merged.sources.get(steps) == COMMAND_LINE and merged.sources.get(guided) not in (None, COMMAND_LINE):
+        _set(merged, guided, get_value(merged.tree, steps), COMMAND_LINE)
+
+
+def _set(merged: Merged, path: str, value: Any, source: str) -> None:
+    """Writes a value where its section is a group; a section of another kind is somebody else's fault to name."""
+    *groups, leaf = path.split(".")
+    node: Any = merged.tree
+    for group in groups:
+        node = node.setdefault(group, {}) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node[leaf] = value
+        merged.sources[path] = source

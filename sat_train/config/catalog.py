@@ -1,0 +1,153 @@
+"""All keys that exist, by dotted path, with what each may hold. Derived from the schema: nothing is written twice."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from sat_train.config.run import Sections
+from sat_train.config.schema.record import Record
+
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
+_LENGTHS = {"min_length": "at least", "max_length": "at most"}
+_SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the configuration.
+
+    Args:
+        path: Dotted path; `*` stands for a place in a list.
+        description: What it does.
+        expected: What it may hold, in words.
+        default: Its default, or None.
+        required: It has no default.
+        is_section: It holds other keys.
+    """
+
+    path: str
+    description: str
+    expected: str
+    default: Any
+    required: bool
+    is_section: bool
+
+
+@lru_cache(maxsize=1)
+def all_keys() -> dict[str, Key]:
+    """Returns every key by path. Where a target may be one of several, the keys of all of them."""
+    keys: dict[str, Key] = {}
+    for key in _walk(Sections, ""):
+        keys.setdefault(key.path, key)
+    return keys
+
+
+@lru_cache(maxsize=1)
+def slot_targets() -> dict[str, dict[str, type[Record] | None]]:
+    """Returns, for each slot's path, the closed table of targets and the record of their `params`."""
+    tables: dict[str, dict[str, type[Record] | None]] = {}
+    for path, record in _walk_records(Sections, ""):
+        target = record.model_fields.get("target")
+        if target is None:
+            continue
+        params = record.model_fields.get("params")
+        params_record = params.annotation if params else None
+        for name in get_args(target.annotation):
+            tables.setdefault(path, {})[name] = params_record
+    return tables
+
+
+def pattern_of(path: str) -> str:
+    """Returns the path with `*` for places in lists, as `all_keys` spells it."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def suggest_key(path: str) -> str:
+    """Returns the existing key that an unknown one was probably meant to be, or an empty text."""
+    keys = all_keys()
+    parent, _, leaf = pattern_of(path).rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    siblings = [
+        key[len(prefix) :] for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]
+    ]
+    near = difflib.get_close_matches(leaf.replace("-", "_").lower(), siblings, n=1, cutoff=0.6)
+    if near:
+        return near[0]
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == leaf]
+    return min(elsewhere, key=lambda key: (key.count("."), key)) if elsewhere else ""
+
+
+def suggest_value(value: str, choices: list[str]) -> str:
+    """Returns the allowed value nearest to one that is not allowed, or an empty text."""
+    lowered = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(value.rpartition(".")[2].lower(), lowered, n=1, cutoff=0.5)
+    return lowered[near[0]] if near else ""
+
+
+def _walk(record: type[Record], prefix: str) -> Iterator[Key]:
+    for name, field in record.model_fields.items():
+        path = f"{prefix}{name}"
+        inner = list(_records_in(field.annotation))
+        default = None if field.default is PydanticUndefined else field.default
+        yield Key(
+            path=path,
+            description=field.description or "",
+            expected="a section" if inner else _describe(field),
+            default=default,
+            required=field.is_required(),
+            is_section=bool(inner),
+        )
+        for inner_record, in_list in inner:
+            yield from _walk(inner_record, f"{path}.*." if in_list else f"{path}.")
+
+
+def _walk_records(record: type[Record], prefix: str) -> Iterator[tuple[str, type[Record]]]:
+    for name, field in record.model_fields.items():
+        for inner, in_list in _records_in(field.annotation):
+            path = f"{prefix}{name}.*" if in_list else f"{prefix}{name}"
+            yield path, inner
+            yield from _walk_records(inner, f"{path}.")
+
+
+def _records_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Record], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, Record):
+        yield annotation, in_list
+    for inner in get_args(annotation):
+        if get_origin(annotation) is not Literal:
+            yield from _records_in(inner, in_list or get_origin(annotation) is tuple)
+
+
+def _describe(field: FieldInfo) -> str:
+    limits = []
+    for constraint in field.metadata:
+        for name, sign in _BOUNDS.items():
+            if (bound := getattr(constraint, name, None)) is not None:
+                limits.append(f"{sign} {bound}")
+        for name, words in _LENGTHS.items():
+            if (bound := getattr(constraint, name, None)) is not None:
+                limits.append(f"{words} {bound} long")
+    return " ".join([_describe_type(field.annotation), *([" and ".join(limits)] if limits else [])])
+
+
+def _describe_type(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _describe_type(inner[0])
+    if origin is Literal:
+        words = ["true" if item is True else "false" if item is False else str(item) for item in inner]
+        return f"one of {', '.join(words)}" if len(words) > 1 else words[0]
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe_type(item) for item in inner)
+    if origin is tuple and inner[-1] is Ellipsis:
+        return f"a list, each {_describe_type(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)}, each {_describe_type(inner[0])}"
+    return _SCALARS.get(annotation, "a section")

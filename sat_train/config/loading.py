@@ -1,0 +1,131 @@
+"""The one way to a RunConfig: read, merge, fold, validate, check; then freeze, or name every fault at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from sat_train.config.aliases import fold_aliases, get_value
+from sat_train.config.layers import (
+    DEFAULT,
+    EMBEDDED,
+    Layer,
+    Merged,
+    merge_layers,
+    read_layers,
+    resolve_references,
+)
+from sat_train.config.paths import PACKAGE, expand_assets
+from sat_train.config.rules import PATH_RULES, RULES, check_rules
+from sat_train.config.rules.paths import placeholders
+from sat_train.config.rules.rule import Draft, Purpose
+from sat_train.config.run import RunConfig, Sections
+from sat_train.config.schema.record import Record
+from sat_train.config.validation import validate
+from sat_train.errors import ConfigError, Fault
+
+
+def load_run_config(
+    base: Sequence[str | Path] = (),
+    words: Sequence[str] = (),
+    *,
+    purpose: Purpose = "train",
+    check_paths: bool = True,
+) -> RunConfig:
+    """Reads the configuration of a run.
+
+    Args:
+        base: YAML files, merged in order.
+        words: The rest of the command line: `key.path=value` words and SAT flags. They win over all files.
+        purpose: What the run is for; sampling, for example, needs no training data.
+        check_paths: Also check that data and weights exist.
+
+    Returns:
+        The frozen configuration.
+
+    Raises:
+        ConfigError: Something is wrong; it names every fault.
+    """
+    faults: list[Fault] = []
+    layers = read_layers(base, words, faults)
+    merged = merge_layers(layers)
+    resolve_references(merged, faults)
+    fold_aliases(merged, faults)
+    merged.tree = expand_assets(merged.tree)
+    sections = validate(merged, _embedded_tree, faults)
+    if sections is None:
+        raise ConfigError(faults)
+    draft = Draft(
+        args=sections.args,
+        model=sections.model,
+        data=sections.data,
+        deepspeed=sections.deepspeed,
+        purpose=purpose,
+        source_of=partial(_source, merged),
+    )
+    check_rules(draft, RULES, faults)
+    if check_paths:
+        check_rules(draft, PATH_RULES, faults)
+    if faults:
+        raise ConfigError(faults)
+    return RunConfig(
+        args=sections.args,
+        model=sections.model,
+        data=sections.data,
+        deepspeed=sections.deepspeed,
+        sources=_sources(sections, merged),
+        notes=tuple(_notes(layers, draft)),
+    )
+
+
+def _embedded_tree() -> dict[str, Any]:
+    merged = merge_layers(read_layers([PACKAGE / EMBEDDED], [], []))
+    tree: dict[str, Any] = expand_assets(merged.tree)
+    return tree
+
+
+def _source(merged: Merged, path: str) -> str:
+    return merged.source_of(path) or DEFAULT
+
+
+def _sources(sections: Sections, merged: Merged) -> dict[str, str]:
+    is_given = {path: get_value(merged.tree, path) is not PydanticUndefined for path in leaves(sections)}
+    return {path: _source(merged, path) if given else DEFAULT for path, given in is_given.items()}
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Returns the values of a record, or of a tree of plain dictionaries, by dotted path.
+
+    Args:
+        value: Record, dictionary, list of records, or a plain value.
+        path: Path of the value itself.
+    """
+    if isinstance(value, Record):
+        items: Any = ((name, getattr(value, name)) for name in type(value).model_fields)
+    elif isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)) and value and isinstance(value[0], (Record, dict)):
+        items = enumerate(value)
+    else:
+        return {path: value}
+    found: dict[str, Any] = {}
+    for key, item in items:
+        found.update(leaves(item, f"{path}.{key}" if path else str(key)))
+    return found
+
+
+def _notes(layers: Sequence[Layer], draft: Draft) -> list[str]:
+    notes = []
+    if any(layer.is_embedded for layer in layers):
+        notes.append(f"No file chooses a network: the embedded tiny model is used ({EMBEDDED}).")
+    dropped = {path: why for layer in layers for path, why in layer.dropped.items()}
+    if dropped:
+        listed = ", ".join(f"{path} ({why})" for path, why in dropped.items())
+        notes.append(f"Keys of older files that have no effect: {listed}.")
+    if missing := placeholders(draft):
+        notes.append(f"Still to be filled in: {', '.join(missing)}.")
+    return notes

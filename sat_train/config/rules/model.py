@@ -1,0 +1,223 @@
+"""Rules on the shapes of the model and of what it is fed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sat_train.config.rules.rule import Draft, rule
+from sat_train.config.schema.network import Rotary3DPositionEmbeddingSlot
+from sat_train.errors import Fault
+
+_NETWORK = "model.network_config.params"
+_POSITION = f"{_NETWORK}.modules.pos_embed_config"
+_VAE = "model.first_stage_config.params"
+_ROTARY_MULTIPLE = 16  # time takes 1/4 of a head, height and width 3/8 each, all even
+
+
+@rule("data.params.max_num_frames")
+def frames_are_4k_plus_1(draft: Draft) -> Iterator[Fault]:
+    if draft.data is None:
+        return
+    frames = draft.data.params.max_num_frames
+    if (frames - 1) % 4:
+        below, above = frames - (frames - 1) % 4, frames + 4 - (frames - 1) % 4
+        yield draft.fault(
+            "data.params.max_num_frames",
+            frames,
+            f"4k+1 frames: {frames} is not 4k+1, nearest {below} or {above}",
+        )
+
+
+@rule("args.sampling_num_frames", f"{_NETWORK}.patch_size")
+def sampled_latents_fill_patches(draft: Draft) -> Iterator[Fault]:
+    frames, patch = draft.args.sampling_num_frames, draft.model.network_config.params.patch_size[0]
+    if frames is not None and frames % patch:
+        yield draft.fault(
+            "args.sampling_num_frames",
+            frames,
+            f"latent frames divisible by the patch's {patch} frames: {frames + 1}",
+        )
+
+
+@rule(
+    "data.params.video_size", "args.sampling_image_size", f"{_NETWORK}.patch_size", f"{_VAE}.encoder_config"
+)
+def sizes_fill_patches(draft: Draft) -> Iterator[Fault]:
+    _, patch_h, patch_w = draft.model.network_config.params.patch_size
+    multiples = (_pixels_per_latent(draft) * patch_h, _pixels_per_latent(draft) * patch_w)
+    sizes = {"args.sampling_image_size": draft.args.sampling_image_size}
+    if draft.data is not None:
+        sizes["data.params.video_size"] = draft.data.params.video_size
+    for path, size in sizes.items():
+        if size is not None and any(side <= 0 or side % by for side, by in zip(size, multiples, strict=True)):
+            nearest = [max(round(side / by), 1) * by for side, by in zip(size, multiples, strict=True)]
+            yield draft.fault(
+                path, size, f"height and width divisible by {multiples[0]} and {multiples[1]}: {nearest}"
+            )
+
+
+@rule("data.params", _NETWORK, f"{_VAE}.encoder_config")
+def fixed_positions_fit_size(draft: Draft) -> Iterator[Fault]:
+    network = draft.model.network_config.params
+    position = network.modules.pos_embed_config
+    is_table = not isinstance(position, Rotary3DPositionEmbeddingSlot) or position.params.learnable_pos_embed
+    if draft.data is None or not is_table or position.params.size_policy == "interpolate":
+        return
+    height, width = (side // _pixels_per_latent(draft) for side in draft.data.params.video_size)
+    if (height, width) != (network.latent_height, network.latent_width):
+        trained = [side * _pixels_per_latent(draft) for side in (network.latent_height, network.latent_width)]
+        yield draft.fault(
+            "data.params.video_size",
+            draft.data.params.video_size,
+            f"{trained}, the size of this model's positions, or {_POSITION}.params.size_policy: interpolate",
+        )
+    if draft.data.params.max_num_frames > network.num_frames:
+        frames = draft.data.params.max_num_frames
+        yield draft.fault(
+            "data.params.max_num_frames", frames, f"at most the {network.num_frames} of this model"
+        )
+
+
+@rule(_NETWORK, f"{_VAE}.encoder_config.params.z_channels", "model.noised_image_input")
+def channels_fit(draft: Draft) -> Iterator[Fault]:
+    network = draft.model.network_config.params
+    latent = draft.model.first_stage_config.params.encoder_config.params.z_channels
+    if network.out_channels != latent:
+        yield draft.fault(
+            f"{_NETWORK}.out_channels", network.out_channels, f"{latent}, the autoencoder's z_channels"
+        )
+    kind = "text-to-video (noised_image_input: false)"
+    wanted = latent
+    if draft.model.noised_image_input:
+        kind, wanted = "image-to-video (noised_image_input: true)", 2 * latent
+    if network.in_channels != wanted:
+        yield draft.fault(f"{_NETWORK}.in_channels", network.in_channels, f"{wanted} for {kind}")
+
+
+@rule(
+    f"{_NETWORK}.hidden_size",
+    f"{_NETWORK}.num_attention_heads",
+    f"{_NETWORK}.modules",
+    "args.model_parallel_size",
+)
+def heads_fit(draft: Draft) -> Iterator[Fault]:
+    network = draft.model.network_config.params
+    heads, width = network.num_attention_heads, network.hidden_size
+    if width % heads:
+        yield draft.fault(f"{_NETWORK}.hidden_size", width, f"divisible by num_attention_heads = {heads}")
+        return
+    position = network.modules.pos_embed_config
+    if isinstance(position, Rotary3DPositionEmbeddingSlot):
+        if (width // heads) % _ROTARY_MULTIPLE:
+            yield draft.fault(
+                f"{_NETWORK}.num_attention_heads",
+                heads,
+                f"heads of a width divisible by 16; now {width // heads}",
+            )
+        if position.params.hidden_size_head not in (None, width // heads):
+            given = position.params.hidden_size_head
+            yield draft.fault(
+                f"{_POSITION}.params.hidden_size_head", given, f"{width // heads}: hidden_size / heads"
+            )
+    ranks = draft.args.model_parallel_size
+    if heads % ranks:
+        yield draft.fault("args.model_parallel_size", ranks, f"a divisor of num_attention_heads = {heads}")
+
+
+@rule(f"{_NETWORK}.ofs_embed_dim", f"{_NETWORK}.time_embed_dim", f"{_NETWORK}.hidden_size")
+def ofs_adds_to_time(draft: Draft) -> Iterator[Fault]:
+    network = draft.model.network_config.params
+    time = network.time_embed_dim or network.hidden_size
+    if network.ofs_embed_dim not in (None, time):
+        yield draft.fault(f"{_NETWORK}.ofs_embed_dim", network.ofs_embed_dim, f"{time}, as time_embed_dim")
+
+
+@rule(f"{_POSITION}.params.text_length", "model.conditioner_config")
+def text_lengths_agree(draft: Draft) -> Iterator[Fault]:
+    tokens = draft.model.network_config.params.modules.pos_embed_config.params.text_length
+    encoder = draft.model.conditioner_config.params.emb_models[0].params.max_length
+    if tokens != encoder:
+        path = "model.conditioner_config.params.emb_models.0.params.max_length"
+        yield draft.fault(path, encoder, f"{tokens}, as {_POSITION}.params.text_length")
+
+
+@rule(_VAE)
+def coders_agree(draft: Draft) -> Iterator[Fault]:
+    vae = draft.model.first_stage_config.params
+    for name in ("z_channels", "ch_mult", "temporal_compress_times"):
+        encoder, decoder = (getattr(half.params, name) for half in (vae.encoder_config, vae.decoder_config))
+        if encoder != decoder:
+            path = f"{_VAE}.decoder_config.params.{name}"
+            yield draft.fault(path, decoder, f"{encoder}, as the encoder's")
+
+
+@rule("model.denoiser_config", "model.loss_fn_config", "model.sampler_config")
+def one_noise_schedule(draft: Draft) -> Iterator[Fault]:
+    denoiser = draft.model.denoiser_config.params
+    schedule = denoiser.discretization_config
+    sigma_path = "model.loss_fn_config.params.sigma_sampler_config.params"
+    others = {
+        sigma_path: draft.model.loss_fn_config.params.sigma_sampler_config.params.discretization_config,
+        "model.sampler_config.params": draft.model.sampler_config.params.discretization_config,
+    }
+    for path, other in others.items():
+        for name in type(schedule.params).model_fields if other is not None else ():
+            here, there = getattr(other.params, name), getattr(schedule.params, name)  # type: ignore[union-attr]
+            if here != there:
+                key = f"{path}.discretization_config.params.{name}"
+                yield draft.fault(key, here, f"{there}, as model.denoiser_config says")
+    steps = schedule.params.num_timesteps
+    for path, num_idx in {
+        "model.denoiser_config.params.num_idx": denoiser.num_idx,
+        f"{sigma_path}.num_idx": draft.model.loss_fn_config.params.sigma_sampler_config.params.num_idx,
+    }.items():
+        if num_idx != steps:
+            yield draft.fault(path, num_idx, f"{steps}, the steps of the noise schedule")
+
+
+@rule("model.sampler_config")
+def guidance_grows_over_all_steps(draft: Draft) -> Iterator[Fault]:
+    sampler = draft.model.sampler_config.params
+    steps = getattr(sampler.guider_config.params, "num_steps", None)
+    if steps not in (None, sampler.num_steps):
+        path = "model.sampler_config.params.guider_config.params.num_steps"
+        yield draft.fault(path, steps, f"null, or the sampler's {sampler.num_steps}")
+    if sampler.num_steps > draft.model.denoiser_config.params.num_idx:
+        yield draft.fault(
+            "model.sampler_config.params.num_steps", sampler.num_steps, "at most the schedule's steps"
+        )
+
+
+@rule(f"{_NETWORK}.modules.lora_config", "model.not_trainable_prefixes")
+def adapters_have_a_frozen_base(draft: Draft) -> Iterator[Fault]:
+    has_adapters = draft.model.network_config.params.modules.lora_config is not None
+    frozen = draft.model.not_trainable_prefixes
+    if has_adapters and "all" not in frozen:
+        yield draft.fault("model.not_trainable_prefixes", frozen, "['all'], because lora_config is given")
+    if "all" in frozen and not has_adapters and draft.purpose == "train":
+        yield draft.fault(
+            "model.not_trainable_prefixes",
+            frozen,
+            f"[], or {_NETWORK}.modules.lora_config: nothing is left to train",
+        )
+
+
+def _pixels_per_latent(draft: Draft) -> int:
+    levels: int = len(draft.model.first_stage_config.params.encoder_config.params.ch_mult)
+    return 1 << (levels - 1)
+
+
+RULES = (
+    frames_are_4k_plus_1,
+    sampled_latents_fill_patches,
+    sizes_fill_patches,
+    fixed_positions_fit_size,
+    channels_fit,
+    heads_fit,
+    ofs_adds_to_time,
+    text_lengths_agree,
+    coders_agree,
+    one_noise_schedule,
+    guidance_grows_over_all_steps,
+    adapters_have_a_frozen_base,
+)

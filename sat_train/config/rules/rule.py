@@ -1,0 +1,68 @@
+"""What a rule between settings is: the keys it reads, and the faults it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from sat_train.config.schema.args import ArgsConfig
+from sat_train.config.schema.data import DataConfig
+from sat_train.config.schema.deepspeed import DeepSpeedConfig
+from sat_train.config.schema.model import ModelConfig
+from sat_train.errors import Fault
+
+Purpose = Literal["train", "sample", "precompute", "check"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Settings that are each right by themselves.
+
+    Args:
+        args: Section `args`.
+        model: Section `model`.
+        data: Section `data`.
+        deepspeed: Section `deepspeed`.
+        purpose: What the run is for.
+        source_of: Gives the file a key came from.
+    """
+
+    args: ArgsConfig
+    model: ModelConfig
+    data: DataConfig | None
+    deepspeed: DeepSpeedConfig
+    purpose: Purpose
+    source_of: Callable[[str], str]
+
+    def fault(self, path: str, value: object, expected: str, suggestion: str = "") -> Fault:
+        """Returns a fault at a key, with the file that the key came from."""
+        shown = list(value) if isinstance(value, tuple) else "null" if value is None else value
+        shown = str(shown).lower() if isinstance(shown, bool) else shown
+        return Fault(path, str(shown), expected, self.source_of(path), suggestion)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One check between settings.
+
+    Args:
+        reads: Keys or groups it depends on; with a fault in one of them it cannot be checked.
+        check: Yields the faults.
+    """
+
+    reads: tuple[str, ...]
+    check: Callable[[Draft], Iterator[Fault]]
+
+    def can_be_checked(self, faulty: set[str]) -> bool:
+        """Tells whether nothing that the rule reads is a fault already."""
+        return not any(
+            path == read or path.startswith(f"{read}.") or read.startswith(f"{path}.")
+            for path in faulty
+            for read in self.reads
+        )
+
+
+def rule(*reads: str) -> Callable[[Callable[[Draft], Iterator[Fault]]], Rule]:
+    """Makes a rule of a function; the arguments are the keys it reads."""
+    return lambda check: Rule(reads, check)

@@ -1,0 +1,187 @@
+"""Rules on length, precision, parallelism, validation and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sat_train.config.rules.rule import Draft, rule
+from sat_train.errors import Fault
+
+
+@rule("args.fp16", "args.bf16", "deepspeed.fp16", "deepspeed.bf16")
+def one_precision(draft: Draft) -> Iterator[Fault]:
+    if draft.args.fp16 and draft.args.bf16:
+        yield draft.fault(
+            "args.fp16", True, f"false, because args.bf16 is true [{draft.source_of('args.bf16')}]"
+        )
+
+
+@rule("args.zero_stage", "args.fp16", "args.bf16", "deepspeed")
+def stage_zero_in_fp32_only(draft: Draft) -> Iterator[Fault]:
+    if draft.args.zero_stage == 0 and (draft.args.fp16 or draft.args.bf16):
+        yield draft.fault(
+            "args.zero_stage",
+            0,
+            "1 (the right 'no ZeRO' in half precision: stage 0 counts Adam's steps wrongly there)",
+        )
+
+
+@rule("args.zero_stage", "args.compile", "deepspeed.zero_optimization")
+def no_compile_with_stage_three(draft: Draft) -> Iterator[Fault]:
+    if draft.args.zero_stage == 3 and draft.args.compile != "off":
+        yield draft.fault(
+            "args.compile", draft.args.compile, "off with ZeRO-3, whose hooks break every compiled block"
+        )
+
+
+@rule("deepspeed.zero_optimization", "args.zero_stage")
+def offload_needs_a_stage(draft: Draft) -> Iterator[Fault]:
+    zero = draft.deepspeed.zero_optimization
+    if zero.offload_param.device != "none" and zero.stage != 3:
+        path = "deepspeed.zero_optimization.offload_param.device"
+        yield draft.fault(
+            path, zero.offload_param.device, f"none at ZeRO stage {zero.stage}; weights move at stage 3 only"
+        )
+    if zero.offload_optimizer.device != "none" and zero.stage == 0:
+        path = "deepspeed.zero_optimization.offload_optimizer.device"
+        yield draft.fault(path, zero.offload_optimizer.device, "none at ZeRO stage 0")
+
+
+@rule("deepspeed.optimizer.params.betas")
+def betas_below_one(draft: Draft) -> Iterator[Fault]:
+    betas = draft.deepspeed.optimizer.params.betas
+    if not all(0 <= beta < 1 for beta in betas):
+        yield draft.fault("deepspeed.optimizer.params.betas", betas, "two numbers from 0 to below 1")
+
+
+@rule("args.distributed_backend", "args.device")
+def backend_fits_device(draft: Draft) -> Iterator[Fault]:
+    if draft.args.device == "cpu" and draft.args.distributed_backend == "nccl":
+        yield draft.fault("args.distributed_backend", "nccl", "auto or gloo, because args.device is cpu")
+
+
+@rule("args.train_iters", "args.epochs")
+def one_length(draft: Draft) -> Iterator[Fault]:
+    iters, epochs = draft.args.train_iters, draft.args.epochs
+    if iters is not None and epochs is not None:
+        yield draft.fault("args.epochs", epochs, f"null, because args.train_iters is {iters}")
+    if iters is None and epochs is None and draft.purpose == "train":
+        yield draft.fault("args.train_iters", None, "a number of steps, or args.epochs")
+
+
+@rule("args.warmup", "args.train_iters")
+def whole_warmup(draft: Draft) -> Iterator[Fault]:
+    warmup, iters = draft.args.warmup, draft.args.train_iters
+    if warmup >= 1 and not warmup.is_integer():
+        yield draft.fault("args.warmup", warmup, "a whole number of steps, or a share of all steps below 1")
+    elif iters is not None and warmup >= max(iters, 1):
+        yield draft.fault("args.warmup", warmup, f"fewer steps than args.train_iters = {iters}")
+
+
+@rule("args.eval_interval", "args.save_interval")
+def validation_lines_up_with_saves(draft: Draft) -> Iterator[Fault]:
+    every, save = draft.args.eval_interval, draft.args.save_interval
+    if every is not None and every % save and save % every:
+        nearest = max(round(every / save), 1) * save
+        yield draft.fault(
+            "args.eval_interval", every, f"a multiple of args.save_interval = {save}, e.g. {nearest}"
+        )
+
+
+@rule("args.valid_video_interval", "args.eval_interval")
+def videos_at_validations(draft: Draft) -> Iterator[Fault]:
+    videos, every = draft.args.valid_video_interval, draft.args.eval_interval
+    if videos is not None and (every is None or videos % every):
+        yield draft.fault(
+            "args.valid_video_interval", videos, f"a multiple of args.eval_interval = {every or 'null'}"
+        )
+
+
+@rule("args.split", "args.valid_data", "args.eval_interval")
+def shares_of_the_data(draft: Draft) -> Iterator[Fault]:
+    shares = draft.args.split.split(",")
+    if len(shares) != 3 or not all(share.strip().replace(".", "", 1).isdigit() for share in shares):
+        yield draft.fault(
+            "args.split", draft.args.split, "three numbers for training, validation, test, e.g. 95,5,0"
+        )
+    elif (
+        draft.purpose == "train"
+        and draft.args.eval_interval
+        and not draft.args.valid_data
+        and not float(shares[1])
+    ):
+        yield draft.fault(
+            "args.valid_data", None, "validation data, or a share for it in args.split, or no eval_interval"
+        )
+
+
+@rule("args.train_data", "args.train_data_weights")
+def one_weight_a_source(draft: Draft) -> Iterator[Fault]:
+    weights, sources = draft.args.train_data_weights, draft.args.train_data or ()
+    if weights is not None and len(weights) != len(sources):
+        yield draft.fault(
+            "args.train_data_weights", weights, f"{len(sources)} weights, one for each of train_data"
+        )
+    elif weights is not None and any(weight <= 0 for weight in weights):
+        yield draft.fault("args.train_data_weights", weights, "weights above 0")
+
+
+@rule("args.mode")
+def mode_fits_purpose(draft: Draft) -> Iterator[Fault]:
+    if draft.purpose == "train" and draft.args.mode == "inference":
+        yield draft.fault("args.mode", "inference", "finetune or pretrain, to train")
+
+
+@rule("args.mode", "args.load")
+def finetune_has_weights(draft: Draft) -> Iterator[Fault]:
+    if draft.args.load is None and (draft.args.mode == "finetune" or draft.purpose == "sample"):
+        remedy = "; args.mode: pretrain starts from random weights" if draft.args.mode == "finetune" else ""
+        yield draft.fault("args.load", None, f"weights to start from{remedy}")
+
+
+@rule("data", "args.train_data")
+def data_is_given(draft: Draft) -> Iterator[Fault]:
+    if draft.purpose in ("train", "precompute") and draft.data is None:
+        yield draft.fault(
+            "data", "", "a section with params.video_size, params.fps and params.max_num_frames"
+        )
+    if draft.purpose in ("train", "precompute") and not draft.args.train_data:
+        yield draft.fault("args.train_data", None, "at least one folder or manifest")
+
+
+@rule("data.cache", "data.cache_dir")
+def cache_has_a_folder(draft: Draft) -> Iterator[Fault]:
+    if draft.data is not None and draft.data.cache != "off" and draft.data.cache_dir is None:
+        yield draft.fault("data.cache_dir", None, f"a folder, because data.cache is {draft.data.cache}")
+
+
+@rule("args.prompt", "args.input_file", "args.input_type", "args.image", "model.noised_image_input")
+def there_is_a_prompt(draft: Draft) -> Iterator[Fault]:
+    args = draft.args
+    if draft.purpose != "sample":
+        return
+    if args.prompt is None and args.input_file is None:
+        yield draft.fault("args.prompt", None, "a prompt (--prompt 'a cat'), or args.input_file")
+    elif args.prompt is not None and args.image is None and draft.model.noised_image_input:
+        yield draft.fault("args.image", None, "a first frame: this model makes videos of images")
+
+
+RULES = (
+    one_precision,
+    stage_zero_in_fp32_only,
+    no_compile_with_stage_three,
+    offload_needs_a_stage,
+    betas_below_one,
+    backend_fits_device,
+    one_length,
+    whole_warmup,
+    validation_lines_up_with_saves,
+    videos_at_validations,
+    shares_of_the_data,
+    one_weight_a_source,
+    mode_fits_purpose,
+    finetune_has_weights,
+    data_is_given,
+    cache_has_a_folder,
+    there_is_a_prompt,
+)
