@@ -1,1 +1,1 @@
-"""Text encoder, video autoencoder, transformer and diffusion together: losses from batches, videos from prompts."""
+"""Text encoder, video autoencoder, transformer and diffusion together: losses, and videos."""
