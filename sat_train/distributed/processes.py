@@ -36,6 +36,7 @@ class ProcessGrid:
         model_group: Those that see the same samples and hold other slices of the model.
         device: Where this process computes.
         backend: `nccl` or `gloo`.
+        store: Key-value store that all processes share.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class ProcessGrid:
     model_group: dist.ProcessGroup
     device: torch.device
     backend: str
+    store: dist.Store
 
 
 _grid: ProcessGrid | None = None
@@ -87,8 +89,8 @@ def start_processes(
             expected="a divisor of the number of processes",
         )
     _prepare_deepspeed(env, where)
-    _join(env, chosen_backend, timedelta(minutes=timeout_minutes))
-    return _lay_out(env, where, chosen_backend, model_parallel_size)
+    store = _join(env, chosen_backend, timedelta(minutes=timeout_minutes))
+    return _lay_out(env, where, chosen_backend, store, model_parallel_size)
 
 
 def start_single_process(device: str = "cpu") -> ProcessGrid:
@@ -157,27 +159,27 @@ def _prepare_deepspeed(env: RankEnv, device: torch.device) -> None:
     os.environ["LOCAL_RANK"] = str(env.local_rank)
 
 
-def _join(env: RankEnv, backend: str, timeout: timedelta) -> None:
-    if env.launcher == "single":
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
+def _join(env: RankEnv, backend: str, timeout: timedelta) -> dist.Store:
+    store = dist.HashStore() if env.launcher == "single" else _meet(env, timeout)
+    dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
+    return store
+
+
+def _meet(env: RankEnv, timeout: timedelta) -> dist.Store:
+    url = f"tcp://{env.master_addr}:{env.master_port}"
     try:
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{env.master_addr}:{env.master_port}",
-            rank=env.rank,
-            world_size=env.world_size,
-            timeout=timeout,
-        )
-    except dist.DistError as error:
+        store, _, _ = next(dist.rendezvous(url, env.rank, env.world_size, timeout=timeout))
+    except (dist.DistError, OSError) as error:
         raise LaunchError(
-            f"rank {env.rank} of {env.world_size} did not meet the others at "
-            f"{env.master_addr}:{env.master_port}: {str(error).splitlines()[0]}",
+            f"rank {env.rank} of {env.world_size} did not reach {url}: {str(error).splitlines()[0]}",
             remedy="see that all machines started, that the address is reachable and that the port is free",
         ) from error
+    return store
 
 
-def _lay_out(env: RankEnv, device: torch.device, backend: str, model_parallel_size: int) -> ProcessGrid:
+def _lay_out(
+    env: RankEnv, device: torch.device, backend: str, store: dist.Store, model_parallel_size: int
+) -> ProcessGrid:
     global _grid
     with _quiet_sat(env):
         from sat import mpu
@@ -195,6 +197,7 @@ def _lay_out(env: RankEnv, device: torch.device, backend: str, model_parallel_si
         model_group=mpu.get_model_parallel_group(),
         device=device,
         backend=backend,
+        store=store,
     )
     return _grid
 

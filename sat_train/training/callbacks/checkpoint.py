@@ -1,0 +1,94 @@
+"""Saves the run: at intervals, at its end, and when it was asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sat_train.checkpoint.retention import prune_checkpoints
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import CheckpointError
+from sat_train.log import get_logger
+from sat_train.training.callbacks.callback import Callback
+from sat_train.training.run_folder import PREEMPTED
+
+if TYPE_CHECKING:
+    from sat_train.training.trainer import Trainer
+
+log = get_logger(__name__)
+
+_MOST_FAILURES_IN_A_ROW = 3
+
+
+class Checkpointer(Callback):
+    """Saves every `interval` steps and at the end; leaves the marker `PREEMPTED` when the run was stopped.
+
+    Args:
+        grid: The process grid.
+        run_folder: The run's folder.
+        save: Writes and commits one checkpoint of the trainer, on all ranks, and returns its folder.
+        interval: Steps between checkpoints.
+        keep_last: Newest checkpoints that stay; 0 keeps all.
+        keep_every: Checkpoints of steps divisible by this stay too; 0 for none.
+    """
+
+    def __init__(
+        self,
+        grid: ProcessGrid,
+        run_folder: Path,
+        save: Callable[[Trainer], Path],
+        *,
+        interval: int,
+        keep_last: int,
+        keep_every: int,
+    ) -> None:
+        self._grid = grid
+        self._run_folder = run_folder
+        self._save = save
+        self._interval = interval
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._saved_step = -1
+        self._failures_in_a_row = 0
+
+    def started(self, trainer: Trainer) -> None:
+        """The checkpoint that the run goes on from need not be written again."""
+        if trainer.state.step:
+            self._saved_step = trainer.state.step
+        if self._grid.rank == 0:
+            (self._run_folder / PREEMPTED).unlink(missing_ok=True)
+
+    def step_done(self, trainer: Trainer) -> None:
+        """Saves when it is time."""
+        if trainer.state.step % self._interval or trainer.complete or trainer.stopping:
+            return  # `finished` saves the last step
+        try:
+            self._save_once(trainer)
+        except CheckpointError as error:
+            self._count_failure(error)
+
+    def finished(self, trainer: Trainer) -> None:
+        """Saves the end of the run, if that step is not saved yet."""
+        self._save_once(trainer)
+        if trainer.stopping and not trainer.complete and self._grid.rank == 0:
+            (self._run_folder / PREEMPTED).write_text(f"{trainer.state.step}\n")
+            log.info("stopped at step %d; args.resume: auto goes on from there", trainer.state.step)
+
+    def _count_failure(self, error: CheckpointError) -> None:
+        """A full disk may be emptied before the next save; training for nothing is worse than stopping."""
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row == _MOST_FAILURES_IN_A_ROW:
+            raise error
+        if self._grid.rank == 0:
+            log.error("not saved, training goes on: %s", error)
+
+    def _save_once(self, trainer: Trainer) -> None:
+        if trainer.state.step == self._saved_step:
+            return
+        trainer.settle()
+        folder = self._save(trainer)
+        self._saved_step = trainer.state.step
+        self._failures_in_a_row = 0
+        if self._grid.rank == 0:
+            log.info("saved %s", folder)
+            prune_checkpoints(self._run_folder, keep_last=self._keep_last, keep_every=self._keep_every)
