@@ -1,0 +1,54 @@
+"""Section `model.first_stage_config` to the frozen video VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sat_train.config.schema.encoders import VideoVAEParams
+from sat_train.models.vae.tiling import Tiling
+from sat_train.models.vae.video_vae import VideoVAE
+
+
+def build_vae(
+    params: VideoVAEParams,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VideoVAE:
+    """Builds the VAE, frozen and in evaluation mode.
+
+    Args:
+        params: `model.first_stage_config.params`.
+        state_dict: Its weights under SAT's names, any dtype, checked by the caller; None leaves it
+            uninitialised, for the meta device.
+        device: "meta" allocates nothing.
+        dtype: Of the weights and the computation; fp32 or bf16.
+
+    Returns:
+        The VAE.
+    """
+    coder = params.encoder_config.params  # the decoder's numbers are the same: a rule of the configuration
+    with torch.device("meta"):
+        vae = VideoVAE(
+            ch=coder.ch,
+            ch_mult=coder.ch_mult,
+            num_res_blocks=coder.num_res_blocks,
+            z_channels=coder.z_channels,
+            in_channels=coder.in_channels,
+            out_ch=params.decoder_config.params.out_ch,
+            temporal_compress_times=coder.temporal_compress_times,
+            norm_num_groups=coder.norm_num_groups,
+            encode_chunk_frames=params.encode_chunk_frames,
+            decode_chunk_frames=params.decode_chunk_frames,
+            clips_at_once=params.clips_at_once,
+            tiling=Tiling(*params.tile_size, *params.tile_overlap) if params.tiling else None,
+        )
+    if state_dict is not None:
+        vae.load_state_dict(state_dict, assign=True)
+    vae = vae.to(dtype=dtype)
+    vae = vae.to_empty(device=device) if state_dict is None else vae.to(device)
+    return vae.eval().requires_grad_(False)
