@@ -144,11 +144,36 @@ def text_lengths_agree(draft: Draft) -> Iterator[Fault]:
 @rule(_VAE)
 def coders_agree(draft: Draft) -> Iterator[Fault]:
     vae = draft.model.first_stage_config.params
-    for name in ("z_channels", "ch_mult", "temporal_compress_times"):
+    for name in (
+        "ch",
+        "ch_mult",
+        "num_res_blocks",
+        "z_channels",
+        "norm_num_groups",
+        "temporal_compress_times",
+    ):
         encoder, decoder = (getattr(half.params, name) for half in (vae.encoder_config, vae.decoder_config))
         if encoder != decoder:
             path = f"{_VAE}.decoder_config.params.{name}"
             yield draft.fault(path, decoder, f"{encoder}, as the encoder's")
+
+
+@rule(_VAE)
+def autoencoder_divides_evenly(draft: Draft) -> Iterator[Fault]:
+    vae = draft.model.first_stage_config.params
+    coder, coder_path = vae.encoder_config.params, f"{_VAE}.encoder_config.params"
+    time, side = coder.temporal_compress_times, _pixels_per_latent(draft)
+    if time & (time - 1) or time > side:
+        yield draft.fault(f"{coder_path}.temporal_compress_times", time, f"a power of two up to {side}")
+    if any(coder.ch * factor % coder.norm_num_groups for factor in (1, *coder.ch_mult)):
+        yield draft.fault(f"{coder_path}.norm_num_groups", coder.norm_num_groups, "a divisor of all widths")
+    if (vae.encode_chunk_frames or 0) % time:
+        yield draft.fault(f"{_VAE}.encode_chunk_frames", vae.encode_chunk_frames, f"a multiple of {time}")
+    if any(size <= 0 or size % side for size in vae.tile_size):
+        yield draft.fault(f"{_VAE}.tile_size", vae.tile_size, f"multiples of {side} pixels")
+    if any(o % side or not 0 <= o < size for o, size in zip(vae.tile_overlap, vae.tile_size, strict=True)):
+        expected = f"multiples of {side} pixels below tile_size = {list(vae.tile_size)}"
+        yield draft.fault(f"{_VAE}.tile_overlap", vae.tile_overlap, expected)
 
 
 @rule("model.denoiser_config", "model.loss_fn_config", "model.sampler_config")
@@ -217,6 +242,7 @@ RULES = (
     ofs_adds_to_time,
     text_lengths_agree,
     coders_agree,
+    autoencoder_divides_evenly,
     one_noise_schedule,
     guidance_grows_over_all_steps,
     adapters_have_a_frozen_base,
