@@ -1,0 +1,90 @@
+"""A tiny pipeline and batches for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from sat_train.data.batch import VideoBatch
+from sat_train.diffusion.schedule import zero_snr_alpha_bar
+from sat_train.distributed.processes import start_single_process
+from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.vae.video_vae import VideoVAE
+from sat_train.pipeline.video_diffusion import VideoDiffusion
+
+CHANNELS, TEXT_LENGTH, TEXT_WIDTH = 4, 3, 8
+
+
+class TableTextEncoder:
+    """Stands for T5, whose own tests are elsewhere: a fixed random embedding for each caption."""
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        generators = [torch.Generator().manual_seed(sum(caption.encode())) for caption in captions]
+        return torch.stack(
+            [torch.randn(TEXT_LENGTH, TEXT_WIDTH, generator=generator) for generator in generators]
+        )
+
+
+@pytest.fixture
+def make_pipeline() -> Callable[..., VideoDiffusion]:
+    """Returns a function that builds a pipeline with random weights, the same at every call."""
+
+    def make(*, image_to_video: bool = False, patch_t: int = 1, **options: object) -> VideoDiffusion:
+        start_single_process()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            vae = VideoVAE(ch=4, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=CHANNELS, norm_num_groups=2)
+        dit = DiffusionTransformer(
+            num_layers=1,
+            hidden_size=64,
+            num_attention_heads=2,
+            in_channels=2 * CHANNELS if image_to_video else CHANNELS,
+            out_channels=CHANNELS,
+            patch_size=(patch_t, 2, 2),
+            latent_size=(4, 8, 8),
+            text_hidden_size=TEXT_WIDTH,
+            text_length=TEXT_LENGTH,
+            time_embed_dim=16,
+            positions="rotary",
+            ofs_embed_dim=16 if "ofs" in options else None,
+        )
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in dit.parameters():  # also those that start at zero, so that every input is felt
+                parameter.normal_(std=0.05, generator=generator)
+        defaults = {
+            "text_encoder": TableTextEncoder(),
+            "alpha_bar": zero_snr_alpha_bar(),
+            "scale_factor": 0.7,
+            "image_latent_scale": 0.5,
+            "noised_image_input": image_to_video,
+            "seed": 3,
+        }
+        return VideoDiffusion(dit=dit, vae=vae.eval().requires_grad_(False), **{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., VideoBatch]:
+    """Returns a function that makes a batch of the samples with the given global indices."""
+
+    def make(indices: Sequence[int], *, frames: int = 5, images: bool = False) -> VideoBatch:
+        def pixels(index: int, *shape: int) -> Tensor:
+            generator = torch.Generator().manual_seed(index)
+            return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+
+        return VideoBatch(
+            video_btchw=torch.stack([pixels(index, frames, 3, 16, 16) for index in indices]),
+            captions=tuple(f"clip {index}" for index in indices),
+            image_bchw=torch.stack([pixels(1000 + index, 3, 16, 16) for index in indices])
+            if images
+            else None,
+            clip_ids=tuple(f"{index}.mp4" for index in indices),
+            sample_indices=tuple(indices),
+        )
+
+    return make
