@@ -1,0 +1,237 @@
+"""From the run's configuration to its loaders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sat_train.config import RunConfig
+from sat_train.data.dataset import VideoDataset
+from sat_train.data.failures import FailureLog
+from sat_train.data.loader import VideoLoader
+from sat_train.data.plan import Probed, cut_chunks, keep_long, probe_clips
+from sat_train.data.sampler import GlobalOrder, RankBatches
+from sat_train.data.sources import ClipSource, read_source, split_source
+from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import DataError
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+_TRAIN, _VALID = 0, 1
+QUARANTINE = "quarantine.jsonl"
+
+
+def build_train_loader(
+    run: RunConfig, grid: ProcessGrid, *, start_sample: int = 0, run_folder: Path | None = None
+) -> VideoLoader:
+    """Builds the endless loader of this rank.
+
+    Args:
+        run: `args` and `data` are read.
+        grid: Who this rank is.
+        start_sample: Samples that all ranks together have consumed before, from the checkpoint.
+        run_folder: Gets `quarantine.jsonl`; None: bad clips are only logged.
+
+    Raises:
+        DataError: No data, or data that cannot be used.
+
+    Ranks: all.
+    """
+    if not run.args.train_data:
+        raise DataError(
+            "args.train_data is not set",
+            expected="folders or manifests of clips",
+            remedy="--base ... args.train_data=[my_clips]",
+        )
+    sources = _read_sources(run, grid, run.args.train_data, part=None if run.args.valid_data else _TRAIN)
+    order = GlobalOrder(
+        seed=run.args.seed,
+        clip_weights=[[record.weight for record in source.records] for source in sources],
+        source_weights=run.args.train_data_weights,
+    )
+    batches = RankBatches(start_sample, run.args.batch_size, grid.data_rank, grid.data_size)
+    return _build_loader(run, grid, sources, order, batches, run_folder)
+
+
+def build_valid_loader(
+    run: RunConfig, grid: ProcessGrid, *, run_folder: Path | None = None
+) -> VideoLoader | None:
+    """Builds the loader of `args.eval_iters` validation batches of this rank, the same ones each time.
+
+    They are the first clips of `args.valid_data` in the order of their names, or of the share of
+    `args.train_data` that `args.split` keeps for validation. Without either there is none.
+
+    Raises:
+        DataError: As for training.
+
+    Ranks: all.
+    """
+    entries = run.args.valid_data or run.args.train_data
+    if not entries or (not run.args.valid_data and not _shares(run)[_VALID]):
+        return None
+    sources = _read_sources(run, grid, entries, part=None if run.args.valid_data else _VALID)
+    weights = [[1.0] * len(source) for source in sources]
+    order = GlobalOrder(seed=run.args.seed, clip_weights=weights, shuffle=False)
+    batch_size = run.args.eval_batch_size or run.args.batch_size
+    stop = min(order.epoch_length, run.args.eval_iters * batch_size * grid.data_size)
+    batches = RankBatches(0, batch_size, grid.data_rank, grid.data_size, stop=stop)
+    return _build_loader(run, grid, sources, order, batches, run_folder)
+
+
+def _build_loader(
+    run: RunConfig,
+    grid: ProcessGrid,
+    sources: Sequence[ClipSource],
+    order: GlobalOrder,
+    batches: RankBatches,
+    run_folder: Path | None,
+) -> VideoLoader:
+    params = run.data.params
+    _check_shapes(run, batches.batch_size)
+    dataset = VideoDataset(
+        sources=sources,
+        order=order,
+        video_size=tuple(params.video_size),
+        fps=params.fps,
+        max_num_frames=params.max_num_frames,
+        seed=run.args.seed,
+        skip_frms_num=params.skip_frms_num,
+        window=params.window,
+        short_clip=params.short_clip,
+        max_upscale=params.max_upscale,
+        timeout_s=run.data.worker_timeout_s,
+    )
+    failures = FailureLog(
+        num_clips=sum(len(source) for source in sources),
+        max_bad_fraction=run.data.max_bad_fraction,
+        path=run_folder and run_folder / QUARANTINE,
+        rank=grid.rank,
+    )
+    return VideoLoader(
+        dataset=dataset,
+        batches=batches,
+        failures=failures,
+        num_workers=run.args.num_workers,
+        prefetch_factor=run.args.prefetch_factor,
+        pin_memory=grid.device.type == "cuda",
+        worker_timeout_s=run.data.worker_timeout_s,
+        replaces_lost=grid.model_size == 1,
+        fingerprint=_fingerprint(sources),
+    )
+
+
+def _check_shapes(run: RunConfig, batch_size: int) -> None:
+    if run.data.params.short_clip == "shrink" and batch_size > 1:
+        raise DataError(
+            f"data.params.short_clip = shrink: batches of {batch_size} cannot hold clips of several lengths",
+            expected="batch_size 1 (use gradient_accumulation_steps), or short_clip error, skip or pad",
+        )
+
+
+def _read_sources(
+    run: RunConfig, grid: ProcessGrid, entries: Sequence[str], *, part: int | None
+) -> list[ClipSource]:
+    """Reads the sets on rank 0 and tells the others, so that all ranks hold the same list.
+
+    Args:
+        part: Share of `args.split` to keep; None keeps all.
+
+    Ranks: all.
+    """
+    sources, error = None, None
+    if grid.rank == 0:
+        try:
+            sources = [read_source(entry) for entry in entries]
+            if part is not None:
+                sources = [split_source(source, _shares(run), part) for source in sources]
+            sources = _name_apart(sources)
+        except DataError as caught:
+            error = caught
+    check_all_ranks(grid, error)
+    sources = broadcast_object(grid, sources)
+    sources = [_plan(run, grid, source) for source in sources]
+    for source in sources:
+        _check_not_empty(source, run)
+        others = ", ".join(f"{count} {suffix}" for suffix, count in source.ignored)
+        also = f"; not clips: {others}" if others else ""
+        log.info("%s: %d clips, fingerprint %s%s", source.name, len(source), source.fingerprint, also)
+    return sources
+
+
+def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
+    """Puts the set's name in front of its clips' names: the last folder, or all of them where two end alike."""
+    ends = [Path(source.name).name for source in sources]
+    named = []
+    for source, end in zip(sources, ends, strict=True):
+        prefix = end if ends.count(end) == 1 else source.name
+        records = [replace(record, clip_id=f"{prefix}/{record.clip_id}") for record in source.records]
+        named.append(replace(source, records=tuple(records)))
+    return named
+
+
+def _plan(run: RunConfig, grid: ProcessGrid, source: ClipSource) -> ClipSource:
+    """Looks into all clips where the configuration needs that: to skip short ones or to cut long ones.
+
+    Ranks: all.
+    """
+    params = run.data.params
+    if params.short_clip != "skip" and params.window != "chunks":
+        return source
+    clips = _probe(run, grid, source)
+    numbers = {"fps": params.fps, "num_frames": params.max_num_frames, "skip_frms_num": params.skip_frms_num}
+    if params.short_clip == "skip":
+        long = keep_long(clips, **numbers)
+        log.info("%s: %d of %d clips are too short", source.name, len(clips) - len(long), len(clips))
+        clips = long
+    records = [record for record, _ in clips]
+    if params.window == "chunks":
+        records = cut_chunks(clips, **numbers)
+        log.info("%s: %d clips give %d chunks", source.name, len(clips), len(records))
+    return source.with_records(records)
+
+
+def _probe(run: RunConfig, grid: ProcessGrid, source: ClipSource) -> list[Probed]:
+    """Ranks: all; each looks into its share."""
+    shares = gather_objects(
+        grid, probe_clips(source.records[grid.rank :: grid.world_size], timeout_s=run.data.worker_timeout_s)
+    )
+    return [shares[i % grid.world_size][i // grid.world_size] for i in range(len(source))]
+
+
+def _check_not_empty(source: ClipSource, run: RunConfig) -> None:
+    if len(source):
+        return
+    raise DataError(
+        f"{source.name}: no clip is left",
+        expected=f"clips of {run.data.params.max_num_frames} frames at {run.data.params.fps:g} a second",
+        remedy="lower data.params.max_num_frames, set data.params.short_clip: pad, or change args.split",
+    )
+
+
+def _shares(run: RunConfig) -> list[float]:
+    return [float(share) for share in run.args.split.split(",")]
+
+
+def _fingerprint(sources: Sequence[ClipSource]) -> str:
+    text = "".join(source.fingerprint for source in sources)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sum_bad_clips(grid: ProcessGrid, loader: VideoLoader) -> int:
+    """Adds up the bad clips of all ranks and ends the run on all of them when there are too many.
+
+    Returns:
+        Clips that are bad, on any rank.
+
+    Raises:
+        DataError: More than `data.max_bad_fraction` of the set.
+
+    Ranks: all.
+    """
+    found: set[str] = set().union(*gather_objects(grid, set(loader.failures.by_clip)))
+    loader.failures.check(len(found))
+    return len(found)

@@ -1,0 +1,200 @@
+"""Opens a video or image file and says what is in it, without decoding."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from sat_train.data.failures import BadClip
+
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+    *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
+)
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What a file's headers say.
+
+    Args:
+        height: Of the picture as stored. Only a decoded frame says whether it is to be turned.
+        width: Likewise, counted in square pixels.
+        rate: Average frames a second.
+        first: When the first frame is shown, in seconds of the file's clock.
+        last: When the last frame is shown.
+        codec: Name of the codec.
+        is_image: One still picture.
+    """
+
+    height: int
+    width: int
+    rate: float
+    first: float
+    last: float
+    codec: str
+    is_image: bool
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last."""
+        return self.last - self.first + 1 / self.rate
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file that lies inside another one (a member of a tar archive)."""
+
+    offset: int
+    size: int
+
+
+class _SpanReader(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, path: Path, span: Span) -> None:
+        super().__init__()
+        self._file = path.open("rb")
+        self._span = span
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._span.size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._span.size - self._at)
+        self._file.seek(self._span.offset + self._at)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def open_clip(
+    path: Path, *, span: Span | None = None, timeout_s: float | None = None
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Opens a file and finds its video stream.
+
+    Args:
+        path: Must be absolute, so that nothing in it is taken for a protocol.
+        span: Part of the file that holds the clip; None: all of it.
+        timeout_s: Reading that blocks longer than this fails.
+
+    Yields:
+        The container and its first video stream that is not a cover picture.
+
+    Raises:
+        BadClip: The file is missing, empty, not a video, or has no decodable video stream.
+    """
+    assert path.is_absolute(), f"{path} must be absolute"
+    _check_file(path)
+    try:
+        source = str(path) if span is None else _SpanReader(path, span)
+        container = av.open(source, timeout=timeout_s, options={"protocol_whitelist": "file"})
+    except (av.FFmpegError, OSError) as error:
+        raise BadClip("unreadable", f"{_said(error)}") from None
+    with container:
+        yield container, _video_stream(container)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise BadClip("missing", error.strerror or str(error)) from None
+    if size == 0:
+        raise BadClip("unreadable", "the file is empty")
+
+
+def _said(error: Exception) -> str:
+    """FFmpeg's own words without its number and the path, which the message names anyway."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    cover = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
+        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
+        raise BadClip("no video", f"the file holds {', '.join(kinds)} only")
+    stream = streams[0]
+    if stream.codec_context is None:
+        raise BadClip("unreadable", "there is no decoder for its video stream")
+    if not stream.width or not stream.height:
+        raise BadClip("unreadable", "its video stream has no picture size")
+    if stream.width * stream.height > MAX_PIXELS:
+        raise BadClip("too large", f"pictures of {stream.width}x{stream.height} pixels")
+    return stream
+
+
+def read_info(container: InputContainer, stream: VideoStream) -> ClipInfo:
+    """Reads the headers.
+
+    Raises:
+        BadClip: There are no presentation times, or the file ends before its index says.
+    """
+    width = round(stream.width * float(stream.sample_aspect_ratio or 1))
+    is_image = _is_image(container)
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    first = float((stream.start_time or 0) * stream.time_base)
+    last = first if is_image else _last_time(container, stream, first, rate)
+    return ClipInfo(stream.height, width, rate, first, last, stream.codec_context.name, is_image)
+
+
+def _is_image(container: InputContainer) -> bool:
+    name = container.format.name
+    return name == "image2" or name.endswith("_pipe")
+
+
+def _last_time(container: InputContainer, stream: VideoStream, first: float, rate: float) -> float:
+    """Returns when the last frame is shown: by the stream's own duration, else by its last packets."""
+    _check_complete(container, stream)
+    if stream.duration:
+        return max(first, first + float(stream.duration * stream.time_base) - 1 / rate)
+    times = _packet_times(container, stream, tail=True) or _packet_times(container, stream, tail=False)
+    if not times:
+        raise BadClip("no times", "its frames carry no presentation times (a raw stream?)")
+    return max(times)
+
+
+def _check_complete(container: InputContainer, stream: VideoStream) -> None:
+    """An index that points past the end of the file is the mark of a copy that was broken off."""
+    entries = stream.index_entries
+    if container.size > 0 and len(entries):
+        end = entries[-1].pos + entries[-1].size
+        if end > container.size:
+            raise BadClip("truncated", f"its index needs {end} bytes, the file has {container.size}")
+
+
+def _packet_times(container: InputContainer, stream: VideoStream, *, tail: bool) -> list[float]:
+    """Returns the presentation times of the file's packets, or of those behind its last keyframe."""
+    try:
+        end = container.duration if tail and container.duration else 0
+        container.seek(end, backward=True)
+        return [float(p.pts * p.time_base) for p in container.demux(stream) if p.pts is not None]
+    except (av.FFmpegError, OSError):
+        return []

@@ -1,0 +1,208 @@
+"""From a global sample index to a sample: which clip, which window, which crop, which caption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sat_train.data.batch import VideoSample
+from sat_train.data.clip_file import ClipInfo, open_clip
+from sat_train.data.failures import BadClip, Failure
+from sat_train.data.frames import FrameReader, Frames
+from sat_train.data.resize import CropMode, plan_cover_crop
+from sat_train.data.sampler import GlobalOrder, Place
+from sat_train.data.sources import ClipRecord, ClipSource
+from sat_train.data.window import ShortClip, WindowMode, count_frames, fit_frames, window_start
+from sat_train.distributed.seeds import derive_generator, derive_seed
+from sat_train.errors import DataError
+
+_SUBSTITUTES = 32  # other clips to try before the set itself must be broken
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample, and the clips that failed before one could give it."""
+
+    sample: VideoSample
+    failures: tuple[Failure, ...]
+
+
+class VideoDataset(Dataset[Item]):
+    """Samples by global index. The same index gives the same sample on any rank, worker and restart.
+
+    Args:
+        sources: Clips.
+        order: Says which clip each sample shows.
+        video_size: Height and width of a sample in pixels.
+        fps: Frames a second of a sample, whatever the file's rate.
+        max_num_frames: Frames of a sample.
+        seed: The run's seed: key of windows, crops, choice of captions and substitutes.
+        skip_frms_num: Source frames left out at the begin and at the end of each file.
+        window: Which part of a longer clip is taken.
+        short_clip: What to do with a clip shorter than the window.
+        crop: Which part of the covering picture is kept.
+        max_upscale: Largest factor by which a picture may be enlarged.
+        timeout_s: A clip that takes longer to decode is given up; None: never.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Sequence[ClipSource],
+        order: GlobalOrder,
+        video_size: tuple[int, int],
+        fps: float,
+        max_num_frames: int,
+        seed: int,
+        skip_frms_num: int = 0,
+        window: WindowMode = "random",
+        short_clip: ShortClip = "error",
+        crop: CropMode = "center",
+        max_upscale: float = 2.0,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.sources = tuple(sources)
+        self.order = order
+        self.video_size = video_size
+        self.fps = fps
+        self.max_num_frames = max_num_frames
+        self.seed = seed
+        self.skip_frms_num = skip_frms_num
+        self.window = window
+        self.short_clip = short_clip
+        self.crop = crop
+        self.max_upscale = max_upscale
+        self.timeout_s = timeout_s
+        self.given_up: dict[str, BadClip] = {}  # clips that made a worker hang or die
+        self.on_attempt: Callable[[Place], None] | None = None  # told of each clip before it is opened
+
+    def __len__(self) -> int:
+        return self.order.epoch_length
+
+    def record(self, place: Place) -> ClipRecord:
+        return self.sources[place.source].clip(place.clip)
+
+    def __getitem__(self, index: int) -> Item:
+        """Returns a sample; where its clip is bad, that of another clip, chosen by the index alone.
+
+        Raises:
+            DataError: A clip is too short under `short_clip: error`, or no substitute is usable either.
+        """
+        failures: list[Failure] = []
+        for attempt in range(_SUBSTITUTES):
+            place = self.place(index, attempt)
+            clip_id = self.record(place).clip_id
+            if self.on_attempt is not None:
+                self.on_attempt(place)
+            try:
+                if clip_id in self.given_up:
+                    raise self.given_up[clip_id]
+                return Item(self._sample(index, place), tuple(failures))
+            except BadClip as error:
+                self._refuse_short(clip_id, error)
+                failures.append(Failure(index, clip_id, error.cause, error.detail))
+        tried = "".join(f"\n    {f.clip_id} ({f.cause}: {f.detail})" for f in failures[:10])
+        raise DataError(
+            f"sample {index}: {len(failures)} clips in a row cannot be used:{tried}",
+            expected="a data set most of whose clips can be read",
+            remedy="check args.train_data with `sat-train data inspect`",
+        )
+
+    def place(self, index: int, attempt: int = 0) -> Place:
+        """Returns the clip of a sample, or with `attempt` above 0 its substitutes."""
+        if attempt == 0:
+            return self.order.place(index)
+        other = derive_seed(self.seed, "substitute", index, attempt) % self.order.epoch_length
+        return self.order.place(other)
+
+    def _refuse_short(self, clip_id: str, error: BadClip) -> None:
+        if error.cause == "short" and self.short_clip == "error":
+            raise DataError(
+                f"{clip_id} is too short: {error.detail}",
+                expected=f"{self.max_num_frames} frames at {self.fps:g} frames a second",
+                remedy="set data.params.short_clip to skip, pad or shrink, or lower max_num_frames",
+            ) from None
+
+    def _sample(self, index: int, place: Place) -> VideoSample:
+        record = self.record(place)
+        frames = self._frames(index, record, place.visit)
+        choice = derive_seed(self.seed, "caption", index) % len(record.captions)
+        image = None if record.image is None else self._image(index, record.image)
+        return VideoSample(
+            video_tchw=_to_tensor(frames.video_thwc),
+            caption=record.captions[choice],
+            image_chw=image,
+            clip_id=record.clip_id,
+            sample_index=index,
+            times=frames.times,
+        )
+
+    def _frames(self, index: int, record: ClipRecord, visit: int) -> Frames:
+        deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
+        with open_clip(record.path, span=record.span, timeout_s=self.timeout_s) as (container, stream):
+            reader = FrameReader(container, stream, deadline=deadline)
+            first, last = usable_part(reader.info, record, self.skip_frms_num)
+            available = count_frames(first=first, last=last, rate=reader.info.rate, fps=self.fps)
+            count, total = fit_frames(available, num_frames=self.max_num_frames, policy=self.short_clip)
+            start = window_start(
+                self.window,
+                first=first,
+                last=last,
+                length=(count - 1) / self.fps,
+                generator=derive_generator(self.seed, "window", index),
+                visit=visit,
+            )
+            frames = reader.read([start + i / self.fps for i in range(count)], self._plan(index))
+        return _repeat_last(frames, total)
+
+    def _image(self, index: int, path: Path) -> Tensor:
+        with open_clip(path, timeout_s=self.timeout_s) as (container, stream):
+            reader = FrameReader(container, stream)
+            frames = reader.read([reader.info.first], self._plan(index))
+        return _to_tensor(frames.video_thwc)[0]
+
+    def _plan(self, index: int):
+        """Returns what `FrameReader.read` asks for the crop; video and image of a sample are cut alike."""
+
+        def plan(height: int, width: int):
+            return plan_cover_crop(
+                source=(height, width),
+                target=self.video_size,
+                max_upscale=self.max_upscale,
+                crop=self.crop,
+                generator=derive_generator(self.seed, "crop", index),
+            )
+
+        return plan
+
+
+def usable_part(info: ClipInfo, record: ClipRecord, skip_frms_num: int) -> tuple[float, float]:
+    """Returns when the first and the last usable frame are shown, in seconds of the file's clock."""
+    if info.is_image:
+        return info.first, info.first
+    margin = skip_frms_num / info.rate
+    first, last = info.first + margin, info.last - margin
+    if record.start is not None:
+        first = max(first, info.first + record.start)
+    if record.end is not None:
+        last = min(last, info.first + record.end)
+    return first, last
+
+
+def _repeat_last(frames: Frames, total: int) -> Frames:
+    missing = total - len(frames.times)
+    if not missing:
+        return frames
+    tail = np.repeat(frames.video_thwc[-1:], missing, axis=0)
+    return Frames(np.concatenate([frames.video_thwc, tail]), frames.times + frames.times[-1:] * missing)
+
+
+def _to_tensor(video_thwc: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(video_thwc.transpose(0, 3, 1, 2)))

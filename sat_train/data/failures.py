@@ -1,0 +1,119 @@
+"""Clips that cannot be used: each is counted, named with its cause, written down, and replaced by another."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sat_train.errors import DataError
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+
+class BadClip(Exception):
+    """One clip cannot give a sample. The data set catches it and takes another clip.
+
+    Args:
+        cause: One of a few words to count by, e.g. `damaged`.
+        detail: What was found.
+    """
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(f"{cause}: {detail}")
+        self.cause = cause
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample whose clip was bad.
+
+    Args:
+        sample_index: Global position of the sample.
+        clip_id: The clip that failed.
+        cause: A word to count by.
+        detail: What was found.
+    """
+
+    sample_index: int
+    clip_id: str
+    cause: str
+    detail: str
+
+
+class FailureLog:
+    """Collects the bad clips that this rank meets and ends the run when there are too many.
+
+    Args:
+        num_clips: Clips in the whole set.
+        max_bad_fraction: Share of them that may be bad (`data.max_bad_fraction`).
+        path: File that gets one JSON object for each bad clip; None writes none.
+        rank: Global rank, for the file.
+    """
+
+    def __init__(
+        self, *, num_clips: int, max_bad_fraction: float, path: Path | None = None, rank: int = 0
+    ) -> None:
+        self.num_clips = num_clips
+        self.max_bad_fraction = max_bad_fraction
+        self.path = path
+        self.rank = rank
+        self.by_clip: dict[str, Failure] = {}
+        self.num_samples = 0
+
+    def add(self, failure: Failure) -> None:
+        """Counts one failure; the first one of a clip is also logged and written to the file."""
+        self.num_samples += 1
+        if failure.clip_id in self.by_clip:
+            return
+        self.by_clip[failure.clip_id] = failure
+        log.warning("%s cannot be used (%s: %s), another clip takes its place", *_words(failure))
+        if self.path is not None:
+            self._append(failure)
+
+    def causes(self) -> dict[str, int]:
+        """Returns how many clips were bad for which cause."""
+        counts: dict[str, int] = {}
+        for failure in self.by_clip.values():
+            counts[failure.cause] = counts.get(failure.cause, 0) + 1
+        return counts
+
+    def check(self, num_bad: int | None = None) -> None:
+        """Ends the run when more clips are bad than allowed.
+
+        Args:
+            num_bad: Bad clips over all ranks, when the caller has summed them; None: those of this rank.
+
+        Raises:
+            DataError: With the worst examples.
+        """
+        found = len(self.by_clip) if num_bad is None else num_bad
+        if found <= self.max_bad_fraction * self.num_clips:
+            return
+        examples = "".join(
+            f"\n    {clip} ({cause}: {detail})"
+            for clip, cause, detail in map(_words, list(self.by_clip.values())[:10])
+        )
+        where = f" All of them are in {self.path}." if self.path else ""
+        raise DataError(
+            f"{found} of {self.num_clips} clips cannot be used:{examples}",
+            expected=f"at most {self.max_bad_fraction:.1%} (data.max_bad_fraction = {self.max_bad_fraction})",
+            remedy=f"repair or remove these clips, or raise data.max_bad_fraction.{where}",
+        )
+
+    def _append(self, failure: Failure) -> None:
+        line = json.dumps({**asdict(failure), "rank": self.rank, "time": round(time.time(), 3)})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, (line + "\n").encode())  # one write: lines of several ranks do not mix
+        finally:
+            os.close(descriptor)
+
+
+def _words(failure: Failure) -> tuple[str, str, str]:
+    return failure.clip_id, failure.cause, failure.detail

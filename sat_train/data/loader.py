@@ -1,0 +1,279 @@
+"""Batches in global order, prepared by worker processes that no clip can stop by crashing or hanging."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from sat_train.data.batch import VideoBatch, collate
+from sat_train.data.dataset import Item, VideoDataset
+from sat_train.data.failures import BadClip, Failure, FailureLog
+from sat_train.data.sampler import Place, RankBatches
+from sat_train.errors import DataError, SatTrainError
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+_POLL_S = 1  # how often the state of the workers is looked at while there is no batch
+_IDLE = -1
+_PID, _SOURCE, _CLIP, _SINCE_MS = range(4)  # columns of the board
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """What a worker sends: a batch and the clips that failed on the way, or the error that ends the run."""
+
+    batch: VideoBatch | None
+    failures: tuple[Failure, ...]
+    error: SatTrainError | None = None
+
+    def pin_memory(self) -> _Packed:
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+
+
+class _Task(Dataset[Any]):
+    """The data set as a worker runs it: errors are sent as values, and the board says what is being read."""
+
+    def __init__(self, dataset: VideoDataset, board_wf: Tensor) -> None:
+        self._dataset = dataset
+        self._board_wf = board_wf
+
+    def __getitem__(self, index: int) -> Item | SatTrainError:
+        self._dataset.on_attempt = self._mark
+        try:
+            return self._dataset[index]
+        except SatTrainError as error:
+            return error
+        finally:
+            self._mark(None)
+
+    def _mark(self, place: Place | None) -> None:
+        info = get_worker_info()
+        if info is None:
+            return
+        row = self._board_wf[info.id]
+        row[_CLIP] = _IDLE
+        row[_PID] = os.getpid()
+        row[_SINCE_MS] = _now_ms()
+        if place is not None:
+            row[_SOURCE] = place.source
+            row[_CLIP] = place.clip
+
+
+def _pack(items: list[Item | SatTrainError]) -> _Packed:
+    for item in items:
+        if isinstance(item, SatTrainError):
+            return _Packed(None, (), item)
+    failures = tuple(failure for item in items for failure in item.failures)
+    return _Packed(collate([item.sample for item in items]), failures)
+
+
+def _now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000  # one clock for all processes of a machine
+
+
+def _prepare_worker(worker_id: int) -> None:
+    """Leaves signals to the training process, and ends with it whatever ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: Linux only, as this project
+
+
+class VideoLoader:
+    """Iterates over batches of one rank; position, not state, decides what comes next.
+
+    Args:
+        dataset: Gives samples by global index.
+        batches: Which indices this rank takes.
+        failures: Counts bad clips.
+        num_workers: Decoding processes; 0 decodes in this process.
+        prefetch_factor: Batches each worker prepares ahead.
+        pin_memory: Page-locked batches, for a faster way to a CUDA device.
+        worker_timeout_s: A clip that takes longer is given up, by force when it must be.
+        replaces_lost: A clip that makes a worker die or hang is replaced as any bad clip is. Off where
+            several ranks must see the same sample: the others would not know of it, so it ends the run.
+        fingerprint: Hash of the sources, for the checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: VideoDataset,
+        batches: RankBatches,
+        failures: FailureLog,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        pin_memory: bool = False,
+        worker_timeout_s: float = 120.0,
+        replaces_lost: bool = True,
+        fingerprint: str = "",
+    ) -> None:
+        self.dataset = dataset
+        self.failures = failures
+        self.fingerprint = fingerprint
+        self.data_wait_s = 0.0
+        self._batches = batches
+        self._num_workers = num_workers
+        self._prefetch_factor = prefetch_factor if num_workers else None
+        self._pin_memory = pin_memory
+        self._worker_timeout_s = worker_timeout_s
+        self._replaces_lost = replaces_lost
+        self._position = batches.start
+        self._iterator: Iterator[_Packed] | None = None
+        self._board_wf = torch.full((max(1, num_workers), 4), _IDLE, dtype=torch.int64).share_memory_()
+        self._end = weakref.finalize(self, _kill_workers, self._board_wf)
+
+    @property
+    def position(self) -> int:
+        """Samples consumed by all ranks up to the next micro-step."""
+        return self._position
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of one pass over the data."""
+        return self.dataset.order.epoch_length
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of the whole iteration; later indices repeat early ones to fill the last batch."""
+        return self._batches.stop
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[VideoBatch]:
+        """Starts over at the first batch for a finite loader, goes on where it stands for an endless one."""
+        if self._batches.stop is not None:
+            self.close()
+            self._position = self._batches.start
+        return self
+
+    def __next__(self) -> VideoBatch:
+        """Returns the next batch; `data_wait_s` then says how long that took.
+
+        Raises:
+            DataError: Too many clips are bad, or one ends the run.
+        """
+        began = time.monotonic()
+        packed = self._next_packed()
+        if packed.error is not None:
+            self.close()
+            raise packed.error
+        for failure in packed.failures:
+            self.failures.add(failure)
+        self.failures.check()
+        self._position += self._batches.batch_size * self._batches.data_size
+        self.data_wait_s = time.monotonic() - began
+        assert packed.batch is not None
+        return packed.batch
+
+    def close(self) -> None:
+        """Ends the workers. The loader can be used again and goes on at its position."""
+        self._iterator = None  # asks idle workers to leave and waits for them
+        _kill_workers(self._board_wf)
+
+    def _next_packed(self) -> _Packed:
+        began = time.monotonic()
+        while True:
+            if self._iterator is None:
+                self._iterator = self._start()
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                self.close()
+                raise
+            except RuntimeError as error:
+                if "DataLoader" not in str(error):
+                    raise
+                self._look_after_workers(error, waited_s=time.monotonic() - began)
+
+    def _start(self) -> Iterator[_Packed]:
+        self._board_wf.fill_(_IDLE)
+        loader = DataLoader(
+            _Task(self.dataset, self._board_wf),
+            batch_sampler=replace(self._batches, start=self._position),
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch_factor,
+            collate_fn=_pack,
+            pin_memory=self._pin_memory,
+            timeout=_POLL_S if self._num_workers else 0,
+            worker_init_fn=_prepare_worker,
+            generator=torch.Generator(),  # else it draws from the global one, which is the model's
+        )
+        with _own_sigchld():
+            return iter(loader)
+
+    def _look_after_workers(self, error: RuntimeError, *, waited_s: float) -> None:
+        """Finds the worker that died or hangs; does nothing while all of them are merely busy."""
+        alive = {child.pid for child in multiprocessing.active_children()}
+        late_ms = _now_ms() - 1000 * (1.2 * self._worker_timeout_s + 2)
+        for row in self._board_wf.tolist():
+            if row[_PID] != _IDLE and row[_PID] not in alive:
+                self._lose(row, "worker died", "the process that decoded it ended")
+                return
+            if row[_CLIP] != _IDLE and row[_SINCE_MS] < late_ms:
+                os.kill(row[_PID], signal.SIGKILL)
+                self._lose(
+                    row, "timeout", f"decoding hangs (data.worker_timeout_s = {self._worker_timeout_s:g})"
+                )
+                return
+        if "exited unexpectedly" in str(error) or waited_s > 2 * self._worker_timeout_s + 60:
+            self.close()
+            raise DataError(
+                f"the data workers stopped outside of any clip: {error}",
+                remedy="often memory ran out: lower args.num_workers or args.prefetch_factor",
+            )
+
+    def _lose(self, row: list[int], cause: str, detail: str) -> None:
+        """Gives up the clip that a lost worker was reading, and starts new workers at the same position."""
+        if row[_CLIP] == _IDLE:
+            self.close()
+            raise DataError(
+                f"data worker {row[_PID]} died while it read no clip",
+                remedy="often memory ran out: lower args.num_workers or args.prefetch_factor",
+            )
+        record = self.dataset.record(Place(row[_SOURCE], row[_CLIP], 0))
+        self.close()
+        if not self._replaces_lost:
+            raise DataError(
+                f"{record.clip_id} cannot be used ({cause}: {detail})",
+                expected="with args.model_parallel_size > 1, clips that neither crash nor hang the decoder",
+                remedy=f"remove {record.path}",
+            )
+        log.warning("%s: %s; starting the data workers again without it", record.clip_id, detail)
+        self.dataset.given_up[record.clip_id] = BadClip(cause, detail)
+
+
+@contextlib.contextmanager
+def _own_sigchld() -> Iterator[None]:
+    """Keeps PyTorch from raising in the middle of a training step when a worker dies; `next` will notice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+def _kill_workers(board_wf: Tensor) -> None:
+    """Ends those workers that are still there. They ignore SIGTERM, which is for the training process."""
+    alive = {child.pid for child in multiprocessing.active_children()}
+    for pid in board_wf[:, _PID].tolist():
+        if pid in alive:
+            os.kill(pid, signal.SIGKILL)
+    board_wf.fill_(_IDLE)

@@ -1,0 +1,73 @@
+"""From a picture of any size to the training size: scale until it covers, then cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sat_train.data.failures import BadClip
+
+CropMode = Literal["center", "random"]
+
+
+@dataclass(frozen=True)
+class CoverCrop:
+    """How one clip is brought to the training size. The same for all of its frames.
+
+    Args:
+        scaled_height: Size after scaling, at least the target's.
+        scaled_width: Likewise.
+        top: First row that is kept.
+        left: First column that is kept.
+        height: Target size.
+        width: Likewise.
+    """
+
+    scaled_height: int
+    scaled_width: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def plan_cover_crop(
+    *,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    max_upscale: float,
+    crop: CropMode = "center",
+    generator: torch.Generator | None = None,
+) -> CoverCrop:
+    """Finds the scale at which a picture just covers the target, and what is cut off.
+
+    Args:
+        source: Height and width of the picture as shown.
+        target: Height and width wanted.
+        max_upscale: Largest factor by which a picture may be enlarged.
+        crop: `center` keeps the middle, `random` any part.
+        generator: For `random`.
+
+    Raises:
+        BadClip: The picture would have to be enlarged more than `max_upscale`.
+
+    Source: `resize_for_rectangle_crop` in sat/data_video.py, zai-org/CogVideo@7a1af71 (which rounds down).
+    """
+    scale = max(target[0] / source[0], target[1] / source[1])
+    if scale > max_upscale:
+        raise BadClip(
+            "too small",
+            f"{source[0]}x{source[1]} (height x width) must be enlarged {scale:.2f} times to cover "
+            f"{target[0]}x{target[1]}, data.params.max_upscale allows {max_upscale:g}",
+        )
+    height = max(target[0], round(source[0] * scale))
+    width = max(target[1], round(source[1] * scale))
+    top, left = height - target[0], width - target[1]
+    if crop == "random":
+        top, left = (math.floor(torch.rand((), generator=generator).item() * (n + 1)) for n in (top, left))
+    else:
+        top, left = top // 2, left // 2
+    return CoverCrop(height, width, top, left, *target)

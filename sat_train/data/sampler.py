@@ -1,0 +1,175 @@
+"""The order of samples: a pure function of seed and position, whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sat_train.distributed.seeds import derive_seed
+
+_BLOCK = 1000  # samples over which a mixture keeps its shares exactly
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a sample shows.
+
+    Args:
+        source: Index of the source.
+        clip: Index of the clip in it.
+        visit: How many samples of this epoch's predecessors took the clip, that is the source's epoch.
+    """
+
+    source: int
+    clip: int
+    visit: int
+
+
+class GlobalOrder:
+    """Says which clip each sample shows, for any position, without state.
+
+    One epoch of a source takes each of its clips once, or `weight` times on average; each epoch in
+    another order. Sources without weights are shuffled together. With weights, each 1000 samples hold
+    the shares exactly, and every source goes through its own epochs.
+
+    Args:
+        seed: The run's seed.
+        clip_weights: For each source, the weight of each clip.
+        source_weights: Share of each source; None: sources are one set.
+        shuffle: Off, clips come as they are listed.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        clip_weights: Sequence[Sequence[float]],
+        source_weights: Sequence[float] | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        assert all(len(weights) for weights in clip_weights), "a source without clips"
+        self._seed = seed
+        self._shuffle = shuffle
+        self._sizes = [len(weights) for weights in clip_weights]
+        if source_weights is None:
+            self._pools = [np.concatenate([np.asarray(weights, float) for weights in clip_weights])]
+            self._quotas = np.array([_BLOCK])
+        else:
+            self._pools = [np.asarray(weights, float) for weights in clip_weights]
+            self._quotas = _round_shares(source_weights, _BLOCK)
+        self._lengths = [max(1, round(pool.sum())) for pool in self._pools]
+        self._epochs: dict[tuple[int, int], np.ndarray] = {}
+        self._blocks: dict[int, np.ndarray] = {}
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of one epoch: of a mixture, as many as all its sources' epochs hold together."""
+        return sum(self._lengths)
+
+    def place(self, sample: int) -> Place:
+        """Returns what sample number `sample` (from 0) shows."""
+        assert sample >= 0, sample
+        pool, position = self._position(sample)
+        epoch, offset = divmod(position, self._lengths[pool])
+        clip = int(self._epoch_clips(pool, epoch)[offset])
+        if len(self._pools) == len(self._sizes):
+            return Place(pool, clip, epoch)
+        source = int(np.searchsorted(np.cumsum(self._sizes), clip, side="right"))
+        return Place(source, clip - sum(self._sizes[:source]), epoch)
+
+    def _position(self, sample: int) -> tuple[int, int]:
+        """Returns the pool a sample is drawn from and how many samples that pool gave before."""
+        if len(self._pools) == 1:
+            return 0, sample
+        block, offset = divmod(sample, _BLOCK)
+        pools = self._block_pools(block)
+        pool = int(pools[offset])
+        return pool, block * int(self._quotas[pool]) + int((pools[:offset] == pool).sum())
+
+    def _block_pools(self, block: int) -> np.ndarray:
+        """Returns which pool each sample of a block is drawn from."""
+        if block not in self._blocks:
+            pools = np.repeat(np.arange(len(self._quotas)), self._quotas)
+            order = _permutation(len(pools), derive_seed(self._seed, "mixture", block))
+            self._blocks = {block: pools[order]}
+        return self._blocks[block]
+
+    def _epoch_clips(self, pool: int, epoch: int) -> np.ndarray:
+        """Returns the clips of one epoch in order, from memory for the last two epochs of each pool."""
+        if (pool, epoch) not in self._epochs:
+            if len(self._epochs) >= 2 * len(self._pools):
+                self._epochs.clear()
+            self._epochs[pool, epoch] = self._order_epoch(pool, epoch)
+        return self._epochs[pool, epoch]
+
+    def _order_epoch(self, pool: int, epoch: int) -> np.ndarray:
+        """Returns the clips of one epoch in order; one of weight w stands there w times on average."""
+        weights = self._pools[pool]
+        offset = derive_seed(self._seed, "weights", pool, epoch) / 2**63 if np.any(weights != 1) else 0.0
+        edges = np.cumsum(weights) * (self._lengths[pool] / weights.sum())
+        edges[-1] = self._lengths[pool]
+        taken = np.diff(np.floor(edges + offset + 1e-9), prepend=np.floor(offset + 1e-9))
+        clips = np.repeat(np.arange(len(weights)), taken.astype(np.int64))
+        if not self._shuffle:
+            return clips
+        return clips[_permutation(len(clips), derive_seed(self._seed, "order", pool, epoch))]
+
+
+def _round_shares(shares: Sequence[float], total: int) -> np.ndarray:
+    """Returns whole numbers in the given proportion that sum to `total` (largest remainders)."""
+    exact = np.asarray(shares, float) / sum(shares) * total
+    whole = np.floor(exact).astype(np.int64)
+    for i in np.argsort(whole - exact, kind="stable")[: total - int(whole.sum())]:
+        whole[i] += 1
+    return whole
+
+
+def _permutation(length: int, seed: int) -> np.ndarray:
+    """Returns a permutation of `range(length)`: the rank order of SplitMix64's first outputs.
+
+    Written out because libraries do not promise that theirs stay the same from version to version.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
+    """
+    with np.errstate(over="ignore"):
+        state = np.uint64(seed) + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return np.argsort(state, kind="stable")
+
+
+@dataclass(frozen=True)
+class RankBatches:
+    """Which samples one rank takes in each micro-step.
+
+    The samples of one optimizer step are consecutive, whatever the world size. A micro-step takes the next
+    `data_size * batch_size` of them, and rank r the r-th run of `batch_size` of those.
+
+    Args:
+        start: Samples consumed before.
+        batch_size: Samples of one rank in a micro-step.
+        data_rank: This rank on the data axis.
+        data_size: Ranks on the data axis.
+        stop: Samples from this position on are not taken; None: there is no end.
+    """
+
+    start: int
+    batch_size: int
+    data_rank: int
+    data_size: int
+    stop: int | None = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stride = self.batch_size * self.data_size
+        base = self.start
+        while self.stop is None or base < self.stop:
+            first = base + self.data_rank * self.batch_size
+            yield list(range(first, first + self.batch_size))
+            base += stride
+
+    def __len__(self) -> int:
+        assert self.stop is not None, "the training order has no end"
+        return -(-(self.stop - self.start) // (self.batch_size * self.data_size))

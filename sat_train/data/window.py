@@ -1,0 +1,112 @@
+"""Which moments of a clip a sample shows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from sat_train.data.failures import BadClip
+
+WindowMode = Literal["head", "center", "random", "uniform", "chunks"]
+ShortClip = Literal["error", "skip", "pad", "shrink"]
+
+
+def count_frames(*, first: float, last: float, rate: float, fps: float) -> int:
+    """Returns how many frames at `fps` a clip can give, the last one at most half a source frame late.
+
+    Args:
+        first: When the first usable frame is shown, in seconds.
+        last: When the last usable frame is shown.
+        rate: Source frames a second.
+        fps: Frames a second wanted.
+    """
+    if last <= first:
+        return 1 if last == first else 0
+    return math.floor((last - first + 0.5 / rate) * fps + 1e-6) + 1
+
+
+def fit_frames(
+    available: int, *, num_frames: int, policy: ShortClip, shrink_multiple: int = 4
+) -> tuple[int, int]:
+    """Decides what a sample of a clip holds.
+
+    Args:
+        available: Frames that the clip can give.
+        num_frames: Frames wanted.
+        policy: What to do when they are fewer.
+        shrink_multiple: `shrink` keeps a multiple of this plus one, as the VAE needs.
+
+    Returns:
+        Frames to read, and frames of the sample: more than read where the last one is repeated.
+
+    Raises:
+        BadClip: The clip is too short and the policy does not bend.
+    """
+    if available >= num_frames:
+        return num_frames, num_frames
+    if policy == "pad" and available > 0:
+        return available, num_frames
+    if policy == "shrink" and available > 0:
+        kept = (available - 1) // shrink_multiple * shrink_multiple + 1
+        return kept, kept
+    raise BadClip("short", f"it gives {available} of {num_frames} frames")
+
+
+def window_start(
+    mode: WindowMode,
+    *,
+    first: float,
+    last: float,
+    length: float,
+    generator: torch.Generator | None = None,
+    visit: int = 0,
+) -> float:
+    """Returns when the window begins.
+
+    Args:
+        mode: `head` the beginning; `center` the middle; `random` (and `chunks`, within a chunk) anywhere;
+            `uniform` starts that successive visits spread evenly over the clip.
+        first: When the first usable frame is shown, in seconds.
+        last: When the last usable frame is shown.
+        length: Seconds from the window's first frame to its last.
+        generator: For `random`.
+        visit: How often the clip was taken before, for `uniform`.
+    """
+    slack = max(0.0, last - first - length)
+    if mode == "head":
+        return first
+    if mode == "center":
+        return first + slack / 2
+    if mode == "uniform":
+        return first + slack * _spread(visit)
+    return first + slack * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def _spread(visit: int) -> float:
+    """Returns 0, 1, 1/2, 1/4, 3/4, 1/8, ...: any prefix covers 0..1 evenly (van der Corput's sequence)."""
+    if visit < 2:
+        return float(visit)
+    value, step, rest = 0.0, 0.5, visit - 1
+    while rest:
+        value, step, rest = value + step * (rest & 1), step / 2, rest >> 1
+    return value
+
+
+def split_chunks(*, first: float, last: float, window: float) -> Sequence[tuple[float, float]]:
+    """Cuts a long clip into as many equal parts as whole windows fit; each part becomes a sample.
+
+    Args:
+        first: Begin of the clip, in seconds.
+        last: End of the clip.
+        window: Seconds that one sample takes, `num_frames / fps`.
+
+    Returns:
+        Begin and end of each part; at least one.
+    """
+    count = max(1, math.floor((last - first) / window + 1e-6))
+    edges = [first + (last - first) * i / count for i in range(count + 1)]
+    return list(itertools.pairwise(edges))
