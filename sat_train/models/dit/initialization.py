@@ -19,7 +19,7 @@ _RULES = (
     (r"norm.*\.weight$", "ones"),
     (r"norm.*\.bias$", "zeros"),
     (r"adaLN_modulations\.", "zeros"),
-    (r"pos_embedding$", "zeros"),
+    (r"pos_embedding$|matrix_B\.\d+$", "zeros"),
     (r"transformer\.layers\..*\.bias$|(patch_embed\.proj|final_layer\.linear)\.bias$", "zeros"),
     (r"(query_key_value|dense_h_to_4h)\.weight$", "normal"),
     (r"(attention\.dense|dense_4h_to_h)\.weight$", "scaled_normal"),
@@ -27,7 +27,6 @@ _RULES = (
 )
 
 
-@torch.no_grad()
 def initialize_weights(model: nn.Module, *, seed: int, num_layers: int) -> None:
     """Fills every parameter in place. Gates start at zero, so every block of a new model is the identity.
 
@@ -39,18 +38,37 @@ def initialize_weights(model: nn.Module, *, seed: int, num_layers: int) -> None:
     Source: THUDM/SwissArmyTransformer@63dc23a `sat/mpu/utils.py`; zai-org/CogVideo@7a1af71
         `sat/dit_video_concat.py` `reinit` of each mixin.
     """
-    rank, size = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), "linear")
-        weight = parameters.get(name.removesuffix("bias") + "weight", parameter)
-        full = torch.empty(full_shape(name, parameter.shape, size))
-        _fill(full, rule, fan_in=weight[0].numel(), num_layers=num_layers, seed=seed, name=name)
-        parameter.copy_(tensor_parallel_slice(name, full, rank=rank, size=size))
+        weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
+        fan_in = math.prod(full_shape(weight, parameters[weight].shape, _model_size())[1:])
+        initialize_parameter(name, parameter, seed=seed, fan_in=fan_in, num_layers=num_layers)
 
 
-def _fill(full: Tensor, rule: str, *, fan_in: int, num_layers: int, seed: int, name: str) -> None:
-    generator = derive_generator(seed, f"initial weight {name}")
+@torch.no_grad()
+def initialize_parameter(
+    name: str, parameter: Tensor, *, seed: int, fan_in: int, num_layers: int = 1
+) -> None:
+    """Fills one parameter in place with this rank's slice of its initial value.
+
+    Args:
+        name: SAT key: it decides the distribution, and mixes into the seed.
+        parameter: This rank's slice.
+        seed: The run's seed.
+        fan_in: Inputs of the layer; sets the range of plain linear layers.
+        num_layers: Blocks of the model.
+    """
+    rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), "linear")
+    full = torch.empty(full_shape(name, parameter.shape, _model_size()))
+    _fill(full, rule, fan_in, num_layers, derive_generator(seed, f"initial weight {name}"))
+    parameter.copy_(tensor_parallel_slice(name, full, rank=mpu.get_model_parallel_rank(), size=_model_size()))
+
+
+def _model_size() -> int:
+    return int(mpu.get_model_parallel_world_size())
+
+
+def _fill(full: Tensor, rule: str, fan_in: int, num_layers: int, generator: torch.Generator) -> None:
     if rule == "ones":
         full.fill_(1.0)
     elif rule == "zeros":

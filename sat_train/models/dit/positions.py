@@ -129,34 +129,36 @@ def rotate_pairs(x_bnlk: Tensor, cos_lk: Tensor, sin_lk: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x_bnlk.dtype)
 
 
-def fit_table(table_ld: Tensor, own: PatchGrid, wanted: PatchGrid, *, size_policy: str) -> Tensor:
-    """Returns the rows of a position table for another size, found by frame, row and column.
+def is_prefix(own: PatchGrid, wanted: PatchGrid) -> bool:
+    """Whether a table made for `own` begins with that of `wanted`: the same area, and no more frames."""
+    return wanted[1:] == own[1:] and wanted.frames <= own.frames
+
+
+def interpolate_table(table_ld: Tensor, own: PatchGrid, wanted: PatchGrid) -> Tensor:
+    """Stretches a learned table over another height and width, and over time when there are more frames.
 
     Args:
         table_ld: One row a patch of `own`, `[own.tokens, d]`.
-        wanted: The real size. Fewer frames at the same height and width are always served: the first ones.
-        size_policy: What to do at other sizes. `refuse`; `crop`: positions keep their meaning;
-            `interpolate`: the table is stretched over the new height and width, and over time when there are
-            more frames.
+        wanted: The real size.
 
     Returns:
         `[wanted.tokens, d]`.
+    """
+    cube = table_ld.unflatten(0, tuple(own))[: wanted.frames].permute(3, 0, 1, 2)[None]
+    stretched = F.interpolate(cube.float(), size=tuple(wanted), mode="trilinear", align_corners=False)
+    return stretched[0].permute(1, 2, 3, 0).flatten(0, 2).to(table_ld.dtype)
+
+
+def check_size(own: PatchGrid, wanted: PatchGrid, *, size_policy: str) -> None:
+    """Raises when a table may not serve another size.
 
     Raises:
-        ConfigError: The policy refuses the size, or the crop is larger than the table.
+        ConfigError: The policy is `refuse`.
     """
-    if wanted[1:] == own[1:] and wanted.frames <= own.frames:
-        return table_ld[: wanted.tokens]
-    cube = table_ld.unflatten(0, tuple(own))
-    if size_policy == "crop" and all(new <= old for new, old in zip(wanted, own, strict=True)):
-        return cube[: wanted.frames, : wanted.height, : wanted.width].flatten(0, 2)
-    if size_policy == "interpolate":
-        cube = cube[: wanted.frames].permute(3, 0, 1, 2)[None].float()
-        stretched = F.interpolate(cube, size=tuple(wanted), mode="trilinear", align_corners=False)
-        return stretched[0].permute(1, 2, 3, 0).flatten(0, 2).to(table_ld.dtype)
-    expected = f"{own} patches (frames x height x width), as the position table has, not {wanted}"
-    remedy = "train at that size, or set the policy to interpolate"
-    raise ConfigError([Fault(_SIZE_POLICY_KEY, size_policy, f"{expected}; {remedy}")])
+    if size_policy == "refuse":
+        expected = f"{own} patches (frames x height x width), as the position table has, not {wanted}"
+        remedy = "train at that size, or set the policy to interpolate"
+        raise ConfigError([Fault(_SIZE_POLICY_KEY, size_policy, f"{expected}; {remedy}")])
 
 
 class SincosPositions(BaseMixin):
@@ -167,7 +169,7 @@ class SincosPositions(BaseMixin):
         dim: Model width.
         text_length: Text tokens; their rows are zero.
         interpolation: Positions along (t, h, w) are divided by these.
-        size_policy: See `fit_table`; `crop` goes beyond the table too, by its formula, as diffusers does.
+        size_policy: At other sizes `refuse`, or `interpolate`: the formula gives the table, as in diffusers.
     """
 
     def __init__(
@@ -189,12 +191,13 @@ class SincosPositions(BaseMixin):
     def position_embedding_forward(self, grid: PatchGrid, text_length: int) -> Tensor:
         """SAT hook: what is added to the tokens, `[1, text_length + grid.tokens, d]`."""
         table = self.pos_embedding[0, self.text_length :]
-        if self.size_policy == "crop" and any(new > old for new, old in zip(grid, self.base, strict=True)):
+        if is_prefix(self.base, grid):
+            video = table[: grid.tokens]
+        else:
+            check_size(self.base, grid, size_policy=self.size_policy)
             video = sincos_table(
                 grid, table.shape[-1], interpolation=self.interpolation, device=table.device
             ).to(table.dtype)
-        else:
-            video = fit_table(table, self.base, grid, size_policy=self.size_policy)
         return F.pad(video, (0, 0, text_length, 0))[None]
 
 
@@ -209,7 +212,7 @@ class RotaryPositions(BaseMixin):
         theta: Base of the frequencies.
         learned_dim: Model width when a learned table is added, else None.
         text_length: Text tokens of the learned table.
-        size_policy: See `fit_table`; concerns the learned table only.
+        size_policy: At other sizes `refuse`, or `interpolate` the learned table.
     """
 
     def __init__(
@@ -243,9 +246,10 @@ class RotaryPositions(BaseMixin):
         """Returns the learned embedding, `[1, text_length + grid.tokens, d]`."""
         assert text_length <= self.text_length, f"{text_length} text tokens, {self.text_length} learned"
         text, video = self.pos_embedding[0].split([self.text_length, self.base.tokens])
-        return torch.cat(
-            [text[:text_length], fit_table(video, self.base, grid, size_policy=self.size_policy)]
-        )[None]
+        if not is_prefix(self.base, grid):
+            check_size(self.base, grid, size_policy=self.size_policy)
+            video = interpolate_table(video, self.base, grid)
+        return torch.cat([text[:text_length], video[: grid.tokens]])[None]
 
     def position_embedding_forward(self, grid: PatchGrid, text_length: int) -> Tensor | None:
         """SAT hook: what is added to the tokens; None without a learned table."""

@@ -43,7 +43,7 @@ class DiffusionTransformer(BaseModel):
         ofs_embed_dim: Width of the `ofs` features (1.5-I2V), equal to `time_embed_dim`; None without.
         qk_norm: Normalise queries and keys.
         elementwise_affine: LayerNorms have weights.
-        size_policy: What position tables do at other sizes; see `fit_table`.
+        size_policy: What a position table does at other sizes: `refuse` or `interpolate`.
         activation_checkpointing: Keep only each block's input and compute the rest again in the backward.
         device: Where parameters live; `meta` costs neither time nor memory.
         dtype: Dtype of parameters and of computation.
@@ -136,6 +136,11 @@ class DiffusionTransformer(BaseModel):
             initialize_weights(self, seed=init_seed, num_layers=num_layers)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.time_embed[0].weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, which inputs are cast to."""
         return self.time_embed[0].weight.dtype
@@ -200,15 +205,6 @@ class DiffusionTransformer(BaseModel):
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles the block, once for all layers of one shape. Call it before DeepSpeed wraps the model."""
         self._run_block = torch.compile(self._forward_block, backend=backend, dynamic=False)
-
-    def num_parameters_by_prefix(self) -> dict[str, int]:
-        """Returns the number of parameters under `transformer.layers`, `mixins.patch_embed`, ..."""
-        counts: dict[str, int] = {}
-        for name, parameter in self.named_parameters():
-            depth = 2 if name.startswith(("transformer.", "mixins.")) else 1
-            prefix = ".".join(name.split(".")[:depth])
-            counts[prefix] = counts.get(prefix, 0) + parameter.numel()
-        return counts
 
     def derived_keys(self) -> frozenset[str]:
         """Returns the keys of the state dict that a formula gives: weights from elsewhere may lack them."""

@@ -1,0 +1,247 @@
+"""Low-rank adapters (LoRA) on SAT's linear layers, right under tensor parallelism.
+
+An adapted layer keeps its own weight under its own key and gains `matrix_A.i` and `matrix_B.i`: one pair for
+each of the equal parts of its output, three for the fused q, k, v. These are the names, shapes and scale
+(alpha / rank) of SAT's `lora2`, so its checkpoints load.
+
+Source: THUDM/SwissArmyTransformer@63dc23a `sat/model/finetune/lora2.py`; there the update of a row-parallel
+    layer is not summed over the ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from sat.model.base_model import BaseMixin
+from sat.mpu import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from sat_train.errors import CheckpointError, ConfigError, Fault
+from sat_train.models.dit.initialization import initialize_parameter
+from sat_train.models.dit.transformer import DiffusionTransformer
+
+DEFAULT_TARGETS = (r"attention\.query_key_value$", r"attention\.dense$")
+
+_PARAMS_KEY = "model.network_config.params.modules.lora_config.params"
+
+
+class Down(nn.ParameterList):
+    """The A matrices, fp32 `[rank, in]` each. Computes in its own `forward`, where ZeRO-3 gathers weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[..., in]` to `[..., parts * rank]`."""
+        return F.linear(x, torch.cat([matrix.to(x.dtype) for matrix in self]))
+
+
+class Up(nn.ParameterList):
+    """The B matrices, fp32 `[out / parts, rank]` each."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Maps `[..., parts * rank]` to `[..., out]`."""
+        parts = h.chunk(len(self), dim=-1)
+        return torch.cat(
+            [F.linear(part, matrix.to(h.dtype)) for part, matrix in zip(parts, self, strict=True)], dim=-1
+        )
+
+
+class _LowRank:
+    """What the adapted layers share: `y + B(between(A(dropout(x)) * scale))`."""
+
+    matrix_A: Down
+    matrix_B: Up
+    lora_dropout: nn.Module
+    lora_scale: float
+    lora_merged: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer and its update."""
+        y = super().forward(x)
+        if self.lora_merged:
+            assert not self.training, "unmerge the adapters before training"
+            return y
+        return y + self.matrix_B(self._between(self.matrix_A(self.lora_dropout(x)) * self.lora_scale))
+
+    @staticmethod
+    def _between(h: Tensor) -> Tensor:
+        return h
+
+    def low_rank_weight(self) -> Tensor:
+        """Returns what merging adds to the weight, fp32, this rank's slice."""
+        pairs = zip(self.matrix_A, self.matrix_B, strict=True)
+        return torch.cat([up.float() @ down.float() for down, up in pairs]) * self.lora_scale
+
+
+class LoraLinear(_LowRank, nn.Linear):
+    """An adapted plain layer."""
+
+
+class LoraColumnParallelLinear(_LowRank, ColumnParallelLinear):
+    """An adapted layer whose output is cut: A is whole on every rank, B cut; A's gradient is summed."""
+
+    @staticmethod
+    def _between(h: Tensor) -> Tensor:
+        return copy_to_model_parallel_region(h)
+
+
+class LoraRowParallelLinear(_LowRank, RowParallelLinear):
+    """An adapted layer whose input is cut: A is cut, B whole on every rank; the parts are summed between."""
+
+    @staticmethod
+    def _between(h: Tensor) -> Tensor:
+        return reduce_from_model_parallel_region(h)
+
+
+_ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: LoraLinear,
+    ColumnParallelLinear: LoraColumnParallelLinear,
+    RowParallelLinear: LoraRowParallelLinear,
+}
+
+
+class LoraMixin(BaseMixin):
+    """Marks a transformer as adapted, and keeps rank and alpha with its weights."""
+
+    def __init__(self, *, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.register_buffer("rank", torch.tensor(rank))
+        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float32))
+
+
+def add_lora(
+    dit: DiffusionTransformer,
+    *,
+    rank: int,
+    alpha: float = 1.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    seed: int = 0,
+) -> None:
+    """Gives the linear layers that match an update of low rank, which starts at zero.
+
+    Args:
+        dit: The transformer, changed in place.
+        rank: Inner width of an update.
+        alpha: Updates are scaled by alpha / rank. SAT's convention is 1.
+        dropout: Probability that an input channel of an update is dropped in training.
+        targets: Regular expressions searched in module names such as
+            `transformer.layers.0.attention.query_key_value`.
+        seed: The run's seed.
+
+    Raises:
+        ConfigError: A pattern matches no linear layer.
+    """
+    layers = {name: module for name, module in dit.named_modules() if type(module) in _ADAPTED}
+    _check_targets(targets, layers)
+    for name, module in layers.items():
+        if any(re.search(target, name) for target in targets):
+            _adapt(name, module, rank=rank, scale=alpha / rank, dropout=dropout, seed=seed)
+    with torch.device(dit.device):
+        dit.add_mixin("lora", LoraMixin(rank=rank, alpha=alpha))
+
+
+def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
+    faults = [
+        Fault(
+            path=f"{_PARAMS_KEY}.targets",
+            value=target,
+            expected="a pattern that some linear layer matches, such as "
+            "transformer.layers.0.mlp.dense_h_to_4h or mixins.adaln_layer.adaLN_modulations.0.1",
+        )
+        for target in targets
+        if not any(re.search(target, name) for name in layers)
+    ]
+    if faults:
+        raise ConfigError(faults)
+
+
+def _adapt(name: str, layer: nn.Module, *, rank: int, scale: float, dropout: float, seed: int) -> None:
+    out_features, in_features = layer.weight.shape
+    parts = layer.stride if isinstance(layer, ColumnParallelLinear) else 1
+    where = {"device": layer.weight.device, "dtype": torch.float32}
+    layer.matrix_A = Down(nn.Parameter(torch.empty(rank, in_features, **where)) for _ in range(parts))
+    layer.matrix_B = Up(nn.Parameter(torch.empty(out_features // parts, rank, **where)) for _ in range(parts))
+    layer.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+    layer.lora_scale, layer.lora_merged = scale, False
+    # SAT's mark of a slice, by which DeepSpeed counts it once on each rank in the gradient's norm
+    cut = {ColumnParallelLinear: layer.matrix_B, RowParallelLinear: layer.matrix_A}.get(type(layer), [])
+    for matrix in cut:
+        matrix.model_parallel = True
+    # the layer stays the object it is, so its weight, its key and whoever holds it stay too
+    layer.__class__ = _ADAPTED[type(layer)]
+    full_in = getattr(layer, "input_size", in_features)
+    if layer.weight.device.type != "meta":
+        for suffix, matrix in layer.named_parameters():
+            if suffix.startswith("matrix_"):
+                initialize_parameter(f"{name}.{suffix}", matrix, seed=seed, fan_in=full_in)
+
+
+def lora_layers(dit: nn.Module) -> Iterator[tuple[str, _LowRank]]:
+    """Yields the adapted layers and their names."""
+    return ((name, module) for name, module in dit.named_modules() if isinstance(module, _LowRank))
+
+
+@torch.no_grad()
+def merge_lora(dit: nn.Module) -> None:
+    """Adds the updates to the weights in place, for sampling at the base model's speed."""
+    for _, layer in lora_layers(dit):
+        if not layer.lora_merged:
+            layer.weight.copy_(layer.weight.float() + layer.low_rank_weight())
+            layer.lora_merged = True
+
+
+@torch.no_grad()
+def unmerge_lora(dit: nn.Module) -> None:
+    """Takes merged updates out again, to rounding in the dtype of the weights."""
+    for _, layer in lora_layers(dit):
+        if layer.lora_merged:
+            layer.weight.copy_(layer.weight.float() - layer.low_rank_weight())
+            layer.lora_merged = False
+
+
+def adapter_state_dict(dit: nn.Module) -> dict[str, Tensor]:
+    """Returns the updates alone, with rank and alpha: `...matrix_A.i`, `...matrix_B.i`, `mixins.lora.*`."""
+    return {
+        key: value
+        for key, value in dit.state_dict().items()
+        if re.search(r"\.matrix_[AB]\.\d+$", key) or key.startswith("mixins.lora.")
+    }
+
+
+@torch.no_grad()
+def load_adapter_state_dict(dit: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Loads updates in place, all of them or none.
+
+    Args:
+        dit: An adapted transformer.
+        state_dict: As `adapter_state_dict` returns, this rank's slices. SAT's own checkpoints hold neither
+            rank nor alpha; what the transformer was built with is taken then.
+
+    Raises:
+        CheckpointError: Another rank or alpha, or keys or shapes that do not fit; names them all.
+    """
+    own = adapter_state_dict(dit)
+    given = {key: state_dict.get(key, value) for key, value in own.items() if key.startswith("mixins.lora.")}
+    given |= state_dict
+    faults = [f"{key} is missing" for key in own.keys() - given.keys()]
+    faults += [f"{key} has no place" for key in given.keys() - own.keys()]
+    for key in own.keys() & given.keys():
+        if given[key].shape != own[key].shape:
+            faults.append(f"{key} has shape {tuple(given[key].shape)}, expected {tuple(own[key].shape)}")
+        elif key.startswith("mixins.lora.") and not torch.allclose(given[key].double(), own[key].double()):
+            name = {"rank": "r", "alpha": "lora_alpha"}[key.rpartition(".")[2]]
+            faults.append(f"{name} is {given[key].item():g} there and {own[key].item():g} here")
+    if faults:
+        raise CheckpointError(
+            "\n  - ".join([f"the adapter does not fit ({len(faults)} faults):", *sorted(faults)]),
+            remedy=f"set {_PARAMS_KEY}.r, .lora_alpha and .targets as the adapter was trained",
+        )
+    for key, value in own.items():
+        value.copy_(given[key])

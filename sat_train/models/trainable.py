@@ -1,0 +1,130 @@
+"""Which weights train, and how they are grouped for the optimizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from sat_train.errors import ConfigError, Fault
+
+_KEY = "model.not_trainable_prefixes"
+_ADAPTER = re.compile(r"\.matrix_[AB]\.\d+$")
+
+# CogVideo counts names from the whole engine; the text encoder and the VAE stand outside the transformer here
+_ENGINE_PREFIX = "model.diffusion_model."
+_OUTSIDE = ("conditioner", "first_stage_model")
+
+
+@dataclass(frozen=True)
+class TrainableSummary:
+    """What trains.
+
+    Args:
+        trainable: Trainable weights under each prefix, such as `transformer.layers`.
+        frozen: Frozen ones.
+    """
+
+    trainable: dict[str, int]
+    frozen: dict[str, int]
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable weights in all."""
+        return sum(self.trainable.values())
+
+    def __str__(self) -> str:
+        prefixes = sorted(self.trainable.keys() | self.frozen.keys())
+        width = max(map(len, prefixes))
+        lines = [f"{'':{width}}  {'trainable':>15}  {'frozen':>15}"]
+        rows = [(prefix, self.trainable.get(prefix, 0), self.frozen.get(prefix, 0)) for prefix in prefixes]
+        rows.append(("all", self.num_trainable, sum(self.frozen.values())))
+        lines += [f"{prefix:{width}}  {trainable:>15,}  {frozen:>15,}" for prefix, trainable, frozen in rows]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a weight decay.
+
+    Args:
+        name: `decay` or `no_decay`.
+        parameters: Their names and themselves; never empty.
+        weight_decay: Decay of this group.
+    """
+
+    name: str
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+    weight_decay: float
+
+
+def select_trainable(dit: nn.Module, *, not_trainable_prefixes: Sequence[str] = ()) -> TrainableSummary:
+    """Freezes weights by the beginning of their names; adapters (`matrix_A`, `matrix_B`) always train.
+
+    Args:
+        dit: The transformer, changed in place.
+        not_trainable_prefixes: Beginnings of names, with or without CogVideo's `model.diffusion_model.`;
+            `all` is every name. With adapters and no prefixes everything trains, as in SAT.
+
+    Raises:
+        ConfigError: A prefix matches nothing, or nothing is left to train.
+    """
+    prefixes = [
+        prefix.removeprefix(_ENGINE_PREFIX)
+        for prefix in not_trainable_prefixes
+        if not prefix.startswith(_OUTSIDE)
+    ]
+    _check_prefixes(prefixes, dit)
+    for name, parameter in dit.named_parameters():
+        frozen = any(prefix == "all" or name.startswith(prefix) for prefix in prefixes)
+        parameter.requires_grad_(not frozen or bool(_ADAPTER.search(name)))
+    summary = summarize_parameters(dit)
+    if summary.num_trainable == 0:
+        text = f"at least one weight that trains, under one of {', '.join(sorted(summary.frozen))}"
+        raise ConfigError([Fault(_KEY, str(list(not_trainable_prefixes)), text)])
+    return summary
+
+
+def _check_prefixes(prefixes: Sequence[str], dit: nn.Module) -> None:
+    names = [name for name, _ in dit.named_parameters()]
+    faults = [
+        Fault(_KEY, prefix, f"'all', or the beginning of a name such as {names[0]} or {names[-1]}")
+        for prefix in prefixes
+        if prefix != "all" and not any(name.startswith(prefix) for name in names)
+    ]
+    if faults:
+        raise ConfigError(faults)
+
+
+def summarize_parameters(dit: nn.Module) -> TrainableSummary:
+    """Counts the weights under each prefix as they stand; on one rank of several, those of its slice."""
+    trainable: dict[str, int] = {}
+    frozen: dict[str, int] = {}
+    for name, parameter in dit.named_parameters():
+        counts = trainable if parameter.requires_grad else frozen
+        depth = 2 if name.startswith(("transformer.", "mixins.")) else 1
+        prefix = ".".join(name.split(".")[:depth])
+        counts[prefix] = counts.get(prefix, 0) + parameter.numel()
+    return TrainableSummary(trainable, frozen)
+
+
+def group_parameters(module: nn.Module, *, weight_decay: float) -> tuple[ParameterGroup, ...]:
+    """Groups the trainable parameters: matrices decay, vectors (biases, weights of norms) do not.
+
+    Empty groups are left out: DeepSpeed drops them after a torch schedule has counted them.
+
+    Source: THUDM/SwissArmyTransformer@63dc23a `get_params_for_weight_decay_optimization`.
+    """
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decays = [p.dim() > 1 for _, p in trainable]
+    groups = (
+        ParameterGroup(
+            name,
+            tuple(pair for pair, decay in zip(trainable, decays, strict=True) if decay == wanted),
+            weight_decay if wanted else 0.0,
+        )
+        for name, wanted in (("decay", True), ("no_decay", False))
+    )
+    return tuple(group for group in groups if group.parameters)
