@@ -54,7 +54,7 @@ class Fault:
         shown = f"{self.path} = {self.value}" if self.value else self.path
         parts = [f"{shown}: expected {self.expected}"]
         if self.suggestion:
-            parts.append(f"did you mean '{self.suggestion}'?")
+            parts[0] += f"; did you mean '{self.suggestion}'?"
         if self.source:
             parts.append(f"[{self.source}]")
         return " ".join(parts)

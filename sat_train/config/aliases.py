@@ -1,7 +1,7 @@
 """Settings that CogVideo's files can spell in two places, brought to one value.
 
-`deepspeed:` is not a second source of truth: two files that contradict each other are a fault, a word on the command
-line wins, and afterwards both spellings hold the one value.
+`deepspeed:` is not a second source of truth: two files that contradict each other are a fault, a word on the
+command line wins, and afterwards both spellings hold the one value.
 """
 
 from __future__ import annotations
@@ -100,18 +100,19 @@ def _fold_winner(merged: Merged, first: str, second: str) -> None:
 
 
 def _fold_guidance_steps(merged: Merged) -> None:
-    """Dynamic guidance grows over the sampler's steps: a number of steps from the command line is meant for both."""
+    """Guidance grows over the sampler's steps: a number of them on the command line is meant for both."""
     steps, guided = f"{_SAMPLER}.params.num_steps", f"{_GUIDER}.params.num_steps"
     if merged.sources.get(steps) == COMMAND_LINE and merged.sources.get(guided) not in (None, COMMAND_LINE):
         _set(merged, guided, get_value(merged.tree, steps), COMMAND_LINE)
 
 
 def _set(merged: Merged, path: str, value: Any, source: str) -> None:
-    """Writes a value where its section is a group; a section of another kind is somebody else's fault to name."""
+    """Writes a value where its section is a group; any other kind of section is a fault for `validate`."""
     *groups, leaf = path.split(".")
     node: Any = merged.tree
     for group in groups:
         node = node.setdefault(group, {}) if isinstance(node, dict) else None
     if isinstance(node, dict):
         node[leaf] = value
+        merged.derived.add(path)
         merged.sources[path] = source

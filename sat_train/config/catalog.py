@@ -1,4 +1,4 @@
-"""All keys that exist, by dotted path, with what each may hold. Derived from the schema: nothing is written twice."""
+"""All keys that exist, by dotted path, with what each may hold; derived from the schema."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -46,20 +46,20 @@ def all_keys() -> dict[str, Key]:
     """Returns every key by path. Where a target may be one of several, the keys of all of them."""
     keys: dict[str, Key] = {}
     for key in _walk(Sections, ""):
-        keys.setdefault(key.path, key)
+        if key.path not in keys or (keys[key.path].required and not key.required):
+            keys[key.path] = key
     return keys
 
 
 @lru_cache(maxsize=1)
-def slot_targets() -> dict[str, dict[str, type[Record] | None]]:
+def slot_targets() -> dict[str, dict[str, type[Record]]]:
     """Returns, for each slot's path, the closed table of targets and the record of their `params`."""
-    tables: dict[str, dict[str, type[Record] | None]] = {}
+    tables: dict[str, dict[str, type[Record]]] = {}
     for path, record in _walk_records(Sections, ""):
         target = record.model_fields.get("target")
         if target is None:
             continue
-        params = record.model_fields.get("params")
-        params_record = params.annotation if params else None
+        params_record = cast("type[Record]", record.model_fields["params"].annotation)
         for name in get_args(target.annotation):
             tables.setdefault(path, {})[name] = params_record
     return tables

@@ -49,10 +49,12 @@ class Merged:
     Args:
         tree: One value for each key.
         sources: The layer each leaf came from, by dotted path.
+        derived: Keys whose value was taken from another spelling of the same setting.
     """
 
     tree: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    derived: set[str] = field(default_factory=set)
 
     def source_of(self, path: str) -> str:
         """Returns the layer of a key, or of the nearest group above it; empty for a default."""
@@ -212,7 +214,7 @@ def _are_places(layer: dict[str, Any], here: list[Any]) -> bool:
 def _drop_params_of_other_target(
     into: dict[str, Any], layer: dict[str, Any], path: str, sources: dict[str, str]
 ) -> None:
-    """When a layer chooses another target, keeps of the earlier params only those the new target knows too."""
+    """Where a layer chooses another target, keeps only those earlier params that it knows too."""
     params, target = into.get("params"), layer.get("target")
     if not isinstance(params, dict) or target is None or target == into.get("target"):
         return

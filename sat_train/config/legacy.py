@@ -85,7 +85,7 @@ WITHOUT_EFFECT = {
     "model.loss_fn_config.params.fixed_frames": _NO_EFFECT,
     "model.loss_fn_config.params.block_scale": _NO_EFFECT,
     "model.loss_fn_config.params.block_size": _NO_EFFECT,
-    "model.loss_fn_config.params.sigma_sampler_config.params.group_num": "timesteps spread over any number of ranks",
+    "model.loss_fn_config.params.sigma_sampler_config.params.group_num": "timesteps spread over all ranks",
     "model.sampler_config.params.fixed_frames": _NO_EFFECT,
     "model.sampler_config.params.verbose": "progress is always shown",
     "deepspeed.loss_scale": "belongs under `deepspeed.fp16`",
@@ -127,7 +127,7 @@ def _translate(value: Any, path: str, dropped: dict[str, str]) -> Any:
         return [_translate(item, f"{path}.{index}", dropped) for index, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    result = {}
+    result: dict[str, Any] = {}
     for key, item in value.items():
         inner = f"{path}.{key}" if path else str(key)
         if why := reason_without_effect(inner):

@@ -1,4 +1,4 @@
-"""The one way to a RunConfig: read, merge, fold, validate, check; then freeze, or name every fault at once."""
+"""The one way to a RunConfig: read, merge, fold, validate, check; or name every fault at once."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,18 +28,18 @@ def validate(merged: Merged, stand_in: Callable[[], dict[str, Any]], faults: lis
         faults: Gets everything wrong in the tree.
 
     Returns:
-        The records, so that all other rules can be checked in the same go: where a value is a fault they hold its default
-        or the stand-in's. None when even that is not possible.
+        The records, so that all other rules can be checked in the same go: in place of a fault they hold the
+        default or the stand-in's value. None when even that is not possible.
     """
     tree = copy.deepcopy(merged.tree)
-    named: set[str] = set()
+    named = {fault.path for fault in faults} | merged.derived
     for _ in range(_ROUNDS):
         try:
             return Sections.model_validate(tree)
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 path = _path_of(detail["loc"], tree)
-                if not any(path == known or path.startswith(f"{known}.") for known in named):
+                if not any(_is_within(path, known) or _is_within(known, path) for known in named):
                     faults.append(_fault(detail, path, merged))
                 named.add(path)
                 _repair(tree, path, stand_in() if detail["type"] == "missing" else {})
@@ -47,66 +47,61 @@ def validate(merged: Merged, stand_in: Callable[[], dict[str, Any]], faults: lis
 
 
 def _path_of(location: tuple[int | str, ...], tree: Any) -> str:
-    """Returns the dotted path of an error without the names of union members that pydantic puts in between."""
+    """Returns the dotted path of an error, without the union members that pydantic puts in between."""
     parts: list[str] = []
     for index, part in enumerate(location):
-        if (isinstance(tree, list) and isinstance(part, int) and part < len(tree)) or (
-            isinstance(tree, dict) and part in tree
-        ):
-            tree = tree[part]
-        elif index < len(location) - 1 or isinstance(tree, (str, int, float, bool, list)):
-            continue
-        parts.append(str(part))
+        inner = get_value(tree, str(part))
+        is_last = index == len(location) - 1
+        if inner is not PydanticUndefined or (is_last and isinstance(tree, dict)):
+            parts.append(str(part))
+            tree = inner
     return ".".join(parts)
 
 
+def _is_within(path: str, group: str) -> bool:
+    return path == group or path.startswith(f"{group}.")
+
+
 def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
-    source = merged.source_of(path)
+    kind = detail["type"]
+    if kind == "union_tag_invalid":
+        path = f"{path}.target"
     value = get_value(merged.tree, path)
     shown = "" if value is PydanticUndefined else _show(value)
-    wording: Mapping[str, Callable[[], tuple[str, str]]] = {
-        "extra_forbidden": lambda: ("a key that exists", suggest_key(path)),
-        "missing": lambda: (f"{_expected(path)}, but it is missing", ""),
-        "union_tag_invalid": lambda: _unknown_target(f"{path}.target", merged),
-        "union_tag_not_found": lambda: (f"a target: {_targets(path)}", ""),
-        "literal_error": lambda: _unknown_choice(path, shown),
-    }
-    if detail["type"] == "union_tag_invalid":
-        target = get_value(merged.tree, f"{path}.target")
-        shown, source = _show(target), merged.source_of(f"{path}.target")
-    expected, suggestion = wording.get(detail["type"], lambda: (_expected(path, detail), ""))()
-    if detail["type"] == "union_tag_invalid":
-        path = f"{path}.target"
-    return Fault(path, shown, expected, source, suggestion)
+    suggestion = ""
+    if kind == "extra_forbidden":
+        expected, suggestion = "a key that exists", suggest_key(path)
+    elif kind == "missing":
+        expected = f"{_expected(path)}, but it is missing"
+    elif kind == "union_tag_not_found":
+        expected = f"a target: one of {', '.join(_targets(path))}"
+    elif kind in ("union_tag_invalid", "literal_error"):
+        choices = _choices(path)
+        expected, suggestion = f"one of {', '.join(choices)}", suggest_value(shown, choices)
+    else:
+        expected = _expected(path)
+    return Fault(
+        path, shown, expected.replace("one of ", "", "," not in expected), merged.source_of(path), suggestion
+    )
 
 
-def _expected(path: str, detail: ErrorDetails | None = None) -> str:
-    key = all_keys().get(pattern_of(path))
-    if key is not None:
-        return f"{key.expected} ({key.description.rstrip('.')})" if key.is_section else key.expected
-    parent = all_keys().get(pattern_of(path.rpartition(".")[0]))
-    if parent is not None and detail is not None:
-        return f"{parent.expected}"
-    return detail["msg"] if detail else "a value"
+def _expected(path: str) -> str:
+    """Returns in words what a key may hold; for a place in a list, what the list may hold."""
+    keys, pattern = all_keys(), pattern_of(path)
+    key = keys.get(pattern) or keys.get(pattern.removesuffix(".*"))
+    if key is None:
+        return "a mapping of sections"
+    return f"{key.expected} ({key.description.rstrip('.')})" if key.is_section else key.expected
 
 
-def _targets(path: str) -> str:
-    return ", ".join(sorted(slot_targets().get(pattern_of(path), {})))
-
-
-def _unknown_target(path: str, merged: Merged) -> tuple[str, str]:
-    slot = path.removesuffix(".target")
-    names = sorted(slot_targets().get(pattern_of(slot), {}))
-    value = get_value(merged.tree, path)
-    return f"one of {', '.join(names)}", suggest_value(str(value), names)
-
-
-def _unknown_choice(path: str, shown: str) -> tuple[str, str]:
-    expected = _expected(path)
+def _choices(path: str) -> list[str]:
     if path.endswith(".target"):
-        names = sorted(slot_targets().get(pattern_of(path.removesuffix(".target")), {}))
-        return f"one of {', '.join(names)}" if len(names) > 1 else names[0], suggest_value(shown, names)
-    return expected, suggest_value(shown, expected.removeprefix("one of ").split(", "))
+        return _targets(path.removesuffix(".target"))
+    return _expected(path).removeprefix("one of ").removesuffix(" or null").split(", ")
+
+
+def _targets(path: str) -> list[str]:
+    return sorted(slot_targets().get(pattern_of(path), {}))
 
 
 def _show(value: Any) -> str:

@@ -87,7 +87,7 @@ class ArgsConfig(Record):
     )
     resume: Text = Field(
         "none",
-        description="auto: go on in the newest complete run of this name, or start. must: go on. none. Or a path.",
+        description="auto: go on in the newest run of this name, or start. must: go on. none. A path.",
     )
     save: Text | None = Field("runs", description="Folder of run folders. null: keep nothing.")
     save_interval: int = Field(500, ge=1, description="Steps between checkpoints.")

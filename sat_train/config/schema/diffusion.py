@@ -119,17 +119,17 @@ class ConstantGuidanceSlot(Record):
 
 
 class DynamicGuidanceParams(Record):
-    """A guidance scale that grows from 1 to 1 + scale over the steps."""
+    """CogVideoX's cosine guidance as released: the scale moves between 1 and 1 + scale with the timestep."""
 
-    scale: float = Field(6.0, ge=0, description="Growth of the guidance scale.")
-    exp: float = Field(5.0, gt=0, description="The higher, the later the growth.")
+    scale: float = Field(6.0, ge=0, description="The guidance scale is at most 1 more than this.")
+    exp: float = Field(5.0, gt=0, multiple_of=1, description="Exponent of the formula, a whole number.")
     num_steps: int | None = Field(None, ge=1, description="null, or the sampler's number of steps.")
 
 
 class DynamicGuidanceSlot(Record):
     """Dynamic guidance."""
 
-    target: Literal["DynamicGuidance"] = Field(description="Kind of guidance.")
+    target: Literal["DynamicGuidance"] = Field("DynamicGuidance", description="Kind of guidance.")
     params: DynamicGuidanceParams = Field(DynamicGuidanceParams(), description="Its settings.")
 
 
@@ -140,9 +140,7 @@ class SamplerParams(Record):
     """How samples are drawn."""
 
     num_steps: int = Field(50, ge=1, description="Denoising steps.")
-    guider_config: GuidanceSlot = Field(
-        DynamicGuidanceSlot(target="DynamicGuidance"), description="Classifier-free guidance."
-    )
+    guider_config: GuidanceSlot = Field(DynamicGuidanceSlot(), description="Classifier-free guidance.")
     discretization_config: ZeroSNRDDPMDiscretizationSlot | None = Field(
         None, description="null, or the same as the denoiser's."
     )
@@ -158,7 +156,7 @@ class DDIMSlot(Record):
 class DPMPP2MSlot(Record):
     """DPM++ 2M for the variance-preserving SDE."""
 
-    target: Literal["DPMPP2M"] = Field(description="Kind of sampler.")
+    target: Literal["DPMPP2M"] = Field("DPMPP2M", description="Kind of sampler.")
     params: SamplerParams = Field(SamplerParams(), description="Its settings.")
 
 

@@ -50,4 +50,4 @@ class ModelConfig(Record):
         DiscreteDenoiserSlot(), description="Noise schedule and prediction."
     )
     loss_fn_config: VideoDiffusionLossSlot = Field(VideoDiffusionLossSlot(), description="The training loss.")
-    sampler_config: SamplerSlot = Field(DPMPP2MSlot(target="DPMPP2M"), description="How samples are drawn.")
+    sampler_config: SamplerSlot = Field(DPMPP2MSlot(), description="How samples are drawn.")

@@ -1,0 +1,28 @@
+"""What `sat-train check --build` says about a model: its parameters by part, and who answers SAT's hooks."""
+
+from __future__ import annotations
+
+import torch
+
+from sat_train.config import RunConfig
+from sat_train.distributed.processes import start_single_process, stop_processes
+from sat_train.models.build import build_dit
+from sat_train.models.trainable import select_trainable
+
+
+def report_build(run: RunConfig) -> str:
+    """Builds the whole transformer on the meta device, without memory, and describes it.
+
+    Args:
+        run: The configuration; the count is of the whole model, whatever its tensor parallelism.
+
+    Raises:
+        ConfigError: A pattern of the configuration matches no weight.
+    """
+    start_single_process()
+    dit = build_dit(run.model, device="meta", dtype=torch.float32, initialize=False)
+    counts = select_trainable(dit, not_trainable_prefixes=run.model.not_trainable_prefixes)
+    width = max(map(len, dit.hook_origins))
+    hooks = [f"{hook:{width}}  {origin}" for hook, origin in sorted(dit.hook_origins.items())]
+    stop_processes()
+    return "\n".join(["", str(counts), "", "SAT hooks, and what answers them", *hooks])

@@ -1,0 +1,65 @@
+"""`sat-train`: a word for what to do. The only place that turns an exception into an exit code."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from sat_train.errors import SatTrainError
+
+# Word -> module with `main(argv) -> exit code`. Imported only when asked for: most of them need torch.
+COMMANDS = {
+    "check": ("sat_train.cli.check", "read a configuration, name every fault, show every value"),
+}
+_INTERRUPTED = 130
+
+
+def run_cli(command: Callable[[], int]) -> int:
+    """Runs a command and returns its exit code; what a person caused is printed without a traceback.
+
+    Args:
+        command: The work; it returns 0 when all went well.
+    """
+    # what libraries announce about their own future is not for the person who trains
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        return command()
+    except SatTrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # `sat-train check ... | head`
+        sys.stderr.close()
+        return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command named by the first word.
+
+    Args:
+        argv: The words after `sat-train`; None takes them from the process.
+
+    Returns:
+        0 for success, 2 for what a person can repair before the run, 1 for a run that failed.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    if words[0] not in COMMANDS:
+        print(f"no command '{words[0]}'\n\n{_usage()}", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[words[0]]
+    return run_cli(lambda: int(import_module(module).main(words[1:])))
+
+
+def _usage() -> str:
+    listed = "\n".join(f"  {word:<11} {what}" for word, (_, what) in COMMANDS.items())
+    return f"usage: sat-train COMMAND ...\n\n{listed}\n\nsat-train COMMAND --help tells more."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What a person sees of a configuration: all values with their sources, or one key explained."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sat_train.config.catalog import Key, all_keys, pattern_of, slot_targets, suggest_key
+from sat_train.config.legacy import reason_without_effect
+from sat_train.config.loading import leaves
+from sat_train.config.paths import shorten_assets
+from sat_train.config.run import RunConfig
+from sat_train.errors import ConfigError, Fault
+
+
+def list_values(run: RunConfig) -> str:
+    """Returns one line for each value: key, value, source."""
+    values = {path: _show(value) for path, value in leaves(run.tree()).items()}
+    key_width = max(map(len, values))
+    value_width = min(max(map(len, values.values())), 40)
+    lines = [
+        f"{path.ljust(key_width)}  {text.ljust(value_width)}  {run.sources[path]}"
+        for path, text in values.items()
+    ]
+    return "\n".join(lines)
+
+
+def explain_key(path: str, run: RunConfig | None) -> str:
+    """Returns what a key does, what it may hold, its default, and its value and source in a run.
+
+    Args:
+        path: Dotted key, e.g. `args.lr`; a group lists its keys.
+        run: The run whose value is shown; None shows none.
+
+    Raises:
+        ConfigError: There is no such key.
+    """
+    key = all_keys().get(pattern_of(path))
+    if why := reason_without_effect(path):
+        return f"{path}\n  A key of older files without effect: {why}."
+    if key is None:
+        raise ConfigError([Fault(path, "", "a key that exists", "--explain", suggest_key(path))])
+    lines = [path, f"  {key.description}"]
+    if key.is_section:
+        lines += _explain_group(path)
+    else:
+        choices = sorted(slot_targets().get(pattern_of(path.removesuffix(".target")), {}))
+        lines.append(f"  holds    {', '.join(choices) if path.endswith('.target') else key.expected}")
+        lines.append(f"  default  {'none: it must be given' if key.required else _show(_plain(key.default))}")
+    if run is not None and path in run.sources:
+        lines.append(f"  value    {_show(leaves(run.tree())[path])}")
+        lines.append(f"  from     {run.sources[path]}")
+    return "\n".join(lines)
+
+
+def _explain_group(path: str) -> list[str]:
+    prefix = f"{pattern_of(path)}."
+    inner: list[Key] = [key for key in all_keys().values() if key.path.startswith(prefix)]
+    direct = [key for key in inner if "." not in key.path[len(prefix) :].removeprefix("*.")]
+    width = max((len(key.path) - len(prefix) for key in direct), default=0)
+    return [f"    {key.path[len(prefix) :].ljust(width)}  {key.description}" for key in direct]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _show(value: Any) -> str:
+    return json.dumps(shorten_assets(value), ensure_ascii=False)

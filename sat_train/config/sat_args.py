@@ -1,0 +1,52 @@
+"""SAT's argument namespace, for SAT's own classes. Made here only, and read by nobody else."""
+
+from __future__ import annotations
+
+import argparse
+
+from sat_train.config.run import RunConfig
+
+# What SAT's BaseModel reads and CogVideoX never varies.
+_FIXED = {
+    "vocab_size": 1,
+    "max_sequence_length": 64,
+    "layernorm_order": "pre",
+    "layernorm_epsilon": 1e-6,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "drop_path": 0.0,
+    "inner_hidden_size": None,
+    "hidden_size_per_attention_head": None,
+    "num_multi_query_heads": 0,
+    "is_gated_mlp": False,
+    "is_rotary_emb": False,
+    "is_decoder": False,
+    "make_vocab_size_divisible_by": 1,
+    "parallel_output": True,
+    "skip_init": True,
+    "use_gpu_initialization": False,
+    "checkpoint_num_layers": 1,
+    "checkpoint_skip_layers": 0,
+}
+
+
+def build_sat_args(run: RunConfig) -> argparse.Namespace:
+    """Returns the merged files as SAT knows them: one flat namespace with the sections `*_config` inside.
+
+    Args:
+        run: The configuration of a run.
+
+    Source: zai-org/CogVideo@7a1af71 `sat/arguments.py` `process_config_to_args`.
+    """
+    network = run.model.network_config.params
+    tree = run.tree()
+    return argparse.Namespace(
+        **_FIXED,
+        **run.args.model_dump(),
+        num_layers=network.num_layers,
+        hidden_size=network.hidden_size,
+        num_attention_heads=network.num_attention_heads,
+        model_config=tree["model"],
+        data_config=tree.get("data"),
+        deepspeed_config=tree["deepspeed"],
+    )
