@@ -23,7 +23,7 @@ from sat_train.checkpoint.files import FileRecord, HashingFile, write_file
 from sat_train.checkpoint.layout import CLIENT_STATE_KEY, SAT_PREFIX
 
 # All that DeepSpeed's optimizer shards hold besides tensors and plain values.
-_SAFE_CLASSES = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+SAFE_CLASSES = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
 
 State = dict[str, Any]
 
@@ -37,7 +37,7 @@ def read_shard(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> 
         mmap: Map the tensors from the file instead of reading them: for looking, or for one pass over large
             files.
     """
-    with torch.serialization.safe_globals(_SAFE_CLASSES):
+    with torch.serialization.safe_globals(SAFE_CLASSES):
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     return cast(State, state)
 

@@ -1,0 +1,111 @@
+"""Weights by name, each read when it is asked for: a 5B model passes through without being held twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sat_train.checkpoint.names import Shape
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A slice for one rank of the model axis.
+
+    Args:
+        dim: Dim that is cut.
+        parts: Equal parts of that dim, each of which is cut by itself.
+        rank: Rank on the model axis.
+        size: Ranks on the model axis.
+    """
+
+    dim: int
+    parts: int
+    rank: int
+    size: int
+
+    def spans(self, length: int) -> list[tuple[int, int]]:
+        """Returns the (start, stop) of each part's slice along a dim of `length`."""
+        step = length // (self.parts * self.size)
+        starts = [(part * self.size + self.rank) * step for part in range(self.parts)]
+        return [(start, start + step) for start in starts]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that has not been read.
+
+    Args:
+        shape: Its whole shape.
+        dtype: Its dtype.
+        read: Reads it: the whole, or one rank's slice.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    read: Callable[[Cut | None], Tensor]
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """A state dict whose tensors are read at each access. Do not hold on to more than are needed.
+
+    Args:
+        entries: What there is, by name.
+        where: Where it comes from, for messages.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], *, where: str) -> None:
+        self.entries = dict(entries)
+        self.where = where
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.entries[key].read(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Returns the shape of every tensor, without reading any."""
+        return {key: entry.shape for key, entry in self.entries.items()}
+
+    def select(self, rename: Callable[[str], str | None]) -> LazyWeights:
+        """Returns those that `rename` gives a name, under that name."""
+        names = {key: rename(key) for key in self.entries}
+        chosen = {name: self.entries[key] for key, name in names.items() if name is not None}
+        return LazyWeights(chosen, where=self.where)
+
+    def overlaid(self, other: LazyWeights) -> LazyWeights:
+        """Returns these and the other's; the other's where both have a name."""
+        return LazyWeights({**self.entries, **other.entries}, where=f"{self.where} with {other.where}")
+
+
+def tensor_entry(tensor: Tensor) -> Entry:
+    """Returns the entry of a tensor that is in memory, or mapped from a file."""
+    return Entry(tuple(tensor.shape), tensor.dtype, lambda cut: cut_tensor(tensor, cut))
+
+
+def from_tensors(tensors: Mapping[str, Tensor], *, where: str) -> LazyWeights:
+    """Returns a state dict as lazy weights."""
+    return LazyWeights({key: tensor_entry(tensor) for key, tensor in tensors.items()}, where=where)
+
+
+def cut_tensor(tensor: Tensor, cut: Cut | None) -> Tensor:
+    """Returns one rank's slice: a view where one suffices."""
+    if cut is None:
+        return tensor
+    slices = [tensor.narrow(cut.dim, start, stop - start) for start, stop in cut.spans(tensor.shape[cut.dim])]
+    return slices[0] if len(slices) == 1 else torch.cat(slices, cut.dim)
+
+
+def sliced(entry: Entry, cut: Cut) -> Entry:
+    """Returns the entry of one rank's slice."""
+    shape = list(entry.shape)
+    shape[cut.dim] //= cut.size
+    return replace(entry, shape=tuple(shape), read=lambda again: cut_tensor(entry.read(cut), again))

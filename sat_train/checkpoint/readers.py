@@ -1,0 +1,221 @@
+"""Reads files of weights, lazily and without running code from them.
+
+Whatever is wrong with a file becomes one error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, tensor_entry
+from sat_train.errors import CheckpointError
+
+# What SwissArmyTransformer's files hold besides tensors: numpy's random state.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_SAT_CLASSES: list[Any] = [
+    *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    np.ndarray,
+    np.dtype,
+    type(np.dtype("uint32")),
+]
+# int64 for counters such as an adapter's rank; 8 bit is always a quantised weight
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+# Under these a checkpoint of SAT or of Lightning keeps its state dict.
+_WRAPPERS = ("module", "state_dict")
+_ZIP_MAGIC = b"PK\x03\x04"
+_LFS_MAGIC = b"version https://git-lfs"
+_MOST_HEADER_BYTES = 100_000_000
+
+
+def read_weight_files(paths: Sequence[Path]) -> LazyWeights:
+    """Opens one file of weights, or the shards of one set.
+
+    Args:
+        paths: safetensors or torch files; told apart by their contents.
+
+    Raises:
+        CheckpointError: A file is damaged, holds code or quantised tensors, or two hold the
+            same name.
+    """
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        found = _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
+        doubled = entries.keys() & found.keys()
+        if doubled:
+            raise CheckpointError(
+                f"{path} holds {sorted(doubled)[0]}, which another file of its set holds too"
+            )
+        entries.update(found)
+    where = str(paths[0] if len(paths) == 1 else paths[0].parent)
+    if not entries:
+        raise CheckpointError(f"{where} holds no tensors", expected="weights", remedy="give another path")
+    return LazyWeights(entries, where=where)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Says whether a file is in the safetensors format, from its first bytes.
+
+    Raises:
+        CheckpointError: It cannot be read, or is a stand-in for a file that was never downloaded.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(max(len(_LFS_MAGIC), 9))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}", expected="a file of weights"
+        ) from error
+    if not head:
+        raise CheckpointError(f"{path} is empty", expected="a file of weights", remedy="download it again")
+    if head.startswith(_LFS_MAGIC):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights", remedy="run git lfs pull in that folder"
+        )
+    if head.startswith(_ZIP_MAGIC) or head[:1] == b"\x80" or len(head) < 9:
+        return False
+    return head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < _MOST_HEADER_BYTES
+
+
+def _read_safetensors(path: Path) -> dict[str, Entry]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            kinds = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
+    for key, (_, dtype) in kinds.items():
+        if dtype not in _DTYPES:
+            raise _wrong_dtype(path, key, dtype)
+    return {
+        key: Entry(shape, _DTYPES[dtype], partial(_read_safetensor, path, key, shape))
+        for key, (shape, dtype) in kinds.items()
+    }
+
+
+def _read_safetensor(path: Path, key: str, shape: tuple[int, ...], cut: Cut | None) -> Tensor:
+    """Opens the file for this one tensor, so that what the system mapped for it goes when the tensor goes."""
+    with safe_open(path, framework="pt") as file:
+        if cut is None:
+            return cast(Tensor, file.get_tensor(key))
+        part = file.get_slice(key)
+        places = [(*[slice(None)] * cut.dim, slice(*span)) for span in cut.spans(shape[cut.dim])]
+        pieces = [part[place] for place in places]
+    return torch.cat(pieces, cut.dim)
+
+
+def _read_torch(path: Path) -> dict[str, Entry]:
+    tensors = _find_tensors(load_torch_file(path))
+    if tensors is None:
+        raise CheckpointError(
+            f"{path} holds no state dict",
+            expected="tensors by name, at its top or under 'module' or 'state_dict'",
+        )
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES.values():
+            raise _wrong_dtype(path, key, str(tensor.dtype).removeprefix("torch."))
+    return {key: tensor_entry(tensor) for key, tensor in tensors.items()}
+
+
+def load_torch_file(path: Path, safe_classes: Sequence[Any] = ()) -> Any:
+    """Loads a file that `torch.save` wrote; its tensors are mapped where the format allows.
+
+    Args:
+        path: The file.
+        safe_classes: Classes that it may hold besides tensors, plain values and what SAT writes.
+
+    Raises:
+        CheckpointError: It is damaged, or would run code.
+    """
+    try:
+        with open(path, "rb") as file:
+            mapped = file.read(4) == _ZIP_MAGIC
+        with torch.serialization.safe_globals([*_SAT_CLASSES, *safe_classes]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{path} holds more than tensors; loading it would run code from it: {_first_line(error)}",
+                expected="tensors and plain values only",
+                remedy="save its state dict alone, best as safetensors, on a machine where you trust it",
+            ) from error
+        raise damaged(path, error) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, struct.error) as error:
+        raise damaged(path, error) from error
+
+
+def read_index(path: Path) -> list[Path]:
+    """Returns the shards that a `*.index.json` names.
+
+    Raises:
+        CheckpointError: The index is damaged, or shards are missing; they are named.
+    """
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, error) from error
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(
+            f"{path} names shards outside its folder", expected="file names without a folder"
+        )
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:5])}",
+            remedy="download the missing files",
+        )
+    return [path.parent / name for name in names]
+
+
+def damaged(path: Path, error: Exception) -> CheckpointError:
+    """Returns the error for a file that cannot be understood."""
+    return CheckpointError(
+        f"{path} is damaged or not a file of weights: {_first_line(error)}",
+        expected="safetensors, or a file that torch.save wrote",
+        remedy="download or copy it again and compare its size",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _find_tensors(state: Any) -> dict[str, Tensor] | None:
+    """Returns the tensors by name in a state dict, or in what SAT or Lightning wrap one in."""
+    for _ in range(2):
+        if not isinstance(state, Mapping):
+            return None
+        inner = next(
+            (state[key] for key in ("module", "state_dict") if isinstance(state.get(key), Mapping)), None
+        )
+        if inner is None:
+            break
+        state = inner
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    return tensors or None
+
+
+def _wrong_dtype(path: Path, key: str, dtype: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {key} is {dtype}",
+        expected="float32, float16 or bfloat16",
+        remedy="use the original weights; quantised ones cannot be trained",
+    )

@@ -1,0 +1,158 @@
+"""Finds out what a path to weights is by looking at it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sat_train.checkpoint.files import hash_file
+from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps, step_folder
+from sat_train.checkpoint.readers import read_index
+from sat_train.config.paths import expand_assets
+from sat_train.errors import CheckpointError
+
+_SAT_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where weights are.
+
+    Args:
+        kind: `files`: one file, or the shards of one set. `sat`: one file for each rank of the model axis, in
+            rank order. `step`: a committed step of one of our runs.
+        path: File or folder, for messages; for `step` the step folder.
+        files: The files.
+    """
+
+    kind: Literal["files", "sat", "step"]
+    path: Path
+    files: tuple[Path, ...]
+
+
+def find_weights(path: str | Path, *, part: str = "transformer") -> WeightSource:
+    """Finds the weights that a path means.
+
+    Args:
+        path: A file; a SAT folder or one of its steps; a run folder of ours or one of its steps; a diffusers
+            model folder, or the folder of one of its parts. `asset:` paths are shipped files.
+        part: Folder to take from a diffusers model folder.
+
+    Raises:
+        CheckpointError: There is nothing, or nothing that is understood, or shards are missing.
+    """
+    where = Path(expand_assets(str(path))).expanduser()
+    if where.is_file():
+        named = where.name.endswith(".index.json")
+        return WeightSource("files", where, tuple(read_index(where)) if named else (where,))
+    if not where.is_dir():
+        raise CheckpointError(
+            f"{path}: no such file or folder", expected="weights", remedy="look at the path"
+        )
+    return _find_in_folder(where, part)
+
+
+def hash_weights(path: str | Path, *, part: str = "transformer") -> str:
+    """Returns one SHA-256 over the contents of all files of a source: of the file itself when there is only
+    one.
+
+    Raises:
+        CheckpointError: As `find_weights`.
+    """
+    source = find_weights(path, part=part)
+    with ThreadPoolExecutor(8) as pool:
+        digests = list(pool.map(hash_file, source.files))
+    if len(digests) == 1:
+        return digests[0]
+    lines = [f"{file.name} {digest}" for file, digest in zip(source.files, digests, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
+
+
+def _find_in_folder(where: Path, part: str) -> WeightSource:
+    if (where / MANIFEST).is_file():
+        return _step(where)
+    steps = committed_steps(where)
+    if steps:
+        return _step(step_folder(where, steps[0]))
+    if (where / LATEST).is_file():
+        return _sat_folder(where)
+    if _sat_files(where):
+        return WeightSource("sat", where, _sat_files(where))
+    if (where / part).is_dir():
+        return WeightSource("files", where / part, _diffusers_files(where / part))
+    if (where / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{where} is a diffusers model without a {part}/ folder", remedy="download that too"
+        )
+    return WeightSource("files", where, _diffusers_files(where))
+
+
+def _step(folder: Path) -> WeightSource:
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".pt")
+    return WeightSource("step", folder, tuple(files))
+
+
+def _sat_folder(where: Path) -> WeightSource:
+    name = (where / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    folder = where / name
+    if not name or not folder.is_dir() or folder.parent != where:
+        raise CheckpointError(
+            f"{where / LATEST} names '{name[:40]}', and there is no such folder",
+            expected="the name of a step folder beside it",
+            remedy="download that folder, or correct the file",
+        )
+    files = _sat_files(folder)
+    if not files:
+        raise CheckpointError(f"{folder} holds no mp_rank_00_model_states.pt", expected="a SAT step folder")
+    return WeightSource("sat", folder, files)
+
+
+def _sat_files(folder: Path) -> tuple[Path, ...]:
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _SAT_FILE.fullmatch(path.name))}
+    missing = [
+        f"mp_rank_{rank:02d}_model_states.pt"
+        for rank in range(max(found, default=-1) + 1)
+        if rank not in found
+    ]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}", remedy="copy the files of all ranks")
+    return tuple(found[rank] for rank in sorted(found))
+
+
+def _diffusers_files(folder: Path) -> tuple[Path, ...]:
+    for pattern in _INDEXES:
+        indexes = sorted(folder.glob(pattern))
+        if indexes:
+            return tuple(read_index(_plainest(indexes)))
+    for suffix in _WEIGHT_SUFFIXES:
+        files = sorted(folder.glob(f"*{suffix}"))
+        if any(re.search(r"-\d{5}-of-\d{5}", file.name) for file in files):
+            raise CheckpointError(f"{folder} holds shards without their index", expected=_INDEXES[0])
+        if files:
+            return (_only(folder, files),)
+    raise CheckpointError(
+        f"{folder} holds no weights that are understood",
+        expected="a SAT folder (latest, <n>/mp_rank_00_model_states.pt), a diffusers folder, or a file",
+        remedy="give the folder or the file of the weights",
+    )
+
+
+def _only(folder: Path, files: Sequence[Path]) -> Path:
+    plain = _plainest(files)
+    others = [file for file in files if file != plain and not file.name.startswith(plain.stem + ".")]
+    if others:
+        names = ", ".join(file.name for file in files[:5])
+        raise CheckpointError(f"{folder} holds several files of weights: {names}", remedy="name one of them")
+    return plain
+
+
+def _plainest(files: Sequence[Path]) -> Path:
+    """`model.safetensors` rather than its variant `model.fp16.safetensors`."""
+    return min(files, key=lambda file: (file.name.count("."), file.name))

@@ -1,0 +1,218 @@
+"""Weights in, from whatever people have, under SAT's keys.
+
+Transformer: a SAT folder, a run or a step of ours, a diffusers model folder or its `transformer/`, bare
+`.safetensors` or `.pt`. VAE: the same kinds. The format is found by looking. Nothing is read before it is
+asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sat_train.checkpoint.consolidate import read_step
+from sat_train.checkpoint.diffusers_keys import (
+    Part,
+    part_of_diffusers_key,
+    parts_of_sat_key,
+    transformer_from_diffusers,
+)
+from sat_train.checkpoint.diffusers_vae_keys import is_diffusers_vae, vae_state_from_diffusers
+from sat_train.checkpoint.layout import SAT_PREFIX
+from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights
+from sat_train.checkpoint.manifest import Manifest, read_manifest
+from sat_train.checkpoint.names import Shape, check_names_and_shapes
+from sat_train.checkpoint.readers import read_weight_files
+from sat_train.checkpoint.sources import WeightSource, find_weights, hash_weights
+from sat_train.checkpoint.tensor_parallel import merge_slices, slice_weights
+from sat_train.errors import CheckpointError
+
+_VAE_PREFIX = "first_stage_model."
+# Tables in SAT's files that the model computes, and embeddings that a video has no use for.
+_UNUSED = ("freqs_sin", "freqs_cos", "position_embeddings.weight", "word_embeddings.weight")
+# What else people have, told by how some key begins or what it contains.
+_KINDS = (
+    ("a VAE", ("encoder.down", "decoder.up", "encoder.mid")),
+    ("a T5 text encoder", ("shared.weight", "encoder.block.")),
+    ("LoRA adapters", ("lora_A", "lora_down", "matrix_A", "transformer.transformer_blocks")),
+)
+
+
+def read_transformer_weights(
+    path: str | Path, *, model_rank: int = 0, model_size: int = 1, ema: bool = False
+) -> LazyWeights:
+    """Opens the weights of a transformer.
+
+    Args:
+        path: A SAT folder or step, a run or step of ours, a diffusers model folder or its `transformer/`, a
+            file.
+        model_rank: Rank on the model axis.
+        model_size: Ranks on the model axis; only this rank's slices are read.
+        ema: The average of the weights, from a run of ours that keeps one.
+
+    Returns:
+        Weights under SAT's keys without prefix. Those of a LoRA run are its base weights together with its
+        adapters.
+
+    Raises:
+        CheckpointError: Nothing there, damaged, not a transformer's, or base weights that have changed since
+            the run.
+    """
+    source = find_weights(path)
+    if source.kind == "step":
+        whole = _read_run_step(source, ema=ema)
+    elif ema:
+        raise CheckpointError(f"{path} is not a run of sat_train, and an average was asked for")
+    elif source.kind == "sat":
+        slices = [_under_sat_keys(read_weight_files([file])) for file in source.files]
+        whole = merge_slices(slices, where=str(source.path))
+    else:
+        whole = _under_sat_keys(read_weight_files(source.files))
+    return slice_weights(whole, rank=model_rank, size=model_size)
+
+
+def read_vae_weights(path: str | Path) -> dict[str, Tensor]:
+    """Reads the weights of a video VAE.
+
+    Args:
+        path: SAT's `3d-vae.pt` or its folder, a SAT folder that holds `first_stage_model.*`, a diffusers
+            model folder or its `vae/`.
+
+    Returns:
+        `encoder.*` and `decoder.*` under SAT's names, on the CPU.
+
+    Raises:
+        CheckpointError: Nothing there, damaged, or not a VAE's.
+    """
+    source = find_weights(path, part="vae")
+    if source.kind == "step":
+        raise CheckpointError(
+            f"{path} is a run of sat_train, which trains no VAE", expected="the weights of a VAE"
+        )
+    weights = read_weight_files(source.files[:1] if source.kind == "sat" else source.files)
+    if any(key.startswith(_VAE_PREFIX) for key in weights):
+        weights = weights.select(lambda key: _after(_VAE_PREFIX, key))
+    weights = weights.select(lambda key: None if key.startswith("loss.") else key)
+    if not any(key.startswith(("encoder.conv_in", "decoder.conv_in")) for key in weights):
+        raise _wrong_kind(weights, "a video VAE: encoder.* and decoder.*")
+    tensors = {key: weights[key].clone() for key in weights}
+    return vae_state_from_diffusers(tensors) if is_diffusers_vae(tensors) else tensors
+
+
+def check_state_dict(
+    expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str, may_lack: Collection[str] = ()
+) -> None:
+    """Compares what a model has with what a file holds, before anything trains.
+
+    Args:
+        expected: Names and shapes of the model.
+        found: Names and shapes of the file.
+        where: Names the file in the message.
+        may_lack: Names that the file need not hold: tables the model computes, adapters that begin at zero.
+
+    Raises:
+        CheckpointError: Lists every missing name, every unexpected one, and every mismatch with both shapes.
+    """
+    needed = {name: shape for name, shape in expected.items() if name in found or name not in may_lack}
+    check_names_and_shapes(needed, found, where=where)
+
+
+@torch.no_grad()
+def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Collection[str] = ()) -> None:
+    """Copies weights into a module, one tensor at a time, after all names and shapes have been compared.
+
+    Args:
+        module: Holds parameters and buffers; they keep their device and dtype.
+        weights: From `read_transformer_weights`, for this rank's slice.
+        may_lack: As for `check_state_dict`.
+
+    Raises:
+        CheckpointError: As `check_state_dict`. Nothing has been copied then.
+    """
+    targets = module.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    check_state_dict(shapes, weights.shapes, where=weights.where, may_lack=may_lack)
+    for name in weights:
+        targets[name].copy_(weights[name])
+
+
+def _read_run_step(source: WeightSource, *, ema: bool) -> LazyWeights:
+    manifest = read_manifest(source.path)
+    weights = read_step(source.path, manifest, ema=ema)
+    if not manifest.trainable_only:
+        return weights
+    return _read_base(source.path, manifest).overlaid(weights)
+
+
+def _read_base(folder: Path, manifest: Manifest) -> LazyWeights:
+    base = manifest.base_weights
+    if base is None:
+        raise CheckpointError(f"{folder} holds adapters only and does not say what they stand on")
+    found = hash_weights(base.source)
+    if found != base.sha256:
+        raise CheckpointError(
+            f"{folder} stands on {base.source}, which has changed: "
+            f"sha256 was {base.sha256[:12]} and is {found[:12]}",
+            expected="the base weights that the run was trained on",
+        )
+    return read_transformer_weights(base.source)
+
+
+def _under_sat_keys(weights: LazyWeights) -> LazyWeights:
+    if any(key.startswith(SAT_PREFIX) for key in weights):
+        weights = weights.select(lambda key: _after(SAT_PREFIX, key))
+    if any(key.startswith("transformer_blocks.") for key in weights):
+        return _fused(weights)
+    if not any(key.startswith("transformer.layers.") for key in weights):
+        raise _wrong_kind(weights, "a CogVideoX transformer, in SAT's or diffusers' names")
+    return weights.select(lambda key: None if key.endswith(_UNUSED) else key.replace(".original.", "."))
+
+
+def _after(prefix: str, key: str) -> str | None:
+    return key[len(prefix) :] if key.startswith(prefix) else None
+
+
+def _fused(weights: LazyWeights) -> LazyWeights:
+    """Turns diffusers' names and tensors into SAT's, each when it is read."""
+    unknown = [key for key in weights if part_of_diffusers_key(key) is None]
+    if unknown:
+        transformer_from_diffusers({key: torch.empty(0) for key in unknown})  # raises, naming them
+    sat_keys = {part.sat_key: None for key in weights if (part := part_of_diffusers_key(key))}
+    return LazyWeights({key: _fused_entry(weights, key) for key in sat_keys}, where=weights.where)
+
+
+def _fused_entry(weights: LazyWeights, sat_key: str) -> Entry:
+    parts = parts_of_sat_key(sat_key)
+    missing = [part.diffusers_key for part in parts if part.diffusers_key not in weights.entries]
+    if missing:
+        raise CheckpointError(
+            f"{weights.where} lacks {', '.join(missing)}, which {sat_key} is made of",
+            remedy="download the folder again, all shards of it",
+        )
+    entries = [weights.entries[part.diffusers_key] for part in parts]
+    first = entries[0].shape
+    total = first[0] // len(parts[0].chunks) * parts[0].pieces
+    return Entry((total, *first[1:]), entries[0].dtype, partial(_read_fused, sat_key, parts, entries))
+
+
+def _read_fused(sat_key: str, parts: Sequence[Part], entries: Sequence[Entry], cut: Cut | None) -> Tensor:
+    if cut is not None and len(parts) > 1:
+        # each of diffusers' tensors is one of the parts that are cut by themselves
+        assert cut.parts == len(parts), f"{sat_key} is cut in {cut.parts} parts and made of {len(parts)}"
+        cut = Cut(cut.dim, 1, cut.rank, cut.size)
+    tensors = {part.diffusers_key: entry.read(cut) for part, entry in zip(parts, entries, strict=True)}
+    return transformer_from_diffusers(tensors)[sat_key]
+
+
+def _wrong_kind(weights: LazyWeights, expected: str) -> CheckpointError:
+    for kind, signs in _KINDS:
+        if any(sign in key for key in weights for sign in signs):
+            return CheckpointError(
+                f"{weights.where} holds {kind}", expected=expected, remedy="look at the path"
+            )
+    shown = ", ".join(list(weights)[:3])
+    return CheckpointError(f"{weights.where} holds other weights: {shown}, ...", expected=expected)
