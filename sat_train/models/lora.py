@@ -11,7 +11,7 @@ Source: THUDM/SwissArmyTransformer@63dc23a `sat/model/finetune/lora2.py`; there 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,23 +33,32 @@ DEFAULT_TARGETS = (r"attention\.query_key_value$", r"attention\.dense$")
 _PARAMS_KEY = "model.network_config.params.modules.lora_config.params"
 
 
-class Down(nn.ParameterList):
-    """The A matrices, fp32 `[rank, in]` each. Computes in its own `forward`, where ZeRO-3 gathers weights."""
+class _Matrices(nn.Module):
+    """Parameters named 0, 1, 2... They compute in a `forward` of their own, where ZeRO-3 gathers weights."""
+
+    def __init__(self, matrices: Iterable[Tensor]) -> None:
+        super().__init__()
+        for index, matrix in enumerate(matrices):
+            self.register_parameter(str(index), nn.Parameter(matrix))
+
+
+class Down(_Matrices):
+    """The A matrices, fp32 `[rank, in]` each."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[..., in]` to `[..., parts * rank]`."""
-        return F.linear(x, torch.cat([matrix.to(x.dtype) for matrix in self]))
+        return F.linear(x, torch.cat([matrix.to(x.dtype) for matrix in self.parameters()]))
 
 
-class Up(nn.ParameterList):
+class Up(_Matrices):
     """The B matrices, fp32 `[out / parts, rank]` each."""
 
     def forward(self, h: Tensor) -> Tensor:
         """Maps `[..., parts * rank]` to `[..., out]`."""
-        parts = h.chunk(len(self), dim=-1)
-        return torch.cat(
-            [F.linear(part, matrix.to(h.dtype)) for part, matrix in zip(parts, self, strict=True)], dim=-1
-        )
+        matrices = list(self.parameters())
+        parts = h.chunk(len(matrices), dim=-1)
+        outputs = [F.linear(part, matrix.to(h.dtype)) for part, matrix in zip(parts, matrices, strict=True)]
+        return torch.cat(outputs, dim=-1)
 
 
 class _LowRank:
@@ -75,7 +84,7 @@ class _LowRank:
 
     def low_rank_weight(self) -> Tensor:
         """Returns what merging adds to the weight, fp32, this rank's slice."""
-        pairs = zip(self.matrix_A, self.matrix_B, strict=True)
+        pairs = zip(self.matrix_A.parameters(), self.matrix_B.parameters(), strict=True)
         return torch.cat([up.float() @ down.float() for down, up in pairs]) * self.lora_scale
 
 
@@ -166,13 +175,13 @@ def _adapt(name: str, layer: nn.Module, *, rank: int, scale: float, dropout: flo
     out_features, in_features = layer.weight.shape
     parts = layer.stride if isinstance(layer, ColumnParallelLinear) else 1
     where = {"device": layer.weight.device, "dtype": torch.float32}
-    layer.matrix_A = Down(nn.Parameter(torch.empty(rank, in_features, **where)) for _ in range(parts))
-    layer.matrix_B = Up(nn.Parameter(torch.empty(out_features // parts, rank, **where)) for _ in range(parts))
+    layer.matrix_A = Down(torch.empty(rank, in_features, **where) for _ in range(parts))
+    layer.matrix_B = Up(torch.empty(out_features // parts, rank, **where) for _ in range(parts))
     layer.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
     layer.lora_scale, layer.lora_merged = scale, False
     # SAT's mark of a slice, by which DeepSpeed counts it once on each rank in the gradient's norm
-    cut = {ColumnParallelLinear: layer.matrix_B, RowParallelLinear: layer.matrix_A}.get(type(layer), [])
-    for matrix in cut:
+    cut = {ColumnParallelLinear: layer.matrix_B, RowParallelLinear: layer.matrix_A}.get(type(layer))
+    for matrix in cut.parameters() if cut else ():
         matrix.model_parallel = True
     # the layer stays the object it is, so its weight, its key and whoever holds it stay too
     layer.__class__ = _ADAPTED[type(layer)]

@@ -16,10 +16,12 @@ _STD = 0.02
 
 # The first pattern found in a weight's name decides; what none matches is a plain linear layer.
 _RULES = (
+    (r"matrix_A\.\d+$", "linear"),
+    (r"matrix_B\.\d+$", "zeros"),
     (r"norm.*\.weight$", "ones"),
     (r"norm.*\.bias$", "zeros"),
     (r"adaLN_modulations\.", "zeros"),
-    (r"pos_embedding$|matrix_B\.\d+$", "zeros"),
+    (r"pos_embedding$", "zeros"),
     (r"transformer\.layers\..*\.bias$|(patch_embed\.proj|final_layer\.linear)\.bias$", "zeros"),
     (r"(query_key_value|dense_h_to_4h)\.weight$", "normal"),
     (r"(attention\.dense|dense_4h_to_h)\.weight$", "scaled_normal"),

@@ -1,0 +1,189 @@
+"""Laws of the adapters."""
+
+import pytest
+import torch
+
+from sat_train.errors import CheckpointError, ConfigError
+from sat_train.models.lora import (
+    adapter_state_dict,
+    add_lora,
+    load_adapter_state_dict,
+    lora_layers,
+    merge_lora,
+    unmerge_lora,
+)
+from tests.unit.models.narrow import inputs, randomized
+
+EVERYTHING = (r"attention\.", r"mlp\.", r"adaLN_modulations\.")
+
+
+def adapted(*, trained: bool, rank: int = 3, alpha: float = 1.0, **options):
+    """Builds an adapted transformer; `trained` gives its B matrices values, which start at zero."""
+    dit = randomized()
+    add_lora(dit, rank=rank, alpha=alpha, **options)
+    if trained:
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for key, value in adapter_state_dict(dit).items():
+                if "matrix_B" in key:
+                    value.normal_(std=0.3, generator=generator)
+    return dit
+
+
+def test_keys_and_shapes_are_those_of_sat_s_lora2():
+    shapes = {key: tuple(value.shape) for key, value in adapter_state_dict(adapted(trained=False)).items()}
+    expected = {"mixins.lora.rank": (), "mixins.lora.alpha": ()}
+    for layer in ("transformer.layers.0", "transformer.layers.1"):
+        for i in range(3):
+            expected[f"{layer}.attention.query_key_value.matrix_A.{i}"] = (3, 64)
+            expected[f"{layer}.attention.query_key_value.matrix_B.{i}"] = (64, 3)
+        expected[f"{layer}.attention.dense.matrix_A.0"] = (3, 64)
+        expected[f"{layer}.attention.dense.matrix_B.0"] = (64, 3)
+    assert shapes == expected
+
+
+def test_the_base_weights_keep_their_keys_and_load_as_before():
+    base = randomized()
+    dit = adapted(trained=False)
+    missing, unexpected = dit.load_state_dict(base.state_dict(), strict=False)
+    assert set(missing) == set(adapter_state_dict(dit))
+    assert unexpected == []
+
+
+@pytest.mark.parametrize("targets", [EVERYTHING, (r"query_key_value$",)], ids=["everything", "qkv"])
+def test_a_new_adapter_changes_nothing(targets):
+    assert torch.equal(adapted(trained=False, targets=targets)(*inputs()), randomized()(*inputs()))
+
+
+@pytest.mark.parametrize("targets", [EVERYTHING, (r"query_key_value$", r"dense$")], ids=["everything", "sat"])
+def test_merged_equals_unmerged(targets):
+    dit = adapted(trained=True, targets=targets).eval()
+    plain = randomized()(*inputs())
+    expected = dit(*inputs())
+    assert (expected - plain).abs().max() > 0.01 * plain.abs().max()
+    merge_lora(dit)
+    merge_lora(dit)
+    # fp32 rounding of W + BA against Wx + B(Ax), through two blocks
+    assert torch.allclose(dit(*inputs()), expected, atol=1e-5 * expected.abs().max().item())
+    unmerge_lora(dit)
+    assert torch.allclose(dit(*inputs()), expected, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_update_is_alpha_over_rank_times_b_a_for_each_of_q_k_v():
+    dit = adapted(trained=True, rank=4, alpha=2.0)
+    name = "transformer.layers.1.attention.query_key_value"
+    weights = dit.state_dict()
+    expected = torch.cat(
+        [weights[f"{name}.matrix_B.{i}"] @ weights[f"{name}.matrix_A.{i}"] for i in range(3)]
+    )
+    before = weights[f"{name}.weight"].clone()
+    merge_lora(dit)
+    assert torch.allclose(dit.state_dict()[f"{name}.weight"], before + expected * 2.0 / 4, atol=1e-6)
+
+
+def test_initial_a_follows_the_seed_and_not_the_global_generator():
+    torch.manual_seed(1)
+    first = adapter_state_dict(adapted(trained=False, seed=4))
+    torch.manual_seed(2)
+    second = adapter_state_dict(adapted(trained=False, seed=4))
+    other = adapter_state_dict(adapted(trained=False, seed=5))
+    key = "transformer.layers.0.attention.query_key_value.matrix_A.1"
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first[key], other[key])
+    assert first[key].abs().max() == pytest.approx(64**-0.5, rel=0.1)
+    assert not first[key.replace("_A", "_B")].any()
+
+
+def test_all_gradients_reach_the_adapters():
+    dit = adapted(trained=True, targets=EVERYTHING)
+    dit(*inputs()).square().sum().backward()
+    names = [name for name, parameter in dit.named_parameters() if "matrix_" in name]
+    assert len(names) == 2 * (6 + 2 + 2 + 2 + 2)
+    assert all(dict(dit.named_parameters())[name].grad.any() for name in names)
+
+
+def test_adapters_stay_fp32_beside_half_weights():
+    dit = randomized().to(torch.bfloat16)
+    add_lora(dit, rank=2)
+    assert {value.dtype for key, value in adapter_state_dict(dit).items() if "matrix" in key} == {
+        torch.float32
+    }
+    assert dit(*inputs()).dtype == torch.bfloat16
+
+
+def test_dropout_acts_in_training_only():
+    dit = adapted(trained=True, dropout=0.5)
+    torch.manual_seed(0)
+    assert not torch.equal(dit(*inputs()), dit(*inputs()))
+    dit.eval()
+    assert torch.equal(dit(*inputs()), adapted(trained=True).eval()(*inputs()))
+
+
+def test_compiled_adapters_have_no_graph_break():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    dit, expected = adapted(trained=True, targets=EVERYTHING), adapted(trained=True, targets=EVERYTHING)
+    dit.activation_checkpointing = True
+    dit.compile_blocks(backend="aot_eager")
+    for model in (dit, expected):
+        model(*inputs()).square().sum().backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+    for (name, a), (_, b) in zip(dit.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5 * b.grad.abs().max().item()), name
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(
+        ConfigError, match=r"lora_config\.params\.targets = attn1: expected a pattern"
+    ) as raised:
+        add_lora(randomized(), rank=2, targets=(r"attention\.dense$", "attn1", "to_q"))
+    assert len(raised.value.faults) == 2
+
+
+def test_saved_and_loaded_adapters_are_equal():
+    trained, fresh = adapted(trained=True), adapted(trained=False)
+    load_adapter_state_dict(fresh, adapter_state_dict(trained))
+    assert torch.equal(fresh(*inputs()), trained(*inputs()))
+
+
+def test_sat_s_own_adapters_load_without_rank_and_alpha():
+    weights = adapter_state_dict(adapted(trained=True))
+    weights = {key: value for key, value in weights.items() if "mixins.lora" not in key}
+    fresh = adapted(trained=False)
+    load_adapter_state_dict(fresh, weights)
+    assert torch.equal(fresh(*inputs()), adapted(trained=True)(*inputs()))
+
+
+def test_adapters_that_do_not_fit_are_refused_whole():
+    fresh = adapted(trained=False)
+    before = {key: value.clone() for key, value in adapter_state_dict(fresh).items()}
+    with pytest.raises(CheckpointError, match=r"matrix_A\.0 has shape \(4, 64\), expected \(3, 64\)"):
+        load_adapter_state_dict(fresh, adapter_state_dict(adapted(trained=True, rank=4)))
+    with pytest.raises(CheckpointError, match="lora_alpha is 3 there and 1 here"):
+        load_adapter_state_dict(fresh, adapter_state_dict(adapted(trained=True, alpha=3.0)))
+    with pytest.raises(CheckpointError, match="r is 4 there and 3 here"):
+        load_adapter_state_dict(fresh, {**before, "mixins.lora.rank": torch.tensor(4)})
+    with pytest.raises(CheckpointError, match=r"mlp\.dense_h_to_4h\.matrix_A\.0 has no place"):
+        load_adapter_state_dict(fresh, adapter_state_dict(adapted(trained=True, targets=EVERYTHING)))
+    weights = adapter_state_dict(adapted(trained=True))
+    del weights["transformer.layers.0.attention.dense.matrix_B.0"]
+    with pytest.raises(CheckpointError, match=r"dense\.matrix_B\.0 is missing"):
+        load_adapter_state_dict(fresh, weights)
+    assert all(torch.equal(value, before[key]) for key, value in adapter_state_dict(fresh).items())
+
+
+def test_merged_adapters_do_not_train():
+    dit = adapted(trained=True)
+    merge_lora(dit)
+    with pytest.raises(AssertionError, match="unmerge"):
+        dit(*inputs())
+
+
+def test_adapts_on_the_meta_device():
+    dit = randomized(device="meta", init_seed=None)
+    add_lora(dit, rank=2)
+    assert {value.device.type for value in dit.state_dict().values()} == {"meta"}
+    assert len(list(lora_layers(dit))) == 4
