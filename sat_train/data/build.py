@@ -163,7 +163,7 @@ def _read_sources(
 
 
 def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
-    """Puts the set's name in front of its clips' names: the last folder, or all of them where two end alike."""
+    """Puts a set's name before its clips' names: its last folder, or all of it where two end alike."""
     ends = [Path(source.name).name for source in sources]
     named = []
     for source, end in zip(sources, ends, strict=True):

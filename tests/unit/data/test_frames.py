@@ -1,0 +1,171 @@
+"""Frames by presentation time, checked against videos whose frames carry their own number."""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from sat_train.data.clip_file import open_clip
+from sat_train.data.failures import BadClip
+from sat_train.data.frames import FrameReader
+from sat_train.data.resize import plan_cover_crop
+from tests.unit.data.videos import SIDE, read_number, write_numbered
+
+RATES = [6, 7, 8, 10, 12, 15, Fraction(24000, 1001), 24, 25, Fraction(30000, 1001), 30, 48, 50]
+RATES += [Fraction(60000, 1001), 60]
+
+
+def read(path, targets, size=(SIDE, SIDE), **options):
+    def plan(height, width):
+        return plan_cover_crop(source=(height, width), target=size, max_upscale=100)
+
+    with open_clip(path) as (container, stream):
+        reader = FrameReader(container, stream, **options)
+        return reader.info, reader.read([reader.info.first + t for t in targets], plan)
+
+
+def nearest_errors(shown, targets, times):
+    """How much farther each chosen frame is from its moment than the nearest frame of the file."""
+    best = [min(abs(s - t) for s in shown) for t in targets]
+    return [abs(chosen - t) - b for chosen, t, b in zip(times, targets, best, strict=True)]
+
+
+@pytest.mark.parametrize("rate", RATES, ids=lambda r: f"{float(r):.3f}")
+def test_frames_are_the_nearest_to_their_moments_at_any_rate(tmp_path, rate):
+    shown = write_numbered(tmp_path / "a.mp4", num_frames=int(3 * rate), rate=rate)
+    for start in (0.0, 0.31, 1.07):
+        targets = [start + i / 8 for i in range(13)]
+        info, frames = read(tmp_path / "a.mp4", targets)
+        numbers = [read_number(picture) for picture in frames.video_thwc]
+        assert info.rate == pytest.approx(float(rate), rel=1e-6)
+        assert [shown[n] for n in numbers] == pytest.approx(frames.times, abs=1e-4)
+        assert max(abs(a - b) for a, b in zip(frames.times, targets, strict=True)) <= 0.5 / rate + 1e-4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_frames_are_the_nearest_at_a_variable_rate(tmp_path, seed):
+    rng = random.Random(seed)
+    times = [Fraction(0)]
+    while times[-1] < 4:
+        times.append(times[-1] + Fraction(rng.choice((750, 1500, 3000, 4500, 9000, 27000)), 90000))
+    shown = write_numbered(tmp_path / "a.mp4", times=times)
+    targets = [0.4 + i / 8 for i in range(25)]
+    _, frames = read(tmp_path / "a.mp4", targets)
+    assert [shown[read_number(p)] for p in frames.video_thwc] == pytest.approx(frames.times, abs=1e-4)
+    assert max(nearest_errors(shown, targets, frames.times)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"bf": "3", "x264-params": "b-pyramid=normal:keyint=250:scenecut=0"}),
+        ("a.mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1:keyint=10"}),
+        ("a.mp4", "libx265", {"x265-params": "log-level=none:bframes=3:open-gop=1:keyint=10:pools=1"}),
+        ("a.mov", "mpeg4", {}),
+        ("a.mkv", "libx264", {}),
+        ("a.webm", "libvpx-vp9", {"cpu-used": "8", "deadline": "realtime", "row-mt": "0"}),
+        ("a.ts", "libx264", {}),
+        ("a.avi", "mjpeg", {}),
+        ("a.flv", "libx264", {}),
+        ("a.mkv", "ffv1", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_frame_is_found_by_its_own_time_in_any_container(tmp_path, name, codec, options):
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = tmp_path / name
+    write_numbered(path, num_frames=50, rate=25, codec=codec, options=options, gop=10, pix_fmt=pix_fmt)
+    for first in (0, 1, 9, 10, 11, 23, 44):
+        wanted = [first, first + 2, first + 5]
+        _, frames = read(path, [n / 25 for n in wanted])
+        assert [read_number(picture) for picture in frames.video_thwc] == wanted
+
+
+def test_headers_tell_the_length_in_any_container(tmp_path):
+    for name, codec in (("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.ts", "libx264"), ("a.avi", "mpeg4")):
+        write_numbered(tmp_path / name, num_frames=50, rate=25, codec=codec)
+        info, _ = read(tmp_path / name, [0.0])
+        assert info.last - info.first == pytest.approx(49 / 25, abs=0.011), name
+        assert info.duration == pytest.approx(2.0, abs=0.011), name
+
+
+def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
+    """Of a 20 s clip a window of 1 s at the end: no more than its keyframe interval and itself."""
+    options = {"bf": "3", "x264-params": "keyint=30:scenecut=0:b-adapt=0"}
+    write_numbered(tmp_path / "a.mp4", num_frames=600, rate=30, gop=30, options=options)
+    decoded = []
+    whole = FrameReader._whole
+
+    def count(self, frames):
+        decoded.extend(frames)
+        return whole(self, frames)
+
+    monkeypatch.setattr(FrameReader, "_whole", count)
+    _, frames = read(tmp_path / "a.mp4", [18.5 + i / 8 for i in range(8)])
+    assert [read_number(picture) for picture in frames.video_thwc] == [555, 559, 562, 566, 570, 574, 577, 581]
+    assert len(decoded) < 30  # 42 lie between the keyframe and the window's end; others refer to half of them
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv420p10le", "yuv422p", "gray", "yuvj420p"])
+def test_pixel_formats_give_the_same_picture(tmp_path, pix_fmt):
+    codec = "ffv1" if pix_fmt == "gray" else "libx264"
+    write_numbered(tmp_path / "a.mkv", num_frames=20, rate=10, codec=codec, pix_fmt=pix_fmt)
+    _, frames = read(tmp_path / "a.mkv", [0.5, 1.5])
+    assert [read_number(picture) for picture in frames.video_thwc] == [5, 15]
+    assert frames.video_thwc.dtype == np.uint8
+    assert frames.video_thwc.shape == (2, SIDE, SIDE, 3)
+    light = frames.video_thwc[0][frames.video_thwc[0] > 128]
+    assert abs(light.mean() - 228) < 6  # the range (full or limited) is read as it was written
+
+
+def test_a_transparent_picture_lies_over_black(tmp_path):
+    picture = np.zeros((40, 60, 4), np.uint8)
+    picture[:, :30] = (200, 100, 50, 255)
+    picture[:, 30:] = (200, 100, 50, 0)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    info, frames = read(tmp_path / "a.png", [0.0], size=(40, 60))
+    assert info.is_image
+    assert info.first == info.last
+    assert np.abs(frames.video_thwc[0, :, :25].astype(int) - (200, 100, 50)).max() <= 2
+    assert frames.video_thwc[0, :, 35:].max() == 0
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_metadata_is_obeyed(tmp_path, rotation):
+    """A player turns the stored picture counterclockwise by the matrix's angle, and so does the reader."""
+    write_numbered(tmp_path / "a.mp4", num_frames=10, rate=10, rotation=rotation)
+    write_numbered(tmp_path / "upright.mp4", num_frames=10, rate=10)
+    _, turned = read(tmp_path / "a.mp4", [0.6])
+    _, upright = read(tmp_path / "upright.mp4", [0.6])
+    expected = np.rot90(upright.video_thwc[0], rotation // 90)
+    assert np.abs(turned.video_thwc[0].astype(int) - expected).max() <= 1
+
+
+def test_pictures_are_scaled_to_cover_and_cut_in_the_middle(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 97, 51, "yuv444p"  # odd on purpose
+        picture = np.zeros((51, 97, 3), np.uint8)
+        picture[:, :, 0] = np.arange(97) * 2
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    _, frames = read(tmp_path / "a.mkv", [0.0], size=(51, 51))
+    columns = frames.video_thwc[0, 25, :, 0].astype(int)
+    assert np.abs(columns - np.arange(23, 74) * 2).max() <= 4
+
+
+def test_a_window_past_the_end_is_refused(tmp_path):
+    write_numbered(tmp_path / "a.mp4", num_frames=30, rate=30)
+    with pytest.raises(BadClip, match=r"truncated: its last frame ends at 1\.00 s"):
+        read(tmp_path / "a.mp4", [0.5, 1.5])
+
+
+def test_a_clip_that_takes_too_long_is_given_up(tmp_path):
+    write_numbered(tmp_path / "a.mp4", num_frames=30, rate=30)
+    with pytest.raises(BadClip, match="timeout"):
+        read(tmp_path / "a.mp4", [0.5], deadline=0.0)

@@ -1,0 +1,92 @@
+"""Small videos whose every frame carries its own number, and sets made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+from sat_train.data.sources import ClipRecord
+
+SIDE = 32
+_CELL = 8  # sixteen cells, black or white: the bits of the number
+
+
+def draw_number(number: int, side: int = SIDE) -> np.ndarray:
+    """Returns a picture, uint8 `[side, side, 3]`, that shows `number`."""
+    bits = [(number >> i) & 1 for i in range(16)]
+    cells = np.array(bits, np.uint8).reshape(4, 4) * 200 + 28
+    return np.kron(cells, np.ones((side // 4, side // 4), np.uint8))[..., None].repeat(3, axis=2)
+
+
+def read_number(picture: np.ndarray) -> int:
+    """Reads the number back from a picture `[h, w, 3]` of any size."""
+    height, width = picture.shape[0] // 4, picture.shape[1] // 4
+    grid = picture.mean(axis=2)[: 4 * height, : 4 * width].reshape(4, height, 4, width)
+    middle = grid[:, height // 4 : -(height // 4) or None, :, width // 4 : -(width // 4) or None]
+    bits = (middle.mean(axis=(1, 3)) > 128).reshape(-1)
+    return int(sum(1 << i for i, bit in enumerate(bits) if bit))
+
+
+def numbers_of(video_tchw: torch.Tensor) -> list[int]:
+    return [read_number(picture.permute(1, 2, 0).numpy()) for picture in video_tchw]
+
+
+def write_numbered(
+    path: Path,
+    *,
+    num_frames: int = 60,
+    rate: Fraction | int = 30,
+    times: Sequence[Fraction] | None = None,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    gop: int = 12,
+    options: dict[str, str] | None = None,
+    side: int = SIDE,
+    rotation: int = 0,
+) -> list[float]:
+    """Writes a video; frame i shows the number i.
+
+    Args:
+        times: When each frame is shown, in seconds; None: at `rate`.
+
+    Returns:
+        When each frame is shown.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    moments = [Fraction(i) / rate for i in range(num_frames)] if times is None else list(times)
+    base = Fraction(1, 90000) if times is not None else 1 / Fraction(rate)
+    quality = {"crf": "12", "preset": "ultrafast", "bf": "2", "threads": "1"} if codec == "libx264" else {}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options={**quality, **(options or {})})
+        stream.width = stream.height = side
+        stream.pix_fmt = pix_fmt
+        stream.gop_size = gop
+        stream.codec_context.time_base = base
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i, moment in enumerate(moments):
+            frame = av.VideoFrame.from_ndarray(draw_number(i, side), format="rgb24")
+            frame.time_base = base
+            frame.pts = round(moment / base)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return [float(moment) for moment in moments]
+
+
+def make_folder(root: Path, names: Sequence[str], **how) -> Path:
+    """Writes a set `videos/NAME.mp4`, `labels/NAME.txt`; the caption is the name."""
+    for name in names:
+        write_numbered(root / "videos" / f"{name}.mp4", **how)
+        label = root / "labels" / f"{name}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text(f"clip {name}\n", encoding="utf-8")
+    return root
+
+
+def record_of(path: Path, **changes) -> ClipRecord:
+    return ClipRecord(path.name, path.absolute(), ("a caption",), **changes)
