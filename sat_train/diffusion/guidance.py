@@ -40,8 +40,6 @@ class DynamicGuidance:
     Args:
         scale: The scale moves between 1 and `1 + scale`.
         exp: Exponent, a whole number because its base is negative at most timesteps.
-        num_steps: The number of steps the formula is written for; None takes the run's own, as diffusers
-            does.
 
     Source: zai-org/CogVideo@7a1af71 `sgm/modules/diffusionmodules/guiders.py` DynamicCFG with `sampling.py`
     VideoDDIMSampler.denoise (`step_index = num_steps - timestep`); diffusers 0.42 `CogVideoXPipeline`
@@ -50,7 +48,6 @@ class DynamicGuidance:
 
     scale: float = 6.0
     exp: float = 5.0
-    num_steps: int | None = None
 
     def __post_init__(self) -> None:
         assert float(self.exp).is_integer(), f"exp = {self.exp} is not a whole number"
@@ -62,7 +59,7 @@ class DynamicGuidance:
 
     def scale_at(self, timestep: int, steps: int) -> float:
         """Returns the scale of the step at `timestep` in a run of `steps` steps."""
-        done = (steps - timestep) / (self.num_steps or steps)
+        done = (steps - timestep) / steps
         return 1.0 + self.scale * (1.0 - math.cos(math.pi * done**self.exp)) / 2.0
 
 

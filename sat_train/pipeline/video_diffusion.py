@@ -90,7 +90,7 @@ class VideoDiffusion:
         min_snr_gamma: Cap of the loss weight; None for none.
         timestep_sampling: `uniform` draws each sample's timestep alone, `stratified` spreads them over the
             global batch.
-        global_batch_size: Samples of one optimizer step over all ranks; `stratified` needs it.
+        global_batch_size: Samples of one optimizer step over all ranks, for `stratified`.
         ofs: The `ofs` input of CogVideoX1.5-I2V, 2.0; None for models without it.
         seed: The run's seed.
         dtype: What the transformer computes in.
@@ -115,14 +115,13 @@ class VideoDiffusion:
         offset_noise_level: float = 0.0,
         min_snr_gamma: float | None = None,
         timestep_sampling: Literal["uniform", "stratified"] = "uniform",
-        global_batch_size: int | None = None,
+        global_batch_size: int = 1,
         ofs: float | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         assert alpha_bar.dtype == torch.float64, f"alpha_bar is {alpha_bar.dtype}, not float64"
-        assert timestep_sampling == "uniform" or global_batch_size, "stratified needs global_batch_size"
         self.dit = dit
         self.frozen = FrozenModels(
             vae=vae,
@@ -373,7 +372,6 @@ class VideoDiffusion:
         uniform_b, num_timesteps = random.uniform("timestep"), len(self.alpha_bar)
         if self.timestep_sampling == "uniform":
             return uniform_timesteps(uniform_b, num_timesteps)
-        assert self.global_batch_size is not None
         strata_b = random.strata("timestep_strata", self.global_batch_size)
         return stratified_timesteps(uniform_b, strata_b, self.global_batch_size, num_timesteps)
 

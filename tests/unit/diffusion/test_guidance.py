@@ -22,11 +22,6 @@ def test_dynamic_guidance_is_the_released_formula():
         assert 1.0 <= guidance.scale_at(timestep, 50) <= 7.0
 
 
-def test_dynamic_guidance_keeps_the_step_count_it_was_written_for():
-    assert DynamicGuidance(num_steps=50).scale_at(99, 50) == DynamicGuidance().scale_at(99, 50)
-    assert DynamicGuidance(num_steps=50).scale_at(99, 25) != DynamicGuidance().scale_at(99, 25)
-
-
 def test_an_exponent_that_gives_complex_scales_is_refused():
     with pytest.raises(AssertionError, match="not a whole number"):
         DynamicGuidance(exp=2.5)

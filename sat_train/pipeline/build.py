@@ -1,0 +1,144 @@
+"""Sections `model` and `args` -> pipeline and sampling settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sat_train.config import ArgsConfig, ModelConfig, RunConfig
+from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance, Guidance
+from sat_train.diffusion.schedule import zero_snr_alpha_bar
+from sat_train.pipeline.geometry import pixel_frames
+from sat_train.pipeline.video_diffusion import Sampler, VideoDiffusion
+
+if TYPE_CHECKING:
+    from sat_train.models.dit.transformer import DiffusionTransformer
+    from sat_train.models.text.t5 import T5TextEncoder
+    from sat_train.models.vae.video_vae import VideoVAE
+
+# what diffusers' pipeline and CogVideo's sampling give to CogVideoX1.5-I2V
+_OFS = 2.0
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a run draws its samples; the fields are those of `VideoDiffusion.generate`.
+
+    Args:
+        num_frames: Pixel frames.
+        height: In pixels.
+        width: In pixels.
+        steps: Denoising steps.
+        guidance: How the prompt is emphasised.
+        sampler: Which sampler.
+        fps: Frames per second of the written file.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    steps: int
+    guidance: Guidance
+    sampler: Sampler
+    fps: float
+
+
+def build_pipeline(
+    run: RunConfig,
+    *,
+    dit: DiffusionTransformer,
+    vae: VideoVAE | None,
+    text_encoder: T5TextEncoder | None,
+    data_size: int = 1,
+    null_text_ld: Tensor | None = None,
+) -> VideoDiffusion:
+    """Builds the pipeline around models that are on their device already.
+
+    Args:
+        run: The configuration.
+        dit: The transformer.
+        vae: Frozen video autoencoder; None for a run from the cache that draws no samples.
+        text_encoder: Frozen text encoder; None likewise.
+        data_size: Ranks on the data axis, which training shares its global batch with.
+        null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
+    """
+    model, args = run.model, run.args
+    loss, conditioner = model.loss_fn_config.params, model.conditioner_config.params.emb_models[0]
+    is_stratified = loss.sigma_sampler_config.params.uniform_sampling
+    return VideoDiffusion(
+        dit=dit,
+        vae=vae,
+        text_encoder=text_encoder,
+        alpha_bar=build_alpha_bar(model),
+        scale_factor=model.scale_factor,
+        image_latent_scale=model.image_latent_scale or model.scale_factor,
+        noised_image_input=model.noised_image_input,
+        noised_image_dropout=model.noised_image_dropout,
+        caption_dropout=conditioner.ucg_rate,
+        null_condition=model.null_condition,
+        null_text_ld=null_text_ld,
+        posterior_sampling=model.first_stage_config.params.regularizer_config.params.sample,
+        offset_noise_level=loss.offset_noise_level,
+        min_snr_gamma=loss.min_snr_value,
+        timestep_sampling="stratified" if is_stratified else "uniform",
+        global_batch_size=args.batch_size * args.gradient_accumulation_steps * data_size,
+        ofs=None if model.network_config.params.ofs_embed_dim is None else _OFS,
+        seed=args.seed,
+        dtype=compute_dtype(args),
+        device=next(dit.parameters()).device,
+    )
+
+
+def build_alpha_bar(model: ModelConfig) -> Tensor:
+    """Returns the noise schedule of the denoiser, which is that of training and sampling too."""
+    params = model.denoiser_config.params.discretization_config.params
+    return zero_snr_alpha_bar(
+        params.num_timesteps,
+        params.shift_scale,
+        beta_start=params.linear_start,
+        beta_end=params.linear_end,
+        keep_start=params.keep_start,
+        post_shift=params.post_shift,
+    )
+
+
+def build_sampling(run: RunConfig) -> SamplingSettings:
+    """Returns the settings of samples: those under `args` where given, else those of model and training."""
+    args, model, clip = run.args, run.model, run.data.params
+    sampler = model.sampler_config
+    num_frames = clip.max_num_frames
+    if args.sampling_num_frames is not None:
+        num_frames = pixel_frames(
+            args.sampling_num_frames,
+            compression=model.first_stage_config.params.encoder_config.params.temporal_compress_times,
+            patch_t=model.network_config.params.patch_size[0],
+        )
+    height, width = args.sampling_image_size or clip.video_size
+    return SamplingSettings(
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        steps=args.sampling_steps or sampler.params.num_steps,
+        guidance=build_guidance(model, scale=args.guidance_scale),
+        sampler=args.sampler or sampler.target,
+        fps=args.sampling_fps,
+    )
+
+
+def build_guidance(model: ModelConfig, *, scale: float | None = None) -> Guidance:
+    """Returns the sampler's guidance; `scale` wins over its own."""
+    slot = model.sampler_config.params.guider_config
+    scale = slot.params.scale if scale is None else scale
+    if slot.target == "ConstantGuidance":
+        return ConstantGuidance(scale)
+    return DynamicGuidance(scale, slot.params.exp)
+
+
+def compute_dtype(args: ArgsConfig) -> torch.dtype:
+    """Returns what the transformer computes in: `args.bf16`, `args.fp16` or float32."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
