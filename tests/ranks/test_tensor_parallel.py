@@ -1,0 +1,126 @@
+"""Two ranks that share one transformer compute what one rank alone does: outputs, gradients, adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sat_train.distributed.processes import ProcessGrid, start_single_process
+from sat_train.errors import CheckpointError
+from sat_train.models.dit.sharding import tensor_parallel_cut, tensor_parallel_merge, tensor_parallel_slice
+from sat_train.models.lora import add_lora, lora_layers, merge_lora
+from tests.unit.models.narrow import build, inputs
+
+TARGETS = (r"attention\.", r"mlp\.", r"adaLN_modulations\.")
+
+# fp32 sums cut in two halves; gradients pass through two blocks
+TOLERANCE = 2e-5
+
+
+def _noise(key: str, shape: torch.Size) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(map(ord, key)))
+    return 0.2 * torch.randn(shape, generator=generator)
+
+
+def _noise_of(dit: torch.nn.Module) -> dict[str, Tensor]:
+    """Whole weights for a model on one rank."""
+    return {key: _noise(key, parameter.shape) for key, parameter in dit.named_parameters()}
+
+
+def _run(
+    weights: dict[str, Tensor] | None, grid: ProcessGrid, positions: str, lora: bool
+) -> tuple[Tensor, dict]:
+    """Returns the output and this rank's gradients; `weights` are whole, None takes fresh ones."""
+    dit = build(positions=positions)
+    if lora:
+        add_lora(dit, rank=3, targets=TARGETS)
+    if weights is not None:
+        with torch.no_grad():
+            for key, parameter in dit.named_parameters():
+                parameter.copy_(
+                    tensor_parallel_slice(key, weights[key], rank=grid.model_rank, size=grid.model_size)
+                )
+    output = dit(*inputs())
+    output.square().mean().backward()
+    marked = {key for key, parameter in dit.named_parameters() if getattr(parameter, "model_parallel", False)}
+    assert marked == {key for key, _ in dit.named_parameters() if tensor_parallel_cut(key)}
+    merged = None
+    if lora:
+        merge_lora(dit.eval())
+        merged = dit(*inputs()).detach()
+    gradients = {key: parameter.grad for key, parameter in dit.named_parameters()}
+    return output.detach(), gradients, merged
+
+
+def _on_rank(grid: ProcessGrid, weights: dict[str, Tensor], positions: str, lora: bool):
+    return _run(weights, grid, positions, lora)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
+@pytest.mark.parametrize("positions", ["sincos", "rotary_learned"])
+def test_two_ranks_compute_what_one_does(rank_pool, positions, lora):
+    grid = start_single_process()
+    whole = build(positions=positions)
+    if lora:
+        add_lora(whole, rank=3, targets=TARGETS)
+    weights = _noise_of(whole)
+    expected, gradients, merged = _run(weights, grid, positions, lora)
+    results = rank_pool(2)(_on_rank, weights, positions, lora, model_parallel_size=2)
+    for output, _, merged_here in results:
+        assert torch.allclose(output, expected, atol=TOLERANCE * expected.abs().max())
+        if lora:
+            assert torch.allclose(merged_here, merged, atol=TOLERANCE * merged.abs().max())
+    # without rotation a bias of all keys has no effect: its gradient is zero, noise in fp32
+    floor = 1e-3 * max(gradient.abs().max() for gradient in gradients.values())
+    for key, gradient in gradients.items():
+        slices = [result[1][key] for result in results]
+        if tensor_parallel_cut(key) is None:
+            assert torch.equal(*slices), f"{key} differs between the ranks and would drift apart"
+        actual = tensor_parallel_merge(key, slices)
+        assert (actual - gradient).abs().max() < TOLERANCE * gradient.abs().max().clamp(min=floor), key
+
+
+def _initial(grid: ProcessGrid) -> dict[str, Tensor]:
+    dit = build(init_seed=11)
+    add_lora(dit, rank=3, targets=TARGETS, seed=11)
+    assert len(list(lora_layers(dit))) == 10
+    return {key: parameter.detach() for key, parameter in dit.named_parameters()}
+
+
+@pytest.mark.ranks
+def test_initial_weights_do_not_depend_on_the_number_of_ranks(rank_pool):
+    expected = _initial(start_single_process())
+    first, second = rank_pool(2)(_initial, model_parallel_size=2)
+    for key, weight in expected.items():
+        assert torch.equal(tensor_parallel_merge(key, [first[key], second[key]]), weight), key
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_slices_merge_to_the_whole(size):
+    whole = {key: torch.randn(parameter.shape) for key, parameter in _adapted().named_parameters()}
+    for key, tensor in whole.items():
+        slices = [
+            tensor_parallel_slice(f"module.{key}", tensor, rank=rank, size=size) for rank in range(size)
+        ]
+        assert torch.equal(tensor_parallel_merge(f"module.{key}", slices), tensor), key
+
+
+def test_a_slice_of_the_fused_weight_has_its_heads_of_q_and_k_and_v():
+    rows = torch.arange(12.0)[:, None]
+    key = "transformer.layers.0.attention.query_key_value.weight"
+    assert tensor_parallel_slice(key, rows, rank=1, size=2).flatten().tolist() == [2, 3, 6, 7, 10, 11]
+
+
+def test_a_weight_that_cannot_be_cut_is_an_error():
+    key = "transformer.layers.0.attention.query_key_value.weight"
+    with pytest.raises(CheckpointError, match=r"\(12, 1\) cannot be cut for model_parallel_size = 8"):
+        tensor_parallel_slice(key, torch.zeros(12, 1), rank=0, size=8)
+
+
+def _adapted():
+    start_single_process()
+    dit = build(num_layers=1)
+    add_lora(dit, rank=4, targets=TARGETS)
+    return dit
