@@ -7,10 +7,13 @@ each rank looks for it too: a rank that waits on the device in a collective woul
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -60,3 +63,13 @@ class FailureBoard:
                 self._store.set_timeout(timedelta(seconds=5))
                 print(self._store.get(_KEY).decode(), file=sys.stderr, flush=True)
                 os._exit(1)
+
+
+def report_to_torchrun(message: str) -> None:
+    """Makes torchrun's own summary, which comes after everything else, end with this message.
+
+    Source: pytorch/pytorch `torch/distributed/elastic/multiprocessing/errors/__init__.py` `ProcessFailure`.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

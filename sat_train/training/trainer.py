@@ -70,16 +70,20 @@ class Trainer:
 
         Ranks: all.
         """
-        for callback in self._callbacks:
-            callback.started(self)
-        self._meter.restart()
-        while not self.complete and not self.stopping:
-            self._step()
-            with self._meter.paused():
-                for callback in self._callbacks:
-                    callback.step_done(self)
-        for callback in self._callbacks:
-            callback.finished(self)
+        try:
+            for callback in self._callbacks:
+                callback.started(self)
+            self._meter.restart()
+            while not self.complete and not self.stopping:
+                self._step()
+                with self._meter.paused():
+                    for callback in self._callbacks:
+                        callback.step_done(self)
+            for callback in self._callbacks:
+                callback.finished(self)
+        finally:
+            for callback in self._callbacks:
+                callback.closed()
 
     def report(self, entry: Entry) -> None:
         """Hands an entry to all callbacks."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Does nothing; override what is needed. All ranks have the same callbacks and call them in one order."""
+    """Does nothing; override what is needed. Those that only rank 0 has must not call collectives."""
 
     def started(self, trainer: Trainer) -> None:
         """Before the first step."""
@@ -24,3 +24,6 @@ class Callback:
 
     def finished(self, trainer: Trainer) -> None:
         """After the last step, whether the run is complete or was asked to stop. Not after an error."""
+
+    def closed(self) -> None:
+        """At the very end, also after an error."""

@@ -60,16 +60,18 @@ class Checkpointer(Callback):
 
     def step_done(self, trainer: Trainer) -> None:
         """Saves when it is time."""
-        if trainer.state.step % self._interval or trainer.complete or trainer.stopping:
-            return  # `finished` saves the last step
+        is_last = trainer.complete or trainer.stopping
+        if not is_last and trainer.state.step % self._interval:
+            return
         try:
             self._save_once(trainer)
         except CheckpointError as error:
+            if is_last:
+                raise
             self._count_failure(error)
 
     def finished(self, trainer: Trainer) -> None:
-        """Saves the end of the run, if that step is not saved yet."""
-        self._save_once(trainer)
+        """Leaves the marker."""
         if trainer.stopping and not trainer.complete and self._grid.rank == 0:
             (self._run_folder / PREEMPTED).write_text(f"{trainer.state.step}\n")
             log.info("stopped at step %d; args.resume: auto goes on from there", trainer.state.step)

@@ -61,7 +61,7 @@ class BarProgress(PlainProgress):
         """Writes one line above the bar."""
         self._bar.console.print(describe(entry, self._train_iters), highlight=False, markup=False)
 
-    def finished(self, trainer: Trainer) -> None:
+    def closed(self) -> None:
         """Takes the bar away."""
         self._bar.stop()
 

@@ -33,6 +33,6 @@ class TensorBoard(Callback):
         for name, value in scalars(entry).items():
             self._writer.add_scalar(name, value, entry.step)
 
-    def finished(self, trainer: Trainer) -> None:
+    def closed(self) -> None:
         """Closes the file."""
         self._writer.close()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sat_train.config import RunConfig
-from sat_train.training.optim.groups import parameter_groups
+from sat_train.models.trainable import group_parameters
 
 
 def build_optimizer(run: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
@@ -15,9 +15,8 @@ def build_optimizer(run: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
     `Adam` and `AdamW` both decouple the weight decay, as SAT's FusedEmaAdam does (`adam_w_mode`).
     """
     params = run.deepspeed.optimizer.params
-    return torch.optim.AdamW(
-        parameter_groups(module, weight_decay=params.weight_decay),
-        lr=params.lr,
-        betas=params.betas,
-        eps=params.eps,
-    )
+    groups = [
+        {"params": [parameter for _, parameter in group.parameters], "weight_decay": group.weight_decay}
+        for group in group_parameters(module, weight_decay=params.weight_decay)
+    ]
+    return torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, eps=params.eps)

@@ -1,0 +1,201 @@
+"""Config -> a run, and the run itself."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sat_train.checkpoint.agreement import on_rank_0
+from sat_train.checkpoint.find import ResumePoint
+from sat_train.checkpoint.resume import load_training_checkpoint
+from sat_train.checkpoint.retention import remove_leftovers
+from sat_train.checkpoint.save import save_training_checkpoint
+from sat_train.config import RunConfig
+from sat_train.config.resolved import write_resolved
+from sat_train.data.batch import VideoBatch
+from sat_train.data.build import build_train_loader
+from sat_train.distributed.collectives import broadcast_object
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.seeds import derive_seed
+from sat_train.log import get_logger
+from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.training.callbacks.build import build_callbacks
+from sat_train.training.ema import WeightAverage
+from sat_train.training.engine import build_engine
+from sat_train.training.meter import Meter
+from sat_train.training.models import base_weights_of, build_models
+from sat_train.training.optim.build import build_optimizer
+from sat_train.training.resume import CONFIG_KEY, check_config_unchanged, find_resumed, pack_config
+from sat_train.training.run_folder import RunLock, open_run_folder
+from sat_train.training.schedule import LearningRate, warmup_steps
+from sat_train.training.signals import StopRequest
+from sat_train.training.state import TrainState
+from sat_train.training.step import Stepper
+from sat_train.training.trainer import Trainer
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes and what it goes on from.
+
+    Args:
+        folder: The run's folder; None for a run that keeps nothing.
+        lock: Keeps other runs out of it, on rank 0.
+        point: The checkpoint that the run goes on from; None for a new run.
+    """
+
+    folder: Path | None
+    lock: RunLock | None
+    point: ResumePoint | None
+
+
+def train(run: RunConfig, grid: ProcessGrid) -> None:
+    """Builds a run, trains it and leaves its folder in order.
+
+    Raises:
+        SatTrainError: Whatever a person can cause.
+
+    Ranks: all.
+    """
+    stop_request = StopRequest()
+    stop_request.listen()
+    set_determinism(run.args.deterministic)
+    place = open_place(run, grid)
+    pipeline = build_models(run, grid)
+    engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
+    average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None
+    trainer = build_trainer(run, grid, place, pipeline, engine, average, stop_request)
+    trainer.run()
+    if place.lock is not None:
+        place.lock.release()
+
+
+def open_place(run: RunConfig, grid: ProcessGrid) -> Place:
+    """Opens the run's folder, finds what the run goes on from, and writes `resolved.yaml`.
+
+    Ranks: all.
+    """
+    for note in run.notes:
+        log.info("%s", note)
+    if run.args.save is None:
+        return Place(None, None, None)
+    found: list[ResumePoint | None] = [None]
+
+    def resumed() -> Path | None:
+        found[0] = find_resumed(run)
+        return found[0] and found[0].run_folder
+
+    folder, lock = open_run_folder(
+        grid, save_root=Path(run.args.save), experiment_name=run.args.experiment_name, resumed=resumed
+    )
+    point = broadcast_object(grid, found[0])
+    on_rank_0(grid, lambda: (remove_leftovers(folder), write_resolved(run, folder / "resolved.yaml")))
+    log.info("run folder %s%s", folder, f", going on from step {point.step}" if point else "")
+    return Place(folder, lock, point)
+
+
+def build_trainer(
+    run: RunConfig,
+    grid: ProcessGrid,
+    place: Place,
+    pipeline: VideoDiffusion,
+    engine: Any,
+    average: WeightAverage | None,
+    stop_request: StopRequest,
+) -> Trainer:
+    """Restores what the run goes on from and puts loader, stepper and callbacks around the engine.
+
+    Ranks: all.
+    """
+    base_weights = base_weights_of(run, grid)
+    state = restore(run, grid, place, engine, average, base_weights)
+    loader = build_train_loader(run, grid, start_sample=state.samples_consumed, run_folder=place.folder)
+    samples_per_step = run.args.batch_size * run.args.gradient_accumulation_steps * grid.data_size
+    train_iters = run.args.train_iters or math.ceil(run.args.epochs * loader.epoch_length / samples_per_step)
+
+    def compute_loss(batch: VideoBatch) -> torch.Tensor:
+        # dropout takes its numbers from torch's global generator
+        torch.manual_seed(derive_seed(run.args.seed, "dropout", batch.sample_indices[0]))
+        return pipeline.training_loss(batch, network=engine).loss
+
+    def save(trainer: Trainer) -> Path:
+        return save_training_checkpoint(
+            grid,
+            engine=engine,
+            run_folder=place.folder,
+            step=trainer.state.step,
+            samples_consumed=trainer.state.samples_consumed,
+            client_state={**trainer.state.client_state(), CONFIG_KEY: pack_config(run)},
+            ema_state=None if average is None else average.state_dict(),
+            exclude_frozen=base_weights is not None,
+            config_digest=run.digest(),
+            data_fingerprint=loader.fingerprint,
+            base_weights=base_weights,
+        )
+
+    return Trainer(
+        stepper=Stepper(
+            engine=engine,
+            compute_loss=compute_loss,
+            batches=iter(loader),
+            grid=grid,
+            stop_request=stop_request,
+        ),
+        meter=Meter(grid, samples_per_step),
+        learning_rate=build_learning_rate(run, train_iters),
+        train_iters=train_iters,
+        samples_per_step=samples_per_step,
+        log_interval=run.args.log_interval,
+        state=state,
+        average=average,
+        callbacks=build_callbacks(run, grid, place.folder, pipeline=pipeline, engine=engine, save=save),
+    )
+
+
+def restore(
+    run: RunConfig,
+    grid: ProcessGrid,
+    place: Place,
+    engine: Any,
+    average: WeightAverage | None,
+    base_weights: Any,
+) -> TrainState:
+    """Returns where the run stands, with engine and average brought there.
+
+    Ranks: all.
+    """
+    state = TrainState()
+    if place.point is None:
+        return state
+    saved = load_training_checkpoint(grid, engine=engine, point=place.point, base_weights=base_weights)
+    check_config_unchanged(saved.client_state[CONFIG_KEY], run)
+    if average is not None:
+        average.load_state_dict(saved.ema_state)
+    state.restore(step=saved.step, samples_consumed=saved.samples_consumed, client_state=saved.client_state)
+    return state
+
+
+def build_learning_rate(run: RunConfig, train_iters: int) -> LearningRate:
+    """Returns the learning rate of a run of this length."""
+    args = run.args
+    return LearningRate(
+        peak=args.lr,
+        warmup_steps=warmup_steps(args.warmup, train_iters),
+        style=args.lr_decay_style,
+        decay_end=args.lr_decay_iters or train_iters,
+        floor_ratio=args.lr_decay_ratio,
+    )
+
+
+def set_determinism(deterministic: bool) -> None:
+    """With `args.deterministic`, operations without a deterministic kernel raise instead of running."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

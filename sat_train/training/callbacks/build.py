@@ -1,0 +1,152 @@
+"""Config -> the callbacks of a run, in the order they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sat_train.config import RunConfig
+from sat_train.data.build import build_valid_loader
+from sat_train.data.loader import VideoLoader
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.seeds import derive_seed
+from sat_train.pipeline.build import build_sampling
+from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.training.callbacks.callback import Callback
+from sat_train.training.callbacks.checkpoint import Checkpointer
+from sat_train.training.callbacks.metrics_file import MetricsFile
+from sat_train.training.callbacks.progress import build_progress
+from sat_train.training.callbacks.sample_videos import SampleVideos
+from sat_train.training.callbacks.tensorboard import TensorBoard
+from sat_train.training.callbacks.validation import Validation
+from sat_train.training.callbacks.wandb import WeightsAndBiases
+from sat_train.training.entries import ValidationEntry
+from sat_train.training.validation import timestep_grid, validation_loss
+
+if TYPE_CHECKING:
+    import torch
+
+    from sat_train.training.trainer import Trainer
+
+_CLIPS_DRAWN = 2  # image-to-video has no prompts without images: the first validation clips give both
+
+
+def build_callbacks(
+    run: RunConfig,
+    grid: ProcessGrid,
+    run_folder: Path | None,
+    *,
+    pipeline: VideoDiffusion,
+    engine: Any,
+    save: Callable[[Trainer], Path],
+) -> list[Callback]:
+    """Returns what listens to the loop: reports, then checkpoints, so that what follows cannot lose one.
+
+    Ranks: all.
+    """
+    callbacks = _reports(run, run_folder) if grid.rank == 0 else []
+    if run_folder is not None:
+        checkpointer = Checkpointer(
+            grid,
+            run_folder,
+            save,
+            interval=run.args.save_interval,
+            keep_last=run.args.keep_last or 0,
+            keep_every=run.args.keep_every or 0,
+        )
+        callbacks.append(checkpointer)
+    if run.args.eval_interval is not None:
+        callbacks += _validation(run, grid, run_folder, pipeline, engine)
+    return callbacks
+
+
+def _reports(run: RunConfig, run_folder: Path | None) -> list[Callback]:
+    reports: list[Callback] = [build_progress()]
+    if run_folder is not None:
+        reports.append(MetricsFile(run_folder))
+        if run.args.tensorboard:
+            reports.append(TensorBoard(run_folder))
+        if run.args.wandb:
+            reports.append(
+                WeightsAndBiases(run_folder, project=run.args.wandb_project_name, config=run.tree())
+            )
+    return reports
+
+
+def _validation(
+    run: RunConfig, grid: ProcessGrid, run_folder: Path | None, pipeline: VideoDiffusion, engine: Any
+) -> list[Callback]:
+    loader = build_valid_loader(run, grid, run_folder=run_folder)
+    callbacks: list[Callback] = []
+    if loader is not None:
+        measure = _measure(loader, grid, pipeline, engine)
+        callbacks.append(Validation(engine, measure, interval=run.args.eval_interval))
+    if run.args.valid_video_interval is not None and run_folder is not None:
+        drawings = _drawings(run, pipeline, engine, loader)
+        if drawings is not None:
+            prompts, draw = drawings
+            callbacks.append(
+                SampleVideos(
+                    grid,
+                    engine,
+                    run_folder,
+                    prompts=prompts,
+                    draw=draw,
+                    fps=run.args.sampling_fps,
+                    interval=run.args.valid_video_interval,
+                )
+            )
+    return callbacks
+
+
+def _measure(
+    loader: VideoLoader, grid: ProcessGrid, pipeline: VideoDiffusion, engine: Any
+) -> Callable[[int], ValidationEntry]:
+    timesteps = timestep_grid(len(pipeline.alpha_bar))
+
+    def measure(step: int) -> ValidationEntry:
+        return validation_loss(
+            step=step,
+            batches=loader,
+            losses_of=lambda batch, timesteps_b: (
+                pipeline.validation_loss(batch, timesteps_b=timesteps_b, network=engine).loss_b
+            ),
+            num_samples=loader.num_samples,
+            grid_of_timesteps=timesteps,
+            grid=grid,
+        )
+
+    return measure
+
+
+def _drawings(
+    run: RunConfig, pipeline: VideoDiffusion, engine: Any, loader: VideoLoader | None
+) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
+    """Returns the prompts and how number `n` of them is drawn; None when there is nothing to draw."""
+    settings = build_sampling(run)
+    prompts, images = list(run.args.valid_prompts), []
+    if loader is not None and (pipeline.noised_image_input or not prompts):
+        clips = [loader.dataset[i].sample for i in range(min(_CLIPS_DRAWN, loader.num_samples))]
+        prompts = [clip.caption for clip in clips]
+        images = [clip.video_tchw[0] if clip.image_chw is None else clip.image_chw for clip in clips]
+    if not prompts or (pipeline.noised_image_input and not images):
+        return None
+
+    def draw(number: int) -> torch.Tensor:
+        image = images[number][None] if pipeline.noised_image_input else None
+        height, width = (settings.height, settings.width) if image is None else image.shape[-2:]
+        return pipeline.generate(
+            [prompts[number]],
+            image_bchw=image,
+            num_frames=settings.num_frames,
+            height=height,
+            width=width,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            sampler=settings.sampler,
+            seeds=[derive_seed(run.args.seed, "validation_video", number)],
+            network=engine,
+        )[0]
+
+    return prompts, draw

@@ -1,0 +1,92 @@
+"""Going on with a run: what it goes on from, and what may have changed since."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sat_train.checkpoint.find import ResumePoint, find_resume_point
+from sat_train.config import RunConfig
+from sat_train.config.loading import leaves
+from sat_train.errors import ConfigError, Fault
+from sat_train.log import get_logger
+from sat_train.training.run_folder import is_alive
+
+log = get_logger(__name__)
+
+CONFIG_KEY = "config"
+
+# Settings that decide what is trained on what. With another one it is another run: `args.load` starts those.
+_FIXED = (
+    "model",
+    "data.target",
+    "data.params",
+    "args.seed",
+    "args.train_data",
+    "args.train_data_weights",
+    "args.split",
+    "args.fp16",
+    "args.bf16",
+    "args.zero_stage",
+    "args.model_parallel_size",
+    "args.ema_decay",
+    "deepspeed.optimizer.type",
+)
+_FREE_WITHIN_FIXED = ("model.sampler_config",)
+
+
+def find_resumed(run: RunConfig) -> ResumePoint | None:
+    """Returns the checkpoint that `args.resume` asks for, or None for a new run.
+
+    Raises:
+        CheckpointError: There is none and `args.resume` wants one.
+
+    Ranks: one.
+    """
+    assert run.args.save is not None, "a run that keeps nothing cannot go on"
+    return find_resume_point(
+        run.args.resume,
+        save_root=Path(run.args.save),
+        experiment_name=run.args.experiment_name,
+        is_alive=is_alive,
+    )
+
+
+def pack_config(run: RunConfig) -> str:
+    """Returns the configuration as a checkpoint keeps it."""
+    return json.dumps(run.tree(), sort_keys=True)
+
+
+def check_config_unchanged(saved: str, run: RunConfig) -> None:
+    """Compares the configuration of a checkpoint with the one it goes on with.
+
+    Raises:
+        ConfigError: Names every setting that differs and may not.
+    """
+    changes = list(_changes(json.loads(saved), run.tree()))
+    faults = [
+        Fault(path, str(new), f"{old}, as in the checkpoint (args.load starts another run from its weights)")
+        for path, old, new in changes
+        if _is_fixed(path)
+    ]
+    if faults:
+        raise ConfigError(faults)
+    for path, old, new in changes:
+        log.info("changed since the checkpoint: %s = %s (was %s)", path, new, old)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    before, after = leaves(old), leaves(new)
+    for path in sorted(before.keys() | after.keys()):
+        if before.get(path) != after.get(path):
+            yield path, before.get(path), after.get(path)
+
+
+def _is_fixed(path: str) -> bool:
+    return _is_under(path, _FIXED) and not _is_under(path, _FREE_WITHIN_FIXED)
+
+
+def _is_under(path: str, prefixes: tuple[str, ...]) -> bool:
+    return any(path == prefix or path.startswith((prefix + ".", prefix + "[")) for prefix in prefixes)

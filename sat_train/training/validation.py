@@ -1,0 +1,71 @@
+"""The validation loss: fixed clips, noise and timesteps, nothing dropped; it moves with the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from sat_train.distributed.collectives import sum_over_data
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.training.entries import ValidationEntry
+
+TIMESTEPS_IN_GRID = 8
+
+
+class IndexedBatch(Protocol):
+    """What the validation loss needs to know of a batch."""
+
+    sample_indices: tuple[int, ...]
+
+
+def timestep_grid(num_timesteps: int, count: int = TIMESTEPS_IN_GRID) -> tuple[int, ...]:
+    """Returns the middles of `count` equal parts of the schedule."""
+    return tuple(int((part + 0.5) * num_timesteps / count) for part in range(count))
+
+
+@torch.no_grad()
+def validation_loss(
+    *,
+    step: int,
+    batches: Iterable[IndexedBatch],
+    losses_of: Callable[[IndexedBatch, torch.Tensor], torch.Tensor],
+    num_samples: int,
+    grid_of_timesteps: Sequence[int],
+    grid: ProcessGrid,
+) -> ValidationEntry:
+    """Measures the loss over the validation clips; sample `i` is seen at timestep `i mod len(grid)`.
+
+    Args:
+        step: Optimizer steps done.
+        batches: This rank's batches; each rank has as many.
+        losses_of: (batch, timesteps_b on the CPU) -> loss of each sample, [b].
+        num_samples: Clips in all. Indices from here on, which fill the last batches, do not count.
+        grid_of_timesteps: The timesteps.
+        grid: The process grid.
+
+    Ranks: all.
+    """
+    sums = torch.zeros(len(grid_of_timesteps), 2, dtype=torch.float64)  # loss and count of each timestep
+    for batch in batches:
+        slots = torch.tensor([index % len(grid_of_timesteps) for index in batch.sample_indices])
+        losses = losses_of(batch, torch.tensor(grid_of_timesteps)[slots]).double().cpu()
+        counts = torch.tensor([index < num_samples for index in batch.sample_indices])
+        for slot, loss, counted in zip(slots.tolist(), losses, counts, strict=True):
+            if counted:
+                sums[slot] += torch.stack([loss, torch.ones_like(loss)])
+    sums = sum_over_data(grid, sums.to(grid.device)).cpu()
+    seen = sums[:, 1] > 0
+    by_timestep = {
+        timestep: float(total / count)
+        for timestep, (total, count) in zip(grid_of_timesteps, sums, strict=True)
+        if count
+    }
+    assert bool(seen.any()), "no clip was validated"
+    return ValidationEntry(
+        step=step,
+        valid_loss=float(sums[:, 0].sum() / sums[:, 1].sum()),
+        valid_loss_by_timestep=by_timestep,
+        valid_samples=int(sums[:, 1].sum()),
+    )
