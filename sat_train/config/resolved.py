@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sat_train.config.layers import DEFAULT
 from sat_train.config.run import RunConfig
 
 _COMMENT_COLUMN = 56
@@ -38,7 +39,7 @@ def _render(value: Any, sources: Mapping[str, str], path: str, depth: int) -> It
             # JSON is YAML, and leaves no doubt about types: 1e-08 stays a number, "1" a text
             yield (
                 f"{label} {json.dumps(item, ensure_ascii=False)}".ljust(_COMMENT_COLUMN)
-                + f" # {sources[inner]}"
+                + f" # {sources.get(inner, DEFAULT)}"
             )
 
 
