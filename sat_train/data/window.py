@@ -14,6 +14,8 @@ from sat_train.data.failures import BadClip
 WindowMode = Literal["head", "center", "random", "uniform", "chunks"]
 ShortClip = Literal["error", "skip", "pad", "shrink"]
 
+HEADER_ROUNDING_S = 1.5e-3  # mp4 and mkv give a file's length in milliseconds
+
 
 def count_frames(*, first: float, last: float, rate: float, fps: float) -> int:
     """Returns how many frames at `fps` a clip can give, the last one at most half a source frame late.
@@ -26,7 +28,7 @@ def count_frames(*, first: float, last: float, rate: float, fps: float) -> int:
     """
     if last <= first:
         return 1 if last == first else 0
-    return math.floor((last - first + 0.5 / rate) * fps + 1e-6) + 1
+    return math.floor((last - first + 0.5 / rate + HEADER_ROUNDING_S) * fps) + 1
 
 
 def fit_frames(
@@ -107,6 +109,6 @@ def split_chunks(*, first: float, last: float, window: float) -> Sequence[tuple[
     Returns:
         Begin and end of each part; at least one.
     """
-    count = max(1, math.floor((last - first) / window + 1e-6))
+    count = max(1, math.floor((last - first + HEADER_ROUNDING_S) / window))
     edges = [first + (last - first) * i / count for i in range(count + 1)]
     return list(itertools.pairwise(edges))
