@@ -19,6 +19,7 @@ VIDEO_SUFFIXES = (
     *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
 )
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers
 MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
 
 
@@ -112,11 +113,13 @@ def open_clip(
     """
     assert path.is_absolute(), f"{path} must be absolute"
     _check_file(path)
+    source = str(path) if span is None else _SpanReader(path, span)
     try:
-        source = str(path) if span is None else _SpanReader(path, span)
-        container = av.open(source, timeout=timeout_s, options={"protocol_whitelist": "file"})
-    except (av.FFmpegError, OSError) as error:
-        raise BadClip("unreadable", f"{_said(error)}") from None
+        container = av.open(
+            source, timeout=timeout_s, options={"protocol_whitelist": "file"}, metadata_errors="replace"
+        )
+    except DECODER_ERRORS as error:
+        raise BadClip("unreadable", _said(error)) from None
     with container:
         yield container, _video_stream(container)
 
@@ -196,5 +199,5 @@ def _packet_times(container: InputContainer, stream: VideoStream, *, tail: bool)
         end = container.duration if tail and container.duration else 0
         container.seek(end, backward=True)
         return [float(p.pts * p.time_base) for p in container.demux(stream) if p.pts is not None]
-    except (av.FFmpegError, OSError):
+    except DECODER_ERRORS:
         return []

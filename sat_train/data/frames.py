@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
@@ -15,7 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from sat_train.data.clip_file import ClipInfo, read_info
+from sat_train.data.clip_file import DECODER_ERRORS, ClipInfo, read_info
 from sat_train.data.failures import BadClip
 from sat_train.data.resize import CoverCrop
 
@@ -105,6 +104,8 @@ class FrameReader:
 
     def _window(self, first: float, last: float) -> list[Packet]:
         """Reads the packets from the keyframe at or before `first` up to the frames around `last`."""
+        if self.info.is_image:  # it stands at its only packet, and large ones cannot be sought
+            return self._packets_until(last)
         start, back = self.info.first, 0.0
         while True:
             moment = max(first - back, start)
@@ -121,7 +122,7 @@ class FrameReader:
                 self._container.seek(min(0, self._stream.start_time or 0), stream=self._stream)
             else:
                 self._container.seek(int(moment / self._tick), stream=self._stream)
-        except (av.FFmpegError, OSError) as error:
+        except DECODER_ERRORS as error:
             raise BadClip("damaged", f"seeking to {moment:.2f} s fails: {error}") from None
 
     def _packets_until(self, last: float) -> list[Packet]:
@@ -141,7 +142,7 @@ class FrameReader:
                 if packet.pts * self._tick >= last:
                     after = packet.pts if after is None else min(after, packet.pts)
                 self._check_deadline()
-        except (av.FFmpegError, OSError) as error:
+        except DECODER_ERRORS as error:
             raise BadClip("damaged", f"reading fails: {error}") from None
         return packets
 
@@ -159,7 +160,7 @@ class FrameReader:
                 yield from self._whole(context.decode(packet))
             context.skip_frame = "DEFAULT"
             yield from self._whole(context.decode(None))
-        except (av.FFmpegError, OSError) as error:
+        except DECODER_ERRORS as error:
             raise BadClip("damaged", f"decoding fails: {error}") from None
         finally:
             context.flush_buffers()

@@ -48,11 +48,13 @@ def write_numbered(
     options: dict[str, str] | None = None,
     side: int = SIDE,
     rotation: int = 0,
+    index_first: bool = False,
 ) -> list[float]:
     """Writes a video; frame i shows the number i.
 
     Args:
         times: When each frame is shown, in seconds; None: at `rate`.
+        index_first: Put an mp4 file's index before its frames.
 
     Returns:
         When each frame is shown.
@@ -61,7 +63,8 @@ def write_numbered(
     moments = [Fraction(i) / rate for i in range(num_frames)] if times is None else list(times)
     base = Fraction(1, 90000) if times is not None else 1 / Fraction(rate)
     quality = {"crf": "12", "preset": "ultrafast", "bf": "2", "threads": "1"} if codec == "libx264" else {}
-    with av.open(str(path), "w") as container:
+    flags = {"movflags": "+faststart"} if index_first else {}
+    with av.open(str(path), "w", options=flags) as container:
         stream = container.add_stream(codec, rate=rate, options={**quality, **(options or {})})
         stream.width = stream.height = side
         stream.pix_fmt = pix_fmt
