@@ -11,6 +11,8 @@ from sat_train.errors import SatTrainError
 
 # Word -> module with `main(argv) -> exit code`. Imported only when asked for: most of them need torch.
 COMMANDS = {
+    "train": ("sat_train.cli.train", "train a model (with torchrun: launch/train_video.py)"),
+    "sample": ("sat_train.cli.sample", "draw videos from prompts (with torchrun: launch/sample_video.py)"),
     "check": ("sat_train.cli.check", "read a configuration, name every fault, show every value"),
 }
 _INTERRUPTED = 130

@@ -24,6 +24,7 @@ from sat_train.config.rules import PATH_RULES, RULES, check_rules
 from sat_train.config.rules.paths import placeholders
 from sat_train.config.rules.rule import Draft, Purpose
 from sat_train.config.run import RunConfig, Sections
+from sat_train.config.run_model import use_model_of_run
 from sat_train.config.schema.record import Record
 from sat_train.config.validation import validate
 from sat_train.errors import ConfigError, Fault
@@ -52,6 +53,8 @@ def load_run_config(
     """
     faults: list[Fault] = []
     layers = read_layers(base, words, faults)
+    if purpose == "sample":
+        layers = use_model_of_run(layers, faults)
     merged = merge_layers(layers)
     resolve_references(merged, faults)
     fold_aliases(merged, faults)

@@ -11,6 +11,7 @@ from torch import Tensor
 from sat_train.config import ArgsConfig, ModelConfig, RunConfig
 from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance, Guidance
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
+from sat_train.errors import ConfigError, Fault
 from sat_train.pipeline.geometry import pixel_frames
 from sat_train.pipeline.video_diffusion import Sampler, VideoDiffusion
 
@@ -106,17 +107,24 @@ def build_alpha_bar(model: ModelConfig) -> Tensor:
 
 
 def build_sampling(run: RunConfig) -> SamplingSettings:
-    """Returns the settings of samples: those under `args` where given, else those of model and training."""
-    args, model, clip = run.args, run.model, run.data.params
+    """Returns the settings of samples: those under `args` where given, else those of model and training.
+
+    Raises:
+        ConfigError: Nothing says how large a video is.
+    """
+    args, model = run.args, run.model
     sampler = model.sampler_config
-    num_frames = clip.max_num_frames
-    if args.sampling_num_frames is not None:
+    if args.sampling_num_frames is None:
+        num_frames = model.network_config.params.num_frames
+        if run.data is not None:
+            num_frames = run.data.params.max_num_frames
+    else:
         num_frames = pixel_frames(
             args.sampling_num_frames,
             compression=model.first_stage_config.params.encoder_config.params.temporal_compress_times,
             patch_t=model.network_config.params.patch_size[0],
         )
-    height, width = args.sampling_image_size or clip.video_size
+    height, width = args.sampling_image_size or _trained_size(run)
     return SamplingSettings(
         num_frames=num_frames,
         height=height,
@@ -126,6 +134,13 @@ def build_sampling(run: RunConfig) -> SamplingSettings:
         sampler=args.sampler or sampler.target,
         fps=args.sampling_fps,
     )
+
+
+def _trained_size(run: RunConfig) -> tuple[int, int]:
+    if run.data is None:
+        expected = "a height and width in pixels, because there is no data section to take them from"
+        raise ConfigError([Fault("args.sampling_image_size", "null", expected)])
+    return run.data.params.video_size
 
 
 def build_guidance(model: ModelConfig, *, scale: float | None = None) -> Guidance:

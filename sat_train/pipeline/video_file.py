@@ -77,14 +77,20 @@ def write_contact_sheet(
         sheet.save(partial, format="PNG")
 
 
-def _row(video_tchw: Tensor, caption: str, columns: int) -> Image.Image:
-    frames, _, height, width = video_tchw.shape
+def spread_frames(video_tchw: Tensor, columns: int = 8) -> Tensor:
+    """Returns at most `columns` frames, spread over the video, first and last included."""
+    frames = len(video_tchw)
     columns = min(columns, frames)
-    row = Image.new("RGB", (columns * (width + _GAP) - _GAP, _CAPTION_HEIGHT + height + _GAP), "white")
+    return video_tchw[[round(column * (frames - 1) / max(columns - 1, 1)) for column in range(columns)]]
+
+
+def _row(video_tchw: Tensor, caption: str, columns: int) -> Image.Image:
+    frames_tchw = spread_frames(video_tchw, columns)
+    frames, _, height, width = frames_tchw.shape
+    row = Image.new("RGB", (frames * (width + _GAP) - _GAP, _CAPTION_HEIGHT + height + _GAP), "white")
     ImageDraw.Draw(row).text((2, 2), " ".join(caption.split()), fill="black")
-    for column in range(columns):
-        index = round(column * (frames - 1) / max(columns - 1, 1))
-        pixels = video_tchw[index].permute(1, 2, 0).contiguous().cpu().numpy()
+    for column, frame_chw in enumerate(frames_tchw):
+        pixels = frame_chw.permute(1, 2, 0).contiguous().cpu().numpy()
         row.paste(Image.fromarray(pixels), (column * (width + _GAP), _CAPTION_HEIGHT))
     return row
 

@@ -127,6 +127,9 @@ class ArgsConfig(Record):
     prefetch_factor: int = Field(4, ge=1, description="Batches that each worker prepares ahead.")
 
     # Sampling
+    ema: bool = Field(
+        False, description="Sample with the average of the weights that the run of `load` kept (`ema_decay`)."
+    )
     prompt: Text | None = Field(None, description="One prompt; wins over `input_file`.")
     input_type: Literal["cli", "txt"] = Field(
         "cli", description="cli: `prompt`. txt: one prompt a line in `input_file`."

@@ -1,0 +1,164 @@
+"""Config and prompts -> mp4 files and a contact sheet."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from sat_train.checkpoint.weights import load_weights, read_transformer_weights
+from sat_train.config import RunConfig
+from sat_train.distributed.collectives import check_all_ranks, gather_objects
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import SatTrainError
+from sat_train.log import get_logger
+from sat_train.models.build import build_dit
+from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.text.build import build_text_encoder
+from sat_train.pipeline.build import SamplingSettings, build_pipeline, build_sampling, compute_dtype
+from sat_train.pipeline.prompts import SampleRequest, build_requests, read_image, read_prompt_file
+from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
+from sat_train.training.models import build_loaded_vae
+
+log = get_logger(__name__)
+
+OnStep = Callable[[int, int], None]
+
+
+def sample(run: RunConfig, grid: ProcessGrid) -> None:
+    """Draws every prompt of a run; the ranks share the prompts.
+
+    Raises:
+        SatTrainError: Prompts, images, weights or the output folder are not as they should be.
+
+    Ranks: all.
+    """
+    for note in run.notes:
+        log.info("%s", note)
+    requests, settings = read_requests(run), build_sampling(run)
+    pipeline = build_sampler(run, grid)
+    log.info(
+        "%d videos of %d frames, %dx%d", len(requests), settings.num_frames, settings.height, settings.width
+    )
+    folder = Path(run.args.output_dir)
+    previews: dict[int, Tensor] = {}
+    problem = None
+    with StepBar(shown=grid.rank == 0) as bar:
+        mine = list(enumerate(requests))[grid.data_rank :: grid.data_size]
+        for number, request in mine:
+            bar.begin(f"{request.name}.mp4", settings.steps)
+            try:
+                video = draw(pipeline, request, settings, bar.step)
+                if grid.model_rank == 0:
+                    write_mp4(folder / f"{request.name}.mp4", video, fps=settings.fps)
+            except SatTrainError as error:
+                problem = error
+                break
+            previews[number] = spread_frames(video)
+            log.info("wrote %s", folder / f"{request.name}.mp4")
+    check_all_ranks(grid, problem)
+    gathered = {number: video for part in gather_objects(grid, previews) for number, video in part.items()}
+    if grid.rank == 0:
+        videos = [gathered[number] for number in sorted(gathered)]
+        write_contact_sheet(folder / "contact_sheet.png", videos, [request.prompt for request in requests])
+        log.info("wrote %s", folder / "contact_sheet.png")
+
+
+def read_requests(run: RunConfig) -> list[SampleRequest]:
+    """Returns what is to be drawn, from `args.prompt` or `args.input_file`."""
+    args = run.args
+    if args.prompt is not None:
+        lines = [("args.prompt", args.prompt)]
+    else:
+        assert args.input_file is not None, "the configuration sees to a prompt"
+        lines = read_prompt_file(Path(args.input_file))
+    return build_requests(
+        lines,
+        image_to_video=run.model.noised_image_input,
+        image=None if args.image is None else Path(args.image),
+        seed=args.seed,
+        videos_per_prompt=args.batch_size,
+    )
+
+
+def build_sampler(run: RunConfig, grid: ProcessGrid) -> VideoDiffusion:
+    """Builds the pipeline with the weights of `args.load`.
+
+    Ranks: all.
+    """
+    dtype = torch.float32 if compute_dtype(run.args) == torch.float32 else torch.bfloat16
+    text = run.model.conditioner_config.params.emb_models[0].params
+    return build_pipeline(
+        run,
+        dit=build_loaded_dit(run, grid),
+        vae=build_loaded_vae(run, grid.device, dtype),
+        text_encoder=build_text_encoder(text, device=grid.device, dtype=dtype),
+    )
+
+
+def build_loaded_dit(run: RunConfig, grid: ProcessGrid) -> DiffusionTransformer:
+    """Builds the transformer with the weights of `args.load`: adapters included, averaged with `args.ema`."""
+    dit = build_dit(run.model, device=grid.device, dtype=compute_dtype(run.args), initialize=False)
+    assert run.args.load is not None, "the configuration sees to weights"
+    weights = read_transformer_weights(
+        run.args.load, model_rank=grid.model_rank, model_size=grid.model_size, ema=run.args.ema
+    )
+    load_weights(dit, weights, may_lack=dit.derived_keys())
+    log.info("weights from %s%s", weights.where, ", averaged" if run.args.ema else "")
+    return dit.eval().requires_grad_(False)
+
+
+def draw(
+    pipeline: VideoDiffusion, request: SampleRequest, settings: SamplingSettings, progress: OnStep
+) -> Tensor:
+    """Draws one video, uint8 video_tchw."""
+    image = None
+    if request.image is not None:
+        image = read_image(request.image, height=settings.height, width=settings.width)[None]
+    return pipeline.generate(
+        [request.prompt],
+        image_bchw=image,
+        num_frames=settings.num_frames,
+        height=settings.height,
+        width=settings.width,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        sampler=settings.sampler,
+        seeds=[request.seed],
+        progress=progress,
+    )[0]
+
+
+class StepBar:
+    """A bar over the steps of the video that is being drawn; nothing where there is no terminal.
+
+    Args:
+        shown: Whether this process draws it.
+    """
+
+    def __init__(self, *, shown: bool) -> None:
+        columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+        is_on = shown and sys.stderr.isatty()
+        self._bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not is_on)
+        self._task = self._bar.add_task("")
+
+    def __enter__(self) -> StepBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, description: str, steps: int) -> None:
+        """Starts over for the next video."""
+        self._bar.reset(self._task, total=steps, description=description)
+
+    def step(self, index: int, steps: int) -> None:
+        """Moves the bar behind the finished step."""
+        self._bar.update(self._task, completed=index + 1)

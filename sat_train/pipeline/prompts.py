@@ -1,0 +1,121 @@
+"""What is to be sampled: prompts, and for image-to-video the images that they stand beside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from sat_train.errors import DataError
+
+# between prompt and image in a line of a prompt file, as in CogVideo's
+_SEPARATOR = "@@"
+_SLUG_LENGTH = 60
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One video to draw.
+
+    Args:
+        prompt: Its caption.
+        image: File of its first frame; None for text-to-video.
+        seed: Of its noise.
+        name: Of its file, without suffix.
+    """
+
+    prompt: str
+    image: Path | None
+    seed: int
+    name: str
+
+
+def build_requests(
+    lines: Sequence[tuple[str, str]],
+    *,
+    image_to_video: bool,
+    image: Path | None,
+    seed: int,
+    videos_per_prompt: int,
+) -> list[SampleRequest]:
+    """Turns lines of prompts into videos to draw; each has its own seed, counted up from the run's.
+
+    Args:
+        lines: (where it stands, prompt or `prompt@@image`). A line's image wins over `image`.
+        image_to_video: Whether the model needs an image.
+        image: Image of the lines that name none.
+        seed: Seed of the first video.
+        videos_per_prompt: Videos of each line, with different seeds.
+
+    Raises:
+        DataError: A line has no prompt, or an image too many or too few.
+    """
+    requests = []
+    for number, (where, line) in enumerate(lines):
+        prompt, has_image, path = (part.strip() for part in line.partition(_SEPARATOR))
+        given = Path(path).expanduser() if has_image else image
+        if not prompt:
+            raise DataError(f"{where} has no prompt: {line!r}", expected="prompt or prompt@@image")
+        if (given is not None) != image_to_video:
+            problem = "names an image, but this is a text-to-video model" if given else "names no image"
+            raise DataError(
+                f"{where} {problem}: {line!r}", expected="prompt@@image" if image_to_video else "prompt"
+            )
+        for copy in range(videos_per_prompt):
+            own = seed + number * videos_per_prompt + copy
+            requests.append(SampleRequest(prompt, given, own, f"{number:04d}-{_slug(prompt)}-seed{own}"))
+    return requests
+
+
+def read_prompt_file(path: Path) -> list[tuple[str, str]]:
+    """Reads one prompt a line; empty lines are left out.
+
+    Returns:
+        (`path:line number`, the line).
+
+    Raises:
+        DataError: The file cannot be read as text, or holds nothing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", expected="a text file in UTF-8") from error
+    lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    lines = [(where, line) for where, line in lines if line]
+    if not lines:
+        raise DataError(f"{path} holds no prompt", expected="one prompt a line")
+    return lines
+
+
+def read_image(path: Path, *, height: int, width: int) -> Tensor:
+    """Reads a picture, scales it until it covers the size, and cuts off what stands over at both sides.
+
+    Args:
+        path: Any format Pillow reads; turned as its EXIF says.
+        height: In pixels.
+        width: In pixels.
+
+    Returns:
+        uint8 RGB image_chw.
+
+    Raises:
+        DataError: The file is missing or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(height, width, 3).permute(2, 0, 1).contiguous()
+
+
+def _slug(prompt: str) -> str:
+    """Returns a part of a file name that says what the prompt says."""
+    return re.sub(r"\W+", "-", prompt.lower())[:_SLUG_LENGTH].strip("-") or "video"
