@@ -56,8 +56,6 @@ def _join_and_work(run: RunConfig, env: RankEnv, work: tuple[str, str]) -> int:
 
     board: FailureBoard | None = None
     try:
-        module, name = work
-        do: Callable[[RunConfig, ProcessGrid], None] = getattr(import_module(module), name)
         grid = start_processes(
             env,
             device=run.args.device,
@@ -67,6 +65,8 @@ def _join_and_work(run: RunConfig, env: RankEnv, work: tuple[str, str]) -> int:
         )
         board = FailureBoard(grid.store, grid.rank)
         board.watch()
+        module, name = work  # imported after the start, which chooses DeepSpeed's accelerator
+        do: Callable[[RunConfig, ProcessGrid], None] = getattr(import_module(module), name)
         do(run, grid)
     except BaseException as error:
         return _fail(error, env, board)
