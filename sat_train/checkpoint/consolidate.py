@@ -49,6 +49,15 @@ def read_step(folder: Path, manifest: Manifest, *, ema: bool = False) -> LazyWei
     return merge_slices(slices, where=str(folder))
 
 
+def trained_dtype(folder: Path, manifest: Manifest) -> torch.dtype:
+    """Returns the precision that a run computed in."""
+    config = _model_states(folder, manifest, 0)[0]["ds_config"]
+    for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(section, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
 def _read_model_rank(folder: Path, manifest: Manifest, model_rank: int, *, ema: bool) -> LazyWeights:
     weights = _model_states(folder, manifest, model_rank)
     module = {key.removeprefix(SAT_PREFIX): tensor for key, tensor in weights[0]["module"].items()}

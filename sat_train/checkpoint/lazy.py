@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sat_train.checkpoint.names import Shape
+from sat_train.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,28 @@ class LazyWeights(Mapping[str, Tensor]):
         """Returns the shape of every tensor, without reading any."""
         return {key: entry.shape for key, entry in self.entries.items()}
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in self.entries.values())
+
     def select(self, rename: Callable[[str], str | None]) -> LazyWeights:
         """Returns those that `rename` gives a name, under that name."""
         names = {key: rename(key) for key in self.entries}
         chosen = {name: self.entries[key] for key, name in names.items() if name is not None}
         return LazyWeights(chosen, where=self.where)
+
+    def cast(self, dtype: torch.dtype | None) -> LazyWeights:
+        """Returns these in another dtype, counters as they are; None leaves all as they are."""
+        if dtype is None:
+            return self
+        entries = {
+            key: replace(entry, dtype=dtype, read=partial(_read_cast, entry, dtype))
+            if entry.dtype.is_floating_point
+            else entry
+            for key, entry in self.entries.items()
+        }
+        return LazyWeights(entries, where=self.where)
 
     def overlaid(self, other: LazyWeights) -> LazyWeights:
         """Returns these and the other's; the other's where both have a name."""
@@ -104,8 +124,35 @@ def cut_tensor(tensor: Tensor, cut: Cut | None) -> Tensor:
     return slices[0] if len(slices) == 1 else torch.cat(slices, cut.dim)
 
 
+def _read_cast(entry: Entry, dtype: torch.dtype, cut: Cut | None) -> Tensor:
+    return entry.read(cut).to(dtype)
+
+
 def sliced(entry: Entry, cut: Cut) -> Entry:
     """Returns the entry of one rank's slice."""
     shape = list(entry.shape)
     shape[cut.dim] //= cut.size
     return replace(entry, shape=tuple(shape), read=lambda again: cut_tensor(entry.read(cut), again))
+
+
+def check_same(ours: LazyWeights, written: LazyWeights) -> None:
+    """Compares what was to be written with what reads back, value for value.
+
+    Raises:
+        CheckpointError: They differ, which is a fault of the disk or of this program.
+    """
+    differing = sorted(ours.keys() ^ written.keys()) or [
+        key for key in ours if not _same(ours[key], written[key])
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{written.where} does not read back as it was written: {', '.join(differing[:5])}",
+            remedy="try again on another disk, and report it if it happens again",
+        )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, so that a NaN equals itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))

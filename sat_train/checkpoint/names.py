@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sat_train.errors import CheckpointError
 
 Shape = tuple[int, ...]
-_MOST_SHOWN = 40
+_MOST_SHOWN = 40  # of each kind
 
 
 def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str) -> None:
@@ -28,18 +28,20 @@ def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Sh
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    faults = [*mismatched, *missing, *unexpected]
-    if not faults:
+    if not (missing or unexpected or mismatched):
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} of another shape"
-    shown = faults[:_MOST_SHOWN]
-    if len(faults) > len(shown):
-        shown.append(f"... and {len(faults) - len(shown)} more")
+    shown = [line for faults in (missing, unexpected, mismatched) for line in _shortened(faults)]
     raise CheckpointError(
         "\n  ".join([f"{where} does not fit the model: {counts}", *shown]),
         expected=f"the {len(expected)} names of the model, with its shapes",
         remedy="look at the model preset: another family, size or LoRA rank has other names and shapes",
     )
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    more = len(lines) - _MOST_SHOWN
+    return lines if more <= 0 else [*lines[:_MOST_SHOWN], f"... and {more} more"]
 
 
 def _text(shape: Shape) -> str:

@@ -93,6 +93,17 @@ def is_safetensors(path: Path) -> bool:
     return head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < _MOST_HEADER_BYTES
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the texts in the header of a safetensors file; none for another kind of file."""
+    if not is_safetensors(path):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
+
+
 def _read_safetensors(path: Path) -> dict[str, Entry]:
     try:
         with safe_open(path, framework="pt") as file:

@@ -43,6 +43,10 @@ def build_engine(*, zero_stage: int, dtype: str, lora: bool, seed: int = 0, widt
         model[0].weight.requires_grad_(False)
         model[2].bias.requires_grad_(False)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in trainable if p.dim() == 1], "weight_decay": 0.0},
+    ]
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": zero_stage},
@@ -50,7 +54,7 @@ def build_engine(*, zero_stage: int, dtype: str, lora: bool, seed: int = 0, widt
         "gradient_clipping": 0.1,
         "zero_allow_untested_optimizer": True,
     }
-    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 

@@ -1,0 +1,233 @@
+"""Weights out: a folder that diffusers or SAT loads, compared with its source before it appears.
+
+Everything is written into a temporary folder beside the destination, loaded back, compared value for value,
+and renamed. A failure at any point leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import torch
+
+from sat_train.checkpoint.adapters import (
+    adapters_to_peft,
+    is_adapter_key,
+    merge_adapters,
+    read_adapter_weights,
+)
+from sat_train.checkpoint.consolidate import trained_dtype
+from sat_train.checkpoint.diffusers_folder import write_pipeline
+from sat_train.checkpoint.files import HashingFile, sync_folder, write_file, write_text
+from sat_train.checkpoint.layout import LATEST, SAT_PREFIX
+from sat_train.checkpoint.lazy import LazyWeights, check_same, from_tensors
+from sat_train.checkpoint.manifest import Manifest, verify_checkpoint
+from sat_train.checkpoint.safetensors_out import Progress, write_safetensors
+from sat_train.checkpoint.sources import WeightSource, find_weights, hash_weights
+from sat_train.checkpoint.tensor_parallel import slice_weights
+from sat_train.checkpoint.weights import read_transformer_weights
+from sat_train.config import ModelConfig
+from sat_train.errors import CheckpointError
+
+LORA_FILE_STEM = "pytorch_lora_weights"
+_SAT_STEP = "1"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is asked for.
+
+    Args:
+        source: A run or step of ours, a SAT folder, a diffusers folder, a file.
+        dest: Folder to make; it must not exist, or be empty.
+        to: Which format.
+        merge_lora: Add the adapters to the weights instead of writing them apart.
+        ema: The average of the weights instead of the weights.
+        model_size: Ranks on the model axis (`sat` only).
+        dtype: Of the written weights; None: what the run computed in, or that of the source.
+        model: Section `model`, for diffusers' configuration files; None when only SAT's format or adapters
+            are written.
+    """
+
+    source: Path
+    dest: Path
+    to: Literal["diffusers", "sat"]
+    merge_lora: bool = False
+    ema: bool = False
+    model_size: int = 1
+    dtype: torch.dtype | None = None
+    model: ModelConfig | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source, ready to be read.
+
+    Args:
+        weights: Under SAT's keys, in the dtype they are written in.
+        metadata: Where they come from, as texts.
+        is_lora: Adapters are among them.
+    """
+
+    weights: LazyWeights
+    metadata: dict[str, str]
+    is_lora: bool
+
+
+def convert(conversion: Conversion, *, progress: Callable[[int], Progress]) -> Path:
+    """Converts weights.
+
+    Args:
+        conversion: What from, what to.
+        progress: Given the number of bytes, returns what is called with each portion written.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        CheckpointError: The source is not usable, the destination is taken, or what was written does not read
+            back the same.
+    """
+    _check_dest(conversion.dest)
+    if conversion.to == "diffusers" and conversion.model_size != 1:
+        raise CheckpointError("--model-parallel-size is SAT's way of cutting weights", remedy="use --to sat")
+    opened = open_source(conversion)
+    temporary = conversion.dest.parent / f".tmp-convert-{uuid.uuid4().hex[:8]}"
+    try:
+        conversion.dest.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        _check_space(temporary, opened.weights)
+        _write(conversion, opened, temporary, progress)
+        if conversion.dest.exists():
+            conversion.dest.rmdir()
+        os.rename(temporary, conversion.dest)
+        sync_folder(conversion.dest.parent)
+    except OSError as error:
+        raise CheckpointError(f"{conversion.dest} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return conversion.dest
+
+
+def open_source(conversion: Conversion) -> Opened:
+    """Opens and verifies the source of a conversion.
+
+    Raises:
+        CheckpointError: It is damaged, not a transformer's, or has no adapters to merge.
+    """
+    source = find_weights(conversion.source)
+    manifest = verify_checkpoint(source.path) if source.kind == "step" else None
+    weights = read_transformer_weights(conversion.source, ema=conversion.ema)
+    is_lora = any(is_adapter_key(key) for key in weights)
+    if conversion.merge_lora:
+        weights, is_lora = merge_adapters(weights), False
+    dtype = conversion.dtype or (trained_dtype(source.path, manifest) if manifest else None)
+    adapters_apart = is_lora and conversion.to == "diffusers"
+    return Opened(
+        weights=weights if adapters_apart else weights.cast(dtype),
+        metadata=_metadata(source, manifest, conversion),
+        is_lora=is_lora,
+    )
+
+
+def _write(conversion: Conversion, opened: Opened, folder: Path, progress: Callable[[int], Progress]) -> None:
+    if conversion.to == "sat":
+        _write_sat(folder, opened, conversion.model_size, progress)
+    elif opened.is_lora:
+        _write_adapters(folder, opened, progress)
+    elif conversion.model is None:
+        raise CheckpointError(
+            f"{conversion.source} does not say which model it is",
+            expected="the model's numbers, for diffusers' config.json",
+            remedy="name its preset, e.g. --base configs/model/cogvideox_5b.yaml",
+        )
+    else:
+        write_pipeline(folder, opened.weights, conversion.model, metadata=opened.metadata, progress=progress)
+
+
+def _write_sat(folder: Path, opened: Opened, model_size: int, progress: Callable[[int], Progress]) -> None:
+    (folder / _SAT_STEP).mkdir()
+    report = progress(opened.weights.num_bytes)
+    for rank in range(model_size):
+        weights = slice_weights(opened.weights, rank=rank, size=model_size)
+        path = folder / _SAT_STEP / f"mp_rank_{rank:02d}_model_states.pt"
+        _write_sat_file(path, weights, opened.metadata)
+        report(weights.num_bytes)
+    write_text(folder / LATEST, _SAT_STEP)
+    for rank in range(model_size):
+        ours = slice_weights(opened.weights, rank=rank, size=model_size)
+        check_same(ours, read_transformer_weights(folder, model_rank=rank, model_size=model_size))
+
+
+def _write_sat_file(path: Path, weights: LazyWeights, metadata: Mapping[str, str]) -> None:
+    module = {SAT_PREFIX + key: _compact(weights[key]) for key in weights}
+    state = {
+        "module": module,
+        "iteration": int(metadata.get("sat_train.step", "0")),
+        "sat_train": dict(metadata),
+    }
+
+    def write(file: HashingFile) -> None:
+        torch.save(state, cast(IO[bytes], file))
+
+    write_file(path, write)
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """`torch.save` writes the whole storage of a view."""
+    tensor = tensor.detach().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone()
+
+
+def _write_adapters(folder: Path, opened: Opened, progress: Callable[[int], Progress]) -> None:
+    adapters = {key: opened.weights[key] for key in opened.weights if is_adapter_key(key)}
+    tensors, header = adapters_to_peft(adapters)
+    lazy = from_tensors(tensors, where=opened.weights.where)
+    metadata = {**opened.metadata, **header}
+    write_safetensors(folder, LORA_FILE_STEM, lazy, metadata=metadata, progress=progress(lazy.num_bytes))
+    back, _ = adapters_to_peft(read_adapter_weights(folder))
+    check_same(lazy, from_tensors(back, where=str(folder)))
+
+
+def _metadata(source: WeightSource, manifest: Manifest | None, conversion: Conversion) -> dict[str, str]:
+    if manifest is None:
+        return {
+            "sat_train.source": str(source.path),
+            "sat_train.source_sha256": hash_weights(conversion.source),
+        }
+    found: dict[str, Any] = {
+        "run": source.path.parent.name,
+        "step": manifest.step,
+        "samples_consumed": manifest.samples_consumed,
+        "config_sha256": manifest.config_digest,
+        "data_fingerprint": manifest.data_fingerprint,
+        "weights": "average" if conversion.ema else "trained",
+    }
+    if manifest.base_weights is not None:
+        found |= {"base": manifest.base_weights.source, "base_sha256": manifest.base_weights.sha256}
+    return {f"sat_train.{name}": str(value) for name, value in found.items()}
+
+
+def _check_dest(dest: Path) -> None:
+    if dest.is_dir() and not any(dest.iterdir()):
+        return
+    if dest.exists():
+        raise CheckpointError(
+            f"{dest} exists already", expected="a folder that is not there yet", remedy="name another"
+        )
+
+
+def _check_space(folder: Path, weights: LazyWeights) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < weights.num_bytes:
+        raise CheckpointError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free",
+            expected=f"{weights.num_bytes / 1e9:.1f} GB for the weights",
+        )

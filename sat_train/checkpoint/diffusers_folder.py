@@ -1,0 +1,159 @@
+"""A diffusers model folder: transformer and scheduler always, VAE and text encoder where they are known."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_train.checkpoint.diffusers_config import (
+    has_learned_positions,
+    model_index,
+    scheduler_config,
+    transformer_config,
+    vae_config,
+)
+from sat_train.checkpoint.diffusers_keys import parts_of_sat_key, transformer_to_diffusers
+from sat_train.checkpoint.diffusers_vae_keys import vae_state_to_diffusers
+from sat_train.checkpoint.files import write_text
+from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, check_same, cut_tensor, from_tensors
+from sat_train.checkpoint.safetensors_out import Progress, write_safetensors
+from sat_train.checkpoint.weights import read_transformer_weights, read_vae_weights
+from sat_train.config import ModelConfig
+from sat_train.config.paths import expand_assets
+from sat_train.errors import CheckpointError
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+STEM = "diffusion_pytorch_model"
+_TOKENIZER_FILES = (
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def write_pipeline(
+    folder: Path,
+    weights: LazyWeights,
+    model: ModelConfig,
+    *,
+    metadata: Mapping[str, str],
+    progress: Callable[[int], Progress],
+) -> None:
+    """Writes a model folder and compares its transformer with the source.
+
+    Args:
+        folder: Empty.
+        weights: The transformer's, under SAT's keys.
+        model: Its section of the configuration; names VAE and text encoder.
+        metadata: Texts for the headers of the weights.
+        progress: As for `convert`.
+
+    Raises:
+        CheckpointError: A key that diffusers does not have, or what was written reads back differently.
+        OSError: The disk is full or cannot be written.
+    """
+    theirs = to_diffusers(weights, learned_positions=has_learned_positions(model))
+    (folder / "transformer").mkdir()
+    write_safetensors(
+        folder / "transformer", STEM, theirs, metadata=metadata, progress=progress(theirs.num_bytes)
+    )
+    _write_json(folder / "transformer" / "config.json", transformer_config(model))
+    (folder / "scheduler").mkdir()
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(model))
+    whole = _write_vae(folder, model) & _link_text_encoder(folder, model)
+    if whole:
+        _write_json(folder / "model_index.json", model_index(model))
+    _check_written(folder / "transformer", weights, theirs)
+
+
+def to_diffusers(weights: LazyWeights, *, learned_positions: bool) -> LazyWeights:
+    """Returns the weights under diffusers' keys, each split from SAT's when it is read.
+
+    Raises:
+        CheckpointError: A key that diffusers does not have.
+    """
+    meta = {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in weights.entries.items()}
+    shapes = transformer_to_diffusers(meta, learned_positions=learned_positions)
+
+    @lru_cache(maxsize=1)
+    def split(sat_key: str) -> dict[str, Tensor]:
+        """Neighbours come from one tensor, which is read once for them all."""
+        return transformer_to_diffusers({sat_key: weights[sat_key]}, learned_positions=learned_positions)
+
+    def read(sat_key: str, key: str, cut: Cut | None) -> Tensor:
+        return cut_tensor(split(sat_key)[key], cut)
+
+    entries = {}
+    for sat_key in weights:
+        for part in parts_of_sat_key(sat_key):
+            if part.diffusers_key in shapes:
+                found = shapes[part.diffusers_key]
+                reading = partial(read, sat_key, part.diffusers_key)
+                entries[part.diffusers_key] = Entry(tuple(found.shape), found.dtype, reading)
+    return LazyWeights(entries, where=weights.where)
+
+
+def _check_written(folder: Path, weights: LazyWeights, theirs: LazyWeights) -> None:
+    back = read_transformer_weights(folder)
+    kept = weights.select(
+        lambda key: key if any(p.diffusers_key in theirs for p in parts_of_sat_key(key)) else None
+    )
+    check_same(kept, back)
+
+
+def _write_vae(folder: Path, model: ModelConfig) -> bool:
+    path = model.first_stage_config.params.ckpt_path
+    if not path or not Path(expand_assets(path)).exists():
+        log.warning("no VAE at '%s': the folder will have none, and no model_index.json", path)
+        return False
+    tensors = vae_state_to_diffusers(read_vae_weights(path))
+    (folder / "vae").mkdir()
+    lazy = from_tensors(tensors, where=str(path))
+    write_safetensors(folder / "vae", STEM, lazy, metadata={}, progress=lambda size: None)
+    _write_json(folder / "vae" / "config.json", vae_config(model))
+    return True
+
+
+def _link_text_encoder(folder: Path, model: ModelConfig) -> bool:
+    """T5 is 9 to 19 GB that nobody changed: hard links where the file system can, else copies."""
+    from sat_train.models.text.t5 import find_t5_folders  # imports transformers
+
+    path = Path(expand_assets(model.conditioner_config.params.emb_models[0].params.model_dir))
+    try:
+        encoder, tokenizer = find_t5_folders(path)
+    except CheckpointError as error:
+        log.warning("%s\n  the folder will have no text encoder, and no model_index.json", error)
+        return False
+    _link_files(tokenizer, folder / "tokenizer", lambda name: name in _TOKENIZER_FILES)
+    _link_files(encoder, folder / "text_encoder", lambda name: name not in _TOKENIZER_FILES)
+    return True
+
+
+def _link_files(source: Path, dest: Path, wanted: Callable[[str], bool]) -> None:
+    dest.mkdir()
+    for path in sorted(source.iterdir()):
+        if (
+            path.is_file()
+            and wanted(path.name)
+            and path.suffix in (".json", ".safetensors", ".bin", ".model")
+        ):
+            try:
+                os.link(path.resolve(), dest / path.name)
+            except OSError:
+                shutil.copyfile(path, dest / path.name)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")

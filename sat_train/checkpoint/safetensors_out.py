@@ -1,0 +1,124 @@
+"""Writes safetensors one tensor at a time: a folder of any size needs the memory of its largest tensor.
+
+Source: huggingface/safetensors@0.8 README, "Format": 8 bytes of header length, JSON header, tensors without
+gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sat_train.checkpoint.files import HashingFile, write_file
+from sat_train.checkpoint.lazy import LazyWeights
+
+MAX_SHARD_BYTES = 5_000_000_000
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+Progress = Callable[[int], None]
+
+
+def write_safetensors(
+    folder: Path,
+    stem: str,
+    weights: LazyWeights,
+    *,
+    metadata: Mapping[str, str],
+    progress: Progress,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes weights as `<stem>.safetensors`, or as shards with an index when they are too large for one
+    file.
+
+    Args:
+        folder: Exists.
+        stem: First part of the file names, e.g. `diffusion_pytorch_model`.
+        weights: Read one by one, in order.
+        metadata: Texts for the header of every file.
+        progress: Called with the bytes of each tensor written.
+        max_shard_bytes: Most bytes of one file.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
+    """
+    shards = _plan(weights, max_shard_bytes)
+    if len(shards) == 1:
+        _write_file(folder / f"{stem}.safetensors", weights, shards[0], metadata, progress)
+        return
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, keys in zip(names, shards, strict=True):
+        _write_file(folder / name, weights, keys, metadata, progress)
+    index = {
+        "metadata": {"total_size": weights.num_bytes},
+        "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
+    }
+    text = json.dumps(index, indent=2, sort_keys=True).encode("utf-8")
+    write_file(folder / f"{stem}.safetensors.index.json", lambda file: _write(file, text))
+
+
+def _plan(weights: LazyWeights, max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key in weights:
+        size = _size(weights, key)
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    return shards
+
+
+def _write_file(
+    path: Path, weights: LazyWeights, keys: list[str], metadata: Mapping[str, str], progress: Progress
+) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for key in keys:
+        entry = weights.entries[key]
+        end = offset + _size(weights, key)
+        header[key] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+
+    def write(file: HashingFile) -> None:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for key in keys:
+            data = _bytes(weights[key])
+            assert len(data) == _size(weights, key), (
+                f"{key} is not of the shape and dtype it was said to have"
+            )
+            file.write(data)
+            progress(len(data))
+
+    write_file(path, write)
+
+
+def _write(file: HashingFile, data: bytes) -> None:
+    file.write(data)
+
+
+def _size(weights: LazyWeights, key: str) -> int:
+    entry = weights.entries[key]
+    return math.prod(entry.shape) * entry.dtype.itemsize
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

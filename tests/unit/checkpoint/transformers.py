@@ -1,0 +1,77 @@
+"""A very small transformer and its weights in every form that people have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sat_train.checkpoint.diffusers_keys import transformer_to_diffusers
+from sat_train.models.dit.sharding import tensor_parallel_slice
+from sat_train.models.dit.transformer import DiffusionTransformer
+
+PREFIX = "model.diffusion_model."
+
+
+def build_transformer(**options: object) -> DiffusionTransformer:
+    settings: dict[str, object] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "patch_size": (1, 2, 2),
+        "latent_size": (3, 4, 4),
+        "text_hidden_size": 12,
+        "text_length": 5,
+        "time_embed_dim": 8,
+        "positions": "rotary",
+    }
+    return DiffusionTransformer(**{**settings, **options})
+
+
+def random_weights(seed: int = 0, dtype: torch.dtype = torch.float32, **options: object) -> dict[str, Tensor]:
+    """Random weights under SAT's keys."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {key: value.shape for key, value in build_transformer(**options).state_dict().items()}
+    return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}
+
+
+def write_sat_folder(
+    folder: Path, weights: dict[str, Tensor], *, model_size: int = 1, extra: dict[str, Tensor] | None = None
+) -> Path:
+    """`latest` and one file a rank of the model axis, as SAT writes them."""
+    (folder / "1000").mkdir(parents=True)
+    (folder / "latest").write_text("1000")
+    for rank in range(model_size):
+        module = {
+            PREFIX + key: tensor_parallel_slice(key, value, rank=rank, size=model_size).clone()
+            for key, value in weights.items()
+        }
+        torch.save(
+            {"module": {**module, **(extra or {})}, "iteration": 1000},
+            folder / "1000" / f"mp_rank_{rank:02d}_model_states.pt",
+        )
+    return folder
+
+
+def write_diffusers_folder(folder: Path, weights: dict[str, Tensor], *, shards: int = 1) -> Path:
+    """`transformer/` of a diffusers model folder."""
+    tensors = {k: v.contiguous() for k, v in transformer_to_diffusers(weights).items()}
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    stem = "diffusion_pytorch_model"
+    if shards == 1:
+        save_file(tensors, folder / "transformer" / f"{stem}.safetensors")
+        return folder
+    weight_map = {
+        key: f"{stem}-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, key in enumerate(tensors)
+    }
+    for name in sorted(set(weight_map.values())):
+        save_file({k: tensors[k] for k in tensors if weight_map[k] == name}, folder / "transformer" / name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "transformer" / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    return folder
