@@ -1,4 +1,4 @@
-"""`sat-train check`: reads a configuration, names every fault, shows every value. No torch but for `--build`."""
+"""`sat-train check`: reads a configuration, names every fault, shows every value; torch for `--build`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sat_train.config import load_run_config, split_command_line
 from sat_train.config.explain import explain_key, list_values
+from sat_train.config.json_schema import render_json_schema
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,6 +21,9 @@ def main(argv: Sequence[str]) -> int:
     """
     options, rest = _parser().parse_known_args(argv)
     base, words = split_command_line(rest)
+    if options.schema:
+        print(render_json_schema(), end="")
+        return 0
     if options.explain and not base and not words:
         print(explain_key(options.explain, None))
         return 0
@@ -40,12 +44,13 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sat-train check",
-        description="Reads a configuration as training would, names every fault, shows every value and its source.",
+        description="Reads a configuration as training would; names every fault, or shows every value.",
         usage="sat-train check --base FILE [FILE ...] [key.path=value ...] [--flag value ...] "
-        "[--explain KEY | --build] [--no-paths]",
+        "[--explain KEY | --build | --schema] [--no-paths]",
         allow_abbrev=False,
     )
     parser.add_argument("--explain", metavar="KEY", help="what one key does, may hold and holds")
     parser.add_argument("--build", action="store_true", help="build without memory, count parameters")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of configs/schema.json")
     parser.add_argument("--no-paths", action="store_true", help="do not check that data and weights exist")
     return parser

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml.error import YAMLError
 
-from sat_train.config.catalog import slot_targets
+from sat_train.config.catalog import pattern_of, slot_targets
 from sat_train.config.legacy import modernize
 from sat_train.config.paths import PACKAGE, find_config
 from sat_train.config.words import COMMAND_LINE, read_words
@@ -216,11 +216,10 @@ def _drop_params_of_other_target(
 ) -> None:
     """Where a layer chooses another target, keeps only those earlier params that it knows too."""
     params, target = into.get("params"), layer.get("target")
-    if not isinstance(params, dict) or target is None or target == into.get("target"):
+    record = slot_targets().get(pattern_of(path), {}).get(str(target))
+    if not isinstance(params, dict) or record is None or target == into.get("target"):
         return
-    record = slot_targets().get(path, {}).get(target)
-    known = record.model_fields if record else {}
-    for key in [key for key in params if key not in known]:
+    for key in [key for key in params if key not in record.model_fields]:
         del params[key]
         _forget(sources, f"{path}.params.{key}")
 

@@ -42,6 +42,8 @@ def validate(merged: Merged, stand_in: Callable[[], dict[str, Any]], faults: lis
                 if not any(_is_within(path, known) or _is_within(known, path) for known in named):
                     faults.append(_fault(detail, path, merged))
                 named.add(path)
+                if path.endswith(".target"):  # what its params may be is not known then
+                    named.add(f"{path.removesuffix('.target')}.params")
                 _repair(tree, path, stand_in() if detail["type"] == "missing" else {})
     return None
 

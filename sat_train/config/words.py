@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, get_args
+import types
+from collections.abc import Sequence
+from typing import Any, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -107,15 +108,17 @@ def _holds_tuple(annotation: Any) -> bool:
     return getattr(annotation, "__origin__", None) is tuple or any(map(_holds_tuple, get_args(annotation)))
 
 
-def _text_fields() -> Iterable[str]:
-    """The settings in `args` that hold one free text, such as a prompt, which must not be read as YAML."""
-    for name, field in ArgsConfig.model_fields.items():
-        if field.annotation is str or str in get_args(field.annotation):
-            yield f"args.{name}"
+def _holds_one_text(annotation: Any) -> bool:
+    """Tells whether a setting is a free text, such as a prompt, which must not be read as YAML."""
+    is_optional = get_origin(annotation) in (Union, types.UnionType)
+    return str in (annotation, *get_args(annotation)) or (
+        is_optional and any(_holds_one_text(inner) for inner in get_args(annotation))
+    )
 
 
 def _read_value(key: str, text: str, faults: list[Fault]) -> Any:
-    if key in set(_text_fields()) and "${" not in text:
+    field = ArgsConfig.model_fields.get(key.removeprefix("args.")) if key.startswith("args.") else None
+    if field is not None and _holds_one_text(field.annotation):
         return None if text == "null" else text
     return _read_scalar(key, text, faults)
 

@@ -114,7 +114,7 @@ def heads_fit(draft: Draft) -> Iterator[Fault]:
                 heads,
                 f"heads of a width divisible by 16; now {width // heads}",
             )
-        if position.params.hidden_size_head not in (None, width // heads):
+        elif position.params.hidden_size_head not in (None, width // heads):
             given = position.params.hidden_size_head
             yield draft.fault(
                 f"{_POSITION}.params.hidden_size_head", given, f"{width // heads}: hidden_size / heads"
