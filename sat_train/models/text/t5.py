@@ -1,0 +1,169 @@
+"""The frozen T5 v1.1 encoder that CogVideoX was trained with.
+
+Captions are padded to a fixed length and encoded WITHOUT an attention mask: padding is attended to, and its
+    outputs are part of what the
+transformer reads. That is how the released models were trained, in SAT and in diffusers alike; a mask would
+change every embedding.
+
+Source: THUDM/CogVideo@7a1af71 `sat/sgm/modules/encoders/modules.py` FrozenT5Embedder; diffusers 0.42
+`pipeline_cogvideox.py` _get_t5_prompt_embeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from sat_train.errors import CheckpointError
+
+_TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+
+
+class T5TextEncoder(nn.Module):
+    """Captions to embeddings; frozen, never in training mode.
+
+    Args:
+        transformer: The encoder stack with its weights.
+        tokenizer: Its tokenizer.
+        max_length: Tokens of every caption, the end token among them: longer ones are cut, shorter ones
+            padded.
+    """
+
+    def __init__(
+        self, *, transformer: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> T5TextEncoder:
+        """Reads an encoder from disk, each tensor straight into `dtype`; never from a network.
+
+        Args:
+            folder: A T5 folder (config.json, weights, spiece.model), a diffusers model with `text_encoder/`
+                and `tokenizer/`, or such a `text_encoder/` itself.
+            max_length: See the class.
+            dtype: fp32 or bf16; T5 v1.1 overflows in fp16.
+            device: Where it goes.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            CheckpointError: The folder, a file in it or a weight is missing, damaged, or of another shape.
+        """
+        assert dtype in (torch.float32, torch.bfloat16), f"T5 in {dtype}: fp32 and bf16 only"
+        weights_folder, tokenizer_folder = find_t5_folders(Path(folder))
+        transformer = _read_transformer(weights_folder, dtype).to(device)
+        tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        return cls(transformer=transformer, tokenizer=tokenizer, max_length=max_length)
+
+    def train(self, mode: bool = True) -> T5TextEncoder:
+        """Stays in evaluation mode, whatever contains it does: the encoder is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Encodes captions.
+
+        Args:
+            captions: Any text; the empty one is the null condition of some recipes.
+
+        Returns:
+            text_bld, (len(captions), max_length, d_model), in the encoder's dtype and on its device.
+        """
+        tokens = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=False,
+            return_tensors="pt",
+        )
+        return self.transformer(input_ids=tokens["input_ids"].to(self.transformer.device)).last_hidden_state
+
+    def token_length(self, caption: str) -> int:
+        """Tokens of a caption before cutting and padding, the end token among them; it is cut if above
+        `max_length`.
+        """
+        return len(self.tokenizer(caption, return_attention_mask=False)["input_ids"])
+
+
+def find_t5_folders(folder: Path) -> tuple[Path, Path]:
+    """Finds weights and tokenizer by looking.
+
+    Args:
+        folder: As for `T5TextEncoder.from_folder`.
+
+    Returns:
+        The folder with config.json and weights, and the folder with the tokenizer.
+
+    Raises:
+        CheckpointError: One of them is not there.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"T5 folder {folder} does not exist",
+            expected="a folder on this machine; nothing is downloaded",
+            remedy="download google/t5-v1_1-xxl, or use the folder of a diffusers CogVideoX model",
+        )
+    places = (folder, folder / "text_encoder")
+    weights = next((place for place in places if (place / "config.json").is_file()), None)
+    if weights is None or not any(any(weights.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise CheckpointError(
+            f"{folder} holds no T5 encoder",
+            expected="config.json and model*.safetensors there or in its text_encoder/",
+            remedy="check model.conditioner_config.params.emb_models[0].params.model_dir",
+        )
+    places = (folder, folder / "tokenizer", folder.parent / "tokenizer")
+    tokenizer = next((f for f in places if any((f / name).is_file() for name in _TOKENIZER_FILES)), None)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{folder} holds no T5 tokenizer",
+            expected=f"{' or '.join(_TOKENIZER_FILES)} there or in tokenizer/ beside text_encoder/",
+            remedy="copy the tokenizer's files of google/t5-v1_1-xxl into it",
+        )
+    return weights, tokenizer
+
+
+def _read_transformer(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
+    """Reads the weights; unlike transformers itself, fails where one of them is missing."""
+    bar_was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        transformer, report = T5EncoderModel.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"T5 weights in {folder} cannot be read: {error}",
+            expected="the complete files of a T5 v1.1 encoder",
+            remedy="compare the file sizes with the source and copy damaged files again",
+        ) from error
+    finally:
+        if bar_was_on:
+            transformers_logging.enable_progress_bar()
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(
+            f"T5 weights in {folder} lack {len(missing)} tensors: {', '.join(missing[:8])}",
+            expected="all weights that its config.json calls for",
+            remedy="check that every shard of the index is there and that config.json belongs to the weights",
+        )
+    return transformer
