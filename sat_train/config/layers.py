@@ -96,10 +96,9 @@ def resolve_references(merged: Merged, faults: list[Fault]) -> None:
         merged: Changed in place.
         faults: Gets references to nothing, and resolvers, which are refused.
     """
-    config = OmegaConf.create(merged.tree)
-    for path, text in list(_texts(merged.tree, "")):
-        if "${" not in text:
-            continue
+    references = [(path, text) for path, text in _texts(merged.tree, "") if "${" in text]
+    config = OmegaConf.create(merged.tree if references else {})
+    for path, text in references:
         try:
             if _RESOLVER.search(text):
                 raise OmegaConfBaseException("resolver")

@@ -82,6 +82,7 @@ WITHOUT_EFFECT = {
     "model.network_config.params.transformer_args.skip_init": _NO_EFFECT,
     "model.first_stage_config.params.*coder_config.params.resolution": _NO_EFFECT,
     "model.first_stage_config.params.*coder_config.params.gather_norm": "results do not depend on it",
+    "model.first_stage_config.params.ignore_keys": "weights of its training loss are never loaded",
     "model.loss_fn_config.params.fixed_frames": _NO_EFFECT,
     "model.loss_fn_config.params.block_scale": _NO_EFFECT,
     "model.loss_fn_config.params.block_size": _NO_EFFECT,

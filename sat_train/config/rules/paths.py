@@ -47,12 +47,9 @@ def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:
     for name in ("input_file", "image"):
         if is_sampling and getattr(args, name) is not None:
             yield f"args.{name}", getattr(args, name)
-    if draft.data is not None and draft.data.cache == "require" and not is_sampling:
-        return  # neither the text encoder nor the autoencoder is loaded
     encoder = draft.model.conditioner_config.params.emb_models[0].params
     yield "model.conditioner_config.params.emb_models.0.params.model_dir", encoder.model_dir
-    if draft.model.first_stage_config.params.ckpt_path is not None:
-        yield "model.first_stage_config.params.ckpt_path", draft.model.first_stage_config.params.ckpt_path
+    yield "model.first_stage_config.params.ckpt_path", draft.model.first_stage_config.params.ckpt_path
 
 
 RULES = (needed_paths_exist,)

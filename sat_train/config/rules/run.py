@@ -149,18 +149,14 @@ def data_is_given(draft: Draft) -> Iterator[Fault]:
         yield draft.fault("args.train_data", None, "at least one folder or manifest")
 
 
-@rule("data.cache", "data.cache_dir")
-def cache_has_a_folder(draft: Draft) -> Iterator[Fault]:
-    if draft.data is not None and draft.data.cache != "off" and draft.data.cache_dir is None:
-        yield draft.fault("data.cache_dir", None, f"a folder, because data.cache is {draft.data.cache}")
-
-
 @rule("args.prompt", "args.input_file", "args.input_type", "args.image", "model.noised_image_input")
 def there_is_a_prompt(draft: Draft) -> Iterator[Fault]:
     args = draft.args
     if draft.purpose != "sample":
         return
-    if args.prompt is None and args.input_file is None:
+    if args.input_type == "txt" and args.input_file is None:
+        yield draft.fault("args.input_file", None, "a text file of prompts, because args.input_type is txt")
+    elif args.prompt is None and args.input_file is None:
         yield draft.fault("args.prompt", None, "a prompt (--prompt 'a cat'), or args.input_file")
     elif args.prompt is not None and args.image is None and draft.model.noised_image_input:
         yield draft.fault("args.image", None, "a first frame: this model makes videos of images")
@@ -182,6 +178,5 @@ RULES = (
     mode_fits_purpose,
     finetune_has_weights,
     data_is_given,
-    cache_has_a_folder,
     there_is_a_prompt,
 )

@@ -29,7 +29,6 @@ class ArgsConfig(Record):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: CUDA when there is a device, else CPU."
     )
-    plugins: Texts = Field((), description="Python modules whose classes a `target` may name by dotted path.")
 
     # Length, batch and optimization
     train_iters: int | None = Field(

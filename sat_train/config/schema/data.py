@@ -1,4 +1,4 @@
-"""Section `data`: which frames of a clip are seen, and the cache of encoded samples."""
+"""Section `data`: which frames of a clip are seen, and what happens to bad files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sat_train.config.schema.record import HeightWidth, Record, Text, Whole
+from sat_train.config.schema.record import HeightWidth, Record, Whole
 
 
 class VideoDatasetParams(Record):
@@ -39,11 +39,6 @@ class VideoDatasetSlot(Record):
 class DataConfig(VideoDatasetSlot):
     """What is read for training, and how."""
 
-    cache: Literal["off", "read", "require", "fill"] = Field(
-        "off",
-        description="read: use what is cached, encode the rest. require: nothing else. fill: cache the rest.",
-    )
-    cache_dir: Text | None = Field(None, description="Folder of encoded samples.")
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="Share of unreadable samples at which the run stops."
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sat_train.config.schema.record import HeightWidth, Ints, NoParams, Record, Text, Texts, list_to_tuple
+from sat_train.config.schema.record import HeightWidth, Ints, NoParams, Record, Text, list_to_tuple
 
 
 class T5TextEncoderParams(Record):
@@ -56,11 +56,11 @@ class VideoCoderParams(Record):
     z_channels: int = Field(ge=1, description="Latent channels.")
     in_channels: int = Field(3, ge=1, description="Channels of a frame.")
     out_ch: int = Field(3, ge=1, description="Channels of a decoded frame.")
-    double_z: bool = Field(True, description="The encoder gives mean and log-variance.")
+    double_z: Literal[True] = Field(True, description="The encoder gives mean and log-variance.")
     attn_resolutions: Ints = Field(
         (), max_length=0, description="Empty: the family's autoencoder has no attention."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in residual blocks.")
+    dropout: float = Field(0.0, ge=0, le=0, description="Zero: the autoencoder is frozen.")
     norm_num_groups: int = Field(32, ge=1, description="Groups of the group norms.")
     temporal_compress_times: int = Field(4, ge=1, description="Pixel frames in one latent frame.")
 
@@ -102,13 +102,8 @@ class IdentitySlot(Record):
 class VideoVAEParams(Record):
     """The 3D causal video autoencoder."""
 
-    ckpt_path: Text | None = Field(None, description="Its weights.")
-    ignore_keys: Texts = Field(
-        (), description="Beginnings of keys in `ckpt_path` that are not loaded, e.g. loss."
-    )
-    cp_size: int = Field(
-        0, ge=0, description="Ranks that share the frames of one video; 0 and 1: each rank encodes its own."
-    )
+    ckpt_path: Text = Field(description="Its weights: SAT's `3d-vae.pt`, safetensors, or a diffusers folder.")
+    cp_size: Literal[0, 1] = Field(0, description="Each rank codes its own clips.")
     encode_chunk_frames: int | None = Field(
         8,
         ge=4,

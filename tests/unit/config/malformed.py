@@ -288,10 +288,10 @@ CASES = [
         "nothing is left",
     ),
     Case(
-        "cache without a folder",
-        "data: {cache: fill}",
-        "data.cache_dir",
-        "a folder, because data.cache is fill",
+        "decoders apart",
+        "model: {first_stage_config: {params: {decoder_config: {params: {z_channels: 4}}}}}",
+        "model.first_stage_config.params.decoder_config.params.z_channels",
+        "16, as the encoder's",
     ),
     Case(
         "nccl on the CPU",
