@@ -185,7 +185,7 @@ class _Shaper:
         self._make_plan = plan
         self._plan: CoverCrop | None = None
         self._quarter_turns = 0
-        self._reformatter = VideoReformatter()  # keeps its tables from frame to frame
+        self._scaler, self._converter = VideoReformatter(), VideoReformatter()  # they keep their tables
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         """Returns the picture, uint8 RGB `[height, width, 3]`."""
@@ -200,14 +200,23 @@ class _Shaper:
         return picture[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
 
     def _scaled(self, frame: VideoFrame, height: int, width: int) -> np.ndarray:
-        has_alpha = any(component.is_alpha for component in frame.format.components)
-        picture = self._reformatter.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="rgba" if has_alpha else "rgb24",
-            interpolation="BICUBIC",
-            threads=1,
+        """Scales and turns into RGB.
+
+        YUV is scaled as it is, at full colour resolution, and turned into RGB after that: twice as fast as
+        FFmpeg's way in one step, and without its darkening by one or two levels.
+        """
+        has_alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+        if frame.format.is_rgb or has_alpha:
+            return self._scaled_rgb(frame, height, width, has_alpha)
+        plain = self._scaler.reformat(
+            frame, width=width, height=height, format="yuv444p", interpolation="BICUBIC", threads=1
+        )
+        return self._converter.reformat(plain, format="rgb24", threads=1).to_ndarray()
+
+    def _scaled_rgb(self, frame: VideoFrame, height: int, width: int, has_alpha: bool) -> np.ndarray:
+        form = "rgba" if has_alpha else "rgb24"
+        picture = self._scaler.reformat(
+            frame, width=width, height=height, format=form, interpolation="BICUBIC", threads=1
         ).to_ndarray()
         if not has_alpha:
             return picture

@@ -123,6 +123,35 @@ def test_pixel_formats_give_the_same_picture(tmp_path, pix_fmt):
     assert abs(light.mean() - 228) < 6  # the range (full or limited) is read as it was written
 
 
+MATRICES = {5: (0.299, 0.114), 1: (0.2126, 0.0722)}  # AVCOL_SPC_BT470BG (601), AVCOL_SPC_BT709: K_r, K_b
+
+
+@pytest.mark.parametrize("space", MATRICES)
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (20, 20), (48, 48)])
+def test_colours_are_those_of_the_file_s_matrix_and_range(tmp_path, space, full_range, size):
+    """Against the formulas of ITU-R BT.601 and BT.709, not against FFmpeg."""
+    color = np.array([200.0, 80.0, 40.0]) / 255
+    kr, kb = MATRICES[space]
+    luma = kr * color[0] + (1 - kr - kb) * color[1] + kb * color[2]
+    chroma = np.array([(color[2] - luma) / (2 - 2 * kb), (color[0] - luma) / (2 - 2 * kr)])
+    offset, scale = (0, (255, 255)) if full_range else (16, (219, 224))
+    yuv = [offset + scale[0] * luma, *(128 + scale[1] * chroma)]
+    planes = np.broadcast_to(np.round(yuv)[:, None, None], (3, SIDE, SIDE)).astype(np.uint8)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.colorspace = space
+        stream.codec_context.color_range = 2 if full_range else 1
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), format="yuv444p")
+        frame.colorspace, frame.color_range = space, 2 if full_range else 1
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    _, frames = read(tmp_path / "a.mkv", [0.0], size=size)
+    assert np.abs(frames.video_thwc[0].astype(int) - (200, 80, 40)).max() <= 2
+
+
 def test_a_transparent_picture_lies_over_black(tmp_path):
     picture = np.zeros((40, 60, 4), np.uint8)
     picture[:, :30] = (200, 100, 50, 255)
