@@ -83,7 +83,6 @@ def read_requests(run: RunConfig) -> list[SampleRequest]:
         image_to_video=run.model.noised_image_input,
         image=None if args.image is None else Path(args.image),
         seed=args.seed,
-        videos_per_prompt=args.batch_size,
     )
 
 

@@ -41,7 +41,6 @@ def build_requests(
     image_to_video: bool,
     image: Path | None,
     seed: int,
-    videos_per_prompt: int,
 ) -> list[SampleRequest]:
     """Turns lines of prompts into videos to draw; each has its own seed, counted up from the run's.
 
@@ -50,7 +49,6 @@ def build_requests(
         image_to_video: Whether the model needs an image.
         image: Image of the lines that name none.
         seed: Seed of the first video.
-        videos_per_prompt: Videos of each line, with different seeds.
 
     Raises:
         DataError: A line has no prompt, or an image too many or too few.
@@ -66,9 +64,8 @@ def build_requests(
             raise DataError(
                 f"{where} {problem}: {line!r}", expected="prompt@@image" if image_to_video else "prompt"
             )
-        for copy in range(videos_per_prompt):
-            own = seed + number * videos_per_prompt + copy
-            requests.append(SampleRequest(prompt, given, own, f"{number:04d}-{_slug(prompt)}-seed{own}"))
+        name = f"{number:04d}-{_slug(prompt)}-seed{seed + number}"
+        requests.append(SampleRequest(prompt, given, seed + number, name))
     return requests
 
 
