@@ -64,7 +64,7 @@ def build_trained_dit(run: RunConfig, grid: ProcessGrid) -> DiffusionTransformer
         weights = read_transformer_weights(
             run.args.load, model_rank=grid.model_rank, model_size=grid.model_size
         )
-        load_weights(dit, weights, may_lack=adapter_state_dict(dit).keys())
+        load_weights(dit, weights, may_lack=dit.derived_keys() | adapter_state_dict(dit).keys())
     summary = select_trainable(dit, not_trainable_prefixes=run.model.not_trainable_prefixes)
     log.info("weights of the transformer%s:\n%s", _of_one_rank(grid), summary)
     return dit
