@@ -167,7 +167,7 @@ def load_torch_file(path: Path, safe_classes: Sequence[Any] = ()) -> Any:
                 remedy="save its state dict alone, best as safetensors, on a machine where you trust it",
             ) from error
         raise damaged(path, error) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, struct.error) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, struct.error, SafetensorError) as error:
         raise damaged(path, error) from error
 
 
