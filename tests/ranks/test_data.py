@@ -1,0 +1,88 @@
+"""Data on real ranks: one list of clips, each sample once, one rank's fault on all."""
+
+from __future__ import annotations
+
+import pytest
+
+from sat_train.config import load_run_config
+from sat_train.data.build import build_train_loader, sum_bad_clips
+from sat_train.distributed.processes import ProcessGrid, start_single_process
+from sat_train.errors import SatTrainError
+from tests.unit.data.videos import make_folder
+
+pytestmark = pytest.mark.ranks
+
+CLIPS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = make_folder(
+        tmp_path_factory.mktemp("data") / "set", [f"{i:02d}" for i in range(CLIPS)], num_frames=30
+    )
+    return str(root)
+
+
+def _loader(grid: ProcessGrid, folder: str, words: list[str], start: int = 0):
+    fixed = ["data.params.video_size=[32,32]", "data.params.max_num_frames=5", "data.params.fps=8"]
+    fixed += ["args.train_iters=1", "args.num_workers=0", "data.params.max_upscale=8"]
+    run = load_run_config([], [*fixed, f"args.train_data=[{folder}]", *words], check_paths=False)
+    return build_train_loader(run, grid, start_sample=start)
+
+
+def _take(grid: ProcessGrid, folder: str, batch_size: int, count: int, start: int):
+    """Returns index, clip and a hash of the pixels of each sample that this rank takes."""
+    words = [f"args.batch_size={batch_size}", "data.params.short_clip=skip"]
+    loader = _loader(grid, folder, words, start)
+    taken = []
+    for _ in range(count):
+        batch = next(loader)
+        pixels = [int(video.long().sum()) for video in batch.video_btchw]
+        taken += zip(batch.sample_indices, batch.clip_ids, pixels, strict=True)
+    return taken, loader.fingerprint
+
+
+def test_any_number_of_ranks_takes_the_same_samples(rank_pool, folder):
+    alone, fingerprint = _take(start_single_process(), folder, 6, 2, 0)
+    assert [index for index, _, _ in alone] == list(range(CLIPS))
+    assert len({clip for _, clip, _ in alone}) == CLIPS
+    for size, batch_size in ((2, 3), (3, 2)):
+        results = rank_pool(size)(_take, folder, batch_size, 2, 0)
+        assert sorted(sample for taken, _ in results for sample in taken) == alone
+        assert {print_ for _, print_ in results} == {fingerprint}
+    later = rank_pool(2)(_take, folder, 2, 1, 8)  # resumed from 3 ranks, mid-epoch
+    assert sorted(sample for taken, _ in later for sample in taken) == alone[8:12]
+
+
+def test_ranks_that_share_a_model_take_the_same_samples(rank_pool, folder):
+    one, other = rank_pool(2)(_take, folder, 2, 1, 0, model_parallel_size=2)
+    assert one == other
+
+
+def _refused(grid: ProcessGrid, folder: str) -> str:
+    try:
+        _loader(grid, folder, [])
+    except SatTrainError as error:
+        return str(error)
+    return ""
+
+
+def test_a_set_without_clips_is_refused_on_all_ranks(rank_pool, tmp_path):
+    for text in rank_pool(2)(_refused, str(tmp_path)):
+        assert "there is no clip in this folder" in text
+
+
+def _sum_bad(grid: ProcessGrid, folder: str) -> tuple[int, int]:
+    loader = _loader(grid, folder, ["args.batch_size=2", "data.max_bad_fraction=0.5"])
+    for _ in range(2):
+        next(loader)
+    return sum_bad_clips(grid, loader), len(loader.failures.by_clip)
+
+
+def test_bad_clips_are_summed_over_the_ranks(rank_pool, tmp_path):
+    make_folder(tmp_path, "abcdefgh", num_frames=30)
+    for name in "abc":
+        (tmp_path / "videos" / f"{name}.mp4").write_bytes(b"x" * 99)
+    results = rank_pool(2)(_sum_bad, str(tmp_path))
+    assert [total for total, _ in results] == [3, 3]
+    assert all(own <= 3 for _, own in results)
