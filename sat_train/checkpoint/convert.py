@@ -23,7 +23,6 @@ from sat_train.checkpoint.adapters import (
 )
 from sat_train.checkpoint.consolidate import trained_dtype
 from sat_train.checkpoint.diffusers_folder import write_pipeline
-from sat_train.checkpoint.files import HashingFile, sync_folder, write_file, write_text
 from sat_train.checkpoint.layout import LATEST, SAT_PREFIX
 from sat_train.checkpoint.lazy import LazyWeights, check_same, from_tensors
 from sat_train.checkpoint.manifest import Manifest, verify_checkpoint
@@ -34,6 +33,7 @@ from sat_train.checkpoint.tensor_parallel import slice_weights
 from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.config import ModelConfig
 from sat_train.errors import CheckpointError
+from sat_train.files import HashingFile, sync_folder, write_file, write_text
 
 LORA_FILE_STEM = "pytorch_lora_weights"
 _SAT_STEP = "1"

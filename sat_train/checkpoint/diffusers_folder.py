@@ -22,13 +22,13 @@ from sat_train.checkpoint.diffusers_config import (
 )
 from sat_train.checkpoint.diffusers_keys import parts_of_sat_key, transformer_to_diffusers
 from sat_train.checkpoint.diffusers_vae_keys import vae_state_to_diffusers
-from sat_train.checkpoint.files import write_text
 from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, check_same, cut_tensor, from_tensors
 from sat_train.checkpoint.safetensors_out import Progress, write_safetensors
 from sat_train.checkpoint.weights import read_transformer_weights, read_vae_weights
 from sat_train.config import ModelConfig
 from sat_train.config.paths import expand_assets
 from sat_train.errors import CheckpointError
+from sat_train.files import write_text
 from sat_train.log import get_logger
 
 log = get_logger(__name__)

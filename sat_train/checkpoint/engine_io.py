@@ -19,8 +19,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from sat_train.checkpoint.files import FileRecord, HashingFile, write_file
 from sat_train.checkpoint.layout import CLIENT_STATE_KEY, SAT_PREFIX
+from sat_train.files import FileRecord, HashingFile, write_file
 
 # All that DeepSpeed's optimizer shards hold besides tensors and plain values.
 SAFE_CLASSES = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sat_train.checkpoint.files import FileRecord, hash_file
 from sat_train.checkpoint.layout import MANIFEST
 from sat_train.errors import CheckpointError
+from sat_train.files import FileRecord, hash_file
 
 FORMAT = 1
 _HASHING_THREADS = 8

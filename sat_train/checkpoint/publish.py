@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sat_train.checkpoint.agreement import on_rank_0
-from sat_train.checkpoint.files import FileRecord, sync_folder, write_text
 from sat_train.checkpoint.layout import (
     LATEST,
     MANIFEST,
@@ -28,6 +27,7 @@ from sat_train.checkpoint.manifest import Manifest, read_manifest
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import CheckpointError
+from sat_train.files import FileRecord, sync_folder, write_text
 from sat_train.log import get_logger
 
 log = get_logger(__name__)

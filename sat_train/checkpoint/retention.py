@@ -7,8 +7,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from sat_train.checkpoint.files import sync_folder
 from sat_train.checkpoint.layout import TEMPORARY_PREFIX, committed_steps, step_folder
+from sat_train.files import sync_folder
 from sat_train.log import get_logger
 
 log = get_logger(__name__)

@@ -11,11 +11,11 @@ import torch
 
 import sat_train
 from sat_train.checkpoint.engine_io import save_engine
-from sat_train.checkpoint.files import FileRecord
 from sat_train.checkpoint.layout import ema_file_name
 from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.publish import RankReport, expected_size, publish
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.files import FileRecord
 
 _PLAIN_TYPES = (type(None), bool, int, float, str, torch.Tensor)
 # fp32 master and Adam's two moments

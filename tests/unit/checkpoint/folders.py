@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from sat_train.checkpoint.files import FileRecord, HashingFile, write_file
 from sat_train.checkpoint.manifest import Manifest
 from sat_train.checkpoint.publish import RankReport, publish
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.files import FileRecord, HashingFile, write_file
 
 FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
