@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sat_train.config.layers import (
     read_layers,
     resolve_references,
 )
+from sat_train.config.legacy import NO_EFFECT
 from sat_train.config.paths import PACKAGE, expand_assets
 from sat_train.config.rules import PATH_RULES, RULES, check_rules
 from sat_train.config.rules.paths import placeholders
@@ -127,8 +129,19 @@ def _notes(layers: Sequence[Layer], draft: Draft) -> list[str]:
         notes.append(f"No file chooses a network: the embedded tiny model is used ({EMBEDDED}).")
     dropped = {path: why for layer in layers for path, why in layer.dropped.items()}
     if dropped:
-        listed = ", ".join(f"{path} ({why})" for path, why in dropped.items())
+        listed = ", ".join(path if why == NO_EFFECT else f"{path} ({why})" for path, why in dropped.items())
         notes.append(f"Keys of older files that have no effect: {listed}.")
     if missing := placeholders(draft):
         notes.append(f"Still to be filled in: {', '.join(missing)}.")
+    if draft.purpose == "check" and (needs := _missing_for_use(draft)):
+        notes.append(f"Enough to be checked, but to {needs}.")
     return notes
+
+
+def _missing_for_use(draft: Draft) -> str:
+    """Returns what a configuration that may be a part still needs before it trains, or samples."""
+    verb: Purpose = "sample" if draft.args.mode == "inference" else "train"
+    faults: list[Fault] = []
+    check_rules(replace(draft, purpose=verb), RULES, faults)
+    needs = "; ".join(f"{fault.path}: {fault.expected}" for fault in faults)
+    return f"{verb} it needs {needs}" if needs else ""

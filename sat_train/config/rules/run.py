@@ -134,6 +134,8 @@ def mode_fits_purpose(draft: Draft) -> Iterator[Fault]:
 
 @rule("args.mode", "args.load")
 def finetune_has_weights(draft: Draft) -> Iterator[Fault]:
+    if draft.purpose == "precompute":
+        return
     if draft.args.load is None and (draft.args.mode == "finetune" or draft.purpose == "sample"):
         remedy = "; args.mode: pretrain starts from random weights" if draft.args.mode == "finetune" else ""
         yield draft.fault("args.load", None, f"weights to start from{remedy}")

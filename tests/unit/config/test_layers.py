@@ -158,3 +158,12 @@ def test_sources_know_every_value(load: Load) -> None:
 
     run = load()
     assert set(leaves(run.tree())) == set(run.sources)
+
+
+def test_a_part_is_told_what_it_lacks() -> None:
+    run = load_run_config(["configs/model/cogvideox_5b.yaml"], purpose="check", check_paths=False)
+    (line,) = [note for note in run.notes if note.startswith("Enough to be checked")]
+    assert "to train it needs args.train_iters" in line
+    assert "args.train_data" in line
+    run = load_run_config(["configs/sample.yaml"], purpose="check", check_paths=False)
+    assert "to sample it needs args.prompt" in run.notes[-1]
