@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sat_train.checkpoint import files as files_module
+from sat_train import files as files_module
 from sat_train.checkpoint.find import newest_verified
 from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps
 from sat_train.checkpoint.manifest import verify_checkpoint
