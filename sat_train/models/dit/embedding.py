@@ -60,7 +60,8 @@ class PatchProjection(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and weight.flatten(1).shape == self.weight.flatten(1).shape:
+        is_whole = weight is not None and self.weight.dim() > 1  # under ZeRO-3 both are empty vectors
+        if is_whole and weight.flatten(1).shape == self.weight.flatten(1).shape:
             state_dict[f"{prefix}weight"] = weight.reshape(self.weight.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
