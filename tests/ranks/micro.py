@@ -1,0 +1,84 @@
+"""Whole runs in seconds: a micro model with random weights on the demo clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from sat_train.config import RunConfig, load_run_config
+from sat_train.distributed.processes import ProcessGrid, start_single_process
+from sat_train.distributed.seeds import derive_generator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_MICRO = """
+args:
+  load: {folder}/dit.safetensors
+  save: {folder}/runs
+  batch_size: 2
+  num_workers: 0
+  log_interval: 1
+  tensorboard: false
+  eval_interval: null
+  valid_video_interval: null
+data:
+  params: {{video_size: [32, 32], max_num_frames: 5}}
+model:
+  network_config:
+    params:
+      {{num_layers: 1, hidden_size: 64, num_attention_heads: 1, time_embed_dim: 32, num_frames: 5,
+        latent_height: 4, latent_width: 4}}
+  first_stage_config:
+    params:
+      ckpt_path: {folder}/vae.safetensors
+      encoder_config: {{params: {{ch: 4, ch_mult: [1, 1, 1, 1]}}}}
+      decoder_config: {{params: {{ch: 4, ch_mult: [1, 1, 1, 1]}}}}
+deepspeed:
+  optimizer: {{params: {{lr: 1e-2}}}}
+"""
+
+
+def write_micro(folder: Path) -> None:
+    """Writes `micro.yaml` and the weights it names. Demo clips and tiny T5 are those of the package."""
+    from sat_train.models.build import build_dit
+    from sat_train.models.vae.build import build_vae
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "micro.yaml").write_text(_MICRO.format(folder=folder))
+    start_single_process()
+    run = micro_run(folder, check_paths=False)
+    dit = build_dit(run.model, device="cpu", dtype=torch.float32)
+    vae = build_vae(run.model.first_stage_config.params, device="meta")
+    _save_random(dit, folder / "dit.safetensors")
+    _save_random(vae, folder / "vae.safetensors")
+
+
+def micro_run(folder: Path, *words: str, preset: str = "sft", check_paths: bool = True) -> RunConfig:
+    """Returns the configuration of `write_micro`'s model with words of a command line."""
+    base = [
+        ROOT / "configs/model/cogvideox_tiny.yaml",
+        ROOT / f"configs/{preset}.yaml",
+        folder / "micro.yaml",
+    ]
+    return load_run_config([str(path) for path in base], list(words), check_paths=check_paths)
+
+
+def train_micro(grid: ProcessGrid, folder: Path, words: list[str], preset: str = "sft") -> None:
+    """Runs the training command's work on this rank."""
+    from sat_train.training.build import train
+
+    train(micro_run(folder, *words, preset=preset), grid)
+
+
+def _save_random(module: nn.Module, path: Path) -> None:
+    """Every gate is open: weights that begin at zero would keep gradients from what lies behind them."""
+    state: dict[str, Any] = {}
+    for index, (name, tensor) in enumerate(module.state_dict().items()):
+        noise = torch.randn(tensor.shape, generator=derive_generator(0, "micro", index))
+        is_norm = tensor.dim() == 1 and name.endswith("weight")
+        state[name] = (1.0 if is_norm else 0.0) + 0.1 * noise
+    save_file(state, path)

@@ -1,0 +1,219 @@
+"""Whole runs through `train(run, grid)`: resume, world size, what may change, what is left in the folder."""
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sat_train.checkpoint.engine_io import read_shard
+from sat_train.checkpoint.layout import CLIENT_STATE_KEY
+from sat_train.distributed.processes import ProcessGrid, stop_processes
+from sat_train.errors import SatTrainError
+from sat_train.training.callbacks.metrics_file import read_metrics
+from sat_train.training.resume import CONFIG_KEY, find_resumed
+from tests.ranks.micro import micro_run, train_micro, write_micro
+
+pytestmark = pytest.mark.ranks
+
+STEPS = 6
+# A length-independent learning rate, so that a run that ends early is the beginning of a longer one.
+SHAPE = ["args.warmup=2", "args.lr_decay_iters=10", "args.lr_decay_style=cosine", "args.save_interval=2"]
+TIMES = {"step_time_s", "data_wait_s", "samples_per_s", "peak_memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("micro")
+    write_micro(path)
+    stop_processes()
+    return path
+
+
+def _words(name: str, steps: int, *words: str, batch_size: int = 2) -> list[str]:
+    return [
+        *SHAPE,
+        f"args.experiment_name={name}",
+        f"args.train_iters={steps}",
+        f"args.batch_size={batch_size}",
+        *words,
+    ]
+
+
+def _run_folder(folder: Path, name: str) -> Path:
+    (found,) = (folder / "runs").glob(f"{name}-*")
+    return found
+
+
+def _entries(folder: Path, name: str) -> list[dict]:
+    entries = read_metrics(_run_folder(folder, name) / "metrics.jsonl")
+    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in entries]
+
+
+def _shards(run_folder: Path, step: int) -> dict[str, Any]:
+    """Returns everything that is saved but the configuration, which says how the run was started."""
+    shards = {path.name: read_shard(path) for path in (run_folder / str(step)).glob("*.pt")}
+    for shard in shards.values():
+        shard.get(CLIENT_STATE_KEY, {}).pop(CONFIG_KEY, None)
+    return shards
+
+
+def _check_equal(first: Any, second: Any, where: str = "") -> None:
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key, value in first.items():
+            _check_equal(value, second[key], f"{where}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for index, (one, other) in enumerate(zip(first, second, strict=True)):
+            _check_equal(one, other, f"{where}/{index}")
+    elif type(first).__module__ == "builtins":
+        assert first == second, where
+    else:
+        _check_equal(vars(first), vars(second), where)
+
+
+CASES = [
+    ("sft", 1, ["args.zero_stage=0"]),
+    ("sft", 2, ["args.zero_stage=1", "args.ema_decay=0.9"]),
+    ("sft", 2, ["args.zero_stage=2", "args.gradient_accumulation_steps=2"]),
+    ("sft", 2, ["args.zero_stage=3", "args.ema_decay=0.9"]),
+    ("lora", 1, ["args.zero_stage=2"]),
+    ("lora", 2, ["args.zero_stage=3"]),
+]
+
+
+@pytest.mark.parametrize(("preset", "world_size", "words"), CASES)
+def test_a_run_that_goes_on_equals_one_that_never_stopped_bit_for_bit(
+    rank_pool, folder, preset, world_size, words
+):
+    name = f"{preset}{world_size}{''.join(words)}".replace("args.", "").replace("=", "").replace(".", "")
+    pool = rank_pool(world_size)
+    pool(train_micro, folder, _words(f"straight{name}", STEPS, *words), preset)
+    pool(train_micro, folder, _words(f"resumed{name}", 3, *words), preset)
+    pool(train_micro, folder, _words(f"resumed{name}", STEPS, *words, "args.resume=must"), preset)
+    straight, resumed = _entries(folder, f"straight{name}"), _entries(folder, f"resumed{name}")
+    assert [entry["step"] for entry in resumed] == list(range(1, STEPS + 1))
+    assert resumed == straight
+    assert len({entry["loss"] for entry in straight}) == STEPS
+    shards = [_shards(_run_folder(folder, f"{kind}{name}"), STEPS) for kind in ("straight", "resumed")]
+    _check_equal(*shards)
+    assert sum("ema" in shard for shard in shards[0]) == (world_size if "ema" in name else 0)
+
+
+@pytest.mark.parametrize("preset", ["sft", "lora"])
+def test_the_loss_sequence_does_not_depend_on_the_world_size(rank_pool, folder, preset):
+    words = ["args.eval_interval=4", "args.eval_iters=2"]
+    names = [f"{preset}world{world_size}" for world_size in (1, 2)]
+    rank_pool(1)(train_micro, folder, _words(names[0], STEPS, *words, batch_size=4), preset)
+    rank_pool(2)(train_micro, folder, _words(names[1], STEPS, *words, batch_size=2), preset)
+    one, two = (_entries(folder, name) for name in names)
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    for first, second in zip(one, two, strict=True):
+        key = "valid_loss" if "valid_loss" in first else "loss"
+        # sums of the same fp32 numbers in another order, amplified by Adam over six steps
+        assert second[key] == pytest.approx(first[key], rel=1e-4)
+        assert second.get("grad_norm") == pytest.approx(first.get("grad_norm"), rel=1e-3)
+        assert second.get("valid_samples") == first.get("valid_samples")
+    assert one[0]["step"] == 0, "a run begins with a validation"
+    assert {entry["step"] for entry in one if "valid_loss" in entry} == {0, 4, 6}
+
+
+def _train_and_stop(grid: ProcessGrid, folder: Path, words: list[str]) -> None:
+    """Sends SIGUSR1 to this process once three steps are logged; the other ranks get none."""
+
+    def stop() -> None:
+        while True:
+            metrics = [*(folder / "runs").glob("stopped-*/metrics.jsonl")]
+            if metrics and len(read_metrics(metrics[0])) >= 3:
+                break
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    if grid.rank == 1:
+        threading.Thread(target=stop, daemon=True).start()
+    train_micro(grid, folder, words)
+
+
+def test_a_signal_to_one_rank_saves_leaves_a_marker_and_the_run_goes_on(rank_pool, folder):
+    words = _words("stopped", 300)
+    rank_pool(2)(_train_and_stop, folder, words)
+    run_folder = _run_folder(folder, "stopped")
+    stopped_at = int((run_folder / "PREEMPTED").read_text())
+    assert 3 <= stopped_at < 300
+    assert (run_folder / str(stopped_at) / "manifest.json").exists()
+    assert not (run_folder / "run.lock").exists()
+    more = _words("stopped", stopped_at + 1, "args.resume=auto")
+    rank_pool(2)(train_micro, folder, more)
+    assert not (run_folder / "PREEMPTED").exists()
+    assert [entry["step"] for entry in _entries(folder, "stopped")] == list(range(1, stopped_at + 2))
+
+
+def test_old_checkpoints_go_and_the_folder_says_what_ran(rank_pool, folder):
+    rank_pool(1)(train_micro, folder, _words("kept", 9, "args.keep_last=2", "args.keep_every=4"))
+    run_folder = _run_folder(folder, "kept")
+    steps = sorted(int(path.name) for path in run_folder.iterdir() if path.name.isdigit())
+    assert steps == [4, 8, 9]
+    assert (run_folder / "latest").read_text() == "9"
+    assert "train_iters: 9" in (run_folder / "resolved.yaml").read_text()
+
+
+def test_samples_are_drawn_on_all_ranks(rank_pool, folder):
+    words = [
+        "args.eval_interval=2",
+        "args.valid_video_interval=2",
+        "args.eval_iters=1",
+        "args.sampling_steps=2",
+    ]
+    prompts = "args.valid_prompts=[a,b,c]"
+    rank_pool(2)(train_micro, folder, _words("drawn", 2, *words, prompts, "args.zero_stage=3"))
+    samples = _run_folder(folder, "drawn") / "samples" / "000002"
+    assert sorted(path.name for path in samples.iterdir()) == [
+        "00.mp4",
+        "01.mp4",
+        "02.mp4",
+        "contact_sheet.png",
+    ]
+
+
+def _refused(grid: ProcessGrid, folder: Path, words: list[str]) -> str:
+    with pytest.raises(SatTrainError) as caught:
+        train_micro(grid, folder, words)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def with_base(folder, rank_pool) -> Path:
+    """The folder with a run of three steps in it."""
+    rank_pool(1)(train_micro, folder, _words("base", 3))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["args.resume=must", "args.experiment_name=never"], r"args\.resume = must"),
+        (["args.resume=must", "args.seed=5"], r"args\.seed = 5: expected 1234, as in the checkpoint"),
+        (["args.resume=must", "args.bf16=true"], r"args\.bf16 = True: expected False"),
+        (["args.resume=none", "args.save=/proc/nowhere"], r"args\.save = /proc/nowhere"),
+    ],
+)
+def test_what_cannot_go_on_is_refused(rank_pool, with_base, words, message):
+    (found,) = rank_pool(1)(_refused, with_base, _words("base", 4, *words))
+    assert re.search(message, found)
+
+
+def test_a_learning_rate_that_explodes_stops_the_run_and_keeps_the_last_checkpoint(rank_pool, folder):
+    words = _words("exploded", 8, "args.zero_stage=1", "args.lr=1e30", "args.clip_grad=0")
+    words += ["args.save_interval=1", "args.warmup=0"]
+    (message,) = rank_pool(1)(_refused, folder, words)
+    assert re.search(r"the loss is not finite(.|\n)*train/videos/\w+\.mp4", message)
+    assert find_resumed(micro_run(folder, *words, "args.resume=auto")).step >= 1
