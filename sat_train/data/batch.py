@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from sat_train.data.cache.key import SampleKeys
+from sat_train.data.view import View
+
 
 @dataclass(frozen=True)
 class CachedSample:
@@ -39,6 +42,8 @@ class VideoBatch:
         clip_ids: Names for messages.
         sample_indices: Global positions: samples consumed before each one. Key of all randomness.
         cached: Encoded tensors; None without the cache.
+        views: Key of what is random about each sample's pixels; empty: the sample's index is.
+        keys: Where each sample's encodings belong in the cache; empty without one.
     """
 
     video_btchw: Tensor | None
@@ -47,6 +52,8 @@ class VideoBatch:
     clip_ids: tuple[str, ...]
     sample_indices: tuple[int, ...]
     cached: CachedSample | None = None
+    views: tuple[View, ...] = ()
+    keys: tuple[SampleKeys, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sample_indices)
@@ -77,37 +84,64 @@ class VideoSample:
     """One sample.
 
     Args:
-        video_tchw: Pixels, uint8 RGB.
+        video_tchw: Pixels, uint8 RGB; None when `cached` stands in for them.
         caption: Its text.
         image_chw: Pixels of a given conditioning image, uint8; None: the first frame is it.
         clip_id: Name for messages.
         sample_index: Global position.
-        times: When each frame is shown in its file, in seconds.
+        times: When each frame is shown in its file, in seconds; empty when no pixels were read.
+        view: Key of what is random about its pixels.
+        keys: Where its encodings belong in the cache; None without one.
+        cached: Its encodings, as a batch of one; None without the cache.
     """
 
-    video_tchw: Tensor
+    video_tchw: Tensor | None
     caption: str
     image_chw: Tensor | None
     clip_id: str
     sample_index: int
     times: tuple[float, ...]
+    view: View
+    keys: SampleKeys | None = None
+    cached: CachedSample | None = None
 
 
 def collate(samples: Sequence[VideoSample]) -> VideoBatch:
-    """Stacks samples of one shape.
+    """Stacks samples of one shape, all of them pixels or all of them encodings.
 
     Where only some samples carry an image, the others give their first frame.
     """
+    encoded = [sample.cached for sample in samples if sample.cached is not None]
+    assert len(encoded) in (0, len(samples)), "a batch is read from the cache as a whole, or not at all"
+    video, image = (None, None) if encoded else _stack_pixels(samples)
+    return VideoBatch(
+        video_btchw=video,
+        captions=tuple(sample.caption for sample in samples),
+        image_bchw=image,
+        clip_ids=tuple(sample.clip_id for sample in samples),
+        sample_indices=tuple(sample.sample_index for sample in samples),
+        cached=cat_cached(encoded) if encoded else None,
+        views=tuple(sample.view for sample in samples),
+        keys=tuple(sample.keys for sample in samples if sample.keys is not None),
+    )
+
+
+def cat_cached(samples: Sequence[CachedSample]) -> CachedSample:
+    """Joins encodings along the batch."""
+    if len(samples) == 1:
+        return samples[0]
+    columns = {field.name: [getattr(sample, field.name) for sample in samples] for field in fields(CachedSample)}
+    return CachedSample(
+        **{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+    )
+
+
+def _stack_pixels(samples: Sequence[VideoSample]) -> tuple[Tensor, Tensor | None]:
     shapes = {tuple(sample.video_tchw.shape) for sample in samples}
     assert len(shapes) == 1, (
         f"a batch holds one shape, got {sorted(shapes)}: who plans batches must see to it"
     )
     has_image = any(sample.image_chw is not None for sample in samples)
     images = [sample.video_tchw[0] if sample.image_chw is None else sample.image_chw for sample in samples]
-    return VideoBatch(
-        video_btchw=torch.stack([sample.video_tchw for sample in samples]),
-        captions=tuple(sample.caption for sample in samples),
-        image_bchw=torch.stack(images) if has_image else None,
-        clip_ids=tuple(sample.clip_id for sample in samples),
-        sample_indices=tuple(sample.sample_index for sample in samples),
-    )
+    video = torch.stack([sample.video_tchw for sample in samples])
+    return video, torch.stack(images) if has_image else None

@@ -20,6 +20,7 @@ VIDEO_SUFFIXES = (
 )
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers
+UNINDEXED = ("avi", "mpeg")  # names of formats whose headers and seeking are off by some frames
 MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
 
 
@@ -161,10 +162,9 @@ def read_info(container: InputContainer, stream: VideoStream) -> ClipInfo:
         BadClip: There are no presentation times, or the file ends before its index says.
     """
     width = round(stream.width * float(stream.sample_aspect_ratio or 1))
-    is_image = _is_image(container)
     rate = float(stream.average_rate or stream.guessed_rate or 25)
-    first = float((stream.start_time or 0) * stream.time_base)
-    last = first if is_image else _last_time(container, stream, first, rate)
+    is_image = _is_image(container)
+    first, last = (0.0, 0.0) if is_image else _first_and_last(container, stream, rate)
     return ClipInfo(stream.height, width, rate, first, last, stream.codec_context.name, is_image)
 
 
@@ -173,15 +173,20 @@ def _is_image(container: InputContainer) -> bool:
     return name == "image2" or name.endswith("_pipe")
 
 
-def _last_time(container: InputContainer, stream: VideoStream, first: float, rate: float) -> float:
-    """Returns when the last frame is shown: by the stream's own duration, else by its last packets."""
+def _first_and_last(container: InputContainer, stream: VideoStream, rate: float) -> tuple[float, float]:
+    """Returns when the first and the last frame are shown, from the headers where these can be trusted."""
     _check_complete(container, stream)
-    if stream.duration:
-        return max(first, first + float(stream.duration * stream.time_base) - 1 / rate)
-    times = _packet_times(container, stream, tail=True) or _packet_times(container, stream, tail=False)
+    if container.format.name in UNINDEXED:
+        times = _packet_times(container, stream, tail=False)
+    else:
+        first = float((stream.start_time or 0) * stream.time_base)
+        if stream.duration:
+            return first, max(first, first + float(stream.duration * stream.time_base) - 1 / rate)
+        ends = _packet_times(container, stream, tail=True) or _packet_times(container, stream, tail=False)
+        times = [first, *ends] if ends else []
     if not times:
         raise BadClip("no times", "its frames carry no presentation times (a raw stream?)")
-    return max(times)
+    return min(times), max(times)
 
 
 def _check_complete(container: InputContainer, stream: VideoStream) -> None:

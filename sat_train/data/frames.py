@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from sat_train.data.clip_file import DECODER_ERRORS, ClipInfo, read_info
+from sat_train.data.clip_file import DECODER_ERRORS, UNINDEXED, ClipInfo, read_info
 from sat_train.data.failures import BadClip
 from sat_train.data.resize import CoverCrop
 
 _REORDER = 33  # packets to read past the window where decode times are unknown: more than any codec reorders
+_SPARING = ("h264", "hevc", "mpeg4", "mpeg2video", "vp9")  # decoders that obey `skip_frame` packet by packet
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,11 @@ class FrameReader:
         wanted = [shown[i] for i in chosen]
         self._check_end(packets, shown[-1], targets[-1])
         waiting = iter(wanted)
-        pts = next(waiting)
+        pts, before = next(waiting), -math.inf
         for frame in self._decode(iter(packets), wanted=set(wanted)):
+            if frame.pts is None or frame.pts <= before:
+                raise BadClip("no times", "its frames come in another order than their times say")
+            before = frame.pts
             if frame.pts < pts:
                 continue
             if frame.pts > pts:
@@ -107,6 +112,8 @@ class FrameReader:
         if self.info.is_image:  # it stands at its only packet, and large ones cannot be sought
             return self._packets_until(last)
         start, back = self.info.first, 0.0
+        if self._container.format.name in UNINDEXED:
+            back = math.inf  # from the beginning
         while True:
             moment = max(first - back, start)
             self._seek(moment)
@@ -156,7 +163,8 @@ class FrameReader:
         context = self._stream.codec_context
         try:
             for packet in packets:
-                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                is_spared = packet.pts not in wanted and context.name in _SPARING
+                context.skip_frame = "NONREF" if is_spared else "DEFAULT"
                 yield from self._whole(context.decode(packet))
             context.skip_frame = "DEFAULT"
             yield from self._whole(context.decode(None))

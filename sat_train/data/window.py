@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +16,21 @@ WindowMode = Literal["head", "center", "random", "uniform", "chunks"]
 ShortClip = Literal["error", "skip", "pad", "shrink"]
 
 HEADER_ROUNDING_S = 1.5e-3  # mp4 and mkv give a file's length in milliseconds
+
+
+@dataclass(frozen=True)
+class Window:
+    """The moments that a sample shows: `start + i / fps`.
+
+    Args:
+        start: When the first frame is shown, in seconds of the file's clock.
+        count: Frames to read.
+        total: Frames of the sample: more than read where the last one is repeated.
+    """
+
+    start: float
+    count: int
+    total: int
 
 
 def count_frames(*, first: float, last: float, rate: float, fps: float) -> int:

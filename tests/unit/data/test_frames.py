@@ -71,19 +71,37 @@ def test_frames_are_the_nearest_at_a_variable_rate(tmp_path, seed):
         ("a.webm", "libvpx-vp9", {"cpu-used": "8", "deadline": "realtime", "row-mt": "0"}),
         ("a.ts", "libx264", {}),
         ("a.avi", "mjpeg", {}),
+        ("a.avi", "mpeg4", {"bf": "2"}),
+        ("a.mpg", "mpeg2video", {"bf": "2"}),
+        ("a.wmv", "wmv2", {}),
+        ("a.gif", "gif", {}),
+        ("a.mp4", "libsvtav1", {"preset": "12"}),
+        ("a.mov", "prores_ks", {}),
+        ("a.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}),
         ("a.flv", "libx264", {}),
         ("a.mkv", "ffv1", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_frame_is_found_by_its_own_time_in_any_container(tmp_path, name, codec, options):
-    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {codec}")
+    pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8", "prores_ks": "yuv422p10le"}.get(codec, "yuv420p")
     path = tmp_path / name
-    write_numbered(path, num_frames=50, rate=25, codec=codec, options=options, gop=10, pix_fmt=pix_fmt)
+    how = {"codec": codec, "options": options, "pix_fmt": pix_fmt}
+    write_numbered(path, num_frames=50, rate=25, gop=10, side=64, **how)  # 64: the least that AV1 takes
     for first in (0, 1, 9, 10, 11, 23, 44):
         wanted = [first, first + 2, first + 5]
-        _, frames = read(path, [n / 25 for n in wanted])
+        _, frames = read(path, [n / 25 for n in wanted], size=(64, 64))
         assert [read_number(picture) for picture in frames.video_thwc] == wanted
+
+
+def test_a_file_whose_times_are_not_those_of_its_frames_is_refused(tmp_path):
+    """AVI has no presentation times, so H.264 in it comes out of order."""
+    write_numbered(tmp_path / "a.avi", num_frames=50, rate=25)
+    for moment in (0.2, 1.0):
+        with pytest.raises(BadClip, match=r"no times|cannot be decoded"):
+            read(tmp_path / "a.avi", [moment, moment + 0.5])
 
 
 def test_headers_tell_the_length_in_any_container(tmp_path):

@@ -1,0 +1,189 @@
+"""What is known of files without reading them again: their identity, and the headers of clips."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sat_train.data.cache.key import Origin, digest
+from sat_train.data.clip_file import ClipInfo, Span, open_clip, read_info
+from sat_train.data.failures import BadClip
+from sat_train.files import write_text
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+Identity = Literal["content", "stat"]
+FOLDER = "files"
+_CHUNK_BYTES = 4 * 1024 * 1024
+# A file changed less than this before it was hashed may change again within one tick of the clock.
+_RACY_NS = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class _Known:
+    """One file as it was: `stamp` is size, mtime, ctime (ns) and inode; any change of contents changes it."""
+
+    stamp: tuple[int, ...]
+    sha256: str | None
+    info: ClipInfo | None
+
+
+class FileBook:
+    """Remembers the hash and the headers of files, for as long as size, times and inode stay the same.
+
+    A file is hashed once, not once a run: what was learnt goes to `<cache_dir>/files/` and is read at the
+    next start.
+
+    Args:
+        cache_dir: Folder of the cache.
+        identity: `content`: the SHA-256 of the bytes stands for a file, wherever it lies. `stat`: path, size
+            and time of change do, and nothing is hashed.
+        timeout_s: Reading headers that blocks longer than this fails; None: never.
+    """
+
+    def __init__(self, cache_dir: Path, *, identity: Identity = "content", timeout_s: float | None = None):
+        self._folder = cache_dir / FOLDER
+        self._identity = identity
+        self._timeout_s = timeout_s
+        self._known: dict[str, _Known] = {}
+        self._names: dict[str, str] = {}
+        self._new: dict[str, _Known] = {}
+        self._new_names: dict[str, str] = {}
+        for path in sorted(self._folder.glob("*.json")):
+            self._read(path)
+
+    def origin(self, path: Path, span: Span | None = None) -> Origin:
+        """Returns what stands for a file.
+
+        Raises:
+            BadClip: It is missing or cannot be read.
+        """
+        stamp = _stamp(path)
+        if self._identity == "stat":
+            identity = digest(path=str(path), span=_told(span), size=stamp[0], mtime_ns=stamp[1])
+        else:
+            identity = self._sha256(path, span, stamp)
+        return Origin(str(path), stamp[0], stamp[1], identity)
+
+    def info(self, path: Path, span: Span | None = None) -> ClipInfo:
+        """Returns the headers of a clip.
+
+        Raises:
+            BadClip: It is missing, empty, or no video.
+        """
+        stamp = _stamp(path)
+        known = self._lookup(path, span, stamp)
+        if known is not None and known.info is not None:
+            return known.info
+        with open_clip(path, span=span, timeout_s=self._timeout_s) as (container, stream):
+            info = read_info(container, stream)
+        self._learn(path, span, _Known(stamp, known and known.sha256, info))
+        return info
+
+    def sha256(self, path: Path) -> str:
+        """Returns the SHA-256 of a file's bytes, whatever stands for clips.
+
+        Raises:
+            BadClip: It is missing or cannot be read.
+        """
+        return self._sha256(path, None, _stamp(path))
+
+    def named(self, name: str) -> str | None:
+        """Returns what was remembered under a name."""
+        return self._names.get(name)
+
+    def remember(self, name: str, value: str) -> None:
+        """Remembers a text under a name; a later one replaces it."""
+        if self._names.get(name) != value:
+            self._names[name] = self._new_names[name] = value
+
+    def learnt(self) -> dict[str, _Known]:
+        """Returns what this process has found out since it last wrote, to tell other ranks."""
+        return dict(self._new)
+
+    def merge(self, learnt: dict[str, _Known]) -> None:
+        """Takes over what another rank found out; that one writes it."""
+        self._known.update(learnt)
+
+    def publish(self) -> None:
+        """Writes what was learnt since, in a file of its own, complete or not at all.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        if not self._new and not self._new_names:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        body = {"files": {key: asdict(known) for key, known in self._new.items()}, "names": self._new_names}
+        name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"
+        write_text(self._folder / name, json.dumps(body))
+        self._new, self._new_names = {}, {}
+
+    def _read(self, path: Path) -> None:
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            self._known.update({key: _from_json(value) for key, value in body["files"].items()})
+            self._names.update(body["names"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read (%s): those files will be hashed again", path, error)
+
+    def _sha256(self, path: Path, span: Span | None, stamp: tuple[int, ...]) -> str:
+        known = self._lookup(path, span, stamp)
+        if known is not None and known.sha256 is not None:
+            return known.sha256
+        sha256 = _hash(path, span)
+        if _stamp(path) != stamp:
+            raise BadClip("changed", "the file was changed while it was read")
+        self._learn(path, span, _Known(stamp, sha256, known and known.info))
+        return sha256
+
+    def _lookup(self, path: Path, span: Span | None, stamp: tuple[int, ...]) -> _Known | None:
+        known = self._known.get(_name(path, span))
+        return known if known is not None and known.stamp == stamp else None
+
+    def _learn(self, path: Path, span: Span | None, known: _Known) -> None:
+        if time.time_ns() - max(known.stamp[1:3]) > _RACY_NS:
+            name = _name(path, span)
+            self._known[name] = self._new[name] = known
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise BadClip("missing", error.strerror or str(error)) from None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _name(path: Path, span: Span | None) -> str:
+    return str(path) if span is None else f"{path}\n{span.offset}+{span.size}"
+
+
+def _told(span: Span | None) -> list[int] | None:
+    return None if span is None else [span.offset, span.size]
+
+
+def _hash(path: Path, span: Span | None) -> str:
+    sha256 = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            left = os.fstat(file.fileno()).st_size if span is None else span.size
+            file.seek(0 if span is None else span.offset)
+            while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                sha256.update(chunk)
+                left -= len(chunk)
+    except OSError as error:
+        raise BadClip("unreadable", error.strerror or str(error)) from None
+    return sha256.hexdigest()
+
+
+def _from_json(value: dict[str, Any]) -> _Known:
+    info = value["info"]
+    return _Known(tuple(value["stamp"]), value["sha256"], info and ClipInfo(**info))

@@ -1,0 +1,119 @@
+"""Keys: a hash of everything that an encoding depends on. What differs in anything has another key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Raise it when the same file and settings begin to give other pixels, latents or embeddings.
+CODE_VERSION = 1
+
+
+def digest(**facts: Any) -> str:
+    """Returns the SHA-256, in hex, of named facts: JSON values, floats to the last bit."""
+    text = json.dumps({"version": CODE_VERSION, **facts}, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True)
+class EncoderDigests:
+    """What the encoders are, each as one hash over weights, settings and dtype.
+
+    Args:
+        vae: Of the video autoencoder.
+        text: Of the text encoder.
+    """
+
+    vae: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The file that an encoding was made from, as it was then.
+
+    Args:
+        path: Absolute.
+        size: Bytes.
+        mtime_ns: Time of its last change.
+        identity: What stands for its contents in the key.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    identity: str
+
+
+@dataclass(frozen=True)
+class SampleKeys:
+    """Keys of one sample's encodings.
+
+    Args:
+        clip: Moments of the clip.
+        text: Embedding of the caption.
+        image: Moments of the first frame that conditions the clip; None for text-to-video.
+        clip_origin: The clip's file.
+        image_origin: The image's file, or the clip's where its first frame is the image.
+    """
+
+    clip: str
+    text: str
+    image: str | None
+    clip_origin: Origin
+    image_origin: Origin
+
+
+def clip_key(
+    *,
+    identity: str,
+    start: float,
+    count: int,
+    total: int,
+    fps: float,
+    size: tuple[int, int],
+    max_upscale: float,
+    crop: Sequence[Any],
+    vae: str,
+) -> str:
+    """Returns the key of a clip's moments.
+
+    Args:
+        identity: Of the file's contents.
+        start: When the window begins, in seconds of the file's clock.
+        count: Frames read.
+        total: Frames of the sample: more than read where the last one is repeated.
+        fps: Frames a second of the sample.
+        size: Height and width in pixels.
+        max_upscale: Largest factor by which a picture may be enlarged.
+        crop: Which part of the picture: `center`, or `random` and the seed and number of the view.
+        vae: Digest of the autoencoder.
+    """
+    return digest(
+        kind="clip",
+        identity=identity,
+        window=[start, count, total, fps],
+        size=list(size),
+        max_upscale=max_upscale,
+        crop=list(crop),
+        vae=vae,
+    )
+
+
+def image_key(*, pixels: str, noise: Sequence[int] | None, vae: str) -> str:
+    """Returns the key of the moments of an image condition.
+
+    Args:
+        pixels: Key of the clip whose first frame it is, or of the image file.
+        noise: Seed and number of the view whose noise lies on it; None: no noise.
+        vae: Digest of the autoencoder.
+    """
+    return digest(kind="image", pixels=pixels, noise=noise and list(noise), vae=vae)
+
+
+def text_key(caption: str, *, text: str) -> str:
+    """Returns the key of a caption's embedding by the text encoder of this digest."""
+    return digest(kind="text", caption=caption, text=text)

@@ -1,0 +1,38 @@
+"""Which of the many samples that a clip can give is meant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sat_train.distributed.seeds import derive_generator, derive_seed
+
+
+@dataclass(frozen=True)
+class View:
+    """Key of everything that is random about a sample's pixels: window, crop, noise on its first frame.
+
+    Args:
+        seed: The run's seed; 0 where a clip has only a few views, which are the same in every run.
+        number: Tells views apart: the global sample index, or a number made of clip and turn.
+        turn: How often the clip was taken before, for windows that spread evenly over it.
+    """
+
+    seed: int
+    number: int
+    turn: int = 0
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Returns the generator of one random thing about the pixels."""
+        return derive_generator(self.seed, purpose, self.number)
+
+
+def limited_view(clip_id: str, visit: int, views: int) -> View:
+    """Returns the view that a clip shows at its `visit`-th turn when it has `views` of them.
+
+    They follow each other, so that every one is shown equally often, and depend on the clip alone: another
+    seed, another order or more clips beside it meet the same ones.
+    """
+    turn = visit % views
+    return View(0, derive_seed(turn, f"view of {clip_id}"), turn)
