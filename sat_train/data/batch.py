@@ -130,10 +130,12 @@ def cat_cached(samples: Sequence[CachedSample]) -> CachedSample:
     """Joins encodings along the batch."""
     if len(samples) == 1:
         return samples[0]
-    columns = {field.name: [getattr(sample, field.name) for sample in samples] for field in fields(CachedSample)}
-    return CachedSample(
-        **{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
-    )
+
+    def join(name: str) -> Tensor | None:
+        column = [getattr(sample, name) for sample in samples]
+        return None if column[0] is None else torch.cat(column)
+
+    return CachedSample(**{field.name: join(field.name) for field in fields(CachedSample)})
 
 
 def _stack_pixels(samples: Sequence[VideoSample]) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sat_train.data.batch import VideoSample
+from sat_train.data.cache.key import SampleKeys
+from sat_train.data.cache.samples import SampleCache
 from sat_train.data.clip_file import ClipInfo, open_clip
 from sat_train.data.failures import BadClip, Failure
 from sat_train.data.frames import FrameReader, Frames
 from sat_train.data.resize import CropMode, plan_cover_crop
 from sat_train.data.sampler import GlobalOrder, Place
 from sat_train.data.sources import ClipRecord, ClipSource
-from sat_train.data.window import ShortClip, WindowMode, count_frames, fit_frames, window_start
-from sat_train.distributed.seeds import derive_generator, derive_seed
+from sat_train.data.view import View, limited_view
+from sat_train.data.window import ShortClip, Window, WindowMode, count_frames, fit_frames, window_start
+from sat_train.distributed.seeds import derive_seed
 from sat_train.errors import DataError
 
 _SUBSTITUTES = 32  # other clips to try before the set itself must be broken
@@ -50,6 +53,8 @@ class VideoDataset(Dataset[Item]):
         crop: Which part of the covering picture is kept.
         max_upscale: Largest factor by which a picture may be enlarged.
         timeout_s: A clip that takes longer to decode is given up; None: never.
+        views: How many windows, crops and image noises each clip has; None: another one for every sample.
+        cache: Where encoded samples may be; None decodes all of them.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class VideoDataset(Dataset[Item]):
         crop: CropMode = "center",
         max_upscale: float = 2.0,
         timeout_s: float | None = None,
+        views: int | None = None,
+        cache: SampleCache | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.order = order
@@ -80,6 +87,8 @@ class VideoDataset(Dataset[Item]):
         self.crop = crop
         self.max_upscale = max_upscale
         self.timeout_s = timeout_s
+        self.views = views
+        self.cache = cache
         self.given_up: dict[str, BadClip] = {}  # clips that made a worker hang or die
         self.on_attempt: Callable[[Place], None] | None = None  # told of each clip before it is opened
 
@@ -90,7 +99,15 @@ class VideoDataset(Dataset[Item]):
         return self.sources[place.source].clip(place.clip)
 
     def __getitem__(self, index: int) -> Item:
+        """Returns a sample, encoded where the cache has it; see `item`."""
+        return self.item(index)
+
+    def item(self, index: int, *, pixels: bool = False) -> Item:
         """Returns a sample; where its clip is bad, that of another clip, chosen by the index alone.
+
+        Args:
+            index: Global index.
+            pixels: Decode it even where the cache has its encodings.
 
         Raises:
             DataError: A clip is too short under `short_clip: error`, or no substitute is usable either.
@@ -104,10 +121,12 @@ class VideoDataset(Dataset[Item]):
             try:
                 if clip_id in self.given_up:
                     raise self.given_up[clip_id]
-                return Item(self._sample(index, place), tuple(failures))
+                return Item(self._find(index, place, pixels=pixels), tuple(failures))
             except BadClip as error:
                 self._refuse_short(clip_id, error)
-                failures.append(Failure(index, clip_id, error.cause, error.detail))
+                failures.append(
+                    Failure(index, clip_id, error.cause, error.detail, self._key_of_bad(index, place))
+                )
         tried = "".join(f"\n    {f.clip_id} ({f.cause}: {f.detail})" for f in failures[:10])
         raise DataError(
             f"sample {index}: {len(failures)} clips in a row cannot be used:{tried}",
@@ -130,45 +149,91 @@ class VideoDataset(Dataset[Item]):
                 remedy="set data.params.short_clip to skip, pad or shrink, or lower max_num_frames",
             ) from None
 
+    def view(self, index: int, place: Place) -> View:
+        """Returns which of the samples that a clip can give is shown."""
+        if self.views is None:
+            return View(self.seed, index, place.visit)
+        return limited_view(self.record(place).clip_id, place.visit, self.views)
+
+    def caption(self, index: int, place: Place) -> str:
+        """Returns the caption that a sample takes."""
+        captions = self.record(place).captions
+        return captions[derive_seed(self.seed, "caption", index) % len(captions)]
+
+    def keys(self, index: int, place: Place) -> SampleKeys:
+        """Returns where the encodings of a sample belong in the cache.
+
+        Raises:
+            BadClip: The clip is missing, unreadable, or too short.
+        """
+        assert self.cache is not None, "a data set without a cache has no keys"
+        record, view = self.record(place), self.view(index, place)
+        window = self._window(self.cache.book.info(record.path, record.span), record, view)
+        return self.cache.keys(record, self.caption(index, place), window, view, self.crop)
+
+    def _key_of_bad(self, index: int, place: Place) -> SampleKeys | None:
+        """Returns where it belongs in the cache that a clip cannot be decoded."""
+        try:
+            return None if self.cache is None else self.keys(index, place)
+        except BadClip:  # it cannot even be opened, which is found out anew each time
+            return None
+
+    def _find(self, index: int, place: Place, *, pixels: bool) -> VideoSample:
+        if self.cache is None:
+            return self._sample(index, place)
+        keys, clip_id = self.keys(index, place), self.record(place).clip_id
+        cached = None if pixels else self.cache.read(keys, clip_id)
+        if cached is not None:
+            view, caption = self.view(index, place), self.caption(index, place)
+            return VideoSample(None, caption, None, clip_id, index, (), view, keys, cached)
+        sample = replace(self._sample(index, place), keys=keys)
+        if self.keys(index, place) != keys:
+            raise BadClip("changed", "the file was changed while it was read")
+        return sample
+
     def _sample(self, index: int, place: Place) -> VideoSample:
-        record = self.record(place)
-        frames = self._frames(index, record, place.visit)
-        choice = derive_seed(self.seed, "caption", index) % len(record.captions)
-        image = None if record.image is None else self._image(index, record.image)
+        record, view = self.record(place), self.view(index, place)
+        frames = self._frames(record, view)
         return VideoSample(
             video_tchw=_to_tensor(frames.video_thwc),
-            caption=record.captions[choice],
-            image_chw=image,
+            caption=self.caption(index, place),
+            image_chw=None if record.image is None else self._image(record.image, view),
             clip_id=record.clip_id,
             sample_index=index,
             times=frames.times,
+            view=view,
         )
 
-    def _frames(self, index: int, record: ClipRecord, visit: int) -> Frames:
+    def _frames(self, record: ClipRecord, view: View) -> Frames:
         deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         with open_clip(record.path, span=record.span, timeout_s=self.timeout_s) as (container, stream):
             reader = FrameReader(container, stream, deadline=deadline)
-            first, last = usable_part(reader.info, record, self.skip_frms_num)
-            available = count_frames(first=first, last=last, rate=reader.info.rate, fps=self.fps)
-            count, total = fit_frames(available, num_frames=self.max_num_frames, policy=self.short_clip)
-            start = window_start(
-                self.window,
-                first=first,
-                last=last,
-                length=(count - 1) / self.fps,
-                generator=derive_generator(self.seed, "window", index),
-                visit=visit,
-            )
-            frames = reader.read([start + i / self.fps for i in range(count)], self._plan(index))
-        return _repeat_last(frames, total)
+            window = self._window(reader.info, record, view)
+            times = [window.start + i / self.fps for i in range(window.count)]
+            frames = reader.read(times, self._plan(view))
+        return _repeat_last(frames, window.total)
 
-    def _image(self, index: int, path: Path) -> Tensor:
+    def _window(self, info: ClipInfo, record: ClipRecord, view: View) -> Window:
+        first, last = usable_part(info, record, self.skip_frms_num)
+        available = count_frames(first=first, last=last, rate=info.rate, fps=self.fps)
+        count, total = fit_frames(available, num_frames=self.max_num_frames, policy=self.short_clip)
+        start = window_start(
+            self.window,
+            first=first,
+            last=last,
+            length=(count - 1) / self.fps,
+            generator=view.generator("window"),
+            visit=view.turn,
+        )
+        return Window(start, count, total)
+
+    def _image(self, path: Path, view: View) -> Tensor:
         with open_clip(path, timeout_s=self.timeout_s) as (container, stream):
             reader = FrameReader(container, stream)
-            frames = reader.read([reader.info.first], self._plan(index))
+            frames = reader.read([reader.info.first], self._plan(view))
         return _to_tensor(frames.video_thwc)[0]
 
-    def _plan(self, index: int):
+    def _plan(self, view: View):
         """Returns what `FrameReader.read` asks for the crop; video and image of a sample are cut alike."""
 
         def plan(height: int, width: int):
@@ -177,7 +242,7 @@ class VideoDataset(Dataset[Item]):
                 target=self.video_size,
                 max_upscale=self.max_upscale,
                 crop=self.crop,
-                generator=derive_generator(self.seed, "crop", index),
+                generator=view.generator("crop"),
             )
 
         return plan

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sat_train.data.cache.key import SampleKeys
 from sat_train.errors import DataError
 from sat_train.log import get_logger
 
@@ -37,12 +38,14 @@ class Failure:
         clip_id: The clip that failed.
         cause: A word to count by.
         detail: What was found.
+        keys: Where the cache keeps that; None without a cache, or when the file cannot even be opened.
     """
 
     sample_index: int
     clip_id: str
     cause: str
     detail: str
+    keys: SampleKeys | None = None
 
 
 class FailureLog:
@@ -106,7 +109,9 @@ class FailureLog:
         )
 
     def _append(self, failure: Failure) -> None:
-        line = json.dumps({**asdict(failure), "rank": self.rank, "time": round(time.time(), 3)})
+        told = asdict(failure)
+        del told["keys"]
+        line = json.dumps({**told, "rank": self.rank, "time": round(time.time(), 3)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:

@@ -51,10 +51,16 @@ class _Task(Dataset[Any]):
         self._dataset = dataset
         self._board_wf = board_wf
 
-    def __getitem__(self, index: int) -> Item | SatTrainError:
+    def __getitems__(self, indices: list[int]) -> list[Item | SatTrainError]:
+        """Reads a batch; one of which some samples are not in the cache is decoded as a whole."""
+        items = [self._read(index, pixels=False) for index in indices]
+        are_cached = {item.sample.cached is not None for item in items if isinstance(item, Item)}
+        return items if len(are_cached) < 2 else [self._read(index, pixels=True) for index in indices]
+
+    def _read(self, index: int, *, pixels: bool) -> Item | SatTrainError:
         self._dataset.on_attempt = self._mark
         try:
-            return self._dataset[index]
+            return self._dataset.item(index, pixels=pixels)
         except SatTrainError as error:
             return error
         finally:

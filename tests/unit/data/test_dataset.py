@@ -13,6 +13,7 @@ from sat_train.data.dataset import VideoDataset
 from sat_train.data.plan import cut_chunks, keep_long, probe_clips
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources import ClipSource
+from sat_train.data.view import View
 from sat_train.errors import DataError
 from tests.unit.data.videos import SIDE, numbers_of, record_of, write_numbered
 
@@ -69,7 +70,7 @@ def test_chunks_lie_in_their_own_part(long_clip):
     records = cut_chunks(probe_clips([record_of(long_clip)]), fps=8, num_frames=5)
     dataset = make(records, window="chunks")
     for record in records:
-        frames = dataset._frames(3, record, 0)
+        frames = dataset._frames(record, View(1, 3))
         assert record.start - 1 / 60 <= frames.times[0]
         assert frames.times[-1] <= record.end + 1 / 60
 

@@ -17,6 +17,7 @@ from sat_train.data.failures import Failure, FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sampler import GlobalOrder, RankBatches
 from sat_train.data.sources import ClipSource
+from sat_train.data.view import View
 from sat_train.errors import DataError
 from tests.unit.data.videos import SIDE, make_folder, record_of
 
@@ -192,7 +193,7 @@ def test_the_wait_for_data_is_measured(clips):
 
 def sample(index, *, image=None, size=4):
     video = torch.full((2, 3, size, size), index, dtype=torch.uint8)
-    return VideoSample(video, f"caption {index}", image, f"clip {index}", index, (0.0, 0.1))
+    return VideoSample(video, f"caption {index}", image, f"clip {index}", index, (0.0, 0.1), View(1, index))
 
 
 def test_batches_hold_their_samples_in_order():
