@@ -114,8 +114,8 @@ def open_clip(
     """
     assert path.is_absolute(), f"{path} must be absolute"
     _check_file(path)
-    source = str(path) if span is None else _SpanReader(path, span)
     try:
+        source = str(path) if span is None else _SpanReader(path, span)
         container = av.open(
             source, timeout=timeout_s, options={"protocol_whitelist": "file"}, metadata_errors="replace"
         )
