@@ -30,6 +30,10 @@ class CachedSample:
     image_latent_btchw: Tensor | None = None
     image_logvar_btchw: Tensor | None = None
 
+    def unsqueezed(self) -> CachedSample:
+        """Makes a batch of one of a sample's tensors, which have no batch dimension yet."""
+        return _map_tensors(self, lambda tensor: tensor[None])
+
 
 @dataclass(frozen=True)
 class VideoBatch:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from sat_train.pipeline.geometry import latent_frames
+from sat_train.pipeline.image_latent import noise_image
 
 if TYPE_CHECKING:
+    from sat_train.data.batch import VideoBatch
+    from sat_train.data.view import View
     from sat_train.models.text.t5 import T5TextEncoder
     from sat_train.models.vae.video_vae import VideoVAE
 
@@ -27,8 +30,30 @@ def unit_to_pixels(video: Tensor) -> Tensor:
     return ((video.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def conditioning_image(batch: VideoBatch, views: Sequence[View], device: torch.device | str) -> Tensor:
+    """Returns the first frames that condition a batch, float32 in [-1, 1], (b, c, h, w).
+
+    Args:
+        batch: With pixels; the clips' own first frames serve where it has no images.
+        views: Key of the noise on each sample's image, one a sample; empty for no noise.
+        device: Where they go. The noise is drawn on the CPU.
+    """
+    pixels = batch.image_bchw
+    if pixels is None:
+        assert batch.video_btchw is not None, "a batch has pixels or encodings"
+        pixels = batch.video_btchw[:, 0]
+    image = pixels_to_unit(pixels, device)
+    if not views:
+        return image
+    eps = [torch.randn(image.shape[1:], generator=view.generator("image_noise")) for view in views]
+    log_sigma_eps = [torch.randn((), generator=view.generator("image_noise_level")) for view in views]
+    return noise_image(image, torch.stack(eps).to(device), torch.stack(log_sigma_eps).to(device))
+
+
 class FrozenModels:
-    """Video autoencoder and text encoder, used without gradients.
+    """Video autoencoder and text encoder, used without gradients, on one sample at a time.
+
+    Batched convolutions round differently: so a sample's encoding would depend on what is beside it.
 
     Args:
         vae: None when every batch comes from the cache and nothing is sampled.
@@ -51,13 +76,18 @@ class FrozenModels:
     ) -> None:
         self._vae, self._text_encoder = vae, text_encoder
         self._null_condition, self._null_text_ld = null_condition, null_text_ld
-        self._dtype, self._device = dtype, device
+        self._dtype, self.device = dtype, device
 
     @property
     def vae(self) -> VideoVAE:
         """The video autoencoder."""
         assert self._vae is not None, "no video autoencoder: this run reads encoded samples only"
         return self._vae
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """What the autoencoder computes in; its moments are exact in it."""
+        return next(self.vae.parameters()).dtype
 
     @torch.no_grad()
     def video_moments(self, video_btchw: Tensor, *, subject: str = "clip") -> tuple[Tensor, Tensor]:
@@ -74,7 +104,7 @@ class FrozenModels:
             SatTrainError: The number of frames does not fit the autoencoder.
         """
         latent_frames(video_btchw.shape[1], compression=self.vae.temporal_compression, subject=subject)
-        return self.vae.encode_moments(pixels_to_unit(video_btchw, self._device))
+        return self._moments([pixels_to_unit(clip, self.device) for clip in video_btchw.split(1)])
 
     @torch.no_grad()
     def image_moments(self, image_bchw: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +116,11 @@ class FrozenModels:
         Returns:
             Mean and log-variance of the posterior, unscaled, float32 (b, 1, c, h, w).
         """
-        return self.vae.encode_moments(image_bchw[:, None])
+        return self._moments([image[:, None] for image in image_bchw.split(1)])
+
+    def _moments(self, clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        means, logvars = zip(*map(self.vae.encode_moments, clips), strict=True)
+        return torch.cat(means), torch.cat(logvars)
 
     @torch.no_grad()
     def decode(self, latent_btchw: Tensor) -> Tensor:
@@ -98,7 +132,8 @@ class FrozenModels:
     def text(self, captions: Sequence[str]) -> Tensor:
         """Encodes captions to (b, l, d)."""
         assert self._text_encoder is not None, "no text encoder: this run reads encoded samples only"
-        return self._text_encoder.encode(list(captions)).to(self._device, self._dtype)
+        embeddings = [self._text_encoder.encode([caption]) for caption in captions]
+        return torch.cat(embeddings).to(self.device, self._dtype)
 
     def null_text_like(self, text_bld: Tensor) -> Tensor:
         """Returns the embedding of no caption, of the shape of `text_bld`."""

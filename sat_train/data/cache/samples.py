@@ -120,7 +120,7 @@ class SampleCache:
             text_bld=text["text"],
             image_latent_btchw=image.get("mean"),
             image_logvar_btchw=image.get("logvar"),
-        )
+        ).unsqueezed()
 
     def missing(self, keys: SampleKeys) -> tuple[str, ...]:
         """Returns which of a sample's encodings are not there: `clip`, `text`, `image`."""
@@ -130,7 +130,7 @@ class SampleCache:
     def _tensors(self, key: str) -> dict[str, Tensor]:
         tensors = self.index.read(key)
         assert tensors is not None, f"{key} was there a moment ago"
-        return {name: tensor[None] for name, tensor in tensors.items()}
+        return tensors
 
 
 def _not_there(clip_id: str, missing: tuple[str, ...]) -> DataError:
