@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from sat_train.data.view import View
 from sat_train.diffusion.guidance import Guidance
 from sat_train.diffusion.loss import min_snr_weight, offset_noise, v_mse_per_sample
 from sat_train.diffusion.parameterization import add_noise, v_target
 from sat_train.diffusion.samplers import OnStep, sample_ddim, sample_dpmpp_2m
 from sat_train.diffusion.timesteps import Spacing, stratified_timesteps, uniform_timesteps
 from sat_train.distributed.seeds import derive_seed
-from sat_train.pipeline.frozen_models import FrozenModels, pixels_to_unit
+from sat_train.pipeline.frozen_models import FrozenModels, conditioning_image, pixels_to_unit
 from sat_train.pipeline.geometry import check_size, latent_frames, pad_in_time, padding_frames
-from sat_train.pipeline.image_latent import image_condition, noise_image, sample_posterior
+from sat_train.pipeline.image_latent import image_condition, sample_posterior
 from sat_train.pipeline.randomness import SampleRandomness
 
 if TYPE_CHECKING:
@@ -334,23 +335,13 @@ class VideoDiffusion:
             mean, logvar = batch.cached.image_latent_btchw, batch.cached.image_logvar_btchw
             assert mean is not None, "image-to-video needs the image's latent in the cache"
         else:
-            mean, logvar = self._image_moments(batch, random, noised=noised)
+            mean, logvar = self._image_moments(batch, noised=noised)
         latent = self._posterior(mean, logvar, random, "image_posterior")
         return image_condition(latent, scale=self.image_latent_scale, num_latent_frames=num_latent_frames)
 
-    def _image_moments(
-        self, batch: VideoBatch, random: SampleRandomness, *, noised: bool
-    ) -> tuple[Tensor, Tensor]:
-        pixels = batch.image_bchw
-        if pixels is None:
-            assert batch.video_btchw is not None, "a batch has pixels or encodings"
-            pixels = batch.video_btchw[:, 0]
-        image = pixels_to_unit(pixels, self.device)
-        if noised:
-            eps = random.normal("image_noise", tuple(image.shape[1:])).to(self.device)
-            log_sigma_eps = random.normal("image_noise_level", ()).to(self.device)
-            image = noise_image(image, eps, log_sigma_eps)
-        return self.frozen.image_moments(image)
+    def _image_moments(self, batch: VideoBatch, *, noised: bool) -> tuple[Tensor, Tensor]:
+        views = batch.views or tuple(View(self.seed, index) for index in batch.sample_indices)
+        return self.frozen.image_moments(conditioning_image(batch, views if noised else (), self.device))
 
     def _posterior(
         self, mean: Tensor, logvar: Tensor | None, random: SampleRandomness, purpose: str
