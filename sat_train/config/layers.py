@@ -22,6 +22,7 @@ from sat_train.errors import Fault
 DEFAULT = "default"
 EMBEDDED = "configs/model/cogvideox_tiny.yaml"
 # `${a.b}` refers to another key. Other resolvers could read the environment into a saved file.
+_REFERENCE = "a reference `${section.key}` to a key that exists; resolvers such as `oc.env` are refused"
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 
 
@@ -97,23 +98,29 @@ def resolve_references(merged: Merged, faults: list[Fault]) -> None:
         faults: Gets references to nothing, and resolvers, which are refused.
     """
     references = [(path, text) for path, text in _texts(merged.tree, "") if "${" in text]
+    for path, text in references:
+        if not _is_plain_reference(text):
+            _replace(merged.tree, path.split("."), None)  # it must not keep the others from being read
+            faults.append(Fault(path, text, _REFERENCE, merged.source_of(path)))
     config = OmegaConf.create(merged.tree if references else {})
     for path, text in references:
-        try:
-            if _RESOLVER.search(text):
-                raise OmegaConfBaseException("resolver")
-            value = OmegaConf.select(config, path, throw_on_missing=True)
-        except OmegaConfBaseException:
-            expected = (
-                "a reference `${section.key}` to a key that exists; resolvers such as `oc.env` are refused"
-            )
-            faults.append(Fault(path, text, expected, merged.source_of(path)))
+        if not _is_plain_reference(text):
             continue
-        _replace(
-            merged.tree,
-            path.split("."),
-            OmegaConf.to_container(value) if OmegaConf.is_config(value) else value,
-        )
+        try:
+            value = OmegaConf.select(config, path, throw_on_missing=True)
+            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException:
+            faults.append(Fault(path, text, _REFERENCE, merged.source_of(path)))
+        else:
+            _replace(merged.tree, path.split("."), value)
+
+
+def _is_plain_reference(text: str) -> bool:
+    try:
+        OmegaConf.create({"text": text})
+    except OmegaConfBaseException:
+        return False
+    return not _RESOLVER.search(text)
 
 
 def _read_file(

@@ -37,7 +37,7 @@ def test_both_spellings_hold_the_one_value(first: str, second: str, spelled: int
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_defaults_of_both_spellings_agree(first: str, second: str, load: Load) -> None:
-    assert all_keys()[first].default == all_keys()[second].default or first == "args.zero_stage"
+    assert all_keys()[first].default == all_keys()[second].default
     values = leaves(load().tree())
     assert values[first] == values[second]
 

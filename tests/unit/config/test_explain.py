@@ -14,10 +14,10 @@ from sat_train.errors import ConfigError
 from tests.unit.config.conftest import Load
 
 
-@pytest.mark.parametrize("path", sorted(all_keys()))
-def test_every_key_is_described(path: str) -> None:
-    assert all_keys()[path].description.endswith((".", "loss."))
-    assert explain_key(path, None).startswith(path)
+def test_every_key_is_described() -> None:
+    for path, key in all_keys().items():
+        assert key.description.endswith("."), path
+        assert explain_key(path, None).startswith(path)
 
 
 def test_a_key_with_its_value_and_source(load: Load) -> None:
