@@ -68,13 +68,15 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
     stop_request.listen()
     set_determinism(run.args.deterministic)
     place = open_place(run, grid)
-    pipeline = build_models(run, grid)
-    engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
-    average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None
-    trainer = build_trainer(run, grid, place, pipeline, engine, average, stop_request)
-    trainer.run()
-    if place.lock is not None:
-        place.lock.release()
+    try:
+        pipeline = build_models(run, grid)
+        engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
+        average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None
+        trainer = build_trainer(run, grid, place, pipeline, engine, average, stop_request)
+        trainer.run()
+    finally:
+        if place.lock is not None:
+            place.lock.release()
 
 
 def open_place(run: RunConfig, grid: ProcessGrid) -> Place:

@@ -97,19 +97,26 @@ class WeightAverage:
         return {"decay": self.decay, "fragments": fragments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `state_dict` gave on this rank.
+        """Takes this rank's part from saved parts, which may have been cut for another number of ranks.
 
         Raises:
-            CheckpointError: It belongs to other parameters or another layout of ranks.
+            CheckpointError: They belong to other parameters, or do not cover this rank's part.
         """
-        saved = {(entry["name"], entry["offset"]): entry["values"] for entry in state["fragments"]}
-        for place, average in zip(self._places, self._averages, strict=True):
-            values = saved.pop(place, None)
-            if values is None or values.shape != average.shape:
-                raise CheckpointError(f"the weight average has no part for {place[0]} at {place[1]}")
-            average.copy_(values)
-        if saved:
-            raise CheckpointError(f"the weight average has parts of other parameters: {sorted(saved)[:5]}")
+        saved: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for entry in state["fragments"]:
+            saved.setdefault(entry["name"], []).append((entry["offset"], entry["values"]))
+        for (name, offset), average in zip(self._places, self._averages, strict=True):
+            filled = 0
+            for start, values in saved.get(name, ()):
+                first, last = max(start, offset), min(start + values.numel(), offset + average.numel())
+                if first < last:
+                    average[first - offset : last - offset].copy_(values[first - start : last - start])
+                    filled += last - first
+            if filled != average.numel():
+                raise CheckpointError(f"the weight average has no part for {name} at {offset}")
+        strangers = sorted(saved.keys() - dict(self._engine.module.named_parameters()).keys())
+        if strangers:
+            raise CheckpointError(f"the weight average has parts of other parameters: {strangers[:5]}")
 
     def _fragments(self) -> list[Fragment]:
         return master_fragments(self._engine, self._grid)

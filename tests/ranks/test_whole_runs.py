@@ -41,6 +41,7 @@ def _words(name: str, steps: int, *words: str, batch_size: int = 2) -> list[str]
         f"args.experiment_name={name}",
         f"args.train_iters={steps}",
         f"args.batch_size={batch_size}",
+        f"args.eval_batch_size={batch_size}",
         *words,
     ]
 
@@ -174,8 +175,8 @@ def test_samples_are_drawn_on_all_ranks(rank_pool, folder):
         "args.sampling_steps=2",
     ]
     prompts = "args.valid_prompts=[a,b,c]"
-    rank_pool(2)(train_micro, folder, _words("drawn", 2, *words, prompts, "args.zero_stage=3"))
-    samples = _run_folder(folder, "drawn") / "samples" / "000002"
+    rank_pool(2)(train_micro, folder, _words("drawn", 4, *words, prompts, "args.zero_stage=3"))
+    samples = _run_folder(folder, "drawn") / "samples" / "000004"
     assert sorted(path.name for path in samples.iterdir()) == [
         "00.mp4",
         "01.mp4",
