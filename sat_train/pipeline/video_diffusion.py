@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,6 +20,7 @@ from sat_train.pipeline.frozen_models import FrozenModels, conditioning_image, p
 from sat_train.pipeline.geometry import check_size, latent_frames, pad_in_time, padding_frames
 from sat_train.pipeline.image_latent import image_condition, sample_posterior
 from sat_train.pipeline.randomness import SampleRandomness
+from sat_train.pipeline.records import LossOutput, TrainingInputs
 
 if TYPE_CHECKING:
     from sat_train.data.batch import VideoBatch
@@ -31,40 +31,6 @@ if TYPE_CHECKING:
 Network = Callable[..., Tensor]
 Sampler = Literal["DDIM", "DPMPP2M"]
 SAMPLERS = {"DDIM": sample_ddim, "DPMPP2M": sample_dpmpp_2m}
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """Everything one loss needs beside the weights; all of it is fixed before the network runs.
-
-    Args:
-        x0_btchw: Scaled latent of the clips, padded in time, float32.
-        eps_btchw: Noise of the same shape.
-        timesteps_b: int64, on the CPU.
-        text_bld: Text embeddings after the caption drop, in the network's dtype.
-        image_latent_btchw: Condition of image-to-video, of the shape of `x0_btchw`; None for text-to-video.
-    """
-
-    x0_btchw: Tensor
-    eps_btchw: Tensor
-    timesteps_b: Tensor
-    text_bld: Tensor
-    image_latent_btchw: Tensor | None
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """The loss of one micro-batch.
-
-    Args:
-        loss: Mean over the samples, a float32 scalar with a gradient.
-        loss_b: Loss of each sample, float32 of shape (b,), without gradient.
-        timesteps_b: int64 of shape (b,), on the CPU.
-    """
-
-    loss: Tensor
-    loss_b: Tensor
-    timesteps_b: Tensor
 
 
 class VideoDiffusion:
@@ -249,33 +215,20 @@ class VideoDiffusion:
         Raises:
             SatTrainError: The number of frames or the size does not fit the model.
         """
-        vae = self.frozen.vae
         assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
-        assert (image_bchw is not None) == self.noised_image_input, (
-            "image given to a text-to-video model, or none"
-        )
-        ratio, (_, patch_h, patch_w) = vae.spatial_compression, self.dit.patch_size
-        check_size(height, width, multiple=(ratio * patch_h, ratio * patch_w), subject="sample")
-        frames = latent_frames(num_frames, compression=vae.temporal_compression, subject="sample")
-        padding = padding_frames(frames, self.patch_t)
+        frames, latent_shape = self._latent_shape(num_frames, height, width)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        text = self.frozen.text(prompts)
-        image = None
-        if image_bchw is not None:
-            mean, logvar = self.frozen.image_moments(pixels_to_unit(image_bchw, self.device))
-            latent = sample_posterior(mean, logvar, self._draw(generators, tuple(mean.shape[1:])))
-            image = image_condition(latent, scale=self.image_latent_scale, num_latent_frames=frames + padding)
-        shape = (frames + padding, vae.z_channels, height // ratio, width // ratio)
+        image = self._sampled_image_condition(image_bchw, generators, num_latent_frames=latent_shape[0])
         with self._evaluation_mode():
             latent = SAMPLERS[sampler](
-                self._guided(network or self.dit, text, image, guidance, steps),
-                lambda: self._draw(generators, shape),
+                self._guided(network or self.dit, self.frozen.text(prompts), image, guidance, steps),
+                lambda: self._draw(generators, latent_shape),
                 alpha_bar=self.alpha_bar,
                 steps=steps,
                 spacing=spacing,
                 on_step=progress,
             )
-        return self.frozen.decode(latent[:, padding:] / self.scale_factor)
+        return self.frozen.decode(latent[:, -frames:] / self.scale_factor)
 
     # Parts of the above
 
@@ -310,6 +263,26 @@ class VideoDiffusion:
             return v_null + guidance.scale_at(timestep, steps) * (v_text - v_null)
 
         return denoise
+
+    def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, tuple[int, ...]]:
+        """Returns the latent frames of a video, and the shape of its latent with the padding in front."""
+        vae, (patch_t, patch_h, patch_w) = self.frozen.vae, self.dit.patch_size
+        ratio = vae.spatial_compression
+        check_size(height, width, multiple=(ratio * patch_h, ratio * patch_w), subject="sample")
+        frames = latent_frames(num_frames, compression=vae.temporal_compression, subject="sample")
+        padded = frames + padding_frames(frames, patch_t)
+        return frames, (padded, vae.z_channels, height // ratio, width // ratio)
+
+    def _sampled_image_condition(
+        self, image_bchw: Tensor | None, generators: list[torch.Generator], *, num_latent_frames: int
+    ) -> Tensor | None:
+        """Returns the condition that a given image makes; its posterior is the first thing that is drawn."""
+        assert (image_bchw is not None) == self.noised_image_input, "an image goes with image-to-video alone"
+        if image_bchw is None:
+            return None
+        mean, logvar = self.frozen.image_moments(pixels_to_unit(image_bchw, self.device))
+        latent = sample_posterior(mean, logvar, self._draw(generators, tuple(mean.shape[1:])))
+        return image_condition(latent, scale=self.image_latent_scale, num_latent_frames=num_latent_frames)
 
     def _batch_text(self, batch: VideoBatch) -> Tensor:
         if batch.cached is not None:

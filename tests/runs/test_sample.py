@@ -1,0 +1,52 @@
+"""Whole sampling commands: on one rank and two, and from the folder of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs.launching import run, run_folders
+
+SHORT = ("args.sampling_steps=2", "args.sampling_num_frames=2")
+
+
+def _videos(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_two_ranks_share_the_prompts_and_draw_the_same_videos(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\na blue ball\na green ball\n")
+    words = ["--base", "configs/sample.yaml", "--input-type", "txt", "--input-file", str(prompts), *SHORT]
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = run("sample_video.py", [*words, "--output-dir", str(folder)], processes=processes)
+        assert done.returncode == 0, done.output
+        assert (folder / "contact_sheet.png").is_file()
+    alone = _videos(tmp_path / "1")
+    assert len(alone) == 3
+    assert _videos(tmp_path / "2") == alone
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_is_sampled_from_its_folder(tmp_path):
+    train = ["--base", "configs/lora.yaml", "--train-iters", "2", "--save", str(tmp_path / "runs")]
+    quiet = ["args.eval_interval=null", "args.valid_video_interval=null", "args.num_workers=0"]
+    lora = "model.network_config.params.modules.lora_config.params"
+    strong = [f"{lora}.r=4", f"{lora}.lora_alpha=400", "args.lr=0.1", "args.warmup=0", "args.ema_decay=0.5"]
+    done = run("train_video.py", [*train, *quiet, *strong])
+    assert done.returncode == 0, done.output
+    (folder,) = run_folders(tmp_path / "runs")
+    sample = ["--base", "configs/sample.yaml", "--prompt", "a red ball", *SHORT]
+    for name, words in {
+        "base": [],
+        "run": ["--load", str(folder)],
+        "average": ["--load", str(folder), "--ema"],
+    }.items():
+        done = run("sample_video.py", [*sample, *words, "--output-dir", str(tmp_path / name)])
+        assert done.returncode == 0, done.output
+    drawn = {tuple(_videos(tmp_path / name).values()) for name in ("base", "run", "average")}
+    assert len(drawn) == 3, "the adapters, or their average, are not felt"

@@ -1,0 +1,108 @@
+"""From prompts to files: text-to-video and image-to-video, with narrow models of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sat_train.cli.sample_videos import sample
+from sat_train.config import RunConfig, load_run_config
+from sat_train.distributed.processes import start_single_process
+from sat_train.errors import CheckpointError, DataError
+from sat_train.models.build import build_dit
+from sat_train.models.vae.video_vae import VideoVAE
+
+SAMPLE = Path(__file__).parents[3] / "configs" / "sample.yaml"
+
+
+@pytest.fixture
+def make_run(tmp_path: Path):
+    """Returns a function that makes the weights of a model, and a configuration that samples it."""
+
+    def make(*words: str, image_to_video: bool = False) -> RunConfig:
+        start_single_process()
+        model = ["model.noised_image_input=true", "model.network_config.params.in_channels=32"]
+        shared = [
+            "args.sampling_steps=2",
+            "args.sampling_num_frames=2",
+            "args.sampling_image_size=[32,48]",
+            "args.seed=5",
+            f"args.load={tmp_path / 'dit.safetensors'}",
+            f"args.output_dir={tmp_path / 'out'}",
+            f"model.first_stage_config.params.ckpt_path={tmp_path / 'vae.safetensors'}",
+            "model.network_config.params.num_layers=1",
+            *(model if image_to_video else []),
+        ]
+        run = load_run_config([SAMPLE], [*shared, *words], purpose="sample", check_paths=False)
+        dit = build_dit(run.model, device="cpu", dtype=torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in dit.parameters():
+                parameter.normal_(std=0.05, generator=generator)
+        save_file(dit.state_dict(), tmp_path / "dit.safetensors")
+        coder = run.model.first_stage_config.params.encoder_config.params
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            vae = VideoVAE(
+                ch=coder.ch,
+                ch_mult=coder.ch_mult,
+                num_res_blocks=coder.num_res_blocks,
+                z_channels=coder.z_channels,
+                norm_num_groups=coder.norm_num_groups,
+            )
+        save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+        return run
+
+    return make
+
+
+def _frames(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_a_prompt_file_gives_a_video_a_line_and_one_contact_sheet(make_run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red ball\n\na blue ball\n")
+    sample(
+        make_run(f"args.input_file={tmp_path / 'prompts.txt'}", "args.input_type=txt"), start_single_process()
+    )
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["0000-a-red-ball-seed5.mp4", "0001-a-blue-ball-seed6.mp4", "contact_sheet.png"]
+    assert _frames(tmp_path / "out" / names[0]).shape == (5, 32, 48, 3)
+    sheet = Image.open(tmp_path / "out" / "contact_sheet.png")
+    assert sheet.width >= 5 * 48
+    assert sheet.height >= 2 * 32
+
+
+def test_image_to_video_reads_the_image_of_each_line(make_run, tmp_path):
+    for name, colour in (("black", 0), ("white", 255)):
+        Image.new("RGB", (60, 60), (colour,) * 3).save(tmp_path / f"{name}.png")
+    lines = [f"a ball@@{tmp_path / 'black.png'}", f"a ball@@{tmp_path / 'white.png'}"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    run = make_run(f"args.input_file={tmp_path / 'prompts.txt'}", image_to_video=True)
+    sample(run, start_single_process())
+    videos = [_frames(path) for path in sorted((tmp_path / "out").glob("*.mp4"))]
+    assert [video.shape for video in videos] == [(5, 32, 48, 3)] * 2
+
+
+def test_a_missing_image_is_named_and_what_was_drawn_before_is_kept(make_run, tmp_path):
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    (tmp_path / "prompts.txt").write_text(f"a@@{tmp_path / 'a.png'}\nb@@{tmp_path / 'b.png'}")
+    run = make_run(f"args.input_file={tmp_path / 'prompts.txt'}", image_to_video=True)
+    with pytest.raises(DataError, match=r"b\.png cannot be read as an image"):
+        sample(run, start_single_process())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000-a-seed5.mp4"]
+
+
+def test_weights_of_another_model_are_refused_by_name(make_run, tmp_path):
+    run = make_run("args.prompt=x")
+    weights = {"transformer.layers.0.attention.dense.weight": torch.zeros(3, 3)}
+    save_file(weights, tmp_path / "dit.safetensors")
+    with pytest.raises(CheckpointError, match=r"attention\.dense\.weight"):
+        sample(run, start_single_process())
