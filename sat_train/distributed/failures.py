@@ -32,7 +32,7 @@ class FailureBoard:
     """
 
     def __init__(self, store: dist.Store, rank: int) -> None:
-        self._store = store
+        self._store = store.clone()  # a connection of its own: the other one may wait for minutes
         self._rank = rank
         self._done = threading.Event()
 

@@ -160,7 +160,7 @@ def _prepare_deepspeed(env: RankEnv, device: torch.device) -> None:
 
 
 def _join(env: RankEnv, backend: str, timeout: timedelta) -> dist.Store:
-    store = dist.HashStore() if env.launcher == "single" else _meet(env, timeout)
+    store = dist.HashStore() if env.world_size == 1 else _meet(env, timeout)
     dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
     return store
 

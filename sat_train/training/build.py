@@ -176,7 +176,12 @@ def restore(
     state = TrainState()
     if place.point is None:
         return state
+    groups = engine.optimizer.param_groups
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     saved = load_training_checkpoint(grid, engine=engine, point=place.point, base_weights=base_weights)
+    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
+        # the checkpoint brought its weight decay and betas back; those of the configuration count
+        group.update(ours)
     check_config_unchanged(saved.client_state[CONFIG_KEY], run)
     if average is not None:
         average.load_state_dict(saved.ema_state)

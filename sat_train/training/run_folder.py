@@ -55,7 +55,10 @@ class RunLock:
 
     def _keep_beating(self) -> None:
         while not self._released.wait(_HEARTBEAT_S):
-            self._beat()
+            try:
+                self._beat()
+            except OSError as error:  # a full disk: saving will say so; the file lock still holds
+                log.debug("%s: %s", self._path, error)
 
     def _beat(self) -> None:
         self._beats += 1

@@ -185,6 +185,25 @@ def test_samples_are_drawn_on_all_ranks(rank_pool, folder):
     ]
 
 
+def _values(tree: Any, key: str) -> set[Any]:
+    """Returns all values under a key, anywhere in a tree of dictionaries and lists."""
+    if isinstance(tree, dict):
+        own = {tree[key]} if key in tree else set()
+        return own.union(*(_values(value, key) for value in tree.values()))
+    return set().union(*(_values(value, key) for value in tree)) if isinstance(tree, list | tuple) else set()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_run_that_goes_on_takes_the_weight_decay_of_its_configuration(rank_pool, folder, zero_stage):
+    words = [f"args.zero_stage={zero_stage}", "args.save_interval=3"]
+    rank_pool(1)(train_micro, folder, _words(f"decay{zero_stage}", 3, *words))
+    words += ["args.resume=must", "args.weight_decay=0.5"]
+    rank_pool(1)(train_micro, folder, _words(f"decay{zero_stage}", 4, *words))
+    shards = _shards(_run_folder(folder, f"decay{zero_stage}"), 4)
+    optimizers = [value for shard in shards.values() for key, value in shard.items() if "optimizer" in key]
+    assert _values(optimizers, "weight_decay") == {0.5, 0.0}
+
+
 def _refused(grid: ProcessGrid, folder: Path, words: list[str]) -> str:
     with pytest.raises(SatTrainError) as caught:
         train_micro(grid, folder, words)
