@@ -1,0 +1,136 @@
+"""`sat-train data inspect | preview`: what a data set holds, and what the model will see of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sat_train.config import RunConfig, load_run_config, split_command_line
+from sat_train.data.build import build_train_loader
+from sat_train.data.inspect import SetReport, Wanted, inspect_clips
+from sat_train.data.report import render_page
+from sat_train.data.sources import ClipSource, read_source
+from sat_train.distributed.processes import start_single_process
+from sat_train.errors import CheckpointError, DataError
+from sat_train.log import configure_logging
+from sat_train.models.text.t5 import find_t5_folders
+from sat_train.pipeline.video_file import write_contact_sheet, write_mp4
+
+
+def main(argv: Sequence[str]) -> int:
+    """Looks at the data of a configuration.
+
+    Args:
+        argv: The words after `sat-train data`.
+
+    Raises:
+        SatTrainError: The configuration or the data are not as they should be.
+    """
+    options, rest = _parser().parse_known_args(argv)
+    base, words = split_command_line(rest)
+    run = load_run_config(base, words, purpose="check", check_paths=False)
+    configure_logging()
+    if not run.args.train_data:
+        raise DataError(
+            "args.train_data is not set", remedy="--base configs/sft.yaml args.train_data=[my_clips]"
+        )
+    if options.what == "inspect":
+        return _inspect(run, options.output, options.threads)
+    return _preview(run, options.output, options.count)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sat-train data",
+        description="inspect: reads the set once; numbers, bad files, a page with thumbnails. "
+        "preview: writes the first samples of training exactly as the model will see them.",
+        usage="sat-train data {inspect,preview} --base FILE [...] [key.path=value ...] [--output FOLDER]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=("inspect", "preview"))
+    parser.add_argument("--output", type=Path, default=Path("data_report"), help="folder for what is written")
+    parser.add_argument("--count", type=int, default=8, help="preview: samples to write")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="inspect: clips read at once"
+    )
+    return parser
+
+
+def _inspect(run: RunConfig, output: Path, num_threads: int) -> int:
+    params = run.data.params
+    wanted = Wanted(
+        video_size=tuple(params.video_size),
+        fps=params.fps,
+        num_frames=params.max_num_frames,
+        skip_frms_num=params.skip_frms_num,
+        max_upscale=params.max_upscale,
+        refuses_short=params.short_clip in ("error", "skip"),
+    )
+    reports = []
+    for entry in dict.fromkeys((*run.args.train_data, *(run.args.valid_data or ()))):
+        report = _report(run, read_source(entry), wanted, num_threads)
+        reports.append(report)
+        print("\n".join(f"{name:<13} {value}" for name, value in report.lines()), end="\n\n")
+    output.mkdir(parents=True, exist_ok=True)
+    page = output / "index.html"
+    page.write_text(render_page(reports), encoding="utf-8")
+    print(f"wrote {page}")
+    return 0
+
+
+def _report(run: RunConfig, source: ClipSource, wanted: Wanted, num_threads: int) -> SetReport:
+    columns = (TextColumn("looking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(source))
+        clips = inspect_clips(
+            source.records,
+            wanted,
+            num_threads=num_threads,
+            timeout_s=run.data.worker_timeout_s,
+            on_clip=lambda: progress.advance(task),
+        )
+    encoder = run.model.conditioner_config.params.emb_models[0].params
+    long_captions = _long_captions(source, Path(encoder.model_dir), encoder.max_length)
+    return SetReport(
+        source.name,
+        source.fingerprint,
+        source.ignored,
+        wanted,
+        tuple(clips),
+        long_captions,
+        encoder.max_length,
+    )
+
+
+def _long_captions(source: ClipSource, folder: Path, max_length: int) -> tuple[tuple[str, int], ...] | None:
+    """Returns the captions that the text encoder cuts, with their tokens; None without its tokenizer."""
+    try:
+        _, tokenizer_folder = find_t5_folders(folder)
+    except CheckpointError:
+        return None
+    from transformers import T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    captions = sorted({caption for record in source.records for caption in record.captions})
+    counted = [(caption, len(tokenizer(caption)["input_ids"])) for caption in captions]
+    return tuple((caption, tokens) for caption, tokens in counted if tokens > max_length)
+
+
+def _preview(run: RunConfig, output: Path, count: int) -> int:
+    loader = build_train_loader(run, start_single_process())
+    samples = [loader.dataset.item(index, pixels=True).sample for index in range(count)]
+    for sample in samples:
+        path = output / f"{sample.sample_index:04d}.mp4"
+        write_mp4(path, sample.video_tchw, fps=run.data.params.fps)
+        times = f"{sample.times[0]:.2f} to {sample.times[-1]:.2f} s"
+        print(f"{path}  {sample.clip_id}  {times}  {sample.caption}")
+    write_contact_sheet(
+        output / "contact_sheet.png", [s.video_tchw for s in samples], [s.caption for s in samples]
+    )
+    print(f"wrote {output / 'contact_sheet.png'}")
+    return 0

@@ -1,0 +1,230 @@
+"""Looks at every clip of a set once and says what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import Image
+
+from sat_train.data.clip_file import ClipInfo, open_clip
+from sat_train.data.dataset import usable_part
+from sat_train.data.failures import BadClip
+from sat_train.data.frames import FrameReader
+from sat_train.data.records import ClipRecord
+from sat_train.data.resize import CoverCrop, plan_cover_crop
+from sat_train.data.window import count_frames
+
+_THUMBNAIL_HEIGHT = 90
+_SAMPLED_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a sample is to be.
+
+    Args:
+        video_size: Height and width in pixels.
+        fps: Frames a second.
+        num_frames: Frames.
+        skip_frms_num: Source frames left out at both ends of a file.
+        max_upscale: Largest factor by which a picture may be enlarged.
+        refuses_short: Clips that give fewer frames cannot be used.
+    """
+
+    video_size: tuple[int, int]
+    fps: float
+    num_frames: int
+    skip_frms_num: int
+    max_upscale: float
+    refuses_short: bool
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What was found out about one clip.
+
+    Args:
+        record: The clip.
+        info: Its headers; None when these cannot be read.
+        available: Frames that it can give at the wanted rate.
+        problem: Why it cannot be used; None: it can.
+        content_key: The same for files of the same content: their size, beginning and end.
+        thumbnail: Its middle frame as a JPEG file; empty when there is none.
+    """
+
+    record: ClipRecord
+    info: ClipInfo | None
+    available: int
+    problem: BadClip | None
+    content_key: str
+    thumbnail: bytes
+
+
+def inspect_clips(
+    records: Sequence[ClipRecord],
+    wanted: Wanted,
+    *,
+    num_threads: int,
+    timeout_s: float | None = None,
+    on_clip: Callable[[], None] = lambda: None,
+) -> list[ClipFacts]:
+    """Reads headers and the middle frame of each clip.
+
+    Args:
+        records: Clips.
+        wanted: What a sample is to be.
+        num_threads: Clips that are read at once.
+        timeout_s: A clip that takes longer is given up.
+        on_clip: Called after each one.
+    """
+
+    def look(record: ClipRecord) -> ClipFacts:
+        facts = _inspect(record, wanted, timeout_s)
+        on_clip()
+        return facts
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(look, records))
+
+
+def _inspect(record: ClipRecord, wanted: Wanted, timeout_s: float | None) -> ClipFacts:
+    info, available, problem, thumbnail = None, 0, None, b""
+    try:
+        with open_clip(record.path, span=record.span, timeout_s=timeout_s) as (container, stream):
+            reader = FrameReader(container, stream)
+            info = reader.info
+            first, last = usable_part(info, record, wanted.skip_frms_num)
+            available = count_frames(first=first, last=last, rate=info.rate, fps=wanted.fps)
+            if available:
+                frame = reader.read([(first + last) / 2], _thumbnail_plan(wanted)).video_thwc[0]
+                thumbnail = _jpeg(frame)
+            if available < (wanted.num_frames if wanted.refuses_short else 1):
+                problem = BadClip("short", f"it gives {available} of {wanted.num_frames} frames")
+    except BadClip as error:
+        problem = error
+    return ClipFacts(record, info, available, problem, _content_key(record), thumbnail)
+
+
+def _thumbnail_plan(wanted: Wanted) -> Callable[[int, int], CoverCrop]:
+    def plan(height: int, width: int) -> CoverCrop:
+        plan_cover_crop(  # refuses what training would refuse
+            source=(height, width), target=wanted.video_size, max_upscale=wanted.max_upscale
+        )
+        shown = max(1, round(width * _THUMBNAIL_HEIGHT / height))
+        return CoverCrop(_THUMBNAIL_HEIGHT, shown, 0, 0, _THUMBNAIL_HEIGHT, shown)
+
+    return plan
+
+
+def _jpeg(picture_hwc) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture_hwc).save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+def _content_key(record: ClipRecord) -> str:
+    try:
+        with record.path.open("rb") as file:
+            begin, size = (
+                (record.span.offset, record.span.size) if record.span else (0, file.seek(0, io.SEEK_END))
+            )
+            file.seek(begin)
+            head = file.read(min(size, _SAMPLED_BYTES))
+            file.seek(begin + max(0, size - _SAMPLED_BYTES))
+            tail = file.read(min(size, _SAMPLED_BYTES))
+    except OSError:
+        return ""
+    part = f"{size} {record.start} {record.end}".encode()
+    return hashlib.sha256(part + head + tail).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """What a set holds.
+
+    Args:
+        name: The set.
+        fingerprint: See `ClipSource`.
+        ignored: Files that are no clips, by suffix.
+        wanted: What a sample is to be.
+        clips: Facts of every clip.
+        long_captions: Captions that the text encoder cuts, with their tokens; None: not counted.
+        max_tokens: Tokens that the text encoder takes.
+    """
+
+    name: str
+    fingerprint: str
+    ignored: tuple[tuple[str, int], ...]
+    wanted: Wanted
+    clips: tuple[ClipFacts, ...]
+    long_captions: tuple[tuple[str, int], ...] | None
+    max_tokens: int
+
+    def readable(self) -> list[ClipFacts]:
+        return [clip for clip in self.clips if clip.info is not None]
+
+    def problems(self) -> dict[str, list[ClipFacts]]:
+        """Returns the clips that cannot be used, by cause, the most frequent first."""
+        found: dict[str, list[ClipFacts]] = {}
+        for clip in self.clips:
+            if clip.problem is not None:
+                found.setdefault(clip.problem.cause, []).append(clip)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+    def duplicates(self) -> list[list[ClipFacts]]:
+        """Returns groups of clips with the same content."""
+        groups: dict[str, list[ClipFacts]] = {}
+        for clip in self.clips:
+            if clip.content_key:
+                groups.setdefault(clip.content_key, []).append(clip)
+        return [group for group in groups.values() if len(group) > 1]
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yields what to show, as names and values."""
+        infos = [clip.info for clip in self.readable() if clip.info is not None]
+        words = [len(caption.split()) for clip in self.clips for caption in clip.record.captions]
+        usable = len(self.clips) - sum(map(len, self.problems().values()))
+        size, wanted = self.wanted.video_size, self.wanted
+        yield "set", f"{self.name} (fingerprint {self.fingerprint})"
+        yield "a sample is", f"{wanted.num_frames} frames, {wanted.fps:g} a second, {size[0]}x{size[1]}"
+        yield "clips", f"{len(self.clips)}, of which {usable} usable"
+        if infos:
+            durations = [info.duration for info in infos]
+            yield "length", f"{sum(durations) / 3600:.2f} h in all; {_spread(durations, 's')} each"
+            yield (
+                "windows",
+                f"{sum(c.available // wanted.num_frames for c in self.clips)} that do not overlap",
+            )
+            yield "rates", _most(Counter(f"{info.rate:.3f}".rstrip("0").rstrip(".") for info in infos))
+            yield "sizes", _most(Counter(f"{info.height}x{info.width}" for info in infos))
+            yield "codecs", _most(Counter(info.codec for info in infos))
+        yield "captions", f"{_spread(words, ' words')} each; {len(words) - self._distinct()} repeated"
+        if self.long_captions is not None:
+            yield "cut captions", f"{len(self.long_captions)} have more than {self.max_tokens} tokens"
+        for cause, clips in self.problems().items():
+            yield cause, f"{len(clips)}: {', '.join(clip.record.clip_id for clip in clips[:5])}"
+        repeated = self.duplicates()
+        if repeated:
+            first = ", ".join(clip.record.clip_id for clip in repeated[0][:3])
+            yield "duplicates", f"{sum(map(len, repeated)) - len(repeated)} clips, such as {first}"
+        if self.ignored:
+            yield "not clips", ", ".join(f"{count} {suffix}" for suffix, count in self.ignored)
+
+    def _distinct(self) -> int:
+        return len({caption for clip in self.clips for caption in clip.record.captions})
+
+
+def _spread(values: Sequence[float], unit: str) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{low:.4g} to {high:.4g}{unit}, median {middle:.4g}"
+
+
+def _most(counts: Counter[str], shown: int = 6) -> str:
+    parts = [f"{name} ({count})" for name, count in counts.most_common(shown)]
+    return ", ".join(parts) + (f" and {len(counts) - shown} more" if len(counts) > shown else "")

@@ -1,0 +1,98 @@
+"""What `sat-train data` says about a set."""
+
+from __future__ import annotations
+
+import shutil
+
+import av
+import pytest
+
+from sat_train.cli.main import main
+from sat_train.data.inspect import SetReport, Wanted, inspect_clips
+from sat_train.data.report import render_page
+from sat_train.data.sources import read_source
+from tests.unit.data.videos import make_folder, write_numbered
+
+WANTED = Wanted((32, 32), 8, 9, 0, 1.5, True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three clips of one content and its copy, a long, a short, a small and a broken one, another file."""
+    root = make_folder(tmp_path_factory.mktemp("data") / "set", "abcd", num_frames=60, rate=30)
+    make_folder(root, ["short"], num_frames=20, rate=25)
+    make_folder(root, ["small"], num_frames=60, rate=30, side=16)
+    make_folder(root, ["broken", "twin"], num_frames=2)
+    write_numbered(root / "videos" / "d.mp4", num_frames=120, rate=30)
+    shutil.copy(root / "videos" / "a.mp4", root / "videos" / "twin.mp4")
+    (root / "videos" / "broken.mp4").write_bytes(b"x" * 1000)
+    (root / "videos" / "<b>.md").write_text("x")
+    (root / "labels" / "a.txt").write_text("<script> & more")
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    source = read_source(folder)
+    seen = []
+    clips = inspect_clips(source.records, WANTED, num_threads=2, on_clip=lambda: seen.append(1))
+    assert len(seen) == len(source) == 8
+    return SetReport(source.name, source.fingerprint, source.ignored, WANTED, tuple(clips), (), 32)
+
+
+def test_every_clip_is_counted_once(report):
+    found = {cause: [clip.record.clip_id for clip in clips] for cause, clips in report.problems().items()}
+    assert found == {
+        "unreadable": ["videos/broken.mp4"],
+        "short": ["videos/short.mp4"],
+        "too small": ["videos/small.mp4"],
+    }
+    assert [[clip.record.clip_id for clip in group] for group in report.duplicates()] == [
+        ["videos/a.mp4", "videos/b.mp4", "videos/c.mp4", "videos/twin.mp4"]
+    ]
+    told = dict(report.lines())
+    assert told["clips"] == "8, of which 5 usable"
+    assert told["length"].startswith("0.00 h in all; 0.8 to 4s, median 2 each")
+    assert told["windows"] == "8 that do not overlap"
+    assert told["rates"] == "30 (6), 25 (1)"
+    assert told["sizes"] == "32x32 (6), 16x16 (1)"
+    assert told["short"] == "1: videos/short.mp4"
+    assert told["not clips"] == "1 .md"
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows(report):
+    page = render_page([report])
+    assert page.count("<figure") == 8
+    assert page.count("data:image/jpeg;base64,") == 6
+    assert "&lt;script&gt; &amp; more" in page
+    assert "<script>" not in page
+    assert "http" not in page
+    assert page.index("broken.mp4</figcaption>") < page.index("a.mp4</figcaption>")
+
+
+def words(folder, *more):
+    fixed = ["data.params.video_size=[32,32]", "data.params.max_num_frames=9", "data.params.fps=8"]
+    fixed += ["args.num_workers=0", "data.max_bad_fraction=1", f"args.train_data=[{folder}]"]
+    return [*fixed, "data.params.max_upscale=1.5", "data.params.short_clip=skip", *more]
+
+
+def test_inspect_writes_a_page(folder, tmp_path, capsys):
+    assert main(["data", "inspect", *words(folder), "--output", str(tmp_path / "report")]) == 0
+    assert "8, of which 5 usable" in capsys.readouterr().out
+    assert "broken.mp4" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_preview_writes_what_the_model_will_see(folder, tmp_path, capsys):
+    assert main(["data", "preview", *words(folder), "--output", str(tmp_path), "--count", "3"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(".mp4  set/videos/") == 3
+    for number in range(3):
+        with av.open(str(tmp_path / f"{number:04d}.mp4")) as container:
+            stream = container.streams.video[0]
+            assert (stream.height, stream.width, stream.average_rate, stream.frames) == (32, 32, 8, 9)
+    assert (tmp_path / "contact_sheet.png").is_file()
+
+
+def test_without_data_it_says_what_to_type(capsys):
+    assert main(["data", "inspect"]) == 2
+    assert "args.train_data" in capsys.readouterr().err
