@@ -43,6 +43,19 @@ def test_a_bad_configuration(tmp_path: object) -> None:
         assert says in done.stderr
 
 
+def test_training_names_the_same_faults() -> None:
+    words = ["--base", "configs/sft.yaml", "--seed", "abc", "data.params.max_num_frames=50", "args.lod=x"]
+    words += ["args.load=/nowhere/weights.pt"]
+    command = [sys.executable, "launch/train_video.py", *words]
+    trained = subprocess.run(command, capture_output=True, text=True, check=False)
+    checked = check(*words)
+    assert trained.returncode == checked.returncode == 2
+    for says in ("args.seed = abc", "50 is not 4k+1", "args.lod", "args.load = /nowhere/weights.pt"):
+        assert says in checked.stderr
+    assert checked.stderr in trained.stderr
+    assert "Traceback" not in trained.stderr
+
+
 def test_one_key() -> None:
     done = check("--explain", "args.resume")
     assert done.returncode == 0
