@@ -1,0 +1,73 @@
+"""SIGKILL at any moment costs at most one save interval, and the run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs.launching import ROOT, kill, metrics, run, run_folders, start, training_lines, wait_until
+
+SAVE_INTERVAL = 4
+KILLS = 20
+STEPS = 400  # more than twenty starts of a second each can do
+
+
+def words(save: Path, steps: int) -> list[str]:
+    return [
+        *("--base", str(ROOT / "configs" / "sft.yaml"), "args.resume=auto", "args.log_interval=1"),
+        *(f"args.save={save}", f"args.train_iters={steps}", f"args.save_interval={SAVE_INTERVAL}"),
+        *("args.eval_interval=null", "args.valid_video_interval=null", "args.num_workers=0"),
+        *("args.tensorboard=false", "args.lr_decay_style=constant", "args.warmup=0"),
+    ]
+
+
+def logged_steps(save: Path) -> list[int]:
+    """Returns the steps of all training lines, in the order they were written."""
+    folders = run_folders(save)
+    return [int(line["step"]) for line in metrics(folders[0]) if "grad_norm" in line] if folders else []
+
+
+def is_saving(save: Path) -> bool:
+    return any(any(folder.glob(".tmp-*")) for folder in run_folders(save))
+
+
+def kill_at_some_moment(
+    save: Path, *, reached: int, inside_a_save: bool, rng: random.Random, log: Path
+) -> int:
+    """Starts the run, kills it, and returns the last step that it logged."""
+    before = len(logged_steps(save))
+    process = start("train_video.py", words(save, STEPS), log=log)
+    wait_until(lambda: len(logged_steps(save)) > before or process.poll() is not None)
+    assert process.poll() is None, log.read_text()
+    resumed_at = logged_steps(save)[before] - 1
+    assert resumed_at >= reached - SAVE_INTERVAL, f"went on from {resumed_at} after {reached} steps"
+    if inside_a_save:
+        wait_until(lambda: is_saving(save) or process.poll() is not None, poll_s=0.001)
+        time.sleep(rng.uniform(0, 0.05))
+    else:
+        time.sleep(rng.uniform(0, 1.0))
+    kill(process)
+    return max(logged_steps(save))
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_at_most_one_save_interval_each(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    save, reached = tmp_path / "killed", 0
+    for attempt in range(KILLS):
+        inside_a_save = attempt % 2 == 1
+        reached = kill_at_some_moment(
+            save, reached=reached, inside_a_save=inside_a_save, rng=rng, log=tmp_path / "log.txt"
+        )
+    finished = run("train_video.py", words(save, STEPS))
+    assert finished.returncode == 0, finished.output
+    assert len(run_folders(save)) == 1, "auto goes on in the one folder"
+
+    straight = run("train_video.py", words(tmp_path / "straight", STEPS))
+    assert straight.returncode == 0, straight.output
+    killed_losses = {step: line["loss"] for step, line in training_lines(run_folders(save)[0]).items()}
+    straight_folder = run_folders(tmp_path / "straight")[0]
+    assert killed_losses == {step: line["loss"] for step, line in training_lines(straight_folder).items()}

@@ -1,0 +1,155 @@
+"""Pre-trains the tiny transformer of the embedded model and writes `sat_train/assets/tiny/dit.safetensors`.
+
+    python tools/make_tiny_dit.py --work /tmp/tiny_dit --minutes 60      # run again to go on where it stopped
+
+It sees drawn clips only, none of the demo data set's, so that fine-tuning on the demo clips is a true
+fine-tune. Latents and text embeddings are computed once and kept in `--work`. The running average of the
+weights is what is shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+import torch.nn.functional as F
+from make_demo_videos import FIRST_FREE_SEED, draw_clip
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sat_train.config import RunConfig, load_run_config
+from sat_train.data.batch import CachedSample, VideoBatch
+from sat_train.distributed.processes import start_single_process
+from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.training.models import build_models
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "sat_train" / "assets" / "tiny" / "dit.safetensors"
+FIRST_SEED = FIRST_FREE_SEED + 100_000
+BATCH_SIZE = 16
+PEAK_LR, LOWEST_LR, WARMUP_STEPS = 1.5e-3, 5e-5, 200
+EMA_DECAY = 0.998
+SAVE_EVERY = 250
+
+
+def draw_batch(seeds: range, *, num_frames: int, size: tuple[int, int], fps: float) -> VideoBatch:
+    """Draws one clip a seed at twice the size and shrinks it, as the loader does with the demo's files."""
+    videos, captions = [], []
+    for seed in seeds:
+        frames_thwc, _, caption = draw_clip(
+            seed, height=2 * size[0], width=2 * size[1], fps=fps, num_frames=num_frames
+        )
+        frames = torch.from_numpy(frames_thwc).permute(0, 3, 1, 2).float()
+        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+        videos.append(frames.round().clamp(0, 255).to(torch.uint8))
+        captions.append(caption)
+    return VideoBatch(
+        video_btchw=torch.stack(videos),
+        captions=tuple(captions),
+        image_bchw=None,
+        clip_ids=tuple(captions),
+        sample_indices=tuple(seeds),
+    )
+
+
+def encode_clips(pipeline: VideoDiffusion, run: RunConfig, *, count: int, path: Path) -> dict[str, Tensor]:
+    """Returns posterior moments and text embeddings of `count` drawn clips, from `path` when it has them."""
+    if path.exists():
+        return load_file(path)
+    params, parts = run.data.params, []
+    for start in range(0, count, 8):
+        seeds = range(FIRST_SEED + start, FIRST_SEED + start + 8)
+        batch = draw_batch(seeds, num_frames=params.max_num_frames, size=params.video_size, fps=params.fps)
+        with torch.no_grad():
+            mean, logvar = pipeline.frozen.video_moments(batch.video_btchw, subject="drawn clips")
+            parts.append((mean, logvar, pipeline.frozen.text(batch.captions)))
+        if start % 400 == 0:
+            print(f"encoded {start}/{count} clips", flush=True)
+    names = ("mean", "logvar", "text")
+    encoded = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(names)}
+    save_file(encoded, path)
+    return encoded
+
+
+def cached_batch(encoded: dict[str, Tensor], step: int) -> VideoBatch:
+    """Returns the batch of a step; a function of the step alone."""
+    generator = torch.Generator().manual_seed(step)
+    picked = torch.randint(len(encoded["mean"]), (BATCH_SIZE,), generator=generator)
+    cached = CachedSample(encoded["mean"][picked], encoded["logvar"][picked], encoded["text"][picked])
+    names = tuple(str(int(i)) for i in picked)
+    first = step * BATCH_SIZE
+    return VideoBatch(
+        video_btchw=None,
+        captions=names,
+        image_bchw=None,
+        clip_ids=names,
+        sample_indices=tuple(range(first, first + BATCH_SIZE)),
+        cached=cached,
+    )
+
+
+def learning_rate(step: int, progress: float) -> float:
+    """Linear warm-up by step, then linear decay by `progress`, the used share of the time."""
+    return min(1.0, (step + 1) / WARMUP_STEPS) * (PEAK_LR + (LOWEST_LR - PEAK_LR) * min(1.0, progress))
+
+
+def train(
+    pipeline: VideoDiffusion, encoded: dict[str, Tensor], *, minutes: float, state_path: Path
+) -> dict[str, Tensor]:
+    """Trains until the time is used up, over all calls together, and returns the averaged weights."""
+    dit = pipeline.dit
+    parameters = [parameter for parameter in dit.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01)
+    average = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
+    step, used_s, recent = 0, 0.0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        dit.load_state_dict(state["dit"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step, used_s, recent = state["average"], state["step"], state["used_s"], state["recent"]
+    while used_s < minutes * 60:
+        start = time.monotonic()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, used_s / (minutes * 60))
+        loss = pipeline.training_loss(cached_batch(encoded, step)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(EMA_DECAY, (step + 1) / (step + 10))
+        for name, tensor in dit.state_dict().items():
+            average[name].lerp_(tensor, 1 - decay)
+        step, used_s = step + 1, used_s + time.monotonic() - start
+        recent = loss.item() if step == 1 else 0.99 * recent + 0.01 * loss.item()
+        if step % SAVE_EVERY == 0:
+            print(f"step {step} loss {recent:.4f} minutes {used_s / 60:.1f}", flush=True)
+            state = {"dit": dit.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            torch.save({**state, "step": step, "used_s": used_s, "recent": recent}, state_path)
+            save_file(average, state_path.with_name("dit.safetensors"))
+    print(f"{step} steps, smoothed loss {recent:.4f}")
+    return average
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for latents and the training state")
+    parser.add_argument("--minutes", type=float, default=60.0, help="training time, over all calls together")
+    parser.add_argument("--clips", type=int, default=4000, help="how many clips are drawn")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    run = load_run_config([ROOT / "configs" / "sft.yaml"], ["args.load=null"])
+    pipeline = build_models(run, start_single_process())
+    encoded = encode_clips(pipeline, run, count=options.clips, path=options.work / "clips.safetensors")
+    weights = train(pipeline, encoded, minutes=options.minutes, state_path=options.work / "state.pt")
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, OUTPUT)
+    print(f"wrote {OUTPUT} ({OUTPUT.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()
