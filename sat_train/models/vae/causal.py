@@ -217,14 +217,11 @@ class Downsample3D(nn.Module):
         self.compress_time = compress_time
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
-        """Maps (b, c, t, h, w) to (b, c, t', h // 2, w // 2); t' = 1 + (t - 1) / 2 at the start, else t /
-        2.
-        """
+        """Maps (b, c, t, h, w) to (b, c, t', h // 2, w // 2); t' = (t + 1) / 2 at the start, else t / 2."""
         if self.compress_time:
             alone = 1 if state.at_start else 0
-            pairs = x[:, :, alone:]
-            pooled = F.avg_pool3d(pairs, (2, 1, 1)) if pairs.shape[2] else pairs
-            x = torch.cat([x[:, :, :alone], pooled], dim=2)
+            pairs = x[:, :, alone:].unflatten(2, (-1, 2))
+            x = torch.cat([x[:, :, :alone], pairs.mean(dim=3)], dim=2)
         return _conv_each_frame(self.conv, F.pad(x, (0, 1, 0, 1)))
 
 
@@ -242,7 +239,7 @@ class Upsample3D(nn.Module):
         self.compress_time = compress_time
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
-        """Maps (b, c, t, h, w) to (b, c, t', 2 h, 2 w); t' = 1 + 2 (t - 1) at the clip's start, else 2 t."""
+        """Maps (b, c, t, h, w) to (b, c, t', 2 h, 2 w); t' = 2 t - 1 at the start, else 2 t."""
         x = spread_nearest(x, 2 if self.compress_time else 1, 2, 2)
         if self.compress_time and state.at_start:
             x = x[:, :, 1:]
