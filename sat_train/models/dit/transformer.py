@@ -203,7 +203,9 @@ class DiffusionTransformer(BaseModel):
         return emb_bd + self.ofs_embed(timestep_features(ofs_b, self.ofs_embed_dim).to(self.dtype))
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
-        """Compiles the block, once for all layers of one shape. Call it before DeepSpeed wraps the model."""
+        """Compiles the block, once for all layers, for each size and mode. Call it before DeepSpeed."""
+        # training and sampling of a dozen sizes; past the limit torch goes back to eager without a word
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self._run_block = torch.compile(self._forward_block, backend=backend, dynamic=False)
 
     def derived_keys(self) -> frozenset[str]:

@@ -152,6 +152,19 @@ def test_compiled_blocks_have_no_graph_break_and_the_same_gradients():
         assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-5 * a.grad.abs().max().item()), name
 
 
+def test_a_copy_computes_with_its_own_weights():
+    """Hooks and layers point at each other; in a copy they must not point at the source."""
+    dit = randomized()
+    before = dit(*inputs())
+    twin = copy.deepcopy(dit)
+    assert torch.equal(twin(*inputs()), before)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(*inputs()), before)
+    assert not torch.equal(dit(*inputs()), before)
+
+
 def test_sampling_first_does_not_spoil_training():
     """Tables cached under inference mode would be refused by autograd."""
     dit = randomized()
