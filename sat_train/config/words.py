@@ -110,6 +110,8 @@ def _holds_tuple(annotation: Any) -> bool:
 
 def _holds_one_text(annotation: Any) -> bool:
     """Tells whether a setting is a free text, such as a prompt, which must not be read as YAML."""
+    if get_origin(annotation) is tuple:
+        return False
     is_optional = get_origin(annotation) in (Union, types.UnionType)
     return str in (annotation, *get_args(annotation)) or (
         is_optional and any(_holds_one_text(inner) for inner in get_args(annotation))
