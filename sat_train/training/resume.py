@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sat_train.checkpoint.engine_io import read_shard
 from sat_train.checkpoint.find import ResumePoint, find_resume_point
+from sat_train.checkpoint.layout import CLIENT_STATE_KEY, step_folder
 from sat_train.config import RunConfig
 from sat_train.config.loading import leaves
 from sat_train.errors import ConfigError, Fault
@@ -42,16 +44,26 @@ def find_resumed(run: RunConfig) -> ResumePoint | None:
 
     Raises:
         CheckpointError: There is none and `args.resume` wants one.
+        ConfigError: Settings that may not change have changed; all of them are named.
 
     Ranks: one.
     """
     assert run.args.save is not None, "a run that keeps nothing cannot go on"
-    return find_resume_point(
+    point = find_resume_point(
         run.args.resume,
         save_root=Path(run.args.save),
         experiment_name=run.args.experiment_name,
         is_alive=is_alive,
     )
+    if point is not None:
+        check_config_unchanged(_saved_config(point), run)
+    return point
+
+
+def _saved_config(point: ResumePoint) -> str:
+    path = min(step_folder(point.run_folder, point.step).glob("*model_states.pt"))
+    config: str = read_shard(path, mmap=True)[CLIENT_STATE_KEY][CONFIG_KEY]
+    return config
 
 
 def pack_config(run: RunConfig) -> str:

@@ -119,11 +119,10 @@ def test_the_loss_sequence_does_not_depend_on_the_world_size(rank_pool, folder, 
     one, two = (_entries(folder, name) for name in names)
     assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
     for first, second in zip(one, two, strict=True):
-        key = "valid_loss" if "valid_loss" in first else "loss"
-        # sums of the same fp32 numbers in another order, amplified by Adam over six steps
-        assert second[key] == pytest.approx(first[key], rel=1e-4)
-        assert second.get("grad_norm") == pytest.approx(first.get("grad_norm"), rel=1e-3)
-        assert second.get("valid_samples") == first.get("valid_samples")
+        assert first.keys() == second.keys()
+        for key in first.keys() & {"loss", "grad_norm", "lr", "valid_loss", "valid_samples"}:
+            # sums of the same fp32 numbers in another order, amplified by Adam over six steps
+            assert second[key] == pytest.approx(first[key], rel=1e-3 if key == "grad_norm" else 1e-4)
     assert one[0]["step"] == 0, "a run begins with a validation"
     assert {entry["step"] for entry in one if "valid_loss" in entry} == {0, 4, 6}
 
@@ -169,8 +168,8 @@ def test_old_checkpoints_go_and_the_folder_says_what_ran(rank_pool, folder):
 
 def test_samples_are_drawn_on_all_ranks(rank_pool, folder):
     words = [
-        "args.eval_interval=2",
-        "args.valid_video_interval=2",
+        "args.eval_interval=4",
+        "args.valid_video_interval=4",
         "args.eval_iters=1",
         "args.sampling_steps=2",
     ]
