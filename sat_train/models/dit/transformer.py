@@ -80,58 +80,28 @@ class DiffusionTransformer(BaseModel):
         dtype: torch.dtype = torch.float32,
         init_seed: int | None = 0,
     ) -> None:
-        norm = functools.partial(nn.LayerNorm, elementwise_affine=elementwise_affine)
-        head_dim = hidden_size // num_attention_heads
         base = PatchGrid(*(size // patch for size, patch in zip(latent_size, patch_size, strict=True)))
         with _building(torch.device(device), dtype):
-            super().__init__(
-                None, transformer=_build_layers(num_layers, hidden_size, num_attention_heads, norm)
-            )
+            layers = _build_layers(num_layers, hidden_size, num_attention_heads, elementwise_affine)
+            super().__init__(None, transformer=layers)
+            self.hidden_size, self.in_channels, self.out_channels = hidden_size, in_channels, out_channels
+            self.patch_size, self.text_length, self.ofs_embed_dim = patch_size, text_length, ofs_embed_dim
+            self.head_dim = hidden_size // num_attention_heads
+            self.activation_checkpointing = activation_checkpointing
+            self._run_block = self._forward_block
             self.time_embed = _two_layers(hidden_size, time_embed_dim)
             if ofs_embed_dim is not None:
                 assert ofs_embed_dim == time_embed_dim, "ofs features are added to the time features"
                 self.ofs_embed = _two_layers(ofs_embed_dim, ofs_embed_dim)
-            pos_embed = _positions(
-                positions,
-                base=base,
-                hidden_size=hidden_size,
-                head_dim=head_dim,
-                text_length=text_length,
-                fit_to_base=patch_size[0] == 1,
-                interpolation=interpolation,
-                theta=rotary_theta,
-                size_policy=size_policy,
-            )
+            self._add_positions(positions, base, interpolation, rotary_theta, size_policy)
             patch_embed = PatchEmbed(
                 in_channels=in_channels,
                 hidden_size=hidden_size,
                 patch_size=patch_size,
                 text_hidden_size=text_hidden_size,
             )
-            adaln_layer = AdaLNLayer(
-                num_layers=num_layers,
-                hidden_size=hidden_size,
-                head_dim=head_dim,
-                time_embed_dim=time_embed_dim,
-                qk_norm=qk_norm,
-                elementwise_affine=elementwise_affine,
-            )
-            final_layer = FinalLayer(
-                hidden_size=hidden_size,
-                time_embed_dim=time_embed_dim,
-                patch_size=patch_size,
-                out_channels=out_channels,
-                elementwise_affine=elementwise_affine,
-                eps=_NORM_EPS,
-            )
-        self.add_mixin("pos_embed", pos_embed)
-        self.add_mixin("patch_embed", patch_embed)
-        self.add_mixin("adaln_layer", adaln_layer)
-        self.add_mixin("final_layer", final_layer)
-        self.hidden_size, self.in_channels, self.out_channels = hidden_size, in_channels, out_channels
-        self.patch_size, self.text_length, self.ofs_embed_dim = patch_size, text_length, ofs_embed_dim
-        self.activation_checkpointing = activation_checkpointing
-        self._run_block = self._forward_block
+            self.add_mixin("patch_embed", patch_embed)
+            self._add_modulation(num_layers, time_embed_dim, qk_norm, elementwise_affine)
         if init_seed is not None and torch.device(device).type != "meta":
             initialize_weights(self, seed=init_seed, num_layers=num_layers)
 
@@ -233,6 +203,58 @@ class DiffusionTransformer(BaseModel):
         mlp = block.layer.mlp
         return mlp.dense_4h_to_h(F.gelu(mlp.dense_h_to_4h(x_bld), approximate="tanh"))
 
+    def _add_positions(
+        self,
+        kind: str,
+        base: PatchGrid,
+        interpolation: tuple[float, float, float],
+        theta: float,
+        size_policy: str,
+    ) -> None:
+        assert kind in ("sincos", "rotary", "rotary_learned"), kind
+        if kind == "sincos":
+            positions = SincosPositions(
+                base=base,
+                dim=self.hidden_size,
+                text_length=self.text_length,
+                interpolation=interpolation,
+                size_policy=size_policy,
+            )
+        else:
+            positions = RotaryPositions(
+                base=base,
+                head_dim=self.head_dim,
+                fit_to_base=self.patch_size[0] == 1,
+                interpolation=interpolation,
+                theta=theta,
+                learned_dim=self.hidden_size if kind == "rotary_learned" else None,
+                text_length=self.text_length,
+                size_policy=size_policy,
+            )
+        self.add_mixin("pos_embed", positions)
+
+    def _add_modulation(
+        self, num_layers: int, time_embed_dim: int, qk_norm: bool, elementwise_affine: bool
+    ) -> None:
+        adaln_layer = AdaLNLayer(
+            num_layers=num_layers,
+            hidden_size=self.hidden_size,
+            head_dim=self.head_dim,
+            time_embed_dim=time_embed_dim,
+            qk_norm=qk_norm,
+            elementwise_affine=elementwise_affine,
+        )
+        final_layer = FinalLayer(
+            hidden_size=self.hidden_size,
+            time_embed_dim=time_embed_dim,
+            patch_size=self.patch_size,
+            out_channels=self.out_channels,
+            elementwise_affine=elementwise_affine,
+            eps=_NORM_EPS,
+        )
+        self.add_mixin("adaln_layer", adaln_layer)
+        self.add_mixin("final_layer", final_layer)
+
     def _forward_block(self, hidden_bld: Tensor, block: Block, context: BlockContext) -> Tensor:
         layer_forward = self.hooks["layer_forward"]
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -247,39 +269,6 @@ class DiffusionTransformer(BaseModel):
         return BlockContext(emb_bd, is_text_l1, *pos_embed.rotary_tables(grid, text_length, emb_bd.device))
 
 
-def _positions(
-    kind: str,
-    *,
-    base: PatchGrid,
-    hidden_size: int,
-    head_dim: int,
-    text_length: int,
-    fit_to_base: bool,
-    interpolation: tuple[float, float, float],
-    theta: float,
-    size_policy: str,
-) -> SincosPositions | RotaryPositions:
-    if kind == "sincos":
-        return SincosPositions(
-            base=base,
-            dim=hidden_size,
-            text_length=text_length,
-            interpolation=interpolation,
-            size_policy=size_policy,
-        )
-    assert kind in ("rotary", "rotary_learned"), kind
-    return RotaryPositions(
-        base=base,
-        head_dim=head_dim,
-        fit_to_base=fit_to_base,
-        interpolation=interpolation,
-        theta=theta,
-        learned_dim=hidden_size if kind == "rotary_learned" else None,
-        text_length=text_length,
-        size_policy=size_policy,
-    )
-
-
 def _two_layers(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(in_features, out_features), nn.SiLU(), nn.Linear(out_features, out_features)
@@ -287,7 +276,7 @@ def _two_layers(in_features: int, out_features: int) -> nn.Sequential:
 
 
 def _build_layers(
-    num_layers: int, hidden_size: int, num_attention_heads: int, norm: functools.partial[nn.LayerNorm]
+    num_layers: int, hidden_size: int, num_attention_heads: int, elementwise_affine: bool
 ) -> BaseTransformer:
     """Builds SAT's transformer without the word and position embeddings that a video has no use for.
 
@@ -300,7 +289,7 @@ def _build_layers(
         num_attention_heads=num_attention_heads,
         max_sequence_length=1,
         layernorm_epsilon=_NORM_EPS,
-        layernorm=norm,
+        layernorm=functools.partial(nn.LayerNorm, elementwise_affine=elementwise_affine),
         skip_init=True,
         params_dtype=torch.get_default_dtype(),
         device=torch.get_default_device(),
