@@ -1,0 +1,74 @@
+"""Configuration to video VAE."""
+
+import pytest
+import torch
+
+from sat_train.config import VideoVAEParams, load_run_config
+from sat_train.errors import ConfigError
+from sat_train.models.vae.build import build_vae
+from sat_train.models.vae.tiling import Tiling
+
+VAE = "model.first_stage_config.params"
+
+
+def params(coder: dict | None = None, **changes) -> VideoVAEParams:
+    numbers = {"ch": 8, "ch_mult": [1, 2, 2], "num_res_blocks": 1, "z_channels": 4, "norm_num_groups": 4}
+    half = {"params": {**numbers, **(coder or {})}}
+    return VideoVAEParams.model_validate(
+        {"ckpt_path": "vae.safetensors", "encoder_config": half, "decoder_config": half, **changes}
+    )
+
+
+def test_settings_reach_the_vae():
+    settings = params(
+        encode_chunk_frames=None, decode_chunk_frames=3, clips_at_once=1, tiling=True, tile_size=[64, 96]
+    )
+    vae = build_vae(settings, device="meta")
+    assert (vae.encode_chunk_frames, vae.decode_chunk_frames, vae.clips_at_once) == (None, 3, 1)
+    assert vae.tiling == Tiling(height=64, width=96, overlap_height=40, overlap_width=72)
+    assert (vae.spatial_compression, vae.temporal_compression, vae.z_channels) == (4, 4, 4)
+    assert build_vae(params(), device="meta").tiling is None
+
+
+def test_full_size_builds_on_the_meta_device():
+    released = {
+        "ch": 128,
+        "ch_mult": [1, 2, 2, 4],
+        "num_res_blocks": 3,
+        "z_channels": 16,
+        "norm_num_groups": 32,
+    }
+    vae = build_vae(params(released), device="meta")
+    assert sum(weight.numel() for weight in vae.parameters()) == 215_583_907  # the released VAE's
+    assert {weight.device.type for weight in vae.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_any_dtype_arrive_frozen_in_the_one_asked_for(dtype):
+    settings = params()
+    shapes = build_vae(settings, device="meta").state_dict()
+    given = {name: torch.full(weight.shape, 0.5, dtype=torch.float16) for name, weight in shapes.items()}
+    vae = build_vae(settings, state_dict=given, dtype=dtype)
+    assert not vae.training
+    assert not any(weight.requires_grad for weight in vae.parameters())
+    assert all((weight == 0.5).all() and weight.dtype == dtype for weight in vae.parameters())
+    assert not vae.encode_moments(torch.zeros(1, 1, 3, 8, 8))[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("encode_chunk_frames=6", "encode_chunk_frames = 6: expected .* a multiple of 4"),
+        ("tile_size=[60,96]", r"tile_size = \[60, 96\]: expected multiples of 8 pixels"),
+        ("tile_overlap=[240,72]", "tile_overlap = .* expected multiples of 8 pixels below tile_size"),
+        ("encoder_config.params.norm_num_groups=5", "norm_num_groups = 5: expected a divisor of all widths"),
+        (
+            "encoder_config.params.temporal_compress_times=3",
+            "temporal_compress_times = 3: expected a power of two",
+        ),
+        ("decoder_config.params.ch=16", "decoder_config.params.ch = 16: expected 8, as the encoder's"),
+    ],
+)
+def test_settings_that_do_not_divide_evenly_are_faults(word, message):
+    with pytest.raises(ConfigError, match=message):
+        load_run_config(base=["configs/model/cogvideox_tiny.yaml"], words=[f"{VAE}.{word}"], purpose="check")
