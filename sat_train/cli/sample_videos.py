@@ -110,7 +110,8 @@ def build_loaded_dit(run: RunConfig, grid: ProcessGrid) -> DiffusionTransformer:
     )
     load_weights(dit, weights, may_lack=dit.derived_keys())
     log.info("weights from %s%s", weights.where, ", averaged" if run.args.ema else "")
-    return dit.eval().requires_grad_(False)
+    dit.eval().requires_grad_(False)
+    return dit
 
 
 def draw(

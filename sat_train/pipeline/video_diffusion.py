@@ -236,15 +236,17 @@ class VideoDiffusion:
         self, network: Network, x_t: Tensor, timesteps_b: Tensor, text: Tensor, image: Tensor | None
     ) -> Tensor:
         """Calls the network in its own dtype and device; returns float32."""
-        where = {"device": self.device, "dtype": self.dtype}
-        ofs_b = None if self.ofs is None else torch.full((len(x_t),), self.ofs, **where)
+        ofs_b = None if self.ofs is None else torch.full((len(x_t),), self.ofs)
         return network(
-            x_t.to(**where),
+            self._place(x_t),
             timesteps_b.to(self.device),
-            text.to(**where),
-            image_latent_btchw=None if image is None else image.to(**where),
-            ofs_b=ofs_b,
+            self._place(text),
+            image_latent_btchw=self._place(image),
+            ofs_b=self._place(ofs_b),
         ).float()
+
+    def _place(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self.device, self.dtype)
 
     def _guided(
         self, network: Network, text: Tensor, image: Tensor | None, guidance: Guidance, steps: int

@@ -84,7 +84,7 @@ def test_posteriors_are_sampled_or_their_mean_is_taken(make_pipeline, make_batch
 
 
 def test_a_dropped_caption_is_the_null_condition_of_guidance(make_pipeline, make_batch):
-    batch = make_batch(range(40))
+    batch = make_batch(range(40), frames=1)
     for null_condition in ("zero", "empty_prompt"):
         pipeline = make_pipeline(caption_dropout=0.3, null_condition=null_condition)
         text = pipeline.training_inputs(batch).text_bld
@@ -128,10 +128,10 @@ def test_the_image_noise_has_the_released_spread():
 
 def test_images_are_dropped_sample_by_sample(make_pipeline, make_batch):
     pipeline = make_pipeline(image_to_video=True, noised_image_dropout=0.3)
-    image = pipeline.training_inputs(make_batch(range(40))).image_latent_btchw
+    image = pipeline.training_inputs(make_batch(range(40), frames=1)).image_latent_btchw
     dropped = ~image.flatten(1).any(1)
     assert 4 <= int(dropped.sum()) <= 22
-    kept = pipeline.validation_inputs(make_batch(range(4)), torch.zeros(4, dtype=torch.int64))
+    kept = pipeline.validation_inputs(make_batch(range(4), frames=1), torch.zeros(4, dtype=torch.int64))
     assert bool(kept.image_latent_btchw.flatten(1).any(1).all())
 
 
@@ -140,7 +140,7 @@ def test_stratified_timesteps_cover_each_global_batch(make_pipeline, make_batch)
     orders = []
     for first in (0, 8, 16):
         halves = [range(first, first + 4), range(first + 4, first + 8)]  # as two ranks would hold them
-        timesteps = torch.cat([pipeline.training_inputs(make_batch(half)).timesteps_b for half in halves])
+        timesteps = torch.cat([pipeline.training_inputs(make_batch(half, frames=1)).timesteps_b for half in halves])
         strata = timesteps // 125
         assert sorted(strata.tolist()) == list(range(8))
         orders.append(strata.tolist())
