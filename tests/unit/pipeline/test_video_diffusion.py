@@ -140,7 +140,8 @@ def test_stratified_timesteps_cover_each_global_batch(make_pipeline, make_batch)
     orders = []
     for first in (0, 8, 16):
         halves = [range(first, first + 4), range(first + 4, first + 8)]  # as two ranks would hold them
-        timesteps = torch.cat([pipeline.training_inputs(make_batch(half, frames=1)).timesteps_b for half in halves])
+        inputs = [pipeline.training_inputs(make_batch(half, frames=1)) for half in halves]
+        timesteps = torch.cat([part.timesteps_b for part in inputs])
         strata = timesteps // 125
         assert sorted(strata.tolist()) == list(range(8))
         orders.append(strata.tolist())
