@@ -2,8 +2,8 @@
 
     python benchmarks/train.py [--steps 200] [--preset configs/sft.yaml ...] [key.path=value ...]
 
-Validation and checkpoints are off: this is the time of training itself, decoding included. The first steps are
-left out: they load and compile.
+Validation and checkpoints are off: this is the time of training itself, decoding included. The first steps
+are left out: they load and compile.
 """
 
 from __future__ import annotations
