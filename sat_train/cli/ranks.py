@@ -22,7 +22,7 @@ _INTERRUPTED = 130
 
 
 def run_on_ranks(
-    purpose: Literal["train", "sample"], work: tuple[str, str], words: Sequence[str] | None
+    purpose: Literal["train", "sample", "precompute"], work: tuple[str, str], words: Sequence[str] | None
 ) -> int:
     """Reads the configuration, joins the ranks and does the work.
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from sat_train.config import RunConfig
+from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.plan import Probed, cut_chunks, keep_long, probe_clips
-from sat_train.data.sampler import GlobalOrder, RankBatches
+from sat_train.data.sampler import GlobalOrder, ListedBatches, RankBatches
 from sat_train.data.sources import ClipSource, read_source, split_source
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
@@ -26,7 +27,12 @@ QUARANTINE = "quarantine.jsonl"
 
 
 def build_train_loader(
-    run: RunConfig, grid: ProcessGrid, *, start_sample: int = 0, run_folder: Path | None = None
+    run: RunConfig,
+    grid: ProcessGrid,
+    *,
+    start_sample: int = 0,
+    run_folder: Path | None = None,
+    cache: OpenCache | None = None,
 ) -> VideoLoader:
     """Builds the endless loader of this rank.
 
@@ -35,6 +41,28 @@ def build_train_loader(
         grid: Who this rank is.
         start_sample: Samples that all ranks together have consumed before, from the checkpoint.
         run_folder: Gets `quarantine.jsonl`; None: bad clips are only logged.
+        cache: Where encoded samples may be.
+
+    Raises:
+        DataError: No data, or data that cannot be used.
+
+    Ranks: all.
+    """
+    dataset = build_train_dataset(run, grid, cache=cache)
+    batches = RankBatches(start_sample, run.args.batch_size, grid.data_rank, grid.data_size)
+    return build_loader(run, grid, dataset, batches, run_folder)
+
+
+def build_train_dataset(
+    run: RunConfig, grid: ProcessGrid, *, cache: OpenCache | None = None, each_view_once: bool = False
+) -> VideoDataset:
+    """Builds the training set.
+
+    Args:
+        run: `args` and `data` are read.
+        grid: Who this rank is.
+        cache: Where encoded samples may be.
+        each_view_once: Clips come as they are listed, all in their first view, then all in their second, ...
 
     Raises:
         DataError: No data, or data that cannot be used.
@@ -48,22 +76,45 @@ def build_train_loader(
             remedy="--base ... args.train_data=[my_clips]",
         )
     sources = _read_sources(run, grid, run.args.train_data, part=None if run.args.valid_data else _TRAIN)
-    order = GlobalOrder(
-        seed=run.args.seed,
-        clip_weights=[[record.weight for record in source.records] for source in sources],
-        source_weights=run.args.train_data_weights,
-    )
-    batches = RankBatches(start_sample, run.args.batch_size, grid.data_rank, grid.data_size)
-    return _build_loader(run, grid, sources, order, batches, run_folder)
+    if each_view_once:
+        order = _listed_order(run, sources)
+    else:
+        order = GlobalOrder(
+            seed=run.args.seed,
+            clip_weights=[[record.weight for record in source.records] for source in sources],
+            source_weights=run.args.train_data_weights,
+        )
+    return _build_dataset(run, sources, order, run.data.params.views, "noised", cache)
 
 
 def build_valid_loader(
-    run: RunConfig, grid: ProcessGrid, *, run_folder: Path | None = None
+    run: RunConfig, grid: ProcessGrid, *, run_folder: Path | None = None, cache: OpenCache | None = None
 ) -> VideoLoader | None:
     """Builds the loader of `args.eval_iters` validation batches of this rank, the same ones each time.
 
-    They are the first clips of `args.valid_data` in the order of their names, or of the share of
-    `args.train_data` that `args.split` keeps for validation. Without either there is none.
+    Without validation data there is none.
+
+    Raises:
+        DataError: As for training.
+
+    Ranks: all.
+    """
+    dataset = build_valid_dataset(run, grid, cache=cache)
+    if dataset is None:
+        return None
+    batch_size = run.args.eval_batch_size or run.args.batch_size
+    stop = min(len(dataset), run.args.eval_iters * batch_size * grid.data_size)
+    batches = RankBatches(0, batch_size, grid.data_rank, grid.data_size, stop=stop)
+    return build_loader(run, grid, dataset, batches, run_folder)
+
+
+def build_valid_dataset(
+    run: RunConfig, grid: ProcessGrid, *, cache: OpenCache | None = None
+) -> VideoDataset | None:
+    """Builds the validation set: each clip in one view, the same in every run.
+
+    It is the clips of `args.valid_data` in the order of their names, or the share of `args.train_data` that
+    `args.split` keeps for validation. Without either there is none.
 
     Raises:
         DataError: As for training.
@@ -74,39 +125,59 @@ def build_valid_loader(
     if not entries or (not run.args.valid_data and not _shares(run)[_VALID]):
         return None
     sources = _read_sources(run, grid, entries, part=None if run.args.valid_data else _VALID)
+    return _build_dataset(run, sources, _listed_order(run, sources), 1, "plain", cache)
+
+
+def _listed_order(run: RunConfig, sources: Sequence[ClipSource]) -> GlobalOrder:
     weights = [[1.0] * len(source) for source in sources]
-    order = GlobalOrder(seed=run.args.seed, clip_weights=weights, shuffle=False)
-    batch_size = run.args.eval_batch_size or run.args.batch_size
-    stop = min(order.epoch_length, run.args.eval_iters * batch_size * grid.data_size)
-    batches = RankBatches(0, batch_size, grid.data_rank, grid.data_size, stop=stop)
-    return _build_loader(run, grid, sources, order, batches, run_folder)
+    return GlobalOrder(seed=run.args.seed, clip_weights=weights, shuffle=False)
 
 
-def _build_loader(
+def _build_dataset(
     run: RunConfig,
-    grid: ProcessGrid,
     sources: Sequence[ClipSource],
     order: GlobalOrder,
-    batches: RankBatches,
-    run_folder: Path | None,
-) -> VideoLoader:
+    views: int | None,
+    condition: Condition,
+    cache: OpenCache | None,
+) -> VideoDataset:
     params = run.data.params
-    _check_shapes(run, batches.batch_size)
-    dataset = VideoDataset(
+    shape = {"fps": params.fps, "max_upscale": params.max_upscale}
+    samples = None
+    if cache is not None:
+        image = condition if run.model.noised_image_input else None
+        samples = SampleCache(cache, size=tuple(params.video_size), image=image, **shape)
+    return VideoDataset(
         sources=sources,
         order=order,
         video_size=tuple(params.video_size),
-        fps=params.fps,
         max_num_frames=params.max_num_frames,
         seed=run.args.seed,
         skip_frms_num=params.skip_frms_num,
         window=params.window,
         short_clip=params.short_clip,
-        max_upscale=params.max_upscale,
         timeout_s=run.data.worker_timeout_s,
+        views=views,
+        cache=samples,
+        **shape,
     )
+
+
+def build_loader(
+    run: RunConfig,
+    grid: ProcessGrid,
+    dataset: VideoDataset,
+    batches: RankBatches | ListedBatches,
+    run_folder: Path | None,
+) -> VideoLoader:
+    """Builds the loader of a data set, as `args` and `data` want it.
+
+    Raises:
+        DataError: Clips of several lengths in one batch.
+    """
+    _check_shapes(run, batches.batch_size)
     failures = FailureLog(
-        num_clips=sum(len(source) for source in sources),
+        num_clips=sum(len(source) for source in dataset.sources),
         max_bad_fraction=run.data.max_bad_fraction,
         path=run_folder and run_folder / QUARANTINE,
         rank=grid.rank,
@@ -120,7 +191,7 @@ def _build_loader(
         pin_memory=grid.device.type == "cuda",
         worker_timeout_s=run.data.worker_timeout_s,
         replaces_lost=grid.model_size == 1,
-        fingerprint=_fingerprint(sources),
+        fingerprint=_fingerprint(dataset.sources),
     )
 
 

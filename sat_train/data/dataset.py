@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,8 +113,7 @@ class VideoDataset(Dataset[Item]):
             DataError: A clip is too short under `short_clip: error`, or no substitute is usable either.
         """
         failures: list[Failure] = []
-        for attempt in range(_SUBSTITUTES):
-            place = self.place(index, attempt)
+        for place in self.places(index):
             clip_id = self.record(place).clip_id
             if self.on_attempt is not None:
                 self.on_attempt(place)
@@ -140,6 +139,10 @@ class VideoDataset(Dataset[Item]):
             return self.order.place(index)
         other = derive_seed(self.seed, "substitute", index, attempt) % self.order.epoch_length
         return self.order.place(other)
+
+    def places(self, index: int) -> Iterator[Place]:
+        """Yields the clip of a sample, then those that take its place, in turn, where it is bad."""
+        return (self.place(index, attempt) for attempt in range(_SUBSTITUTES))
 
     def _refuse_short(self, clip_id: str, error: BadClip) -> None:
         if error.cause == "short" and self.short_clip == "error":

@@ -173,3 +173,31 @@ class RankBatches:
     def __len__(self) -> int:
         assert self.stop is not None, "the training order has no end"
         return -(-(self.stop - self.start) // (self.batch_size * self.data_size))
+
+
+@dataclass(frozen=True)
+class ListedBatches:
+    """Batches of the samples of a list, for one rank: the shape of `RankBatches` for work without an order.
+
+    Args:
+        indices: Global indices of the samples.
+        batch_size: Samples in a batch.
+        start: Samples of the list that were taken before.
+    """
+
+    indices: tuple[int, ...]
+    batch_size: int = 1
+    start: int = 0
+    data_size: int = 1
+
+    @property
+    def stop(self) -> int:
+        """Where the list ends."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in range(self.start, self.stop, self.batch_size):
+            yield list(self.indices[first : first + self.batch_size])
+
+    def __len__(self) -> int:
+        return -(-(self.stop - self.start) // self.batch_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +17,19 @@ from sat_train.checkpoint.save import save_training_checkpoint
 from sat_train.config import RunConfig
 from sat_train.config.resolved import write_resolved
 from sat_train.data.batch import VideoBatch
-from sat_train.data.build import build_train_loader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.distributed.seeds import derive_seed
 from sat_train.log import get_logger
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks
+from sat_train.training.data import CacheFiller, RunData, open_data
 from sat_train.training.ema import WeightAverage
 from sat_train.training.engine import build_engine
 from sat_train.training.meter import Meter
 from sat_train.training.models import base_weights_of, build_models
 from sat_train.training.optim.build import build_optimizer
-from sat_train.training.resume import CONFIG_KEY, check_config_unchanged, find_resumed, pack_config
+from sat_train.training.resume import CONFIG_KEY, find_resumed, pack_config
 from sat_train.training.run_folder import RunLock, open_run_folder
 from sat_train.training.schedule import LearningRate, warmup_steps
 from sat_train.training.signals import StopRequest
@@ -69,10 +68,12 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
     set_determinism(run.args.deterministic)
     place = open_place(run, grid)
     try:
-        pipeline = build_models(run, grid)
+        start_sample = place.point.manifest.samples_consumed if place.point is not None else 0
+        data = open_data(run, grid, start_sample=start_sample, run_folder=place.folder)
+        pipeline = build_models(run, grid, with_encoders=data.needs_encoders, null_text_ld=data.null_text())
         engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
         average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None
-        trainer = build_trainer(run, grid, place, pipeline, engine, average, stop_request)
+        trainer = build_trainer(run, grid, place, data, pipeline, engine, average, stop_request)
         trainer.run()
     finally:
         if place.lock is not None:
@@ -107,25 +108,27 @@ def build_trainer(
     run: RunConfig,
     grid: ProcessGrid,
     place: Place,
+    data: RunData,
     pipeline: VideoDiffusion,
     engine: Any,
     average: WeightAverage | None,
     stop_request: StopRequest,
 ) -> Trainer:
-    """Restores what the run goes on from and puts loader, stepper and callbacks around the engine.
+    """Restores what the run goes on from and puts stepper and callbacks around the engine.
 
     Ranks: all.
     """
     base_weights = base_weights_of(run, grid)
     state = restore(run, grid, place, engine, average, base_weights)
-    loader = build_train_loader(run, grid, start_sample=state.samples_consumed, run_folder=place.folder)
-    samples_per_step = run.args.batch_size * run.args.gradient_accumulation_steps * grid.data_size
-    train_iters = run.args.train_iters or math.ceil(run.args.epochs * loader.epoch_length / samples_per_step)
+    filler = None
+    if run.data.cache == "fill" and data.needs_encoders:
+        filler = CacheFiller(run, grid, pipeline.frozen, data.cache)
+    encode = filler.train() if filler is not None else lambda batch: batch
 
     def compute_loss(batch: VideoBatch) -> torch.Tensor:
         # dropout takes its numbers from torch's global generator
         torch.manual_seed(derive_seed(run.args.seed, "dropout", batch.sample_indices[0]))
-        return pipeline.training_loss(batch, network=engine).loss
+        return pipeline.training_loss(encode(batch), network=engine).loss
 
     def save(trainer: Trainer) -> Path:
         return save_training_checkpoint(
@@ -138,7 +141,7 @@ def build_trainer(
             ema_state=None if average is None else average.state_dict(),
             exclude_frozen=base_weights is not None,
             config_digest=run.digest(),
-            data_fingerprint=loader.fingerprint,
+            data_fingerprint=data.train.fingerprint,
             base_weights=base_weights,
         )
 
@@ -146,18 +149,27 @@ def build_trainer(
         stepper=Stepper(
             engine=engine,
             compute_loss=compute_loss,
-            batches=iter(loader),
+            batches=iter(data.train),
             grid=grid,
             stop_request=stop_request,
         ),
-        meter=Meter(grid, samples_per_step),
-        learning_rate=build_learning_rate(run, train_iters),
-        train_iters=train_iters,
-        samples_per_step=samples_per_step,
+        meter=Meter(grid, data.samples_per_step),
+        learning_rate=build_learning_rate(run, data.train_iters),
+        train_iters=data.train_iters,
+        samples_per_step=data.samples_per_step,
         log_interval=run.args.log_interval,
         state=state,
         average=average,
-        callbacks=build_callbacks(run, grid, place.folder, pipeline=pipeline, engine=engine, save=save),
+        callbacks=build_callbacks(
+            run,
+            grid,
+            place.folder,
+            valid=data.valid,
+            filler=filler,
+            pipeline=pipeline,
+            engine=engine,
+            save=save,
+        ),
     )
 
 
@@ -182,7 +194,6 @@ def restore(
     for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
         # the checkpoint brought its weight decay and betas back; those of the configuration count
         group.update(ours)
-    check_config_unchanged(saved.client_state[CONFIG_KEY], run)
     if average is not None:
         average.load_state_dict(saved.ema_state)
     state.restore(step=saved.step, samples_consumed=saved.samples_consumed, client_state=saved.client_state)

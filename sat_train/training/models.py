@@ -20,6 +20,7 @@ from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import adapter_state_dict
 from sat_train.models.text.build import build_text_encoder
+from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.models.trainable import select_trainable
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
@@ -29,8 +30,16 @@ from sat_train.pipeline.video_diffusion import VideoDiffusion
 log = get_logger(__name__)
 
 
-def build_models(run: RunConfig, grid: ProcessGrid) -> VideoDiffusion:
+def build_models(
+    run: RunConfig, grid: ProcessGrid, *, with_encoders: bool = True, null_text_ld: torch.Tensor | None = None
+) -> VideoDiffusion:
     """Builds transformer, autoencoder and text encoder with their weights, and says what trains.
+
+    Args:
+        run: The configuration.
+        grid: The process grid.
+        with_encoders: Off, there is neither autoencoder nor text encoder: all batches come from the cache.
+        null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
 
     Raises:
         ConfigError: An adapter's target or a prefix of frozen weights matches nothing.
@@ -38,16 +47,25 @@ def build_models(run: RunConfig, grid: ProcessGrid) -> VideoDiffusion:
 
     Ranks: all.
     """
-    # the encoders are frozen: half precision is enough for them wherever it is for the transformer
-    dtype = torch.bfloat16 if run.args.bf16 or run.args.fp16 else torch.float32
-    text = run.model.conditioner_config.params.emb_models[0].params
     return build_pipeline(
         run,
         dit=build_trained_dit(run, grid),
-        vae=build_loaded_vae(run, grid.device, dtype),
-        text_encoder=build_text_encoder(text, device=grid.device, dtype=dtype),
+        vae=build_loaded_vae(run, grid.device, encoder_dtype(run)) if with_encoders else None,
+        text_encoder=build_loaded_text_encoder(run, grid.device) if with_encoders else None,
         data_size=grid.data_size,
+        null_text_ld=null_text_ld,
     )
+
+
+def encoder_dtype(run: RunConfig) -> torch.dtype:
+    """Returns what the frozen encoders compute in: half precision wherever the transformer does."""
+    return torch.bfloat16 if run.args.bf16 or run.args.fp16 else torch.float32
+
+
+def build_loaded_text_encoder(run: RunConfig, device: torch.device) -> T5TextEncoder:
+    """Builds the text encoder with its weights."""
+    params = run.model.conditioner_config.params.emb_models[0].params
+    return build_text_encoder(params, device=device, dtype=encoder_dtype(run))
 
 
 def build_trained_dit(run: RunConfig, grid: ProcessGrid) -> DiffusionTransformer:

@@ -47,6 +47,8 @@ def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:
     for name in ("input_file", "image"):
         if is_sampling and getattr(args, name) is not None:
             yield f"args.{name}", getattr(args, name)
+    if draft.data is not None and draft.data.cache == "require" and draft.purpose == "train":
+        return  # neither the text encoder nor the autoencoder need be on this machine
     encoder = draft.model.conditioner_config.params.emb_models[0].params
     yield "model.conditioner_config.params.emb_models.0.params.model_dir", encoder.model_dir
     yield "model.first_stage_config.params.ckpt_path", draft.model.first_stage_config.params.ckpt_path

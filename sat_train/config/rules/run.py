@@ -151,6 +151,16 @@ def data_is_given(draft: Draft) -> Iterator[Fault]:
         yield draft.fault("args.train_data", None, "at least one folder or manifest")
 
 
+@rule("data.cache", "data.cache_dir")
+def cache_has_a_folder(draft: Draft) -> Iterator[Fault]:
+    if draft.data is None or draft.data.cache_dir is not None:
+        return
+    if draft.purpose == "precompute":
+        yield draft.fault("data.cache_dir", None, "a folder for the encoded samples")
+    elif draft.data.cache != "off":
+        yield draft.fault("data.cache_dir", None, f"a folder, because data.cache is {draft.data.cache}")
+
+
 @rule("args.prompt", "args.input_file", "args.input_type", "args.image", "model.noised_image_input")
 def there_is_a_prompt(draft: Draft) -> Iterator[Fault]:
     args = draft.args
@@ -180,5 +190,6 @@ RULES = (
     mode_fits_purpose,
     finetune_has_weights,
     data_is_given,
+    cache_has_a_folder,
     there_is_a_prompt,
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from sat_train.config.schema.record import Floats, HeightWidth, Record, Text, Texts
+from sat_train.config.schema.record import Floats, HeightWidth, Record, Text, Texts, false_to_off
 
 
 class ArgsConfig(Record):
@@ -70,7 +70,9 @@ class ArgsConfig(Record):
     checkpoint_activations: bool = Field(
         False, description="Compute activations again in the backward pass instead of keeping them."
     )
-    compile: Literal["off", "blocks"] = Field("off", description="blocks: torch.compile on each DiT block.")
+    compile: Annotated[Literal["off", "blocks"], BeforeValidator(false_to_off)] = Field(
+        "off", description="blocks: torch.compile on each DiT block."
+    )
     model_parallel_size: int = Field(1, ge=1, description="Ranks that share one model (tensor parallelism).")
     distributed_backend: Literal["auto", "nccl", "gloo"] = Field(
         "auto", description="auto: NCCL on CUDA, gloo on CPU."

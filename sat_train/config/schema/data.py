@@ -1,12 +1,12 @@
-"""Section `data`: which frames of a clip are seen, and what happens to bad files."""
+"""Section `data`: which frames of a clip are seen, the cache of them encoded, and what bad files do."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from sat_train.config.schema.record import HeightWidth, Record, Whole
+from sat_train.config.schema.record import HeightWidth, Record, Text, Whole, false_to_off
 
 
 class VideoDatasetParams(Record):
@@ -24,6 +24,12 @@ class VideoDatasetParams(Record):
     short_clip: Literal["error", "skip", "pad", "shrink"] = Field(
         "error", description="What to do with a file shorter than the window."
     )
+    views: Whole | None = Field(
+        None,
+        ge=1,
+        description="Windows, crops and image noises of each clip, one an epoch, the same in every run; "
+        "null: another for every sample.",
+    )
     max_upscale: float = Field(
         2.0, ge=1, description="A file that would have to be enlarged more than this is refused."
     )
@@ -39,6 +45,18 @@ class VideoDatasetSlot(Record):
 class DataConfig(VideoDatasetSlot):
     """What is read for training, and how."""
 
+    cache: Annotated[Literal["off", "read", "require", "fill"], BeforeValidator(false_to_off)] = Field(
+        "off",
+        description="read: use what is cached, encode the rest. require: nothing else. fill: cache the rest.",
+    )
+    cache_dir: Text | None = Field(None, description="Folder of encoded samples.")
+    cache_identity: Literal["content", "stat"] = Field(
+        "content",
+        description="What tells files apart. content: a hash of the bytes. stat: path, size, time of change.",
+    )
+    cache_shard_mb: float = Field(
+        256.0, gt=0, description="Size at which encoded samples are published; a kill loses less than that."
+    )
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="Share of unreadable samples at which the run stops."
     )

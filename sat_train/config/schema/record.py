@@ -29,6 +29,11 @@ def _one_to_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else list_to_tuple(value)
 
 
+def false_to_off(value: Any) -> Any:
+    """`off` without quotes is a truth value in YAML."""
+    return "off" if value is False else value
+
+
 def _number_to_text(value: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return str(value) if is_number else value

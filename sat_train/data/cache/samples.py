@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,23 +13,40 @@ from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests, SampleKeys, clip_key, image_key, text_key
 from sat_train.data.failures import BadClip
-from sat_train.data.sources import ClipRecord
+from sat_train.data.records import ClipRecord
 from sat_train.data.view import View
 from sat_train.data.window import Window
 from sat_train.errors import DataError
 
 Use = Literal["read", "require", "write"]
+Condition = Literal["noised", "plain"]
+
+
+@dataclass(frozen=True)
+class OpenCache:
+    """A cache folder as one process has it open.
+
+    Args:
+        folder: The folder.
+        index: What it holds.
+        book: What is known of the files.
+        encoders: What the encoders are.
+        use: `require`: what is missing is an error. `read`: it is not. `write`: nothing is read, samples get
+            their keys only.
+    """
+
+    folder: Path
+    index: CacheIndex
+    book: FileBook
+    encoders: EncoderDigests
+    use: Use
 
 
 class SampleCache:
     """Makes the keys of samples and reads what is there.
 
     Args:
-        cache_dir: Folder of the cache.
-        book: What is known of the files.
-        encoders: What the encoders are.
-        use: `require`: what is missing is an error. `read`: it is not. `write`: nothing is read, samples get
-            their keys only.
+        cache: The open folder.
         fps: Frames a second of a sample.
         size: Height and width of a sample.
         max_upscale: Largest factor by which a picture may be enlarged.
@@ -37,21 +55,16 @@ class SampleCache:
 
     def __init__(
         self,
-        cache_dir: Path,
+        cache: OpenCache,
         *,
-        book: FileBook,
-        encoders: EncoderDigests,
-        use: Use,
         fps: float,
         size: tuple[int, int],
         max_upscale: float,
-        image: Literal["noised", "plain"] | None,
+        image: Condition | None,
     ) -> None:
-        self.index = CacheIndex(cache_dir)
-        self.book = book
-        self.encoders = encoders
-        self.use = use
-        self._fps, self._size, self._max_upscale, self._image = fps, size, max_upscale, image
+        self.index, self.book, self.encoders = cache.index, cache.book, cache.encoders
+        self.use, self.image = cache.use, image
+        self._fps, self._size, self._max_upscale = fps, size, max_upscale
 
     def keys(self, record: ClipRecord, caption: str, window: Window, view: View, crop: str) -> SampleKeys:
         """Returns the keys of a sample.
@@ -72,7 +85,7 @@ class SampleCache:
             vae=self.encoders.vae,
             **shape,
         )
-        if self._image is not None and record.image is not None:
+        if self.image is not None and record.image is not None:
             image_origin = self.book.origin(record.image)
             pixels = clip_key(
                 identity=image_origin.identity,
@@ -84,12 +97,12 @@ class SampleCache:
                 vae=self.encoders.vae,
                 **shape,
             )
-        noise = random if self._image == "noised" else None
+        noise = random if self.image == "noised" else None
         return SampleKeys(
             clip=clip,
             text=text_key(caption, text=self.encoders.text),
             image=None
-            if self._image is None
+            if self.image is None
             else image_key(pixels=pixels, noise=noise, vae=self.encoders.vae),
             clip_origin=origin,
             image_origin=image_origin,

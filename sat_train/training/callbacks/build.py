@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sat_train.config import RunConfig
-from sat_train.data.build import build_valid_loader
 from sat_train.data.loader import VideoLoader
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.distributed.seeds import derive_seed
@@ -27,6 +26,8 @@ from sat_train.training.validation import timestep_grid, validation_loss
 if TYPE_CHECKING:
     import torch
 
+    from sat_train.data.batch import VideoBatch
+    from sat_train.training.data import CacheFiller
     from sat_train.training.trainer import Trainer
 
 _CLIPS_DRAWN = 2  # image-to-video has no prompts without images: the first validation clips give both
@@ -37,6 +38,8 @@ def build_callbacks(
     grid: ProcessGrid,
     run_folder: Path | None,
     *,
+    valid: VideoLoader | None,
+    filler: CacheFiller | None,
     pipeline: VideoDiffusion,
     engine: Any,
     save: Callable[[Trainer], Path],
@@ -56,8 +59,10 @@ def build_callbacks(
             keep_every=run.args.keep_every or 0,
         )
         callbacks.append(checkpointer)
+    if filler is not None:
+        callbacks.append(filler)
     if run.args.eval_interval is not None:
-        callbacks += _validation(run, grid, run_folder, pipeline, engine)
+        callbacks += _validation(run, grid, run_folder, valid, filler, pipeline, engine)
     return callbacks
 
 
@@ -75,12 +80,18 @@ def _reports(run: RunConfig, run_folder: Path | None) -> list[Callback]:
 
 
 def _validation(
-    run: RunConfig, grid: ProcessGrid, run_folder: Path | None, pipeline: VideoDiffusion, engine: Any
+    run: RunConfig,
+    grid: ProcessGrid,
+    run_folder: Path | None,
+    loader: VideoLoader | None,
+    filler: CacheFiller | None,
+    pipeline: VideoDiffusion,
+    engine: Any,
 ) -> list[Callback]:
-    loader = build_valid_loader(run, grid, run_folder=run_folder)
     callbacks: list[Callback] = []
     if loader is not None:
-        measure = _measure(loader, grid, pipeline, engine)
+        encode = filler.valid() if filler is not None else lambda batch: batch
+        measure = _measure(loader, grid, pipeline, engine, encode)
         callbacks.append(Validation(engine, measure, interval=run.args.eval_interval))
     if run.args.valid_video_interval is not None and run_folder is not None:
         drawings = _drawings(run, pipeline, engine, loader)
@@ -101,7 +112,11 @@ def _validation(
 
 
 def _measure(
-    loader: VideoLoader, grid: ProcessGrid, pipeline: VideoDiffusion, engine: Any
+    loader: VideoLoader,
+    grid: ProcessGrid,
+    pipeline: VideoDiffusion,
+    engine: Any,
+    encode: Callable[[VideoBatch], VideoBatch],
 ) -> Callable[[int], ValidationEntry]:
     timesteps = timestep_grid(len(pipeline.alpha_bar))
 
@@ -110,7 +125,7 @@ def _measure(
             step=step,
             batches=loader,
             losses_of=lambda batch, timesteps_b: (
-                pipeline.validation_loss(batch, timesteps_b=timesteps_b, network=engine).loss_b
+                pipeline.validation_loss(encode(batch), timesteps_b=timesteps_b, network=engine).loss_b
             ),
             num_samples=loader.num_samples,
             grid_of_timesteps=timesteps,
@@ -127,7 +142,9 @@ def _drawings(
     settings = build_sampling(run)
     prompts, images = list(run.args.valid_prompts), []
     if loader is not None and (pipeline.noised_image_input or not prompts):
-        clips = [loader.dataset[i].sample for i in range(min(_CLIPS_DRAWN, loader.num_samples))]
+        clips = [
+            loader.dataset.item(i, pixels=True).sample for i in range(min(_CLIPS_DRAWN, loader.num_samples))
+        ]
         prompts = [clip.caption for clip in clips]
         images = [clip.video_tchw[0] if clip.image_chw is None else clip.image_chw for clip in clips]
     if not prompts or (pipeline.noised_image_input and not images):

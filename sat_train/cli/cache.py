@@ -1,0 +1,94 @@
+"""`sat-train cache`: what a cache of encoded samples holds, whether it is whole, and rid of what is stale."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sat_train.config import load_run_config, split_command_line
+from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.key import EncoderDigests
+from sat_train.data.cache.prune import Line, Staleness, list_entries, prune_entries, verify_entries
+from sat_train.log import configure_logging
+
+
+def main(argv: Sequence[str]) -> int:
+    """Does one thing to a cache.
+
+    Args:
+        argv: The words after `sat-train cache`.
+
+    Returns:
+        0, or 1 when `verify` found damage.
+
+    Raises:
+        SatTrainError: There is no cache in the folder, or the files given with `--base` are faulty.
+    """
+    configure_logging()
+    options, rest = _parser().parse_known_args(argv)
+    if options.what == "verify":
+        return _verify(options.cache_dir)
+    book = FileBook(options.cache_dir)
+    staleness = Staleness(
+        book, encoders=_encoders(rest, book), drop_gone=options.gone, drop_failed=options.failed
+    )
+    if options.what == "list":
+        lines, damaged = list_entries(options.cache_dir, staleness)
+        _show(lines, damaged)
+        return 0
+    entries, size = prune_entries(options.cache_dir, staleness)
+    print(f"removed {entries} entries, {_mb(size)}")
+    return 0
+
+
+def _verify(cache_dir: Path) -> int:
+    whole, faults = verify_entries(cache_dir)
+    for fault in faults:
+        print(fault)
+    print(f"{whole} entries are whole, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+def _encoders(rest: Sequence[str], book: FileBook) -> EncoderDigests | None:
+    """Returns the encoders of the configuration on the command line, if there is one."""
+    base, words = split_command_line(rest)
+    if not base and not words:
+        return None
+    from sat_train.training.encoders import digest_encoders  # imports torch's and transformers' models
+
+    return digest_encoders(load_run_config(base, words, purpose="check"), book)
+
+
+def _show(lines: Sequence[Line], damaged: Sequence[str]) -> None:
+    table = Table("kind", "encoder", "entries", "size", "stale")
+    for line in lines:
+        stale = ", ".join(f"{count} {reason}" for reason, count in line.stale) or "-"
+        table.add_row(line.kind, line.encoder or "-", str(line.entries), _mb(line.size), stale)
+    console = Console()
+    console.print(table)
+    for fault in damaged:
+        console.print(f"damaged, and left out by every reader: {fault}", markup=False)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sat-train cache",
+        description="list: what the cache holds and what of it is stale. verify: reads every byte. "
+        "prune: removes what list calls stale; not while a run reads the cache.",
+        epilog="With --base FILE ... (and words) entries of other encoders than those are stale too.",
+        usage="sat-train cache {list,verify,prune} --cache-dir DIR [--gone] [--failed] [--base FILE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=("list", "verify", "prune"))
+    parser.add_argument("--cache-dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--gone", action="store_true", help="entries whose file has gone are stale")
+    parser.add_argument("--failed", action="store_true", help="clips that could not be decoded are stale")
+    return parser

@@ -1,0 +1,224 @@
+"""Looks after a cache folder: what is in it, what of it is stale, and rid of that."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
+from sat_train.data.cache.shards import FOLDER, About, Header, ShardWriter, hash_tensors, read_header
+from sat_train.data.failures import BadClip
+from sat_train.errors import DataError
+from sat_train.files import sync_folder
+
+IsStale = Callable[[str, About], str]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One kind of entries of one encoder.
+
+    Args:
+        kind: clip, image, text or failed.
+        encoder: First letters of the encoder's digest.
+        entries: How many.
+        size: Bytes of their tensors.
+        stale: How many of them are stale, by reason.
+    """
+
+    kind: str
+    encoder: str
+    entries: int
+    size: int
+    stale: tuple[tuple[str, int], ...]
+
+
+def read_shards(cache_dir: Path) -> Iterator[tuple[Path, Header | None, str]]:
+    """Yields each shard with what it holds, or why that cannot be read.
+
+    Raises:
+        DataError: There is no cache in the folder.
+    """
+    folder = cache_dir / FOLDER
+    if not folder.is_dir():
+        raise DataError(
+            f"{cache_dir}: there is no cache in this folder",
+            expected=f"a data.cache_dir, with {FOLDER}/ in it",
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            yield path, read_header(path), ""
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield path, None, str(error)
+
+
+class Staleness:
+    """Says which entries are of no use any more; asks about each file once.
+
+    An entry is stale when the code that made it gave other values, when its file has changed (its contents,
+    in a cache by content), when the same key was met before, when `encoders` are given and it is of others,
+    and where wanted when its file has gone or its clip failed. A file that was only moved is found by its
+    contents, so entries without a file are kept unless that is asked for.
+
+    Args:
+        book: What is known of files.
+        encoders: The encoders in use; None: any may be.
+        drop_gone: Entries whose file is not where it was are stale too.
+        drop_failed: Known failures are stale too.
+    """
+
+    def __init__(
+        self,
+        book: FileBook,
+        *,
+        encoders: EncoderDigests | None = None,
+        drop_gone: bool = False,
+        drop_failed: bool = False,
+    ) -> None:
+        self._book, self._encoders = book, encoders
+        self._drop_gone, self._drop_failed = drop_gone, drop_failed
+        self._seen: set[tuple[str, bool]] = set()
+        self._origins: dict[Origin, str] = {}
+
+    def reason(self, key: str, about: About) -> str:
+        """Returns why an entry is stale, nothing when it is not."""
+        met = (key, about.kind == "failed")
+        if met in self._seen:
+            return "repeated"
+        self._seen.add(met)
+        if about.code_version != CODE_VERSION:
+            return "older code"
+        if about.kind == "failed" and self._drop_failed:
+            return "failed"
+        encoders = self._encoders
+        if encoders and about.encoder and about.encoder not in (encoders.vae, encoders.text):
+            return "other encoder"
+        return "" if about.origin is None else self._origin(about.origin)
+
+    def _origin(self, origin: Origin) -> str:
+        if origin not in self._origins:
+            self._origins[origin] = self._look(origin)
+        return self._origins[origin]
+
+    def _look(self, origin: Origin) -> str:
+        path = Path(origin.path)
+        try:
+            found = path.stat()
+            if (found.st_size, found.st_mtime_ns) == (origin.size, origin.mtime_ns):
+                return ""
+            return "" if self._book.sha256(path) == origin.identity else "file changed"
+        except (OSError, BadClip):
+            return "file gone" if self._drop_gone else ""
+
+
+def list_entries(cache_dir: Path, staleness: Staleness) -> tuple[list[Line], list[str]]:
+    """Counts what a cache holds.
+
+    Returns:
+        A line for each kind and encoder, and the shards that cannot be read, with the reason.
+
+    Raises:
+        DataError: There is no cache in the folder.
+    """
+    entries, sizes, damaged = Counter(), Counter(), []
+    stale: dict[tuple[str, str], Counter[str]] = {}
+    for path, header, fault in read_shards(cache_dir):
+        if header is None:
+            damaged.append(f"{path.name}: {fault}")
+            continue
+        for key, about in header.entries.items():
+            group = (about.kind, about.encoder[:12])
+            entries[group] += 1
+            sizes[group] += sum(place.num_bytes for place in header.places[key].values())
+            reason = staleness.reason(key, about)
+            if reason:
+                stale.setdefault(group, Counter())[reason] += 1
+    lines = [
+        Line(*group, entries[group], sizes[group], tuple(sorted(stale.get(group, Counter()).items())))
+        for group in sorted(entries)
+    ]
+    return lines, damaged
+
+
+def verify_entries(cache_dir: Path) -> tuple[int, list[str]]:
+    """Reads every byte and compares it with the hash that was taken when it was written.
+
+    Returns:
+        How many entries are whole, and what is not, with the reason.
+
+    Raises:
+        DataError: There is no cache in the folder.
+    """
+    whole, faults = 0, []
+    for path, header, fault in read_shards(cache_dir):
+        if header is None:
+            faults.append(f"{path.name}: {fault}")
+            continue
+        tensors = _tensors(path)
+        for key, about in header.entries.items():
+            if hash_tensors(tensors.get(key, {})) == about.sha256:
+                whole += 1
+            else:
+                faults.append(f"{path.name}: {about.kind} of {about.name[:60]}: contents changed")
+    return whole, faults
+
+
+def prune_entries(cache_dir: Path, staleness: Staleness) -> tuple[int, int]:
+    """Removes stale entries, damaged shards and what unfinished writes left; not while a run reads the cache.
+
+    A shard that is stale in part is written anew without that part before the old one goes.
+
+    Returns:
+        How many entries and how many bytes went.
+
+    Raises:
+        DataError: There is no cache in the folder, or it cannot be written.
+    """
+    folder = cache_dir / FOLDER
+    before = _size(folder)
+    num_removed = 0
+    for path, header, _ in list(read_shards(cache_dir)):
+        entries = {} if header is None else header.entries
+        stale = {key for key, about in entries.items() if staleness.reason(key, about)}
+        if header is not None and not stale:
+            continue
+        if len(stale) < len(entries):
+            _rewrite(cache_dir, path, {key: about for key, about in entries.items() if key not in stale})
+        path.unlink()
+        num_removed += len(stale)
+    for part in folder.glob("*.part"):
+        part.unlink()
+    sync_folder(folder)
+    return num_removed, before - _size(folder)
+
+
+def _rewrite(cache_dir: Path, path: Path, kept: dict[str, About]) -> None:
+    tensors = _tensors(path)
+    writer = ShardWriter(cache_dir, shard_bytes=1 << 62, interval_s=float("inf"))
+    for key, about in kept.items():
+        writer.add(key, tensors.get(key, {}), about)
+    writer.publish()
+
+
+def _tensors(path: Path) -> dict[str, dict[str, Tensor]]:
+    try:
+        loaded = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: {error}", remedy="see whether the disk is sound") from None
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in loaded.items():
+        key, _, part = name.rpartition("/")
+        tensors.setdefault(key, {})[part] = tensor
+    return tensors
+
+
+def _size(folder: Path) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(folder))

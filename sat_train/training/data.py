@@ -1,0 +1,190 @@
+"""Config -> what a run trains on: its loaders, and whether the cache spares it the encoders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from sat_train.config import RunConfig
+from sat_train.data.batch import VideoBatch
+from sat_train.data.build import build_train_loader, build_valid_loader
+from sat_train.data.cache.key import text_key
+from sat_train.data.cache.plan import find_missing
+from sat_train.data.cache.samples import OpenCache
+from sat_train.data.cache.shards import ShardWriter
+from sat_train.data.loader import VideoLoader
+from sat_train.distributed.collectives import check_all_ranks, gather_objects
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import DataError
+from sat_train.log import get_logger
+from sat_train.pipeline.encode import SampleEncoder
+from sat_train.pipeline.frozen_models import FrozenModels
+from sat_train.training.callbacks.callback import Callback
+from sat_train.training.encoders import open_cache, share_files
+
+log = get_logger(__name__)
+
+_SHOWN = 5  # clips in one message
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on.
+
+    Args:
+        train: Endless loader of this rank.
+        valid: Loader of the validation batches; None for a run that does not validate.
+        train_iters: Steps of the run.
+        samples_per_step: Samples of all ranks together in one step.
+        needs_encoders: T5 and the autoencoder must be loaded.
+        cache: Where encoded samples are; None without.
+    """
+
+    train: VideoLoader
+    valid: VideoLoader | None
+    train_iters: int
+    samples_per_step: int
+    needs_encoders: bool
+    cache: OpenCache | None
+
+    def null_text(self) -> Tensor | None:
+        """Returns the embedding of the empty prompt from the cache, if it is there."""
+        if self.cache is None:
+            return None
+        entry = self.cache.index.read(text_key("", text=self.cache.encoders.text))
+        return entry and entry["text"]
+
+
+def open_data(run: RunConfig, grid: ProcessGrid, *, start_sample: int, run_folder: Path | None) -> RunData:
+    """Builds the loaders, and looks whether all that the run will read is in the cache.
+
+    Raises:
+        DataError: No usable data, or `data.cache: require` and something is missing.
+
+    Ranks: all.
+    """
+    mode = run.data.cache
+    cache = None if mode == "off" else open_cache(run, grid, "require" if mode == "require" else "read")
+    train = build_train_loader(run, grid, start_sample=start_sample, run_folder=run_folder, cache=cache)
+    valid = None
+    if run.args.eval_interval is not None:
+        valid = build_valid_loader(run, grid, run_folder=run_folder, cache=cache)
+    samples_per_step = run.args.batch_size * run.args.gradient_accumulation_steps * grid.data_size
+    train_iters = count_steps(run, train.epoch_length, samples_per_step)
+    needs_encoders = True
+    if cache is not None:
+        samples = range(start_sample, train_iters * samples_per_step)
+        is_complete = check_complete(run, grid, cache, train, valid, samples)
+        needs_encoders = not is_complete or draws_videos(run)
+        log.info("%s", _told(run, is_complete))
+    return RunData(train, valid, train_iters, samples_per_step, needs_encoders, cache)
+
+
+def count_steps(run: RunConfig, epoch_length: int, samples_per_step: int) -> int:
+    """Returns the steps of a run: `args.train_iters`, or those of `args.epochs`."""
+    return run.args.train_iters or math.ceil(run.args.epochs * epoch_length / samples_per_step)
+
+
+def draws_videos(run: RunConfig) -> bool:
+    """Tells whether validation draws videos, which takes both encoders' models."""
+    return run.args.eval_interval is not None and run.args.valid_video_interval is not None
+
+
+def check_complete(
+    run: RunConfig,
+    grid: ProcessGrid,
+    cache: OpenCache,
+    train: VideoLoader,
+    valid: VideoLoader | None,
+    samples: range,
+) -> bool:
+    """Tells whether the cache has all that a run will read.
+
+    Args:
+        samples: Global indices of the samples that are still to be trained on.
+
+    Raises:
+        DataError: It has not, and `data.cache` is `require`.
+
+    Ranks: all; each looks for its share, and all know afterwards what each has hashed.
+    """
+    missing = find_missing(train.dataset, samples[grid.rank :: grid.world_size])
+    if valid is not None:
+        missing += find_missing(valid.dataset, range(valid.num_samples)[grid.rank :: grid.world_size])
+    share_files(grid, cache.book)
+    shares = gather_objects(grid, [sample.clip_id for sample in missing])
+    clips = [clip for share in shares for clip in share]
+    has_null = run.model.null_condition == "zero" or _null_key(cache) in cache.index
+    error = None
+    if run.data.cache == "require" and (clips or not has_null):
+        error = DataError(
+            f"data.cache = require, and {len(clips)} of {len(samples)} samples are not in {cache.folder}"
+            + "".join(f"\n    {clip}" for clip in sorted(set(clips))[:_SHOWN])
+            + ("" if has_null else "\n    the empty prompt"),
+            expected="all samples of the run, encoded with these files, settings and encoders",
+            remedy="torchrun launch/precompute.py with the same --base and words, or data.cache=fill",
+        )
+    check_all_ranks(grid, error)
+    return not clips and has_null
+
+
+class CacheFiller(Callback):
+    """Encodes what is missing as training goes, and publishes it, also when the run ends early.
+
+    Args:
+        run: The configuration.
+        grid: The process grid; of ranks that see the same samples only the first one writes.
+        frozen: The encoders.
+        cache: The open cache.
+    """
+
+    def __init__(self, run: RunConfig, grid: ProcessGrid, frozen: FrozenModels, cache: OpenCache) -> None:
+        self._frozen, self._cache = frozen, cache
+        self._image_to_video = run.model.noised_image_input
+        self._writes = grid.model_rank == 0
+        self._writer = build_writer(run, grid)
+
+    def train(self) -> Callable[[VideoBatch], VideoBatch]:
+        """Returns what puts encodings in place of the pixels of a training batch."""
+        return self._encoder("noised").complete
+
+    def valid(self) -> Callable[[VideoBatch], VideoBatch]:
+        """Returns what puts encodings in place of the pixels of a validation batch."""
+        return self._encoder("plain").complete
+
+    def closed(self) -> None:
+        """Publishes what is left."""
+        self._writer.publish()
+
+    def _encoder(self, image: str) -> SampleEncoder:
+        return SampleEncoder(
+            self._frozen,
+            writer=self._writer,
+            encoders=self._cache.encoders,
+            is_there=lambda key: not self._writes or key in self._cache.index,
+            image=image if self._image_to_video else None,
+        )
+
+
+def build_writer(run: RunConfig, grid: ProcessGrid) -> ShardWriter:
+    """Returns the writer of this rank into `data.cache_dir`."""
+    shard_bytes = int(run.data.cache_shard_mb * 1e6)
+    return ShardWriter(Path(run.data.cache_dir), rank=grid.rank, shard_bytes=shard_bytes)
+
+
+def _null_key(cache: OpenCache) -> str:
+    return text_key("", text=cache.encoders.text)
+
+
+def _told(run: RunConfig, is_complete: bool) -> str:
+    if not is_complete:
+        told = "not all samples are there, the rest is encoded" + " and kept" * (run.data.cache == "fill")
+    elif draws_videos(run):
+        told = "all samples are there; T5 and the VAE are loaded because validation draws videos"
+    else:
+        told = "all samples are there; neither T5 nor the VAE is loaded"
+    return f"cache {run.data.cache_dir}: {told}"

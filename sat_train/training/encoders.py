@@ -1,0 +1,112 @@
+"""What the frozen encoders of a configuration are, as hashes, and the cache that belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sat_train.checkpoint.sources import find_weights
+from sat_train.config import RunConfig
+from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.index import CacheIndex
+from sat_train.data.cache.key import EncoderDigests, digest
+from sat_train.data.cache.samples import OpenCache, Use
+from sat_train.data.failures import BadClip
+from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import DataError, SatTrainError
+from sat_train.models.text.t5 import find_t5_folders
+from sat_train.pipeline.build import compute_dtype
+from sat_train.training.models import encoder_dtype
+
+# Settings of the autoencoder that do not change what it encodes to.
+_WITHOUT_EFFECT = {
+    *("ckpt_path", "cp_size", "clips_at_once", "decode_chunk_frames"),
+    *("decoder_config", "loss_config", "regularizer_config"),
+}
+
+
+def open_cache(run: RunConfig, grid: ProcessGrid, use: Use) -> OpenCache:
+    """Opens `data.cache_dir` for the encoders of this configuration.
+
+    Raises:
+        DataError: The weights of an encoder are neither there nor known to the cache.
+        CheckpointError: They are not understood.
+
+    Ranks: all; rank 0 hashes the weights, once: the cache remembers what it found.
+    """
+    folder = Path(run.data.cache_dir)
+    book = FileBook(folder, identity=run.data.cache_identity, timeout_s=run.data.worker_timeout_s)
+    found, error = None, None
+    if grid.rank == 0:
+        try:
+            found = digest_encoders(run, book)
+            book.publish()
+        except SatTrainError as caught:
+            error = caught
+    check_all_ranks(grid, error)
+    return OpenCache(folder, CacheIndex(folder), book, broadcast_object(grid, found), use)
+
+
+def share_files(grid: ProcessGrid, book: FileBook) -> None:
+    """Writes down what each rank has hashed, and tells it to the others.
+
+    Ranks: all.
+    """
+    for learnt in gather_objects(grid, book.learnt()):
+        book.merge(learnt)
+    book.publish()
+
+
+def digest_encoders(run: RunConfig, book: FileBook) -> EncoderDigests:
+    """Hashes weights, settings and dtype of the encoders.
+
+    Raises:
+        DataError: As `open_cache`.
+        CheckpointError: Likewise.
+    """
+    vae = run.model.first_stage_config.params
+    text = run.model.conditioner_config.params.emb_models[0].params
+    settings = vae.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    dtype = encoder_dtype(run)
+    return EncoderDigests(
+        vae=digest(
+            kind="vae",
+            weights=_weights(book, vae.ckpt_path, lambda: find_weights(vae.ckpt_path, part="vae").files),
+            settings=settings,
+            dtype=str(dtype),
+        ),
+        text=digest(
+            kind="text",
+            weights=_weights(book, text.model_dir, lambda: _t5_files(Path(text.model_dir))),
+            max_length=text.max_length,
+            dtype=[str(dtype), str(compute_dtype(run.args))],
+        ),
+    )
+
+
+def _weights(book: FileBook, path: str, files: Callable[[], Sequence[Path]]) -> str:
+    """Hashes files, or takes what the cache knows of this path where the encoder is not on this machine."""
+    if Path(path).exists():
+        try:
+            found = digest(files=[book.sha256(file.absolute()) for file in files()])
+        except BadClip as error:
+            raise DataError(f"{path}: {error.detail}") from None
+        book.remember(path, found)
+        return found
+    known = book.named(path)
+    if known is None:
+        raise DataError(
+            f"{path} does not exist, and the cache has nothing that was encoded with it",
+            expected="the encoder's weights, or a cache that was made with weights at this path",
+            remedy="correct model.first_stage_config or model.conditioner_config, or data.cache_dir",
+        )
+    return known
+
+
+def _t5_files(folder: Path) -> list[Path]:
+    weights, tokenizer = find_t5_folders(folder)
+    patterns = ("config.json", "*.safetensors", "*.bin")
+    files = {file for pattern in patterns for file in weights.glob(pattern)}
+    names = ("spiece.model", "tokenizer.json")
+    return [*sorted(files), *(tokenizer / name for name in names if (tokenizer / name).is_file())]

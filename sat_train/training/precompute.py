@@ -1,0 +1,197 @@
+"""Encodes what a run will read, on any number of ranks, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sat_train.config import RunConfig
+from sat_train.data.build import build_loader, build_train_dataset, build_valid_dataset
+from sat_train.data.cache.key import text_key
+from sat_train.data.cache.plan import Missing, drop_repeated, find_missing
+from sat_train.data.cache.samples import Condition, OpenCache
+from sat_train.data.cache.shards import About
+from sat_train.data.dataset import VideoDataset
+from sat_train.data.failures import Failure
+from sat_train.data.sampler import ListedBatches
+from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.log import get_logger
+from sat_train.pipeline.build import compute_dtype
+from sat_train.pipeline.encode import SampleEncoder
+from sat_train.pipeline.frozen_models import FrozenModels
+from sat_train.training.data import build_writer, count_steps
+from sat_train.training.encoders import open_cache, share_files
+from sat_train.training.models import build_loaded_text_encoder, build_loaded_vae, encoder_dtype
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A part of the work.
+
+    Args:
+        dataset: Whose samples are encoded.
+        indices: This rank's samples of which something is missing.
+        num_samples: Samples looked at, over all ranks.
+        num_missing: Those of which something is missing.
+    """
+
+    dataset: VideoDataset
+    indices: tuple[int, ...]
+    num_samples: int
+    num_missing: int
+
+
+def precompute(run: RunConfig, grid: ProcessGrid) -> None:
+    """Encodes clips, first frames and captions of training and validation that are not in the cache yet.
+
+    Raises:
+        SatTrainError: No usable data or weights, too many bad clips, a disk that is full.
+
+    Ranks: all.
+    """
+    for note in run.notes:
+        log.info("%s", note)
+    cache = open_cache(run, grid, "write")
+    works = [_plan(grid, cache, *part) for part in _datasets(run, grid, cache)]
+    captions = _captions(run, cache, works)
+    num_missing, num_samples = sum(w.num_missing for w in works), sum(w.num_samples for w in works)
+    log.info(
+        "cache %s: %d of %d samples and %d captions are to be encoded",
+        *(cache.folder, num_missing, num_samples, len(captions)),
+    )
+    mine = {key: captions[key] for key in sorted(captions)[grid.rank :: grid.world_size]}
+    encoding = _Encoding(run, grid, cache)
+    with _bar(grid) as bar:
+        total = sum(len(work.indices) for work in works) + len(mine)
+        task = None if bar is None or not total else bar.add_task("encoding", total=total)
+        for _ in encoding.run(works, mine):
+            if task is not None:
+                bar.advance(task)
+    counts = gather_objects(grid, (encoding.encoded, encoding.failed))
+    log.info(
+        "cache %s: %d entries encoded, %d samples reused, %d clips failed",
+        *(cache.folder, sum(c[0] for c in counts), num_samples - num_missing, sum(c[1] for c in counts)),
+    )
+
+
+def _datasets(run: RunConfig, grid: ProcessGrid, cache: OpenCache) -> list[tuple[VideoDataset, int]]:
+    """Returns the data sets with how many of their samples are encoded.
+
+    Where clips have a limited number of views, that is each view of each clip, whatever the run's length and
+    world size; else it is the samples that a run of this configuration on as many ranks will train on.
+    """
+    is_limited = run.data.params.views is not None or (
+        run.data.params.window in ("head", "center") and not run.model.noised_image_input
+    )
+    train = build_train_dataset(run, grid, cache=cache, each_view_once=is_limited)
+    if is_limited:
+        num_samples = len(train) * (run.data.params.views or 1)
+    else:
+        per_step = run.args.batch_size * run.args.gradient_accumulation_steps * grid.data_size
+        num_samples = count_steps(run, len(train), per_step) * per_step
+        told = "data.params.views is null, windows never repeat: taking the %d samples of a run on %d ranks"
+        log.info(told, num_samples, grid.world_size)
+    valid = None
+    if run.args.eval_interval is not None:
+        valid = build_valid_dataset(run, grid, cache=cache)
+    return [(train, num_samples), *([] if valid is None else [(valid, len(valid))])]
+
+
+def _plan(grid: ProcessGrid, cache: OpenCache, dataset: VideoDataset, num_samples: int) -> _Work:
+    """Finds what is missing, each rank its share, and shares the work out evenly.
+
+    Ranks: all.
+    """
+    share = find_missing(dataset, range(num_samples)[grid.rank :: grid.world_size], retry_failed=True)
+    share_files(grid, cache.book)
+    found: list[Missing] = [sample for part in gather_objects(grid, share) for sample in part if sample.keys]
+    work = drop_repeated(sorted(found, key=lambda sample: sample.index))
+    indices = tuple(sample.index for sample in work[grid.rank :: grid.world_size])
+    return _Work(dataset, indices, num_samples, len(work))
+
+
+def _captions(run: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> dict[str, str]:
+    """Returns the captions that are not in the cache, by key; each text once."""
+    records = [record for work in works for source in work.dataset.sources for record in source.records]
+    texts = {caption for record in records for caption in record.captions}
+    if run.model.null_condition == "empty_prompt":
+        texts.add("")
+    by_key = {text_key(text, text=cache.encoders.text): text for text in texts}
+    return {key: text for key, text in by_key.items() if key not in cache.index}
+
+
+class _Encoding:
+    """This rank's part: encodes and publishes, and counts what it did."""
+
+    def __init__(self, run: RunConfig, grid: ProcessGrid, cache: OpenCache) -> None:
+        self._run, self._grid, self._cache = run, grid, cache
+        self._writer = build_writer(run, grid)
+        self.encoded = 0
+        self.failed = 0
+
+    def run(self, works: Sequence[_Work], captions: dict[str, str]) -> Iterator[None]:
+        """Does the work and yields after each sample and caption; what is done is always published."""
+        frozen = self._load(with_vae=any(work.indices for work in works), with_text_encoder=bool(captions))
+        try:
+            for work in works:
+                yield from self._run_samples(frozen, work)
+            for key, caption in captions.items():
+                self._encoder(frozen, image=None).keep_text(key, caption)
+                self.encoded += 1
+                yield
+        finally:
+            self._writer.publish()
+
+    def _run_samples(self, frozen: FrozenModels, work: _Work) -> Iterator[None]:
+        encoder = self._encoder(frozen, image=work.dataset.cache.image)
+        folder = Path(self._run.data.cache_dir)
+        loader = build_loader(self._run, self._grid, work.dataset, ListedBatches(work.indices), folder)
+        for batch in loader:
+            self.encoded += encoder.keep(batch)
+            yield
+        for failure in loader.failures.by_clip.values():
+            self.failed += 1
+            self._keep_failure(failure)
+
+    def _keep_failure(self, failure: Failure) -> None:
+        """Keeps that a clip cannot be decoded: a run that reads the cache takes the same substitute."""
+        if failure.keys is not None:
+            detail = (failure.cause, failure.detail)
+            about = About("failed", failure.clip_id, "", failure.keys.clip_origin, detail)
+            self._writer.add(failure.keys.clip, {}, about)
+
+    def _encoder(self, frozen: FrozenModels, *, image: Condition | None) -> SampleEncoder:
+        return SampleEncoder(
+            frozen,
+            writer=self._writer,
+            encoders=self._cache.encoders,
+            is_there=self._cache.index.__contains__,
+            image=image,
+        )
+
+    def _load(self, *, with_vae: bool, with_text_encoder: bool) -> FrozenModels:
+        run, device = self._run, self._grid.device
+        return FrozenModels(
+            vae=build_loaded_vae(run, device, encoder_dtype(run)) if with_vae else None,
+            text_encoder=build_loaded_text_encoder(run, device) if with_text_encoder else None,
+            null_condition=run.model.null_condition,
+            null_text_ld=None,
+            dtype=compute_dtype(run.args),
+            device=device,
+        )
+
+
+def _bar(grid: ProcessGrid) -> AbstractContextManager[Progress | None]:
+    if grid.rank != 0:
+        return nullcontext()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    share = f" (rank 0 of {grid.world_size})" if grid.world_size > 1 else ""
+    return Progress(*columns, TextColumn(share), console=Console(stderr=True))
