@@ -1,10 +1,10 @@
 """Pre-trains the tiny transformer of the embedded model and writes `sat_train/assets/tiny/dit.safetensors`.
 
-    python tools/make_tiny_dit.py --work /tmp/tiny_dit --minutes 60      # run again to go on where it stopped
+    python tools/make_tiny_dit.py --work /tmp/tiny_dit     # run again to go on where it stopped
 
 It sees drawn clips only, none of the demo data set's, so that fine-tuning on the demo clips is a true
 fine-tune. Latents and text embeddings are computed once and kept in `--work`. The running average of the
-weights is what is shipped.
+weights is what is shipped, in half precision.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sat_train.training.models import build_models
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "sat_train" / "assets" / "tiny" / "dit.safetensors"
 FIRST_SEED = FIRST_FREE_SEED + 100_000
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 PEAK_LR, LOWEST_LR, WARMUP_STEPS = 1.5e-3, 5e-5, 200
 EMA_DECAY = 0.998
 SAVE_EVERY = 250
@@ -138,16 +138,16 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for latents and the training state")
-    parser.add_argument("--minutes", type=float, default=60.0, help="training time, over all calls together")
-    parser.add_argument("--clips", type=int, default=4000, help="how many clips are drawn")
+    parser.add_argument("--minutes", type=float, default=27.0, help="training time, over all calls together")
+    parser.add_argument("--clips", type=int, default=1200, help="how many clips are drawn")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    run = load_run_config([ROOT / "configs" / "sft.yaml"], ["args.load=null"])
+    run = load_run_config([ROOT / "configs" / "sft.yaml"], ["args.load=null", "args.mode=pretrain"])
     pipeline = build_models(run, start_single_process())
     encoded = encode_clips(pipeline, run, count=options.clips, path=options.work / "clips.safetensors")
     weights = train(pipeline, encoded, minutes=options.minutes, state_path=options.work / "state.pt")
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, OUTPUT)
+    save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, OUTPUT)
     print(f"wrote {OUTPUT} ({OUTPUT.stat().st_size / 1e6:.1f} MB)")
 
 

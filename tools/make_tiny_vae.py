@@ -1,11 +1,10 @@
 """Trains the tiny VAE of the embedded model and writes `sat_train/assets/tiny/vae.safetensors`.
 
-    python tools/make_tiny_vae.py    # about ten minutes on one CPU core; run it again to go on after a stop
+    python tools/make_tiny_vae.py    # about 20 minutes on one CPU core
 
 Training clips are drawn (seeds the demo set does not use) and cut from the demo set's training split; its
 validation split is only measured. First single images, many different ones a step, then longer and longer
-clips: colours and edges need variety, which one clip a step does not have. Each step is a function of its
-number, so a stopped and resumed run equals a straight one.
+clips: colours and edges need variety, which one clip a step does not have.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import functools
 import math
 import random
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +48,19 @@ class Stage:
     steps: int
 
 
-CURRICULUM = (Stage(1, 12, 200), Stage(5, 4, 140), Stage(17, 1, 60), Stage(17, 2, 120))
+@dataclass(frozen=True)
+class Cycle:
+    """Stages under one cosine of the learning rates: Muon's for convolutions, Adam's for biases and norms."""
+
+    matrix_lr: float
+    vector_lr: float
+    stages: tuple[Stage, ...]
+
+
+CURRICULUM = (
+    Cycle(0.02, 3e-3, (Stage(1, 12, 200), Stage(5, 4, 140), Stage(17, 1, 60), Stage(17, 2, 120))),
+    Cycle(0.014, 2e-3, (Stage(9, 4, 160), Stage(17, 2, 80))),
+)
 
 
 def build_tiny_vae() -> VideoVAE:
@@ -223,43 +233,40 @@ def latent_std(vae: VideoVAE, clips: Sequence[Tensor]) -> float:
     return torch.cat(latents).std().item()
 
 
-def train(vae: VideoVAE, optimizers: Sequence[torch.optim.Optimizer], *, state: Path) -> None:
-    """Goes through the curriculum, going on from the file `state` if it exists."""
+def train(vae: VideoVAE) -> None:
+    """Goes through the curriculum; each step is a function of its number."""
     pool, held_out = clip_pool(), read_clips("valid")
-    stages = [stage for stage in CURRICULUM for _ in range(stage.steps)]
-    first = load_state(vae, optimizers, state) if state.exists() else 0
-    began, smoothed = time.monotonic(), math.nan
-    for step in range(first, len(stages)):
-        video = training_batch(pool, stages[step], step)
-        loss = reconstruction_loss(vae, video, torch.Generator().manual_seed(step))
-        vae.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer in optimizers:
-            group = optimizer.param_groups[0]
-            group["lr"] = group["peak"] * share_of_peak(step, len(stages))
-            optimizer.step()
-        smoothed = loss.item() if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * loss.item()
-        if (step + 1) % 40 == 0 or step + 1 == len(stages):
-            pace = (time.monotonic() - began) / (step + 1 - first)
-            print(f"step {step + 1}/{len(stages)} loss {smoothed:.4f} {pace:.2f} s/step", flush=True)
-            validate(vae, held_out)
-            save_state(vae, optimizers, state, step + 1)
+    first = 0
+    for cycle in CURRICULUM:
+        optimizers = build_optimizers(vae, cycle.matrix_lr, cycle.vector_lr)
+        stages = [stage for stage in cycle.stages for _ in range(stage.steps)]
+        for i, stage in enumerate(stages):
+            loss = train_step(vae, optimizers, pool, stage, first + i, share_of_peak(i, len(stages)))
+            if (i + 1) % 40 == 0 or i + 1 == len(stages):
+                print(f"step {first + i + 1} loss {loss:.4f}", flush=True)
+                validate(vae, held_out)
+        first += len(stages)
 
 
-def load_state(vae: VideoVAE, optimizers: Sequence[torch.optim.Optimizer], path: Path) -> int:
-    """Returns the step to go on from."""
-    state = torch.load(path)
-    vae.load_state_dict(state["vae"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
-
-
-def save_state(vae: VideoVAE, optimizers: Sequence[torch.optim.Optimizer], path: Path, step: int) -> None:
-    state = {"vae": vae.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+def train_step(
+    vae: VideoVAE,
+    optimizers: Sequence[torch.optim.Optimizer],
+    pool: Tensor,
+    stage: Stage,
+    step: int,
+    share: float,
+) -> float:
+    """Makes one step at a share of the peak learning rates; returns its loss."""
+    video = training_batch(pool, stage, step)
+    loss = reconstruction_loss(vae, video, torch.Generator().manual_seed(step))
+    vae.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+    for optimizer in optimizers:
+        group = optimizer.param_groups[0]
+        group["lr"] = group["peak"] * share
+        optimizer.step()
+    return loss.item()
 
 
 def read_clips(split: str) -> dict[str, Tensor]:
@@ -271,12 +278,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--state", type=Path, default=Path("tiny_vae_state.pt"), help="to go on after a stop")
     parser.add_argument("--output", type=Path, default=ASSETS / "tiny" / "vae.safetensors")
     options = parser.parse_args()
     vae = build_tiny_vae()
     initialize(vae)
-    train(vae, build_optimizers(vae, 0.02, 3e-3), state=options.state)
+    train(vae)
 
     vae.half().float()  # what a reader will get: the file holds fp16
     options.output.parent.mkdir(parents=True, exist_ok=True)
