@@ -51,7 +51,7 @@ def read_step(folder: Path, manifest: Manifest, *, ema: bool = False) -> LazyWei
 
 def trained_dtype(folder: Path, manifest: Manifest) -> torch.dtype:
     """Returns the precision that a run computed in."""
-    config = _model_states(folder, manifest, 0)[0]["ds_config"]
+    config = read_model_states(folder, manifest, 0)[0]["ds_config"]
     for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if config.get(section, {}).get("enabled"):
             return dtype
@@ -59,7 +59,7 @@ def trained_dtype(folder: Path, manifest: Manifest) -> torch.dtype:
 
 
 def _read_model_rank(folder: Path, manifest: Manifest, model_rank: int, *, ema: bool) -> LazyWeights:
-    weights = _model_states(folder, manifest, model_rank)
+    weights = read_model_states(folder, manifest, model_rank)
     module = {key.removeprefix(SAT_PREFIX): tensor for key, tensor in weights[0]["module"].items()}
     groups = weights[0].get("param_shapes") or []
     trained = {name: tuple(shape) for group in groups for name, shape in group.items()}
@@ -81,7 +81,7 @@ def _read_model_rank(folder: Path, manifest: Manifest, model_rank: int, *, ema: 
     return LazyWeights(entries, where=str(folder))
 
 
-def _model_states(folder: Path, manifest: Manifest, model_rank: int) -> list[State]:
+def read_model_states(folder: Path, manifest: Manifest, model_rank: int) -> list[State]:
     tail = f"mp_rank_{model_rank:02d}_model_states.pt"
     names = (
         [f"zero_pp_rank_{rank}_{tail}" for rank in range(manifest.data_size)]
@@ -91,7 +91,7 @@ def _model_states(folder: Path, manifest: Manifest, model_rank: int) -> list[Sta
     return [_load(folder / name) for name in names]
 
 
-def _optimizer_states(folder: Path, manifest: Manifest, model_rank: int) -> list[State]:
+def read_optimizer_states(folder: Path, manifest: Manifest, model_rank: int) -> list[State]:
     pattern = re.compile(rf"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_{model_rank:02d}_optim_states\.pt")
     found = {
         int(match[1]): record.name for record in manifest.files if (match := pattern.fullmatch(record.name))
@@ -116,7 +116,7 @@ def _stage_1_2(
     folder: Path, manifest: Manifest, model_rank: int, groups: Sequence[dict[str, Shape]]
 ) -> dict[str, Entry]:
     """Each group is one flat vector in the order of its parameters, cut into one partition a rank."""
-    shards = _optimizer_states(folder, manifest, model_rank)
+    shards = read_optimizer_states(folder, manifest, model_rank)
     gaps = shards[0].get("param_alignment_paddings")
     entries = {}
     for index, group in enumerate(groups):
@@ -130,7 +130,7 @@ def _stage_1_2(
 
 def _stage_3(folder: Path, manifest: Manifest, model_rank: int, shapes: dict[str, Shape]) -> dict[str, Entry]:
     """Every parameter is cut over the ranks; a rank's pieces follow each other in its flat vectors."""
-    flats = [shard["fp32_flat_groups"] for shard in _optimizer_states(folder, manifest, model_rank)]
+    flats = [shard["fp32_flat_groups"] for shard in read_optimizer_states(folder, manifest, model_rank)]
     entries, offset = {}, 0
     for name, shape in shapes.items():
         length = math.ceil(math.prod(shape) / len(flats))
@@ -176,12 +176,12 @@ def _spanned(partitions: Sequence[Tensor], offset: int, shape: Shape) -> Entry:
     """The entry of a tensor that lies at `offset` in the concatenation of 1-D `partitions`."""
 
     def read(cut: Cut | None) -> Tensor:
-        return cut_tensor(_read_span(partitions, offset, math.prod(shape)).view(shape), cut)
+        return cut_tensor(read_span(partitions, offset, math.prod(shape)).view(shape), cut)
 
     return Entry(shape, partitions[0].dtype, read)
 
 
-def _read_span(partitions: Sequence[Tensor], offset: int, length: int) -> Tensor:
+def read_span(partitions: Sequence[Tensor], offset: int, length: int) -> Tensor:
     pieces, start = [], 0
     for partition in partitions:
         first, last = max(offset - start, 0), min(offset + length - start, partition.numel())
@@ -196,5 +196,5 @@ def _read_span(partitions: Sequence[Tensor], offset: int, length: int) -> Tensor
 def _read_pieces(
     flats: Sequence[Sequence[Tensor]], offset: int, length: int, shape: Shape, cut: Cut | None
 ) -> Tensor:
-    whole = torch.cat([_read_span(groups, offset, length) for groups in flats])
+    whole = torch.cat([read_span(groups, offset, length) for groups in flats])
     return cut_tensor(whole[: math.prod(shape)].view(shape), cut)

@@ -80,7 +80,7 @@ class ShardFiles(CheckpointEngine):  # type: ignore[misc]
             self._fail(path, error)
 
     def load(self, path: str | Path, map_location: Any = None) -> State:
-        return _without_sat_keys(read_shard(Path(path), map_location=map_location))
+        return without_sat_keys(read_shard(Path(path), map_location=map_location))
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """Committing is the folder's rename, in `publish`."""
@@ -97,7 +97,8 @@ def _with_sat_keys(state: State) -> State:
     return {**state, "module": {SAT_PREFIX + key: value for key, value in state["module"].items()}}
 
 
-def _without_sat_keys(state: State) -> State:
+def without_sat_keys(state: State) -> State:
+    """Returns a model-states file as DeepSpeed wrote it."""
     if not isinstance(state.get("module"), Mapping):
         return state
     return {
@@ -131,15 +132,24 @@ def save_engine(
     return files
 
 
-def load_engine(engine: Any, *, run_folder: Path, step: int, exclude_frozen: bool) -> State:
+def load_engine(
+    engine: Any, *, run_folder: Path, step: int, exclude_frozen: bool, files: ShardFiles
+) -> State:
     """Loads weights, masters, optimizer and schedule into a DeepSpeed engine.
+
+    Args:
+        engine: The engine.
+        run_folder: The run's folder.
+        step: A committed step in it.
+        exclude_frozen: The step holds no frozen weights.
+        files: What reads them.
 
     Returns:
         The client state that `save_engine` was given.
 
     Ranks: all.
     """
-    engine.checkpoint_engine = ShardFiles()
+    engine.checkpoint_engine = files
     path, state = engine.load_checkpoint(
         str(run_folder), tag=str(step), load_module_strict=not exclude_frozen
     )
@@ -167,7 +177,7 @@ def saved_shapes(state: State) -> list[dict[str, tuple[int, ...]]]:
     groups = state.get("param_shapes")
     if groups:
         return [_plain_shapes(group) for group in groups]
-    module = _without_sat_keys(state)["module"]
+    module = without_sat_keys(state)["module"]
     return [{name: tuple(tensor.shape) for name, tensor in module.items()}]
 
 

@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sat_train.checkpoint.engine_io import load_engine, optimized_shapes, read_shard, saved_shapes
+from sat_train.checkpoint.consolidate import read_model_states
+from sat_train.checkpoint.engine_io import (
+    ShardFiles,
+    load_engine,
+    optimized_shapes,
+    read_shard,
+    saved_shapes,
+)
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.layout import ema_file_name, step_folder
-from sat_train.checkpoint.manifest import BaseWeights
+from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.names import check_names_and_shapes
+from sat_train.checkpoint.reshard import ReshardedFiles
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import CheckpointError
@@ -48,39 +56,58 @@ def load_training_checkpoint(
         base_weights: The frozen weights that this run loaded, for a checkpoint that left them out.
 
     Raises:
-        CheckpointError: On all ranks alike: another number of ranks or ZeRO stage, other base weights, other
+        CheckpointError: On all ranks alike: another model axis or ZeRO stage, other base weights, other
             names or shapes (listed).
 
     Ranks: all.
     """
-    _check_same_layout(grid, point, int(engine.zero_optimization_stage()))
+    _check_same_layout(point, model_size=grid.model_size, zero_stage=int(engine.zero_optimization_stage()))
     _check_same_base(point, base_weights)
     _check_same_parameters(grid, engine, point)
+    folder = step_folder(point.run_folder, point.step)
     client_state = load_engine(
-        engine, run_folder=point.run_folder, step=point.step, exclude_frozen=point.manifest.trainable_only
+        engine,
+        run_folder=point.run_folder,
+        step=point.step,
+        exclude_frozen=point.manifest.trainable_only,
+        files=_files(grid, engine, point),
     )
     return ResumeState(
         step=point.step,
         samples_consumed=point.manifest.samples_consumed,
         client_state=client_state,
-        ema_state=_read_ema(point.run_folder, point.step, grid.rank),
+        ema_state=_read_ema(folder, point.manifest, grid),
     )
 
 
-def _check_same_layout(grid: ProcessGrid, point: ResumePoint, zero_stage: int) -> None:
+def _files(grid: ProcessGrid, engine: Any, point: ResumePoint) -> ShardFiles:
     manifest = point.manifest
-    saved = _layout(manifest.data_size, manifest.model_size, manifest.zero_stage)
-    ours = _layout(grid.data_size, grid.model_size, zero_stage)
+    if manifest.data_size == grid.data_size or manifest.zero_stage == 0:
+        return ShardFiles()
+    log.info("cutting the optimizer's state of %d data ranks for %d", manifest.data_size, grid.data_size)
+    return ReshardedFiles(
+        engine,
+        folder=step_folder(point.run_folder, point.step),
+        manifest=manifest,
+        data_rank=grid.data_rank,
+        data_size=grid.data_size,
+        model_rank=grid.model_rank,
+    )
+
+
+def _check_same_layout(point: ResumePoint, *, model_size: int, zero_stage: int) -> None:
+    manifest = point.manifest
+    saved, ours = _layout(manifest.model_size, manifest.zero_stage), _layout(model_size, zero_stage)
     if saved != ours:
         raise CheckpointError(
-            f"{step_folder(point.run_folder, point.step)} was written by {saved}, this run has {ours}",
-            expected="the same numbers: the optimizer's state is cut into one piece a rank",
-            remedy=f"start {manifest.world_size} processes, or begin from its weights with args.load",
+            f"{step_folder(point.run_folder, point.step)} was written with {saved}, this run has {ours}",
+            expected="the same: only the number of data ranks may change",
+            remedy="set both back, or begin from its weights with args.load",
         )
 
 
-def _layout(data_size: int, model_size: int, zero_stage: int) -> str:
-    return f"{data_size} data x {model_size} model ranks at ZeRO-{zero_stage}"
+def _layout(model_size: int, zero_stage: int) -> str:
+    return f"args.model_parallel_size = {model_size} and args.zero_stage = {zero_stage}"
 
 
 def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
@@ -97,8 +124,7 @@ def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
 def _check_same_parameters(grid: ProcessGrid, engine: Any, point: ResumePoint) -> None:
     """ZeRO's flat buffers carry no names: another order would load into wrong places without a word."""
     folder = step_folder(point.run_folder, point.step)
-    path = Path(engine._get_ckpt_name(str(point.run_folder), str(point.step)))
-    saved = saved_shapes(read_shard(path, mmap=True))
+    saved = saved_shapes(read_model_states(folder, point.manifest, grid.model_rank)[0])
     problem = ""
     ours = optimized_shapes(engine, exclude_frozen=point.manifest.trainable_only)
     try:
@@ -120,6 +146,13 @@ def _merged(groups: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ..
     return {name: shape for group in groups for name, shape in group.items()}
 
 
-def _read_ema(run_folder: Path, step: int, rank: int) -> dict[str, Any] | None:
-    path = step_folder(run_folder, step) / ema_file_name(rank)
-    return read_shard(path) if path.is_file() else None
+def _read_ema(folder: Path, manifest: Manifest, grid: ProcessGrid) -> dict[str, Any] | None:
+    """Returns this rank's part of the average; with other data ranks, all parts of its slice of the model."""
+    if manifest.data_size == grid.data_size:
+        path = folder / ema_file_name(grid.rank)
+        return read_shard(path) if path.is_file() else None
+    ranks = [data_rank * manifest.model_size + grid.model_rank for data_rank in range(manifest.data_size)]
+    parts = [read_shard(path) for rank in ranks if (path := folder / ema_file_name(rank)).is_file()]
+    if not parts:
+        return None
+    return {**parts[0], "fragments": [fragment for part in parts for fragment in part["fragments"]]}
