@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors import safe_open
 
 from sat_train.checkpoint.convert import Conversion, convert
 from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.cli.convert import main
+from sat_train.config import load_run_config
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.dit.transformer import DiffusionTransformer
 from tests.parity.presets import PRESETS, forward_pair, narrow_model, random_transformer
@@ -110,3 +111,24 @@ def test_metadata_names_the_source(tmp_path: Path) -> None:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
     assert metadata["sat_train.source"] == str(sat / "1000")
+
+
+def test_the_embedded_model_becomes_a_complete_pipeline(tmp_path: Path) -> None:
+    """Scheduler, VAE, text encoder and tokenizer included: diffusers draws a video from the folder alone."""
+    preset = "configs/model/cogvideox_tiny.yaml"
+    run = load_run_config([preset], purpose="check", check_paths=False)
+    out = tmp_path / "tiny"
+    assert main([str(run.args.load), str(out), "--to", "diffusers", "--base", preset]) == 0
+    pipeline = CogVideoXPipeline.from_pretrained(out)
+    network = run.model.network_config.params
+    video = pipeline(
+        "a red ball",
+        height=network.latent_height * 8,
+        width=network.latent_width * 8,
+        num_frames=network.num_frames,
+        num_inference_steps=2,
+        max_sequence_length=network.modules.pos_embed_config.params.text_length,
+        output_type="pt",
+    ).frames
+    assert video.shape == (1, network.num_frames, 3, network.latent_height * 8, network.latent_width * 8)
+    assert torch.isfinite(video).all()
