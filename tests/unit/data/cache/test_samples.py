@@ -1,0 +1,119 @@
+"""The data set with a cache gives what it gives without one, and says what it lacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sat_train.data.cache.plan import drop_repeated, find_missing
+from sat_train.data.cache.shards import About, ShardWriter
+from sat_train.data.failures import FailureLog
+from sat_train.data.loader import VideoLoader
+from sat_train.data.sampler import ListedBatches
+from sat_train.errors import DataError
+from tests.unit.data.cache.samples import keep, open_dataset, tensors_of
+from tests.unit.data.videos import record_of, write_numbered
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for name in "abcd":
+        write_numbered(folder / f"{name}.mp4", num_frames=30, gop=5 + ord(name) % 7)
+    return [record_of(folder / f"{name}.mp4") for name in "abcd"]
+
+
+def fill(folder, records, indices, **options):
+    dataset, writer = open_dataset(folder, records, use="write", **options), ShardWriter(folder)
+    for index in indices:
+        keep(writer, dataset[index].sample, index)
+    writer.publish()
+
+
+@pytest.mark.parametrize("image", [None, "noised"])
+def test_samples_come_from_the_cache(tmp_path, records, image):
+    fill(tmp_path, records, range(4), image=image)
+    dataset = open_dataset(tmp_path, records, use="require", image=image)
+    for index in range(4):
+        sample, made = dataset[index].sample, tensors_of(index)
+        assert sample.video_tchw is None
+        assert torch.equal(sample.cached.mean_btchw, made["clip"]["mean"][None])
+        assert torch.equal(sample.cached.logvar_btchw, made["clip"]["logvar"][None])
+        assert (sample.cached.image_latent_btchw is None) == (image is None)
+    decoded = dataset.item(1, pixels=True).sample
+    assert decoded.video_tchw is not None
+    assert decoded.cached is None
+
+
+def test_identical_captions_are_one_entry(tmp_path, records):
+    fill(tmp_path, records, range(4))
+    index = open_dataset(tmp_path, records).cache.index
+    assert len(index) == 4 + 1
+
+
+def test_what_is_missing_is_decoded_or_refused(tmp_path, records):
+    fill(tmp_path, records, [0])
+    assert open_dataset(tmp_path, records, use="read")[1].sample.video_tchw is not None
+    with pytest.raises(DataError, match=r"b.mp4: clip not in the cache[\s\S]*launch/precompute.py"):
+        open_dataset(tmp_path, records, use="require")[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_is_from_the_cache_as_a_whole_or_not_at_all(tmp_path, records, num_workers):
+    fill(tmp_path, records, [0, 1, 2])
+    loader = VideoLoader(
+        dataset=open_dataset(tmp_path, records),
+        batches=ListedBatches((0, 1, 2, 3), batch_size=2),
+        failures=FailureLog(num_clips=4, max_bad_fraction=0.0),
+        num_workers=num_workers,
+        prefetch_factor=2,
+        pin_memory=False,
+        worker_timeout_s=60,
+        replaces_lost=True,
+        fingerprint="",
+    )
+    first, second = loader
+    assert (first.video_btchw is None, first.cached.mean_btchw.shape[0]) == (True, 2)
+    assert (second.cached, second.video_btchw.shape[0]) == (None, 2)
+    assert len(second.keys) == len(second.views) == 2
+
+
+def test_a_clip_known_to_be_undecodable_is_replaced_as_without_a_cache(tmp_path, records):
+    keys = open_dataset(tmp_path, records, use="write")[1].sample.keys
+    writer = ShardWriter(tmp_path)
+    writer.add(keys.clip, {}, About("failed", "b.mp4", "", keys.clip_origin, ("damaged", "at 1 s")))
+    writer.publish()
+    fill(tmp_path, records, [0, 2, 3])
+    item = open_dataset(tmp_path, records, use="require")[1]
+    assert (item.failures[0].clip_id, item.failures[0].cause) == ("b.mp4", "damaged")
+    assert item.sample.clip_id != "b.mp4"
+    dataset = open_dataset(tmp_path, records)
+    assert find_missing(dataset, range(4)) == []
+    assert [m.clip_id for m in find_missing(dataset, range(4), retry_failed=True)] == ["b.mp4"]
+
+
+def test_the_plan_names_what_is_missing_once(tmp_path, records):
+    fill(tmp_path, records, [0, 1])
+    dataset = open_dataset(tmp_path, records)
+    missing = find_missing(dataset, range(8))
+    assert [m.index for m in missing] == [2, 3, 6, 7]
+    assert [m.index for m in drop_repeated(missing)] == [2, 3]
+    assert [m.clip_id for m in missing[:2]] == ["c.mp4", "d.mp4"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, records, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    write_numbered(path, num_frames=30)
+    dataset = open_dataset(tmp_path, [record_of(path), records[0]], use="write")
+    decode = type(dataset)._sample
+
+    def decode_and_edit(self, index, place):
+        sample = decode(self, index, place)
+        if place.clip == 0:
+            write_numbered(path, num_frames=31)
+        return sample
+
+    monkeypatch.setattr(type(dataset), "_sample", decode_and_edit)
+    item = dataset[0]
+    assert item.failures[0].cause == "changed"
+    assert item.sample.clip_id == "a.mp4"
