@@ -70,7 +70,7 @@ class ConfigError(SatTrainError):
 
 
 class LaunchError(SatTrainError):
-    """The processes cannot be started or cannot find each other."""
+    """A run cannot start: lost processes, a run folder that cannot be written, a missing package."""
 
 
 class DataError(SatTrainError):
@@ -82,6 +82,6 @@ class CheckpointError(SatTrainError):
 
 
 class TrainingError(SatTrainError):
-    """Training cannot go on: non-finite loss, a lost rank, a run folder that cannot be written."""
+    """Training cannot go on: non-finite loss, a lost rank."""
 
     exit_code = 1

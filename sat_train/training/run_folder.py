@@ -14,7 +14,7 @@ from typing import IO
 
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks
 from sat_train.distributed.processes import ProcessGrid
-from sat_train.errors import SatTrainError, TrainingError
+from sat_train.errors import LaunchError, SatTrainError
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -149,16 +149,16 @@ def _new_folder(save_root: Path, experiment_name: str) -> Path:
             time.sleep(0.2)  # the name has whole seconds: the next one is free soon
 
 
-def _cannot_write(save_root: Path, problem: OSError) -> TrainingError:
-    return TrainingError(
+def _cannot_write(save_root: Path, problem: OSError) -> LaunchError:
+    return LaunchError(
         f"args.save = {save_root}: {problem.strerror or problem} ({problem.filename or save_root})",
         expected="a folder that this user may write, on a disk with room",
         remedy="set args.save to such a folder",
     )
 
 
-def _not_shared(folder: Path) -> TrainingError:
-    return TrainingError(
+def _not_shared(folder: Path) -> LaunchError:
+    return LaunchError(
         f"{folder}, made by rank 0, is not seen on {socket.gethostname()}",
         expected="args.save on a file system that all machines share",
     )

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sat_train.errors import TrainingError
+from sat_train.errors import LaunchError
 from sat_train.training.callbacks.callback import Callback
 from sat_train.training.entries import Entry, scalars
 
@@ -25,12 +25,12 @@ class WeightsAndBiases(Callback):
         config: The resolved configuration.
 
     Raises:
-        TrainingError: The package is not installed.
+        LaunchError: The package is not installed.
     """
 
     def __init__(self, run_folder: Path, *, project: str, config: dict[str, Any]) -> None:
         if importlib.util.find_spec("wandb") is None:
-            raise TrainingError(
+            raise LaunchError(
                 "args.wandb = true, but the package wandb is not installed",
                 remedy="pip install 'sat_train[wandb]', or set args.wandb: false",
             )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sat_train.errors import TrainingError
+from sat_train.errors import LaunchError
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.progress import describe
 from sat_train.training.callbacks.wandb import WeightsAndBiases
@@ -90,5 +90,5 @@ def test_trackers_get_numbers_only():
 
 def test_wandb_without_its_package_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TrainingError, match=r"args\.wandb = true, but the package wandb is not installed"):
+    with pytest.raises(LaunchError, match=r"args\.wandb = true, but the package wandb is not installed"):
         WeightsAndBiases(tmp_path, project="p", config={})
