@@ -147,6 +147,12 @@ class CacheFiller(Callback):
         self._image_to_video = run.model.noised_image_input
         self._writes = grid.model_rank == 0
         self._writer = build_writer(run, grid)
+        if (
+            run.model.null_condition == "empty_prompt"
+            and self._writes
+            and _null_key(cache) not in cache.index
+        ):
+            self._encoder("plain").keep_text(_null_key(cache), "")
 
     def train(self) -> Callable[[VideoBatch], VideoBatch]:
         """Returns what puts encodings in place of the pixels of a training batch."""

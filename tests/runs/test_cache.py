@@ -1,0 +1,128 @@
+"""Training from the cache is training: the same losses, bit for bit, without T5 and autoencoder."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.index import CacheIndex
+from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
+from sat_train.distributed.processes import start_single_process
+from sat_train.errors import DataError
+from sat_train.training.data import CacheFiller, open_data
+from sat_train.training.models import build_models
+from sat_train.training.precompute import precompute
+from tests.ranks.encoded_runs import BASE, SMALL, load_run, make_set, make_vae
+from tests.runs.launching import kill, run, start, wait_until
+
+RECIPES = {
+    "text to video": ["args.batch_size=2"],
+    "image to video": [
+        "args.batch_size=2",
+        "model.noised_image_input=true",
+        "model.network_config.params.in_channels=32",
+    ],
+    "limited views": ["args.batch_size=2", "data.params.views=2", "model.null_condition=empty_prompt"],
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("encoded")
+    return [
+        *(f"args.train_data=[{make_set(folder / 'set', 'abc')}]", "args.train_iters=3"),
+        *(
+            f"args.valid_data=[{make_set(folder / 'valid', 'd')}]",
+            "args.eval_interval=3",
+            "args.save_interval=3",
+        ),
+        *("args.eval_iters=1", "args.eval_batch_size=1", "args.valid_video_interval=null"),
+        f"model.first_stage_config.params.ckpt_path={make_vae(folder / 'vae.safetensors')}",
+    ]
+
+
+def losses(words: list[str]) -> tuple[list[float], bool]:
+    """Returns the losses of three steps and of a validation, and whether the encoders were loaded."""
+    run, grid = load_run(words), start_single_process()
+    data = open_data(run, grid, start_sample=0, run_folder=None)
+    pipeline = build_models(run, grid, with_encoders=data.needs_encoders, null_text_ld=data.null_text())
+    train = valid = lambda batch: batch
+    filler = None
+    if run.data.cache == "fill" and data.needs_encoders:
+        filler = CacheFiller(run, grid, pipeline.frozen, data.cache)
+        train, valid = filler.train(), filler.valid()
+    found = []
+    with torch.no_grad():
+        for _ in range(3):
+            found += pipeline.training_loss(train(next(data.train))).loss_b.tolist()
+        for batch in data.valid:
+            found += pipeline.validation_loss(valid(batch), timesteps_b=torch.tensor([500])).loss_b.tolist()
+    if filler is not None:
+        filler.closed()
+    return found, data.needs_encoders
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_losses_have_the_same_bits_with_and_without_the_cache(words, tmp_path: Path, recipe: str) -> None:
+    words = [*words, *RECIPES[recipe], f"data.cache_dir={tmp_path}"]
+    without, loaded = losses([*words, "data.cache=off"])
+    assert loaded
+    assert losses([*words, "data.cache=fill"]) == (without, True)
+    assert losses([*words, "data.cache=fill"]) == (without, False)
+    assert losses([*words, "data.cache=require"]) == (without, False)
+    assert losses([*words, "data.cache=read"]) == (without, False)
+
+
+def test_precompute_encodes_what_training_reads(words, tmp_path: Path) -> None:
+    words = [*words, *RECIPES["image to video"], f"data.cache_dir={tmp_path}"]
+    with pytest.raises(DataError, match=r"data.cache = require, and 7 of 6"):
+        losses([*words, "data.cache=require"])
+    precompute(load_run(words, purpose="precompute"), start_single_process())
+    assert losses([*words, "data.cache=require"]) == (losses(words)[0], False)
+    shards = sorted((tmp_path / "shards").iterdir())
+    precompute(load_run(words, purpose="precompute"), start_single_process())
+    assert sorted((tmp_path / "shards").iterdir()) == shards, "all was there"
+
+
+def test_another_autoencoder_misses(words, tmp_path: Path) -> None:
+    words = [*words, f"data.cache_dir={tmp_path / 'cache'}", "data.params.views=1"]
+    precompute(load_run(words, purpose="precompute"), start_single_process())
+    other = make_vae(tmp_path / "other.safetensors", seed=1)
+    with pytest.raises(DataError, match="not in"):
+        losses([*words, f"model.first_stage_config.params.ckpt_path={other}", "data.cache=require"])
+
+
+def launch_words(words: list[str], folder: Path) -> list[str]:
+    given = [*SMALL, *words, f"data.cache_dir={folder}", "data.params.views=40", "data.cache_shard_mb=0.02"]
+    return ["--base", str(BASE), *given]
+
+
+@pytest.mark.slow
+def test_kills_leave_no_torn_entry_and_cost_no_published_work(words, tmp_path: Path) -> None:
+    """Each start goes on where the last one was killed; the last one runs to its end."""
+    rng, log, cache = random.Random(3), tmp_path / "log.txt", tmp_path / "cache"
+    reached = 0
+    for _ in range(20):
+        process = start("precompute.py", launch_words(words, cache), log=log)
+        wait_until(lambda process=process: "be encoded" in log.read_text() or process.poll() is not None)
+        time.sleep(rng.uniform(0, 1.5))
+        if process.poll() is not None:
+            break
+        kill(process)
+        if (cache / "shards").exists():
+            whole, faults = verify_entries(cache)
+            assert not faults
+            assert whole >= reached
+            reached = whole
+    finished = run("precompute.py", launch_words(words, cache))
+    assert finished.returncode == 0, finished.output
+    lines, damaged = list_entries(cache, Staleness(FileBook(cache)))
+    assert not damaged
+    assert not any(line.stale for line in lines), "nothing was encoded twice that was published"
+    assert {line.kind: line.entries for line in lines} == {"clip": 3 * 40 + 1, "text": 4}
+    assert len(CacheIndex(cache)) == 125
