@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.find import ResumePoint
+from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.resume import load_training_checkpoint
 from sat_train.checkpoint.retention import remove_leftovers
 from sat_train.checkpoint.save import save_training_checkpoint
@@ -130,21 +132,6 @@ def build_trainer(
         torch.manual_seed(derive_seed(run.args.seed, "dropout", batch.sample_indices[0]))
         return pipeline.training_loss(encode(batch), network=engine).loss
 
-    def save(trainer: Trainer) -> Path:
-        return save_training_checkpoint(
-            grid,
-            engine=engine,
-            run_folder=place.folder,
-            step=trainer.state.step,
-            samples_consumed=trainer.state.samples_consumed,
-            client_state={**trainer.state.client_state(), CONFIG_KEY: pack_config(run)},
-            ema_state=None if average is None else average.state_dict(),
-            exclude_frozen=base_weights is not None,
-            config_digest=run.digest(),
-            data_fingerprint=data.train.fingerprint,
-            base_weights=base_weights,
-        )
-
     return Trainer(
         stepper=Stepper(
             engine=engine,
@@ -168,9 +155,38 @@ def build_trainer(
             filler=filler,
             pipeline=pipeline,
             engine=engine,
-            save=save,
+            save=build_save(run, grid, place, data, engine, average, base_weights),
         ),
     )
+
+
+def build_save(
+    run: RunConfig,
+    grid: ProcessGrid,
+    place: Place,
+    data: RunData,
+    engine: Any,
+    average: WeightAverage | None,
+    base_weights: BaseWeights | None,
+) -> Callable[[Trainer], Path]:
+    """Returns what writes a checkpoint of a trainer and gives its folder; to be called on all ranks."""
+
+    def save(trainer: Trainer) -> Path:
+        return save_training_checkpoint(
+            grid,
+            engine=engine,
+            run_folder=place.folder,
+            step=trainer.state.step,
+            samples_consumed=trainer.state.samples_consumed,
+            client_state={**trainer.state.client_state(), CONFIG_KEY: pack_config(run)},
+            ema_state=None if average is None else average.state_dict(),
+            exclude_frozen=base_weights is not None,
+            config_digest=run.digest(),
+            data_fingerprint=data.train.fingerprint,
+            base_weights=base_weights,
+        )
+
+    return save
 
 
 def restore(
@@ -179,7 +195,7 @@ def restore(
     place: Place,
     engine: Any,
     average: WeightAverage | None,
-    base_weights: Any,
+    base_weights: BaseWeights | None,
 ) -> TrainState:
     """Returns where the run stands, with engine and average brought there.
 
