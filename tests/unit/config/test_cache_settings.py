@@ -19,7 +19,7 @@ def test_a_cache_has_a_folder(mode: str) -> None:
 
 
 def test_precompute_needs_a_folder() -> None:
-    with pytest.raises(ConfigError, match="data.cache_dir = null: expected a folder for the encoded samples"):
+    with pytest.raises(ConfigError, match=r"cache_dir = null: expected a folder for the encoded samples"):
         load_run_config([], WORDS, purpose="precompute", check_paths=False)
 
 
