@@ -108,9 +108,9 @@ def without_sat_keys(state: State) -> State:
 
 
 def save_engine(
-    engine: Any, *, run_folder: Path, folder: Path, client_state: State, exclude_frozen: bool
+    engine: Any, *, folder: Path, client_state: Mapping[str, object], exclude_frozen: bool
 ) -> ShardFiles:
-    """Writes all that a DeepSpeed engine needs to go on, into `folder`, which is inside `run_folder`.
+    """Writes all that a DeepSpeed engine needs to go on into `folder`, which exists.
 
     Returns:
         What this rank wrote, and its failure if it had one.
@@ -123,9 +123,9 @@ def save_engine(
     # raises on rank 0 alone
     engine._copy_recovery_script = lambda save_path: None
     engine.save_checkpoint(
-        str(run_folder),
+        str(folder.parent),
         tag=folder.name,
-        client_state={CLIENT_STATE_KEY: client_state},
+        client_state={CLIENT_STATE_KEY: dict(client_state)},
         save_latest=False,
         exclude_frozen_parameters=exclude_frozen,
     )

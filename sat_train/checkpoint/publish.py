@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.layout import (
@@ -36,6 +37,12 @@ log = get_logger(__name__)
 SPACE_MARGIN = 1.2
 
 
+class Describe(Protocol):
+    """Makes the manifest of the files of all ranks."""
+
+    def __call__(self, *, files: tuple[FileRecord, ...]) -> Manifest: ...
+
+
 @dataclass(frozen=True)
 class RankReport:
     """What one rank wrote into the temporary folder.
@@ -56,7 +63,7 @@ def publish(
     step: int,
     expected_bytes: int,
     write: Callable[[Path], RankReport],
-    describe: Callable[[tuple[FileRecord, ...]], Manifest],
+    describe: Describe,
 ) -> Path:
     """Writes and commits the folder of one step.
 
@@ -110,14 +117,14 @@ def _commit_or_clean(
     run_folder: Path,
     step: int,
     reports: list[RankReport],
-    describe: Callable[[tuple[FileRecord, ...]], Manifest],
+    describe: Describe,
 ) -> Path:
     try:
         _check_reports(temporary, step, reports)
         files = tuple(
             sorted((file for report in reports for file in report.files), key=lambda file: file.name)
         )
-        write_text(temporary / MANIFEST, describe(files).to_json())
+        write_text(temporary / MANIFEST, describe(files=files).to_json())
         target = _rename(temporary, run_folder, step)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

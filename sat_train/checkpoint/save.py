@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from sat_train.checkpoint.layout import ema_file_name
 from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.publish import RankReport, expected_size, publish
 from sat_train.distributed.processes import ProcessGrid
-from sat_train.files import FileRecord
 
 _PLAIN_TYPES = (type(None), bool, int, float, str, torch.Tensor)
 # fp32 master and Adam's two moments
@@ -58,46 +58,41 @@ def save_training_checkpoint(
 
     Ranks: all.
     """
-    _check_plain("client_state", client_state)
-    _check_plain("ema_state", ema_state)
+    _check_plain("state", {"client_state": client_state, "ema_state": ema_state})
 
-    def write(folder: Path) -> RankReport:
-        files = save_engine(
-            engine,
-            run_folder=run_folder,
-            folder=folder,
-            client_state=dict(client_state),
-            exclude_frozen=exclude_frozen,
-        )
-        if ema_state is not None:
-            files.save(dict(ema_state), folder / ema_file_name(grid.rank))
-        return RankReport(files=files.written, failure=files.failure)
-
-    def describe(files: tuple[FileRecord, ...]) -> Manifest:
-        return Manifest(
-            step=step,
-            samples_consumed=samples_consumed,
-            world_size=grid.world_size,
-            data_size=grid.data_size,
-            model_size=grid.model_size,
-            zero_stage=int(engine.zero_optimization_stage()),
-            trainable_only=exclude_frozen,
-            config_digest=config_digest,
-            data_fingerprint=data_fingerprint,
-            base_weights=base_weights,
-            versions=library_versions(),
-            files=files,
-        )
-
-    guess = _guess_bytes(engine.module, model_size=grid.model_size, exclude_frozen=exclude_frozen)
-    return publish(
-        grid,
-        run_folder=run_folder,
+    write = partial(_write_rank, engine, client_state, ema_state, exclude_frozen, grid.rank)
+    manifest = partial(
+        Manifest,
         step=step,
-        expected_bytes=expected_size(run_folder, guess),
-        write=write,
-        describe=describe,
+        samples_consumed=samples_consumed,
+        world_size=grid.world_size,
+        data_size=grid.data_size,
+        model_size=grid.model_size,
+        zero_stage=int(engine.zero_optimization_stage()),
+        trainable_only=exclude_frozen,
+        config_digest=config_digest,
+        data_fingerprint=data_fingerprint,
+        base_weights=base_weights,
+        versions=library_versions(),
     )
+    size = expected_size(run_folder, _guess_bytes(engine.module, grid.model_size, exclude_frozen))
+    return publish(
+        grid, run_folder=run_folder, step=step, expected_bytes=size, write=write, describe=manifest
+    )
+
+
+def _write_rank(
+    engine: Any,
+    client_state: Mapping[str, object],
+    ema_state: Mapping[str, object] | None,
+    exclude_frozen: bool,
+    rank: int,
+    folder: Path,
+) -> RankReport:
+    files = save_engine(engine, folder=folder, client_state=client_state, exclude_frozen=exclude_frozen)
+    if ema_state is not None:
+        files.save(dict(ema_state), folder / ema_file_name(rank))
+    return RankReport(files=files.written, failure=files.failure)
 
 
 def library_versions() -> dict[str, str]:
@@ -109,7 +104,7 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _guess_bytes(module: torch.nn.Module, *, model_size: int, exclude_frozen: bool) -> int:
+def _guess_bytes(module: torch.nn.Module, model_size: int, exclude_frozen: bool) -> int:
     total = 0
     for parameter in module.parameters():
         count = int(getattr(parameter, "ds_numel", parameter.numel()))
