@@ -97,26 +97,38 @@ class WeightAverage:
         return {"decay": self.decay, "fragments": fragments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes this rank's part from saved parts, which may have been cut for another number of ranks.
+        """Takes this rank's part out of the parts that are given, however they are cut.
+
+        Args:
+            state: From `state_dict`: of this rank, or with the fragments of all ranks of another number.
 
         Raises:
-            CheckpointError: They belong to other parameters, or do not cover this rank's part.
+            CheckpointError: They belong to other parameters, or elements are missing.
         """
         saved: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for entry in state["fragments"]:
             saved.setdefault(entry["name"], []).append((entry["offset"], entry["values"]))
+        trained = {name for name, p in self._engine.module.named_parameters() if p.requires_grad}
+        if unknown := sorted(saved.keys() - trained):
+            raise CheckpointError(f"the weight average has parts of other parameters: {unknown[:5]}")
         for (name, offset), average in zip(self._places, self._averages, strict=True):
-            filled = 0
-            for start, values in saved.get(name, ()):
-                first, last = max(start, offset), min(start + values.numel(), offset + average.numel())
-                if first < last:
-                    average[first - offset : last - offset].copy_(values[first - start : last - start])
-                    filled += last - first
-            if filled != average.numel():
-                raise CheckpointError(f"the weight average has no part for {name} at {offset}")
-        strangers = sorted(saved.keys() - dict(self._engine.module.named_parameters()).keys())
-        if strangers:
-            raise CheckpointError(f"the weight average has parts of other parameters: {strangers[:5]}")
+            copied = sum(
+                _copy_overlap(average, offset, values, start) for start, values in saved.get(name, [])
+            )
+            if copied != average.numel():
+                raise CheckpointError(
+                    f"the average has {copied} of {average.numel()} elements of {name} from {offset} on"
+                )
 
     def _fragments(self) -> list[Fragment]:
         return master_fragments(self._engine, self._grid)
+
+
+def _copy_overlap(target: torch.Tensor, target_start: int, source: torch.Tensor, source_start: int) -> int:
+    """Copies what two parts of one flattened parameter have in common; returns how many elements that is."""
+    start = max(target_start, source_start)
+    count = min(target_start + target.numel(), source_start + source.numel()) - start
+    if count <= 0:
+        return 0
+    target[start - target_start :][:count].copy_(source[start - source_start :][:count])
+    return count

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import CheckpointError
 from sat_train.training.ema import WeightAverage, master_fragments
 from tests.ranks.toy import build_toy, toy_run
 
@@ -78,3 +79,45 @@ def test_it_is_the_average_of_the_masters_and_the_parts_make_the_whole(
     for name, values in average.items():
         torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=1e-7)
         assert not torch.equal(values, masters[name])
+
+
+def _load(grid: ProcessGrid, options: dict, state: dict) -> dict:
+    engine, _, _ = build_toy(grid, toy_run(**options))
+    average = WeightAverage(engine, grid, DECAY)
+    average.load_state_dict(state)
+    shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
+    return {"shapes": shapes, "state": average.state_dict()}
+
+
+def _parts_of(results: list[dict]) -> dict[tuple[str, int], torch.Tensor]:
+    fragments = [fragment for result in results for fragment in result["state"]["fragments"]]
+    return {(fragment["name"], fragment["offset"]): fragment["values"] for fragment in fragments}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_ranks_takes_the_average_over(rank_pool, zero_stage, before, after):
+    results = rank_pool(before)(_average_three_steps, {"batch_size": 4 // before, "zero_stage": zero_stage})
+    fragments = [fragment for result in results for fragment in result["state"]["fragments"]]
+    state = {"decay": DECAY, "fragments": fragments}
+    again = rank_pool(after)(_load, {"batch_size": 4 // after, "zero_stage": zero_stage}, state)
+    first, second = _whole(results, _parts_of(results)), _whole(results, _parts_of(again))
+    for name, values in first.items():
+        assert torch.equal(values, second[name])
+
+
+def _load_half(grid: ProcessGrid, state: dict) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        _load(grid, {"batch_size": 2}, state)
+    return str(caught.value)
+
+
+def test_an_average_that_lacks_elements_or_has_strange_ones_is_refused(rank_pool):
+    (result,) = rank_pool(1)(_average_three_steps, {"batch_size": 4})
+    fragments = result["state"]["fragments"]
+    half = [{**fragments[0], "values": fragments[0]["values"][:-3]}, *fragments[1:]]
+    (lacking,) = rank_pool(1)(_load_half, {"decay": DECAY, "fragments": half})
+    assert "elements of 0.weight from 0 on" in lacking
+    strange = [*fragments, {"name": "strange.weight", "offset": 0, "values": torch.zeros(2)}]
+    (refused,) = rank_pool(1)(_load_half, {"decay": DECAY, "fragments": strange})
+    assert "parts of other parameters: ['strange.weight']" in refused
