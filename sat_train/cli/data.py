@@ -18,7 +18,7 @@ from sat_train.data.sources import ClipSource, read_source
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError, DataError
 from sat_train.log import configure_logging
-from sat_train.models.text.t5 import find_t5_folders
+from sat_train.models.text.t5 import count_tokens
 from sat_train.pipeline.video_file import write_contact_sheet, write_mp4
 
 
@@ -109,15 +109,12 @@ def _report(run: RunConfig, source: ClipSource, wanted: Wanted, num_threads: int
 
 def _long_captions(source: ClipSource, folder: Path, max_length: int) -> tuple[tuple[str, int], ...] | None:
     """Returns the captions that the text encoder cuts, with their tokens; None without its tokenizer."""
+    captions = sorted({caption for record in source.records for caption in record.captions})
     try:
-        _, tokenizer_folder = find_t5_folders(folder)
+        counts = count_tokens(folder, captions)
     except CheckpointError:
         return None
-    from transformers import T5Tokenizer
-
-    tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    captions = sorted({caption for record in source.records for caption in record.captions})
-    counted = [(caption, len(tokenizer(caption)["input_ids"])) for caption in captions]
+    counted = zip(captions, counts, strict=True)
     return tuple((caption, tokens) for caption, tokens in counted if tokens > max_length)
 
 

@@ -71,7 +71,7 @@ class T5TextEncoder(nn.Module):
         assert dtype in (torch.float32, torch.bfloat16), f"T5 in {dtype}: fp32 and bf16 only"
         weights_folder, tokenizer_folder = find_t5_folders(Path(folder))
         transformer = _read_transformer(weights_folder, dtype).to(device)
-        tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        tokenizer = _read_tokenizer(tokenizer_folder)
         return cls(transformer=transformer, tokenizer=tokenizer, max_length=max_length)
 
     def train(self, mode: bool = True) -> T5TextEncoder:
@@ -140,6 +140,24 @@ def find_t5_folders(folder: Path) -> tuple[Path, Path]:
             remedy="copy the tokenizer's files of google/t5-v1_1-xxl into it",
         )
     return weights, tokenizer
+
+
+def count_tokens(folder: Path, captions: Sequence[str]) -> list[int]:
+    """Returns the tokens of each caption, its end token included, without loading the encoder.
+
+    Args:
+        folder: As for `T5TextEncoder.from_folder`.
+        captions: Texts.
+
+    Raises:
+        CheckpointError: The folder has no tokenizer.
+    """
+    tokenizer = _read_tokenizer(find_t5_folders(folder)[1])
+    return [len(tokenizer(caption)["input_ids"]) for caption in captions]
+
+
+def _read_tokenizer(folder: Path) -> T5Tokenizer:
+    return T5Tokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _read_transformer(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
