@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.runs.launching import ROOT, kill, metrics, run, run_folders, start, t
 
 SAVE_INTERVAL = 4
 KILLS = 20
-STEPS = 400  # more than twenty starts of a second each can do
+STEPS = 200  # more than twenty starts can do
 
 
 def words(save: Path, steps: int) -> list[str]:
@@ -34,23 +35,30 @@ def is_saving(save: Path) -> bool:
     return any(any(folder.glob(".tmp-*")) for folder in run_folders(save))
 
 
-def kill_at_some_moment(
-    save: Path, *, reached: int, inside_a_save: bool, rng: random.Random, log: Path
-) -> int:
-    """Starts the run, kills it, and returns the last step that it logged."""
-    before = len(logged_steps(save))
+def resumed_from(log: Path) -> int:
+    """Returns the step that a run says it goes on from, 0 for one that starts afresh."""
+    found = re.search(r"going on from step (\d+)", log.read_text(encoding="utf-8"))
+    return int(found.group(1)) if found else 0
+
+
+def kill_at_some_moment(save: Path, *, inside_a_save: bool, rng: random.Random, log: Path) -> int:
+    """Starts the run, kills it once it has saved, and returns the step it went on from."""
     process = start("train_video.py", words(save, STEPS), log=log)
-    wait_until(lambda: len(logged_steps(save)) > before or process.poll() is not None)
-    assert process.poll() is None, log.read_text()
-    resumed_at = logged_steps(save)[before] - 1
-    assert resumed_at >= reached - SAVE_INTERVAL, f"went on from {resumed_at} after {reached} steps"
-    if inside_a_save:
-        wait_until(lambda: is_saving(save) or process.poll() is not None, poll_s=0.001)
-        time.sleep(rng.uniform(0, 0.05))
-    else:
-        time.sleep(rng.uniform(0, 1.0))
-    kill(process)
-    return max(logged_steps(save))
+
+    def saw(text: str) -> bool:
+        assert process.poll() is None, log.read_text()
+        return text in log.read_text(encoding="utf-8")
+
+    try:
+        wait_until(lambda: saw(" saved "))
+        if inside_a_save:
+            wait_until(lambda: is_saving(save) or saw("complete"), poll_s=0.001)
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            time.sleep(rng.uniform(0, 1.0))
+    finally:
+        kill(process)
+    return resumed_from(log)
 
 
 @pytest.mark.slow
@@ -58,10 +66,11 @@ def test_twenty_kills_lose_at_most_one_save_interval_each(tmp_path: Path) -> Non
     rng = random.Random(7)
     save, reached = tmp_path / "killed", 0
     for attempt in range(KILLS):
-        inside_a_save = attempt % 2 == 1
-        reached = kill_at_some_moment(
-            save, reached=reached, inside_a_save=inside_a_save, rng=rng, log=tmp_path / "log.txt"
+        step = kill_at_some_moment(
+            save, inside_a_save=attempt % 2 == 1, rng=rng, log=tmp_path / f"{attempt}.txt"
         )
+        assert step >= reached - SAVE_INTERVAL, f"start {attempt} went on from {step} after {reached} steps"
+        reached = max(logged_steps(save))
     finished = run("train_video.py", words(save, STEPS))
     assert finished.returncode == 0, finished.output
     assert len(run_folders(save)) == 1, "auto goes on in the one folder"
