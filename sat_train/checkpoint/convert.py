@@ -158,15 +158,14 @@ def _write(conversion: Conversion, opened: Opened, folder: Path, progress: Calla
 
 def _write_sat(folder: Path, opened: Opened, model_size: int, progress: Callable[[int], Progress]) -> None:
     (folder / _SAT_STEP).mkdir()
-    report = progress(opened.weights.num_bytes)
-    for rank in range(model_size):
-        weights = slice_weights(opened.weights, rank=rank, size=model_size)
+    slices = [slice_weights(opened.weights, rank=rank, size=model_size) for rank in range(model_size)]
+    report = progress(sum(weights.num_bytes for weights in slices))
+    for rank, weights in enumerate(slices):
         path = folder / _SAT_STEP / f"mp_rank_{rank:02d}_model_states.pt"
         _write_sat_file(path, weights, opened.metadata)
         report(weights.num_bytes)
     write_text(folder / LATEST, _SAT_STEP)
-    for rank in range(model_size):
-        ours = slice_weights(opened.weights, rank=rank, size=model_size)
+    for rank, ours in enumerate(slices):
         check_same(ours, read_transformer_weights(folder, model_rank=rank, model_size=model_size))
 
 
