@@ -1,8 +1,10 @@
-"""SAT's argument namespace, for SAT's own classes. Made here only, and read by nobody else."""
+"""SAT's argument namespace, for SAT's own classes and files. Made here only, and read by nobody else."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 from sat_train.config.run import RunConfig
 
@@ -50,3 +52,14 @@ def build_sat_args(run: RunConfig) -> argparse.Namespace:
         data_config=tree.get("data"),
         deepspeed_config=tree["deepspeed"],
     )
+
+
+def write_model_config(run: RunConfig, path: Path) -> None:
+    """Writes the namespace as `model_config.json`, which SAT keeps beside `latest`.
+
+    Ranks: rank 0 only.
+
+    Source: THUDM/SwissArmyTransformer@63dc23a `sat/training/model_io.py` `save_checkpoint`.
+    """
+    named = {"model_class": "DiffusionTransformer", **vars(build_sat_args(run))}
+    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from sat_train.checkpoint.retention import remove_leftovers
 from sat_train.checkpoint.save import save_training_checkpoint
 from sat_train.config import RunConfig
 from sat_train.config.resolved import write_resolved
+from sat_train.config.sat_args import write_model_config
 from sat_train.data.batch import VideoBatch
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessGrid
@@ -83,7 +84,7 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
 
 
 def open_place(run: RunConfig, grid: ProcessGrid) -> Place:
-    """Opens the run's folder, finds what the run goes on from, and writes `resolved.yaml`.
+    """Opens the run's folder, finds what the run goes on from, and writes what it is.
 
     Ranks: all.
     """
@@ -101,9 +102,16 @@ def open_place(run: RunConfig, grid: ProcessGrid) -> Place:
         grid, save_root=Path(run.args.save), experiment_name=run.args.experiment_name, resumed=resumed
     )
     point = broadcast_object(grid, found[0])
-    on_rank_0(grid, lambda: (remove_leftovers(folder), write_resolved(run, folder / "resolved.yaml")))
+    on_rank_0(grid, lambda: describe_run(run, folder))
     log.info("run folder %s%s", folder, f", going on from step {point.step}" if point else "")
     return Place(folder, lock, point)
+
+
+def describe_run(run: RunConfig, folder: Path) -> None:
+    """Clears what a killed run left in the folder and writes what this run is, for people and for SAT."""
+    remove_leftovers(folder)
+    write_resolved(run, folder / "resolved.yaml")
+    write_model_config(run, folder / "model_config.json")
 
 
 def build_trainer(

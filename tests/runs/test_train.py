@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def test_presets_train_save_validate_and_draw(preset: str, tmp_path: Path) -> No
     assert set(lines[1]) >= LOGGED
     assert [entry for entry in metrics(folder) if "valid_loss" in entry]
     assert (folder / "resolved.yaml").is_file()
+    assert json.loads((folder / "model_config.json").read_text())["num_layers"] == 6
     assert (folder / "latest").read_text().strip() == "2"
     assert (folder / "2" / "manifest.json").is_file()
     assert (folder / "2" / "mp_rank_00_model_states.pt").is_file()
