@@ -7,6 +7,7 @@ asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -135,9 +136,21 @@ def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Col
     """
     targets = module.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-    check_state_dict(shapes, weights.shapes, where=weights.where, may_lack=may_lack)
+    found = {name: _unflattened(shape, shapes.get(name)) for name, shape in weights.shapes.items()}
+    check_state_dict(shapes, found, where=weights.where, may_lack=may_lack)
     for name in weights:
-        targets[name].copy_(weights[name])
+        targets[name].copy_(weights[name].reshape(shapes[name]))
+
+
+def _unflattened(found: Shape, expected: Shape | None) -> Shape:
+    """A convolution's weight that is stored as a linear layer's counts as the convolution's.
+
+    CogVideo's released 1.0 weights hold the patch embedding as [d, c, 2, 2], its later code as [d, 4 c].
+    """
+    is_flat = expected is not None and len(expected) > 2 == len(found)
+    if is_flat and expected and found == (expected[0], math.prod(expected[1:])):
+        return expected
+    return found
 
 
 def _read_run_step(source: WeightSource, *, ema: bool) -> LazyWeights:

@@ -137,6 +137,17 @@ def test_weights_may_lack_what_the_model_computes(grid: ProcessGrid) -> None:
     load_weights(model, from_tensors(weights, where="x"), may_lack=model.derived_keys())
 
 
+def test_a_patch_embedding_stored_as_a_linear_layer_is_the_same_weight(grid: ProcessGrid) -> None:
+    """CogVideo's released 1.0 weights and what its later code saves differ in this one shape."""
+    from sat_train.checkpoint.lazy import from_tensors
+
+    weights = random_weights()
+    key = "mixins.patch_embed.proj.weight"
+    model = build_transformer()
+    load_weights(model, from_tensors({**weights, key: weights[key].flatten(1)}, where="x"))
+    assert torch.equal(model.state_dict()[key], weights[key])
+
+
 def test_a_hash_names_contents_not_places(tmp_path: Path) -> None:
     weights = random_weights()
     one, two = tmp_path / "one", tmp_path / "two"
