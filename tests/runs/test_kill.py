@@ -13,7 +13,7 @@ from tests.runs.launching import ROOT, kill, metrics, run, run_folders, start, t
 
 SAVE_INTERVAL = 4
 KILLS = 20
-STEPS = 200  # more than twenty starts can do
+STEPS = 150  # more than twenty starts can do
 
 
 def words(save: Path, steps: int) -> list[str]:

@@ -119,7 +119,7 @@ def test_a_new_sampler_keeps_steps_and_guidance(load: Load) -> None:
     assert (sampler.target, sampler.params.num_steps, sampler.params.guider_config.params.scale) == (
         "DDIM",
         9,
-        6.0,
+        3.0,
     )
 
 
