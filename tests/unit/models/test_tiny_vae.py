@@ -59,8 +59,8 @@ def test_latents_times_scale_factor_have_about_unit_variance(vae):
 def test_tiles_cost_less_than_a_decibel(vae):
     """Tiles see their own group-norm statistics, so tiled differs from whole; how much is bounded here.
 
-    Tiles of three quarters of the picture with a third of overlap: the decoded pictures agree to 26 dB, better
-    than either agrees with the clip, and the reconstruction loses less than 1 dB.
+    Tiles of three quarters of the picture with a third of overlap: the decoded pictures agree to 26 dB,
+    better than either agrees with the clip, and the reconstruction loses less than 1 dB.
     """
     video = read_clip(VIDEOS[0])
     mean, _ = vae.encode_moments(video[None])
