@@ -40,8 +40,8 @@ def validation_losses(run_folder: Path) -> list[float]:
 def main() -> None:
     train_words = [
         *("--base", "configs/sft.yaml", f"args.save={SAVE}", f"args.train_iters={STEPS}"),
-        *("args.save_interval=150", "args.eval_interval=150", "args.log_interval=20"),
-        f"deepspeed.optimizer.params.lr={LEARNING_RATE}",
+        *("args.save_interval=150", "args.eval_interval=150", "args.valid_video_interval=300"),
+        *("args.log_interval=20", f"deepspeed.optimizer.params.lr={LEARNING_RATE}"),
     ]
     run(["torchrun", "launch/train_video.py", *train_words])
     run_folder = max(SAVE.iterdir(), key=lambda path: path.stat().st_mtime)
