@@ -12,7 +12,12 @@ from torch import Tensor
 
 from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, cut_tensor, sliced
 from sat_train.errors import CheckpointError
-from sat_train.models.dit.sharding import full_shape, tensor_parallel_cut, tensor_parallel_merge
+from sat_train.models.dit.sharding import (
+    check_divisible,
+    full_shape,
+    tensor_parallel_cut,
+    tensor_parallel_merge,
+)
 
 
 def merge_slices(slices: Sequence[LazyWeights], *, where: str) -> LazyWeights:
@@ -53,11 +58,7 @@ def _slice_entry(key: str, entry: Entry, rank: int, size: int) -> Entry:
     if rule is None:
         return entry
     dim, parts = rule
-    if entry.shape[dim] % (parts * size):
-        raise CheckpointError(
-            f"{key} of shape {list(entry.shape)} cannot be cut for model_parallel_size = {size}",
-            expected=f"dim {dim} divisible by {parts * size}",
-        )
+    check_divisible(key, tuple(entry.shape), dim=dim, parts=parts, size=size)
     return sliced(entry, Cut(dim, parts, rank, size))
 
 

@@ -259,9 +259,8 @@ class RotaryPositions(BaseMixin):
         """Returns cosines and sines of all tokens, fp32 `[l, k / 2]`; text tokens are not rotated."""
         key = (grid, text_length, device)
         if key not in self._tables:
-            with torch.inference_mode(
-                False
-            ):  # what sampling computes first, training may save for its backward
+            # what sampling computes first, training may save for its backward
+            with torch.inference_mode(False):
                 angles = F.pad(self._angles(grid, device=device), (0, 0, text_length, 0))
                 self._tables[key] = (angles.cos(), angles.sin())
         return self._tables[key]

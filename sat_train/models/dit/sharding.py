@@ -50,11 +50,7 @@ def tensor_parallel_slice(key: str, tensor: Tensor, *, rank: int, size: int) -> 
     if cut is None or size == 1:
         return tensor
     dim, parts = cut
-    if tensor.shape[dim] % (parts * size):
-        raise CheckpointError(
-            f"{key} of shape {tuple(tensor.shape)} cannot be cut for model_parallel_size = {size}",
-            expected=f"dim {dim} divisible by {parts * size}",
-        )
+    check_divisible(key, tuple(tensor.shape), dim=dim, parts=parts, size=size)
     slices = [part.chunk(size, dim)[rank] for part in tensor.chunk(parts, dim)]
     return slices[0] if parts == 1 else torch.cat(slices, dim)
 
@@ -67,3 +63,16 @@ def tensor_parallel_merge(key: str, slices: Sequence[Tensor]) -> Tensor:
     dim, parts = cut
     pieces = [part.chunk(parts, dim) for part in slices]
     return torch.cat([piece[index] for index in range(parts) for piece in pieces], dim)
+
+
+def check_divisible(key: str, shape: tuple[int, ...], *, dim: int, parts: int, size: int) -> None:
+    """Checks that a weight can be cut into `size` equal slices.
+
+    Raises:
+        CheckpointError: It cannot.
+    """
+    if shape[dim] % (parts * size):
+        raise CheckpointError(
+            f"{key} of shape {shape} cannot be cut for model_parallel_size = {size}",
+            expected=f"dim {dim} divisible by {parts * size}",
+        )

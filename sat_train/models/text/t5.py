@@ -102,7 +102,7 @@ class T5TextEncoder(nn.Module):
         """Tokens of a caption before cutting and padding, the end token among them; it is cut if above
         `max_length`.
         """
-        return len(self.tokenizer(caption, return_attention_mask=False)["input_ids"])
+        return _count(self.tokenizer, caption)
 
 
 def find_t5_folders(folder: Path) -> tuple[Path, Path]:
@@ -153,7 +153,11 @@ def count_tokens(folder: Path, captions: Sequence[str]) -> list[int]:
         CheckpointError: The folder has no tokenizer.
     """
     tokenizer = _read_tokenizer(find_t5_folders(folder)[1])
-    return [len(tokenizer(caption)["input_ids"]) for caption in captions]
+    return [_count(tokenizer, caption) for caption in captions]
+
+
+def _count(tokenizer: PreTrainedTokenizerBase, caption: str) -> int:
+    return len(tokenizer(caption, return_attention_mask=False)["input_ids"])
 
 
 def _read_tokenizer(folder: Path) -> T5Tokenizer:
