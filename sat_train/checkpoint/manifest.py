@@ -37,6 +37,7 @@ class Manifest:
     Args:
         step: Optimizer steps done.
         samples_consumed: Position in the data: samples that all ranks together have taken.
+        samples_waiting: Samples that were passed over in the global order and are still to come.
         world_size: Processes that wrote it.
         data_size: Ranks on the data axis; ZeRO's partitions depend on it.
         model_size: Ranks on the model axis.
@@ -62,6 +63,7 @@ class Manifest:
     base_weights: BaseWeights | None
     versions: dict[str, str]
     files: tuple[FileRecord, ...]
+    samples_waiting: tuple[int, ...] = ()
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -90,6 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
         if body["format"] != FORMAT:
             raise ValueError(f"format {body['format']} is not {FORMAT}")
         body["files"] = tuple(FileRecord(**entry) for entry in body["files"])
+        body["samples_waiting"] = tuple(body["samples_waiting"])
         body["base_weights"] = BaseWeights(**body["base_weights"]) if body["base_weights"] else None
         return Manifest(**body)
     except FileNotFoundError as error:

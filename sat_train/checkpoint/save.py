@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def save_training_checkpoint(
     run_folder: Path,
     step: int,
     samples_consumed: int,
+    samples_waiting: Sequence[int] = (),
     client_state: Mapping[str, object],
     ema_state: Mapping[str, object] | None,
     exclude_frozen: bool,
@@ -43,6 +44,7 @@ def save_training_checkpoint(
         run_folder: The run's folder.
         step: Optimizer steps done.
         samples_consumed: Samples that all ranks together have taken.
+        samples_waiting: Samples that were passed over in the global order and are still to come.
         client_state: The same on all ranks; tensors and plain values only, so that loading never runs code.
         ema_state: This rank's part of the weight average; None on ranks that hold none.
         exclude_frozen: Leave out what does not train (LoRA).
@@ -65,6 +67,7 @@ def save_training_checkpoint(
         Manifest,
         step=step,
         samples_consumed=samples_consumed,
+        samples_waiting=tuple(samples_waiting),
         world_size=grid.world_size,
         data_size=grid.data_size,
         model_size=grid.model_size,

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from sat_train.config import RunConfig
+from sat_train.data.batches import DataPosition, ListedBatches, OrderedBatches
 from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.plan import Probed, cut_chunks, keep_long, probe_clips
-from sat_train.data.sampler import GlobalOrder, ListedBatches, RankBatches
+from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources import ClipSource, read_source, split_source
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
@@ -30,7 +31,7 @@ def build_train_loader(
     run: RunConfig,
     grid: ProcessGrid,
     *,
-    start_sample: int = 0,
+    start: DataPosition | None = None,
     run_folder: Path | None = None,
     cache: OpenCache | None = None,
 ) -> VideoLoader:
@@ -39,7 +40,7 @@ def build_train_loader(
     Args:
         run: `args` and `data` are read.
         grid: Who this rank is.
-        start_sample: Samples that all ranks together have consumed before, from the checkpoint.
+        start: Where the run stands, from the checkpoint; None: at the beginning.
         run_folder: Gets `quarantine.jsonl`; None: bad clips are only logged.
         cache: Where encoded samples may be.
 
@@ -49,8 +50,14 @@ def build_train_loader(
     Ranks: all.
     """
     dataset = build_train_dataset(run, grid, cache=cache)
-    batches = RankBatches(start_sample, run.args.batch_size, grid.data_rank, grid.data_size)
-    return build_loader(run, grid, dataset, batches, run_folder)
+    return build_loader(run, grid, dataset, plan_train_batches(run, grid, start=start), run_folder)
+
+
+def plan_train_batches(
+    run: RunConfig, grid: ProcessGrid, *, start: DataPosition | None = None
+) -> OrderedBatches:
+    """Returns which samples a rank trains on."""
+    return OrderedBatches([run.args.batch_size], rank=grid.data_rank, num_ranks=grid.data_size, start=start)
 
 
 def build_train_dataset(
@@ -104,7 +111,7 @@ def build_valid_loader(
         return None
     batch_size = run.args.eval_batch_size or run.args.batch_size
     stop = min(len(dataset), run.args.eval_iters * batch_size * grid.data_size)
-    batches = RankBatches(0, batch_size, grid.data_rank, grid.data_size, stop=stop)
+    batches = OrderedBatches([batch_size], rank=grid.data_rank, num_ranks=grid.data_size, stop=stop)
     return build_loader(run, grid, dataset, batches, run_folder)
 
 
@@ -167,7 +174,7 @@ def build_loader(
     run: RunConfig,
     grid: ProcessGrid,
     dataset: VideoDataset,
-    batches: RankBatches | ListedBatches,
+    batches: OrderedBatches | ListedBatches,
     run_folder: Path | None,
 ) -> VideoLoader:
     """Builds the loader of a data set, as `args` and `data` want it.
@@ -175,7 +182,7 @@ def build_loader(
     Raises:
         DataError: Clips of several lengths in one batch.
     """
-    _check_shapes(run, batches.batch_size)
+    _check_shapes(run, run.args.batch_size)
     failures = FailureLog(
         num_clips=sum(len(source) for source in dataset.sources),
         max_bad_fraction=run.data.max_bad_fraction,

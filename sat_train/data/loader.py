@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sat_train.data.batch import VideoBatch, collate
+from sat_train.data.batches import DataPosition, ListedBatches, MicroBatch, OrderedBatches
 from sat_train.data.dataset import Item, VideoDataset
 from sat_train.data.failures import BadClip, Failure, FailureLog
-from sat_train.data.sampler import Place, RankBatches
+from sat_train.data.sampler import Place
 from sat_train.errors import DataError, SatTrainError
 from sat_train.log import get_logger
 
@@ -79,6 +80,16 @@ class _Task(Dataset[Any]):
             row[_CLIP] = place.clip
 
 
+class _Indices:
+    """The samples of this rank's batches, as PyTorch's loader asks for them."""
+
+    def __init__(self, planned: Iterator[MicroBatch]) -> None:
+        self._planned = planned
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(batch.mine) for batch in self._planned)
+
+
 def _pack(items: list[Item | SatTrainError]) -> _Packed:
     for item in items:
         if isinstance(item, SatTrainError):
@@ -103,7 +114,7 @@ class VideoLoader:
 
     Args:
         dataset: Gives samples by global index.
-        batches: Which indices this rank takes.
+        batches: Which samples this rank takes.
         failures: Counts bad clips.
         num_workers: Decoding processes; 0 decodes in this process.
         prefetch_factor: Batches each worker prepares ahead.
@@ -118,7 +129,7 @@ class VideoLoader:
         self,
         *,
         dataset: VideoDataset,
-        batches: RankBatches,
+        batches: OrderedBatches | ListedBatches,
         failures: FailureLog,
         num_workers: int = 0,
         prefetch_factor: int = 2,
@@ -138,13 +149,19 @@ class VideoLoader:
         self._worker_timeout_s = worker_timeout_s
         self._replaces_lost = replaces_lost
         self._position = batches.start
+        self._planned = batches.plan(batches.start)
         self._iterator: Iterator[_Packed] | None = None
         self._board_wf = torch.full((max(1, num_workers), 4), _IDLE, dtype=torch.int64).share_memory_()
         self._end = weakref.finalize(self, _kill_workers, self._board_wf)
 
     @property
-    def position(self) -> int:
-        """Samples consumed by all ranks up to the next micro-step."""
+    def batches(self) -> OrderedBatches | ListedBatches:
+        """Which samples this rank takes."""
+        return self._batches
+
+    @property
+    def position(self) -> DataPosition:
+        """Where the run stands before the next micro-step, whatever the workers prepare ahead."""
         return self._position
 
     @property
@@ -165,6 +182,7 @@ class VideoLoader:
         if self._batches.stop is not None:
             self.close()
             self._position = self._batches.start
+            self._planned = self._batches.plan(self._position)
         return self
 
     def __next__(self) -> VideoBatch:
@@ -181,7 +199,7 @@ class VideoLoader:
         for failure in packed.failures:
             self.failures.add(failure)
         self.failures.check()
-        self._position += self._batches.batch_size * self._batches.data_size
+        self._move(packed)
         self.data_wait_s = time.monotonic() - began
         assert packed.batch is not None
         return packed.batch
@@ -190,6 +208,12 @@ class VideoLoader:
         """Ends the workers. The loader can be used again and goes on at its position."""
         self._iterator = None  # asks idle workers to leave and waits for them
         _kill_workers(self._board_wf)
+
+    def _move(self, packed: _Packed) -> None:
+        planned = next(self._planned)
+        assert packed.batch is not None
+        assert packed.batch.sample_indices == planned.mine, "the workers and the plan have parted"
+        self._position = planned.after
 
     def _next_packed(self) -> _Packed:
         began = time.monotonic()
@@ -210,7 +234,7 @@ class VideoLoader:
         self._board_wf.fill_(_IDLE)
         loader = DataLoader(
             _Task(self.dataset, self._board_wf),
-            batch_sampler=replace(self._batches, start=self._position),
+            batch_sampler=_Indices(self._batches.plan(self._position)),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_factor,
             collate_fn=_pack,

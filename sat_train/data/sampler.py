@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,65 +139,3 @@ def _permutation(length: int, seed: int) -> np.ndarray:
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state ^= state >> np.uint64(31)
     return np.argsort(state, kind="stable")
-
-
-@dataclass(frozen=True)
-class RankBatches:
-    """Which samples one rank takes in each micro-step.
-
-    The samples of one optimizer step are consecutive, whatever the world size. A micro-step takes the next
-    `data_size * batch_size` of them, and rank r the r-th run of `batch_size` of those.
-
-    Args:
-        start: Samples consumed before.
-        batch_size: Samples of one rank in a micro-step.
-        data_rank: This rank on the data axis.
-        data_size: Ranks on the data axis.
-        stop: Samples from this position on are not taken; None: there is no end.
-    """
-
-    start: int
-    batch_size: int
-    data_rank: int
-    data_size: int
-    stop: int | None = None
-
-    def __iter__(self) -> Iterator[list[int]]:
-        stride = self.batch_size * self.data_size
-        base = self.start
-        while self.stop is None or base < self.stop:
-            first = base + self.data_rank * self.batch_size
-            yield list(range(first, first + self.batch_size))
-            base += stride
-
-    def __len__(self) -> int:
-        assert self.stop is not None, "the training order has no end"
-        return -(-(self.stop - self.start) // (self.batch_size * self.data_size))
-
-
-@dataclass(frozen=True)
-class ListedBatches:
-    """Batches of the samples of a list, for one rank: the shape of `RankBatches` for work without an order.
-
-    Args:
-        indices: Global indices of the samples.
-        batch_size: Samples in a batch.
-        start: Samples of the list that were taken before.
-    """
-
-    indices: tuple[int, ...]
-    batch_size: int = 1
-    start: int = 0
-    data_size: int = 1
-
-    @property
-    def stop(self) -> int:
-        """Where the list ends."""
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for first in range(self.start, self.stop, self.batch_size):
-            yield list(self.indices[first : first + self.batch_size])
-
-    def __len__(self) -> int:
-        return -(-(self.stop - self.start) // self.batch_size)

@@ -71,8 +71,7 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
     set_determinism(run.args.deterministic)
     place = open_place(run, grid)
     try:
-        start_sample = place.point.manifest.samples_consumed if place.point is not None else 0
-        data = open_data(run, grid, start_sample=start_sample, run_folder=place.folder)
+        data = open_data(run, grid, point=place.point, run_folder=place.folder)
         pipeline = build_models(run, grid, with_encoders=data.needs_encoders, null_text_ld=data.null_text())
         engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
         average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None
@@ -148,10 +147,9 @@ def build_trainer(
             grid=grid,
             stop_request=stop_request,
         ),
-        meter=Meter(grid, data.samples_per_step),
+        meter=Meter(grid),
         learning_rate=build_learning_rate(run, data.train_iters),
         train_iters=data.train_iters,
-        samples_per_step=data.samples_per_step,
         log_interval=run.args.log_interval,
         state=state,
         average=average,
@@ -180,12 +178,15 @@ def build_save(
     """Returns what writes a checkpoint of a trainer and gives its folder; to be called on all ranks."""
 
     def save(trainer: Trainer) -> Path:
+        position = data.train.position
+        assert position.consumed == trainer.state.samples_consumed, "the loader and the loop have parted"
         return save_training_checkpoint(
             grid,
             engine=engine,
             run_folder=place.folder,
             step=trainer.state.step,
-            samples_consumed=trainer.state.samples_consumed,
+            samples_consumed=position.consumed,
+            samples_waiting=position.waiting,
             client_state={**trainer.state.client_state(), CONFIG_KEY: pack_config(run)},
             ema_state=None if average is None else average.state_dict(),
             exclude_frozen=base_weights is not None,

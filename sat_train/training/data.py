@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from sat_train.checkpoint.find import ResumePoint
 from sat_train.config import RunConfig
 from sat_train.data.batch import VideoBatch
+from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.build import build_train_loader, build_valid_loader
 from sat_train.data.cache.key import text_key
 from sat_train.data.cache.plan import find_missing
@@ -39,7 +41,6 @@ class RunData:
         train: Endless loader of this rank.
         valid: Loader of the validation batches; None for a run that does not validate.
         train_iters: Steps of the run.
-        samples_per_step: Samples of all ranks together in one step.
         needs_encoders: T5 and the autoencoder must be loaded.
         cache: Where encoded samples are; None without.
     """
@@ -47,7 +48,6 @@ class RunData:
     train: VideoLoader
     valid: VideoLoader | None
     train_iters: int
-    samples_per_step: int
     needs_encoders: bool
     cache: OpenCache | None
 
@@ -59,8 +59,16 @@ class RunData:
         return entry and entry["text"]
 
 
-def open_data(run: RunConfig, grid: ProcessGrid, *, start_sample: int, run_folder: Path | None) -> RunData:
+def open_data(
+    run: RunConfig, grid: ProcessGrid, *, point: ResumePoint | None = None, run_folder: Path | None = None
+) -> RunData:
     """Builds the loaders, and looks whether all that the run will read is in the cache.
+
+    Args:
+        run: The configuration.
+        grid: Who this rank is.
+        point: The checkpoint that the run goes on from; None for a new run.
+        run_folder: Gets the names of bad clips; None: they are only logged.
 
     Raises:
         DataError: No usable data, or `data.cache: require` and something is missing.
@@ -69,24 +77,47 @@ def open_data(run: RunConfig, grid: ProcessGrid, *, start_sample: int, run_folde
     """
     mode = run.data.cache
     cache = None if mode == "off" else open_cache(run, grid, "require" if mode == "require" else "read")
-    train = build_train_loader(run, grid, start_sample=start_sample, run_folder=run_folder, cache=cache)
+    train = build_train_loader(run, grid, start=position_of(point), run_folder=run_folder, cache=cache)
+    if point is not None and point.manifest.data_fingerprint != train.fingerprint:
+        log.warning(
+            "the training data are not those of the checkpoint (fingerprint %s, was %s): the run goes on at "
+            "sample %d of the new order, in which clips may come again or not at all in this epoch",
+            *(train.fingerprint, point.manifest.data_fingerprint, train.position.consumed),
+        )
     valid = None
     if run.args.eval_interval is not None:
         valid = build_valid_loader(run, grid, run_folder=run_folder, cache=cache)
-    samples_per_step = run.args.batch_size * run.args.gradient_accumulation_steps * grid.data_size
-    train_iters = count_steps(run, train.epoch_length, samples_per_step)
+    train_iters = count_steps(run, train.batches, train.epoch_length)
     needs_encoders = True
     if cache is not None:
-        samples = range(start_sample, train_iters * samples_per_step)
+        steps = train_iters - (point.step if point is not None else 0)
+        samples = samples_of(train.batches, train.position, steps * run.args.gradient_accumulation_steps)
         is_complete = check_complete(run, grid, cache, train, valid, samples)
         needs_encoders = not is_complete or draws_videos(run)
         log.info("%s", _told(run, is_complete))
-    return RunData(train, valid, train_iters, samples_per_step, needs_encoders, cache)
+    return RunData(train, valid, train_iters, needs_encoders, cache)
 
 
-def count_steps(run: RunConfig, epoch_length: int, samples_per_step: int) -> int:
+def position_of(point: ResumePoint | None) -> DataPosition:
+    """Returns where a run stands in the data that goes on from a checkpoint, or begins."""
+    if point is None:
+        return DataPosition()
+    waiting = point.manifest.samples_waiting
+    return DataPosition(point.manifest.samples_consumed + len(waiting), waiting)
+
+
+def count_steps(run: RunConfig, batches: OrderedBatches, epoch_length: int) -> int:
     """Returns the steps of a run: `args.train_iters`, or those of `args.epochs`."""
-    return run.args.train_iters or math.ceil(run.args.epochs * epoch_length / samples_per_step)
+    if run.args.train_iters is not None:
+        return run.args.train_iters
+    micro_steps = batches.count_micro_steps(run.args.epochs * epoch_length)
+    return -(-micro_steps // run.args.gradient_accumulation_steps)
+
+
+def samples_of(batches: OrderedBatches, position: DataPosition, micro_steps: int) -> list[int]:
+    """Returns the samples that all ranks take in the micro-steps after a position, rising."""
+    planned = itertools.islice(batches.plan(position), max(0, micro_steps))
+    return sorted(index for batch in planned for index in batch.indices)
 
 
 def draws_videos(run: RunConfig) -> bool:
@@ -100,7 +131,7 @@ def check_complete(
     cache: OpenCache,
     train: VideoLoader,
     valid: VideoLoader | None,
-    samples: range,
+    samples: Sequence[int],
 ) -> bool:
     """Tells whether the cache has all that a run will read.
 

@@ -24,12 +24,10 @@ class Meter:
 
     Args:
         grid: The process grid.
-        samples_per_step: Samples of all ranks together in one step.
     """
 
-    def __init__(self, grid: ProcessGrid, samples_per_step: int) -> None:
+    def __init__(self, grid: ProcessGrid) -> None:
         self._grid = grid
-        self._samples_per_step = samples_per_step
         self._pending: list[torch.Tensor] = []
         self._last_loss = float("nan")
         self.restart()
@@ -37,6 +35,7 @@ class Meter:
     def restart(self) -> None:
         """Begins a new interval."""
         self._steps = 0
+        self._samples = 0
         self._data_wait_s = 0.0
         self._since = time.perf_counter()
 
@@ -44,6 +43,7 @@ class Meter:
         """Takes one step in."""
         self._pending.append(result.loss)
         self._steps += 1
+        self._samples += result.num_samples
         self._data_wait_s += result.data_wait_s
 
     @contextmanager
@@ -82,7 +82,7 @@ class Meter:
             grad_norm=grad_norm,
             step_time_s=seconds / steps,
             data_wait_s=self._data_wait_s / steps,
-            samples_per_s=self._samples_per_step * steps / seconds,
+            samples_per_s=self._samples / seconds,
             peak_memory_gib=peak_memory_gib(self._grid.device),
             skipped=state.skipped,
         )

@@ -11,21 +11,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig
-from sat_train.data.build import build_loader, build_train_dataset, build_valid_dataset
+from sat_train.data.batches import ListedBatches
+from sat_train.data.build import build_loader, build_train_dataset, build_valid_dataset, plan_train_batches
 from sat_train.data.cache.key import text_key
 from sat_train.data.cache.plan import Missing, drop_repeated, find_missing
 from sat_train.data.cache.samples import Condition, OpenCache
 from sat_train.data.cache.shards import About
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import Failure
-from sat_train.data.sampler import ListedBatches
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.log import get_logger
 from sat_train.pipeline.build import compute_dtype
 from sat_train.pipeline.encode import SampleEncoder
 from sat_train.pipeline.frozen_models import FrozenModels
-from sat_train.training.data import build_writer, count_steps
+from sat_train.training.data import build_writer, count_steps, samples_of
 from sat_train.training.encoders import open_cache, share_files
 from sat_train.training.models import build_loaded_text_encoder, build_loaded_vae, encoder_dtype
 
@@ -82,8 +82,10 @@ def precompute(run: RunConfig, grid: ProcessGrid) -> None:
     )
 
 
-def _datasets(run: RunConfig, grid: ProcessGrid, cache: OpenCache) -> list[tuple[VideoDataset, int]]:
-    """Returns the data sets with how many of their samples are encoded.
+def _datasets(
+    run: RunConfig, grid: ProcessGrid, cache: OpenCache
+) -> list[tuple[VideoDataset, Sequence[int]]]:
+    """Returns the data sets with their samples that are encoded.
 
     Where clips have a limited number of views, that is each view of each clip, whatever the run's length and
     world size; else it is the samples that a run of this configuration on as many ranks will train on.
@@ -93,29 +95,30 @@ def _datasets(run: RunConfig, grid: ProcessGrid, cache: OpenCache) -> list[tuple
     )
     train = build_train_dataset(run, grid, cache=cache, each_view_once=is_limited)
     if is_limited:
-        num_samples = len(train) * (run.data.params.views or 1)
+        samples: Sequence[int] = range(len(train) * (run.data.params.views or 1))
     else:
-        per_step = run.args.batch_size * run.args.gradient_accumulation_steps * grid.data_size
-        num_samples = count_steps(run, len(train), per_step) * per_step
+        batches = plan_train_batches(run, grid)
+        micro_steps = count_steps(run, batches, len(train)) * run.args.gradient_accumulation_steps
+        samples = samples_of(batches, batches.start, micro_steps)
         told = "data.params.views is null, windows never repeat: taking the %d samples of a run on %d ranks"
-        log.info(told, num_samples, grid.world_size)
+        log.info(told, len(samples), grid.world_size)
     valid = None
     if run.args.eval_interval is not None:
         valid = build_valid_dataset(run, grid, cache=cache)
-    return [(train, num_samples), *([] if valid is None else [(valid, len(valid))])]
+    return [(train, samples), *([] if valid is None else [(valid, range(len(valid)))])]
 
 
-def _plan(grid: ProcessGrid, cache: OpenCache, dataset: VideoDataset, num_samples: int) -> _Work:
+def _plan(grid: ProcessGrid, cache: OpenCache, dataset: VideoDataset, samples: Sequence[int]) -> _Work:
     """Finds what is missing, each rank its share, and shares the work out evenly.
 
     Ranks: all.
     """
-    share = find_missing(dataset, range(num_samples)[grid.rank :: grid.world_size], retry_failed=True)
+    share = find_missing(dataset, samples[grid.rank :: grid.world_size], retry_failed=True)
     share_files(grid, cache.book)
     found: list[Missing] = [sample for part in gather_objects(grid, share) for sample in part if sample.keys]
     work = drop_repeated(sorted(found, key=lambda sample: sample.index))
     indices = tuple(sample.index for sample in work[grid.rank :: grid.world_size])
-    return _Work(dataset, indices, num_samples, len(work))
+    return _Work(dataset, indices, len(samples), len(work))
 
 
 def _captions(run: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> dict[str, str]:

@@ -15,7 +15,7 @@ class TrainState:
 
     Args:
         step: Optimizer steps done.
-        samples_consumed: Samples that all ranks together have taken; the position in the data.
+        samples_consumed: Samples that all ranks together have taken.
         skipped: Steps whose update was left out because a gradient was not finite.
         loss_sum: Exponentially weighted sum of the losses of all steps.
         loss_weight: Sum of its weights; `loss_sum / loss_weight` is the smoothed loss.

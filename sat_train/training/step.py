@@ -17,7 +17,7 @@ from sat_train.training.signals import StopRequest
 
 
 class Batch(Protocol):
-    """What a step needs to know of a batch: names for its messages."""
+    """What a step needs to know of a batch: names of its samples for messages, and so their number."""
 
     clip_ids: tuple[str, ...]
 
@@ -31,12 +31,14 @@ class StepResult:
         data_wait_s: Seconds in which this rank waited for the loader.
         stop: Some rank was asked to stop.
         applied: The weights were updated; False when a gradient was not finite.
+        num_samples: Samples that all ranks together have taken.
     """
 
     loss: torch.Tensor
     data_wait_s: float
     stop: bool
     applied: bool
+    num_samples: int
 
 
 class Stepper:
@@ -96,7 +98,8 @@ class Stepper:
             self._raise_not_finite(number, losses, seen)
         self._update(number)
         loss = torch.stack(losses).mean()
-        return StepResult(loss, waited, bool(stop), self._engine.was_step_applied())
+        num_samples = self._grid.data_size * sum(len(clips) for clips in seen)
+        return StepResult(loss, waited, bool(stop), self._engine.was_step_applied(), num_samples)
 
     def grad_norm(self) -> float | None:
         """Returns the gradient's norm at the last step, before clipping. Waits for the device."""

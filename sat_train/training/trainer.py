@@ -25,7 +25,6 @@ class Trainer:
         meter: Collects what they leave.
         learning_rate: Rate by step.
         train_iters: Step at which the run is complete.
-        samples_per_step: Samples of all ranks together in one step.
         log_interval: Steps between entries.
         state: Where the run stands; moved on by `run`.
         average: Moving average of the weights, if one is kept.
@@ -39,7 +38,6 @@ class Trainer:
         meter: Meter,
         learning_rate: LearningRate,
         train_iters: int,
-        samples_per_step: int,
         log_interval: int,
         state: TrainState,
         average: WeightAverage | None = None,
@@ -52,7 +50,6 @@ class Trainer:
         self.stopping = False
         self._stepper = stepper
         self._meter = meter
-        self._samples_per_step = samples_per_step
         self._log_interval = log_interval
         self._callbacks = callbacks
         self._skips_in_a_row = 0
@@ -102,7 +99,7 @@ class Trainer:
         lr = self.learning_rate.at(state.step)
         result = self._stepper.step(state.step + 1, lr)
         state.step += 1
-        state.samples_consumed += self._samples_per_step
+        state.samples_consumed += result.num_samples
         self._count_skip(result.applied)
         if self.average is not None and result.applied:
             self.average.update()

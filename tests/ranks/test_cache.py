@@ -24,7 +24,7 @@ def _precompute(grid: ProcessGrid, words: list[str]) -> None:
 def _missing(grid: ProcessGrid, words: list[str]) -> bool:
     from sat_train.training.data import open_data
 
-    return open_data(load_run(words), grid, start_sample=0, run_folder=None).needs_encoders
+    return open_data(load_run(words), grid).needs_encoders
 
 
 def test_two_ranks_share_the_work_and_any_number_reads_it(rank_pool, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sat_train.config import load_run_config
+from sat_train.data.batches import DataPosition
 from sat_train.data.build import build_train_loader, sum_bad_clips
 from sat_train.distributed.processes import ProcessGrid, start_single_process
 from sat_train.errors import SatTrainError
@@ -27,7 +28,7 @@ def _loader(grid: ProcessGrid, folder: str, words: list[str], start: int = 0):
     fixed = ["data.params.video_size=[32,32]", "data.params.max_num_frames=5", "data.params.fps=8"]
     fixed += ["args.train_iters=1", "args.num_workers=0", "data.params.max_upscale=8"]
     run = load_run_config([], [*fixed, f"args.train_data=[{folder}]", *words], check_paths=False)
-    return build_train_loader(run, grid, start_sample=start)
+    return build_train_loader(run, grid, start=DataPosition(start))
 
 
 def _take(grid: ProcessGrid, folder: str, batch_size: int, count: int, start: int):

@@ -58,10 +58,9 @@ def _train(
     reports = [MetricsFile(folder), TensorBoard(folder)] if grid.rank == 0 else []
     trainer = Trainer(
         stepper=stepper,
-        meter=Meter(grid, BATCH * grid.data_size),
+        meter=Meter(grid),
         learning_rate=RATE,
         train_iters=steps,
-        samples_per_step=BATCH * grid.data_size,
         log_interval=log_interval,
         state=TrainState(),
         callbacks=[*reports, checkpointer, StopAt(grid, stop_request, stop_at)],

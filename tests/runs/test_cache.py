@@ -50,7 +50,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def losses(words: list[str]) -> tuple[list[float], bool]:
     """Returns the losses of three steps and of a validation, and whether the encoders were loaded."""
     run, grid = load_run(words), start_single_process()
-    data = open_data(run, grid, start_sample=0, run_folder=None)
+    data = open_data(run, grid)
     pipeline = build_models(run, grid, with_encoders=data.needs_encoders, null_text_ld=data.null_text())
     train = valid = lambda batch: batch
     filler = None

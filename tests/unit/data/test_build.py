@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sat_train.config import load_run_config
+from sat_train.data.batches import DataPosition
 from sat_train.data.build import build_train_loader, build_valid_loader, sum_bad_clips
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import DataError
@@ -42,8 +43,8 @@ def test_the_shipped_clips_train_at_once(grid):
 
 def test_settings_reach_the_data_set(grid, folder):
     words = ["data.params.window=head", "data.params.skip_frms_num=3", "args.seed=9"]
-    loader = build_train_loader(config(*words, train=folder), grid, start_sample=4)
-    assert loader.position == 4
+    loader = build_train_loader(config(*words, train=folder), grid, start=DataPosition(4))
+    assert loader.position.consumed == 4
     batch = next(loader)
     assert batch.sample_indices == (4, 5)
     assert loader.dataset[4].sample.times[0] == pytest.approx(0.1)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from sat_train.data.batch import CachedSample, VideoBatch, VideoSample, collate
+from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import Failure, FailureLog
 from sat_train.data.loader import VideoLoader
-from sat_train.data.sampler import GlobalOrder, RankBatches
+from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources import ClipSource
 from sat_train.data.view import View
 from sat_train.errors import DataError
@@ -39,7 +40,7 @@ def make_loader(
     dataset, *, start=0, batch_size=2, rank=0, size=1, stop=None, path=None, allowed=0.0, **options
 ):
     log = FailureLog(num_clips=len(dataset.sources[0]), max_bad_fraction=allowed, path=path)
-    batches = RankBatches(start, batch_size, rank, size, stop=stop)
+    batches = OrderedBatches([batch_size], rank=rank, num_ranks=size, start=DataPosition(start), stop=stop)
     return VideoLoader(dataset=dataset, batches=batches, failures=log, **options)
 
 
@@ -80,10 +81,9 @@ def test_resume_goes_on_anywhere_with_another_number_of_ranks(clips, stopped_at)
     whole = [i for b in take(make_loader(make_dataset(clips), batch_size=4), 8) for i in b.clip_ids]
     before = make_loader(make_dataset(clips), batch_size=4)
     done = take(before, stopped_at // 4)
-    assert before.position == stopped_at
+    assert before.position == DataPosition(stopped_at)
     ranks = [
-        make_loader(make_dataset(clips), start=before.position, batch_size=2, rank=r, size=2)
-        for r in range(2)
+        make_loader(make_dataset(clips), start=stopped_at, batch_size=2, rank=r, size=2) for r in range(2)
     ]
     after = [clip for _ in range(2) for rank in ranks for clip in next(rank).clip_ids]
     assert [clip for batch in done for clip in batch.clip_ids] + after == whole[: stopped_at + 8]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from sat_train.data.sampler import GlobalOrder, RankBatches
+from sat_train.data.sampler import GlobalOrder
 
 
 def order_of(*sizes, seed=7, **options):
@@ -80,24 +79,3 @@ def test_weights_of_clips_are_how_often_an_epoch_takes_them():
             assert np.floor(weight) <= once[clip] <= np.ceil(weight)
             counts[clip] += once[clip]
     assert counts / 400 == pytest.approx(weights, abs=0.08)  # three standard errors of a coin at 400 tosses
-
-
-@pytest.mark.parametrize(
-    ("size", "batch", "accumulation"), [(1, 6, 2), (2, 3, 2), (3, 2, 2), (4, 3, 1), (1, 12, 1)]
-)
-def test_a_global_batch_holds_the_same_samples_at_any_world_size(size, batch, accumulation):
-    ranks = [iter(RankBatches(24, batch, rank, size)) for rank in range(size)]
-    for step in range(3):
-        taken = [next(rank) for _ in range(accumulation) for rank in ranks]
-        begin = 24 + step * 12
-        assert sorted(itertools.chain(*taken)) == list(range(begin, begin + 12))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("stop", [1, 12, 13])
-def test_a_finite_iteration_gives_every_rank_as_many_batches(size, stop):
-    ranks = [list(RankBatches(0, 2, rank, size, stop=stop)) for rank in range(size)]
-    assert {len(batches) for batches in ranks} == {len(RankBatches(0, 2, 0, size, stop=stop))}
-    taken = sorted(index for batches in ranks for batch in batches for index in batch)
-    assert taken == list(range(len(taken)))
-    assert stop <= len(taken) < stop + 2 * size
