@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
-from sat_train.data.build import build_train_loader
-from sat_train.data.inspect import SetReport, Wanted, inspect_clips
+from sat_train.data.build import build_fit, build_train_loader
+from sat_train.data.inspect import SetReport, inspect_clips
+from sat_train.data.plan import Fit
 from sat_train.data.report import render_page
 from sat_train.data.sources import ClipSource, read_source
 from sat_train.distributed.processes import start_single_process
@@ -62,18 +63,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(run: RunConfig, output: Path, num_threads: int) -> int:
-    params = run.data.params
-    wanted = Wanted(
-        video_size=tuple(params.video_size),
-        fps=params.fps,
-        num_frames=params.max_num_frames,
-        skip_frms_num=params.skip_frms_num,
-        max_upscale=params.max_upscale,
-        refuses_short=params.short_clip in ("error", "skip"),
-    )
+    fit = build_fit(run)
     reports = []
     for entry in dict.fromkeys((*run.args.train_data, *(run.args.valid_data or ()))):
-        report = _report(run, read_source(entry), wanted, num_threads)
+        report = _report(run, read_source(entry), fit, num_threads)
         reports.append(report)
         print("\n".join(f"{name:<13} {value}" for name, value in report.lines()), end="\n\n")
     output.mkdir(parents=True, exist_ok=True)
@@ -83,13 +76,13 @@ def _inspect(run: RunConfig, output: Path, num_threads: int) -> int:
     return 0
 
 
-def _report(run: RunConfig, source: ClipSource, wanted: Wanted, num_threads: int) -> SetReport:
+def _report(run: RunConfig, source: ClipSource, fit: Fit, num_threads: int) -> SetReport:
     columns = (TextColumn("looking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(source))
         clips = inspect_clips(
             source.records,
-            wanted,
+            fit,
             num_threads=num_threads,
             timeout_s=run.data.worker_timeout_s,
             on_clip=lambda: progress.advance(task),
@@ -100,7 +93,7 @@ def _report(run: RunConfig, source: ClipSource, wanted: Wanted, num_threads: int
         source.name,
         source.fingerprint,
         source.ignored,
-        wanted,
+        fit,
         tuple(clips),
         long_captions,
         encoder.max_length,
@@ -125,7 +118,8 @@ def _preview(run: RunConfig, output: Path, count: int) -> int:
         path = output / f"{sample.sample_index:04d}.mp4"
         write_mp4(path, sample.video_tchw, fps=run.data.params.fps)
         times = f"{sample.times[0]:.2f} to {sample.times[-1]:.2f} s"
-        print(f"{path}  {sample.clip_id}  {times}  {sample.caption}")
+        shape = "x".join(str(side) for side in (len(sample.video_tchw), *sample.video_tchw.shape[-2:]))
+        print(f"{path}  {shape}  {sample.clip_id}  {times}  {sample.caption}")
     write_contact_sheet(
         output / "contact_sheet.png", [s.video_tchw for s in samples], [s.caption for s in samples]
     )

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from sat_train.config import RunConfig
+from sat_train.config.shapes import allowed_shapes, count_tokens
 from sat_train.data.batches import DataPosition, ListedBatches, OrderedBatches
 from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
+from sat_train.data.clip_file import ClipInfo
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.failures import FailureLog
+from sat_train.data.failures import FailureLog, write_failures
 from sat_train.data.loader import VideoLoader
-from sat_train.data.plan import Probed, cut_chunks, keep_long, probe_clips
+from sat_train.data.plan import Fit, Planned, describe_plan, look_into, plan_sources
 from sat_train.data.sampler import GlobalOrder
-from sat_train.data.sources import ClipSource, read_source, split_source
+from sat_train.data.sources import ClipRecord, ClipSource, read_source, split_source
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import DataError
@@ -49,25 +51,46 @@ def build_train_loader(
 
     Ranks: all.
     """
-    dataset = build_train_dataset(run, grid, cache=cache)
-    return build_loader(run, grid, dataset, plan_train_batches(run, grid, start=start), run_folder)
+    dataset = build_train_dataset(run, grid, run_folder=run_folder, cache=cache)
+    batches = build_train_batches(run, grid, dataset, start=start)
+    return build_loader(run, grid, dataset, batches, run_folder)
 
 
-def plan_train_batches(
-    run: RunConfig, grid: ProcessGrid, *, start: DataPosition | None = None
+def build_train_batches(
+    run: RunConfig, grid: ProcessGrid, dataset: VideoDataset, *, start: DataPosition | None = None
 ) -> OrderedBatches:
-    """Returns which samples a rank trains on."""
-    return OrderedBatches([run.args.batch_size], rank=grid.data_rank, num_ranks=grid.data_size, start=start)
+    """Builds what says which samples this rank trains on."""
+    return OrderedBatches(
+        batch_sizes(run, run.args.batch_size),
+        bucket_of=dataset.bucket,
+        rank=grid.data_rank,
+        num_ranks=grid.data_size,
+        start=start,
+    )
+
+
+def batch_sizes(run: RunConfig, batch_size: int) -> list[int]:
+    """Returns the samples of one rank in a micro-batch for each shape: as many as the budget has room for."""
+    params = run.data.params
+    budget = None if params.buckets is None else params.buckets.max_tokens
+    shapes = allowed_shapes(params, run.model)
+    return [budget // count_tokens(shape, run.model) if budget else batch_size for shape in shapes]
 
 
 def build_train_dataset(
-    run: RunConfig, grid: ProcessGrid, *, cache: OpenCache | None = None, each_view_once: bool = False
+    run: RunConfig,
+    grid: ProcessGrid,
+    *,
+    run_folder: Path | None = None,
+    cache: OpenCache | None = None,
+    each_view_once: bool = False,
 ) -> VideoDataset:
     """Builds the training set.
 
     Args:
         run: `args` and `data` are read.
         grid: Who this rank is.
+        run_folder: Its `quarantine.jsonl` names the clips that are left out; None: only the log does.
         cache: Where encoded samples may be.
         each_view_once: Clips come as they are listed, all in their first view, then all in their second, ...
 
@@ -82,16 +105,17 @@ def build_train_dataset(
             expected="folders or manifests of clips",
             remedy="--base ... args.train_data=[my_clips]",
         )
-    sources = _read_sources(run, grid, run.args.train_data, part=None if run.args.valid_data else _TRAIN)
+    part = None if run.args.valid_data else _TRAIN
+    planned = _plan(run, grid, _read_sources(run, grid, run.args.train_data, part=part), run_folder, cache)
     if each_view_once:
-        order = _listed_order(run, sources)
+        order = _listed_order(run, planned)
     else:
         order = GlobalOrder(
             seed=run.args.seed,
-            clip_weights=[[record.weight for record in source.records] for source in sources],
+            clip_weights=[[record.weight for record in source.records] for source in planned.sources],
             source_weights=run.args.train_data_weights,
         )
-    return _build_dataset(run, sources, order, run.data.params.views, "noised", cache)
+    return _build_dataset(run, planned, order, run.data.params.views, "noised", cache)
 
 
 def build_valid_loader(
@@ -106,17 +130,22 @@ def build_valid_loader(
 
     Ranks: all.
     """
-    dataset = build_valid_dataset(run, grid, cache=cache)
+    dataset = build_valid_dataset(run, grid, run_folder=run_folder, cache=cache)
     if dataset is None:
         return None
     batch_size = run.args.eval_batch_size or run.args.batch_size
-    stop = min(len(dataset), run.args.eval_iters * batch_size * grid.data_size)
-    batches = OrderedBatches([batch_size], rank=grid.data_rank, num_ranks=grid.data_size, stop=stop)
+    batches = OrderedBatches(
+        batch_sizes(run, batch_size),
+        bucket_of=dataset.bucket,
+        rank=grid.data_rank,
+        num_ranks=grid.data_size,
+        stop=min(len(dataset), run.args.eval_iters * batch_size * grid.data_size),
+    )
     return build_loader(run, grid, dataset, batches, run_folder)
 
 
 def build_valid_dataset(
-    run: RunConfig, grid: ProcessGrid, *, cache: OpenCache | None = None
+    run: RunConfig, grid: ProcessGrid, *, run_folder: Path | None = None, cache: OpenCache | None = None
 ) -> VideoDataset | None:
     """Builds the validation set: each clip in one view, the same in every run.
 
@@ -131,42 +160,55 @@ def build_valid_dataset(
     entries = run.args.valid_data or run.args.train_data
     if not entries or (not run.args.valid_data and not _shares(run)[_VALID]):
         return None
-    sources = _read_sources(run, grid, entries, part=None if run.args.valid_data else _VALID)
-    return _build_dataset(run, sources, _listed_order(run, sources), 1, "plain", cache)
+    part = None if run.args.valid_data else _VALID
+    planned = _plan(run, grid, _read_sources(run, grid, entries, part=part), run_folder, cache)
+    return _build_dataset(run, planned, _listed_order(run, planned), 1, "plain", cache)
 
 
-def _listed_order(run: RunConfig, sources: Sequence[ClipSource]) -> GlobalOrder:
-    weights = [[1.0] * len(source) for source in sources]
+def _listed_order(run: RunConfig, planned: Planned) -> GlobalOrder:
+    weights = [[1.0] * len(source) for source in planned.sources]
     return GlobalOrder(seed=run.args.seed, clip_weights=weights, shuffle=False)
 
 
 def _build_dataset(
     run: RunConfig,
-    sources: Sequence[ClipSource],
+    planned: Planned,
     order: GlobalOrder,
     views: int | None,
     condition: Condition,
     cache: OpenCache | None,
 ) -> VideoDataset:
     params = run.data.params
-    shape = {"fps": params.fps, "max_upscale": params.max_upscale}
     samples = None
     if cache is not None:
         image = condition if run.model.noised_image_input else None
-        samples = SampleCache(cache, size=tuple(params.video_size), image=image, **shape)
+        samples = SampleCache(cache, fps=params.fps, max_upscale=params.max_upscale, image=image)
     return VideoDataset(
-        sources=sources,
+        sources=planned.sources,
         order=order,
-        video_size=tuple(params.video_size),
-        max_num_frames=params.max_num_frames,
+        buckets=planned.buckets,
+        fps=params.fps,
         seed=run.args.seed,
         skip_frms_num=params.skip_frms_num,
         window=params.window,
         short_clip=params.short_clip,
+        max_upscale=params.max_upscale,
         timeout_s=run.data.worker_timeout_s,
         views=views,
         cache=samples,
-        **shape,
+    )
+
+
+def build_fit(run: RunConfig) -> Fit:
+    """Returns what samples are to be."""
+    params = run.data.params
+    return Fit(
+        shapes=allowed_shapes(params, run.model),
+        fps=params.fps,
+        skip_frms_num=params.skip_frms_num,
+        window=params.window,
+        short_clip=params.short_clip,
+        max_upscale=params.max_upscale,
     )
 
 
@@ -177,12 +219,7 @@ def build_loader(
     batches: OrderedBatches | ListedBatches,
     run_folder: Path | None,
 ) -> VideoLoader:
-    """Builds the loader of a data set, as `args` and `data` want it.
-
-    Raises:
-        DataError: Clips of several lengths in one batch.
-    """
-    _check_shapes(run, run.args.batch_size)
+    """Builds the loader of a data set, as `args` and `data` want it."""
     failures = FailureLog(
         num_clips=sum(len(source) for source in dataset.sources),
         max_bad_fraction=run.data.max_bad_fraction,
@@ -200,14 +237,6 @@ def build_loader(
         replaces_lost=grid.model_size == 1,
         fingerprint=_fingerprint(dataset.sources),
     )
-
-
-def _check_shapes(run: RunConfig, batch_size: int) -> None:
-    if run.data.params.short_clip == "shrink" and batch_size > 1:
-        raise DataError(
-            f"data.params.short_clip = shrink: batches of {batch_size} cannot hold clips of several lengths",
-            expected="batch_size 1 (use gradient_accumulation_steps), or short_clip error, skip or pad",
-        )
 
 
 def _read_sources(
@@ -230,14 +259,40 @@ def _read_sources(
         except DataError as caught:
             error = caught
     check_all_ranks(grid, error)
-    sources = broadcast_object(grid, sources)
-    sources = [_plan(run, grid, source) for source in sources]
-    for source in sources:
+    return broadcast_object(grid, sources)
+
+
+def _plan(
+    run: RunConfig,
+    grid: ProcessGrid,
+    sources: Sequence[ClipSource],
+    run_folder: Path | None,
+    cache: OpenCache | None,
+) -> Planned:
+    """Finds which clips are too short, which are cut, and the shape of each; says what came of it.
+
+    Ranks: all.
+    """
+    fit = build_fit(run)
+
+    def look(record: ClipRecord) -> ClipInfo:
+        if cache is not None:
+            return cache.book.info(record.path, record.span, with_turn=fit.needs_turn)
+        return look_into(record, with_turn=fit.needs_turn, timeout_s=run.data.worker_timeout_s)
+
+    planned = plan_sources(grid, sources, fit, look)
+    for source in planned.sources:
         _check_not_empty(source, run)
         others = ", ".join(f"{count} {suffix}" for suffix, count in source.ignored)
         also = f"; not clips: {others}" if others else ""
         log.info("%s: %d clips, fingerprint %s%s", source.name, len(source), source.fingerprint, also)
-    return sources
+    if fit.needs_headers:
+        tokens = [count_tokens(shape, run.model) for shape in fit.shapes]
+        sizes = [size * grid.data_size for size in batch_sizes(run, run.args.batch_size)]
+        log.info("%s", describe_plan(planned, sizes, tokens))
+    if run_folder is not None and grid.rank == 0:
+        write_failures(run_folder / QUARANTINE, planned.left_out, rank=grid.rank)
+    return planned
 
 
 def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
@@ -249,35 +304,6 @@ def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
         records = [replace(record, clip_id=f"{prefix}/{record.clip_id}") for record in source.records]
         named.append(replace(source, records=tuple(records)))
     return named
-
-
-def _plan(run: RunConfig, grid: ProcessGrid, source: ClipSource) -> ClipSource:
-    """Looks into all clips where the configuration needs that: to skip short ones or to cut long ones.
-
-    Ranks: all.
-    """
-    params = run.data.params
-    if params.short_clip != "skip" and params.window != "chunks":
-        return source
-    clips = _probe(run, grid, source)
-    numbers = {"fps": params.fps, "num_frames": params.max_num_frames, "skip_frms_num": params.skip_frms_num}
-    if params.short_clip == "skip":
-        long = keep_long(clips, **numbers)
-        log.info("%s: %d of %d clips are too short", source.name, len(clips) - len(long), len(clips))
-        clips = long
-    records = [record for record, _ in clips]
-    if params.window == "chunks":
-        records = cut_chunks(clips, **numbers)
-        log.info("%s: %d clips give %d chunks", source.name, len(clips), len(records))
-    return source.with_records(records)
-
-
-def _probe(run: RunConfig, grid: ProcessGrid, source: ClipSource) -> list[Probed]:
-    """Ranks: all; each looks into its share."""
-    shares = gather_objects(
-        grid, probe_clips(source.records[grid.rank :: grid.world_size], timeout_s=run.data.worker_timeout_s)
-    )
-    return [shares[i % grid.world_size][i // grid.world_size] for i in range(len(source))]
 
 
 def _check_not_empty(source: ClipSource, run: RunConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 from av.container import InputContainer
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from sat_train.data.failures import BadClip
@@ -36,6 +37,7 @@ class ClipInfo:
         last: When the last frame is shown.
         codec: Name of the codec.
         is_image: One still picture.
+        quarter_turns: Counterclockwise turns after which the picture is shown; None: not looked at.
     """
 
     height: int
@@ -45,11 +47,18 @@ class ClipInfo:
     last: float
     codec: str
     is_image: bool
+    quarter_turns: int | None = None
 
     @property
     def duration(self) -> float:
         """Seconds from the first frame to the end of the last."""
         return self.last - self.first + 1 / self.rate
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Height and width as shown, as far as is known."""
+        size = (self.height, self.width)
+        return size[::-1] if (self.quarter_turns or 0) % 2 else size
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,28 @@ def read_info(container: InputContainer, stream: VideoStream) -> ClipInfo:
     is_image = _is_image(container)
     first, last = (0.0, 0.0) if is_image else _first_and_last(container, stream, rate)
     return ClipInfo(stream.height, width, rate, first, last, stream.codec_context.name, is_image)
+
+
+def read_turn(container: InputContainer, stream: VideoStream) -> int:
+    """Decodes the first frame, which says how often the picture is to be turned counterclockwise.
+
+    Raises:
+        BadClip: It cannot be decoded.
+    """
+    stream.codec_context.thread_count = 1
+    try:
+        if not _is_image(container):
+            container.seek(min(0, stream.start_time or 0), stream=stream)
+        return quarter_turns(next(container.decode(stream)))
+    except StopIteration:
+        raise BadClip("damaged", "there is no frame that can be decoded") from None
+    except DECODER_ERRORS as error:
+        raise BadClip("damaged", f"decoding its first frame fails: {_said(error)}") from None
+
+
+def quarter_turns(frame: VideoFrame) -> int:
+    """Returns how often a frame is to be turned counterclockwise (as numpy turns), 0 to 3."""
+    return round(frame.rotation / 90) % 4
 
 
 def _is_image(container: InputContainer) -> bool:

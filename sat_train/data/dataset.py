@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sat_train.config.shapes import ClipShape
 from sat_train.data.batch import VideoSample
+from sat_train.data.buckets import BucketPlan
 from sat_train.data.cache.key import SampleKeys
 from sat_train.data.cache.samples import SampleCache
 from sat_train.data.clip_file import ClipInfo, open_clip
@@ -26,7 +28,8 @@ from sat_train.data.window import ShortClip, Window, WindowMode, count_frames, f
 from sat_train.distributed.seeds import derive_seed
 from sat_train.errors import DataError
 
-_SUBSTITUTES = 32  # other clips to try before the set itself must be broken
+_SUBSTITUTES = 32  # clips to try for a sample before the set itself must be broken
+_DRAWS = 1024  # of other samples, for those in the same bucket
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,8 @@ class VideoDataset(Dataset[Item]):
     Args:
         sources: Clips.
         order: Says which clip each sample shows.
-        video_size: Height and width of a sample in pixels.
+        buckets: The shape of each clip's samples.
         fps: Frames a second of a sample, whatever the file's rate.
-        max_num_frames: Frames of a sample.
         seed: The run's seed: key of windows, crops, choice of captions and substitutes.
         skip_frms_num: Source frames left out at the begin and at the end of each file.
         window: Which part of a longer clip is taken.
@@ -62,9 +64,8 @@ class VideoDataset(Dataset[Item]):
         *,
         sources: Sequence[ClipSource],
         order: GlobalOrder,
-        video_size: tuple[int, int],
+        buckets: BucketPlan,
         fps: float,
-        max_num_frames: int,
         seed: int,
         skip_frms_num: int = 0,
         window: WindowMode = "random",
@@ -77,9 +78,8 @@ class VideoDataset(Dataset[Item]):
     ) -> None:
         self.sources = tuple(sources)
         self.order = order
-        self.video_size = video_size
+        self.buckets = buckets
         self.fps = fps
-        self.max_num_frames = max_num_frames
         self.seed = seed
         self.skip_frms_num = skip_frms_num
         self.window = window
@@ -94,6 +94,14 @@ class VideoDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return self.order.epoch_length
+
+    def bucket(self, index: int) -> int:
+        """Returns the bucket of a sample. It has this bucket's shape whatever clip it shows in the end."""
+        return self.buckets.bucket(self.order.place(index))
+
+    def shape(self, index: int) -> ClipShape:
+        """Returns the shape of a sample."""
+        return self.buckets.shapes[self.bucket(index)]
 
     def record(self, place: Place) -> ClipRecord:
         return self.sources[place.source].clip(place.clip)
@@ -122,33 +130,48 @@ class VideoDataset(Dataset[Item]):
                     raise self.given_up[clip_id]
                 return Item(self._find(index, place, pixels=pixels), tuple(failures))
             except BadClip as error:
-                self._refuse_short(clip_id, error)
+                if self.buckets.bucket(place) == self.bucket(index):
+                    self._refuse_short(clip_id, error, self.shape(index).frames)
                 failures.append(
                     Failure(index, clip_id, error.cause, error.detail, self._key_of_bad(index, place))
                 )
         tried = "".join(f"\n    {f.clip_id} ({f.cause}: {f.detail})" for f in failures[:10])
         raise DataError(
-            f"sample {index}: {len(failures)} clips in a row cannot be used:{tried}",
+            f"sample {index}: none of {len(failures)} clips can be used:{tried}",
             expected="a data set most of whose clips can be read",
             remedy="check args.train_data with `sat-train data inspect`",
         )
 
-    def place(self, index: int, attempt: int = 0) -> Place:
-        """Returns the clip of a sample, or with `attempt` above 0 its substitutes."""
-        if attempt == 0:
-            return self.order.place(index)
-        other = derive_seed(self.seed, "substitute", index, attempt) % self.order.epoch_length
-        return self.order.place(other)
-
     def places(self, index: int) -> Iterator[Place]:
-        """Yields the clip of a sample, then those that take its place, in turn, where it is bad."""
-        return (self.place(index, attempt) for attempt in range(_SUBSTITUTES))
+        """Yields the clip of a sample, then those that take its place, in turn, where it is bad.
 
-    def _refuse_short(self, clip_id: str, error: BadClip) -> None:
+        They are of the same bucket; only where few are found, as in a bucket of one clip, of any.
+        """
+        own = self.order.place(index)
+        yield own
+        others: list[Place] = []
+        drawn = {(own.source, own.clip)}
+        found = 1
+        for attempt in range(1, _DRAWS):
+            other = derive_seed(self.seed, "substitute", index, attempt) % self.order.epoch_length
+            place = self.order.place(other)
+            if (place.source, place.clip) in drawn:
+                continue
+            drawn.add((place.source, place.clip))
+            if self.buckets.bucket(place) != self.buckets.bucket(own):
+                others.append(place)
+                continue
+            yield place
+            found += 1
+            if found == _SUBSTITUTES:
+                return
+        yield from others[: _SUBSTITUTES - found]
+
+    def _refuse_short(self, clip_id: str, error: BadClip, num_frames: int) -> None:
         if error.cause == "short" and self.short_clip == "error":
             raise DataError(
                 f"{clip_id} is too short: {error.detail}",
-                expected=f"{self.max_num_frames} frames at {self.fps:g} frames a second",
+                expected=f"{num_frames} frames at {self.fps:g} frames a second",
                 remedy="set data.params.short_clip to skip, pad or shrink, or lower max_num_frames",
             ) from None
 
@@ -170,9 +193,11 @@ class VideoDataset(Dataset[Item]):
             BadClip: The clip is missing, unreadable, or too short.
         """
         assert self.cache is not None, "a data set without a cache has no keys"
-        record, view = self.record(place), self.view(index, place)
-        window = self._window(self.cache.book.info(record.path, record.span), record, view)
-        return self.cache.keys(record, self.caption(index, place), window, view, self.crop)
+        record, view, shape = self.record(place), self.view(index, place), self.shape(index)
+        info = self.cache.book.info(record.path, record.span)
+        window = self._window(info, record, view, shape.frames)
+        size = (shape.height, shape.width)
+        return self.cache.keys(record, self.caption(index, place), window, view, self.crop, size)
 
     def _key_of_bad(self, index: int, place: Place) -> SampleKeys | None:
         """Returns where it belongs in the cache that a clip cannot be decoded."""
@@ -195,31 +220,31 @@ class VideoDataset(Dataset[Item]):
         return sample
 
     def _sample(self, index: int, place: Place) -> VideoSample:
-        record, view = self.record(place), self.view(index, place)
-        frames = self._frames(record, view)
+        record, view, shape = self.record(place), self.view(index, place), self.shape(index)
+        frames = self._frames(record, view, shape)
         return VideoSample(
             video_tchw=_to_tensor(frames.video_thwc),
             caption=self.caption(index, place),
-            image_chw=None if record.image is None else self._image(record.image, view),
+            image_chw=None if record.image is None else self._image(record.image, view, shape),
             clip_id=record.clip_id,
             sample_index=index,
             times=frames.times,
             view=view,
         )
 
-    def _frames(self, record: ClipRecord, view: View) -> Frames:
+    def _frames(self, record: ClipRecord, view: View, shape: ClipShape) -> Frames:
         deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         with open_clip(record.path, span=record.span, timeout_s=self.timeout_s) as (container, stream):
             reader = FrameReader(container, stream, deadline=deadline)
-            window = self._window(reader.info, record, view)
+            window = self._window(reader.info, record, view, shape.frames)
             times = [window.start + i / self.fps for i in range(window.count)]
-            frames = reader.read(times, self._plan(view))
+            frames = reader.read(times, self._plan(view, shape))
         return _repeat_last(frames, window.total)
 
-    def _window(self, info: ClipInfo, record: ClipRecord, view: View) -> Window:
+    def _window(self, info: ClipInfo, record: ClipRecord, view: View, num_frames: int) -> Window:
         first, last = usable_part(info, record, self.skip_frms_num)
         available = count_frames(first=first, last=last, rate=info.rate, fps=self.fps)
-        count, total = fit_frames(available, num_frames=self.max_num_frames, policy=self.short_clip)
+        count, total = fit_frames(available, num_frames=num_frames, policy=self.short_clip)
         start = window_start(
             self.window,
             first=first,
@@ -230,19 +255,19 @@ class VideoDataset(Dataset[Item]):
         )
         return Window(start, count, total)
 
-    def _image(self, path: Path, view: View) -> Tensor:
+    def _image(self, path: Path, view: View, shape: ClipShape) -> Tensor:
         with open_clip(path, timeout_s=self.timeout_s) as (container, stream):
             reader = FrameReader(container, stream)
-            frames = reader.read([reader.info.first], self._plan(view))
+            frames = reader.read([reader.info.first], self._plan(view, shape))
         return _to_tensor(frames.video_thwc)[0]
 
-    def _plan(self, view: View):
+    def _plan(self, view: View, shape: ClipShape):
         """Returns what `FrameReader.read` asks for the crop; video and image of a sample are cut alike."""
 
         def plan(height: int, width: int):
             return plan_cover_crop(
                 source=(height, width),
-                target=self.video_size,
+                target=(shape.height, shape.width),
                 max_upscale=self.max_upscale,
                 crop=self.crop,
                 generator=view.generator("crop"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,14 +35,14 @@ class Failure:
     """A sample whose clip was bad.
 
     Args:
-        sample_index: Global position of the sample.
+        sample_index: Global position of the sample; None: the clip was left out before the first one.
         clip_id: The clip that failed.
         cause: A word to count by.
         detail: What was found.
         keys: Where the cache keeps that; None without a cache, or when the file cannot even be opened.
     """
 
-    sample_index: int
+    sample_index: int | None
     clip_id: str
     cause: str
     detail: str
@@ -76,7 +77,7 @@ class FailureLog:
         self.by_clip[failure.clip_id] = failure
         log.warning("%s cannot be used (%s: %s), another clip takes its place", *_words(failure))
         if self.path is not None:
-            self._append(failure)
+            write_failures(self.path, [failure], rank=self.rank)
 
     def causes(self) -> dict[str, int]:
         """Returns how many clips were bad for which cause."""
@@ -108,16 +109,19 @@ class FailureLog:
             remedy=f"repair or remove these clips, or raise data.max_bad_fraction.{where}",
         )
 
-    def _append(self, failure: Failure) -> None:
-        told = asdict(failure)
-        del told["keys"]
-        line = json.dumps({**told, "rank": self.rank, "time": round(time.time(), 3)})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
+
+def write_failures(path: Path, failures: Sequence[Failure], *, rank: int) -> None:
+    """Appends one JSON object for each clip to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        for failure in failures:
+            told = asdict(failure)
+            del told["keys"]
+            line = json.dumps({**told, "rank": rank, "time": round(time.time(), 3)})
             os.write(descriptor, (line + "\n").encode())  # one write: lines of several ranks do not mix
-        finally:
-            os.close(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _words(failure: Failure) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from sat_train.data.clip_file import DECODER_ERRORS, UNINDEXED, ClipInfo, read_info
+from sat_train.data.clip_file import DECODER_ERRORS, UNINDEXED, ClipInfo, quarter_turns, read_info
 from sat_train.data.failures import BadClip
 from sat_train.data.resize import CoverCrop
 
@@ -198,7 +198,7 @@ class _Shaper:
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         """Returns the picture, uint8 RGB `[height, width, 3]`."""
         if self._plan is None:
-            self._quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, as numpy turns
+            self._quarter_turns = quarter_turns(frame)
             size = (self._info.height, self._info.width)
             self._plan = self._make_plan(*(size[::-1] if self._quarter_turns % 2 else size))
         plan = self._plan

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -16,33 +17,12 @@ from sat_train.data.clip_file import ClipInfo, open_clip
 from sat_train.data.dataset import usable_part
 from sat_train.data.failures import BadClip
 from sat_train.data.frames import FrameReader
+from sat_train.data.plan import Fit
 from sat_train.data.records import ClipRecord
 from sat_train.data.resize import CoverCrop, plan_cover_crop
-from sat_train.data.window import count_frames
 
 _THUMBNAIL_HEIGHT = 90
 _SAMPLED_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a sample is to be.
-
-    Args:
-        video_size: Height and width in pixels.
-        fps: Frames a second.
-        num_frames: Frames.
-        skip_frms_num: Source frames left out at both ends of a file.
-        max_upscale: Largest factor by which a picture may be enlarged.
-        refuses_short: Clips that give fewer frames cannot be used.
-    """
-
-    video_size: tuple[int, int]
-    fps: float
-    num_frames: int
-    skip_frms_num: int
-    max_upscale: float
-    refuses_short: bool
 
 
 @dataclass(frozen=True)
@@ -53,6 +33,7 @@ class ClipFacts:
         record: The clip.
         info: Its headers; None when these cannot be read.
         available: Frames that it can give at the wanted rate.
+        bucket: Which of the shapes its samples have; None when it cannot be used.
         problem: Why it cannot be used; None: it can.
         content_key: The same for files of the same content: their size, beginning and end.
         thumbnail: Its middle frame as a JPEG file; empty when there is none.
@@ -61,6 +42,7 @@ class ClipFacts:
     record: ClipRecord
     info: ClipInfo | None
     available: int
+    bucket: int | None
     problem: BadClip | None
     content_key: str
     thumbnail: bytes
@@ -68,7 +50,7 @@ class ClipFacts:
 
 def inspect_clips(
     records: Sequence[ClipRecord],
-    wanted: Wanted,
+    fit: Fit,
     *,
     num_threads: int,
     timeout_s: float | None = None,
@@ -78,14 +60,14 @@ def inspect_clips(
 
     Args:
         records: Clips.
-        wanted: What a sample is to be.
+        fit: What samples are to be.
         num_threads: Clips that are read at once.
         timeout_s: A clip that takes longer is given up.
         on_clip: Called after each one.
     """
 
     def look(record: ClipRecord) -> ClipFacts:
-        facts = _inspect(record, wanted, timeout_s)
+        facts = _inspect(record, fit, timeout_s)
         on_clip()
         return facts
 
@@ -93,33 +75,48 @@ def inspect_clips(
         return list(pool.map(look, records))
 
 
-def _inspect(record: ClipRecord, wanted: Wanted, timeout_s: float | None) -> ClipFacts:
-    info, available, problem, thumbnail = None, 0, None, b""
+def _inspect(record: ClipRecord, fit: Fit, timeout_s: float | None) -> ClipFacts:
+    info, available, bucket, problem, thumbnail = None, 0, None, None, b""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     try:
         with open_clip(record.path, span=record.span, timeout_s=timeout_s) as (container, stream):
-            reader = FrameReader(container, stream)
+            reader = FrameReader(container, stream, deadline=deadline)
             info = reader.info
-            first, last = usable_part(info, record, wanted.skip_frms_num)
-            available = count_frames(first=first, last=last, rate=info.rate, fps=wanted.fps)
-            if available:
-                frame = reader.read([(first + last) / 2], _thumbnail_plan(wanted)).video_thwc[0]
-                thumbnail = _jpeg(frame)
-            if available < (wanted.num_frames if wanted.refuses_short else 1):
-                problem = BadClip("short", f"it gives {available} of {wanted.num_frames} frames")
+            first, last = usable_part(info, record, fit.skip_frms_num)
+            available = fit.available(info, record)
+            if not available:
+                raise BadClip("short", "it gives no frame")
+            shown, thumbnail = _look(reader, (first + last) / 2)
+            info = replace(info, quarter_turns=int(shown != (info.height, info.width)))
+            bucket = _bucket(fit, info, record)
     except BadClip as error:
         problem = error
-    return ClipFacts(record, info, available, problem, _content_key(record), thumbnail)
+    return ClipFacts(record, info, available, bucket, problem, _content_key(record), thumbnail)
 
 
-def _thumbnail_plan(wanted: Wanted) -> Callable[[int, int], CoverCrop]:
+def _look(reader: FrameReader, moment: float) -> tuple[tuple[int, int], bytes]:
+    """Returns a clip's height and width as shown, and the frame at a moment as a small JPEG file."""
+    sizes: list[tuple[int, int]] = []
+
     def plan(height: int, width: int) -> CoverCrop:
-        plan_cover_crop(  # refuses what training would refuse
-            source=(height, width), target=wanted.video_size, max_upscale=wanted.max_upscale
-        )
+        sizes.append((height, width))
         shown = max(1, round(width * _THUMBNAIL_HEIGHT / height))
         return CoverCrop(_THUMBNAIL_HEIGHT, shown, 0, 0, _THUMBNAIL_HEIGHT, shown)
 
-    return plan
+    picture = reader.read([moment], plan).video_thwc[0]
+    return sizes[0], _jpeg(picture)
+
+
+def _bucket(fit: Fit, info: ClipInfo, record: ClipRecord) -> int:
+    """Returns the bucket of a clip; refuses what training would leave out or refuse.
+
+    Raises:
+        BadClip: It is too short or too small.
+    """
+    bucket = fit.bucket(info, record)
+    target = (fit.shapes[bucket].height, fit.shapes[bucket].width)
+    plan_cover_crop(source=info.shown_size, target=target, max_upscale=fit.max_upscale)
+    return bucket
 
 
 def _jpeg(picture_hwc) -> bytes:
@@ -152,7 +149,7 @@ class SetReport:
         name: The set.
         fingerprint: See `ClipSource`.
         ignored: Files that are no clips, by suffix.
-        wanted: What a sample is to be.
+        fit: What samples are to be.
         clips: Facts of every clip.
         long_captions: Captions that the text encoder cuts, with their tokens; None: not counted.
         max_tokens: Tokens that the text encoder takes.
@@ -161,7 +158,7 @@ class SetReport:
     name: str
     fingerprint: str
     ignored: tuple[tuple[str, int], ...]
-    wanted: Wanted
+    fit: Fit
     clips: tuple[ClipFacts, ...]
     long_captions: tuple[tuple[str, int], ...] | None
     max_tokens: int
@@ -190,17 +187,15 @@ class SetReport:
         infos = [clip.info for clip in self.readable() if clip.info is not None]
         words = [len(caption.split()) for clip in self.clips for caption in clip.record.captions]
         usable = len(self.clips) - sum(map(len, self.problems().values()))
-        size, wanted = self.wanted.video_size, self.wanted
         yield "set", f"{self.name} (fingerprint {self.fingerprint})"
-        yield "a sample is", f"{wanted.num_frames} frames, {wanted.fps:g} a second, {size[0]}x{size[1]}"
+        yield "samples", f"{self.fit.fps:g} frames a second; frames x height x width:"
+        for bucket, shape in enumerate(self.fit.shapes):
+            yield f"  {shape}", f"{sum(clip.bucket == bucket for clip in self.clips)} clips"
         yield "clips", f"{len(self.clips)}, of which {usable} usable"
         if infos:
             durations = [info.duration for info in infos]
             yield "length", f"{sum(durations) / 3600:.2f} h in all; {_spread(durations, 's')} each"
-            yield (
-                "windows",
-                f"{sum(c.available // wanted.num_frames for c in self.clips)} that do not overlap",
-            )
+            yield "windows", f"{sum(map(self._windows, self.clips))} that do not overlap"
             yield "rates", _most(Counter(f"{info.rate:.3f}".rstrip("0").rstrip(".") for info in infos))
             yield "sizes", _most(Counter(f"{info.height}x{info.width}" for info in infos))
             yield "codecs", _most(Counter(info.codec for info in infos))
@@ -215,6 +210,9 @@ class SetReport:
             yield "duplicates", f"{sum(map(len, repeated)) - len(repeated)} clips, such as {first}"
         if self.ignored:
             yield "not clips", ", ".join(f"{count} {suffix}" for suffix, count in self.ignored)
+
+    def _windows(self, clip: ClipFacts) -> int:
+        return 0 if clip.bucket is None else clip.available // self.fit.shapes[clip.bucket].frames
 
     def _distinct(self) -> int:
         return len({caption for clip in self.clips for caption in clip.record.captions})

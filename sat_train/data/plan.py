@@ -1,62 +1,265 @@
-"""What must be known of all clips before the first sample: which are too short, which are cut."""
+"""What must be known of all clips before the first sample: which are too short, which are cut, which shape
+the samples of each have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from sat_train.data.clip_file import ClipInfo, open_clip, read_info
+import numpy as np
+
+from sat_train.config.shapes import ClipShape
+from sat_train.data.buckets import BucketPlan, choose_bucket, one_bucket
+from sat_train.data.clip_file import ClipInfo, open_clip, read_info, read_turn
 from sat_train.data.dataset import usable_part
-from sat_train.data.failures import BadClip
-from sat_train.data.sources import ClipRecord
-from sat_train.data.window import count_frames, split_chunks
+from sat_train.data.failures import BadClip, Failure
+from sat_train.data.sources import ClipRecord, ClipSource
+from sat_train.data.window import ShortClip, WindowMode, count_frames, split_chunks
+from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import DataError
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
 
 _THREADS = 8  # headers are small and the wait is for the disk
+_SHOWN = 10  # clips in one message
 
-Probed = tuple[ClipRecord, ClipInfo | BadClip]
+
+@dataclass(frozen=True)
+class Fit:
+    """What samples are to be, and what happens to clips that do not give them.
+
+    Args:
+        shapes: Shapes that samples may have.
+        fps: Frames a second.
+        skip_frms_num: Source frames left out at both ends of a file.
+        window: Which part of a longer clip is taken.
+        short_clip: What to do with a clip shorter than the window.
+        max_upscale: Largest factor by which a picture may be enlarged.
+    """
+
+    shapes: tuple[ClipShape, ...]
+    fps: float
+    skip_frms_num: int = 0
+    window: WindowMode = "random"
+    short_clip: ShortClip = "error"
+    max_upscale: float = 2.0
+
+    @property
+    def needs_turn(self) -> bool:
+        """There is a choice of sizes, so it matters whether a picture is shown on its side."""
+        return len({(shape.height, shape.width) for shape in self.shapes}) > 1
+
+    @property
+    def needs_headers(self) -> bool:
+        """Clips must be looked at before the first sample."""
+        return len(self.shapes) > 1 or self.short_clip != "error" or self.window == "chunks"
+
+    def available(self, info: ClipInfo, record: ClipRecord) -> int:
+        """Returns how many frames a clip can give."""
+        first, last = usable_part(info, record, self.skip_frms_num)
+        return count_frames(first=first, last=last, rate=info.rate, fps=self.fps)
+
+    def bucket(self, info: ClipInfo, record: ClipRecord) -> int:
+        """Returns the bucket of a clip.
+
+        Raises:
+            BadClip: It is too short or too small for all of them.
+        """
+        return choose_bucket(
+            available=self.available(info, record),
+            size=info.shown_size,
+            shapes=self.shapes,
+            short_clip=self.short_clip,
+            max_upscale=self.max_upscale,
+        )
 
 
-def probe_clips(records: Sequence[ClipRecord], *, timeout_s: float | None = None) -> list[Probed]:
-    """Reads the headers of many clips at once; one that cannot be read gives its reason."""
+@dataclass(frozen=True)
+class FittedClip:
+    """A clip with what was found out about it.
 
-    def probe(record: ClipRecord) -> Probed:
+    Args:
+        record: The clip.
+        info: Its headers; None when they cannot be read.
+        available: Frames that it can give.
+        bucket: Which of the shapes its samples have; None when it fits none.
+        problem: Why there are no headers or no bucket.
+    """
+
+    record: ClipRecord
+    info: ClipInfo | None = None
+    available: int = 0
+    bucket: int | None = None
+    problem: BadClip | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A set as it is trained on.
+
+    Args:
+        sources: Its clips, without those that are left out, long ones cut where that is wanted.
+        buckets: The shape of each.
+        left_out: Clips that are too short or too small.
+        num_padded: Clips whose last frame is repeated.
+    """
+
+    sources: tuple[ClipSource, ...]
+    buckets: BucketPlan
+    left_out: tuple[Failure, ...] = ()
+    num_padded: int = 0
+
+
+def plan_sources(
+    grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, look: Callable[[ClipRecord], ClipInfo]
+) -> Planned:
+    """Looks into all clips, where that is needed, each rank into its share.
+
+    Args:
+        grid: The process grid.
+        sources: The clips, the same on all ranks.
+        fit: What samples are to be.
+        look: Reads the headers of a clip; raises BadClip.
+
+    Raises:
+        DataError: Clips are too short under `short_clip: error`; all of them are counted.
+
+    Ranks: all.
+    """
+    if not fit.needs_headers:
+        return Planned(tuple(sources), one_bucket(fit.shapes[0], sources))
+    records = [record for source in sources for record in source.records]
+    shares = gather_objects(grid, fit_clips(records[grid.rank :: grid.world_size], fit, look))
+    clips = [shares[i % grid.world_size][i // grid.world_size] for i in range(len(records))]
+    if fit.short_clip == "error":
+        _check_lengths(clips, fit)
+    left_out = [clip for clip in clips if clip.info is not None and clip.problem is not None]
+    return Planned(
+        *_arrange(sources, clips, fit),
+        tuple(Failure(None, c.record.clip_id, c.problem.cause, c.problem.detail) for c in left_out),
+        sum(clip.bucket is not None and clip.available < fit.shapes[clip.bucket].frames for clip in clips),
+    )
+
+
+def fit_clips(
+    records: Sequence[ClipRecord], fit: Fit, look: Callable[[ClipRecord], ClipInfo]
+) -> list[FittedClip]:
+    """Reads the headers of many clips at once and finds the bucket of each."""
+
+    def fit_one(record: ClipRecord) -> FittedClip:
         try:
-            with open_clip(record.path, span=record.span, timeout_s=timeout_s) as (container, stream):
-                return record, read_info(container, stream)
+            info = look(record)
         except BadClip as error:
-            return record, error
+            return FittedClip(record, problem=error)
+        available = fit.available(info, record)
+        try:
+            return FittedClip(record, info, available, fit.bucket(info, record))
+        except BadClip as error:
+            return FittedClip(record, info, available, problem=error)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(probe, records))
+        return list(pool.map(fit_one, records))
 
 
-def keep_long(
-    clips: Sequence[Probed], *, fps: float, num_frames: int, skip_frms_num: int = 0
-) -> list[Probed]:
-    """Keeps the clips that give `num_frames` at `fps`, and unreadable ones: those count as bad later."""
+def look_into(record: ClipRecord, *, with_turn: bool = False, timeout_s: float | None = None) -> ClipInfo:
+    """Reads the headers of a clip.
 
-    def is_long(record: ClipRecord, info: ClipInfo | BadClip) -> bool:
-        if isinstance(info, BadClip):
-            return True
-        first, last = usable_part(info, record, skip_frms_num)
-        return count_frames(first=first, last=last, rate=info.rate, fps=fps) >= num_frames
+    Args:
+        record: The clip.
+        with_turn: Decode its first frame too, which alone says whether the picture is to be turned.
+        timeout_s: Reading that blocks longer than this fails; None: never.
 
-    return [(record, info) for record, info in clips if is_long(record, info)]
+    Raises:
+        BadClip: It is missing, empty, or no video.
+    """
+    with open_clip(record.path, span=record.span, timeout_s=timeout_s) as (container, stream):
+        info = read_info(container, stream)
+        return replace(info, quarter_turns=read_turn(container, stream)) if with_turn else info
 
 
-def cut_chunks(
-    clips: Sequence[Probed], *, fps: float, num_frames: int, skip_frms_num: int = 0
-) -> list[ClipRecord]:
-    """Turns each long clip into several records of equal length, one for each window that fits."""
-    parts: list[ClipRecord] = []
-    for record, info in clips:
-        if isinstance(info, BadClip) or info.is_image:
-            parts.append(record)
-            continue
-        first, last = usable_part(info, record, skip_frms_num)
-        for begin, end in split_chunks(first=first, last=last, window=num_frames / fps):
-            part = (begin - info.first, end - info.first)
-            name = f"{record.clip_id}[{part[0]:.3f}-{part[1]:.3f}]"
-            parts.append(replace(record, clip_id=name, start=part[0], end=part[1]))
+def describe_plan(planned: Planned, batch_sizes: Sequence[int], tokens: Sequence[int]) -> str:
+    """Returns a table of the buckets, and what is left out or padded.
+
+    Args:
+        planned: The plan.
+        batch_sizes: Samples of all ranks in a micro-batch of each bucket.
+        tokens: Tokens of one sample of each bucket.
+    """
+    lines = ["samples are (frames x height x width)"]
+    for shape, clips, size, cost in zip(
+        planned.buckets.shapes, planned.buckets.counts(), batch_sizes, tokens, strict=True
+    ):
+        if clips:
+            rare = f", a batch in {size / clips:.1f} epochs" if clips < size else ""
+            lines.append(
+                f"  {shape!s:<14} {clips:>8} clips, {size} in a micro-batch, {cost} tokens each{rare}"
+            )
+    if planned.num_padded:
+        lines.append(f"{planned.num_padded} clips are padded: their last frame is repeated")
+    causes = Counter(failure.cause for failure in planned.left_out)
+    for cause, count in causes.most_common():
+        names = [failure.clip_id for failure in planned.left_out if failure.cause == cause][:_SHOWN]
+        lines.append(f"{count} clips are left out ({cause}): {', '.join(names)}{' ...' * (count > _SHOWN)}")
+    return "\n".join(lines)
+
+
+def cut_chunks(record: ClipRecord, info: ClipInfo, fit: Fit, num_frames: int) -> list[ClipRecord]:
+    """Turns a long clip into several records of equal length, one for each window that fits."""
+    first, last = usable_part(info, record, fit.skip_frms_num)
+    parts = []
+    for begin, end in split_chunks(first=first, last=last, window=num_frames / fit.fps):
+        start, stop = begin - info.first, end - info.first
+        name = f"{record.clip_id}[{start:.3f}-{stop:.3f}]"
+        parts.append(replace(record, clip_id=name, start=start, end=stop))
     return parts
+
+
+def _check_lengths(clips: Sequence[FittedClip], fit: Fit) -> None:
+    short = [clip for clip in clips if clip.problem is not None and clip.problem.cause == "short"]
+    if not short:
+        return
+    more = f"\n    and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
+    raise DataError(
+        f"{len(short)} of {len(clips)} clips are too short:"
+        + "".join(f"\n    {clip.record.clip_id}: {clip.problem.detail}" for clip in short[:_SHOWN])
+        + more,
+        expected=f"{min(shape.frames for shape in fit.shapes)} frames at {fit.fps:g} frames a second",
+        remedy="set data.params.short_clip to skip, pad or shrink, or lower max_num_frames",
+    )
+
+
+def _arrange(
+    sources: Sequence[ClipSource], clips: Sequence[FittedClip], fit: Fit
+) -> tuple[tuple[ClipSource, ...], BucketPlan]:
+    """Returns the sources with the clips that stay, and the bucket of each of these.
+
+    A clip that cannot be read stays, in the bucket that most clips have: it is counted and replaced when its
+    turn comes.
+    """
+    known = Counter(clip.bucket for clip in clips if clip.bucket is not None)
+    usual = known.most_common(1)[0][0] if known else 0
+    left = iter(clips)
+    arranged, of_clips = [], []
+    for source in sources:
+        records: list[ClipRecord] = []
+        buckets: list[int] = []
+        for clip in itertools.islice(left, len(source)):
+            bucket = usual if clip.info is None else clip.bucket
+            if bucket is not None:
+                parts = _parts(clip, fit, fit.shapes[bucket].frames)
+                records += parts
+                buckets += [bucket] * len(parts)
+        arranged.append(source.with_records(records))
+        of_clips.append(np.array(buckets, np.int64))
+    return tuple(arranged), BucketPlan(fit.shapes, tuple(of_clips))
+
+
+def _parts(clip: FittedClip, fit: Fit, num_frames: int) -> list[ClipRecord]:
+    if fit.window != "chunks" or clip.info is None or clip.info.is_image:
+        return [clip.record]
+    return cut_chunks(clip.record, clip.info, fit, num_frames)

@@ -43,7 +43,7 @@ def _render_set(report: SetReport, max_thumbnails: int) -> str:
         for title, values in (
             ("seconds", [info.duration for info in infos]),
             ("frames a second", [info.rate for info in infos]),
-            ("width / height", [info.width / info.height for info in infos]),
+            ("width / height", [info.shown_size[1] / info.shown_size[0] for info in infos]),
             ("words of a caption", words),
         )
         if values
@@ -59,7 +59,10 @@ def _render_clip(clip: ClipFacts) -> str:
     data = base64.b64encode(clip.thumbnail).decode()
     picture = f"<img src='data:image/jpeg;base64,{data}' alt=''>" if data else ""
     problem = f"<b>{_text(str(clip.problem))}</b><br>" if clip.problem else ""
-    about = f"{clip.info.duration:.1f} s, {clip.info.height}x{clip.info.width}<br>" if clip.info else ""
+    about = ""
+    if clip.info:
+        height, width = clip.info.shown_size
+        about = f"{clip.info.duration:.1f} s, {height}x{width}<br>"
     return (
         f"<figure class='{'bad' if clip.problem else ''}'>{picture}<figcaption>{problem}"
         f"{_text(clip.record.captions[0][:200])}<br>{about}{_text(clip.record.clip_id)}</figcaption></figure>"

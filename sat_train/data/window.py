@@ -47,16 +47,13 @@ def count_frames(*, first: float, last: float, rate: float, fps: float) -> int:
     return math.floor((last - first + 0.5 / rate + HEADER_ROUNDING_S) * fps) + 1
 
 
-def fit_frames(
-    available: int, *, num_frames: int, policy: ShortClip, shrink_multiple: int = 4
-) -> tuple[int, int]:
+def fit_frames(available: int, *, num_frames: int, policy: ShortClip) -> tuple[int, int]:
     """Decides what a sample of a clip holds.
 
     Args:
         available: Frames that the clip can give.
         num_frames: Frames wanted.
-        policy: What to do when they are fewer.
-        shrink_multiple: `shrink` keeps a multiple of this plus one, as the VAE needs.
+        policy: What to do when they are fewer. `shrink` has chosen a smaller number before.
 
     Returns:
         Frames to read, and frames of the sample: more than read where the last one is repeated.
@@ -68,9 +65,6 @@ def fit_frames(
         return num_frames, num_frames
     if policy == "pad" and available > 0:
         return available, num_frames
-    if policy == "shrink" and available > 0:
-        kept = (available - 1) // shrink_multiple * shrink_multiple + 1
-        return kept, kept
     raise BadClip("short", f"it gives {available} of {num_frames} frames")
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sat_train.config import RunConfig
 from sat_train.data.batches import ListedBatches
-from sat_train.data.build import build_loader, build_train_dataset, build_valid_dataset, plan_train_batches
+from sat_train.data.build import build_loader, build_train_batches, build_train_dataset, build_valid_dataset
 from sat_train.data.cache.key import text_key
 from sat_train.data.cache.plan import Missing, drop_repeated, find_missing
 from sat_train.data.cache.samples import Condition, OpenCache
@@ -97,7 +97,7 @@ def _datasets(
     if is_limited:
         samples: Sequence[int] = range(len(train) * (run.data.params.views or 1))
     else:
-        batches = plan_train_batches(run, grid)
+        batches = build_train_batches(run, grid, train)
         micro_steps = count_steps(run, batches, len(train)) * run.args.gradient_accumulation_steps
         samples = samples_of(batches, batches.start, micro_steps)
         told = "data.params.views is null, windows never repeat: taking the %d samples of a run on %d ranks"

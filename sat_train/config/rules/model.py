@@ -6,26 +6,57 @@ from collections.abc import Iterator
 
 from sat_train.config.rules.rule import Draft, rule
 from sat_train.config.schema.network import Rotary3DPositionEmbeddingSlot
+from sat_train.config.shapes import (
+    ASPECT,
+    allowed_shapes,
+    allowed_sizes,
+    count_tokens,
+    pixels_per_latent,
+    size_multiples,
+)
 from sat_train.errors import Fault
 
 _NETWORK = "model.network_config.params"
 _POSITION = f"{_NETWORK}.modules.pos_embed_config"
 _VAE = "model.first_stage_config.params"
+_BUCKETS = "data.params.buckets"
 _ROTARY_MULTIPLE = 16  # time takes 1/4 of a head, height and width 3/8 each, all even
 
 
-@rule("data.params.max_num_frames")
+@rule("data.params.max_num_frames", "data.params.buckets.frames")
 def frames_are_4k_plus_1(draft: Draft) -> Iterator[Fault]:
     if draft.data is None:
         return
-    frames = draft.data.params.max_num_frames
-    if (frames - 1) % 4:
-        below, above = frames - (frames - 1) % 4, frames + 4 - (frames - 1) % 4
-        yield draft.fault(
-            "data.params.max_num_frames",
-            frames,
-            f"4k+1 frames: {frames} is not 4k+1, nearest {below} or {above}",
-        )
+    params = draft.data.params
+    given = [("data.params.max_num_frames", params.max_num_frames)]
+    if params.buckets is not None:
+        given += [(f"{_BUCKETS}.frames.{i}", frames) for i, frames in enumerate(params.buckets.frames)]
+    for path, frames in given:
+        if frames < 1 or (frames - 1) % 4:
+            below, above = max(1, frames - (frames - 1) % 4), frames + 4 - (frames - 1) % 4
+            yield draft.fault(path, frames, f"4k+1 frames: {frames} is not 4k+1, nearest {below} or {above}")
+        elif frames > params.max_num_frames:
+            yield draft.fault(path, frames, f"at most data.params.max_num_frames = {params.max_num_frames}")
+
+
+@rule("data.params.buckets.aspects")
+def aspects_are_ratios(draft: Draft) -> Iterator[Fault]:
+    if draft.data is None or draft.data.params.buckets is None:
+        return
+    for i, aspect in enumerate(draft.data.params.buckets.aspects):
+        if not ASPECT.fullmatch(aspect):
+            yield draft.fault(f"{_BUCKETS}.aspects.{i}", aspect, "width:height, e.g. 16:9")
+
+
+@rule("data.params", f"{_NETWORK}.patch_size", f"{_VAE}.encoder_config", "model.conditioner_config")
+def budget_holds_one_sample(draft: Draft) -> Iterator[Fault]:
+    if draft.data is None or draft.data.params.buckets is None:
+        return
+    budget = draft.data.params.buckets.max_tokens
+    shapes = allowed_shapes(draft.data.params, draft.model)
+    tokens, shape = max((count_tokens(shape, draft.model), shape) for shape in shapes)
+    if budget is not None and budget < tokens:
+        yield draft.fault(f"{_BUCKETS}.max_tokens", budget, f"at least {tokens}, one sample of {shape}")
 
 
 @rule("args.sampling_num_frames", f"{_NETWORK}.patch_size")
@@ -40,14 +71,19 @@ def sampled_latents_fill_patches(draft: Draft) -> Iterator[Fault]:
 
 
 @rule(
-    "data.params.video_size", "args.sampling_image_size", f"{_NETWORK}.patch_size", f"{_VAE}.encoder_config"
+    "data.params.video_size",
+    "data.params.buckets.sizes",
+    "args.sampling_image_size",
+    f"{_NETWORK}.patch_size",
+    f"{_VAE}.encoder_config",
 )
 def sizes_fill_patches(draft: Draft) -> Iterator[Fault]:
-    _, patch_h, patch_w = draft.model.network_config.params.patch_size
-    multiples = (_pixels_per_latent(draft) * patch_h, _pixels_per_latent(draft) * patch_w)
+    multiples = size_multiples(draft.model)
     sizes = {"args.sampling_image_size": draft.args.sampling_image_size}
     if draft.data is not None:
         sizes["data.params.video_size"] = draft.data.params.video_size
+        if draft.data.params.buckets is not None:
+            sizes |= {f"{_BUCKETS}.sizes.{i}": s for i, s in enumerate(draft.data.params.buckets.sizes)}
     for path, size in sizes.items():
         if size is not None and any(side <= 0 or side % by for side, by in zip(size, multiples, strict=True)):
             nearest = [max(round(side / by), 1) * by for side, by in zip(size, multiples, strict=True)]
@@ -63,14 +99,16 @@ def fixed_positions_fit_size(draft: Draft) -> Iterator[Fault]:
     is_table = not isinstance(position, Rotary3DPositionEmbeddingSlot) or position.params.learnable_pos_embed
     if draft.data is None or not is_table or position.params.size_policy == "interpolate":
         return
-    height, width = (side // _pixels_per_latent(draft) for side in draft.data.params.video_size)
-    if (height, width) != (network.latent_height, network.latent_width):
-        trained = [side * _pixels_per_latent(draft) for side in (network.latent_height, network.latent_width)]
-        yield draft.fault(
-            "data.params.video_size",
-            draft.data.params.video_size,
-            f"{trained}, the size of this model's positions, or {_POSITION}.params.size_policy: interpolate",
-        )
+    side = pixels_per_latent(draft.model)
+    trained = (network.latent_height * side, network.latent_width * side)
+    remedy = f"or {_POSITION}.params.size_policy: interpolate"
+    if draft.data.params.video_size != trained:
+        expected = f"{list(trained)}, the size of this model's positions, {remedy}"
+        yield draft.fault("data.params.video_size", draft.data.params.video_size, expected)
+    elif any(size != trained for size in allowed_sizes(draft.data.params, draft.model)):
+        others = draft.data.params.buckets.sizes + draft.data.params.buckets.aspects  # type: ignore[union-attr]
+        expected = f"no other size: this model's positions are those of {list(trained)} alone; {remedy}"
+        yield draft.fault(_BUCKETS, [str(other) for other in others], expected)
     if draft.data.params.max_num_frames > network.num_frames:
         frames = draft.data.params.max_num_frames
         yield draft.fault(
@@ -162,7 +200,7 @@ def coders_agree(draft: Draft) -> Iterator[Fault]:
 def autoencoder_divides_evenly(draft: Draft) -> Iterator[Fault]:
     vae = draft.model.first_stage_config.params
     coder, coder_path = vae.encoder_config.params, f"{_VAE}.encoder_config.params"
-    time, side = coder.temporal_compress_times, _pixels_per_latent(draft)
+    time, side = coder.temporal_compress_times, pixels_per_latent(draft.model)
     if time & (time - 1) or time > side:
         yield draft.fault(f"{coder_path}.temporal_compress_times", time, f"a power of two up to {side}")
     if any(coder.ch * factor % coder.norm_num_groups for factor in (1, *coder.ch_mult)):
@@ -227,13 +265,10 @@ def adapters_have_a_frozen_base(draft: Draft) -> Iterator[Fault]:
         )
 
 
-def _pixels_per_latent(draft: Draft) -> int:
-    levels: int = len(draft.model.first_stage_config.params.encoder_config.params.ch_mult)
-    return 1 << (levels - 1)
-
-
 RULES = (
     frames_are_4k_plus_1,
+    aspects_are_ratios,
+    budget_holds_one_sample,
     sampled_latents_fill_patches,
     sizes_fill_patches,
     fixed_positions_fit_size,

@@ -6,7 +6,31 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sat_train.config.schema.record import HeightWidth, Record, Text, Whole, false_to_off
+from sat_train.config.schema.record import (
+    Aspects,
+    HeightWidth,
+    Ints,
+    Record,
+    Sizes,
+    Text,
+    Whole,
+    false_to_off,
+)
+
+
+class BucketsConfig(Record):
+    """Shapes beside `video_size` and `max_num_frames`; each clip goes to the one that fits it best."""
+
+    sizes: Sizes = Field((), description="More heights and widths in pixels.")
+    aspects: Aspects = Field(
+        (), description="More sizes, as `width:height` with about as many pixels as `video_size`."
+    )
+    frames: Ints = Field((), description="More lengths, below `max_num_frames`; 4k + 1.")
+    max_tokens: Whole | None = Field(
+        None,
+        ge=1,
+        description="A micro-batch of each shape has as many samples as fit into this; null: `batch_size`.",
+    )
 
 
 class VideoDatasetParams(Record):
@@ -29,6 +53,9 @@ class VideoDatasetParams(Record):
         ge=1,
         description="Windows, crops and image noises of each clip, one an epoch, the same in every run; "
         "null: another for every sample.",
+    )
+    buckets: BucketsConfig | None = Field(
+        None, description="Other shapes that samples may have; null: all have one."
     )
     max_upscale: float = Field(
         2.0, ge=1, description="A file that would have to be enlarged more than this is refused."

@@ -34,6 +34,11 @@ def false_to_off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _base_60_to_aspect(value: Any) -> Any:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value // 60}:{value % 60}" if is_number else value
+
+
 def _number_to_text(value: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return str(value) if is_number else value
@@ -42,6 +47,9 @@ def _number_to_text(value: Any) -> Any:
 # YAML has lists only; a frozen record holds tuples.
 Ints = Annotated[tuple[int, ...], BeforeValidator(list_to_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(list_to_tuple)]
+Sizes = Annotated[
+    tuple[Annotated[tuple[int, int], BeforeValidator(list_to_tuple)], ...], BeforeValidator(list_to_tuple)
+]
 HeightWidth = Annotated[tuple[int, int], BeforeValidator(list_to_tuple)]
 Betas = Annotated[tuple[float, float], BeforeValidator(list_to_tuple)]
 # One text may stand for a list of one.
@@ -49,6 +57,10 @@ Texts = Annotated[
     tuple[str, ...],
     BeforeValidator(_one_to_tuple),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+# `16:9` without quotes is a number to base 60 in YAML.
+Aspects = Annotated[
+    tuple[Annotated[str, BeforeValidator(_base_60_to_aspect)], ...], BeforeValidator(list_to_tuple)
 ]
 # `3.` and `1e9` are whole numbers that YAML reads as floats.
 Whole = Annotated[int, BeforeValidator(_whole_float_to_int)]

@@ -7,12 +7,12 @@ import json
 import os
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sat_train.data.cache.key import Origin, digest
-from sat_train.data.clip_file import ClipInfo, Span, open_clip, read_info
+from sat_train.data.clip_file import ClipInfo, Span, open_clip, read_info, read_turn
 from sat_train.data.failures import BadClip
 from sat_train.files import write_text
 from sat_train.log import get_logger
@@ -72,18 +72,26 @@ class FileBook:
             identity = self._sha256(path, span, stamp)
         return Origin(str(path), stamp[0], stamp[1], identity)
 
-    def info(self, path: Path, span: Span | None = None) -> ClipInfo:
+    def info(self, path: Path, span: Span | None = None, *, with_turn: bool = False) -> ClipInfo:
         """Returns the headers of a clip.
+
+        Args:
+            path: The file.
+            span: Part of it that holds the clip; None: all of it.
+            with_turn: Say how the picture is to be turned, too, for which its first frame is decoded.
 
         Raises:
             BadClip: It is missing, empty, or no video.
         """
         stamp = _stamp(path)
         known = self._lookup(path, span, stamp)
-        if known is not None and known.info is not None:
-            return known.info
+        remembered = known and known.info
+        if remembered and (not with_turn or remembered.quarter_turns is not None):
+            return remembered
         with open_clip(path, span=span, timeout_s=self._timeout_s) as (container, stream):
             info = read_info(container, stream)
+            if with_turn:
+                info = replace(info, quarter_turns=read_turn(container, stream))
         self._learn(path, span, _Known(stamp, known and known.sha256, info))
         return info
 

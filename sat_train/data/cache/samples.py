@@ -48,7 +48,6 @@ class SampleCache:
     Args:
         cache: The open folder.
         fps: Frames a second of a sample.
-        size: Height and width of a sample.
         max_upscale: Largest factor by which a picture may be enlarged.
         image: The image condition: None for text-to-video, `noised` in training, `plain` in validation.
     """
@@ -58,23 +57,32 @@ class SampleCache:
         cache: OpenCache,
         *,
         fps: float,
-        size: tuple[int, int],
         max_upscale: float,
         image: Condition | None,
     ) -> None:
         self.index, self.book, self.encoders = cache.index, cache.book, cache.encoders
         self.use, self.image = cache.use, image
-        self._fps, self._size, self._max_upscale = fps, size, max_upscale
+        self._fps, self._max_upscale = fps, max_upscale
 
-    def keys(self, record: ClipRecord, caption: str, window: Window, view: View, crop: str) -> SampleKeys:
+    def keys(
+        self, record: ClipRecord, caption: str, window: Window, view: View, crop: str, size: tuple[int, int]
+    ) -> SampleKeys:
         """Returns the keys of a sample.
+
+        Args:
+            record: Its clip.
+            caption: Its caption.
+            window: Its moments.
+            view: What is random about its pixels.
+            crop: Which part of the picture is kept.
+            size: Its height and width.
 
         Raises:
             BadClip: The clip or its image is missing or unreadable.
         """
         origin = image_origin = self.book.origin(record.path, record.span)
         random = (view.seed, view.number)
-        shape = {"size": self._size, "max_upscale": self._max_upscale}
+        shape = {"size": size, "max_upscale": self._max_upscale}
         clip = pixels = clip_key(
             identity=origin.identity,
             start=window.start,

@@ -33,3 +33,99 @@ def test_a_finite_iteration_gives_every_rank_as_many_batches(size, stop):
     taken = sorted(index for batches in ranks for batch in batches for index in batch)
     assert taken == list(range(len(taken)))
     assert stop <= len(taken) < stop + 2 * size
+
+
+# What follows is about several buckets. The bucket of a sample is drawn once, rare ones included.
+SIZES = (3, 1, 4, 2)
+
+
+def bucket_of(index):
+    return (0, 0, 0, 1, 0, 2, 0, 0, 3, 0, 0, 2)[(index * 7 + index // 12) % 12]
+
+
+def of_ranks(num_ranks, start=None, **options):
+    return [
+        OrderedBatches(SIZES, bucket_of=bucket_of, rank=rank, num_ranks=num_ranks, start=start, **options)
+        for rank in range(num_ranks)
+    ]
+
+
+def plans(batches, position=None):
+    return [each.plan(position or each.start) for each in batches]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_all_ranks_take_the_same_bucket_and_as_many_samples(num_ranks):
+    for micros in itertools.islice(zip(*plans(of_ranks(num_ranks)), strict=True), 60):
+        assert {micro.indices for micro in micros} == {micros[0].indices}
+        assert {micro.after for micro in micros} == {micros[0].after}
+        buckets = {bucket_of(index) for index in micros[0].indices}
+        assert len(buckets) == 1
+        assert all(len(micro.mine) == SIZES[buckets.pop()] for micro in micros[:1])
+        assert tuple(index for micro in micros for index in micro.mine) == micros[0].indices
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_each_sample_comes_once_and_those_of_a_bucket_in_their_order(num_ranks):
+    taken = {bucket: [] for bucket in range(len(SIZES))}
+    for micro in itertools.islice(plans(of_ranks(num_ranks))[0], 200):
+        taken[bucket_of(micro.indices[0])] += micro.indices
+        everything = sorted(itertools.chain(*taken.values()))
+        assert everything == sorted(set(range(micro.after.next)) - set(micro.after.waiting))
+        assert micro.after.consumed == len(everything)
+    for indices in taken.values():
+        assert indices == sorted(indices)
+
+
+def test_few_samples_wait():
+    """No more than a bucket lacks to be full: nothing is put off for long."""
+    for micro in itertools.islice(plans(of_ranks(3))[0], 200):
+        waiting = [bucket_of(index) for index in micro.after.waiting]
+        assert all(waiting.count(bucket) < 3 * size for bucket, size in enumerate(SIZES))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (4, 1), (3, 2), (2, 4)])
+@pytest.mark.parametrize("stopped_after", [1, 7, 50])
+def test_a_run_goes_on_anywhere_with_any_number_of_ranks(before, after, stopped_after):
+    first = list(itertools.islice(plans(of_ranks(before))[0], stopped_after))
+    position = first[-1].after
+    second = list(itertools.islice(plans(of_ranks(after, start=position))[0], 80))
+    if before == after:
+        straight = list(itertools.islice(plans(of_ranks(before))[0], stopped_after + 80))
+        assert first + second == straight
+    taken = [index for micro in first + second for index in micro.indices]
+    assert len(taken) == len(set(taken))
+    end = second[-1].after
+    assert sorted(taken) == sorted(set(range(end.next)) - set(end.waiting))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("stop", [1, 12, 31])
+def test_a_finite_iteration_has_every_sample_once_and_fills_up_with_later_ones(num_ranks, stop):
+    ranks = [list(plan) for plan in plans(of_ranks(num_ranks, stop=stop))]
+    assert {len(rank) for rank in ranks} == {len(of_ranks(num_ranks, stop=stop)[0])}
+    taken = [index for rank in ranks for micro in rank for index in micro.mine]
+    assert sorted(index for index in taken if index < stop) == list(range(stop))
+    assert len(taken) == len(set(taken))
+    for rank in ranks:
+        for micro in rank:
+            assert len({bucket_of(index) for index in micro.indices}) == 1
+
+
+def test_the_micro_steps_of_so_many_samples_are_counted():
+    one = OrderedBatches([4], num_ranks=3)
+    assert [one.count_micro_steps(count) for count in (0, 1, 12, 13)] == [0, 1, 1, 2]
+    several = of_ranks(2)[0]
+    for count in (1, 50, 600):
+        steps = several.count_micro_steps(count)
+        position = several.start
+        for micro in itertools.islice(several.plan(several.start), steps):
+            position = micro.after
+        left = [index for index in position.waiting if index < count]
+        assert len(left) <= sum(2 * size - 1 for size in SIZES)
+        assert position.next >= count - 2 * max(SIZES)
+
+
+def test_with_one_bucket_nothing_ever_waits():
+    for micro in itertools.islice(OrderedBatches([2], num_ranks=2).plan(DataPosition()), 20):
+        assert micro.after.waiting == ()

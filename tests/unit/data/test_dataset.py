@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sat_train.data.clip_file import ClipInfo
+from sat_train.config.shapes import ClipShape
+from sat_train.data.buckets import one_bucket
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.plan import cut_chunks, keep_long, probe_clips
+from sat_train.data.plan import Fit, cut_chunks, look_into
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources import ClipSource
 from sat_train.data.view import View
@@ -20,14 +21,9 @@ from tests.unit.data.videos import SIDE, numbers_of, record_of, write_numbered
 
 def make(records, **options):
     source = ClipSource("test", tuple(records), "")
-    settings = {
-        "video_size": (SIDE, SIDE),
-        "fps": 8,
-        "max_num_frames": 5,
-        "seed": 1,
-        "max_upscale": 4,
-        **options,
-    }
+    size, frames = options.pop("video_size", (SIDE, SIDE)), options.pop("max_num_frames", 5)
+    buckets = one_bucket(ClipShape(frames, *size), [source])
+    settings = {"buckets": buckets, "fps": 8, "seed": 1, "max_upscale": 4, **options}
     order = GlobalOrder(seed=1, clip_weights=[[1.0] * len(records)])
     return VideoDataset(sources=[source], order=order, **settings)
 
@@ -59,7 +55,7 @@ def test_frames_keep_the_wanted_pace_in_all_windows(long_clip, window):
 def test_every_frame_of_a_long_clip_is_reachable(long_clip, window):
     records = [record_of(long_clip)]
     if window == "chunks":
-        records = cut_chunks(probe_clips(records), fps=8, num_frames=5)
+        records = cut_chunks(records[0], look_into(records[0]), Fit((), fps=8), 5)
         assert len(records) == 9
     dataset = make(records, window=window)
     seen = {n for index in range(600) for n in numbers_of(dataset[index].sample.video_tchw)}
@@ -67,10 +63,11 @@ def test_every_frame_of_a_long_clip_is_reachable(long_clip, window):
 
 
 def test_chunks_lie_in_their_own_part(long_clip):
-    records = cut_chunks(probe_clips([record_of(long_clip)]), fps=8, num_frames=5)
+    clip = record_of(long_clip)
+    records = cut_chunks(clip, look_into(clip), Fit((), fps=8), 5)
     dataset = make(records, window="chunks")
     for record in records:
-        frames = dataset._frames(record, View(1, 3))
+        frames = dataset._frames(record, View(1, 3), ClipShape(5, SIDE, SIDE))
         assert record.start - 1 / 60 <= frames.times[0]
         assert frames.times[-1] <= record.end + 1 / 60
 
@@ -109,13 +106,12 @@ def test_a_given_image_is_cut_as_the_clip(long_clip, tmp_path):
     assert sample.image_chw[:, 9, 9].tolist() == [250, 10, 20]
 
 
-def test_short_clips_are_padded_shrunk_or_refused(tmp_path):
+def test_short_clips_are_padded_or_refused(tmp_path):
     write_numbered(tmp_path / "short.mp4", num_frames=23, rate=30)
     record = record_of(tmp_path / "short.mp4")
     padded = make([record], short_clip="pad", max_num_frames=9, window="head")[0].sample
     assert numbers_of(padded.video_tchw)[:7] == [0, 4, 7, 11, 15, 19, 22]
     assert numbers_of(padded.video_tchw)[7:] == [22, 22]
-    assert make([record], short_clip="shrink", max_num_frames=9)[0].sample.video_tchw.shape[0] == 5
     with pytest.raises(DataError, match=r"short.mp4 is too short: it gives 7 of 9 frames"):
         make([record], max_num_frames=9)[0]
 
@@ -147,17 +143,6 @@ def test_a_substitute_is_chosen_by_the_index_alone(tmp_path, long_clip):
 def test_a_set_of_bad_clips_ends_the_run(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video at all" * 99)
     with pytest.raises(
-        DataError, match=r"32 clips in a row cannot be used:\n.*bad.mp4 \(unreadable: Invalid data"
+        DataError, match=r"none of 1 clips can be used:\n.*bad.mp4 \(unreadable: Invalid data"
     ):
         make([record_of(tmp_path / "bad.mp4")])[0]
-
-
-def test_short_clips_are_found_before_the_first_sample(tmp_path, long_clip):
-    write_numbered(tmp_path / "short.mp4", num_frames=15, rate=30)
-    (tmp_path / "bad.mp4").write_bytes(b"no video at all" * 99)
-    records = [record_of(tmp_path / "short.mp4"), record_of(long_clip), record_of(tmp_path / "bad.mp4")]
-    probed = probe_clips(records)
-    assert isinstance(probed[1][1], ClipInfo)
-    assert probed[1][1].duration == pytest.approx(6.0)
-    kept = keep_long(probed, fps=8, num_frames=5)
-    assert [record.clip_id for record, _ in kept] == ["long.mp4", "bad.mp4"]

@@ -8,12 +8,14 @@ import av
 import pytest
 
 from sat_train.cli.main import main
-from sat_train.data.inspect import SetReport, Wanted, inspect_clips
+from sat_train.config.shapes import ClipShape
+from sat_train.data.inspect import SetReport, inspect_clips
+from sat_train.data.plan import Fit
 from sat_train.data.report import render_page
 from sat_train.data.sources import read_source
 from tests.unit.data.videos import make_folder, write_numbered
 
-WANTED = Wanted((32, 32), 8, 9, 0, 1.5, True)
+FIT = Fit((ClipShape(9, 32, 32),), fps=8, max_upscale=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,9 @@ def folder(tmp_path_factory):
 def report(folder):
     source = read_source(folder)
     seen = []
-    clips = inspect_clips(source.records, WANTED, num_threads=2, on_clip=lambda: seen.append(1))
+    clips = inspect_clips(source.records, FIT, num_threads=2, on_clip=lambda: seen.append(1))
     assert len(seen) == len(source) == 8
-    return SetReport(source.name, source.fingerprint, source.ignored, WANTED, tuple(clips), (), 32)
+    return SetReport(source.name, source.fingerprint, source.ignored, FIT, tuple(clips), (), 32)
 
 
 def test_every_clip_is_counted_once(report):
@@ -53,7 +55,8 @@ def test_every_clip_is_counted_once(report):
     told = dict(report.lines())
     assert told["clips"] == "8, of which 5 usable"
     assert told["length"].startswith("0.00 h in all; 0.8 to 4s, median 2 each")
-    assert told["windows"] == "8 that do not overlap"
+    assert told["windows"] == "7 that do not overlap"
+    assert told["  9x32x32"] == "5 clips"
     assert told["rates"] == "30 (6), 25 (1)"
     assert told["sizes"] == "32x32 (6), 16x16 (1)"
     assert told["short"] == "1: videos/short.mp4"
@@ -63,7 +66,7 @@ def test_every_clip_is_counted_once(report):
 def test_the_page_stands_alone_and_escapes_what_it_shows(report):
     page = render_page([report])
     assert page.count("<figure") == 8
-    assert page.count("data:image/jpeg;base64,") == 6
+    assert page.count("data:image/jpeg;base64,") == 7
     assert "&lt;script&gt; &amp; more" in page
     assert "<script>" not in page
     assert "http" not in page
@@ -85,7 +88,7 @@ def test_inspect_writes_a_page(folder, tmp_path, capsys):
 def test_preview_writes_what_the_model_will_see(folder, tmp_path, capsys):
     assert main(["data", "preview", *words(folder), "--output", str(tmp_path), "--count", "3"]) == 0
     said = capsys.readouterr().out
-    assert said.count(".mp4  set/videos/") == 3
+    assert said.count(".mp4  9x32x32  set/videos/") == 3
     for number in range(3):
         with av.open(str(tmp_path / f"{number:04d}.mp4")) as container:
             stream = container.streams.video[0]

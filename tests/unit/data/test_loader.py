@@ -11,8 +11,10 @@ import time
 import pytest
 import torch
 
+from sat_train.config.shapes import ClipShape
 from sat_train.data.batch import CachedSample, VideoBatch, VideoSample, collate
 from sat_train.data.batches import DataPosition, OrderedBatches
+from sat_train.data.buckets import one_bucket
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import Failure, FailureLog
 from sat_train.data.loader import VideoLoader
@@ -32,8 +34,9 @@ def clips(tmp_path_factory):
 
 def make_dataset(records, kind=VideoDataset, **options):
     order = GlobalOrder(seed=5, clip_weights=[[1.0] * len(records)])
-    settings = {"video_size": (SIDE, SIDE), "fps": 8, "max_num_frames": 1, "seed": 5, **options}
-    return kind(sources=[ClipSource("test", tuple(records), "")], order=order, **settings)
+    sources = [ClipSource("test", tuple(records), "")]
+    buckets = one_bucket(ClipShape(options.pop("max_num_frames", 1), SIDE, SIDE), sources)
+    return kind(sources=sources, order=order, **{"buckets": buckets, "fps": 8, "seed": 5, **options})
 
 
 def make_loader(

@@ -33,15 +33,7 @@ def test_a_clip_gives_as_many_frames_as_have_a_source_frame_within_half_a_frame(
 def test_short_clips_follow_the_policy():
     assert fit_frames(20, num_frames=17, policy="error") == (17, 17)
     assert fit_frames(11, num_frames=17, policy="pad") == (11, 17)
-    assert [fit_frames(n, num_frames=17, policy="shrink")[0] for n in (1, 4, 5, 8, 9, 16)] == [
-        1,
-        1,
-        5,
-        5,
-        9,
-        13,
-    ]
-    for policy in ("error", "skip"):
+    for policy in ("error", "skip", "shrink"):
         with pytest.raises(BadClip, match="short: it gives 16 of 17 frames"):
             fit_frames(16, num_frames=17, policy=policy)
     with pytest.raises(BadClip, match="short: it gives 0 of 17"):

@@ -16,11 +16,11 @@ SIDE = 32
 _CELL = 8  # sixteen cells, black or white: the bits of the number
 
 
-def draw_number(number: int, side: int = SIDE) -> np.ndarray:
-    """Returns a picture, uint8 `[side, side, 3]`, that shows `number`."""
+def draw_number(number: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
+    """Returns a picture, uint8 `[height, width, 3]`, that shows `number`."""
     bits = [(number >> i) & 1 for i in range(16)]
     cells = np.array(bits, np.uint8).reshape(4, 4) * 200 + 28
-    return np.kron(cells, np.ones((side // 4, side // 4), np.uint8))[..., None].repeat(3, axis=2)
+    return np.kron(cells, np.ones((height // 4, width // 4), np.uint8))[..., None].repeat(3, axis=2)
 
 
 def read_number(picture: np.ndarray) -> int:
@@ -47,6 +47,8 @@ def write_numbered(
     gop: int = 12,
     options: dict[str, str] | None = None,
     side: int = SIDE,
+    height: int | None = None,
+    width: int | None = None,
     rotation: int = 0,
     index_first: bool = False,
 ) -> list[float]:
@@ -54,26 +56,28 @@ def write_numbered(
 
     Args:
         times: When each frame is shown, in seconds; None: at `rate`.
+        side: Height and width of the picture, where these are not given.
         index_first: Put an mp4 file's index before its frames.
 
     Returns:
         When each frame is shown.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = height or side, width or side
     moments = [Fraction(i) / rate for i in range(num_frames)] if times is None else list(times)
     base = Fraction(1, 90000) if times is not None else 1 / Fraction(rate)
     quality = {"crf": "12", "preset": "ultrafast", "bf": "2", "threads": "1"} if codec == "libx264" else {}
     flags = {"movflags": "+faststart"} if index_first else {}
     with av.open(str(path), "w", options=flags) as container:
         stream = container.add_stream(codec, rate=rate, options={**quality, **(options or {})})
-        stream.width = stream.height = side
+        stream.width, stream.height = width, height
         stream.pix_fmt = pix_fmt
         stream.gop_size = gop
         stream.codec_context.time_base = base
         if rotation:
             stream.set_display_rotation(rotation)
         for i, moment in enumerate(moments):
-            frame = av.VideoFrame.from_ndarray(draw_number(i, side), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(draw_number(i, height, width), format="rgb24")
             frame.time_base = base
             frame.pts = round(moment / base)
             container.mux(stream.encode(frame))

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from sat_train.config.shapes import ClipShape
 from sat_train.data.batch import VideoSample
+from sat_train.data.buckets import one_bucket
 from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests, SampleKeys
@@ -35,22 +37,22 @@ def open_dataset(
     cache = OpenCache(folder, CacheIndex(folder), FileBook(folder, identity=identity), encoders, use)
     shape = {"fps": 8, "max_upscale": 4.0, **(shape or {})}
     size = options.pop("video_size", (SIDE, SIDE))
+    sources = [ClipSource("test", tuple(records), "")]
     order = GlobalOrder(seed=1, clip_weights=[[1.0] * len(records)], shuffle=False)
     return VideoDataset(
-        sources=[ClipSource("test", tuple(records), "")],
+        sources=sources,
         order=order,
-        video_size=size,
-        max_num_frames=options.pop("max_num_frames", 5),
+        buckets=one_bucket(ClipShape(options.pop("max_num_frames", 5), *size), sources),
         seed=options.pop("seed", 1),
         window=options.pop("window", "head"),
-        cache=SampleCache(cache, size=size, image=image, **shape),
+        cache=SampleCache(cache, image=image, **shape),
         **shape,
         **options,
     )
 
 
 def keys_of(dataset: VideoDataset, index: int = 0) -> SampleKeys:
-    return dataset.keys(index, dataset.place(index))
+    return dataset.keys(index, dataset.order.place(index))
 
 
 def tensors_of(number: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sat_train.data.batches import ListedBatches
 from sat_train.data.cache.plan import drop_repeated, find_missing
 from sat_train.data.cache.shards import About, ShardWriter
 from sat_train.data.failures import FailureLog
 from sat_train.data.loader import VideoLoader
-from sat_train.data.batches import ListedBatches
 from sat_train.errors import DataError
 from tests.unit.data.cache.samples import keep, open_dataset, tensors_of
 from tests.unit.data.videos import record_of, write_numbered
