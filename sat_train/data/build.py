@@ -13,7 +13,7 @@ from sat_train.data.batches import DataPosition, ListedBatches, OrderedBatches
 from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
 from sat_train.data.clip_file import ClipInfo
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.failures import FailureLog, write_failures
+from sat_train.data.failures import Failure, FailureLog, write_failures
 from sat_train.data.loader import VideoLoader
 from sat_train.data.plan import Fit, Planned, describe_plan, look_into, plan_sources
 from sat_train.data.sampler import GlobalOrder
@@ -326,7 +326,7 @@ def _fingerprint(sources: Sequence[ClipSource]) -> str:
 
 
 def sum_bad_clips(grid: ProcessGrid, loader: VideoLoader) -> int:
-    """Adds up the bad clips of all ranks and ends the run on all of them when there are too many.
+    """Counts the clips that are bad on any rank, and ends the run on all ranks when there are too many.
 
     Returns:
         Clips that are bad, on any rank.
@@ -336,6 +336,13 @@ def sum_bad_clips(grid: ProcessGrid, loader: VideoLoader) -> int:
 
     Ranks: all.
     """
-    found: set[str] = set().union(*gather_objects(grid, set(loader.failures.by_clip)))
-    loader.failures.check(len(found))
+    ours = {clip: replace(failure, keys=None) for clip, failure in loader.failures.by_clip.items()}
+    found: dict[str, Failure] = {}
+    for theirs in gather_objects(grid, ours):
+        found.update(theirs)
+    try:
+        loader.failures.check(found)
+    except DataError as error:
+        error.ranks_agree = True
+        raise
     return len(found)

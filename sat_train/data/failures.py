@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,25 +86,25 @@ class FailureLog:
             counts[failure.cause] = counts.get(failure.cause, 0) + 1
         return counts
 
-    def check(self, num_bad: int | None = None) -> None:
+    def check(self, found: Mapping[str, Failure] | None = None) -> None:
         """Ends the run when more clips are bad than allowed.
 
         Args:
-            num_bad: Bad clips over all ranks, when the caller has summed them; None: those of this rank.
+            found: Bad clips of all ranks, when the caller has gathered them; None: those of this rank.
 
         Raises:
-            DataError: With the worst examples.
+            DataError: With the first ten.
         """
-        found = len(self.by_clip) if num_bad is None else num_bad
-        if found <= self.max_bad_fraction * self.num_clips:
+        found = self.by_clip if found is None else found
+        if len(found) <= self.max_bad_fraction * self.num_clips:
             return
         examples = "".join(
             f"\n    {clip} ({cause}: {detail})"
-            for clip, cause, detail in map(_words, list(self.by_clip.values())[:10])
+            for clip, cause, detail in map(_words, list(found.values())[:10])
         )
         where = f" All of them are in {self.path}." if self.path else ""
         raise DataError(
-            f"{found} of {self.num_clips} clips cannot be used:{examples}",
+            f"{len(found)} of {self.num_clips} clips cannot be used:{examples}",
             expected=f"at most {self.max_bad_fraction:.1%} (data.max_bad_fraction = {self.max_bad_fraction})",
             remedy=f"repair or remove these clips, or raise data.max_bad_fraction.{where}",
         )

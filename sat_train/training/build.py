@@ -20,6 +20,7 @@ from sat_train.config import RunConfig
 from sat_train.config.resolved import write_resolved
 from sat_train.config.sat_args import write_model_config
 from sat_train.data.batch import VideoBatch
+from sat_train.data.build import sum_bad_clips
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.distributed.seeds import derive_seed
@@ -153,6 +154,7 @@ def build_trainer(
         log_interval=run.args.log_interval,
         state=state,
         average=average,
+        count_bad_clips=lambda: sum_bad_clips(grid, data.train),
         callbacks=build_callbacks(
             run,
             grid,

@@ -21,6 +21,7 @@ class TrainEntry:
         samples_per_s: Samples of all ranks together.
         peak_memory_gib: Most memory since start: of the device, or of the process on the CPU.
         skipped: Steps so far that were left out because a gradient was not finite.
+        bad_clips: Clips that could not be used since the start, over all ranks.
     """
 
     step: int
@@ -33,6 +34,7 @@ class TrainEntry:
     samples_per_s: float
     peak_memory_gib: float
     skipped: int
+    bad_clips: int = 0
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ class Meter:
             state.take_loss(loss)
             self._last_loss = loss
 
-    def entry(self, state: TrainState, *, lr: float, grad_norm: float | None) -> TrainEntry:
+    def entry(
+        self, state: TrainState, *, lr: float, grad_norm: float | None, bad_clips: int = 0
+    ) -> TrainEntry:
         """Reads everything since the last entry. Call `fold_losses` before.
 
         Returns:
@@ -85,6 +87,7 @@ class Meter:
             samples_per_s=self._samples / seconds,
             peak_memory_gib=peak_memory_gib(self._grid.device),
             skipped=state.skipped,
+            bad_clips=bad_clips,
         )
 
 

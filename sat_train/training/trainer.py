@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sat_train.errors import TrainingError
 from sat_train.training.callbacks.callback import Callback
@@ -28,6 +28,8 @@ class Trainer:
         log_interval: Steps between entries.
         state: Where the run stands; moved on by `run`.
         average: Moving average of the weights, if one is kept.
+        count_bad_clips: Says at each entry how many clips could not be used; ends the run when these are too
+            many. Called on all ranks.
         callbacks: Called in this order.
     """
 
@@ -41,6 +43,7 @@ class Trainer:
         log_interval: int,
         state: TrainState,
         average: WeightAverage | None = None,
+        count_bad_clips: Callable[[], int] = lambda: 0,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.state = state
@@ -51,6 +54,7 @@ class Trainer:
         self._stepper = stepper
         self._meter = meter
         self._log_interval = log_interval
+        self._count_bad_clips = count_bad_clips
         self._callbacks = callbacks
         self._skips_in_a_row = 0
 
@@ -107,7 +111,10 @@ class Trainer:
         self.stopping = result.stop
         if state.step % self._log_interval == 0 or state.step == 1 or self.complete or self.stopping:
             self.settle()
-            self.report(self._meter.entry(state, lr=lr, grad_norm=self._stepper.grad_norm()))
+            entry = self._meter.entry(
+                state, lr=lr, grad_norm=self._stepper.grad_norm(), bad_clips=self._count_bad_clips()
+            )
+            self.report(entry)
             self._meter.restart()
 
     def _count_skip(self, applied: bool) -> None:

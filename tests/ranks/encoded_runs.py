@@ -26,9 +26,10 @@ def load_run(words: list[str], *, purpose: str = "train") -> RunConfig:
 
 
 def make_set(folder: Path, names: str) -> Path:
-    """Writes clips of 3 seconds, one for each letter; each has its own pace of keyframes."""
+    """Writes clips of 3 seconds, one for each letter; each has its own pace of keyframes, every second one
+    another aspect."""
     for number, name in enumerate(names):
-        make_folder(folder, [name], num_frames=90, gop=10 + number)
+        make_folder(folder, [name], num_frames=90, gop=10 + number, width=32 + 16 * (number % 2))
     return folder
 
 

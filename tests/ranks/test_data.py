@@ -73,17 +73,24 @@ def test_a_set_without_clips_is_refused_on_all_ranks(rank_pool, tmp_path):
         assert "there is no clip in this folder" in text
 
 
-def _sum_bad(grid: ProcessGrid, folder: str) -> tuple[int, int]:
-    loader = _loader(grid, folder, ["args.batch_size=2", "data.max_bad_fraction=0.5"])
+def _sum_bad(grid: ProcessGrid, folder: str, allowed: float) -> tuple[int, int, str]:
+    loader = _loader(grid, folder, ["args.batch_size=2", f"data.max_bad_fraction={allowed}"])
     for _ in range(2):
         next(loader)
-    return sum_bad_clips(grid, loader), len(loader.failures.by_clip)
+    own = len(loader.failures.by_clip)
+    try:
+        return sum_bad_clips(grid, loader), own, ""
+    except SatTrainError as error:
+        return -1, own, str(error)
 
 
-def test_bad_clips_are_summed_over_the_ranks(rank_pool, tmp_path):
+def test_bad_clips_are_counted_once_over_the_ranks_and_end_all_of_them(rank_pool, tmp_path):
     make_folder(tmp_path, "abcdefgh", num_frames=30)
-    for name in "abc":
-        (tmp_path / "videos" / f"{name}.mp4").write_bytes(b"x" * 99)
-    results = rank_pool(2)(_sum_bad, str(tmp_path))
-    assert [total for total, _ in results] == [3, 3]
-    assert all(own <= 3 for _, own in results)
+    dataset = _loader(start_single_process(), str(tmp_path), []).dataset
+    bad = [dataset.record(dataset.order.place(index)).path for index in (1, 3)]  # one for each rank
+    for path in bad:
+        path.write_bytes(b"x" * 99)
+    assert [found[:2] for found in rank_pool(2)(_sum_bad, str(tmp_path), 0.5)] == [(2, 1), (2, 1)]
+    for _, _, told in rank_pool(2)(_sum_bad, str(tmp_path), 1 / 8):
+        assert "2 of 8 clips cannot be used" in told
+        assert all(f"{path.name} (unreadable" in told for path in bad)

@@ -80,6 +80,7 @@ def describe(entry: Entry, train_iters: int) -> str:
         f"{entry.samples_per_s:.3g} samples/s",
         f"{entry.peak_memory_gib:.2f} GiB",
         f"skipped {entry.skipped}" if entry.skipped else "",
+        f"bad clips {entry.bad_clips}" if entry.bad_clips else "",
         f"left {timedelta(seconds=math.ceil((train_iters - entry.step) * entry.step_time_s))}",
     ]
     return "  ".join(part for part in parts if part)

@@ -228,4 +228,4 @@ def test_the_limit_is_of_the_whole_set():
         log.add(Failure(i, f"{i}.mp4", "damaged", "x"))
     log.check()
     with pytest.raises(DataError, match="3 of 200 clips cannot be used"):
-        log.check(3)
+        log.check({str(i): Failure(i, str(i), "damaged", "x") for i in range(3)})

@@ -35,11 +35,12 @@ def _at(step: int) -> SimpleNamespace:
 
 
 def test_a_line_names_everything_and_the_time_left():
-    line = describe(_entry(10, skipped=2), 40)
-    for part in ("step 10/40", "loss 0.50000", "smoothed 0.25000", "lr 1e-05", "grad 0.1", "skipped 2"):
+    line = describe(_entry(10, skipped=2, bad_clips=3), 40)
+    parts = ("step 10/40", "loss 0.50000", "smoothed 0.25000", "lr 1e-05", "grad 0.1", "skipped 2")
+    for part in (*parts, "bad clips 3"):
         assert part in line
     assert line.endswith("left 0:01:00")
-    assert "skipped" not in describe(_entry(10), 40)
+    assert not {"skipped", "bad"} & set(describe(_entry(10), 40).split())
     assert "grad" not in describe(_entry(10, grad_norm=None), 40)
     assert describe(VALIDATION, 40) == "step 2: validation loss 0.75000 on 8 clips"
 
@@ -83,6 +84,7 @@ def test_trackers_get_numbers_only():
             "samples_per_s",
             "peak_memory_gib",
             "skipped",
+            "bad_clips",
         )
     }
     assert scalars(VALIDATION) == {"valid/loss": 0.75, "valid/loss_at_62": 1.0}
