@@ -44,7 +44,8 @@ class VideoBatch:
         captions: One text a sample.
         image_bchw: Pixels of the image that conditions each clip, uint8; None: the clip's first frame is it.
         clip_ids: Names for messages.
-        sample_indices: Global positions: samples consumed before each one. Key of all randomness.
+        sample_indices: Global positions. Key of all randomness.
+        num_shown: Frames that each clip gave; the rest of a sample repeats the last of them.
         cached: Encoded tensors; None without the cache.
         views: Key of what is random about each sample's pixels; empty: the sample's index is.
         keys: Where each sample's encodings belong in the cache; empty without one.
@@ -55,6 +56,7 @@ class VideoBatch:
     image_bchw: Tensor | None
     clip_ids: tuple[str, ...]
     sample_indices: tuple[int, ...]
+    num_shown: tuple[int, ...]
     cached: CachedSample | None = None
     views: tuple[View, ...] = ()
     keys: tuple[SampleKeys, ...] = ()
@@ -93,6 +95,7 @@ class VideoSample:
         image_chw: Pixels of a given conditioning image, uint8; None: the first frame is it.
         clip_id: Name for messages.
         sample_index: Global position.
+        num_shown: Frames that the clip gave; the rest repeats the last of them.
         times: When each frame is shown in its file, in seconds; empty when no pixels were read.
         view: Key of what is random about its pixels.
         keys: Where its encodings belong in the cache; None without one.
@@ -104,6 +107,7 @@ class VideoSample:
     image_chw: Tensor | None
     clip_id: str
     sample_index: int
+    num_shown: int
     times: tuple[float, ...]
     view: View
     keys: SampleKeys | None = None
@@ -124,6 +128,7 @@ def collate(samples: Sequence[VideoSample]) -> VideoBatch:
         image_bchw=image,
         clip_ids=tuple(sample.clip_id for sample in samples),
         sample_indices=tuple(sample.sample_index for sample in samples),
+        num_shown=tuple(sample.num_shown for sample in samples),
         cached=cat_cached(encoded) if encoded else None,
         views=tuple(sample.view for sample in samples),
         keys=tuple(sample.keys for sample in samples if sample.keys is not None),

@@ -213,7 +213,8 @@ class VideoDataset(Dataset[Item]):
         cached = None if pixels else self.cache.read(keys, clip_id)
         if cached is not None:
             view, caption = self.view(index, place), self.caption(index, place)
-            return VideoSample(None, caption, None, clip_id, index, (), view, keys, cached)
+            num_shown = self._num_shown(index, place)
+            return VideoSample(None, caption, None, clip_id, index, num_shown, (), view, keys, cached)
         sample = replace(self._sample(index, place), keys=keys)
         if self.keys(index, place) != keys:
             raise BadClip("changed", "the file was changed while it was read")
@@ -221,25 +222,34 @@ class VideoDataset(Dataset[Item]):
 
     def _sample(self, index: int, place: Place) -> VideoSample:
         record, view, shape = self.record(place), self.view(index, place), self.shape(index)
-        frames = self._frames(record, view, shape)
+        frames, num_shown = self._frames(record, view, shape)
         return VideoSample(
             video_tchw=_to_tensor(frames.video_thwc),
             caption=self.caption(index, place),
             image_chw=None if record.image is None else self._image(record.image, view, shape),
             clip_id=record.clip_id,
             sample_index=index,
+            num_shown=num_shown,
             times=frames.times,
             view=view,
         )
 
-    def _frames(self, record: ClipRecord, view: View, shape: ClipShape) -> Frames:
+    def _frames(self, record: ClipRecord, view: View, shape: ClipShape) -> tuple[Frames, int]:
+        """Returns the frames of a sample, and how many of them the clip gave."""
         deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         with open_clip(record.path, span=record.span, timeout_s=self.timeout_s) as (container, stream):
             reader = FrameReader(container, stream, deadline=deadline)
             window = self._window(reader.info, record, view, shape.frames)
             times = [window.start + i / self.fps for i in range(window.count)]
             frames = reader.read(times, self._plan(view, shape))
-        return _repeat_last(frames, window.total)
+        return _repeat_last(frames, window.total), window.count
+
+    def _num_shown(self, index: int, place: Place) -> int:
+        if self.short_clip != "pad":
+            return self.shape(index).frames
+        record, view = self.record(place), self.view(index, place)
+        info = self.cache.book.info(record.path, record.span)
+        return self._window(info, record, view, self.shape(index).frames).count
 
     def _window(self, info: ClipInfo, record: ClipRecord, view: View, num_frames: int) -> Window:
         first, last = usable_part(info, record, self.skip_frms_num)

@@ -6,22 +6,26 @@ import torch
 from torch import Tensor
 
 
-def v_mse_per_sample(v_pred: Tensor, v_true: Tensor) -> Tensor:
+def v_mse_per_sample(v_pred: Tensor, v_true: Tensor, counted_bt: Tensor | None = None) -> Tensor:
     """Mean squared error of the velocity, for each sample, in fp32.
 
     Equal to the squared error of x0 weighted with `1 / (1 - alpha_bar)`, as which CogVideo writes it; in
     v-space no weight of 1000 and more meets a difference of 1/1000 and less.
 
     Args:
-        v_pred: Prediction, shape (b, ...), any float dtype.
+        v_pred: Prediction, shape (b, t, ...), any float dtype.
         v_true: Target of the same shape.
+        counted_bt: Which frames of each sample count, bool, at least one of each; None: all of them.
 
     Returns:
         float32 of shape (b,).
 
     Source: zai-org/CogVideo@7a1af71 `sgm/modules/diffusionmodules/loss.py` VideoDiffusionLoss.
     """
-    return (v_pred.float() - v_true.float()).square().flatten(1).mean(1)
+    squares = (v_pred.float() - v_true.float()).square()
+    if counted_bt is None:
+        return squares.flatten(1).mean(1)
+    return (squares.flatten(2).mean(2) * counted_bt).sum(1) / counted_bt.sum(1)
 
 
 def min_snr_weight(alpha_bar: Tensor, gamma: float) -> Tensor:

@@ -86,6 +86,7 @@ def build_pipeline(
         min_snr_gamma=loss.min_snr_value,
         timestep_sampling="stratified" if is_stratified else "uniform",
         global_batch_size=args.batch_size * args.gradient_accumulation_steps * data_size,
+        temporal_compression=model.first_stage_config.params.encoder_config.params.temporal_compress_times,
         ofs=None if model.network_config.params.ofs_embed_dim is None else _OFS,
         seed=args.seed,
         dtype=compute_dtype(args),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,26 @@ def pixel_frames(num_latent_frames: int, *, compression: int, patch_t: int) -> i
 def padding_frames(num_latent_frames: int, patch_t: int) -> int:
     """Returns how many latent frames must be added for patches of `patch_t` frames to fill the clip."""
     return -num_latent_frames % patch_t
+
+
+def counted_frames(
+    num_shown: Sequence[int], *, num_latent_frames: int, compression: int, patch_t: int
+) -> Tensor | None:
+    """Returns which latent frames of padded clips show something of the clip, bool `[b, t]`.
+
+    Args:
+        num_shown: Pixel frames that each clip gave; the rest of a sample repeats the last of them.
+        num_latent_frames: Latent frames of a sample, without those that `pad_in_time` puts in front.
+        compression: Pixel frames in one latent frame after the first.
+        patch_t: Latent frames in one patch.
+
+    Returns:
+        None where all of them do.
+    """
+    padding = padding_frames(num_latent_frames, patch_t)
+    filled = torch.tensor([-(-(shown - 1) // compression) + 1 for shown in num_shown])
+    counted_bt = torch.arange(padding + num_latent_frames) < padding + filled[:, None]
+    return None if counted_bt.all() else counted_bt
 
 
 def pad_in_time(latent_btchw: Tensor, patch_t: int) -> Tensor:

@@ -17,6 +17,7 @@ class TrainingInputs:
         timesteps_b: int64, on the CPU.
         text_bld: Text embeddings after the caption drop, in the network's dtype.
         image_latent_btchw: Condition of image-to-video, of the shape of `x0_btchw`; None for text-to-video.
+        counted_bt: Which latent frames count in the loss, bool; None: all of them.
     """
 
     x0_btchw: Tensor
@@ -24,6 +25,7 @@ class TrainingInputs:
     timesteps_b: Tensor
     text_bld: Tensor
     image_latent_btchw: Tensor | None
+    counted_bt: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from sat_train.diffusion.samplers import OnStep, sample_ddim, sample_dpmpp_2m
 from sat_train.diffusion.timesteps import Spacing, stratified_timesteps, uniform_timesteps
 from sat_train.distributed.seeds import derive_seed
 from sat_train.pipeline.frozen_models import FrozenModels, conditioning_image, pixels_to_unit
-from sat_train.pipeline.geometry import check_size, latent_frames, pad_in_time, padding_frames
+from sat_train.pipeline.geometry import check_size, counted_frames, latent_frames, pad_in_time, padding_frames
 from sat_train.pipeline.image_latent import image_condition, sample_posterior
 from sat_train.pipeline.randomness import SampleRandomness
 from sat_train.pipeline.records import LossOutput, TrainingInputs
@@ -58,6 +58,7 @@ class VideoDiffusion:
         timestep_sampling: `uniform` draws each sample's timestep alone, `stratified` spreads them over the
             global batch.
         global_batch_size: Samples of one optimizer step over all ranks, for `stratified`.
+        temporal_compression: Pixel frames in one latent frame after the first.
         ofs: The `ofs` input of CogVideoX1.5-I2V, 2.0; None for models without it.
         seed: The run's seed.
         dtype: What the transformer computes in.
@@ -83,6 +84,7 @@ class VideoDiffusion:
         min_snr_gamma: float | None = None,
         timestep_sampling: Literal["uniform", "stratified"] = "uniform",
         global_batch_size: int = 1,
+        temporal_compression: int = 4,
         ofs: float | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
@@ -104,7 +106,7 @@ class VideoDiffusion:
         self.caption_dropout, self.posterior_sampling = caption_dropout, posterior_sampling
         self.offset_noise_level, self.min_snr_gamma = offset_noise_level, min_snr_gamma
         self.timestep_sampling, self.global_batch_size = timestep_sampling, global_batch_size
-        self.ofs = ofs
+        self.temporal_compression, self.ofs = temporal_compression, ofs
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
         self.patch_t = dit.patch_size[0]
 
@@ -144,7 +146,8 @@ class VideoDiffusion:
             image = self._image_latent(batch, random, num_latent_frames=x0.shape[1], noised=True)
             kept = ~random.chance("image_drop", self.noised_image_dropout).to(self.device)
             image = image * kept[:, None, None, None, None]
-        return TrainingInputs(x0, self._noise_like(x0, random), self._timesteps(random), text, image)
+        eps, timesteps_b = self._noise_like(x0, random), self._timesteps(random)
+        return TrainingInputs(x0, eps, timesteps_b, text, image, self._counted_frames(batch))
 
     @torch.no_grad()
     def validation_inputs(self, batch: VideoBatch, timesteps_b: Tensor) -> TrainingInputs:
@@ -154,9 +157,8 @@ class VideoDiffusion:
         image = None
         if self.noised_image_input:
             image = self._image_latent(batch, random, num_latent_frames=x0.shape[1], noised=False)
-        return TrainingInputs(
-            x0, self._noise_like(x0, random), timesteps_b.cpu(), self._batch_text(batch), image
-        )
+        eps, text = self._noise_like(x0, random), self._batch_text(batch)
+        return TrainingInputs(x0, eps, timesteps_b.cpu(), text, image, self._counted_frames(batch))
 
     def loss(self, inputs: TrainingInputs, *, network: Network | None = None) -> LossOutput:
         """Predicts v once and compares it with the target."""
@@ -165,7 +167,8 @@ class VideoDiffusion:
         v_pred = self._predict(
             network or self.dit, x_t, inputs.timesteps_b, inputs.text_bld, inputs.image_latent_btchw
         )
-        loss_b = v_mse_per_sample(v_pred, v_target(inputs.x0_btchw, inputs.eps_btchw, alpha_bar_b))
+        v_true = v_target(inputs.x0_btchw, inputs.eps_btchw, alpha_bar_b)
+        loss_b = v_mse_per_sample(v_pred, v_true, inputs.counted_bt)
         if self.min_snr_gamma is not None:
             loss_b = loss_b * min_snr_weight(alpha_bar_b, self.min_snr_gamma).to(loss_b.device)
         return LossOutput(loss_b.mean(), loss_b.detach(), inputs.timesteps_b)
@@ -301,6 +304,20 @@ class VideoDiffusion:
         return pad_in_time(
             self.scale_factor * self._posterior(mean, logvar, random, "posterior"), self.patch_t
         )
+
+    def _counted_frames(self, batch: VideoBatch) -> Tensor | None:
+        """Returns which latent frames count: not those that only repeat the last frame of a short clip."""
+        if batch.cached is not None:
+            num_latent_frames = batch.cached.mean_btchw.shape[1]
+        else:
+            num_latent_frames = (batch.video_btchw.shape[1] - 1) // self.temporal_compression + 1
+        counted_bt = counted_frames(
+            batch.num_shown,
+            num_latent_frames=num_latent_frames,
+            compression=self.temporal_compression,
+            patch_t=self.patch_t,
+        )
+        return None if counted_bt is None else counted_bt.to(self.device)
 
     def _image_latent(
         self, batch: VideoBatch, random: SampleRandomness, *, num_latent_frames: int, noised: bool

@@ -34,6 +34,7 @@ def _batch(family: Family) -> VideoBatch:
         image_bchw=None,
         clip_ids=("a", "b"),
         sample_indices=(6, 7),
+        num_shown=(shape[1], shape[1]),
     )
 
 

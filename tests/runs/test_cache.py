@@ -29,6 +29,7 @@ RECIPES = {
         "model.network_config.params.in_channels=32",
     ],
     "buckets": ["args.batch_size=1", "data.params.buckets={sizes: [[64,64]], frames: [1], max_tokens: 90}"],
+    "padded": ["args.batch_size=1", "data.params.max_num_frames=29", "data.params.short_clip=pad"],
     "limited views": ["args.batch_size=2", "data.params.views=2", "model.null_condition=empty_prompt"],
 }
 

@@ -67,7 +67,7 @@ def test_chunks_lie_in_their_own_part(long_clip):
     records = cut_chunks(clip, look_into(clip), Fit((), fps=8), 5)
     dataset = make(records, window="chunks")
     for record in records:
-        frames = dataset._frames(record, View(1, 3), ClipShape(5, SIDE, SIDE))
+        frames, _ = dataset._frames(record, View(1, 3), ClipShape(5, SIDE, SIDE))
         assert record.start - 1 / 60 <= frames.times[0]
         assert frames.times[-1] <= record.end + 1 / 60
 
@@ -112,6 +112,7 @@ def test_short_clips_are_padded_or_refused(tmp_path):
     padded = make([record], short_clip="pad", max_num_frames=9, window="head")[0].sample
     assert numbers_of(padded.video_tchw)[:7] == [0, 4, 7, 11, 15, 19, 22]
     assert numbers_of(padded.video_tchw)[7:] == [22, 22]
+    assert padded.num_shown == 7
     with pytest.raises(DataError, match=r"short.mp4 is too short: it gives 7 of 9 frames"):
         make([record], max_num_frames=9)[0]
 

@@ -196,7 +196,9 @@ def test_the_wait_for_data_is_measured(clips):
 
 def sample(index, *, image=None, size=4):
     video = torch.full((2, 3, size, size), index, dtype=torch.uint8)
-    return VideoSample(video, f"caption {index}", image, f"clip {index}", index, (0.0, 0.1), View(1, index))
+    return VideoSample(
+        video, f"caption {index}", image, f"clip {index}", index, 2, (0.0, 0.1), View(1, index)
+    )
 
 
 def test_batches_hold_their_samples_in_order():
@@ -215,7 +217,7 @@ def test_first_frames_stand_in_for_missing_images():
 
 def test_batches_move_with_all_their_tensors():
     cached = CachedSample(*(torch.zeros(1, 2) for _ in range(3)))
-    batch = VideoBatch(None, ("a",), None, ("a",), (0,), cached)
+    batch = VideoBatch(None, ("a",), None, ("a",), (0,), (2,), cached)
     moved = batch.to("meta")
     assert moved.cached.text_bld.device.type == "meta"
     assert moved.cached.image_latent_btchw is None

@@ -85,6 +85,7 @@ def make_batch() -> Callable[..., VideoBatch]:
             else None,
             clip_ids=tuple(f"{index}.mp4" for index in indices),
             sample_indices=tuple(indices),
+            num_shown=(frames,) * len(indices),
         )
 
     return make

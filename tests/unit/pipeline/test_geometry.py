@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from sat_train.errors import SatTrainError
-from sat_train.pipeline.geometry import latent_frames, pad_in_time, padding_frames, pixel_frames
+from sat_train.pipeline.geometry import (
+    counted_frames,
+    latent_frames,
+    pad_in_time,
+    padding_frames,
+    pixel_frames,
+)
 
 
 def test_latent_frames_of_the_familys_clips():
@@ -39,3 +45,15 @@ def test_padding_fills_the_last_patch_and_no_more(frames, patch_t):
     assert 0 <= padding < patch_t
     assert torch.equal(padded[:, padding:], latent)
     assert torch.equal(padded[:, :padding], latent[:, :1].expand(-1, padding, -1, -1, -1))
+
+
+@pytest.mark.parametrize("patch_t", [1, 2])
+def test_a_latent_frame_counts_when_any_of_its_pixel_frames_is_the_clips(patch_t):
+    """Latent frame 0 is pixel frame 0, latent frame j pixel frames 4j-3 to 4j."""
+    shown = tuple(range(1, 18))
+    counted = counted_frames(shown, num_latent_frames=5, compression=4, patch_t=patch_t)
+    padding = -5 % patch_t
+    for row, frames in zip(counted.tolist(), shown, strict=True):
+        own = [0, *(4 * j - 3 for j in range(1, 5))]  # the first pixel frame of each
+        assert row == [True] * padding + [first < frames for first in own]
+    assert counted_frames((17, 17), num_latent_frames=5, compression=4, patch_t=patch_t) is None

@@ -211,3 +211,23 @@ def test_half_precision_noise_is_drawn_in_full_precision(make_pipeline, make_bat
     assert torch.equal(inputs.eps_btchw, make_pipeline().training_inputs(make_batch([0])).eps_btchw)
     pipeline.dit.to(torch.bfloat16)
     assert pipeline.loss(inputs).loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("patch_t", [1, 2])
+def test_frames_that_only_fill_a_short_clip_up_do_not_count(make_pipeline, make_batch, patch_t):
+    """Whatever is predicted there, the loss is that of the frames the clip gave."""
+    pipeline = make_pipeline(patch_t=patch_t)
+    batch = replace(make_batch([3, 4], frames=17), num_shown=(17, 6))
+    inputs = pipeline.training_inputs(batch)
+    front = inputs.x0_btchw.shape[1] - 5  # of an odd number of latent frames the first one is repeated
+    assert inputs.counted_bt.tolist() == [[True] * (front + 5), [True] * (front + 3) + [False, False]]
+    plain = pipeline.loss(inputs)
+
+    def disturbed(*args, **kwargs):
+        v = pipeline.dit(*args, **kwargs)
+        return torch.cat([v[:, : front + 3], v[:, front + 3 :] + 1], dim=1)
+
+    other = pipeline.loss(inputs, network=disturbed)
+    assert other.loss_b[0] > plain.loss_b[0]
+    assert torch.equal(other.loss_b[1], plain.loss_b[1])
+    assert pipeline.training_inputs(replace(batch, num_shown=(17, 17))).counted_bt is None
