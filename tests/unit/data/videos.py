@@ -51,6 +51,7 @@ def write_numbered(
     width: int | None = None,
     rotation: int = 0,
     index_first: bool = False,
+    container_options: dict[str, str] | None = None,
 ) -> list[float]:
     """Writes a video; frame i shows the number i.
 
@@ -58,6 +59,7 @@ def write_numbered(
         times: When each frame is shown, in seconds; None: at `rate`.
         side: Height and width of the picture, where these are not given.
         index_first: Put an mp4 file's index before its frames.
+        container_options: What the muxer is told.
 
     Returns:
         When each frame is shown.
@@ -67,7 +69,7 @@ def write_numbered(
     moments = [Fraction(i) / rate for i in range(num_frames)] if times is None else list(times)
     base = Fraction(1, 90000) if times is not None else 1 / Fraction(rate)
     quality = {"crf": "12", "preset": "ultrafast", "bf": "2", "threads": "1"} if codec == "libx264" else {}
-    flags = {"movflags": "+faststart"} if index_first else {}
+    flags = {"movflags": "+faststart"} if index_first else (container_options or {})
     with av.open(str(path), "w", options=flags) as container:
         stream = container.add_stream(codec, rate=rate, options={**quality, **(options or {})})
         stream.width, stream.height = width, height
