@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import av
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -22,6 +24,7 @@ VIDEO_SUFFIXES = (
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers
 UNINDEXED = ("avi", "mpeg")  # names of formats whose headers and seeking are off by some frames
+_EDGE = 34  # index entries looked at: twice the frames that a codec reorders, and the gaps between them
 MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
 
 
@@ -211,13 +214,32 @@ def _first_and_last(container: InputContainer, stream: VideoStream, rate: float)
         times = _packet_times(container, stream, tail=False)
     else:
         first = float((stream.start_time or 0) * stream.time_base)
-        if stream.duration:
-            return first, max(first, first + float(stream.duration * stream.time_base) - 1 / rate)
+        said = [first, max(first, first + float((stream.duration or 0) * stream.time_base) - 1 / rate)]
+        if stream.duration and _is_even(container, stream, rate):
+            return said[0], said[1]
         ends = _packet_times(container, stream, tail=True) or _packet_times(container, stream, tail=False)
-        times = [first, *ends] if ends else []
+        times = [first, *ends] if ends else said if stream.duration else []
     if not times:
         raise BadClip("no times", "its frames carry no presentation times (a raw stream?)")
     return min(times), max(times)
+
+
+def _is_even(container: InputContainer, stream: VideoStream, rate: float) -> bool:
+    """Whether all frames seem to last equally long, so that a file's length tells when its last one is shown.
+
+    The length of an mp4 file is the sum of the times between decoded frames. Where these differ, reordering
+    and the last frame's own duration put it off by up to some pauses. One pause among the last frames of an
+    otherwise even file is not seen where reordering hides it; windows then end before it.
+    """
+    if "mp4" not in container.format.name:
+        return True
+    entries = stream.index_entries
+    if len(entries) < 2 or len(entries) != stream.frames:  # one of fragments knows only the first of them
+        return False
+    ends = (range(min(len(entries), _EDGE)), range(max(0, len(entries) - _EDGE), len(entries)))
+    pace = 1 / (rate * float(stream.time_base))
+    gaps = [b - a for end in ends for a, b in itertools.pairwise(entries[i].timestamp for i in end)]
+    return all(abs(gap - pace) <= 1 for gap in gaps)
 
 
 def _check_complete(container: InputContainer, stream: VideoStream) -> None:
@@ -234,6 +256,11 @@ def _packet_times(container: InputContainer, stream: VideoStream, *, tail: bool)
     try:
         end = container.duration if tail and container.duration else 0
         container.seek(end, backward=True)
-        return [float(p.pts * p.time_base) for p in container.demux(stream) if p.pts is not None]
+        return [float(p.pts * p.time_base) for p in container.demux(stream) if _is_shown(p)]
     except DECODER_ERRORS:
         return []
+
+
+def _is_shown(packet: Packet) -> bool:
+    """Whether its frame has a time, and an edit list does not cut it off."""
+    return packet.pts is not None and not packet.is_discard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from fractions import Fraction
 
@@ -111,6 +112,17 @@ def test_headers_tell_the_length_in_any_container(tmp_path):
         info, _ = read(tmp_path / name, [0.0])
         assert info.last - info.first == pytest.approx(49 / 25, abs=0.011), name
         assert info.duration == pytest.approx(2.0, abs=0.011), name
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.ts"])
+@pytest.mark.parametrize("pauses", [(0,), (45,), (80,), (1, 86), (0, 30, 89)])
+def test_headers_tell_when_the_last_frame_is_shown_at_a_variable_rate(tmp_path, name, pauses):
+    """Frames out of order: an mp4 file's length leaves out pauses among those that are held back."""
+    gaps = [0, *(Fraction(20 if i in pauses else 1, 30) for i in range(90))]
+    options = {"bf": "3", "b_strategy": "0"}
+    shown = write_numbered(tmp_path / name, times=list(itertools.accumulate(gaps)), options=options)
+    info, _ = read(tmp_path / name, [0.0])
+    assert info.last - info.first == pytest.approx(shown[-1], abs=1e-3)
 
 
 def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
