@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ VIDEO_SUFFIXES = (
 )
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers
+_LISTS = ("concat", "dash", "hls", "webm_dash_manifest")  # names of formats that point at other files
 UNINDEXED = ("avi", "mpeg")  # names of formats whose headers and seeking are off by some frames
 _EDGE = 34  # index entries looked at: twice the frames that a codec reorders, and the gaps between them
 MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
@@ -139,10 +141,12 @@ def open_clip(
 
 def _check_file(path: Path) -> None:
     try:
-        size = path.stat().st_size
+        state = path.stat()
     except OSError as error:
         raise BadClip("missing", error.strerror or str(error)) from None
-    if size == 0:
+    if not stat.S_ISREG(state.st_mode):  # to open a pipe is to wait for whoever writes to it
+        raise BadClip("unreadable", "it is not a file")
+    if state.st_size == 0:
         raise BadClip("unreadable", "the file is empty")
 
 
@@ -153,6 +157,8 @@ def _said(error: Exception) -> str:
 
 def _video_stream(container: InputContainer) -> VideoStream:
     cover = av.stream.Disposition.attached_pic
+    if container.format.name in _LISTS:
+        raise BadClip("unreadable", "it is a list of other files")
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]

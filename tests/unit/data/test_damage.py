@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sat_train.data.clip_file import open_clip
 from sat_train.data.failures import BadClip
 from sat_train.data.sources import read_source
 from sat_train.errors import DataError
@@ -92,6 +94,23 @@ def test_odd_files_are_refused_by_name(tmp_path):
         "zeros": "unreadable",
     }
     assert outcome(tmp_path / "nothing.mp4") == "missing"
+
+
+def test_a_list_of_files_is_no_clip(tmp_path):
+    """Else a text file would be shown as the film that it points at."""
+    write_numbered(tmp_path / "a.mp4", num_frames=60, rate=30)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\nfile a.mp4\n")
+    assert outcome(tmp_path / "list.mp4") == "unreadable"
+
+
+@pytest.mark.timeout(60)
+def test_what_is_not_a_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "endless.mp4").symlink_to("/dev/zero")
+    (tmp_path / "folder.mp4").mkdir()
+    for path in tmp_path.iterdir():
+        with pytest.raises(BadClip, match="unreadable: it is not a file"), open_clip(path):
+            raise AssertionError(path)
 
 
 def test_a_video_with_another_suffix_is_read(tmp_path):
