@@ -1,0 +1,163 @@
+"""An epoch over damaged and odd files: no crash, no hang, and every clip is shown or named, never both."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+
+import pytest
+
+from sat_train.cli.main import main
+from sat_train.data.inspect import Wanted, inspect_clips
+from sat_train.data.sources import read_source
+from tests.unit.data.corpus import ANY, GOOD, NUM_FRAMES, RATE, make_corpus, make_pipe
+from tests.unit.data.test_loader import make_dataset, make_loader, take
+from tests.unit.data.videos import SIDE, numbers_of
+
+FPS, WANTED_FRAMES = 8, 5
+TIMEOUT_S = 60  # for one clip; nothing here needs it
+WANTED = Wanted((SIDE, SIDE), FPS, WANTED_FRAMES, 0, 1, True)
+CAUSES = {"missing", "unreadable", "no video", "truncated", "damaged", "no times", "short", "too small"}
+CAUSES |= {"too large"}  # docs/data.md; no clip here may take too long or end its worker
+AT_ONCE = {"missing", "unreadable", "no video", "too large"}  # seen whichever frame is asked for
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with what is to become of each of its clips."""
+    root = tmp_path_factory.mktemp("corpus") / "set"
+    return root, {f"videos/{name}": label for name, label in make_corpus(root).items()}
+
+
+@pytest.fixture(scope="module")
+def records(corpus, tmp_path_factory):
+    """All clips of the folder, and a pipe."""
+    pipe = tmp_path_factory.mktemp("pipe") / "set"
+    make_pipe(pipe)
+    return [*read_source(corpus[0]).records, *read_source(pipe).records]
+
+
+@pytest.fixture(scope="module")
+def epochs(records, tmp_path_factory):
+    """What one epoch shows of each clip and why it refuses others, for several numbers of workers."""
+    return {
+        workers: read_epoch(records, workers, tmp_path_factory.mktemp("run") / "quarantine.jsonl")
+        for workers in (0, 1, 2)
+    }
+
+
+def read_epoch(records, workers, path):
+    """Returns numbers of the frames shown, by clip; causes of those refused; the lines of the log file."""
+    dataset = make_dataset(
+        records,
+        max_num_frames=WANTED_FRAMES,
+        window="center",  # the same whether a clip is shown in its own turn or for another one
+        short_clip="skip",
+        max_upscale=1,
+        timeout_s=TIMEOUT_S,
+    )
+    loader = make_loader(
+        dataset, batch_size=1, allowed=1.0, path=path, num_workers=workers, worker_timeout_s=TIMEOUT_S
+    )
+    shown = {}
+    for batch in take(loader, len(records)):
+        shown.setdefault(batch.clip_ids[0], numbers_of(batch.video_btchw[0]))
+    causes = {clip: failure.cause for clip, failure in loader.failures.by_clip.items()}
+    return shown, causes, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_every_clip_is_shown_or_refused_by_name_and_never_both(records, epochs, workers):
+    shown, causes, _ = epochs[workers]
+    assert len(records) > 190
+    assert shown.keys() | causes.keys() == {record.clip_id for record in records}
+    assert not shown.keys() & causes.keys()
+    assert len(shown) + len(causes) == len(records)
+    assert set(causes.values()) <= CAUSES
+
+
+def test_each_clip_ends_as_it_must(corpus, epochs):
+    """Good ones are shown, bad ones are refused for the right reason."""
+    shown, causes, _ = epochs[0]
+    found = {clip: causes.get(clip, GOOD) for clip in corpus[1]}
+    wrong = {
+        clip: (found[clip], label)
+        for clip, label in corpus[1].items()
+        if label != ANY and found[clip] not in label.split(", ")
+    }
+    assert not wrong
+    assert causes["videos/pipe.mp4"] == "unreadable"
+    assert {"videos/folder.mp4", "videos/notes.md"}.isdisjoint(shown.keys() | causes.keys())
+
+
+def test_the_number_of_workers_changes_nothing(epochs):
+    assert epochs[0][:2] == epochs[1][:2] == epochs[2][:2]
+
+
+def test_the_log_file_holds_the_refused_clips_each_once(epochs):
+    for _, causes, lines in epochs.values():
+        assert len(lines) == len(causes)
+        assert {line["clip_id"]: line["cause"] for line in lines} == causes
+
+
+def test_what_is_left_of_a_cut_file_is_shown_at_its_pace(epochs):
+    """A file that lost its end may be taken for a short one, but never for another film."""
+    shown, _, _ = epochs[0]
+    kept = {
+        clip: numbers for clip, numbers in shown.items() if clip.startswith(("videos/cut/", "videos/good/"))
+    }
+    assert any(clip.startswith("videos/cut/") for clip in kept)
+    for clip, numbers in kept.items():
+        late = [number / RATE - i / FPS for i, number in enumerate(numbers)]
+        assert max(late) - min(late) <= 1 / RATE + 1e-6, (clip, numbers)
+        assert max(numbers) < NUM_FRAMES, (clip, numbers)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_inspect_names_what_training_would_refuse(corpus, epochs, threads):
+    records = read_source(corpus[0]).records
+    facts = inspect_clips(records, WANTED, num_threads=threads, timeout_s=TIMEOUT_S)
+    problems = {fact.record.clip_id: fact.problem.cause for fact in facts if fact.problem is not None}
+    assert [fact.record.clip_id for fact in facts] == [record.clip_id for record in records]
+    assert len(facts) == len(corpus[1])
+    assert set(problems.values()) <= CAUSES
+    _, causes, _ = epochs[0]
+    certain = {clip: cause for clip, cause in causes.items() if cause in AT_ONCE and clip in corpus[1]}
+    assert certain.items() <= problems.items()
+    assert not {clip for clip in problems if corpus[1][clip] == GOOD}
+
+
+def test_the_inspect_command_counts_and_names_them_all(corpus, tmp_path, capsys):
+    words = [f"data.params.video_size=[{SIDE},{SIDE}]", f"data.params.max_num_frames={WANTED_FRAMES}"]
+    words += [f"data.params.fps={FPS}", "data.params.max_upscale=1", "data.params.short_clip=skip"]
+    words += [f"args.train_data=[{corpus[0]}]", "--output", str(tmp_path)]
+    assert main(["data", "inspect", *words]) == 0
+    said = capsys.readouterr().out
+    total, usable = map(int, re.search(r"clips +(\d+), of which (\d+) usable", said).groups())
+    named = "|".join(CAUSES)
+    refused = sum(int(count) for _, count in re.findall(rf"^({named}) +(\d+):", said, re.MULTILINE))
+    assert total == len(corpus[1]) == usable + refused
+    page = (tmp_path / "index.html").read_text()
+    assert not [clip for clip in corpus[1] if clip not in page]
+
+
+@pytest.mark.xfail(reason="inspect opens the pipe to see whether two clips are the same", strict=False)
+def test_inspect_does_not_wait_for_a_pipe(tmp_path):
+    pipe = make_pipe(tmp_path / "set")
+    records = read_source(tmp_path / "set").records
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.extend(inspect_clips(records, WANTED, num_threads=1)), daemon=True
+    )
+    thread.start()
+    thread.join(5)
+    waits = thread.is_alive()
+    if waits:
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # lets it go
+        thread.join(5)
+    assert not waits
+    assert [fact.problem.cause for fact in found] == ["unreadable"]
