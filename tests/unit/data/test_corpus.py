@@ -23,7 +23,7 @@ CAUSES = {"missing", "unreadable", "no video", "truncated", "damaged", "no times
 CAUSES |= {"too large"}  # docs/data.md; no clip here may take too long or end its worker
 AT_ONCE = {"missing", "unreadable", "no video", "too large"}  # seen whichever frame is asked for
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(300, method="thread")  # a decoder that hangs hears no signal
 
 
 @pytest.fixture(scope="module")
