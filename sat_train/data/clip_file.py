@@ -238,7 +238,7 @@ def _is_even(container: InputContainer, stream: VideoStream, rate: float) -> boo
     otherwise even file is not seen where reordering hides it; windows then end before it.
     """
     if "mp4" not in container.format.name:
-        return True
+        return container.format.name == "mpegts"  # whose length FFmpeg takes from its last packets itself
     entries = stream.index_entries
     if len(entries) < 2 or len(entries) != stream.frames:  # one of fragments knows only the first of them
         return False

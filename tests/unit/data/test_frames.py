@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -114,13 +115,14 @@ def test_headers_tell_the_length_in_any_container(tmp_path):
         assert info.duration == pytest.approx(2.0, abs=0.011), name
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.ts"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.ts", "a.flv", "a.wmv", "a.gif"])
 @pytest.mark.parametrize("pauses", [(0,), (45,), (80,), (1, 86), (0, 30, 89)])
 def test_headers_tell_when_the_last_frame_is_shown_at_a_variable_rate(tmp_path, name, pauses):
     """Frames out of order: an mp4 file's length leaves out pauses among those that are held back."""
-    gaps = [0, *(Fraction(20 if i in pauses else 1, 30) for i in range(90))]
-    options = {"bf": "3", "b_strategy": "0"}
-    shown = write_numbered(tmp_path / name, times=list(itertools.accumulate(gaps)), options=options)
+    gaps = [0, *(Fraction(20 if i in pauses else 1, 25) for i in range(90))]
+    how = {".gif": {"codec": "gif", "pix_fmt": "rgb8"}, ".wmv": {"codec": "wmv2"}}.get(Path(name).suffix)
+    how = how or {"options": {"bf": "3", "b_strategy": "0"}}
+    shown = write_numbered(tmp_path / name, times=list(itertools.accumulate(gaps)), **how)
     info, _ = read(tmp_path / name, [0.0])
     assert info.last - info.first == pytest.approx(shown[-1], abs=1e-3)
 
