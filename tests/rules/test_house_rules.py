@@ -29,6 +29,8 @@ HOMES = {
     "transformers": ("models/text/",),
     "diffusers": ("checkpoint/",),
     "av": ("data/", "pipeline/video_file.py"),
+    "fsspec": ("data/remote.py",),
+    "upath": ("data/remote.py",),
     "wandb": ("training/callbacks/wandb.py",),
 }
 

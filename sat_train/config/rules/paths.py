@@ -8,15 +8,20 @@ from pathlib import Path
 
 from sat_train.config.rules.rule import Draft, rule
 from sat_train.errors import Fault
+from sat_train.patterns import expand_braces, find_local
 
 _PLACEHOLDER = re.compile(r"\{.+\}")
 _HUB_NAME = re.compile(r"^[\w-]+/[\w.-]+$")
 _RESUME_WORDS = ("auto", "must", "none")
+_DATA = ("args.train_data.", "args.valid_data.")
 
 
 def is_placeholder(path: str) -> bool:
-    """Tells whether a preset leaves this path to the person, as in `{folder of CogVideoX-5b}/transformer`."""
-    return bool(_PLACEHOLDER.search(path))
+    """Tells whether a preset leaves this path to the person, as in `{folder of CogVideoX-5b}/transformer`.
+
+    `{000..099}` and `{a,b}` are not such braces: they stand for several files.
+    """
+    return any(_PLACEHOLDER.search(name) for name in expand_braces(path))
 
 
 def placeholders(draft: Draft) -> list[str]:
@@ -30,8 +35,22 @@ def needed_paths_exist(draft: Draft) -> Iterator[Fault]:
         if is_placeholder(path):
             if draft.purpose != "check":
                 yield draft.fault(key, path, "a path in place of the part in braces")
+        elif key.startswith(_DATA):
+            absent = _absent(path)
+            if absent is not None:
+                yield draft.fault(key, absent, "a file or folder that exists")
         elif not Path(path).exists() and not (key.endswith("model_dir") and _HUB_NAME.match(path)):
             yield draft.fault(key, path, "a file or folder that exists")
+
+
+def _absent(entry: str) -> str | None:
+    """Returns the first file that an entry of the training data names and that is not there.
+
+    What is on remote storage is looked at when it is read: a configuration is checked without a network.
+    """
+    if "://" in entry or Path(entry).exists():
+        return None
+    return next((name for name in expand_braces(entry) if not find_local(name)), None)
 
 
 def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,22 @@ def test_missing_paths_are_named(path: str, write: Callable[[str, str], str]) ->
     assert "/nowhere/" in line
     assert "a file or folder that exists" in line
     assert "broken.yaml" in line
+
+
+def test_patterns_and_remote_places_are_data(tmp_path: Path) -> None:
+    for name in ("shard-008.tar", "shard-009.tar", "shard-010.tar"):
+        (tmp_path / name).touch()
+    given = ["{008..010}.tar", "{008,010}.tar", "01*.tar"]
+    entries = [f"{tmp_path}/shard-{name}" for name in given] + ["s3://b/{000..099}.tar", "https://h/*.tar"]
+    files = ["configs/sft.yaml"]
+    run = load_run_config(files, [f"args.train_data={json.dumps(entries)}"], purpose="check")
+    assert list(run.args.train_data) == entries
+    wrong = json.dumps([f"{tmp_path}/shard-{{008..011}}.tar", f"{tmp_path}/none-*.tar"])
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(files, [f"args.valid_data={wrong}"], purpose="check")
+    faults = {fault.path: fault.value for fault in caught.value.faults}
+    assert faults["args.valid_data.0"] == f"{tmp_path}/shard-011.tar"
+    assert faults["args.valid_data.1"] == f"{tmp_path}/none-*.tar"
 
 
 def test_placeholders_may_be_checked_but_not_trained() -> None:
