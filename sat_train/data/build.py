@@ -16,6 +16,7 @@ from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import Failure, FailureLog, write_failures
 from sat_train.data.loader import VideoLoader
 from sat_train.data.plan import Fit, Planned, describe_plan, look_into, plan_sources
+from sat_train.data.remote import file_name
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources import ClipRecord, ClipSource, read_source, split_source
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
@@ -297,7 +298,7 @@ def _plan(
 
 def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
     """Puts a set's name before its clips' names: its last folder, or all of it where two end alike."""
-    ends = [Path(source.name).name for source in sources]
+    ends = [file_name(source.name) for source in sources]
     named = []
     for source, end in zip(sources, ends, strict=True):
         prefix = end if ends.count(end) == 1 else source.name

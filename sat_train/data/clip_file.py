@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import av
 from av.container import InputContainer
@@ -17,6 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from sat_train.data.failures import BadClip
+from sat_train.data.remote import RemoteFile, is_remote
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -28,6 +30,7 @@ _LISTS = ("concat", "dash", "hls", "webm_dash_manifest")  # names of formats tha
 UNINDEXED = ("avi", "mpeg")  # names of formats whose headers and seeking are off by some frames
 _EDGE = 34  # index entries looked at: twice the frames that a codec reorders, and the gaps between them
 MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
+_BLOCK_BYTES = 1 << 20  # of one request to remote storage: a small clip is one, a window in a long one few
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,63 @@ class _SpanReader(io.RawIOBase):
         super().close()
 
 
+class _RemoteReader(RemoteFile):
+    """A part of a remote file; what goes wrong on the way is the fault of this clip only, and may pass."""
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return super().read(size)
+        except OSError as error:
+            raise BadClip("unreadable", _said(error), may_pass=True) from None
+
+
+class _QuietReader(_RemoteReader):
+    """Ends where reading fails, and keeps the error.
+
+    What a reader raises, PyAV keeps until FFmpeg is back, and loses or raises it while it reads another clip
+    where FFmpeg takes the error for the end of the file.
+    """
+
+    error: BadClip | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        if self.error is None:
+            try:
+                return super().read(size)
+            except BadClip as error:
+                self.error = error
+        return b""
+
+
+def open_part(path: Path, span: Span | None = None, *, block_bytes: int = _BLOCK_BYTES) -> IO[bytes]:
+    """Opens a file, or a part of one, for reading in binary mode; in each process anew.
+
+    Args:
+        path: The file.
+        span: Part of it; None: all of it.
+        block_bytes: Bytes of one request to remote storage.
+
+    Raises:
+        BadClip: It is remote, and missing or cannot be reached.
+        OSError: It is not remote, and missing or cannot be read.
+    """
+    if not is_remote(path):
+        return path.open("rb") if span is None else _SpanReader(path, span)
+    return _open_remote(_RemoteReader, path, span, block_bytes)
+
+
+def _open_remote(
+    kind: type[_RemoteReader], path: Path, span: Span | None, block_bytes: int = _BLOCK_BYTES
+) -> _RemoteReader:
+    start, size = (0, None) if span is None else (span.offset, span.size)
+    try:
+        return kind(path, block_bytes=block_bytes, start=start, size=size)
+    except FileNotFoundError:
+        raise BadClip("missing", f"there is no {path}") from None
+    except OSError as error:
+        raise BadClip("unreadable", _said(error), may_pass=True) from None
+
+
 @contextmanager
 def open_clip(
     path: Path, *, span: Span | None = None, timeout_s: float | None = None
@@ -116,7 +176,7 @@ def open_clip(
     """Opens a file and finds its video stream.
 
     Args:
-        path: Must be absolute, so that nothing in it is taken for a protocol.
+        path: Must be absolute, so that nothing in it is taken for a protocol, or a remote path.
         span: Part of the file that holds the clip; None: all of it.
         timeout_s: Reading that blocks longer than this fails.
 
@@ -124,19 +184,34 @@ def open_clip(
         The container and its first video stream that is not a cover picture.
 
     Raises:
-        BadClip: The file is missing, empty, not a video, or has no decodable video stream.
+        BadClip: The file is missing, empty, not a video, or has no decodable video stream, or its storage does
+            not answer: at the end of the context at the latest.
     """
-    assert path.is_absolute(), f"{path} must be absolute"
-    _check_file(path)
+    assert is_remote(path) or path.is_absolute(), f"{path} must be absolute"
+    remote = _open_remote(_QuietReader, path, span) if is_remote(path) else None
+    if remote is None:
+        _check_file(path)
     try:
-        source = str(path) if span is None else _SpanReader(path, span)
+        source = remote or (str(path) if span is None else _SpanReader(path, span))
         container = av.open(
             source, timeout=timeout_s, options={"protocol_whitelist": "file"}, metadata_errors="replace"
         )
     except DECODER_ERRORS as error:
+        _check_reader(remote)
         raise BadClip("unreadable", _said(error)) from None
     with container:
-        yield container, _video_stream(container)
+        try:
+            yield container, _video_stream(container)
+        except (BadClip, *DECODER_ERRORS):
+            _check_reader(remote)
+            raise
+    _check_reader(remote)
+
+
+def _check_reader(remote: _QuietReader | None) -> None:
+    """Says that the storage failed, whatever came of it."""
+    if remote is not None and remote.error is not None:
+        raise remote.error from None
 
 
 def _check_file(path: Path) -> None:

@@ -132,9 +132,8 @@ class VideoDataset(Dataset[Item]):
             except BadClip as error:
                 if self.buckets.bucket(place) == self.bucket(index):
                     self._refuse_short(clip_id, error, self.shape(index).frames)
-                failures.append(
-                    Failure(index, clip_id, error.cause, error.detail, self._key_of_bad(index, place))
-                )
+                keys = None if error.may_pass else self._key_of_bad(index, place)
+                failures.append(Failure(index, clip_id, error.cause, error.detail, keys))
         tried = "".join(f"\n    {f.clip_id} ({f.cause}: {f.detail})" for f in failures[:10])
         raise DataError(
             f"sample {index}: none of {len(failures)} clips can be used:{tried}",

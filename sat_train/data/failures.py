@@ -22,12 +22,14 @@ class BadClip(Exception):
     Args:
         cause: One of a few words to count by, e.g. `damaged`.
         detail: What was found.
+        may_pass: The next try may succeed (a network error): it is not kept in the cache.
     """
 
-    def __init__(self, cause: str, detail: str) -> None:
+    def __init__(self, cause: str, detail: str, *, may_pass: bool = False) -> None:
         super().__init__(f"{cause}: {detail}")
         self.cause = cause
         self.detail = detail
+        self.may_pass = may_pass
 
 
 @dataclass(frozen=True)

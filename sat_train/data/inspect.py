@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from sat_train.data.clip_file import ClipInfo, open_clip
+from sat_train.data.clip_file import ClipInfo, open_clip, open_part
 from sat_train.data.dataset import usable_part
 from sat_train.data.failures import BadClip
 from sat_train.data.frames import FrameReader
@@ -127,15 +127,13 @@ def _jpeg(picture_hwc) -> bytes:
 
 def _content_key(record: ClipRecord) -> str:
     try:
-        with record.path.open("rb") as file:
-            begin, size = (
-                (record.span.offset, record.span.size) if record.span else (0, file.seek(0, io.SEEK_END))
-            )
-            file.seek(begin)
+        with open_part(record.path, record.span, block_bytes=_SAMPLED_BYTES) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
             head = file.read(min(size, _SAMPLED_BYTES))
-            file.seek(begin + max(0, size - _SAMPLED_BYTES))
+            file.seek(max(0, size - _SAMPLED_BYTES))
             tail = file.read(min(size, _SAMPLED_BYTES))
-    except OSError:
+    except (OSError, BadClip):
         return ""
     part = f"{size} {record.start} {record.end}".encode()
     return hashlib.sha256(part + head + tail).hexdigest()[:16]

@@ -100,6 +100,9 @@ def make_record(row: dict[str, Any], root: Path) -> ClipRecord:
     """
     if not isinstance(row.get("video"), str):
         raise DataError("column `video` is missing")
+    for column in ("video", "image"):
+        if "://" in str(row.get(column, "")):
+            raise DataError(f"column `{column}`: remote files are read from .tar archives only")
     texts = row.get("caption", [])
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):

@@ -22,7 +22,7 @@ class ClipRecord:
 
     Args:
         clip_id: Name for messages and for the fingerprint: the path below the set's root, and the part taken.
-        path: The file, absolute.
+        path: The file, absolute, or remote (`remote.make_path`).
         captions: One or several texts for it; a sample takes one of them.
         start: Begin of the part to use, in seconds from the first frame; None: from the beginning.
         end: End of the part; None: to the end.

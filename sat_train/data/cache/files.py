@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import time
 from dataclasses import asdict, dataclass, replace
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sat_train.data.cache.key import Origin, digest
-from sat_train.data.clip_file import ClipInfo, Span, open_clip, read_info, read_turn
+from sat_train.data.clip_file import ClipInfo, Span, open_clip, open_part, read_info, read_turn
 from sat_train.data.failures import BadClip
+from sat_train.data.remote import is_remote, read_state
 from sat_train.files import write_text
 from sat_train.log import get_logger
 
@@ -28,7 +28,7 @@ _RACY_NS = 2_000_000_000
 
 @dataclass(frozen=True)
 class _Known:
-    """One file as it was: `stamp` is size, mtime, ctime (ns) and inode; any change of contents changes it."""
+    """One file as it was: `stamp` is that of `read_stamp`; any change of contents changes it."""
 
     stamp: tuple[int, ...]
     sha256: str | None
@@ -65,7 +65,7 @@ class FileBook:
         Raises:
             BadClip: It is missing or cannot be read.
         """
-        stamp = _stamp(path)
+        stamp = read_stamp(path)
         if self._identity == "stat":
             identity = digest(path=str(path), span=_told(span), size=stamp[0], mtime_ns=stamp[1])
         else:
@@ -83,7 +83,7 @@ class FileBook:
         Raises:
             BadClip: It is missing, empty, or no video.
         """
-        stamp = _stamp(path)
+        stamp = read_stamp(path)
         known = self._lookup(path, span, stamp)
         remembered = known and known.info
         if remembered and (not with_turn or remembered.quarter_turns is not None):
@@ -101,7 +101,7 @@ class FileBook:
         Raises:
             BadClip: It is missing or cannot be read.
         """
-        return self._sha256(path, None, _stamp(path))
+        return self._sha256(path, None, read_stamp(path))
 
     def named(self, name: str) -> str | None:
         """Returns what was remembered under a name."""
@@ -147,7 +147,7 @@ class FileBook:
         if known is not None and known.sha256 is not None:
             return known.sha256
         sha256 = _hash(path, span)
-        if _stamp(path) != stamp:
+        if read_stamp(path) != stamp:
             raise BadClip("changed", "the file was changed while it was read")
         self._learn(path, span, _Known(stamp, sha256, known and known.info))
         return sha256
@@ -157,17 +157,37 @@ class FileBook:
         return known if known is not None and known.stamp == stamp else None
 
     def _learn(self, path: Path, span: Span | None, known: _Known) -> None:
-        if time.time_ns() - max(known.stamp[1:3]) > _RACY_NS:
+        if any(known.stamp[1:]) and time.time_ns() - max(known.stamp[1:3]) > _RACY_NS:
             name = _name(path, span)
             self._known[name] = self._new[name] = known
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def read_stamp(path: Path) -> tuple[int, ...]:
+    """Returns what tells one state of a file from others: size, mtime, ctime (ns) and inode.
+
+    Of a remote file it is the size, a number for what its storage tells of the change, and the time of that
+    where it may hide a second change. Zeros behind the size: nothing is known of changes.
+
+    Raises:
+        BadClip: The file is missing, or its storage does not answer.
+    """
+    if is_remote(path):
+        return _remote_stamp(path)
     try:
         found = path.stat()
     except OSError as error:
         raise BadClip("missing", error.strerror or str(error)) from None
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _remote_stamp(path: Path) -> tuple[int, ...]:
+    try:
+        state = read_state(path)
+    except FileNotFoundError:
+        raise BadClip("missing", f"there is no {path}") from None
+    except OSError as error:
+        raise BadClip("unreadable", str(error), may_pass=True) from None
+    return state.size, state.change, state.mtime_ns
 
 
 def _name(path: Path, span: Span | None) -> str:
@@ -181,12 +201,9 @@ def _told(span: Span | None) -> list[int] | None:
 def _hash(path: Path, span: Span | None) -> str:
     sha256 = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
-            left = os.fstat(file.fileno()).st_size if span is None else span.size
-            file.seek(0 if span is None else span.offset)
-            while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
+        with open_part(path, span, block_bytes=_CHUNK_BYTES) as file:
+            while chunk := file.read(_CHUNK_BYTES):
                 sha256.update(chunk)
-                left -= len(chunk)
     except OSError as error:
         raise BadClip("unreadable", error.strerror or str(error)) from None
     return sha256.hexdigest()

@@ -38,7 +38,7 @@ class Origin:
     Args:
         path: Absolute.
         size: Bytes.
-        mtime_ns: Time of its last change.
+        mtime_ns: Time of its last change; of a remote file, a number that each change makes another.
         identity: What stands for its contents in the key.
     """
 

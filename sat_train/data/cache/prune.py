@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.files import FileBook, read_stamp
 from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
 from sat_train.data.cache.shards import FOLDER, About, Header, ShardWriter, hash_tensors, read_header
 from sat_train.data.failures import BadClip
+from sat_train.data.remote import is_remote, make_path
 from sat_train.errors import DataError
 from sat_train.files import sync_folder
 
@@ -87,6 +88,7 @@ class Staleness:
         self._drop_gone, self._drop_failed = drop_gone, drop_failed
         self._seen: set[tuple[str, bool]] = set()
         self._origins: dict[Origin, str] = {}
+        self._stamps: dict[Path, tuple[int, ...]] = {}
 
     def reason(self, key: str, about: About) -> str:
         """Returns why an entry is stale, nothing when it is not."""
@@ -109,14 +111,21 @@ class Staleness:
         return self._origins[origin]
 
     def _look(self, origin: Origin) -> str:
-        path = Path(origin.path)
+        path = make_path(origin.path)
         try:
-            found = path.stat()
-            if (found.st_size, found.st_mtime_ns) == (origin.size, origin.mtime_ns):
+            if self._stamp(path)[:2] == (origin.size, origin.mtime_ns):
                 return ""
+            if is_remote(path):
+                return "file changed"  # its hash would cost the whole archive
             return "" if self._book.sha256(path) == origin.identity else "file changed"
-        except (OSError, BadClip):
-            return "file gone" if self._drop_gone else ""
+        except BadClip as error:
+            return "file gone" if self._drop_gone and not error.may_pass else ""
+
+    def _stamp(self, path: Path) -> tuple[int, ...]:
+        """Many clips lie in one archive, which is asked about once."""
+        if path not in self._stamps:
+            self._stamps[path] = read_stamp(path)
+        return self._stamps[path]
 
 
 def list_entries(cache_dir: Path, staleness: Staleness) -> tuple[list[Line], list[str]]:

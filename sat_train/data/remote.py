@@ -1,0 +1,311 @@
+"""Files on remote storage, through fsspec: what they are now, and reading parts of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from sat_train.errors import DataError
+from sat_train.patterns import expand_braces
+
+_HERE = ("file://", "local://")
+_KEPT_BYTES = 16 << 20  # of the blocks of one open file
+_WAITS_S = (0.2, 0.6, 1.8)  # before a request that failed is sent again
+_RACY_NS = 2_000_000_000  # a file younger than this may change again within the second that is told
+_BUSY = (408, 425, 429)  # statuses below 500 after which it is worth trying again
+_GONE = (404, 410)
+# Errors that the next try would meet again.
+_LASTING = (PermissionError, ValueError, TypeError, LookupError, NotImplementedError, ImportError)
+# What storages tell of a file that is another after each change, in letters of one case and without dashes.
+_TOLD = {"etag", "contentmd5", "md5hash", "md5", "crc32c", "digest", "generation", "versionid", "blobid"} | {
+    *("lastmodified", "updated", "mtime", "modified", "modify", "modificationtime", "created"),
+}
+
+# File systems stay here for ever. Dropped in a forked worker, that of the parent would first wait for an
+# event loop that runs in the parent only, to close connections that are the parent's.
+_FILESYSTEMS: dict[int, Any] = {}
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RemoteState:
+    """What a storage tells of a file.
+
+    Args:
+        size: Bytes.
+        change: A number that is another after each change; 0: the storage tells nothing of changes.
+        mtime_ns: Time of the last change, where only that is told and in whole seconds; else 0.
+    """
+
+    size: int
+    change: int
+    mtime_ns: int
+
+    def shows_changes(self) -> bool:
+        """Tells whether every change from now on will give another state."""
+        return self.change != 0 and time.time_ns() - self.mtime_ns > _RACY_NS
+
+
+def make_path(text: str) -> Path:
+    """Returns the path that a text names: on this machine, or a `UPath` where it holds `://`.
+
+    A `UPath` is a name here: what it stands for is asked of `read_state` and `RemoteFile`, which also work in
+    a forked worker.
+
+    Raises:
+        DataError: It chains protocols, its protocol is unknown, or a package for it is missing.
+    """
+    here = next((head for head in _HERE if text.startswith(head)), "")
+    if here or "://" not in text:
+        return Path(text.removeprefix(here))
+    if "::" in text:
+        raise DataError(
+            f"{text}: chained protocols (`::`) are not read", expected="one protocol, such as s3://bucket/set"
+        )
+    try:
+        import fsspec
+        from upath import UPath
+    except ImportError:
+        raise DataError(
+            f"{text}: reading remote archives needs universal_pathlib",
+            remedy="pip install universal_pathlib",
+        ) from None
+    protocol = text.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ValueError:
+        raise DataError(
+            f"{text}: there is no protocol `{protocol}`", expected="s3://, gs://, https://, ..."
+        ) from None
+    except ImportError as error:
+        package = _missing_package(protocol, error)
+        raise DataError(f"{text}: {protocol}:// needs {package}", remedy=f"pip install {package}") from None
+    return UPath(text)
+
+
+def _missing_package(protocol: str, error: ImportError) -> str:
+    """Returns the package that brings a protocol, or that fsspec's own class for it imports in vain."""
+    from fsspec.registry import known_implementations
+
+    package = known_implementations[protocol]["class"].partition(".")[0]
+    return package if package != "fsspec" else getattr(error.__cause__, "name", None) or "fsspec[full]"
+
+
+def is_remote(path: PurePath) -> bool:
+    """Tells whether `make_path` found a path to be remote."""
+    return not isinstance(path, PurePath)
+
+
+def file_name(path: PurePath | str) -> str:
+    """Returns the last part of a path or URL, without what a web address asks behind it."""
+    text = str(path)
+    if text.startswith(("http://", "https://")):
+        text = urlsplit(text).path
+    return PurePosixPath(text).name
+
+
+def find_remote(entry: str) -> list[Path]:
+    """Returns the archives that an entry of the training data names, in its order.
+
+    Names that are written out are not looked for here: reading them finds out, with many at once.
+
+    Raises:
+        DataError: Nothing matches a wildcard, a folder holds no archive, or the storage does not answer.
+    """
+    found: list[Path] = []
+    for url in expand_braces(entry):
+        magic = "*[" if url.startswith("http") else "*[?"
+        if any(sign in url for sign in magic):
+            found += _glob(url)
+        else:
+            is_archive = file_name(url).endswith(".tar")
+            found += [make_path(url)] if is_archive else _glob(f"{url.rstrip('/')}/*.tar")
+    return list(dict.fromkeys(found))
+
+
+def _glob(url: str) -> list[Path]:
+    folder, below = _cut(url)
+    path = make_path(folder)
+    root = path.path.rstrip("/")
+
+    def ask() -> list[str]:
+        names = _filesystem(path).glob(f"{root}/{below}")
+        _filesystem(path).invalidate_cache()  # the next question about a file is about its state then
+        return names
+
+    try:
+        names = [name for name in _patiently(ask) if file_name(name).endswith(".tar")]
+    except OSError as error:
+        raise DataError(f"{url}: its folder cannot be read: {error}") from None
+    if not names:
+        raise DataError(
+            f"{url}: there is no .tar archive at this place",
+            expected="archives, or a folder of them: remote files are read from .tar archives only",
+        )
+    return [make_path(f"{folder}/{name[len(root) :].lstrip('/')}") for name in sorted(names)]
+
+
+def _cut(url: str) -> tuple[str, str]:
+    """Splits a URL before the first of its parts that has a wildcard."""
+    protocol, _, rest = url.partition("://")
+    parts = rest.split("/")
+    at = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*[?"))
+    return f"{protocol}://{'/'.join(parts[:at])}", "/".join(parts[at:])
+
+
+def read_state(path: Path) -> RemoteState:
+    """Asks the storage about a file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        OSError: The storage does not answer, or does not tell the size.
+    """
+    info = _patiently(lambda: _filesystem(path).info(path.path))
+    if info.get("size") is None:
+        raise OSError("the server does not tell its size")
+    told = {_plain(key): str(value) for key, value in info.items() if _plain(key) in _TOLD and value}
+    change = int(hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12], 16)
+    coarse = info.get("Last-Modified") if set(told) == {"lastmodified"} else None
+    mtime_ns = int(parsedate_to_datetime(coarse).timestamp()) * 10**9 if coarse else 0
+    return RemoteState(info["size"], change if told else 0, mtime_ns)
+
+
+def _plain(key: str) -> str:
+    return "".join(letter for letter in key.lower() if letter.isalnum())
+
+
+class RemoteFile(io.RawIOBase):
+    """A part of a remote file as a file of its own, read in blocks; the last few stay in memory.
+
+    Args:
+        path: The file, of `make_path`.
+        block_bytes: Bytes of one request.
+        start: Where the part begins.
+        size: Bytes of the part; None: to the end of the file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: The storage does not answer, or serves no parts of files.
+    """
+
+    def __init__(self, path: Path, *, block_bytes: int, start: int = 0, size: int | None = None) -> None:
+        super().__init__()
+        self._file, whole = _patiently(lambda: _open(path))
+        self._start = start
+        self._size = max(0, whole - start) if size is None else max(0, min(size, whole - start))
+        self._block_bytes = block_bytes
+        self._blocks: dict[int, bytes] = {}
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        end = self._at + (left if size < 0 else min(size, left))
+        parts = []
+        while self._at < end:
+            number, skip = divmod(self._at, self._block_bytes)
+            part = self._block(number)[skip : skip + end - self._at]
+            parts.append(part)
+            self._at += len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+    def _block(self, number: int) -> bytes:
+        if number not in self._blocks:
+            begin = number * self._block_bytes
+            count = min(self._block_bytes, self._size - begin)
+            block = _patiently(lambda: self._fetch(self._start + begin, count))
+            if len(self._blocks) >= max(1, _KEPT_BYTES // self._block_bytes):
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[number] = block
+        return self._blocks[number]
+
+    def _fetch(self, begin: int, count: int) -> bytes:
+        self._file.seek(begin)
+        data = self._file.read(count)
+        if len(data) != count:
+            raise OSError(f"{len(data)} of {count} bytes came")
+        return data
+
+
+def _open(path: Path) -> tuple[Any, int]:
+    """Returns a file that reads exactly what is asked for, and its size."""
+    file = _filesystem(path).open(path.path, "rb", cache_type="none")
+    if getattr(file, "size", 0) is None:
+        raise OSError("the server does not tell its size")
+    file.seek(0, io.SEEK_END)
+    return file, file.tell()
+
+
+def _filesystem(path: Path) -> Any:
+    """Returns the file system of this process; never the path's own, which a worker may have inherited."""
+    import fsspec
+
+    filesystem = fsspec.filesystem(path.protocol, **path.storage_options)
+    return _FILESYSTEMS.setdefault(id(filesystem), filesystem)
+
+
+def _patiently(ask: Callable[[], Result]) -> Result:
+    """Asks again where the error may pass.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: Anything else; each storage has errors of its own.
+    """
+    for wait_s in (*_WAITS_S, None):
+        try:
+            return ask()
+        except Exception as error:
+            cause = _cause(error)
+            if isinstance(cause, FileNotFoundError):
+                raise cause from None
+            if wait_s is None or not _may_pass(cause):
+                raise OSError(f"{type(cause).__name__}: {cause}") from error
+            time.sleep(wait_s)
+    raise AssertionError("the last try returns or raises")
+
+
+def _cause(error: Exception) -> Exception:
+    """Returns what happened: fsspec says of any error of a web server that there is no such file."""
+    inner = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(inner, Exception) and _status(inner) not in _GONE:
+        return inner
+    return error
+
+
+def _status(error: Exception) -> int | None:
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    return status if isinstance(status, int) else None
+
+
+def _may_pass(error: Exception) -> bool:
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in _BUSY
+    return not isinstance(error, _LASTING)
