@@ -184,8 +184,8 @@ def open_clip(
         The container and its first video stream that is not a cover picture.
 
     Raises:
-        BadClip: The file is missing, empty, not a video, or has no decodable video stream, or its storage does
-            not answer: at the end of the context at the latest.
+        BadClip: The file is missing, empty, not a video, or has no decodable video stream; or its storage did
+            not answer, which is said at the end of the context at the latest.
     """
     assert is_remote(path) or path.is_absolute(), f"{path} must be absolute"
     remote = _open_remote(_QuietReader, path, span) if is_remote(path) else None
