@@ -235,13 +235,15 @@ class VideoDataset(Dataset[Item]):
 
     def _frames(self, record: ClipRecord, view: View, shape: ClipShape) -> tuple[Frames, int]:
         """Returns the frames of a sample, and how many of them the clip gave."""
-        deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         with open_clip(record.path, span=record.span, timeout_s=self.timeout_s) as (container, stream):
-            reader = FrameReader(container, stream, deadline=deadline)
+            reader = FrameReader(container, stream, deadline=self._deadline())
             window = self._window(reader.info, record, view, shape.frames)
             times = [window.start + i / self.fps for i in range(window.count)]
             frames = reader.read(times, self._plan(view, shape))
         return _repeat_last(frames, window.total), window.count
+
+    def _deadline(self) -> float | None:
+        return None if self.timeout_s is None else time.monotonic() + self.timeout_s
 
     def _num_shown(self, index: int, place: Place) -> int:
         if self.short_clip != "pad":
@@ -266,7 +268,7 @@ class VideoDataset(Dataset[Item]):
 
     def _image(self, path: Path, view: View, shape: ClipShape) -> Tensor:
         with open_clip(path, timeout_s=self.timeout_s) as (container, stream):
-            reader = FrameReader(container, stream)
+            reader = FrameReader(container, stream, deadline=self._deadline())
             frames = reader.read([reader.info.first], self._plan(view, shape))
         return _to_tensor(frames.video_thwc)[0]
 

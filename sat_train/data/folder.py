@@ -31,14 +31,33 @@ def read_folder(root: Path) -> ClipSource:
     records, faults = [], []
     for path in files:
         try:
+            _check_name(path)
             caption = read_caption(_caption_file(path))
         except DataError as error:
-            faults.append(f"{path}: {error.problem}")
+            faults.append(f"{_shown(path)}: {error.problem}")
             continue
         clip_id = path.relative_to(root.absolute()).as_posix()
         records.append(ClipRecord(clip_id, path, (caption,), image=_image_beside(path)))
-    check_faults(faults, f"{root}: {len(faults)} of {len(files)} clips have no usable caption")
+    check_faults(faults, f"{root}: {len(faults)} of {len(files)} clips have no usable name and caption")
     return make_source(str(root), records, ignored)
+
+
+def _check_name(path: Path) -> None:
+    """Names go into the log, the fingerprint and the cache, as text."""
+    if not _is_text(path):
+        raise DataError("its name is no line of text in UTF-8")
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return "\n" not in str(path)
+
+
+def _shown(path: Path) -> str:
+    return str(path) if _is_text(path) else ascii(str(path))
 
 
 def read_caption(path: Path) -> str:

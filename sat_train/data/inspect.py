@@ -91,7 +91,8 @@ def _inspect(record: ClipRecord, fit: Fit, timeout_s: float | None) -> ClipFacts
             bucket = _bucket(fit, info, record)
     except BadClip as error:
         problem = error
-    return ClipFacts(record, info, available, bucket, problem, _content_key(record), thumbnail)
+    content_key = "" if info is None else _content_key(record)  # a pipe would be waited for
+    return ClipFacts(record, info, available, bucket, problem, content_key, thumbnail)
 
 
 def _look(reader: FrameReader, moment: float) -> tuple[tuple[int, int], bytes]:

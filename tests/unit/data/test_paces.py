@@ -17,7 +17,7 @@ from pathlib import Path
 import av
 import pytest
 
-from sat_train.data.plan import cut_chunks, probe_clips
+from sat_train.data.plan import Fit, cut_chunks, look_into
 from tests.unit.data.test_dataset import make
 from tests.unit.data.videos import numbers_of, record_of, write_numbered
 
@@ -160,10 +160,11 @@ def sampled(clip: Clip, window: str, fps: int, **part) -> list[tuple[int, list[i
     skip = part.pop("skip_frms_num", 0)
     records = [record_of(clip.path, **part)]
     if window == "chunks":
-        records = cut_chunks(probe_clips(records), fps=fps, num_frames=NUM_FRAMES, skip_frms_num=skip)
+        fit = Fit((), fps=fps, skip_frms_num=skip)
+        records = [part for r in records for part in cut_chunks(r, look_into(r), fit, NUM_FRAMES)]
     dataset = make(records, window=window, fps=fps, max_num_frames=NUM_FRAMES, skip_frms_num=skip)
     return [
-        (dataset.place(index).clip, numbers_of(dataset[index].sample.video_tchw))
+        (dataset.order.place(index).clip, numbers_of(dataset[index].sample.video_tchw))
         for index in range(max(len(SPREAD), len(records)))
     ]
 
@@ -232,7 +233,7 @@ def unseen(path: Path, count: int, window: str, most: int = 1500) -> set[int]:
     """Returns which of a file's frames are in none of many samples."""
     records = [record_of(path)]
     if window == "chunks":
-        records = cut_chunks(probe_clips(records), fps=16, num_frames=NUM_FRAMES)
+        records = [part for r in records for part in cut_chunks(r, look_into(r), Fit((), 16), NUM_FRAMES)]
     dataset = make(records, window=window, fps=16, max_num_frames=NUM_FRAMES)
     left = set(range(count))
     for index in range(most):

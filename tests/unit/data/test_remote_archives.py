@@ -12,6 +12,7 @@ import threading
 import pytest
 import torch
 
+from sat_train.config.shapes import ClipShape
 from sat_train.data.archive_index import index_archives
 from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.key import Origin
@@ -19,7 +20,8 @@ from sat_train.data.cache.prune import Staleness
 from sat_train.data.cache.shards import About
 from sat_train.data.clip_file import open_clip, open_part
 from sat_train.data.failures import BadClip
-from sat_train.data.inspect import Wanted, inspect_clips
+from sat_train.data.inspect import inspect_clips
+from sat_train.data.plan import Fit
 from sat_train.data.remote import make_path
 from sat_train.data.sources import read_source
 from sat_train.errors import DataError
@@ -365,7 +367,7 @@ def test_what_was_made_of_a_remote_file_is_stale_when_that_changes(tmp_path, cli
 
 def test_remote_clips_are_inspected(tmp_path, clip, web):
     web.files = {"a.tar": packed(members(clip, "a", "b"))}
-    wanted = Wanted((32, 32), 8, 5, 0, 4, False)
+    wanted = Fit((ClipShape(5, 32, 32),), fps=8, max_upscale=4)
     put(tmp_path / "set", web.files)
     remote = inspect_clips(read_source(f"{web.url}/a.tar").records, wanted, num_threads=2)
     local = inspect_clips(read_source(tmp_path / "set").records, wanted, num_threads=1)

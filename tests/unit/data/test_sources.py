@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -82,7 +83,7 @@ def test_all_clips_without_caption_are_reported_at_once(tmp_path):
     with pytest.raises(DataError) as caught:
         read_source(tmp_path)
     text = str(caught.value)
-    assert "12 of 14 clips have no usable caption" in text
+    assert "12 of 14 clips have no usable name and caption" in text
     assert "labels/02.txt is empty" in text
     assert "labels/03.txt is not UTF-8 (byte 3)" in text
     assert "there is no caption file" in text
@@ -192,3 +193,13 @@ def test_splits_are_disjoint_complete_and_stable(tmp_path):
     fewer = split_source(read_source(tmp_path), (8, 1, 1), 0)
     assert {record.clip_id for record in fewer.records} == names[0] - {"videos/0.mp4"}
     assert split_source(source, (1, 0, 0), 0).fingerprint == source.fingerprint
+
+
+def test_a_name_that_is_no_text_is_refused_by_name(tmp_path):
+    place(tmp_path, "videos/a.mp4", "labels/a.txt")
+    (tmp_path / "videos" / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"x")
+    (tmp_path / "videos" / "two\nlines.mp4").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"2 of 3 clips have no usable name and caption") as caught:
+        read_source(tmp_path)
+    assert r"caf\udce9.mp4': its name is no line of text in UTF-8" in str(caught.value)
+    str(caught.value).encode()
