@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sat_train.data.cache.key import SampleKeys
 from sat_train.errors import DataError
@@ -30,6 +31,13 @@ class BadClip(Exception):
         self.cause = cause
         self.detail = detail
         self.may_pass = may_pass
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bad_clip, (self.cause, self.detail, self.may_pass)  # ranks tell each other
+
+
+def _bad_clip(cause: str, detail: str, may_pass: bool) -> BadClip:
+    return BadClip(cause, detail, may_pass=may_pass)
 
 
 @dataclass(frozen=True)

@@ -187,9 +187,13 @@ class SetReport:
         words = [len(caption.split()) for clip in self.clips for caption in clip.record.captions]
         usable = len(self.clips) - sum(map(len, self.problems().values()))
         yield "set", f"{self.name} (fingerprint {self.fingerprint})"
-        yield "samples", f"{self.fit.fps:g} frames a second; frames x height x width:"
+        found = Counter(clip.bucket for clip in self.clips)
+        empty = sum(bucket not in found for bucket in range(len(self.fit.shapes)))
+        others = f" ({empty} other shapes have no clip)" if empty else ""
+        yield "samples", f"{self.fit.fps:g} frames a second; frames x height x width{others}:"
         for bucket, shape in enumerate(self.fit.shapes):
-            yield f"  {shape}", f"{sum(clip.bucket == bucket for clip in self.clips)} clips"
+            if bucket in found:
+                yield f"  {shape}", f"{found[bucket]} clips"
         yield "clips", f"{len(self.clips)}, of which {usable} usable"
         if infos:
             durations = [info.duration for info in infos]

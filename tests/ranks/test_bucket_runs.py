@@ -26,13 +26,22 @@ def folder(tmp_path_factory) -> Path:
     make_folder(path / "set", "abc", num_frames=40)
     make_folder(path / "set", "defgh", num_frames=40, width=64)
     make_folder(path / "set", "ijk", num_frames=40, height=64)
-    make_folder(path / "set", "lm", num_frames=6)
+    make_folder(path / "set", "lmn", num_frames=6)
+    (path / "set" / "videos" / "n.mp4").write_bytes(b"x" * 99)
     return path
 
 
 def _words(folder: Path, name: str, steps: int, *words: str) -> list[str]:
     fixed = [f"args.experiment_name={name}", f"args.train_iters={steps}", f"args.train_data=[{folder}/set]"]
-    return [*SHAPE, *fixed, "args.valid_data=null", BUCKETS, "args.gradient_accumulation_steps=2", *words]
+    return [
+        *SHAPE,
+        *fixed,
+        "args.valid_data=null",
+        BUCKETS,
+        "data.max_bad_fraction=0.2",
+        "args.gradient_accumulation_steps=2",
+        *words,
+    ]
 
 
 def _entries(folder: Path, name: str) -> list[dict]:

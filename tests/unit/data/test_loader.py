@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 
@@ -16,7 +17,7 @@ from sat_train.data.batch import CachedSample, VideoBatch, VideoSample, collate
 from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.buckets import one_bucket
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.failures import Failure, FailureLog
+from sat_train.data.failures import BadClip, Failure, FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources import ClipSource
@@ -222,6 +223,11 @@ def test_batches_move_with_all_their_tensors():
     assert moved.cached.text_bld.device.type == "meta"
     assert moved.cached.image_latent_btchw is None
     assert moved.captions == ("a",)
+
+
+def test_a_reason_can_be_told_to_other_ranks():
+    told = pickle.loads(pickle.dumps(BadClip("unreadable", "no answer", may_pass=True)))
+    assert (str(told), told.cause, told.may_pass) == ("unreadable: no answer", "unreadable", True)
 
 
 def test_the_limit_is_of_the_whole_set():
