@@ -33,8 +33,10 @@ def frames_are_4k_plus_1(draft: Draft) -> Iterator[Fault]:
         given += [(f"{_BUCKETS}.frames.{i}", frames) for i, frames in enumerate(params.buckets.frames)]
     for path, frames in given:
         if frames < 1 or (frames - 1) % 4:
-            below, above = max(1, frames - (frames - 1) % 4), frames + 4 - (frames - 1) % 4
-            yield draft.fault(path, frames, f"4k+1 frames: {frames} is not 4k+1, nearest {below} or {above}")
+            below = max(1, frames - (frames - 1) % 4)
+            yield draft.fault(
+                path, frames, f"4k+1 frames: {frames} is not 4k+1, nearest {below} or {below + 4}"
+            )
         elif frames > params.max_num_frames:
             yield draft.fault(path, frames, f"at most data.params.max_num_frames = {params.max_num_frames}")
 

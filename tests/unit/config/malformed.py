@@ -7,6 +7,7 @@ from dataclasses import dataclass
 NETWORK = "model.network_config.params"
 TINY_NETWORK = "model: {network_config: {params: {%s}}}"
 TINY_POSITION = "model: {network_config: {params: {modules: {pos_embed_config: %s}}}}"
+BUCKETS = "data: {params: {buckets: {%s}}}"
 TINY_T5 = """
 model:
   conditioner_config:
@@ -163,6 +164,16 @@ CASES = [
         "data.params.max_num_frames",
         "48 is not 4k+1, nearest 45 or 49",
     ),
+    Case("bucket key", BUCKETS % "size: [[64, 64]]", "data.params.buckets.size", "did you mean 'sizes'?"),
+    Case("bucket size", BUCKETS % "sizes: [[64, 64], [64, 70]]", "data.params.buckets.sizes.1", "[64, 64]"),
+    Case("bucket height", BUCKETS % "sizes: [[0, 64]]", "data.params.buckets.sizes.0", "[16, 64]"),
+    Case("bucket length", BUCKETS % "frames: [9, 10]", "data.params.buckets.frames.1", "nearest 9 or 13"),
+    Case("no frames", BUCKETS % "frames: [0]", "data.params.buckets.frames.0", "nearest 1 or 5"),
+    Case(
+        "long bucket", BUCKETS % "frames: [21]", "data.params.buckets.frames.0", "at most data.params.max_num"
+    ),
+    Case("aspect", BUCKETS % "aspects: [wide]", "data.params.buckets.aspects.0", "width:height, e.g. 16:9"),
+    Case("few tokens", BUCKETS % "max_tokens: 150", "data.params.buckets.max_tokens", "at least 152"),
     Case("width", "data: {params: {video_size: [64, 100]}}", "data.params.video_size", "[64, 96]"),
     Case("both precisions", "args: {fp16: true, bf16: true}", "args.fp16", "because args.bf16 is true"),
     Case(
