@@ -11,6 +11,8 @@ from torch import Tensor
 from sat_train.data.cache.key import SampleKeys
 from sat_train.data.view import View
 
+_ALIGNMENT = 64  # bytes: any dtype and vector instruction
+
 
 @dataclass(frozen=True)
 class CachedSample:
@@ -30,9 +32,43 @@ class CachedSample:
     image_latent_btchw: Tensor | None = None
     image_logvar_btchw: Tensor | None = None
 
+    def __reduce__(self):
+        """Travels to another process as one tensor: each that is sent costs a round trip and a mapping."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _unpack_cached, _pack_tensors({k: t for k, t in tensors.items() if t is not None})
+
     def unsqueezed(self) -> CachedSample:
         """Makes a batch of one of a sample's tensors, which have no batch dimension yet."""
         return _map_tensors(self, lambda tensor: tensor[None])
+
+
+# Name, dtype, shape and first byte of each tensor in a common piece of memory.
+_Layout = tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
+
+
+def _pack_tensors(tensors: dict[str, Tensor]) -> tuple[Tensor, _Layout]:
+    """Copies tensors of the CPU into one piece of memory that other processes can map."""
+    layout, size = [], 0
+    for name, tensor in tensors.items():
+        layout.append((name, tensor.dtype, tuple(tensor.shape), size))
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    packed = memory, tuple(layout)
+    for name, view in _views(*packed).items():
+        view.copy_(tensors[name])
+    return packed
+
+
+def _views(memory: Tensor, layout: _Layout) -> dict[str, Tensor]:
+    storage = memory.untyped_storage()
+    return {
+        name: torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, shape)
+        for name, dtype, shape, start in layout
+    }
+
+
+def _unpack_cached(memory: Tensor, layout: _Layout) -> CachedSample:
+    return CachedSample(**_views(memory, layout))
 
 
 @dataclass(frozen=True)
