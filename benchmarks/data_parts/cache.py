@@ -1,0 +1,134 @@
+"""What a batch of cached encodings costs in the reading process and in the training process."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.index import CacheIndex
+from sat_train.data.cache.key import EncoderDigests
+from sat_train.data.cache.samples import OpenCache, SampleCache
+from sat_train.data.cache.shards import About, ShardWriter
+from sat_train.data.dataset import VideoDataset
+from sat_train.data.failures import FailureLog
+from sat_train.data.loader import VideoLoader
+from sat_train.data.records import ClipRecord, ClipSource
+from sat_train.data.sampler import GlobalOrder, RankBatches
+
+MOMENTS, IMAGE, TEXT = (13, 16, 60, 90), (1, 16, 60, 90), (226, 4096)  # of CogVideoX-5B
+CLIPS, WARM = 24, 20
+ENCODERS = EncoderDigests(vae="vae", text="text encoder")
+
+
+def write_plain(path: Path) -> None:
+    """Writes a clip of 12 seconds; only its headers are read."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(30))
+        stream.width = stream.height = 64
+        for i in range(360):
+            picture = np.full((64, 64, 3), i % 256, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def open_dataset(folder: Path, image: bool) -> VideoDataset:
+    """Returns a set whose clips begin at different moments of one file."""
+    path = (folder / "clip.mp4").absolute()
+    records = [ClipRecord(f"{i}", path, (f"caption {i}",), start=i * 0.2) for i in range(CLIPS)]
+    cache = OpenCache(folder, CacheIndex(folder), FileBook(folder), ENCODERS, "require")
+    shape = {"fps": 8, "max_upscale": 16.0}
+    samples = SampleCache(cache, size=(480, 720), image="noised" if image else None, **shape)
+    return VideoDataset(
+        sources=[ClipSource("benchmark", tuple(records), "")],
+        order=GlobalOrder(seed=0, clip_weights=[[1.0] * CLIPS]),
+        video_size=(480, 720),
+        max_num_frames=49,
+        seed=0,
+        window="head",
+        views=1,
+        cache=samples,
+        **shape,
+    )
+
+
+def fill(folder: Path, dataset: VideoDataset, dtype: torch.dtype) -> None:
+    """Writes encodings of all samples of one epoch."""
+    writer = ShardWriter(folder)
+    for index in range(CLIPS):
+        keys = dataset.keys(index, dataset.place(index))
+
+        def draw(*shape: int, seed: int = index) -> torch.Tensor:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+        moments = {"mean": draw(*MOMENTS), "logvar": draw(*MOMENTS)}
+        writer.add(keys.clip, moments, About("clip", f"{index}", ENCODERS.vae, keys.clip_origin))
+        writer.add(keys.text, {"text": draw(*TEXT)}, About("text", f"{index}", ENCODERS.text))
+        if keys.image is not None:
+            moments = {"mean": draw(*IMAGE), "logvar": draw(*IMAGE)}
+            writer.add(keys.image, moments, About("image", f"{index}", ENCODERS.vae, keys.image_origin))
+    writer.publish()
+
+
+def open_loader(dataset: VideoDataset, batch_size: int, workers: int) -> VideoLoader:
+    return VideoLoader(
+        dataset=dataset,
+        batches=RankBatches(0, batch_size, 0, 1),
+        failures=FailureLog(num_clips=CLIPS, max_bad_fraction=0.0),
+        num_workers=workers,
+    )
+
+
+def measure(loader: VideoLoader, batches: int, step_s: float) -> dict[str, np.ndarray]:
+    """Takes batches as a training loop of steps of `step_s` does; returns milliseconds a batch."""
+    rows, batch = [], None
+    for _ in range(WARM + batches):
+        began = time.process_time()
+        batch = None
+        freed = time.process_time()
+        batch = next(loader)
+        got = time.process_time()
+        assert batch.cached is not None
+        rows.append((loader.data_wait_s, got - freed, freed - began))
+        if step_s:
+            time.sleep(step_s)
+    loader.close()
+    return dict(zip(("wait", "cpu", "free"), 1e3 * np.array(rows[WARM:]).T, strict=True))
+
+
+def run(batches: int, step_s: float = 0.05) -> None:
+    """Prints what reading costs in one process, and what a training step waits for beside workers."""
+    print(f"{batches} batches each, milliseconds a batch: p10 / median / p90; steps of {1e3 * step_s:.0f} ms")
+    heads = f"{'here':>22}" + "".join(f"{f'wait, {n} worker':>24}{'CPU':>22}{'to free':>8}" for n in (1, 2))
+    print(" " * 26 + heads)
+    for dtype in (torch.bfloat16, torch.float32):
+        for image in (False, True):
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                write_plain(folder / "clip.mp4")
+                time.sleep(2.1)  # a file that has just been changed is hashed each time
+                fill(folder, open_dataset(folder, image), dtype)
+                for batch_size in (1, 2):
+                    _row(open_dataset(folder, image), dtype, batch_size, batches, step_s)
+
+
+def _row(dataset: VideoDataset, dtype: torch.dtype, batch_size: int, batches: int, step_s: float) -> None:
+    task = "T2V" if dataset.cache.image is None else "I2V"
+    alone = measure(open_loader(dataset, batch_size, 0), batches, 0)
+    cells = [f"{_told(alone['wait']):>22}"]
+    for workers in (1, 2):
+        beside = measure(open_loader(dataset, batch_size, workers), batches, step_s)
+        cells.append(
+            f"{_told(beside['wait']):>24}{_told(beside['cpu']):>22}{np.median(beside['free']):>8.2f}"
+        )
+    print(f"{task}, {str(dtype)[6:]}, batch {batch_size}".ljust(26) + "".join(cells), flush=True)
+
+
+def _told(values: np.ndarray) -> str:
+    return " / ".join(f"{np.percentile(values, share):.2f}" for share in (10, 50, 90))
