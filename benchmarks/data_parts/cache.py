@@ -11,6 +11,9 @@ import av
 import numpy as np
 import torch
 
+from sat_train.config.shapes import ClipShape
+from sat_train.data.batches import OrderedBatches
+from sat_train.data.buckets import one_bucket
 from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests
@@ -20,7 +23,7 @@ from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.records import ClipRecord, ClipSource
-from sat_train.data.sampler import GlobalOrder, RankBatches
+from sat_train.data.sampler import GlobalOrder
 
 MOMENTS, IMAGE, TEXT = (13, 16, 60, 90), (1, 16, 60, 90), (226, 4096)  # of CogVideoX-5B
 CLIPS, WARM = 24, 20
@@ -44,12 +47,12 @@ def open_dataset(folder: Path, image: bool) -> VideoDataset:
     records = [ClipRecord(f"{i}", path, (f"caption {i}",), start=i * 0.2) for i in range(CLIPS)]
     cache = OpenCache(folder, CacheIndex(folder), FileBook(folder), ENCODERS, "require")
     shape = {"fps": 8, "max_upscale": 16.0}
-    samples = SampleCache(cache, size=(480, 720), image="noised" if image else None, **shape)
+    samples = SampleCache(cache, image="noised" if image else None, **shape)
+    sources = [ClipSource("benchmark", tuple(records), "")]
     return VideoDataset(
-        sources=[ClipSource("benchmark", tuple(records), "")],
+        sources=sources,
         order=GlobalOrder(seed=0, clip_weights=[[1.0] * CLIPS]),
-        video_size=(480, 720),
-        max_num_frames=49,
+        buckets=one_bucket(ClipShape(49, 480, 720), sources),
         seed=0,
         window="head",
         views=1,
@@ -62,7 +65,7 @@ def fill(folder: Path, dataset: VideoDataset, dtype: torch.dtype) -> None:
     """Writes encodings of all samples of one epoch."""
     writer = ShardWriter(folder)
     for index in range(CLIPS):
-        keys = dataset.keys(index, dataset.place(index))
+        keys = dataset.keys(index, dataset.order.place(index))
 
         def draw(*shape: int, seed: int = index) -> torch.Tensor:
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -79,7 +82,7 @@ def fill(folder: Path, dataset: VideoDataset, dtype: torch.dtype) -> None:
 def open_loader(dataset: VideoDataset, batch_size: int, workers: int) -> VideoLoader:
     return VideoLoader(
         dataset=dataset,
-        batches=RankBatches(0, batch_size, 0, 1),
+        batches=OrderedBatches([batch_size]),
         failures=FailureLog(num_clips=CLIPS, max_bad_fraction=0.0),
         num_workers=workers,
     )

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from sat_train.config.shapes import ClipShape
+from sat_train.data.batches import OrderedBatches
+from sat_train.data.buckets import one_bucket
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import FailureLog
 from sat_train.data.loader import VideoLoader
-from sat_train.data.sampler import GlobalOrder, RankBatches
+from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources import read_source
 
 DEMO = Path(__file__).resolve().parents[2] / "sat_train" / "assets" / "demo" / "train"
@@ -22,10 +25,15 @@ def demo_loader() -> VideoLoader:
     source = read_source(DEMO)
     order = GlobalOrder(seed=0, clip_weights=[[1.0] * len(source)])
     dataset = VideoDataset(
-        sources=[source], order=order, video_size=(64, 96), fps=8, max_num_frames=17, seed=0, timeout_s=60
+        sources=[source],
+        order=order,
+        buckets=one_bucket(ClipShape(17, 64, 96), [source]),
+        fps=8,
+        seed=0,
+        timeout_s=60,
     )
     failures = FailureLog(num_clips=len(source), max_bad_fraction=0.0)
-    return VideoLoader(dataset=dataset, batches=RankBatches(0, 1, 0, 1), failures=failures, num_workers=1)
+    return VideoLoader(dataset=dataset, batches=OrderedBatches([1]), failures=failures, num_workers=1)
 
 
 def resident_kib(pid: int) -> int:
