@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
             "args.train_data is not set", remedy="--base configs/sft.yaml args.train_data=[my_clips]"
         )
     if options.what == "inspect":
-        return _inspect(run, options.output, options.threads)
+        return _inspect(run, options.output, options.processes)
     return _preview(run, options.output, options.count)
 
 
@@ -57,16 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("data_report"), help="folder for what is written")
     parser.add_argument("--count", type=int, default=8, help="preview: samples to write")
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count() or 1, help="inspect: clips read at once"
+        "--processes", type=int, default=os.cpu_count() or 1, help="inspect: clips read at once"
     )
     return parser
 
 
-def _inspect(run: RunConfig, output: Path, num_threads: int) -> int:
+def _inspect(run: RunConfig, output: Path, num_processes: int) -> int:
     fit = build_fit(run)
     reports = []
     for entry in dict.fromkeys((*run.args.train_data, *(run.args.valid_data or ()))):
-        report = _report(run, read_source(entry), fit, num_threads)
+        report = _report(run, read_source(entry), fit, num_processes)
         reports.append(report)
         print("\n".join(f"{name:<13} {value}" for name, value in report.lines()), end="\n\n")
     output.mkdir(parents=True, exist_ok=True)
@@ -76,14 +76,14 @@ def _inspect(run: RunConfig, output: Path, num_threads: int) -> int:
     return 0
 
 
-def _report(run: RunConfig, source: ClipSource, fit: Fit, num_threads: int) -> SetReport:
+def _report(run: RunConfig, source: ClipSource, fit: Fit, num_processes: int) -> SetReport:
     columns = (TextColumn("looking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(source))
         clips = inspect_clips(
             source.records,
             fit,
-            num_threads=num_threads,
+            num_processes=num_processes,
             timeout_s=run.data.worker_timeout_s,
             on_clip=lambda: progress.advance(task),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,14 +12,13 @@ from sat_train.config import RunConfig
 from sat_train.config.shapes import allowed_shapes, count_tokens
 from sat_train.data.batches import DataPosition, ListedBatches, OrderedBatches
 from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
-from sat_train.data.clip_file import ClipInfo
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import Failure, FailureLog, write_failures
 from sat_train.data.loader import VideoLoader
-from sat_train.data.plan import Fit, Planned, describe_plan, look_into, plan_sources
+from sat_train.data.plan import Fit, Planned, describe_plan, look_at, plan_sources
 from sat_train.data.remote import file_name
 from sat_train.data.sampler import GlobalOrder
-from sat_train.data.sources import ClipRecord, ClipSource, read_source, split_source
+from sat_train.data.sources import ClipSource, read_source, split_source
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import DataError
@@ -276,11 +276,12 @@ def _plan(
     """
     fit = build_fit(run)
 
-    def look(record: ClipRecord) -> ClipInfo:
-        if cache is not None:
-            return cache.book.info(record.path, record.span, with_turn=fit.needs_turn)
-        return look_into(record, with_turn=fit.needs_turn, timeout_s=run.data.worker_timeout_s)
-
+    look = functools.partial(
+        look_at,
+        book=None if cache is None else cache.book,
+        with_turn=fit.needs_turn,
+        timeout_s=run.data.worker_timeout_s,
+    )
     planned = plan_sources(grid, sources, fit, look)
     for source in planned.sources:
         _check_not_empty(source, run)
@@ -291,7 +292,7 @@ def _plan(
         tokens = [count_tokens(shape, run.model) for shape in fit.shapes]
         sizes = [size * grid.data_size for size in batch_sizes(run, run.args.batch_size)]
         log.info("%s", describe_plan(planned, sizes, tokens))
-    if run_folder is not None and grid.rank == 0:
+    if planned.left_out and run_folder is not None and grid.rank == 0:
         write_failures(run_folder / QUARANTINE, planned.left_out, rank=grid.rank)
     return planned
 

@@ -8,12 +8,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from sat_train.data.clip_file import ClipInfo, open_clip, open_part
+from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.dataset import usable_part
 from sat_train.data.failures import BadClip
 from sat_train.data.frames import FrameReader
@@ -52,7 +52,7 @@ def inspect_clips(
     records: Sequence[ClipRecord],
     fit: Fit,
     *,
-    num_threads: int,
+    num_processes: int,
     timeout_s: float | None = None,
     on_clip: Callable[[], None] = lambda: None,
 ) -> list[ClipFacts]:
@@ -61,18 +61,22 @@ def inspect_clips(
     Args:
         records: Clips.
         fit: What samples are to be.
-        num_threads: Clips that are read at once.
+        num_processes: Clips that are read at once.
         timeout_s: A clip that takes longer is given up.
         on_clip: Called after each one.
     """
 
-    def look(record: ClipRecord) -> ClipFacts:
-        facts = _inspect(record, fit, timeout_s)
-        on_clip()
-        return facts
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(look, records))
+    found = look_into_clips(
+        records,
+        lambda record: _inspect(record, fit, timeout_s),
+        num_processes=num_processes,
+        timeout_s=timeout_s,
+        on_clip=on_clip,
+    )
+    return [
+        ClipFacts(record, None, 0, None, facts, "", b"") if isinstance(facts, BadClip) else facts
+        for record, facts in zip(records, found, strict=True)
+    ]
 
 
 def _inspect(record: ClipRecord, fit: Fit, timeout_s: float | None) -> ClipFacts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sat_train.data.batch import VideoBatch, collate
 from sat_train.data.batches import DataPosition, ListedBatches, MicroBatch, OrderedBatches
+from sat_train.data.clip_pool import prepare_worker
 from sat_train.data.dataset import Item, VideoDataset
 from sat_train.data.failures import BadClip, Failure, FailureLog
 from sat_train.data.sampler import Place
@@ -100,13 +100,6 @@ def _pack(items: list[Item | SatTrainError]) -> _Packed:
 
 def _now_ms() -> int:
     return time.monotonic_ns() // 1_000_000  # one clock for all processes of a machine
-
-
-def _prepare_worker(worker_id: int) -> None:
-    """Leaves signals to the training process, and ends with it whatever ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: Linux only, as this project
 
 
 class VideoLoader:
@@ -240,7 +233,7 @@ class VideoLoader:
             collate_fn=_pack,
             pin_memory=self._pin_memory,
             timeout=_POLL_S if self._num_workers else 0,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
             generator=torch.Generator(),  # else it draws from the global one, which is the model's
         )
         with _own_sigchld():

@@ -3,17 +3,19 @@ the samples of each have."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data.buckets import BucketPlan, choose_bucket, one_bucket
+from sat_train.data.cache.files import FileBook
 from sat_train.data.clip_file import ClipInfo, open_clip, read_info, read_turn
+from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.dataset import usable_part
 from sat_train.data.failures import BadClip, Failure
 from sat_train.data.sources import ClipRecord, ClipSource
@@ -25,8 +27,10 @@ from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-_THREADS = 8  # headers are small and the wait is for the disk
+_PROCESSES = 8  # headers are small and the wait is for the disk
 _SHOWN = 10  # clips in one message
+
+Look = Callable[[Sequence[ClipRecord]], list[ClipInfo | BadClip]]
 
 
 @dataclass(frozen=True)
@@ -115,16 +119,14 @@ class Planned:
     num_padded: int = 0
 
 
-def plan_sources(
-    grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, look: Callable[[ClipRecord], ClipInfo]
-) -> Planned:
+def plan_sources(grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, look: Look) -> Planned:
     """Looks into all clips, where that is needed, each rank into its share.
 
     Args:
         grid: The process grid.
         sources: The clips, the same on all ranks.
         fit: What samples are to be.
-        look: Reads the headers of a clip; raises BadClip.
+        look: Reads the headers of clips.
 
     Raises:
         DataError: Clips are too short under `short_clip: error`; all of them are counted.
@@ -146,24 +148,54 @@ def plan_sources(
     )
 
 
-def fit_clips(
-    records: Sequence[ClipRecord], fit: Fit, look: Callable[[ClipRecord], ClipInfo]
-) -> list[FittedClip]:
-    """Reads the headers of many clips at once and finds the bucket of each."""
+def fit_clips(records: Sequence[ClipRecord], fit: Fit, look: Look) -> list[FittedClip]:
+    """Reads the headers of clips and finds the bucket of each."""
+    return [_fit_clip(record, info, fit) for record, info in zip(records, look(records), strict=True)]
 
-    def fit_one(record: ClipRecord) -> FittedClip:
-        try:
-            info = look(record)
-        except BadClip as error:
-            return FittedClip(record, problem=error)
-        available = fit.available(info, record)
-        try:
-            return FittedClip(record, info, available, fit.bucket(info, record))
-        except BadClip as error:
-            return FittedClip(record, info, available, problem=error)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(fit_one, records))
+def _fit_clip(record: ClipRecord, info: ClipInfo | BadClip, fit: Fit) -> FittedClip:
+    if isinstance(info, BadClip):
+        return FittedClip(record, problem=info)
+    available = fit.available(info, record)
+    try:
+        return FittedClip(record, info, available, fit.bucket(info, record))
+    except BadClip as error:
+        return FittedClip(record, info, available, problem=error)
+
+
+def look_at(
+    records: Sequence[ClipRecord], book: FileBook | None, *, with_turn: bool, timeout_s: float | None
+) -> list[ClipInfo | BadClip]:
+    """Reads the headers of many clips, several at once; one that cannot be read gives its reason.
+
+    Args:
+        records: The clips.
+        book: What is known of files, where there is a cache: only the others are opened.
+        with_turn: As for `look_into`.
+        timeout_s: A clip that takes longer is given up; None: never.
+    """
+    look = functools.partial(look_into, with_turn=with_turn, timeout_s=timeout_s)
+    if book is None:
+        return look_into_clips(records, look, num_processes=_PROCESSES, timeout_s=timeout_s)
+    found = [_recall(book, record, with_turn) for record in records]
+    missing = [i for i, (_, info) in enumerate(found) if info is None]
+    unknown = [records[i] for i in missing]
+    seen = look_into_clips(unknown, look, num_processes=_PROCESSES, timeout_s=timeout_s)
+    for i, info in zip(missing, seen, strict=True):
+        stamp = found[i][0]
+        if isinstance(info, ClipInfo):
+            book.learn_info(records[i].path, records[i].span, stamp, info)
+        found[i] = (stamp, info)
+    return [info for _, info in found]
+
+
+def _recall(
+    book: FileBook, record: ClipRecord, with_turn: bool
+) -> tuple[tuple[int, ...], ClipInfo | BadClip | None]:
+    try:
+        return book.recall_info(record.path, record.span, with_turn=with_turn)
+    except BadClip as error:
+        return (), error
 
 
 def look_into(record: ClipRecord, *, with_turn: bool = False, timeout_s: float | None = None) -> ClipInfo:

@@ -140,7 +140,8 @@ def test_a_preview_shows_the_frames_of_the_file_at_their_times(footage: Path, tm
     some frame of each film differs by 3 levels more.
     """
     said = sat_train("data", "preview", *words(footage), "--output", str(tmp_path), "--count", "5")
-    lines = re.findall(r"^(.+?\.mp4)  (.+?)  ([\d.]+) to ([\d.]+) s  footage of (\w+)$", said, re.MULTILINE)
+    line = r"^(.+?\.mp4)  \d+x\d+x\d+  (.+?)  ([\d.]+) to ([\d.]+) s  footage of (\w+)$"
+    lines = re.findall(line, said, re.MULTILINE)
     assert {clip for _, clip, *_ in lines} == {f"{footage.name}/{place}" for place in PLACES}
     for preview, clip, first, last, caption in lines:
         place = clip.partition("/")[2]

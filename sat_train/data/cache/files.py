@@ -83,17 +83,33 @@ class FileBook:
         Raises:
             BadClip: It is missing, empty, or no video.
         """
-        stamp = read_stamp(path)
-        known = self._lookup(path, span, stamp)
-        remembered = known and known.info
-        if remembered and (not with_turn or remembered.quarter_turns is not None):
+        stamp, remembered = self.recall_info(path, span, with_turn=with_turn)
+        if remembered is not None:
             return remembered
         with open_clip(path, span=span, timeout_s=self._timeout_s) as (container, stream):
             info = read_info(container, stream)
             if with_turn:
                 info = replace(info, quarter_turns=read_turn(container, stream))
-        self._learn(path, span, _Known(stamp, known and known.sha256, info))
+        self.learn_info(path, span, stamp, info)
         return info
+
+    def recall_info(
+        self, path: Path, span: Span | None, *, with_turn: bool = False
+    ) -> tuple[tuple[int, ...], ClipInfo | None]:
+        """Returns the state of a file, and the headers of a clip where they are known without opening it.
+
+        Raises:
+            BadClip: It is missing or cannot be asked about.
+        """
+        stamp = read_stamp(path)
+        known = self._lookup(path, span, stamp)
+        info = known and known.info
+        return stamp, None if info and with_turn and info.quarter_turns is None else info
+
+    def learn_info(self, path: Path, span: Span | None, stamp: tuple[int, ...], info: ClipInfo) -> None:
+        """Remembers the headers of a clip that were read after its file had this state."""
+        known = self._lookup(path, span, stamp)
+        self._learn(path, span, _Known(stamp, known and known.sha256, info))
 
     def sha256(self, path: Path) -> str:
         """Returns the SHA-256 of a file's bytes, whatever stands for clips.

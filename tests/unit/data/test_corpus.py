@@ -119,10 +119,10 @@ def test_what_is_left_of_a_cut_file_is_shown_at_its_pace(epochs):
         assert max(numbers) < NUM_FRAMES, (clip, numbers)
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_inspect_names_what_training_would_refuse(corpus, epochs, threads):
+@pytest.mark.parametrize("processes", [1, 4])
+def test_inspect_names_what_training_would_refuse(corpus, epochs, processes):
     records = read_source(corpus[0]).records
-    facts = inspect_clips(records, FIT, num_threads=threads, timeout_s=TIMEOUT_S)
+    facts = inspect_clips(records, FIT, num_processes=processes, timeout_s=TIMEOUT_S)
     problems = {fact.record.clip_id: fact.problem.cause for fact in facts if fact.problem is not None}
     assert [fact.record.clip_id for fact in facts] == [record.clip_id for record in records]
     assert len(facts) == len(corpus[1])
@@ -152,7 +152,7 @@ def test_inspect_does_not_wait_for_a_pipe(tmp_path):
     records = read_source(tmp_path / "set").records
     found = []
     thread = threading.Thread(
-        target=lambda: found.extend(inspect_clips(records, FIT, num_threads=1)), daemon=True
+        target=lambda: found.extend(inspect_clips(records, FIT, num_processes=1)), daemon=True
     )
     thread.start()
     thread.join(5)

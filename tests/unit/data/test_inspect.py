@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 def report(folder):
     source = read_source(folder)
     seen = []
-    clips = inspect_clips(source.records, FIT, num_threads=2, on_clip=lambda: seen.append(1))
+    clips = inspect_clips(source.records, FIT, num_processes=2, on_clip=lambda: seen.append(1))
     assert len(seen) == len(source) == 8
     return SetReport(source.name, source.fingerprint, source.ignored, FIT, tuple(clips), (), 32)
 

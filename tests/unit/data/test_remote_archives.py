@@ -369,8 +369,8 @@ def test_remote_clips_are_inspected(tmp_path, clip, web):
     web.files = {"a.tar": packed(members(clip, "a", "b"))}
     wanted = Fit((ClipShape(5, 32, 32),), fps=8, max_upscale=4)
     put(tmp_path / "set", web.files)
-    remote = inspect_clips(read_source(f"{web.url}/a.tar").records, wanted, num_threads=2)
-    local = inspect_clips(read_source(tmp_path / "set").records, wanted, num_threads=1)
+    remote = inspect_clips(read_source(f"{web.url}/a.tar").records, wanted, num_processes=2)
+    local = inspect_clips(read_source(tmp_path / "set").records, wanted, num_processes=1)
     assert [(c.info, c.content_key, c.thumbnail) for c in remote] == [
         (c.info, c.content_key, c.thumbnail) for c in local
     ]

@@ -42,7 +42,7 @@ class WebServer:
 @contextmanager
 def serve() -> Iterator[WebServer]:
     """Runs a server for as long as the context lasts."""
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    http = _Server(("127.0.0.1", 0), _Handler)
     http.daemon_threads = True
     http.state = WebServer(f"http://127.0.0.1:{http.server_port}")
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -52,6 +52,11 @@ def serve() -> Iterator[WebServer]:
     finally:
         http.shutdown()
         http.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing: a client that has what it wanted hangs up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
