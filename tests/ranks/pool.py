@@ -97,7 +97,8 @@ class RankPool:
         ranks = self._worlds[world_size] = []
         for _ in range(world_size):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            # no daemon: ranks have children, as in training; the end of the pipe ends them
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()
             theirs.close()
             ranks.append((process, ours))
