@@ -22,8 +22,8 @@ from sat_train.data.cache.shards import About, ShardWriter
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import FailureLog
 from sat_train.data.loader import VideoLoader
-from sat_train.data.records import ClipRecord, ClipSource
 from sat_train.data.sampler import GlobalOrder
+from sat_train.data.sources.records import ClipRecord, ClipSource
 
 MOMENTS, IMAGE, TEXT = (13, 16, 60, 90), (1, 16, 60, 90), (226, 4096)  # of CogVideoX-5B
 CLIPS, WARM = 24, 20

@@ -15,7 +15,7 @@ from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sampler import GlobalOrder
-from sat_train.data.sources import read_source
+from sat_train.data.sources.read import read_source
 
 DEMO = Path(__file__).resolve().parents[2] / "sat_train" / "assets" / "demo" / "train"
 

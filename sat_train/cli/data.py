@@ -15,7 +15,8 @@ from sat_train.data.build import build_fit, build_train_loader
 from sat_train.data.inspect import SetReport, inspect_clips
 from sat_train.data.plan import Fit
 from sat_train.data.report import render_page
-from sat_train.data.sources import ClipSource, read_source
+from sat_train.data.sources.read import read_source
+from sat_train.data.sources.records import ClipSource
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError, DataError
 from sat_train.log import configure_logging

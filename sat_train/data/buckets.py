@@ -11,7 +11,7 @@ import numpy as np
 from sat_train.config.shapes import ClipShape
 from sat_train.data.failures import BadClip
 from sat_train.data.sampler import Place
-from sat_train.data.sources import ClipSource
+from sat_train.data.sources.records import ClipSource
 from sat_train.data.window import ShortClip
 
 _SAME_ASPECT = 0.03  # sizes of one aspect differ by this much, as they are rounded to whole patches

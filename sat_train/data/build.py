@@ -18,7 +18,8 @@ from sat_train.data.loader import VideoLoader
 from sat_train.data.plan import Fit, Planned, describe_plan, look_at, plan_sources
 from sat_train.data.remote import file_name
 from sat_train.data.sampler import GlobalOrder
-from sat_train.data.sources import ClipSource, read_source, split_source
+from sat_train.data.sources.read import read_source, split_source
+from sat_train.data.sources.records import ClipSource
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import DataError

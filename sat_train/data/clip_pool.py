@@ -12,7 +12,7 @@ from multiprocessing import connection
 from typing import Any, TypeVar
 
 from sat_train.data.failures import BadClip
-from sat_train.data.records import ClipRecord
+from sat_train.data.sources.records import ClipRecord
 from sat_train.errors import DataError
 
 Found = TypeVar("Found")

@@ -22,7 +22,7 @@ from sat_train.data.failures import BadClip, Failure
 from sat_train.data.frames import FrameReader, Frames
 from sat_train.data.resize import CropMode, plan_cover_crop
 from sat_train.data.sampler import GlobalOrder, Place
-from sat_train.data.sources import ClipRecord, ClipSource
+from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.data.view import View, limited_view
 from sat_train.data.window import ShortClip, Window, WindowMode, count_frames, fit_frames, window_start
 from sat_train.distributed.seeds import derive_seed

@@ -18,8 +18,8 @@ from sat_train.data.dataset import usable_part
 from sat_train.data.failures import BadClip
 from sat_train.data.frames import FrameReader
 from sat_train.data.plan import Fit
-from sat_train.data.records import ClipRecord
 from sat_train.data.resize import CoverCrop, plan_cover_crop
+from sat_train.data.sources.records import ClipRecord
 
 _THUMBNAIL_HEIGHT = 90
 _SAMPLED_BYTES = 1 << 16

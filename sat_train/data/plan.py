@@ -18,7 +18,7 @@ from sat_train.data.clip_file import ClipInfo, open_clip, read_info, read_turn
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.dataset import usable_part
 from sat_train.data.failures import BadClip, Failure
-from sat_train.data.sources import ClipRecord, ClipSource
+from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.data.window import ShortClip, WindowMode, count_frames, split_chunks
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessGrid

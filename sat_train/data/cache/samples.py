@@ -13,7 +13,7 @@ from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests, SampleKeys, clip_key, image_key, text_key
 from sat_train.data.failures import BadClip
-from sat_train.data.records import ClipRecord
+from sat_train.data.sources.records import ClipRecord
 from sat_train.data.view import View
 from sat_train.data.window import Window
 from sat_train.errors import DataError

@@ -12,7 +12,7 @@ import pytest
 
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.failures import BadClip
-from sat_train.data.records import ClipRecord
+from sat_train.data.sources.records import ClipRecord
 from sat_train.errors import DataError
 
 pytestmark = pytest.mark.timeout(120, method="thread")

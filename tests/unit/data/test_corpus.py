@@ -13,7 +13,7 @@ from sat_train.cli.main import main
 from sat_train.config.shapes import ClipShape
 from sat_train.data.inspect import inspect_clips
 from sat_train.data.plan import Fit
-from sat_train.data.sources import read_source
+from sat_train.data.sources.read import read_source
 from tests.unit.data.corpus import ANY, GOOD, NUM_FRAMES, RATE, make_corpus, make_pipe
 from tests.unit.data.test_loader import make_dataset, make_loader, take
 from tests.unit.data.videos import SIDE, numbers_of

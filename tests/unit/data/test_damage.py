@@ -13,7 +13,7 @@ from PIL import Image
 
 from sat_train.data.clip_file import open_clip
 from sat_train.data.failures import BadClip
-from sat_train.data.sources import read_source
+from sat_train.data.sources.read import read_source
 from sat_train.errors import DataError
 from tests.unit.data.test_dataset import make
 from tests.unit.data.videos import SIDE, numbers_of, record_of, write_numbered

@@ -13,7 +13,7 @@ from sat_train.data.buckets import one_bucket
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.plan import Fit, cut_chunks, look_into
 from sat_train.data.sampler import GlobalOrder
-from sat_train.data.sources import ClipSource
+from sat_train.data.sources.records import ClipSource
 from sat_train.data.view import View
 from sat_train.errors import DataError
 from tests.unit.data.videos import SIDE, numbers_of, record_of, write_numbered

@@ -12,7 +12,7 @@ from sat_train.config.shapes import ClipShape
 from sat_train.data.inspect import SetReport, inspect_clips
 from sat_train.data.plan import Fit
 from sat_train.data.report import render_page
-from sat_train.data.sources import read_source
+from sat_train.data.sources.read import read_source
 from tests.unit.data.videos import make_folder, write_numbered
 
 FIT = Fit((ClipShape(9, 32, 32),), fps=8, max_upscale=1.5)

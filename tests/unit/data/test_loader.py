@@ -20,7 +20,7 @@ from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import BadClip, Failure, FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sampler import GlobalOrder
-from sat_train.data.sources import ClipSource
+from sat_train.data.sources.records import ClipSource
 from sat_train.data.view import View
 from sat_train.errors import DataError
 from tests.unit.data.videos import SIDE, make_folder, record_of

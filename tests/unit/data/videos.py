@@ -10,7 +10,7 @@ import av
 import numpy as np
 import torch
 
-from sat_train.data.sources import ClipRecord
+from sat_train.data.sources.records import ClipRecord
 
 SIDE = 32
 _CELL = 8  # sixteen cells, black or white: the bits of the number

@@ -15,8 +15,8 @@ from sat_train.data.cache.key import EncoderDigests, SampleKeys
 from sat_train.data.cache.samples import OpenCache, SampleCache
 from sat_train.data.cache.shards import About, ShardWriter
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.records import ClipSource
 from sat_train.data.sampler import GlobalOrder
+from sat_train.data.sources.records import ClipSource
 from tests.unit.data.videos import SIDE
 
 ENCODERS = EncoderDigests(vae="vae of the tests", text="text encoder of the tests")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from sat_train.data.clip_file import Span
-from sat_train.data.manifest import make_record
-from sat_train.data.records import ClipRecord, ClipSource, check_faults, make_source
+from sat_train.data.sources.manifest import make_record
+from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults, make_source
 from sat_train.errors import DataError
 
 _STATE = "state.json"

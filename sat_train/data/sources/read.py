@@ -1,4 +1,4 @@
-"""Where clips and captions come from: every kind of source gives the same sorted list of records."""
+"""Reads whatever an entry of the training data names, and splits it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat_train.data.archives import read_archives
-from sat_train.data.folder import read_folder
-from sat_train.data.hf_dataset import is_hf_dataset, read_hf_dataset
-from sat_train.data.manifest import read_manifest
-from sat_train.data.records import ClipRecord, ClipSource
 from sat_train.data.remote import find_remote, make_path
+from sat_train.data.sources.archives import read_archives
+from sat_train.data.sources.folder import read_folder
+from sat_train.data.sources.hf_dataset import is_hf_dataset, read_hf_dataset
+from sat_train.data.sources.manifest import read_manifest
+from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.errors import DataError
 from sat_train.patterns import expand_braces, find_local
 

@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from sat_train.data.sources import read_source
+from sat_train.data.sources.read import read_source
 from sat_train.errors import DataError
 from tests.unit.data.test_dataset import make
 from tests.unit.data.videos import numbers_of, write_numbered

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.archive_index import index_archives
 from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.key import Origin
 from sat_train.data.cache.prune import Staleness
@@ -23,14 +22,15 @@ from sat_train.data.failures import BadClip
 from sat_train.data.inspect import inspect_clips
 from sat_train.data.plan import Fit
 from sat_train.data.remote import make_path
-from sat_train.data.sources import read_source
+from sat_train.data.sources.archive_index import index_archives
+from sat_train.data.sources.read import read_source
 from sat_train.errors import DataError
 from tests.unit.data.cache.samples import open_dataset
-from tests.unit.data.test_archives import read_right
+from tests.unit.data.sources.test_archives import read_right
+from tests.unit.data.sources.web_server import serve
 from tests.unit.data.test_dataset import make
 from tests.unit.data.test_loader import make_loader, take
 from tests.unit.data.videos import write_numbered
-from tests.unit.data.web_server import serve
 
 pytest.importorskip("upath")
 fsspec = pytest.importorskip("fsspec")

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from sat_train.data.records import clean_caption
 from sat_train.data.remote import RemoteFile, RemoteState, is_remote, read_state
+from sat_train.data.sources.records import clean_caption
 from sat_train.errors import DataError
 from sat_train.files import write_text
 from sat_train.log import get_logger

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sat_train.data.records import ClipRecord, ClipSource, check_faults, clean_caption, make_source
+from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults, clean_caption, make_source
 from sat_train.errors import DataError
 from sat_train.log import get_logger
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from sat_train.data.sources import read_source, split_source
+from sat_train.data.sources.read import read_source, split_source
 from sat_train.errors import DataError
 from tests.unit.data.videos import make_folder
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from sat_train.data.records import ClipRecord, ClipSource, check_faults, clean_caption, make_source
+from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults, clean_caption, make_source
 from sat_train.errors import DataError
 
 
