@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import stat
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from sat_train.data.failures import BadClip
+from sat_train.data.part_reader import PartReader
 from sat_train.data.remote import RemoteFile, is_remote
 
 VIDEO_SUFFIXES = (
@@ -77,33 +77,17 @@ class Span:
     size: int
 
 
-class _SpanReader(io.RawIOBase):
-    """A part of a file as a file of its own."""
+class _SpanReader(PartReader):
+    """A part of a file on this machine."""
 
     def __init__(self, path: Path, span: Span) -> None:
-        super().__init__()
+        super().__init__(span.size)
         self._file = path.open("rb")
-        self._span = span
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._span.size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
+        self._offset = span.offset
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._span.size - self._at)
-        self._file.seek(self._span.offset + self._at)
-        data = self._file.read(left if size < 0 else min(size, left))
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(self._left(size))
         self._at += len(data)
         return data
 

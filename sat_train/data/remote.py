@@ -13,6 +13,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from sat_train.data.part_reader import PartReader
 from sat_train.errors import DataError
 from sat_train.patterns import expand_braces
 
@@ -183,7 +184,7 @@ def _plain(key: str) -> str:
     return "".join(letter for letter in key.lower() if letter.isalnum())
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(PartReader):
     """A part of a remote file as a file of its own, read in blocks; the last few stay in memory.
 
     Args:
@@ -198,31 +199,14 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, path: Path, *, block_bytes: int, start: int = 0, size: int | None = None) -> None:
-        super().__init__()
         self._file, whole = _patiently(lambda: _open(path))
+        super().__init__(max(0, whole - start if size is None else min(size, whole - start)))
         self._start = start
-        self._size = max(0, whole - start) if size is None else max(0, min(size, whole - start))
         self._block_bytes = block_bytes
         self._blocks: dict[int, bytes] = {}
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        end = self._at + (left if size < 0 else min(size, left))
+        end = self._at + self._left(size)
         parts = []
         while self._at < end:
             number, skip = divmod(self._at, self._block_bytes)

@@ -1,0 +1,37 @@
+"""A part of a file as a file of its own: where it stands, without how it is read."""
+
+from __future__ import annotations
+
+import io
+
+
+class PartReader(io.RawIOBase):
+    """Keeps the position; `read` is its subclasses'.
+
+    Args:
+        size: Bytes of the part.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def _left(self, size: int) -> int:
+        """Returns how many bytes a call of `read` gives."""
+        left = max(0, self._size - self._at)
+        return left if size < 0 else min(size, left)
