@@ -136,8 +136,9 @@ def plan_sources(grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, loo
     if not fit.needs_headers:
         return Planned(tuple(sources), one_bucket(fit.shapes[0], sources))
     records = [record for source in sources for record in source.records]
-    shares = gather_objects(grid, fit_clips(records[grid.rank :: grid.world_size], fit, look))
-    clips = [shares[i % grid.world_size][i // grid.world_size] for i in range(len(records))]
+    shares = gather_objects(grid, look(records[grid.rank :: grid.world_size]))
+    infos = (shares[i % grid.world_size][i // grid.world_size] for i in range(len(records)))
+    clips = [_fit_clip(record, info, fit) for record, info in zip(records, infos, strict=True)]
     if fit.short_clip == "error":
         _check_lengths(clips, fit)
     left_out = [clip for clip in clips if clip.info is not None and clip.problem is not None]
@@ -146,11 +147,6 @@ def plan_sources(grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, loo
         tuple(Failure(None, c.record.clip_id, c.problem.cause, c.problem.detail) for c in left_out),
         sum(clip.bucket is not None and clip.available < fit.shapes[clip.bucket].frames for clip in clips),
     )
-
-
-def fit_clips(records: Sequence[ClipRecord], fit: Fit, look: Look) -> list[FittedClip]:
-    """Reads the headers of clips and finds the bucket of each."""
-    return [_fit_clip(record, info, fit) for record, info in zip(records, look(records), strict=True)]
 
 
 def _fit_clip(record: ClipRecord, info: ClipInfo | BadClip, fit: Fit) -> FittedClip:

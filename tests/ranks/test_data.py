@@ -47,8 +47,8 @@ def test_any_number_of_ranks_takes_the_same_samples(rank_pool, folder):
     alone, fingerprint = _take(start_single_process(), folder, 6, 2, 0)
     assert [index for index, _, _ in alone] == list(range(CLIPS))
     assert len({clip for _, clip, _ in alone}) == CLIPS
-    for size, batch_size in ((2, 3), (3, 2)):
-        results = rank_pool(size)(_take, folder, batch_size, 2, 0)
+    for size, batch_size, count in ((2, 3, 2), (3, 2, 2), (4, 3, 1)):
+        results = rank_pool(size)(_take, folder, batch_size, count, 0)
         assert sorted(sample for taken, _ in results for sample in taken) == alone
         assert {print_ for _, print_ in results} == {fingerprint}
     later = rank_pool(2)(_take, folder, 2, 1, 8)  # resumed from 3 ranks, mid-epoch

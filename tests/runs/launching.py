@@ -72,9 +72,14 @@ def start(script: str, words: Sequence[str], *, processes: int = 1, log: Path) -
 
 def run(script: str, words: Sequence[str], *, processes: int = 1, timeout_s: float = 300) -> Finished:
     """Runs a launch script to its end."""
+    return run_words(command(script, words, processes=processes), timeout_s=timeout_s)
+
+
+def run_words(words: Sequence[str], *, cwd: Path = ROOT, timeout_s: float = 300) -> Finished:
+    """Runs any command to its end."""
     done = subprocess.run(
-        command(script, words, processes=processes),
-        cwd=ROOT,
+        words,
+        cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from sat_train.config.schema.data import BucketsConfig, DataConfig, VideoDatasetParams
-from tests.runs.launching import ROOT, environment
+from tests.runs.launching import ROOT, run_words
 from tests.unit.data.videos import make_folder
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -30,19 +29,10 @@ def test_five_lines_from_a_folder_of_clips_to_a_training_run(tmp_path: Path) -> 
         (tmp_path / name).symlink_to(ROOT / name)
     script = "\n".join(["set -e", *five_lines()])
     script = script.replace("data.cache_dir=cache", f"data.cache_dir=cache {SHORT}")
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "1 clips are left out (short): my_clips/videos/short.mp4" in done.stdout
-    assert "neither T5 nor the VAE is loaded" in done.stdout
+    done = run_words(["bash", "-c", script], cwd=tmp_path, timeout_s=400)
+    assert done.returncode == 0, done.output
+    assert "1 clips are left out (short): my_clips/videos/short.mp4" in done.output
+    assert "neither T5 nor the VAE is loaded" in done.output
     assert (tmp_path / "data_report" / "index.html").is_file()
     assert (tmp_path / "data_report" / "contact_sheet.png").is_file()
     assert list((tmp_path / "runs").glob("sft-*/2/manifest.json"))

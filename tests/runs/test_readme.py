@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.runs.launching import BIN, ROOT, environment
+from tests.runs.launching import BIN, ROOT, run_words
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What makes a command short: every run is cut to two steps, every sample to two denoising steps.
@@ -49,17 +48,8 @@ def test_command(line: str, tmp_path: Path) -> None:
     if line.startswith("sat-train") and "cogvideox_5b" in line:
         extra = ["--no-paths"]  # the released weights are not here
     command = _requoted(line) + extra
-    done = subprocess.run(
-        [str(BIN / command[0]), *command[1:]],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    done = run_words([str(BIN / command[0]), *command[1:]])
+    assert done.returncode == 0, done.output
 
 
 def _requoted(line: str) -> list[str]:

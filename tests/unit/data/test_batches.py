@@ -26,6 +26,15 @@ def test_a_global_batch_holds_the_same_samples_at_any_world_size(size, batch, ac
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 7])
+def test_every_sample_is_taken_once_in_the_same_order_at_any_batch_size(size, batch):
+    ranks = [taken_by(rank, size, batch) for rank in range(size)]
+    micro_steps = itertools.islice(zip(*ranks, strict=True), 30)
+    taken = list(itertools.chain.from_iterable(mine for micro in micro_steps for mine in micro))
+    assert taken == list(range(30 * size * batch))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("stop", [1, 12, 13])
 def test_a_finite_iteration_gives_every_rank_as_many_batches(size, stop):
     ranks = [list(taken_by(rank, size, 2, stop=stop)) for rank in range(size)]
