@@ -91,7 +91,9 @@ def open_data(
     needs_encoders = True
     if cache is not None:
         steps = train_iters - (point.step if point is not None else 0)
-        samples = samples_of(train.batches, train.position, steps * run.args.gradient_accumulation_steps)
+        samples = samples_of(
+            train.batches, train.position, max(0, steps) * run.args.gradient_accumulation_steps
+        )
         is_complete = check_complete(run, grid, cache, train, valid, samples)
         needs_encoders = not is_complete or draws_videos(run)
         log.info("%s", _told(run, is_complete))
@@ -114,9 +116,9 @@ def count_steps(run: RunConfig, batches: OrderedBatches, epoch_length: int) -> i
     return -(-micro_steps // run.args.gradient_accumulation_steps)
 
 
-def samples_of(batches: OrderedBatches, position: DataPosition, micro_steps: int) -> list[int]:
-    """Returns the samples that all ranks take in the micro-steps after a position, rising."""
-    planned = itertools.islice(batches.plan(position), max(0, micro_steps))
+def samples_of(batches: OrderedBatches, position: DataPosition, micro_steps: int | None = None) -> list[int]:
+    """Returns the samples that all ranks take after a position, in so many micro-steps or to the end."""
+    planned = itertools.islice(batches.plan(position), micro_steps)
     return sorted(index for batch in planned for index in batch.indices)
 
 
@@ -143,9 +145,10 @@ def check_complete(
 
     Ranks: all; each looks for its share, and all know afterwards what each has hashed.
     """
+    shown = [] if valid is None else samples_of(valid.batches, valid.batches.start)
     missing = find_missing(train.dataset, samples[grid.rank :: grid.world_size])
     if valid is not None:
-        missing += find_missing(valid.dataset, range(valid.num_samples)[grid.rank :: grid.world_size])
+        missing += find_missing(valid.dataset, shown[grid.rank :: grid.world_size])
     share_files(grid, cache.book)
     shares = gather_objects(grid, [sample.clip_id for sample in missing])
     clips = [clip for share in shares for clip in share]
@@ -153,7 +156,8 @@ def check_complete(
     error = None
     if run.data.cache == "require" and (clips or not has_null):
         error = DataError(
-            f"data.cache = require, and {len(clips)} of {len(samples)} samples are not in {cache.folder}"
+            f"data.cache = require, and {len(clips)} of {len(samples) + len(shown)} samples, validation's "
+            f"included, are not in {cache.folder}"
             + "".join(f"\n    {clip}" for clip in sorted(set(clips))[:_SHOWN])
             + ("" if has_null else "\n    the empty prompt"),
             expected="all samples of the run, encoded with these files, settings and encoders",

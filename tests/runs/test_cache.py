@@ -83,7 +83,7 @@ def test_losses_have_the_same_bits_with_and_without_the_cache(words, tmp_path: P
 
 def test_precompute_encodes_what_training_reads(words, tmp_path: Path) -> None:
     words = [*words, *RECIPES["image to video"], f"data.cache_dir={tmp_path}"]
-    with pytest.raises(DataError, match=r"data.cache = require, and 7 of 6"):
+    with pytest.raises(DataError, match=r"data.cache = require, and 7 of 7"):
         losses([*words, "data.cache=require"])
     precompute(load_run(words, purpose="precompute"), start_single_process())
     assert losses([*words, "data.cache=require"]) == (losses(words)[0], False)
