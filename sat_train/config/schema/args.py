@@ -115,9 +115,11 @@ class ArgsConfig(Record):
     )
 
     # Data
-    train_data: Texts | None = Field(None, description="Training data: folders or manifests.")
+    train_data: Texts | None = Field(
+        None, description="Training data: folders, manifests, .tar archives, Hugging Face datasets."
+    )
     train_data_weights: Floats | None = Field(None, description="One weight for each entry of `train_data`.")
-    valid_data: Texts | None = Field(None, description="Validation data: folders or manifests.")
+    valid_data: Texts | None = Field(None, description="Validation data, likewise.")
     split: Text = Field(
         "1,0,0",
         description="Shares of `train_data` for training, validation, test, when `valid_data` is not given.",
