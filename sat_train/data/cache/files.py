@@ -70,7 +70,8 @@ class FileBook:
             identity = digest(path=str(path), span=_told(span), size=stamp[0], mtime_ns=stamp[1])
         else:
             identity = self._sha256(path, span, stamp)
-        return Origin(str(path), stamp[0], stamp[1], identity)
+        part = None if span is None else (span.offset, span.size)
+        return Origin(str(path), stamp[0], stamp[1], identity, part)
 
     def info(self, path: Path, span: Span | None = None, *, with_turn: bool = False) -> ClipInfo:
         """Returns the headers of a clip.
@@ -111,13 +112,13 @@ class FileBook:
         known = self._lookup(path, span, stamp)
         self._learn(path, span, _Known(stamp, known and known.sha256, info))
 
-    def sha256(self, path: Path) -> str:
-        """Returns the SHA-256 of a file's bytes, whatever stands for clips.
+    def sha256(self, path: Path, span: Span | None = None) -> str:
+        """Returns the SHA-256 of the bytes of a file or of a part of it, whatever stands for clips.
 
         Raises:
             BadClip: It is missing or cannot be read.
         """
-        return self._sha256(path, None, read_stamp(path))
+        return self._sha256(path, span, read_stamp(path))
 
     def named(self, name: str) -> str | None:
         """Returns what was remembered under a name."""

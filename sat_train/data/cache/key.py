@@ -40,12 +40,14 @@ class Origin:
         size: Bytes.
         mtime_ns: Time of its last change; of a remote file, a number that each change makes another.
         identity: What stands for its contents in the key.
+        part: First byte and number of bytes of the part that was used; None: all of it.
     """
 
     path: str
     size: int
     mtime_ns: int
     identity: str
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from sat_train.data.cache.files import FileBook, read_stamp
 from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
 from sat_train.data.cache.shards import FOLDER, About, Header, ShardWriter, hash_tensors, read_header
+from sat_train.data.clip_file import Span
 from sat_train.data.failures import BadClip
 from sat_train.data.remote import is_remote, make_path
 from sat_train.errors import DataError
@@ -117,7 +118,8 @@ class Staleness:
                 return ""
             if is_remote(path):
                 return "file changed"  # its hash would cost the whole archive
-            return "" if self._book.sha256(path) == origin.identity else "file changed"
+            span = None if origin.part is None else Span(*origin.part)
+            return "" if self._book.sha256(path, span) == origin.identity else "file changed"
         except BadClip as error:
             return "file gone" if self._drop_gone and not error.may_pass else ""
 

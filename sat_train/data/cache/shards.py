@@ -209,6 +209,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def _about(told: dict[str, Any]) -> About:
     origin, detail = told["origin"], told["detail"]
-    return About(
-        **{**told, "origin": origin and Origin(**origin), "detail": None if detail is None else tuple(detail)}
-    )
+    if origin is not None:
+        part = origin.get("part")
+        origin = Origin(**{**origin, "part": None if part is None else tuple(part)})
+    return About(**{**told, "origin": origin, "detail": None if detail is None else tuple(detail)})

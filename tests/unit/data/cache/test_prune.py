@@ -14,6 +14,7 @@ from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
 from sat_train.data.cache.prune import Staleness, list_entries, prune_entries, verify_entries
 from sat_train.data.cache.shards import FOLDER, About, ShardWriter
+from sat_train.data.clip_file import Span
 from sat_train.errors import DataError
 from tests.unit.data.cache.samples import tensors_of
 
@@ -98,3 +99,17 @@ def test_a_moved_file_keeps_its_entry(cache, tmp_path):
     shutil.move(tmp_path / "moved.mp4", tmp_path / "elsewhere.mp4")
     prune_entries(cache, Staleness(FileBook(cache)))
     assert "moved" in CacheIndex(cache)
+
+
+def test_an_archive_that_grew_or_was_touched_keeps_the_entries_of_its_clips(tmp_path):
+    path, folder = tmp_path / "a.tar", tmp_path / "cache"
+    path.write_bytes(b"headONEtailTWO")
+    book, writer = FileBook(folder), ShardWriter(folder)
+    for name, offset in (("one", 4), ("two", 11)):
+        about = About("clip", name, "vae", book.origin(path, Span(offset, 3)))
+        writer.add(name, tensors_of(1)["clip"], about)
+    writer.publish()
+    path.write_bytes(b"headONEtailtwo and more")
+    assert reasons(folder) == {"file changed": 1}
+    assert prune_entries(folder, Staleness(FileBook(folder)))[0] == 1
+    assert "one" in CacheIndex(folder)
