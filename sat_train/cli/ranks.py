@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from sat_train.distributed.processes import ProcessGrid
 
 _INTERRUPTED = 130
+_HEAD_START_S = 3  # nobody waits for it where rank 0 ends, as the launcher then ends the others
 
 
 def run_on_ranks(
@@ -46,6 +49,8 @@ def run_on_ranks(
     except SatTrainError as error:
         if rank == 0:
             print(error, file=sys.stderr)
+        else:
+            _let_rank_0_speak()
         return error.exit_code
     return _join_and_work(run, env, work)
 
@@ -75,6 +80,12 @@ def _join_and_work(run: RunConfig, env: RankEnv, work: tuple[str, str]) -> int:
     return 0
 
 
+def _let_rank_0_speak() -> None:
+    """Lets rank 0 end first: when one rank has ended the launcher ends all, in mid-sentence if need be."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_HEAD_START_S)
+
+
 def _fail(error: BaseException, env: RankEnv, board: FailureBoard | None) -> int:
     """Shows the first error of all ranks, last, and leaves without waiting for the others."""
     from sat_train.distributed.failures import report_to_torchrun
@@ -93,6 +104,8 @@ def _fail(error: BaseException, env: RankEnv, board: FailureBoard | None) -> int
     report_to_torchrun(shown or message)
     sys.stdout.flush()
     sys.stderr.flush()
+    if not shown and env.rank != 0:
+        _let_rank_0_speak()
     if env.world_size > 1:
         os._exit(code)  # destructors of the process group would wait for the other ranks
     return code
