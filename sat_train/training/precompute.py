@@ -78,7 +78,12 @@ def precompute(run: RunConfig, grid: ProcessGrid) -> None:
     counts = gather_objects(grid, (encoding.encoded, encoding.failed))
     log.info(
         "cache %s: %d entries encoded, %d samples reused, %d clips failed",
-        *(cache.folder, sum(c[0] for c in counts), num_samples - num_missing, sum(c[1] for c in counts)),
+        *(
+            cache.folder,
+            sum(c[0] for c in counts),
+            num_samples - num_missing,
+            len(set().union(*(c[1] for c in counts))),
+        ),
     )
 
 
@@ -138,7 +143,7 @@ class _Encoding:
         self._run, self._grid, self._cache = run, grid, cache
         self._writer = build_writer(run, grid)
         self.encoded = 0
-        self.failed = 0
+        self.failed: set[str] = set()
 
     def run(self, works: Sequence[_Work], captions: dict[str, str]) -> Iterator[None]:
         """Does the work and yields after each sample and caption; what is done is always published."""
@@ -161,7 +166,7 @@ class _Encoding:
             self.encoded += encoder.keep(batch)
             yield
         for failure in loader.failures.by_clip.values():
-            self.failed += 1
+            self.failed.add(failure.clip_id)
             self._keep_failure(failure)
 
     def _keep_failure(self, failure: Failure) -> None:
