@@ -276,3 +276,19 @@ def test_a_turned_picture_counts_as_it_is_shown(tmp_path):
     record = record_of(tmp_path / "a.mp4")
     assert look_into(record).shown_size == (32, 64)
     assert look_into(record, with_turn=True).shown_size == (64, 32)
+
+
+def test_mixtures_keep_their_shares(grid, folder, tmp_path):
+    """Of the samples that are taken or wait, three quarters are of the first set."""
+    other = tmp_path / "other"
+    for number in range(3):
+        write_numbered(other / "videos" / f"{number}.mp4", num_frames=60, height=64, width=32)
+        (other / "videos" / f"{number}.txt").write_text("x")
+    loader = build_train_loader(config(f"{folder},{other}", "args.train_data_weights=[3,1]"), grid)
+    position = loader.position
+    for micro in itertools.islice(loader.batches.plan(position), 600):
+        shapes = {loader.dataset.shape(index) for index in micro.indices}
+        assert len(shapes) == 1
+        position = micro.after
+    sources = [loader.dataset.order.place(index).source for index in range(position.next)]
+    assert sources[:1000].count(0) == 750
