@@ -10,6 +10,7 @@ from sat_train.config.schema.data import VideoDatasetParams
 from sat_train.config.schema.model import ModelConfig
 
 ASPECT = re.compile(r"([1-9]\d*):([1-9]\d*)")
+SAME_ASPECT = 0.03  # sizes of one aspect differ by this much, as they are rounded to whole patches
 
 
 @dataclass(frozen=True, order=True)
@@ -60,6 +61,8 @@ def allowed_shapes(params: VideoDatasetParams, model: ModelConfig) -> tuple[Clip
 def size_of_aspect(aspect: str, video_size: tuple[int, int], model: ModelConfig) -> tuple[int, int]:
     """Returns the largest height and width of an aspect with at most as many pixels as `video_size`.
 
+    An aspect that `video_size` has already gives that.
+
     Args:
         aspect: `width:height`.
         video_size: Height and width.
@@ -68,6 +71,8 @@ def size_of_aspect(aspect: str, video_size: tuple[int, int], model: ModelConfig)
     found = ASPECT.fullmatch(aspect)
     assert found is not None, aspect
     area, ratio = video_size[0] * video_size[1], int(found[1]) / int(found[2])
+    if abs(math.log(ratio * video_size[0] / video_size[1])) <= SAME_ASPECT:
+        return video_size
     height_by, width_by = size_multiples(model)
     height = max(1, math.floor(math.sqrt(area / ratio) / height_by + 1e-6)) * height_by
     width = max(1, math.floor(math.sqrt(area * ratio) / width_by + 1e-6)) * width_by

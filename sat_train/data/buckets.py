@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sat_train.config.shapes import ClipShape
+from sat_train.config.shapes import SAME_ASPECT, ClipShape
 from sat_train.data.failures import BadClip
 from sat_train.data.sampler import Place
 from sat_train.data.sources.records import ClipSource
 from sat_train.data.window import ShortClip
-
-_SAME_ASPECT = 0.03  # sizes of one aspect differ by this much, as they are rounded to whole patches
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def choose_bucket(
             f"smallest bucket, data.params.max_upscale allows {max_upscale:g}",
         )
     nearest = min(_aspect_distance(size, shapes[bucket]) for bucket in usable)
-    same = [b for b in usable if _aspect_distance(size, shapes[b]) <= nearest + _SAME_ASPECT]
+    same = [b for b in usable if _aspect_distance(size, shapes[b]) <= nearest + SAME_ASPECT]
     return max(same, key=lambda b: (shapes[b].height * shapes[b].width, -_aspect_distance(size, shapes[b])))
 
 

@@ -77,6 +77,9 @@ def test_sizes_of_aspects_fill_patches_and_cost_no_more(preset, aspect):
     assert height % 16 == width % 16 == 0
     assert height * width <= base[0] * base[1]
     ratio = int(aspect.split(":")[0]) / int(aspect.split(":")[1])
+    if abs(math.log(ratio * base[0] / base[1])) <= 0.03:
+        assert (height, width) == base
+        return
     assert height <= math.sqrt(base[0] * base[1] / ratio) + 1e-6 < height + 16
     assert width <= math.sqrt(base[0] * base[1] * ratio) + 1e-6 < width + 16
     shapes = allowed_shapes(run.data.params, run.model)
