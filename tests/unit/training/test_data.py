@@ -1,0 +1,63 @@
+"""What a run trains on when it goes on from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sat_train.checkpoint.find import ResumePoint
+from sat_train.checkpoint.manifest import Manifest
+from sat_train.distributed.processes import start_single_process
+from sat_train.training.data import open_data
+from tests.ranks.encoded_runs import load_run, make_set
+
+
+def point(fingerprint: str, consumed: int, waiting: tuple[int, ...] = ()) -> ResumePoint:
+    manifest = Manifest(
+        step=3,
+        samples_consumed=consumed,
+        samples_waiting=waiting,
+        world_size=1,
+        data_size=1,
+        model_size=1,
+        zero_stage=1,
+        trainable_only=False,
+        config_digest="",
+        data_fingerprint=fingerprint,
+        base_weights=None,
+        versions={},
+        files=(),
+    )
+    return ResumePoint(run_folder=Path("run"), step=3, manifest=manifest)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory):
+    folder = make_set(tmp_path_factory.mktemp("data") / "set", "abc")
+    words = [f"args.train_data=[{folder}]", "args.valid_data=null", "args.eval_interval=null"]
+    buckets = "data.params.buckets={sizes: [[64,64]]}"
+    return load_run([*words, "args.valid_video_interval=null", buckets, "args.batch_size=2"])
+
+
+def test_a_run_goes_on_with_the_next_sample_and_those_that_wait(run, caplog) -> None:
+    grid = start_single_process()
+    new = open_data(run, grid)
+    taken = [next(new.train).sample_indices for _ in range(8)]
+    stopped = open_data(run, grid)
+    steps = 0
+    while not stopped.train.position.waiting:
+        next(stopped.train)
+        steps += 1
+    position = stopped.train.position
+    caplog.clear()
+    saved = point(new.train.fingerprint, position.consumed, position.waiting)
+    resumed = open_data(run, grid, point=saved)
+    assert [next(resumed.train).sample_indices for _ in range(8 - steps)] == taken[steps:]
+    assert "are not those of the checkpoint" not in caplog.text
+
+
+def test_a_run_that_goes_on_over_other_data_says_so(run, caplog) -> None:
+    open_data(run, start_single_process(), point=point("another", 6))
+    assert "the training data are not those of the checkpoint (fingerprint " in caplog.text
+    assert "was another): the run goes on at sample 6 of the new order" in caplog.text
