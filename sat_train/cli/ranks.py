@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
@@ -44,6 +45,7 @@ def run_on_ranks(
         env = RankEnv.read()
         rank = env.rank
         configure_logging(rank=rank)
+        warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other, not who trains
         base, rest = split_command_line(sys.argv[1:] if words is None else words)
         run = load_run_config(base, rest, purpose=purpose)
     except SatTrainError as error:
