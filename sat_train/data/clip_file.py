@@ -6,7 +6,7 @@ import itertools
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -230,6 +230,25 @@ def _video_stream(container: InputContainer) -> VideoStream:
     if stream.width * stream.height > MAX_PIXELS:
         raise BadClip("too large", f"pictures of {stream.width}x{stream.height} pixels")
     return stream
+
+
+def read_headers(
+    path: Path, *, span: Span | None = None, with_turn: bool = False, timeout_s: float | None = None
+) -> ClipInfo:
+    """Opens a clip and reads its headers.
+
+    Args:
+        path: As for `open_clip`.
+        span: Likewise.
+        with_turn: Decode its first frame too, which alone says whether the picture is to be turned.
+        timeout_s: Reading that blocks longer than this fails; None: never.
+
+    Raises:
+        BadClip: It is missing, empty, or no video.
+    """
+    with open_clip(path, span=span, timeout_s=timeout_s) as (container, stream):
+        info = read_info(container, stream)
+        return replace(info, quarter_turns=read_turn(container, stream)) if with_turn else info
 
 
 def read_info(container: InputContainer, stream: VideoStream) -> ClipInfo:

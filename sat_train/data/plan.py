@@ -14,7 +14,7 @@ import numpy as np
 from sat_train.config.shapes import ClipShape
 from sat_train.data.buckets import BucketPlan, choose_bucket, one_bucket
 from sat_train.data.cache.files import FileBook
-from sat_train.data.clip_file import ClipInfo, open_clip, read_info, read_turn
+from sat_train.data.clip_file import ClipInfo, read_headers
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.dataset import usable_part
 from sat_train.data.failures import BadClip, Failure
@@ -195,19 +195,8 @@ def _recall(
 
 
 def look_into(record: ClipRecord, *, with_turn: bool = False, timeout_s: float | None = None) -> ClipInfo:
-    """Reads the headers of a clip.
-
-    Args:
-        record: The clip.
-        with_turn: Decode its first frame too, which alone says whether the picture is to be turned.
-        timeout_s: Reading that blocks longer than this fails; None: never.
-
-    Raises:
-        BadClip: It is missing, empty, or no video.
-    """
-    with open_clip(record.path, span=record.span, timeout_s=timeout_s) as (container, stream):
-        info = read_info(container, stream)
-        return replace(info, quarter_turns=read_turn(container, stream)) if with_turn else info
+    """Reads the headers of a clip; see `read_headers`."""
+    return read_headers(record.path, span=record.span, with_turn=with_turn, timeout_s=timeout_s)
 
 
 def describe_plan(planned: Planned, batch_sizes: Sequence[int], tokens: Sequence[int]) -> str:

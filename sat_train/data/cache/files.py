@@ -6,12 +6,12 @@ import hashlib
 import json
 import secrets
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sat_train.data.cache.key import Origin, digest
-from sat_train.data.clip_file import ClipInfo, Span, open_clip, open_part, read_info, read_turn
+from sat_train.data.clip_file import ClipInfo, Span, open_part, read_headers
 from sat_train.data.failures import BadClip
 from sat_train.data.remote import is_remote, read_state
 from sat_train.files import write_text
@@ -87,10 +87,7 @@ class FileBook:
         stamp, remembered = self.recall_info(path, span, with_turn=with_turn)
         if remembered is not None:
             return remembered
-        with open_clip(path, span=span, timeout_s=self._timeout_s) as (container, stream):
-            info = read_info(container, stream)
-            if with_turn:
-                info = replace(info, quarter_turns=read_turn(container, stream))
+        info = read_headers(path, span=span, with_turn=with_turn, timeout_s=self._timeout_s)
         self.learn_info(path, span, stamp, info)
         return info
 
