@@ -144,10 +144,14 @@ def test_files_are_hashed_once_over_runs(tmp_path, clip, monkeypatch):
     os.utime(clip, ns=(1, 1))
     monkeypatch.setattr("sat_train.data.cache.files._RACY_NS", 0)
     book = FileBook(tmp_path)
-    identity, info = book.origin(clip).identity, book.info(clip)
+    assert book.info(clip).quarter_turns is None
+    identity, info = book.origin(clip).identity, book.info(clip, with_turn=True)
+    assert info.quarter_turns == 0
     book.publish()
     monkeypatch.setattr("sat_train.data.cache.files._hash", lambda *_: pytest.fail("hashed again"))
-    monkeypatch.setattr("sat_train.data.cache.files.open_clip", lambda *_, **__: pytest.fail("opened again"))
+    monkeypatch.setattr(
+        "sat_train.data.cache.files.read_headers", lambda *_, **__: pytest.fail("opened again")
+    )
     again = FileBook(tmp_path)
     assert (again.origin(clip).identity, again.info(clip)) == (identity, info)
 
