@@ -62,12 +62,25 @@ def build_train_batches(
     run: RunConfig, grid: ProcessGrid, dataset: VideoDataset, *, start: DataPosition | None = None
 ) -> OrderedBatches:
     """Builds what says which samples this rank trains on."""
+    return _build_batches(run, grid, dataset, run.args.batch_size, start=start)
+
+
+def _build_batches(
+    run: RunConfig,
+    grid: ProcessGrid,
+    dataset: VideoDataset,
+    batch_size: int,
+    *,
+    start: DataPosition | None = None,
+    stop: int | None = None,
+) -> OrderedBatches:
     return OrderedBatches(
-        batch_sizes(run, run.args.batch_size),
+        batch_sizes(run, batch_size),
         bucket_of=dataset.bucket,
         rank=grid.data_rank,
         num_ranks=grid.data_size,
         start=start,
+        stop=stop,
     )
 
 
@@ -108,7 +121,8 @@ def build_train_dataset(
             remedy="--base ... args.train_data=[my_clips]",
         )
     part = None if run.args.valid_data else _TRAIN
-    planned = _plan(run, grid, _read_sources(run, grid, run.args.train_data, part=part), run_folder, cache)
+    sources = _read_sources(run, grid, run.args.train_data, part=part)
+    planned = _plan(run, grid, sources, run.args.batch_size, run_folder, cache)
     if each_view_once:
         order = _listed_order(run, planned)
     else:
@@ -135,14 +149,9 @@ def build_valid_loader(
     dataset = build_valid_dataset(run, grid, run_folder=run_folder, cache=cache)
     if dataset is None:
         return None
-    batch_size = run.args.eval_batch_size or run.args.batch_size
-    batches = OrderedBatches(
-        batch_sizes(run, batch_size),
-        bucket_of=dataset.bucket,
-        rank=grid.data_rank,
-        num_ranks=grid.data_size,
-        stop=min(len(dataset), run.args.eval_iters * batch_size * grid.data_size),
-    )
+    batch_size = _valid_batch_size(run)
+    stop = min(len(dataset), run.args.eval_iters * batch_size * grid.data_size)
+    batches = _build_batches(run, grid, dataset, batch_size, stop=stop)
     return build_loader(run, grid, dataset, batches, run_folder)
 
 
@@ -163,8 +172,13 @@ def build_valid_dataset(
     if not entries or (not run.args.valid_data and not _shares(run)[_VALID]):
         return None
     part = None if run.args.valid_data else _VALID
-    planned = _plan(run, grid, _read_sources(run, grid, entries, part=part), run_folder, cache)
+    sources = _read_sources(run, grid, entries, part=part)
+    planned = _plan(run, grid, sources, _valid_batch_size(run), run_folder, cache)
     return _build_dataset(run, planned, _listed_order(run, planned), 1, "plain", cache)
+
+
+def _valid_batch_size(run: RunConfig) -> int:
+    return run.args.eval_batch_size or run.args.batch_size
 
 
 def _listed_order(run: RunConfig, planned: Planned) -> GlobalOrder:
@@ -268,6 +282,7 @@ def _plan(
     run: RunConfig,
     grid: ProcessGrid,
     sources: Sequence[ClipSource],
+    batch_size: int,
     run_folder: Path | None,
     cache: OpenCache | None,
 ) -> Planned:
@@ -276,7 +291,6 @@ def _plan(
     Ranks: all.
     """
     fit = build_fit(run)
-
     look = functools.partial(
         look_at,
         book=None if cache is None else cache.book,
@@ -285,13 +299,13 @@ def _plan(
     )
     planned = plan_sources(grid, sources, fit, look)
     for source in planned.sources:
-        _check_not_empty(source, run)
+        _check_not_empty(source, fit)
         others = ", ".join(f"{count} {suffix}" for suffix, count in source.ignored)
         also = f"; not clips: {others}" if others else ""
         log.info("%s: %d clips, fingerprint %s%s", source.name, len(source), source.fingerprint, also)
     if fit.needs_headers:
         tokens = [count_tokens(shape, run.model) for shape in fit.shapes]
-        sizes = [size * grid.data_size for size in batch_sizes(run, run.args.batch_size)]
+        sizes = [size * grid.data_size for size in batch_sizes(run, batch_size)]
         log.info("%s", describe_plan(planned, sizes, tokens))
     if planned.left_out and run_folder is not None and grid.rank == 0:
         write_failures(run_folder / QUARANTINE, planned.left_out, rank=grid.rank)
@@ -309,12 +323,12 @@ def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
     return named
 
 
-def _check_not_empty(source: ClipSource, run: RunConfig) -> None:
+def _check_not_empty(source: ClipSource, fit: Fit) -> None:
     if len(source):
         return
     raise DataError(
         f"{source.name}: no clip is left",
-        expected=f"clips of {run.data.params.max_num_frames} frames at {run.data.params.fps:g} a second",
+        expected=f"clips of {fit.least_frames} frames at {fit.fps:g} a second",
         remedy="lower data.params.max_num_frames, set data.params.short_clip: pad, or change args.split",
     )
 

@@ -24,7 +24,15 @@ from sat_train.data.resize import CropMode, plan_cover_crop
 from sat_train.data.sampler import GlobalOrder, Place
 from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.data.view import View, limited_view
-from sat_train.data.window import ShortClip, Window, WindowMode, count_frames, fit_frames, window_start
+from sat_train.data.window import (
+    SHORT_REMEDY,
+    ShortClip,
+    Window,
+    WindowMode,
+    count_frames,
+    fit_frames,
+    window_start,
+)
 from sat_train.distributed.seeds import derive_seed
 from sat_train.errors import DataError
 
@@ -101,7 +109,7 @@ class VideoDataset(Dataset[Item]):
 
     def shape(self, index: int) -> ClipShape:
         """Returns the shape of a sample."""
-        return self.buckets.shapes[self.bucket(index)]
+        return self.buckets.shape(self.order.place(index))
 
     def record(self, place: Place) -> ClipRecord:
         return self.sources[place.source].clip(place.clip)
@@ -171,7 +179,7 @@ class VideoDataset(Dataset[Item]):
             raise DataError(
                 f"{clip_id} is too short: {error.detail}",
                 expected=f"{num_frames} frames at {self.fps:g} frames a second",
-                remedy="set data.params.short_clip to skip, pad or shrink, or lower max_num_frames",
+                remedy=SHORT_REMEDY,
             ) from None
 
     def view(self, index: int, place: Place) -> View:
@@ -191,12 +199,15 @@ class VideoDataset(Dataset[Item]):
         Raises:
             BadClip: The clip is missing, unreadable, or too short.
         """
+        return self._keys_and_window(index, place)[0]
+
+    def _keys_and_window(self, index: int, place: Place) -> tuple[SampleKeys, Window]:
         assert self.cache is not None, "a data set without a cache has no keys"
         record, view, shape = self.record(place), self.view(index, place), self.shape(index)
         info = self.cache.book.info(record.path, record.span)
         window = self._window(info, record, view, shape.frames)
         size = (shape.height, shape.width)
-        return self.cache.keys(record, self.caption(index, place), window, view, self.crop, size)
+        return self.cache.keys(record, self.caption(index, place), window, view, self.crop, size), window
 
     def _key_of_bad(self, index: int, place: Place) -> SampleKeys | None:
         """Returns where it belongs in the cache that a clip cannot be decoded."""
@@ -208,12 +219,11 @@ class VideoDataset(Dataset[Item]):
     def _find(self, index: int, place: Place, *, pixels: bool) -> VideoSample:
         if self.cache is None:
             return self._sample(index, place)
-        keys, clip_id = self.keys(index, place), self.record(place).clip_id
+        (keys, window), clip_id = self._keys_and_window(index, place), self.record(place).clip_id
         cached = None if pixels else self.cache.read(keys, clip_id)
         if cached is not None:
             view, caption = self.view(index, place), self.caption(index, place)
-            num_shown = self._num_shown(index, place)
-            return VideoSample(None, caption, None, clip_id, index, num_shown, (), view, keys, cached)
+            return VideoSample(None, caption, None, clip_id, index, window.count, (), view, keys, cached)
         sample = replace(self._sample(index, place), keys=keys)
         if self.keys(index, place) != keys:
             raise BadClip("changed", "the file was changed while it was read")
@@ -244,13 +254,6 @@ class VideoDataset(Dataset[Item]):
 
     def _deadline(self) -> float | None:
         return None if self.timeout_s is None else time.monotonic() + self.timeout_s
-
-    def _num_shown(self, index: int, place: Place) -> int:
-        if self.short_clip != "pad":
-            return self.shape(index).frames
-        record, view = self.record(place), self.view(index, place)
-        info = self.cache.book.info(record.path, record.span)
-        return self._window(info, record, view, self.shape(index).frames).count
 
     def _window(self, info: ClipInfo, record: ClipRecord, view: View, num_frames: int) -> Window:
         first, last = usable_part(info, record, self.skip_frms_num)

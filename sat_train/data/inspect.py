@@ -65,7 +65,6 @@ def inspect_clips(
         timeout_s: A clip that takes longer is given up.
         on_clip: Called after each one.
     """
-
     found = look_into_clips(
         records,
         lambda record: _inspect(record, fit, timeout_s),

@@ -7,25 +7,23 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data.buckets import BucketPlan, choose_bucket, one_bucket
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.files import FileBook, read_stamp
 from sat_train.data.clip_file import ClipInfo, read_headers
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.dataset import usable_part
 from sat_train.data.failures import BadClip, Failure
-from sat_train.data.sources.records import ClipRecord, ClipSource
-from sat_train.data.window import ShortClip, WindowMode, count_frames, split_chunks
+from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults
+from sat_train.data.window import SHORT_REMEDY, ShortClip, WindowMode, count_frames, split_chunks
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessGrid
-from sat_train.errors import DataError
-from sat_train.log import get_logger
-
-log = get_logger(__name__)
 
 _PROCESSES = 8  # headers are small and the wait is for the disk
 _SHOWN = 10  # clips in one message
@@ -52,6 +50,11 @@ class Fit:
     window: WindowMode = "random"
     short_clip: ShortClip = "error"
     max_upscale: float = 2.0
+
+    @property
+    def least_frames(self) -> int:
+        """Frames that a clip must give."""
+        return min(shape.frames for shape in self.shapes)
 
     @property
     def needs_turn(self) -> bool:
@@ -173,25 +176,36 @@ def look_at(
     look = functools.partial(look_into, with_turn=with_turn, timeout_s=timeout_s)
     if book is None:
         return look_into_clips(records, look, num_processes=_PROCESSES, timeout_s=timeout_s)
-    found = [_recall(book, record, with_turn) for record in records]
-    missing = [i for i, (_, info) in enumerate(found) if info is None]
+    stamps = _read_stamps(records)
+    found: list[ClipInfo | BadClip | None] = []
+    for record in records:
+        stamp = stamps[record.path]
+        known = stamp
+        if not isinstance(stamp, BadClip):
+            known = book.recall_info(record.path, record.span, stamp, with_turn=with_turn)
+        found.append(known)
+    missing = [i for i, info in enumerate(found) if info is None]
     unknown = [records[i] for i in missing]
     seen = look_into_clips(unknown, look, num_processes=_PROCESSES, timeout_s=timeout_s)
     for i, info in zip(missing, seen, strict=True):
-        stamp = found[i][0]
+        found[i] = info
         if isinstance(info, ClipInfo):
-            book.learn_info(records[i].path, records[i].span, stamp, info)
-        found[i] = (stamp, info)
-    return [info for _, info in found]
+            book.learn_info(records[i].path, records[i].span, stamps[records[i].path], info)
+    return found
 
 
-def _recall(
-    book: FileBook, record: ClipRecord, with_turn: bool
-) -> tuple[tuple[int, ...], ClipInfo | BadClip | None]:
-    try:
-        return book.recall_info(record.path, record.span, with_turn=with_turn)
-    except BadClip as error:
-        return (), error
+def _read_stamps(records: Sequence[ClipRecord]) -> dict[Path, tuple[int, ...] | BadClip]:
+    """Asks about each file once, however many clips lie in it, several at once."""
+
+    def read(path: Path) -> tuple[int, ...] | BadClip:
+        try:
+            return read_stamp(path)
+        except BadClip as error:
+            return error
+
+    paths = list(dict.fromkeys(record.path for record in records))
+    with ThreadPoolExecutor(_PROCESSES) as pool:
+        return dict(zip(paths, pool.map(read, paths), strict=True))
 
 
 def look_into(record: ClipRecord, *, with_turn: bool = False, timeout_s: float | None = None) -> ClipInfo:
@@ -237,16 +251,16 @@ def cut_chunks(record: ClipRecord, info: ClipInfo, fit: Fit, num_frames: int) ->
 
 
 def _check_lengths(clips: Sequence[FittedClip], fit: Fit) -> None:
-    short = [clip for clip in clips if clip.problem is not None and clip.problem.cause == "short"]
-    if not short:
-        return
-    more = f"\n    and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
-    raise DataError(
-        f"{len(short)} of {len(clips)} clips are too short:"
-        + "".join(f"\n    {clip.record.clip_id}: {clip.problem.detail}" for clip in short[:_SHOWN])
-        + more,
-        expected=f"{min(shape.frames for shape in fit.shapes)} frames at {fit.fps:g} frames a second",
-        remedy="set data.params.short_clip to skip, pad or shrink, or lower max_num_frames",
+    short = [
+        f"{clip.record.clip_id}: {clip.problem.detail}"
+        for clip in clips
+        if clip.problem is not None and clip.problem.cause == "short"
+    ]
+    check_faults(
+        short,
+        f"{len(short)} of {len(clips)} clips are too short",
+        expected=f"{fit.least_frames} frames at {fit.fps:g} frames a second",
+        remedy=SHORT_REMEDY,
     )
 
 

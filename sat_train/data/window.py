@@ -15,6 +15,7 @@ from sat_train.data.failures import BadClip
 WindowMode = Literal["head", "center", "random", "uniform", "chunks"]
 ShortClip = Literal["error", "skip", "pad", "shrink"]
 
+SHORT_REMEDY = "set data.params.short_clip to skip, pad or shrink, or lower max_num_frames"
 HEADER_ROUNDING_S = 1.5e-3  # mp4 and mkv give a file's length in milliseconds
 
 

@@ -84,7 +84,8 @@ class FileBook:
         Raises:
             BadClip: It is missing, empty, or no video.
         """
-        stamp, remembered = self.recall_info(path, span, with_turn=with_turn)
+        stamp = read_stamp(path)
+        remembered = self.recall_info(path, span, stamp, with_turn=with_turn)
         if remembered is not None:
             return remembered
         info = read_headers(path, span=span, with_turn=with_turn, timeout_s=self._timeout_s)
@@ -92,17 +93,12 @@ class FileBook:
         return info
 
     def recall_info(
-        self, path: Path, span: Span | None, *, with_turn: bool = False
-    ) -> tuple[tuple[int, ...], ClipInfo | None]:
-        """Returns the state of a file, and the headers of a clip where they are known without opening it.
-
-        Raises:
-            BadClip: It is missing or cannot be asked about.
-        """
-        stamp = read_stamp(path)
+        self, path: Path, span: Span | None, stamp: tuple[int, ...], *, with_turn: bool = False
+    ) -> ClipInfo | None:
+        """Returns the headers of a clip whose file has this state; None where it must be opened for them."""
         known = self._lookup(path, span, stamp)
         info = known and known.info
-        return stamp, None if info and with_turn and info.quarter_turns is None else info
+        return None if info and with_turn and info.quarter_turns is None else info
 
     def learn_info(self, path: Path, span: Span | None, stamp: tuple[int, ...], info: ClipInfo) -> None:
         """Remembers the headers of a clip that were read after its file had this state."""

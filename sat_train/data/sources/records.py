@@ -116,13 +116,19 @@ def clean_caption(text: str, place: str) -> str:
     return caption
 
 
-def check_faults(faults: Sequence[str], problem: str) -> None:
+def check_faults(
+    faults: Sequence[str],
+    problem: str,
+    *,
+    expected: str = "one caption in UTF-8 for each clip",
+    remedy: str = "write the captions, or move these clips away",
+) -> None:
     """Raises one error for all the faults of a source, the first ten of them named."""
     if not faults:
         return
     more = f"\n    and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     raise DataError(
         problem + ":" + "".join(f"\n    {fault}" for fault in faults[:_SHOWN]) + more,
-        expected="one caption in UTF-8 for each clip",
-        remedy="write the captions, or move these clips away",
+        expected=expected,
+        remedy=remedy,
     )

@@ -221,9 +221,11 @@ def test_a_budget_of_tokens_gives_small_shapes_large_batches(grid, folder):
     assert len(sizes) > 1
 
 
-def test_validation_sees_each_clip_once_in_its_own_shape(grid, folder):
-    run = config(folder, f"args.valid_data=[{folder}]", "args.eval_iters=50", "args.eval_batch_size=2")
-    loader = build_valid_loader(run, grid)
+def test_validation_sees_each_clip_once_in_its_own_shape(grid, folder, caplog):
+    run = config(folder, f"args.valid_data=[{folder}]", "args.eval_iters=50", "args.eval_batch_size=3")
+    with caplog.at_level("INFO", logger="sat_train"):
+        loader = build_valid_loader(run, grid)
+    assert "6 clips, 3 in a micro-batch" in caplog.text
     for _ in range(2):
         seen = [index for batch in loader for index in batch.sample_indices]
         assert sorted(index for index in seen if index < loader.num_samples) == list(range(16))

@@ -20,7 +20,7 @@ from sat_train.data.cache.shards import About
 from sat_train.data.clip_file import open_clip, open_part
 from sat_train.data.failures import BadClip
 from sat_train.data.inspect import inspect_clips
-from sat_train.data.plan import Fit
+from sat_train.data.plan import Fit, look_at
 from sat_train.data.remote import make_path
 from sat_train.data.sources.archive_index import index_archives
 from sat_train.data.sources.read import read_source
@@ -375,6 +375,16 @@ def test_remote_clips_are_inspected(tmp_path, clip, web):
         (c.info, c.content_key, c.thumbnail) for c in local
     ]
     assert remote[0].problem is None
+
+
+def test_an_archive_is_asked_about_once_for_all_its_clips(tmp_path, clip, web):
+    web.files = {"a.tar": packed(members(clip, "a", "b", "c"))}
+    records = read_source(f"{web.url}/a.tar").records
+    book = FileBook(tmp_path / "cache")
+    first = look_at(records, book, with_turn=False, timeout_s=60)
+    web.requests.clear()
+    assert look_at(records, book, with_turn=False, timeout_s=60) == first
+    assert [method for method, _, _ in web.requests] == ["HEAD"]
 
 
 def test_a_part_of_a_remote_file_is_a_file(web):
