@@ -5,7 +5,29 @@ What only this project can cause is an `assert` instead. `sat_train.cli` alone t
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
+
+_LAYOUT = "\n\t"
+
+
+def printable(text: str) -> str:
+    """Returns a text that is safe to show: control characters, which a terminal would obey, are escaped.
+
+    Line breaks, tabs and spaces of all scripts stay. Lone surrogates, which no stream can encode, are escaped
+    too, and so are the marks that turn the direction of writing, which make a name look like another one.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(character if _is_harmless(character) else _escaped(character) for character in text)
+
+
+def _is_harmless(character: str) -> bool:
+    return character.isprintable() or character in _LAYOUT or unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class SatTrainError(Exception):
@@ -29,7 +51,7 @@ class SatTrainError(Exception):
             lines.append(f"  expected: {expected}")
         if remedy:
             lines.append(f"  remedy:   {remedy}")
-        super().__init__("\n".join(lines))
+        super().__init__(printable("\n".join(lines)))
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,115 @@
-"""Files that are complete or absent: written beside, hashed on the way, synced, renamed."""
+"""One way to read a file and one way to write it.
+
+Reading: regular files only, with a cap, so that a FIFO, a device or a sparse file in somebody's folder
+neither blocks the program nor fills its memory. Writing: under a new name beside, hashed on the way, synced,
+renamed, so that a file is complete or absent and a link at its place is replaced, never followed.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
+
+from sat_train.errors import SatTrainError
 
 _CHUNK_BYTES = 16 * 1024 * 1024
+PART_SUFFIX = ".part"  # a file being written; one that a kill left behind may be deleted
+
+
+class NotRegular(OSError):
+    """A path that should be a regular file is a FIFO, a device, a socket or a folder."""
+
+
+class TooLarge(OSError):
+    """A file is larger than anything that belongs there."""
+
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Opens a regular file for reading, without ever waiting for anybody.
+
+    A link at `path` is followed: whether links may be followed is for the caller to say.
+
+    Raises:
+        NotRegular: It is a FIFO, a device, a socket or a folder.
+        OSError: It cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotRegular(errno.EINVAL, "is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path | str, *, limit: int) -> bytes:
+    """Reads a whole regular file.
+
+    Args:
+        limit: Bytes; a larger file is refused before any of it is read.
+
+    Raises:
+        NotRegular: It is not a regular file.
+        TooLarge: It has more than `limit` bytes.
+        OSError: It cannot be read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(content) > limit:  # a file of /proc has no size, and a living one may grow
+        raise TooLarge(errno.EFBIG, f"has more than {limit:,} bytes", str(path))
+    return content
+
+
+def read_text(path: Path | str, *, limit: int) -> str:
+    """Reads a whole UTF-8 text file as `read_bytes` does; line ends become `\\n`.
+
+    Raises:
+        UnicodeDecodeError: It is not UTF-8.
+        OSError: As `read_bytes`.
+    """
+    return read_bytes(path, limit=limit).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+@contextmanager
+def reading(
+    path: Path | str, *, error: type[SatTrainError], expected: str = "", remedy: str = ""
+) -> Iterator[None]:
+    """Turns whatever a library raises while it reads a foreign file into an error that names the file.
+
+    Parsers fail in as many ways as there are broken files (RecursionError, IndexError, UnpicklingError, ...),
+    so the boundary is the file, not a list of exceptions.
+
+    Args:
+        error: What is raised instead.
+        expected: What the file should have been.
+        remedy: What to do now.
+
+    Raises:
+        SatTrainError: `error`, or the one that was raised inside, unchanged.
+    """
+    try:
+        yield
+    except SatTrainError:
+        raise
+    except Exception as problem:
+        raise error(f"{path}: {_reason(problem)}", expected=expected, remedy=remedy) from problem
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror
+    text = " ".join(str(problem).split())
+    return f"{type(problem).__name__}: {text[:200]}" if text else type(problem).__name__
 
 
 @dataclass(frozen=True)
@@ -77,9 +177,9 @@ def write_file(path: Path, write: Callable[[HashingFile], None]) -> FileRecord:
     Raises:
         OSError: Disk full, no permission, I/O error. Nothing is left behind.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
     try:
-        with open(part, "wb", buffering=_CHUNK_BYTES) as raw:
+        with os.fdopen(os.open(part, _NEW_FILE, 0o666), "wb", buffering=_CHUNK_BYTES) as raw:
             file = HashingFile(raw)
             write(file)
             sha256 = file.finish()
@@ -111,9 +211,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Returns the SHA-256 of a file's contents, read in chunks."""
+    """Returns the SHA-256 of a regular file's contents, read in chunks."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -5,7 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 
+from sat_train.errors import printable
+
 _ROOT = "sat_train"
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats records; what a stranger's file put into them cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -22,7 +31,7 @@ def configure_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(levelname).1s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(PrintableFormatter(f"%(asctime)s {prefix}%(levelname).1s %(message)s", "%H:%M:%S"))
     root = logging.getLogger(_ROOT)
     root.handlers[:] = [handler]
     root.setLevel(level if rank == 0 else max(level, logging.WARNING))
