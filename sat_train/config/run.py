@@ -30,6 +30,7 @@ _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
         "wandb",
         "wandb_project_name",
         "resume",
+        "load_base",
         "num_workers",
         "prefetch_factor",
         "distributed_timeout_minutes",

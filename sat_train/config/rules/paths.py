@@ -59,8 +59,8 @@ def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:
         for name in ("train_data", "valid_data"):
             for index, path in enumerate(getattr(args, name) or ()):
                 yield f"args.{name}.{index}", path
-    if args.load is not None and draft.purpose != "precompute":
-        yield "args.load", args.load
+    if draft.purpose != "precompute":
+        yield from _weight_paths(draft)
     if args.resume not in _RESUME_WORDS:
         yield "args.resume", args.resume
     for name in ("input_file", "image"):
@@ -71,6 +71,17 @@ def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:
     encoder = draft.model.conditioner_config.params.emb_models[0].params
     yield "model.conditioner_config.params.emb_models.0.params.model_dir", encoder.model_dir
     yield "model.first_stage_config.params.ckpt_path", draft.model.first_stage_config.params.ckpt_path
+
+
+def _weight_paths(draft: Draft) -> Iterator[tuple[str, str]]:
+    """Yields the paths of the transformer's weights; a run that resumes has its adapters already."""
+    args = draft.args
+    if args.load is not None and (args.load_base is None or draft.purpose == "sample"):
+        yield "args.load", args.load
+    if args.load_base is not None:
+        yield "args.load_base", args.load_base
+    if args.load_lora is not None and args.resume == "none":
+        yield "args.load_lora", args.load_lora
 
 
 RULES = (needed_paths_exist,)

@@ -141,6 +141,16 @@ def finetune_has_weights(draft: Draft) -> Iterator[Fault]:
         yield draft.fault("args.load", None, f"weights to start from{remedy}")
 
 
+@rule("args.load_lora", "args.lora_strength", "args.load")
+def lora_has_a_base(draft: Draft) -> Iterator[Fault]:
+    args = draft.args
+    if args.load_lora is not None and args.load is None:
+        yield draft.fault("args.load", None, "the weights that the adapters of args.load_lora stand on")
+    if args.load_lora is None and args.lora_strength != 1.0:
+        expected = "1, or args.load_lora beside it: it is a factor on the adapters of that file"
+        yield draft.fault("args.lora_strength", args.lora_strength, expected)
+
+
 @rule("data", "args.train_data")
 def data_is_given(draft: Draft) -> Iterator[Fault]:
     if draft.purpose in ("train", "precompute") and draft.data is None:
@@ -189,6 +199,7 @@ RULES = (
     one_weight_a_source,
     mode_fits_purpose,
     finetune_has_weights,
+    lora_has_a_base,
     data_is_given,
     cache_has_a_folder,
     there_is_a_prompt,

@@ -86,6 +86,21 @@ class ArgsConfig(Record):
         None,
         description="Weights to start from: a SAT folder or file, safetensors, or a diffusers folder.",
     )
+    load_base: Text | None = Field(
+        None,
+        description="Where the base weights of the LoRA run in `load` or `resume` lie now, when they have "
+        "moved; compared by hash.",
+    )
+    load_lora: Text | None = Field(
+        None,
+        description="LoRA adapters to start from or to sample with, on top of `load`: a file or folder of "
+        "ours, of diffusers, PEFT or kohya.",
+    )
+    lora_strength: float = Field(
+        1.0,
+        allow_inf_nan=False,
+        description="Factor on the adapters of `load_lora`; 1 is as they were trained.",
+    )
     resume: Text = Field(
         "none",
         description="auto: go on in the newest run of this name, or start. must: go on. none. A path.",
