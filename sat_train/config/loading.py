@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from sat_train.config.aliases import fold_aliases, get_value
+from sat_train.config.demo import drop_demo
 from sat_train.config.layers import (
     DEFAULT,
     EMBEDDED,
@@ -29,6 +30,7 @@ from sat_train.config.run import RunConfig, Sections
 from sat_train.config.run_model import use_model_of_run
 from sat_train.config.schema.record import Record
 from sat_train.config.validation import validate
+from sat_train.config.weights_folder import fill_frozen_models
 from sat_train.errors import ConfigError, Fault
 
 
@@ -60,7 +62,9 @@ def load_run_config(
     merged = merge_layers(layers)
     resolve_references(merged, faults)
     fold_aliases(merged, faults)
+    drop_demo(merged)
     merged.tree = expand_assets(merged.tree)
+    fill_frozen_models(merged)
     sections = validate(merged, _embedded_tree, faults)
     if sections is None:
         raise ConfigError(faults)

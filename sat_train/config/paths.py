@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+
+from sat_train.patterns import expand_braces
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ASSETS = PACKAGE / "assets"
 _PREFIX = "asset:"
+_PLACEHOLDER = re.compile(r"\{.+\}")
 
 
 def find_config(path: str | Path) -> Path | None:
@@ -40,3 +44,11 @@ def shorten_assets(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(f"{ASSETS}/"):
         return _PREFIX + value[len(str(ASSETS)) + 1 :]
     return value
+
+
+def is_placeholder(path: str) -> bool:
+    """Tells whether a preset leaves this path to the person, as in `{folder of CogVideoX-5b}/transformer`.
+
+    `{000..099}` and `{a,b}` are not such braces: they stand for several files.
+    """
+    return any(_PLACEHOLDER.search(name) for name in expand_braces(path))

@@ -40,6 +40,8 @@ _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
     ]
 )
 
+_SPLIT_WITH_VALIDATION = "95,5,0"
+
 
 class Sections(Record):
     """The four sections of the merged files."""
@@ -78,6 +80,11 @@ class RunConfig:
         }
         shortened: dict[str, Any] = shorten_assets(sections)
         return shortened
+
+    def data_shares(self) -> tuple[float, ...]:
+        """Returns the shares of `args.train_data` for training, validation and test: `args.split`."""
+        split = self.args.split or (_SPLIT_WITH_VALIDATION if self.args.eval_interval else "1,0,0")
+        return tuple(float(share) for share in split.split(","))
 
     def digest(self) -> str:
         """Returns the sha256, in hex, of every value that can change the numbers of a run."""

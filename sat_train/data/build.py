@@ -169,7 +169,7 @@ def build_valid_dataset(
     Ranks: all.
     """
     entries = run.args.valid_data or run.args.train_data
-    if not entries or (not run.args.valid_data and not _shares(run)[_VALID]):
+    if not entries or (not run.args.valid_data and not run.data_shares()[_VALID]):
         return None
     part = None if run.args.valid_data else _VALID
     sources = _read_sources(run, grid, entries, part=part)
@@ -270,7 +270,7 @@ def _read_sources(
         try:
             sources = [read_source(entry) for entry in entries]
             if part is not None:
-                sources = [split_source(source, _shares(run), part) for source in sources]
+                sources = [split_source(source, run.data_shares(), part) for source in sources]
             sources = _name_apart(sources)
         except DataError as caught:
             error = caught
@@ -331,10 +331,6 @@ def _check_not_empty(source: ClipSource, fit: Fit) -> None:
         expected=f"clips of {fit.least_frames} frames at {fit.fps:g} a second",
         remedy="lower data.params.max_num_frames, set data.params.short_clip: pad, or change args.split",
     )
-
-
-def _shares(run: RunConfig) -> list[float]:
-    return [float(share) for share in run.args.split.split(",")]
 
 
 def _fingerprint(sources: Sequence[ClipSource]) -> str:

@@ -6,22 +6,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from sat_train.config.paths import is_placeholder
 from sat_train.config.rules.rule import Draft, rule
+from sat_train.config.weights_folder import AUTOENCODER, TEXT_ENCODER
 from sat_train.errors import Fault
 from sat_train.patterns import expand_braces, find_local
 
-_PLACEHOLDER = re.compile(r"\{.+\}")
 _HUB_NAME = re.compile(r"^[\w-]+/[\w.-]+$")
 _RESUME_WORDS = ("auto", "must", "none")
 _DATA = ("args.train_data.", "args.valid_data.")
-
-
-def is_placeholder(path: str) -> bool:
-    """Tells whether a preset leaves this path to the person, as in `{folder of CogVideoX-5b}/transformer`.
-
-    `{000..099}` and `{a,b}` are not such braces: they stand for several files.
-    """
-    return any(_PLACEHOLDER.search(name) for name in expand_braces(path))
 
 
 def placeholders(draft: Draft) -> list[str]:
@@ -33,14 +26,28 @@ def placeholders(draft: Draft) -> list[str]:
 def needed_paths_exist(draft: Draft) -> Iterator[Fault]:
     for key, path in _needed_paths(draft):
         if is_placeholder(path):
-            if draft.purpose != "check":
-                yield draft.fault(key, path, "a path in place of the part in braces")
+            if draft.purpose != "check" and not _follows_from_load(draft, key):
+                yield draft.fault(key, path, _wanted_in_place_of_braces(draft, key))
         elif key.startswith(_DATA):
             absent = _absent(path)
             if absent is not None:
                 yield draft.fault(key, absent, "a file or folder that exists")
         elif not Path(path).exists() and not (key.endswith("model_dir") and _HUB_NAME.match(path)):
             yield draft.fault(key, path, "a file or folder that exists")
+
+
+def _follows_from_load(draft: Draft, key: str) -> bool:
+    """Tells whether a folder for `args.load`, which is missing too, is all that this key needs."""
+    load_is_missing = draft.args.load is not None and is_placeholder(draft.args.load)
+    return key in (TEXT_ENCODER, AUTOENCODER) and load_is_missing and draft.purpose != "precompute"
+
+
+def _wanted_in_place_of_braces(draft: Draft, key: str) -> str:
+    if key == "args.load":
+        return "the diffusers folder of these weights: text encoder and autoencoder are taken from it too"
+    if key in (TEXT_ENCODER, AUTOENCODER):
+        return f"a path in place of the braces, since args.load = {draft.args.load} is no diffusers folder"
+    return "a path in place of the part in braces"
 
 
 def _absent(entry: str) -> str | None:
@@ -69,8 +76,8 @@ def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:
     if draft.data is not None and draft.data.cache == "require" and draft.purpose == "train":
         return  # neither the text encoder nor the autoencoder need be on this machine
     encoder = draft.model.conditioner_config.params.emb_models[0].params
-    yield "model.conditioner_config.params.emb_models.0.params.model_dir", encoder.model_dir
-    yield "model.first_stage_config.params.ckpt_path", draft.model.first_stage_config.params.ckpt_path
+    yield TEXT_ENCODER, encoder.model_dir
+    yield AUTOENCODER, draft.model.first_stage_config.params.ckpt_path
 
 
 def _weight_paths(draft: Draft) -> Iterator[tuple[str, str]]:

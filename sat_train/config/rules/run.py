@@ -99,6 +99,8 @@ def videos_at_validations(draft: Draft) -> Iterator[Fault]:
 
 @rule("args.split", "args.valid_data", "args.eval_interval")
 def shares_of_the_data(draft: Draft) -> Iterator[Fault]:
+    if draft.args.split is None:
+        return
     shares = draft.args.split.split(",")
     if len(shares) != 3 or not all(share.strip().replace(".", "", 1).isdigit() for share in shares):
         yield draft.fault(

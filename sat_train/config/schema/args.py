@@ -124,7 +124,9 @@ class ArgsConfig(Record):
     eval_batch_size: int | None = Field(
         None, ge=1, description="Samples of one rank in a validation batch; null: `batch_size`."
     )
-    valid_prompts: Texts = Field((), description="Prompts that validation draws as videos.")
+    valid_prompts: Texts = Field(
+        (), description="Prompts of the validation videos; none: captions of the validation clips."
+    )
     valid_video_interval: int | None = Field(
         None, ge=1, description="Steps between validation videos; null: no videos."
     )
@@ -135,9 +137,10 @@ class ArgsConfig(Record):
     )
     train_data_weights: Floats | None = Field(None, description="One weight for each entry of `train_data`.")
     valid_data: Texts | None = Field(None, description="Validation data, likewise.")
-    split: Text = Field(
-        "1,0,0",
-        description="Shares of `train_data` for training, validation, test, when `valid_data` is not given.",
+    split: Text | None = Field(
+        None,
+        description="Shares of `train_data` for training, validation, test, when `valid_data` is not given. "
+        "null: 95,5,0 where `eval_interval` is set, else all of it trains.",
     )
     num_workers: int = Field(
         1, ge=0, description="Decoding processes of one rank; 0 decodes in the training process."

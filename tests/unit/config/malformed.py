@@ -223,7 +223,12 @@ CASES = [
     Case("no weights", "args: {load: null}", "args.load", "mode: pretrain starts from random weights"),
     Case("inference mode", "args: {mode: inference}", "args.mode", "finetune or pretrain"),
     Case("no data", "args: {train_data: null}", "args.train_data", "at least one folder or manifest"),
-    Case("no validation data", "args: {valid_data: null}", "args.valid_data", "a share for it in args.split"),
+    Case(
+        "no validation data",
+        "args: {valid_data: null, split: '1,0,0'}",
+        "args.valid_data",
+        "a share for it in args.split",
+    ),
     Case("split", "args: {split: half}", "args.split", "three numbers"),
     Case(
         "data weights",

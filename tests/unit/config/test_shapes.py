@@ -11,7 +11,7 @@ from sat_train.errors import ConfigError
 
 def load(*words: str, model: str = "cogvideox_5b"):
     return load_run_config(
-        [f"configs/model/{model}.yaml", "configs/sft.yaml"], list(words), check_paths=False
+        [f"configs/model/{model}.yaml", "configs/sft.yaml"], list(words), purpose="check", check_paths=False
     )
 
 
@@ -31,7 +31,10 @@ def test_an_aspect_without_quotes_is_read_as_it_is_written(tmp_path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("data: {params: {buckets: {aspects: [16:9, 9:16, 1:1, 4:3, 21:9]}}}")
     run = load_run_config(
-        ["configs/model/cogvideox_5b.yaml", "configs/sft.yaml", path], [], check_paths=False
+        ["configs/model/cogvideox_5b.yaml", "configs/sft.yaml", path],
+        [],
+        purpose="check",
+        check_paths=False,
     )
     assert run.data.params.buckets.aspects == ("16:9", "9:16", "1:1", "4:3", "21:9")
 

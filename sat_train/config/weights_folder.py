@@ -1,0 +1,58 @@
+"""One folder of weights is enough: text encoder, tokenizer and autoencoder lie beside the transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sat_train.config.aliases import get_value
+from sat_train.config.layers import Merged, merge_layers, read_layers
+from sat_train.config.paths import is_placeholder
+from sat_train.config.run_model import find_resolved
+
+TEXT_ENCODER = "model.conditioner_config.params.emb_models.0.params.model_dir"
+AUTOENCODER = "model.first_stage_config.params.ckpt_path"
+_FOUND = "found beside args.load"
+
+
+def fill_frozen_models(merged: Merged) -> None:
+    """Fills in where text encoder and autoencoder are, if a preset has left it to the person.
+
+    With `args.load` a diffusers folder (or its `transformer/`) they lie in that folder; with a run directory
+    they are the ones that run was trained with. A path that somebody has given is never changed.
+
+    Args:
+        merged: Changed in place, before it is validated.
+    """
+    load = get_value(merged.tree, "args.load")
+    if not isinstance(load, str) or is_placeholder(load):
+        return
+    found = _beside(Path(load).expanduser()) or _of_run(load)
+    for key, path in found.items():
+        standing = get_value(merged.tree, key)
+        if isinstance(path, str) and isinstance(standing, str) and is_placeholder(standing):
+            _set(merged.tree, key.split("."), path)
+            merged.sources[key] = _FOUND
+
+
+def _beside(load: Path) -> dict[str, Any]:
+    """Returns the parts of a diffusers folder; nothing where `args.load` is none."""
+    folders = [folder for folder in (load, load.parent) if (folder / "transformer").is_dir()]
+    if not folders or (folders[0] != load and load.name != "transformer"):
+        return {}
+    return {TEXT_ENCODER: str(folders[0]), AUTOENCODER: str(folders[0] / "vae")}
+
+
+def _of_run(load: str) -> dict[str, Any]:
+    """Returns the parts that a run was trained with; nothing where `args.load` is no run directory."""
+    path = find_resolved(load)
+    if path is None:
+        return {}
+    tree = merge_layers(read_layers([path], [], [])).tree
+    return {key: get_value(tree, key) for key in (TEXT_ENCODER, AUTOENCODER)}
+
+
+def _set(tree: Any, parts: list[str], value: str) -> None:
+    for part in parts[:-1]:
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    tree[parts[-1]] = value
