@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM = false
 	touch $@
 
 demo: .venv/.installed   ## install, fine-tune the embedded tiny model on real video files, sample from it
-	OMP_NUM_THREADS=$$(nproc) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/demo.py
+	OMP_NUM_THREADS=$$(nproc --all) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/demo.py
 
 test: .venv/.installed-test   ## every test that needs no GPU
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile -q

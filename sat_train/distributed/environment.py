@@ -11,8 +11,10 @@ from sat_train.errors import LaunchError
 
 _LOOPBACK = "127.0.0.1"
 _DEFAULT_PORT = 29500
-# first port, count: the job number picks one, so that two jobs on a machine do not meet
-_SLURM_PORTS = (20000, 20000)
+# First port and count, below those that the system hands out by itself. The numbers of job and step pick one,
+# so that two jobs on a machine do not meet.
+_SLURM_PORTS = (20000, 10000)
+_STEP_STRIDE = 97
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,31 @@ def _check_range(name: str, value: int, size: int) -> None:
 
 
 def _integer(variables: Mapping[str, str], name: str) -> int:
-    try:
-        return int(variables[name])
-    except ValueError:
-        raise LaunchError(f"{name}={variables[name]!r}", expected="an integer") from None
+    if not re.fullmatch(r"[0-9]{1,10}", variables[name].strip()):
+        raise LaunchError(f"{name}={_short(variables[name])}", expected="an integer of at most ten digits")
+    return int(variables[name])
+
+
+def _port(variables: Mapping[str, str]) -> int:
+    port = _integer(variables, "MASTER_PORT")
+    if not 1 <= port <= 65535:
+        raise LaunchError(f"MASTER_PORT={port}", expected="a port from 1 to 65535")
+    return port
+
+
+def _host(variables: Mapping[str, str]) -> str:
+    host = variables["MASTER_ADDR"].strip()
+    if not re.fullmatch(r"[\w.:%-]{1,255}", host, flags=re.ASCII):
+        raise LaunchError(f"MASTER_ADDR={_short(host)}", expected="a host name or address")
+    return host
+
+
+def _short(value: str) -> str:
+    return repr(value if len(value) <= 60 else value[:60] + "...")
 
 
 def _require(variables: Mapping[str, str], launcher: str, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if name not in variables]
+    missing = [name for name in names if not variables.get(name, "").strip()]
     if missing:
         raise LaunchError(
             f"{launcher} variables are incomplete: {', '.join(missing)} not set",
@@ -114,8 +133,8 @@ def _read_torchrun(variables: Mapping[str, str]) -> RankEnv:
         local_rank=_integer(variables, "LOCAL_RANK"),
         world_size=_integer(variables, "WORLD_SIZE"),
         local_world_size=_integer(variables, local_size),
-        master_addr=variables["MASTER_ADDR"],
-        master_port=_integer(variables, "MASTER_PORT"),
+        master_addr=_host(variables),
+        master_port=_port(variables),
         launcher="torchrun",
     )
 
@@ -137,8 +156,8 @@ def _read_openmpi(variables: Mapping[str, str]) -> RankEnv:
         local_rank=_integer(variables, prefix + "LOCAL_RANK"),
         world_size=world_size,
         local_world_size=local_world_size,
-        master_addr=variables.get("MASTER_ADDR", _LOOPBACK),
-        master_port=_integer(variables, "MASTER_PORT") if "MASTER_PORT" in variables else _DEFAULT_PORT,
+        master_addr=_host(variables) if "MASTER_ADDR" in variables else _LOOPBACK,
+        master_port=_port(variables) if "MASTER_PORT" in variables else _DEFAULT_PORT,
         launcher="openmpi",
     )
 
@@ -151,30 +170,36 @@ def _read_slurm(variables: Mapping[str, str]) -> RankEnv:
         "SLURM_STEP_NUM_TASKS",
         "SLURM_STEP_TASKS_PER_NODE",
     )
-    _require(variables, "SLURM", (*names, "SLURM_STEP_NODELIST", "SLURM_JOB_ID"))
+    _require(variables, "SLURM", (*names, "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID"))
     tasks_per_node = _expand_tasks(variables["SLURM_STEP_TASKS_PER_NODE"])
     node = _integer(variables, "SLURM_NODEID")
     _check_range("SLURM_NODEID", node, len(tasks_per_node))
-    first_port, ports = _SLURM_PORTS
-    job_port = first_port + _integer(variables, "SLURM_JOB_ID") % ports
     return RankEnv(
         rank=_integer(variables, "SLURM_PROCID"),
         local_rank=_integer(variables, "SLURM_LOCALID"),
         world_size=_integer(variables, "SLURM_STEP_NUM_TASKS"),
         local_world_size=tasks_per_node[node],
-        master_addr=variables.get("MASTER_ADDR") or _first_host(variables["SLURM_STEP_NODELIST"]),
-        master_port=_integer(variables, "MASTER_PORT") if "MASTER_PORT" in variables else job_port,
+        master_addr=_host(variables)
+        if variables.get("MASTER_ADDR")
+        else _first_host(variables["SLURM_STEP_NODELIST"]),
+        master_port=_port(variables) if "MASTER_PORT" in variables else _slurm_port(variables),
         launcher="slurm",
     )
+
+
+def _slurm_port(variables: Mapping[str, str]) -> int:
+    first, count = _SLURM_PORTS
+    job, step = _integer(variables, "SLURM_JOB_ID"), _integer(variables, "SLURM_STEP_ID")
+    return first + (job + _STEP_STRIDE * step) % count
 
 
 def _expand_tasks(text: str) -> list[int]:
     """`2(x3),1` -> `[2, 2, 2, 1]`, SLURM's tasks of each machine."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part.strip())
         if match is None:
-            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={text!r}", expected="a list such as 8(x4),2")
+            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={_short(text)}", expected="a list such as 8(x4),2")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -183,7 +208,7 @@ def _first_host(nodelist: str) -> str:
     """`gpu[03-07,9],big1` -> `gpu03`, the first machine of a SLURM node list."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodelist)
     if match is None:
-        raise LaunchError(f"SLURM_STEP_NODELIST={nodelist!r}", expected="a list such as gpu[03-07]")
+        raise LaunchError(f"SLURM_STEP_NODELIST={_short(nodelist)}", expected="a list such as gpu[03-07]")
     return match[1] + (match[2] or "") + match[3]
 
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 import sat_train.distributed.sat_packages  # noqa: F401
 from sat_train.distributed.environment import RankEnv
@@ -161,8 +162,19 @@ def _prepare_deepspeed(env: RankEnv, device: torch.device) -> None:
 
 def _join(env: RankEnv, backend: str, timeout: timedelta) -> dist.Store:
     store = dist.HashStore() if env.world_size == 1 else _meet(env, timeout)
+    _default_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
     return store
+
+
+def _default_timeout(timeout: timedelta) -> None:
+    """Gives the timeout to every group made from now on, also by libraries, which name none.
+
+    SAT's groups and DeepSpeed's clone of the world, which carries most of the traffic, would otherwise keep
+    torch's own: 10 minutes with NCCL, 30 with gloo, whatever the run asks for.
+    """
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def _meet(env: RankEnv, timeout: timedelta) -> dist.Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimize
 
     # on the CPU it would compile a collective of its own at start, which gloo has already
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    keep_deepspeed_from_nvml(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     engine, _, _, _ = deepspeed.initialize(
         model=dit.to(grid.device),
         optimizer=optimizer,
@@ -40,6 +42,20 @@ def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimize
         dist_init_required=False,
     )
     return engine
+
+
+def keep_deepspeed_from_nvml(visible_devices: str) -> None:
+    """Makes DeepSpeed ask torch for free memory where GPUs are named by UUID, as MIG, PBS and Kubernetes do.
+
+    With pynvml installed it would read each name as a number, and end in ZeRO's constructor.
+
+    Args:
+        visible_devices: `CUDA_VISIBLE_DEVICES`; empty when unset.
+    """
+    if visible_devices and not all(name.strip().isdecimal() for name in visible_devices.split(",")):
+        from deepspeed.accelerator import cuda_accelerator
+
+        cuda_accelerator.pynvml = None
 
 
 def check_combination(run: RunConfig, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+TIMEOUT_MINUTES = 2  # of collectives; neither gloo's own default nor NCCL's
 _GRACE_S = 5  # how long the others may take to fail too once one rank has failed
 
 
@@ -30,7 +31,10 @@ def _serve(connection: Connection) -> None:
         try:
             env = RankEnv(rank, rank, world_size, world_size, "127.0.0.1", port, "torchrun")
             grid = start_processes(
-                env, device="cpu", model_parallel_size=model_parallel_size, timeout_minutes=2
+                env,
+                device="cpu",
+                model_parallel_size=model_parallel_size,
+                timeout_minutes=TIMEOUT_MINUTES,
             )
             connection.send((True, function(grid, *args)))
         except BaseException:

@@ -25,7 +25,10 @@ class Finished:
 
 
 def environment() -> dict[str, str]:
-    """Returns this environment without anything a launcher or an outer test run set."""
+    """Returns this environment without anything a launcher or an outer test run set.
+
+    `tests/conftest.py` has hidden CUDA in it, unless the GPU tests run.
+    """
     launcher = (
         "RANK",
         "WORLD_SIZE",

@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from sat_train.config.schema.encoders import VideoVAEParams
+from sat_train.log import get_logger
 from sat_train.models.vae.tiling import Tiling
 from sat_train.models.vae.video_vae import VideoVAE
+
+log = get_logger(__name__)
+
+_CUDNN_WITH_HALF_CONV3D = 91500
 
 
 def build_vae(
@@ -31,6 +36,7 @@ def build_vae(
     Returns:
         The VAE.
     """
+    warn_of_slow_conv3d(torch.device(device), dtype)
     coder = params.encoder_config.params  # the decoder's numbers are the same: a rule of the configuration
     with torch.device("meta"):
         vae = VideoVAE(
@@ -52,3 +58,19 @@ def build_vae(
     vae = vae.to(dtype=dtype)
     vae = vae.to_empty(device=device) if state_dict is None else vae.to(device)
     return vae.eval().requires_grad_(False)
+
+
+def warn_of_slow_conv3d(device: torch.device, dtype: torch.dtype) -> None:
+    """Warns where PyTorch computes 3D convolutions in half precision without cuDNN.
+
+    They then take up to 20 times the time and three times the memory. PyTorch 2.10 brings cuDNN 9.10.
+
+    Source: pytorch/pytorch issue 166643.
+    """
+    version = torch.backends.cudnn.version() or 0
+    if device.type == "cuda" and dtype != torch.float32 and version < _CUDNN_WITH_HALF_CONV3D:
+        log.warning(
+            "cuDNN %d.%d is older than 9.15: the VAE in %s will be slow and may run out of memory; "
+            "remedy: pip install -U nvidia-cudnn-cu12 (nvidia-cudnn-cu13 for CUDA 13), or a newer torch",
+            *(version // 10000, version % 10000 // 100, str(dtype).removeprefix("torch.")),
+        )

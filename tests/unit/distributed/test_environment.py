@@ -47,7 +47,7 @@ def test_the_deepspeed_launcher_says_local_size():
 
 
 def test_slurm_step():
-    assert RankEnv.read(SLURM) == RankEnv(9, 1, 18, 8, "gpu03", 20000 + 12345, "slurm")
+    assert RankEnv.read(SLURM) == RankEnv(9, 1, 18, 8, "gpu03", 20000 + 2345, "slurm")
 
 
 def test_a_slurm_batch_script_without_srun_is_a_single_process():
@@ -74,6 +74,50 @@ def test_openmpi_on_several_machines_needs_one():
 
 def test_torchrun_inside_srun_counts():
     assert RankEnv.read({**SLURM, **TORCHRUN, "TORCHELASTIC_RUN_ID": "1"}).launcher == "torchrun"
+
+
+def test_no_two_jobs_or_steps_of_a_machine_share_a_port_nor_take_one_that_the_system_hands_out():
+    variables = [
+        {**SLURM, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
+        for job in range(12000, 12040)
+        for step in (0, 1, 2)
+    ]
+    ports = [RankEnv.read(each).master_port for each in variables]
+    assert len(set(ports)) == len(ports)
+    assert all(20000 <= port < 30000 for port in ports)
+
+
+GARBAGE = ["", " ", "first", "-1", "1.0", "0x1", "1_0", "\u0661", "9" * 5000, "1\n2", "nan"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        (variables, name)
+        for variables in (TORCHRUN, SLURM, OPENMPI)
+        for name in variables
+        if name not in ("MASTER_ADDR", "SLURM_STEP_NODELIST")
+    ],
+)
+def test_no_number_of_a_launcher_is_guessed(variables, name):
+    for value in GARBAGE:
+        with pytest.raises(LaunchError, match=name) as caught:
+            RankEnv.read({**variables, name: value})
+        assert caught.value.exit_code == 2
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["0", "65536", "99999", "-1", "http", "29500 ,"])
+@pytest.mark.parametrize("launcher", [TORCHRUN, {**SLURM}, {**OPENMPI}])
+def test_a_port_is_a_port(launcher, value):
+    with pytest.raises(LaunchError, match="MASTER_PORT"):
+        RankEnv.read({**launcher, "MASTER_PORT": value})
+
+
+@pytest.mark.parametrize("value", ["a b", "tcp://gpu03", "gpu03\x1b[2J", "x" * 5000, "gpu03/1"])
+def test_an_address_is_a_host(value):
+    with pytest.raises(LaunchError, match="MASTER_ADDR"):
+        RankEnv.read({**TORCHRUN, "MASTER_ADDR": value})
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Configuration to video VAE."""
 
+import logging
+
 import pytest
 import torch
 
 from sat_train.config import VideoVAEParams, load_run_config
 from sat_train.errors import ConfigError
-from sat_train.models.vae.build import build_vae
+from sat_train.models.vae.build import build_vae, warn_of_slow_conv3d
 from sat_train.models.vae.tiling import Tiling
 
 VAE = "model.first_stage_config.params"
@@ -72,3 +74,21 @@ def test_weights_of_any_dtype_arrive_frozen_in_the_one_asked_for(dtype):
 def test_settings_that_do_not_divide_evenly_are_faults(word, message):
     with pytest.raises(ConfigError, match=message):
         load_run_config(base=["configs/model/cogvideox_tiny.yaml"], words=[f"{VAE}.{word}"], purpose="check")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "version", "warned"),
+    [
+        ("cuda", torch.bfloat16, 91002, True),
+        ("cuda", torch.float16, 91499, True),
+        ("cuda", torch.bfloat16, None, True),
+        ("cuda", torch.bfloat16, 91500, False),
+        ("cuda", torch.float32, 91002, False),
+        ("cpu", torch.bfloat16, 91002, False),
+    ],
+)
+def test_an_old_cudnn_is_named_before_memory_runs_out(device, dtype, version, warned, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(logging.getLogger("sat_train"), "propagate", True)
+    warn_of_slow_conv3d(torch.device(device), dtype)
+    assert ("pip install -U nvidia-cudnn" in caplog.text) is warned
