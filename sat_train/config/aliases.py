@@ -1,7 +1,8 @@
 """Settings that CogVideo's files can spell in two places, brought to one value.
 
-`deepspeed:` is not a second source of truth: two files that contradict each other are a fault, a word on the
-command line wins, and afterwards both spellings hold the one value.
+`deepspeed:` is not a second source of truth: a later file wins over an earlier one whichever spelling each of
+them uses, the command line over all files, and afterwards both spellings hold the one value. Only a file that
+contradicts itself is a fault.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pydantic_core import PydanticUndefined
 
 from sat_train.config.layers import DEFAULT, Merged
 from sat_train.config.schema.args import ArgsConfig
-from sat_train.config.words import COMMAND_LINE
 from sat_train.errors import Fault
 
 _ZERO = "deepspeed.zero_optimization"
@@ -33,7 +33,7 @@ SAME = {
     "args.checkpoint_activations": f"{_SAT_ARGS}.checkpoint_activations",
     "args.model_parallel_size": f"{_SAT_ARGS}.model_parallel_size",
 }
-# Here the first spelling, where given, wins over the second.
+# Here the first spelling, where given, wins over the second unless a later layer gives that.
 WINS_OVER = (
     ("args.sampler", f"{_SAMPLER}.target"),
     ("args.sampling_steps", f"{_SAMPLER}.params.num_steps"),
@@ -73,13 +73,18 @@ def get_value(tree: Any, path: str) -> Any:
 
 def _fold_same(merged: Merged, first: str, second: str, faults: list[Fault]) -> None:
     spelled = {path: get_value(merged.tree, path) for path in (first, second)}
-    given = {path: value for path, value in spelled.items() if value is not PydanticUndefined}
-    typed = {path: value for path, value in given.items() if merged.source_of(path) == COMMAND_LINE}
-    winners = typed or given
-    if not winners:
+    each_other = {f"${{{first}}}", f"${{{second}}}"}  # a reference to the other spelling says nothing
+    given = {
+        path: value
+        for path, value in spelled.items()
+        if value is not PydanticUndefined and not (isinstance(value, str) and value in each_other)
+    }
+    if not given:
         _set(merged, second, copy.copy(ArgsConfig.model_fields[first.removeprefix("args.")].default), DEFAULT)
         return
-    if len(set(map(repr, winners.values()))) > 1 and winners[first] != winners[second]:
+    latest = max(map(merged.rank_of, given))
+    winners = {path: value for path, value in given.items() if merged.rank_of(path) == latest}
+    if not _are_equal(list(winners.values())):
         other = f"{second} = {winners[second]} [{merged.source_of(second)}]"
         faults.append(Fault(first, str(winners[first]), f"the same as {other}", merged.source_of(first)))
     winner = next(iter(winners))
@@ -89,21 +94,29 @@ def _fold_same(merged: Merged, first: str, second: str, faults: list[Fault]) -> 
             _set(merged, path, winners[winner], source)
 
 
+def _are_equal(values: list[Any]) -> bool:
+    """Tells whether values are one setting: 1 and 1.0 are, 1 and true are not."""
+    first = values[0]
+    return all(value == first and isinstance(value, bool) == isinstance(first, bool) for value in values)
+
+
 def _fold_winner(merged: Merged, first: str, second: str) -> None:
     value = get_value(merged.tree, first)
     if value is None or value is PydanticUndefined:
         return
-    if merged.source_of(second) == COMMAND_LINE and merged.source_of(first) != COMMAND_LINE:
-        _set(merged, first, get_value(merged.tree, second), COMMAND_LINE)
+    if get_value(merged.tree, second) is not PydanticUndefined and merged.rank_of(second) > merged.rank_of(
+        first
+    ):
+        _set(merged, first, get_value(merged.tree, second), merged.source_of(second))
     else:
         _set(merged, second, value, merged.source_of(first))
 
 
 def _fold_guidance_steps(merged: Merged) -> None:
-    """Guidance grows over the sampler's steps: a number of them on the command line is meant for both."""
+    """Guidance grows over the sampler's steps: a later layer's number of them is meant for both."""
     steps, guided = f"{_SAMPLER}.params.num_steps", f"{_GUIDER}.params.num_steps"
-    if merged.sources.get(steps) == COMMAND_LINE and merged.sources.get(guided) not in (None, COMMAND_LINE):
-        _set(merged, guided, get_value(merged.tree, steps), COMMAND_LINE)
+    if isinstance(get_value(merged.tree, guided), int) and merged.rank_of(steps) > merged.rank_of(guided):
+        _set(merged, guided, get_value(merged.tree, steps), merged.source_of(steps))
 
 
 def _set(merged: Merged, path: str, value: Any, source: str) -> None:

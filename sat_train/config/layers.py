@@ -51,17 +51,24 @@ class Merged:
         tree: One value for each key.
         sources: The layer each leaf came from, by dotted path.
         derived: Keys whose value was taken from another spelling of the same setting.
+        order: The layers, first to last; of two spellings the one in the later layer wins.
     """
 
     tree: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     derived: set[str] = field(default_factory=set)
+    order: list[str] = field(default_factory=list)
 
     def source_of(self, path: str) -> str:
         """Returns the layer of a key, or of the nearest group above it; empty for a default."""
         while path and path not in self.sources:
             path = path.rpartition(".")[0]
         return self.sources.get(path, "")
+
+    def rank_of(self, path: str) -> int:
+        """Returns the place of a key's layer among all layers; -1 for a default."""
+        source = self.source_of(path)
+        return self.order.index(source) if source in self.order else -1
 
 
 def read_layers(base: Sequence[str | Path], words: Sequence[str], faults: list[Fault]) -> list[Layer]:
@@ -84,7 +91,7 @@ def read_layers(base: Sequence[str | Path], words: Sequence[str], faults: list[F
 
 def merge_layers(layers: Sequence[Layer]) -> Merged:
     """Merges layers in order; later wins. Groups are merged key by key, lists are replaced whole."""
-    merged = Merged()
+    merged = Merged(order=list(dict.fromkeys(layer.name for layer in layers)))
     for layer in layers:
         _merge(merged.tree, layer.tree, "", layer.name, merged.sources)
     return merged

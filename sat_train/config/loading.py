@@ -60,8 +60,8 @@ def load_run_config(
     if purpose == "sample":
         layers = use_model_of_run(layers, faults)
     merged = merge_layers(layers)
-    resolve_references(merged, faults)
     fold_aliases(merged, faults)
+    resolve_references(merged, faults)
     drop_demo(merged)
     merged.tree = expand_assets(merged.tree)
     fill_frozen_models(merged)

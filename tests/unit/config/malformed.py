@@ -196,17 +196,22 @@ CASES = [
     ),
     Case(
         "batch sizes",
-        "args: {batch_size: 4}",
+        "args: {batch_size: 4}\ndeepspeed: {train_micro_batch_size_per_gpu: 3}",
         "args.batch_size",
-        "the same as deepspeed.train_micro_batch_size_per_gpu = 2 [configs/sft.yaml]",
+        "the same as deepspeed.train_micro_batch_size_per_gpu = 3 [",
     ),
     Case(
         "learning rates",
-        "args: {lr: 1e-3}",
+        "args: {lr: 1e-3}\ndeepspeed: {optimizer: {params: {lr: 1e-4}}}",
         "args.lr",
-        "deepspeed.optimizer.params.lr = 1e-05 [configs/sft.yaml]",
+        "deepspeed.optimizer.params.lr = 0.0001 [",
     ),
-    Case("clipping", "args: {clip_grad: 1.0}", "args.clip_grad", "deepspeed.gradient_clipping = 0.1"),
+    Case(
+        "clipping",
+        "args: {clip_grad: 1.0}\ndeepspeed: {gradient_clipping: 0.1}",
+        "args.clip_grad",
+        "deepspeed.gradient_clipping = 0.1",
+    ),
     Case("two lengths", "args: {epochs: 2}", "args.epochs", "null, because args.train_iters is 1000"),
     Case("no length", "args: {train_iters: null}", "args.train_iters", "a number of steps, or args.epochs"),
     Case(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+
 import pytest
 
+from sat_train.config import load_run_config
 from sat_train.config.aliases import SAME, get_value
 from sat_train.config.catalog import all_keys
 from sat_train.config.loading import leaves
@@ -42,13 +46,49 @@ def test_defaults_of_both_spellings_agree(first: str, second: str, load: Load) -
     assert values[first] == values[second]
 
 
-def test_a_contradiction_names_both_files(load: Load) -> None:
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_later_file_wins_whichever_spelling_it_uses(
+    first: str, second: str, earlier: int, write: Callable[[str, str], str]
+) -> None:
+    pair = (first, second)
+    other = {"args.zero_stage": 2, "args.model_parallel_size": 1}.get(first, OTHER_VALUES[first] * 2)
+    old = write(
+        "old.yaml", json.dumps(nested(pair[earlier], not other if isinstance(other, bool) else other))
+    )
+    new = write("new.yaml", json.dumps(nested(pair[1 - earlier], OTHER_VALUES[first])))
+    run = load_run_config(["configs/sft.yaml", old, new], check_paths=False)
+    values = leaves(run.tree())
+    assert values[first] == values[second] == OTHER_VALUES[first]
+    assert run.sources[first] == run.sources[second] == new
+
+
+def test_words_win_over_the_other_spelling_in_the_last_file(load: Load) -> None:
+    run = load("deepspeed: {optimizer: {params: {lr: 0.3}}}", "args.lr=0.1")
+    assert (run.args.lr, run.deepspeed.optimizer.params.lr) == (0.1, 0.1)
+    run = load("args: {lr: 0.3}", "deepspeed.optimizer.params.lr=0.1")
+    assert (run.args.lr, run.sources["args.lr"]) == (0.1, "command line")
+
+
+def test_only_a_file_that_contradicts_itself_is_a_fault(load: Load) -> None:
     with pytest.raises(ConfigError) as caught:
-        load("args: {batch_size: 3}")
-    message = str(caught.value)
-    assert "args.batch_size = 3: expected the same as deepspeed.train_micro_batch_size_per_gpu = 2" in message
-    assert "[configs/sft.yaml]" in message
-    assert "behind.yaml]" in message
+        load("args: {batch_size: 3}\ndeepspeed: {train_micro_batch_size_per_gpu: 4}")
+    (line,) = map(str, caught.value.faults)
+    assert "args.batch_size = 3: expected the same as deepspeed.train_micro_batch_size_per_gpu = 4" in line
+    assert line.count("behind.yaml]") == 2
+
+
+@pytest.mark.parametrize("word", ["args.batch_size", "deepspeed.train_micro_batch_size_per_gpu"])
+def test_true_is_not_the_number_one_in_either_spelling(word: str, load: Load) -> None:
+    with pytest.raises(ConfigError, match=f"{word} = true: expected a whole number"):
+        load("args: {batch_size: 1}", f"{word}=true")
+
+
+def nested(path: str, value: object) -> object:
+    """Returns the tree that holds one value at a dotted path."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
 
 
 def test_two_words_that_contradict_each_other(load: Load) -> None:
@@ -58,6 +98,12 @@ def test_two_words_that_contradict_each_other(load: Load) -> None:
 
 def test_equal_values_are_no_contradiction(load: Load) -> None:
     assert load("args: {lr: 0.00001, clip_grad: 0.1}").args.lr == 1e-5
+
+
+def test_a_later_model_file_wins_over_earlier_sampling_arguments(load: Load) -> None:
+    first = "args: {sampling_steps: 20}"
+    run = load(first, "model.sampler_config.params.num_steps=7")
+    assert run.args.sampling_steps == run.model.sampler_config.params.num_steps == 7
 
 
 @pytest.mark.parametrize(
