@@ -1,0 +1,328 @@
+"""Prints what training and sampling need of one GPU, counted on the meta device: nothing is allocated.
+
+    python benchmarks/memory.py                                             # every model of the family
+    python benchmarks/memory.py --base configs/model/cogvideox_5b.yaml      # one
+
+Every tensor that our own code makes is counted while it lives, at the model's own size. Attention counts as a
+flash kernel's does (inputs, output and one float a row). Not counted: workspaces of libraries, fragmentation.
+These are computed figures; docs/benchmarks.md has the measured ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sat_train.config import RunConfig, load_run_config
+from sat_train.distributed.processes import start_single_process
+from sat_train.models.build import build_dit
+from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.trainable import select_trainable
+from sat_train.models.vae.build import build_vae
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+GB = 1e9
+T5_XXL_WEIGHTS = 4.762e9  # google/t5-v1_1-xxl, encoder only
+CONTEXT_GB = 2  # CUDA context and NCCL: not counted, added to what the configuration files say
+_STATES = 12  # bytes a trained weight: fp32 master, exp_avg, exp_avg_sq
+_UPDATE = 4 + 4 - 2  # fp32 gradient and foreach's temporary, in place of the half-precision gradient
+
+
+class LivingTensors(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, as long as each lives.
+
+    Args:
+        apart_from: A module whose weights are not counted: operations return views of them.
+
+    Attributes:
+        peak: The most bytes that lived at once.
+    """
+
+    def __init__(self, apart_from: torch.nn.Module) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._known: set[int] = set()
+        self._weights = [
+            tensor.untyped_storage() for tensor in apart_from.state_dict(keep_vars=True).values()
+        ]
+        self._known.update(storage._cdata for storage in self._weights)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or not size:
+            return
+        self._known.add(key)
+        weakref.finalize(storage, self._forget, key, size)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+class FlashLikeAttention(torch.autograd.Function):
+    """Takes and keeps the memory that a flash kernel takes and keeps; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query)
+        log_sum = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextmanager
+def _counting(module: torch.nn.Module) -> Iterator[LivingTensors]:
+    attention = "torch.nn.functional.scaled_dot_product_attention"
+    with mock.patch(attention, FlashLikeAttention.apply), LivingTensors(module) as living:
+        yield living
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one GPU.
+
+    Args:
+        weights: Of the transformer, in half precision.
+        states: Gradients, masters, optimizer states and ZeRO's bucket.
+        passes: Highest count during one forward and backward pass.
+        update: What the optimizer's step takes besides, when activations are gone.
+        encoders: Text encoder and autoencoder, which stay where samples are not cached.
+    """
+
+    weights: float
+    states: float
+    passes: float
+    update: float
+    encoders: float
+
+    @property
+    def cached(self) -> float:
+        """With all encodings in the cache and no validation videos."""
+        return self.weights + self.states + max(self.passes, self.update)
+
+    @property
+    def total(self) -> float:
+        """With text encoder and autoencoder beside."""
+        return self.cached + self.encoders
+
+
+def training_need(run: RunConfig, *, gpus: int, passes: float) -> Need:
+    """Adds up what one training step needs.
+
+    Args:
+        run: Model and recipe; the ZeRO stage is read from it.
+        gpus: Data ranks.
+        passes: From `count_passes`.
+    """
+    dit = _build_dit(run)
+    total = sum(parameter.numel() for parameter in dit.parameters())
+    trained = sum(parameter.numel() for parameter in dit.parameters() if parameter.requires_grad)
+    zero = run.deepspeed.zero_optimization
+    split = {0: (1, 1), 1: (1, gpus), 2: (gpus, gpus), 3: (gpus, gpus)}[run.args.zero_stage]
+    gradients, states = 2 * trained / split[0], _STATES * trained / split[1]
+    bucket = 2 * min(zero.reduce_bucket_size, trained)
+    return Need(
+        weights=2 * total / (gpus if run.args.zero_stage == 3 else 1),
+        states=gradients + states + bucket,
+        passes=passes,
+        update=_UPDATE * trained / split[1],
+        encoders=2 * (T5_XXL_WEIGHTS + sum(parameter.numel() for parameter in _build_vae(run).parameters())),
+    )
+
+
+def sampling_need(run: RunConfig) -> tuple[float, float]:
+    """Counts sampling one video: all weights, and what denoising or decoding adds, whichever is more.
+
+    Returns:
+        Bytes as configured, and with the text encoder moved off the GPU.
+    """
+    vae = _build_vae(run)
+    weights = 2 * sum(p.numel() for module in (vae, _build_dit(run)) for p in module.parameters())
+    latent = _latent(run, batch_size=1, channels=vae.z_channels)
+    with torch.no_grad(), _counting(vae) as decoding:
+        vae.decode(latent)
+    denoising = _denoising(run)
+    most = weights + max(decoding.peak, denoising)
+    return most + 2 * T5_XXL_WEIGHTS, most
+
+
+def _build_dit(run: RunConfig) -> DiffusionTransformer:
+    dit = build_dit(
+        run.model,
+        device="meta",
+        dtype=torch.bfloat16,
+        activation_checkpointing=run.args.checkpoint_activations,
+        initialize=False,
+    )
+    select_trainable(dit, not_trainable_prefixes=run.model.not_trainable_prefixes)
+    return dit
+
+
+def _build_vae(run: RunConfig) -> torch.nn.Module:
+    return build_vae(run.model.first_stage_config.params, device="meta", dtype=torch.bfloat16)
+
+
+def count_passes(run: RunConfig, *, batch_size: int) -> float:
+    """Counts what a forward and backward pass takes at the model's own size.
+
+    Two depths are counted and the rest is extrapolated: all blocks keep and take the same.
+    """
+    low, high = (_peak_of_step(run, batch_size, layers) for layers in (2, 4))
+    layers = run.model.network_config.params.num_layers
+    return low + (high - low) / 2 * (layers - 2)
+
+
+def _peak_of_step(run: RunConfig, batch_size: int, num_layers: int) -> int:
+    dit = _build_dit(_with_layers(run, num_layers))
+    inputs = _inputs(run, batch_size)
+    for parameter in dit.parameters():
+        if parameter.requires_grad:  # its gradient is counted with the states
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    with _counting(dit) as living:
+        dit(**inputs).float().square().mean().backward()
+    return living.peak
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _denoising(run: RunConfig) -> int:
+    """Prediction with and without the prompt in one batch; blocks free what they took."""
+    dit = _build_dit(_with_layers(run, 2)).eval()
+    with torch.no_grad(), _counting(dit) as living:
+        dit(**_inputs(run, batch_size=2))
+    return living.peak
+
+
+def _with_layers(run: RunConfig, num_layers: int) -> RunConfig:
+    network = run.model.network_config
+    params = network.params.model_copy(update={"num_layers": num_layers})
+    model = run.model.model_copy(update={"network_config": network.model_copy(update={"params": params})})
+    return replace(run, model=model)
+
+
+def _latent(run: RunConfig, *, batch_size: int, channels: int) -> torch.Tensor:
+    height, width = (size // 8 for size in run.data.params.video_size)
+    frames = (run.data.params.max_num_frames - 1) // 4 + 1
+    patch = run.model.network_config.params.patch_size
+    patch_t = 1 if isinstance(patch, int) else patch[0]
+    frames += -frames % patch_t
+    return torch.empty(batch_size, frames, channels, height, width, device="meta", dtype=torch.bfloat16)
+
+
+def _inputs(run: RunConfig, batch_size: int) -> dict[str, torch.Tensor]:
+    params = run.model.network_config.params
+    text = run.model.conditioner_config.params.emb_models[0].params
+    width = params.modules.patch_embed_config.params.text_hidden_size
+    inputs = {
+        "latent_btchw": _latent(run, batch_size=batch_size, channels=params.in_channels),
+        "timesteps_b": torch.empty(batch_size, dtype=torch.int64, device="meta"),
+        "text_bld": torch.empty(batch_size, text.max_length, width, device="meta", dtype=torch.bfloat16),
+    }
+    if params.ofs_embed_dim:
+        inputs["ofs_b"] = torch.empty(batch_size, device="meta", dtype=torch.bfloat16)
+    return inputs
+
+
+def real_models() -> list[Path]:
+    """Returns the files of the released models."""
+    return sorted(path for path in (CONFIGS / "model").glob("*.yaml") if "tiny" not in path.stem)
+
+
+def load(model: str | Path, recipe: str) -> RunConfig:
+    """Reads a model file with a recipe, placeholders and all."""
+    files = [model, CONFIGS / f"{recipe}.yaml"]
+    return load_run_config(files, purpose="check", check_paths=False)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """GB of one GPU, rounded up, with the context: what the head of a configuration file says.
+
+    Args:
+        sft_8: Full fine-tuning on 8 GPUs, by samples a GPU.
+        sft_1: The same on one GPU, one sample.
+        lora: LoRA on one GPU, by samples.
+        encoders: What text encoder and autoencoder add.
+        sample: Sampling one video.
+    """
+
+    sft_8: tuple[int, int]
+    sft_1: int
+    lora: tuple[int, int]
+    encoders: int
+    sample: int
+
+
+def figures(model: Path) -> Figures:
+    """Counts everything for one model file."""
+    sft, lora = load(model, "sft"), load(model, "lora")
+    sft_passes, lora_passes = ([count_passes(run, batch_size=b) for b in (1, 2)] for run in (sft, lora))
+    on_8 = [training_need(sft, gpus=8, passes=passes) for passes in sft_passes]
+    on_1 = training_need(sft, gpus=1, passes=sft_passes[0])
+    adapters = [training_need(lora, gpus=1, passes=passes) for passes in lora_passes]
+    return Figures(
+        sft_8=(_whole(on_8[0].cached), _whole(on_8[1].cached)),
+        sft_1=_whole(on_1.cached),
+        lora=(_whole(adapters[0].cached), _whole(adapters[1].cached)),
+        encoders=round(on_8[0].encoders / GB),
+        sample=_whole(sampling_need(sft)[0]),
+    )
+
+
+def _whole(count: float) -> int:
+    return math.ceil(count / GB + CONTEXT_GB)
+
+
+def hardware_lines(model: Path) -> str:
+    """Returns what the head of a model file says about GPU memory."""
+    need = figures(model)
+    lora = need.lora
+    return f"""\
+# Hardware   SFT on 8 GPUs with ZeRO-2: {need.sft_8[0]} GB each at 1 sample a GPU, {need.sft_8[1]} GB at 2.
+#            SFT on 1 GPU: {need.sft_1} GB. LoRA on 1 GPU: {lora[0]} GB at 1 sample, {lora[1]} GB at 2.
+#            Without a complete cache, or with validation videos, {need.encoders} GB more: T5 and autoencoder.
+#            Sampling: {need.sample} GB. All computed by benchmarks/memory.py, not measured.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", nargs="+", type=Path, help="model files; the whole family when left out")
+    models = parser.parse_args().base or real_models()
+    start_single_process()
+    for model in models:
+        print(f"{model.stem}\n{hardware_lines(model)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

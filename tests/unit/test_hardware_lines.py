@@ -1,0 +1,41 @@
+"""The heads of the model files say how much GPU memory the code takes, counted on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.memory import LivingTensors, hardware_lines
+from sat_train.distributed.processes import start_single_process, stop_processes
+
+MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")  # image-to-video adds 16 channels to these
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    start_single_process()
+    yield
+    stop_processes()
+
+
+def test_the_counter_counts_what_lives_at_once() -> None:
+    layer = torch.nn.Linear(1000, 1000, device="meta")
+    x = torch.empty(1000, 1000, device="meta")
+    with LivingTensors(layer) as living:
+        first = x + 1  # 4 MB
+        second = first.view(-1)  # the same bytes
+        del first
+        third = layer(x)  # 4 MB; the weight and its views count as nothing
+        del second, third
+        x + 2
+    assert living.peak == 8_000_000  # x was there before
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hardware_lines_hold(name: str) -> None:
+    """Write them anew with `python benchmarks/memory.py`."""
+    path = Path("configs/model") / f"{name}.yaml"
+    assert hardware_lines(path) in path.read_text(encoding="utf-8")
