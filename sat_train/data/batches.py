@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,21 @@ class DataPosition:
 
 
 @dataclass(frozen=True)
+class StepPlace:
+    """Identifies the place of a sample in the optimizer step that takes it, for what covers a step evenly.
+
+    Args:
+        step: Tells steps apart: the samples consumed before this one, in units of its size.
+        position: Among the samples of the step, in [0, size).
+        size: Samples of the step, of all ranks.
+    """
+
+    step: int
+    position: int
+    size: int
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """What all ranks together take in one micro-step.
 
@@ -33,11 +49,13 @@ class MicroBatch:
         indices: Global indices of its samples, of one bucket, rising.
         mine: Those of this rank.
         after: Where the run stands then.
+        places: Of the samples of this rank in their optimizer step; empty where there are no steps.
     """
 
     indices: tuple[int, ...]
     mine: tuple[int, ...]
     after: DataPosition
+    places: tuple[StepPlace, ...] = ()
 
 
 class OrderedBatches:
@@ -49,14 +67,20 @@ class OrderedBatches:
     samples of a micro-step are consecutive. Which samples there are does not depend on the number of ranks
     or on the batch size, only when they come does.
 
+    Where samples come to an end (`goal`, `stop`), those that still wait are taken in smaller micro-batches:
+    just as many a rank as are needed. Where they cannot be divided among the ranks, the next samples of their
+    bucket complete them.
+
     Args:
-        batch_sizes: Samples of one rank in a micro-step, for each bucket.
+        batch_sizes: Samples of one rank in a micro-batch, for each bucket.
         bucket_of: Bucket of a sample; needed when there are several.
         rank: This rank on the data axis.
         num_ranks: Ranks on the data axis.
-        start: Where the run stands.
-        stop: Samples from this one on are not wanted; None: there is no end. Later samples of the same
-            bucket fill its last batch.
+        accumulation: Micro-steps of an optimizer step.
+        start: Where the run stands, between two optimizer steps.
+        goal: All samples before this one are taken before any that is not needed to complete a micro-batch
+            of theirs; then the order goes on. None: nothing is taken ahead of its time.
+        stop: The same, and the iteration ends then; None: there is no end.
     """
 
     def __init__(
@@ -66,63 +90,92 @@ class OrderedBatches:
         bucket_of: Callable[[int], int] = lambda index: 0,
         rank: int = 0,
         num_ranks: int = 1,
+        accumulation: int = 1,
         start: DataPosition | None = None,
+        goal: int | None = None,
         stop: int | None = None,
     ) -> None:
+        assert goal is None or stop is None, "samples end once"
         self.start = start or DataPosition()
         self.stop = stop
+        self._end = stop if goal is None else goal
         self._bucket_of = bucket_of
         self._rank = rank
-        self._runs = tuple(batch_sizes)
+        self._num_ranks = num_ranks
+        self._accumulation = accumulation
         self._full = tuple(size * num_ranks for size in batch_sizes)
 
     def __len__(self) -> int:
         assert self.stop is not None, "the training order has no end"
-        return sum(1 for _ in self.plan(self.start))
+        return self.micro_steps_left(self.start)
 
     def plan(self, position: DataPosition) -> Iterator[MicroBatch]:
-        """Yields the micro-batches that follow a position."""
+        """Yields the micro-batches that follow a position between two optimizer steps."""
+        taken = self._take_from(position)
+        while step := list(itertools.islice(taken, self._accumulation)):
+            size, place = sum(len(indices) for indices, _ in step), 0
+            for indices, after in step:
+                run = len(indices) // self._num_ranks
+                mine = slice(self._rank * run, (self._rank + 1) * run)
+                positions = range(place, place + len(indices))[mine]
+                places = tuple(StepPlace(position.consumed // size, each, size) for each in positions)
+                yield MicroBatch(indices, indices[mine], after, places)
+                place += len(indices)
+            position = step[-1][1]
+
+    def micro_steps_left(self, position: DataPosition) -> int:
+        """Returns the micro-steps from a position until no sample before `goal` or `stop` is left."""
+        assert self._end is not None, "the training order has no end"
+        count, taken = 0, self._take_from(position)
+        while position.next < self._end or any(index < self._end for index in position.waiting):
+            _, position = next(taken)
+            count += 1
+        return count
+
+    def _take_from(self, position: DataPosition) -> Iterator[tuple[tuple[int, ...], DataPosition]]:
+        """Yields the samples of each micro-batch, and where the run stands then: a function of that alone."""
         queues: list[deque[int]] = [deque() for _ in self._full]
         for index in position.waiting:
             queues[self._bucket_of(index)].append(index)
-        for bucket in range(len(queues)):  # full ones where fewer ranks go on than have stopped
-            while len(queues[bucket]) >= self._full[bucket]:
-                yield self._take(queues, bucket, position.next)
         index = position.next
-        while self.stop is None or index < self.stop:
-            bucket = self._bucket_of(index)
-            queues[bucket].append(index)
-            index += 1
-            if len(queues[bucket]) == self._full[bucket]:
-                yield self._take(queues, bucket, index)
-        for bucket, queue in enumerate(queues):
-            if queue:
-                queue.extend(self._fillers(bucket, self._full[bucket] - len(queue), index))
-                yield self._take(queues, bucket, index)
+        while True:
+            left = self._count_left(queues) if self._end is not None and index >= self._end else None
+            if self.stop is not None and left is not None and not any(left):
+                return
+            bucket, count = self._find_ready(queues, left)
+            if count:
+                taken = tuple(queues[bucket].popleft() for _ in range(count))
+                waiting = tuple(sorted(index for queue in queues for index in queue))
+                yield taken, DataPosition(index, waiting)
+            else:
+                index = self._look_on(queues, index)
 
-    def count_micro_steps(self, num_samples: int) -> int:
-        """Returns the micro-steps that the first samples of a run take, the last one of a bucket included."""
-        if len(self._full) == 1:
-            return -(-num_samples // self._full[0])
-        counts = [0] * len(self._full)
-        for index in range(num_samples):
-            counts[self._bucket_of(index)] += 1
-        return sum(-(-count // full) for count, full in zip(counts, self._full, strict=True))
+    def _count_left(self, queues: Sequence[deque[int]]) -> list[int]:
+        """Returns how many samples before the end wait in each bucket."""
+        assert self._end is not None
+        return [sum(index < self._end for index in queue) for queue in queues]
 
-    def _take(self, queues: list[deque[int]], bucket: int, index: int) -> MicroBatch:
-        taken = tuple(queues[bucket].popleft() for _ in range(self._full[bucket]))
-        run = self._runs[bucket]
-        waiting = tuple(sorted(index for queue in queues for index in queue))
-        return MicroBatch(
-            taken, taken[self._rank * run : (self._rank + 1) * run], DataPosition(index, waiting)
-        )
+    def _find_ready(self, queues: Sequence[deque[int]], left: list[int] | None) -> tuple[int, int]:
+        """Returns the bucket of the next micro-batch and its size; 0: none is ready."""
+        counts: Sequence[int] = self._full
+        if left is not None and any(left):
+            smallest = [-(-count // self._num_ranks) * self._num_ranks for count in left]
+            counts = [min(pair) for pair in zip(self._full, smallest, strict=True)]
+        for bucket, count in enumerate(counts):
+            if len(queues[bucket]) >= count > 0:
+                return bucket, count
+        return 0, 0
 
-    def _fillers(self, bucket: int, count: int, index: int) -> Iterator[int]:
-        while count:
-            if self._bucket_of(index) == bucket:
-                yield index
-                count -= 1
-            index += 1
+    def _look_on(self, queues: Sequence[deque[int]], index: int) -> int:
+        """Puts the next sample into its queue (of one bucket, all that a micro-batch lacks)."""
+        if len(queues) > 1:
+            queues[self._bucket_of(index)].append(index)
+            return index + 1
+        count = self._full[0] - len(queues[0])
+        if self._end is not None:
+            count = max(1, min(count, self._end - index))
+        queues[0].extend(range(index, index + count))
+        return index + count
 
 
 class ListedBatches:

@@ -62,25 +62,15 @@ def build_train_batches(
     run: RunConfig, grid: ProcessGrid, dataset: VideoDataset, *, start: DataPosition | None = None
 ) -> OrderedBatches:
     """Builds what says which samples this rank trains on."""
-    return _build_batches(run, grid, dataset, run.args.batch_size, start=start)
-
-
-def _build_batches(
-    run: RunConfig,
-    grid: ProcessGrid,
-    dataset: VideoDataset,
-    batch_size: int,
-    *,
-    start: DataPosition | None = None,
-    stop: int | None = None,
-) -> OrderedBatches:
+    epochs = run.args.epochs if run.args.train_iters is None else None
     return OrderedBatches(
-        batch_sizes(run, batch_size),
+        batch_sizes(run, run.args.batch_size),
         bucket_of=dataset.bucket,
         rank=grid.data_rank,
         num_ranks=grid.data_size,
+        accumulation=run.args.gradient_accumulation_steps,
         start=start,
-        stop=stop,
+        goal=None if epochs is None else epochs * len(dataset),
     )
 
 
@@ -151,7 +141,13 @@ def build_valid_loader(
         return None
     batch_size = _valid_batch_size(run)
     stop = min(len(dataset), run.args.eval_iters * batch_size * grid.data_size)
-    batches = _build_batches(run, grid, dataset, batch_size, stop=stop)
+    batches = OrderedBatches(
+        batch_sizes(run, batch_size),
+        bucket_of=dataset.bucket,
+        rank=grid.data_rank,
+        num_ranks=grid.data_size,
+        stop=stop,
+    )
     return build_loader(run, grid, dataset, batches, run_folder)
 
 

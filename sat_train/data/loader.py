@@ -192,21 +192,21 @@ class VideoLoader:
         for failure in packed.failures:
             self.failures.add(failure)
         self.failures.check()
-        self._move(packed)
+        batch = self._move(packed)
         self.data_wait_s = time.monotonic() - began
-        assert packed.batch is not None
-        return packed.batch
+        return batch
 
     def close(self) -> None:
         """Ends the workers. The loader can be used again and goes on at its position."""
         self._iterator = None  # asks idle workers to leave and waits for them
         _kill_workers(self._board_wf)
 
-    def _move(self, packed: _Packed) -> None:
+    def _move(self, packed: _Packed) -> VideoBatch:
         planned = next(self._planned)
         assert packed.batch is not None
         assert packed.batch.sample_indices == planned.mine, "the workers and the plan have parted"
         self._position = planned.after
+        return replace(packed.batch, places=planned.places)
 
     def _next_packed(self) -> _Packed:
         began = time.monotonic()

@@ -23,16 +23,19 @@ def uniform_timesteps(uniform_b: Tensor, num_timesteps: int) -> Tensor:
     return (uniform_b * num_timesteps).long()
 
 
-def stratified_timesteps(uniform_b: Tensor, stratum_b: Tensor, num_strata: int, num_timesteps: int) -> Tensor:
-    """Timesteps that cover the range evenly over a global batch: each sample draws within its own stratum.
+def stratified_timesteps(
+    uniform_b: Tensor, stratum_b: Tensor, num_strata: Tensor | int, num_timesteps: int
+) -> Tensor:
+    """Timesteps that cover the range evenly over an optimizer step: each sample draws in its own stratum.
 
-    The strata are as many equal parts of the range as the global batch has samples, so the distribution over
-    a step is the same at any world size, and a single sample's distribution over many steps stays uniform.
+    The strata are as many equal parts of the range as the step has samples over all ranks, so the
+    distribution over a step is the same at any world size, and a single sample's distribution over many steps
+    stays uniform.
 
     Args:
         uniform_b: One float64 number in [0, 1) for each sample, shape (b,).
         stratum_b: int64 stratum of each sample, in [0, num_strata), shape (b,).
-        num_strata: Size of the global batch.
+        num_strata: Samples of the step; one number, or int64 of shape (b,).
         num_timesteps: Number of training timesteps.
 
     Returns:

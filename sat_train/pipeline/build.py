@@ -53,7 +53,6 @@ def build_pipeline(
     dit: DiffusionTransformer,
     vae: VideoVAE | None,
     text_encoder: T5TextEncoder | None,
-    data_size: int = 1,
     null_text_ld: Tensor | None = None,
 ) -> VideoDiffusion:
     """Builds the pipeline around models that are on their device already.
@@ -63,7 +62,6 @@ def build_pipeline(
         dit: The transformer.
         vae: Frozen video autoencoder; None for a run from the cache that draws no samples.
         text_encoder: Frozen text encoder; None likewise.
-        data_size: Ranks on the data axis, which training shares its global batch with.
         null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
     """
     model, args = run.model, run.args
@@ -85,7 +83,6 @@ def build_pipeline(
         offset_noise_level=loss.offset_noise_level,
         min_snr_gamma=loss.min_snr_value,
         timestep_sampling="stratified" if is_stratified else "uniform",
-        global_batch_size=args.batch_size * args.gradient_accumulation_steps * data_size,
         temporal_compression=model.first_stage_config.params.encoder_config.params.temporal_compress_times,
         ofs=None if model.network_config.params.ofs_embed_dim is None else _OFS,
         seed=args.seed,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sat_train.data.batches import StepPlace
 from sat_train.distributed.seeds import derive_generator
 
 
@@ -14,9 +16,9 @@ from sat_train.distributed.seeds import derive_generator
 class SampleRandomness:
     """Draws for the samples of one batch, on the CPU, in full precision.
 
-    A sample's numbers depend on `(seed, purpose, its index)` alone: not on the world size, the micro-batch,
-    the rank or the order of the draws. Ranks that hold the same sample draw the same numbers and need not
-    exchange them.
+    A sample's numbers depend on `(seed, purpose, its index)` alone, its stratum on its place in the step: not
+    on the world size, the micro-batch, the rank or the order of the draws. Ranks that hold the same sample
+    draw the same numbers and need not exchange them.
 
     Args:
         seed: The run's seed.
@@ -45,23 +47,26 @@ class SampleRandomness:
         """Returns for each sample whether an event of this probability happens, bool, of shape (b,)."""
         return self.uniform(purpose) < probability
 
-    def strata(self, purpose: str, batch_size: int) -> Tensor:
-        """Gives each sample of a global batch its own number in [0, batch_size), shuffled from batch to
-        batch.
+    def strata(self, purpose: str, places: Sequence[StepPlace]) -> Tensor:
+        """Gives each sample of an optimizer step its own number below the step's size, shuffled from step to
+        step.
+
+        A sample's number depends on its place in the step, not on its index: with buckets the samples of a
+        step have no consecutive indices, and each step is to be covered.
 
         Args:
             purpose: What the strata are for.
-            batch_size: Samples of a global batch; sample `i` is the `i % batch_size`-th of batch `i //
-                batch_size`.
+            places: Of the samples of the batch in their step.
 
         Returns:
             int64 of shape (b,).
         """
-        return torch.stack([self._shuffled(purpose, index, batch_size) for index in self.sample_indices])
+        assert len(places) == len(self.sample_indices), "who takes strata must know the places in the step"
+        return torch.stack([self._shuffled(purpose, place) for place in places])
 
-    def _shuffled(self, purpose: str, index: int, batch_size: int) -> Tensor:
-        batch, position = divmod(index, batch_size)
-        return torch.randperm(batch_size, generator=derive_generator(self.seed, purpose, batch))[position]
+    def _shuffled(self, purpose: str, place: StepPlace) -> Tensor:
+        generator = derive_generator(self.seed, purpose, place.step)
+        return torch.randperm(place.size, generator=generator)[place.position]
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
         return [derive_generator(self.seed, purpose, index) for index in self.sample_indices]

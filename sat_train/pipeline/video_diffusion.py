@@ -56,8 +56,7 @@ class VideoDiffusion:
         offset_noise_level: Standard deviation of the noise that all elements of a sample share.
         min_snr_gamma: Cap of the loss weight; None for none.
         timestep_sampling: `uniform` draws each sample's timestep alone, `stratified` spreads them over the
-            global batch.
-        global_batch_size: Samples of one optimizer step over all ranks, for `stratified`.
+            optimizer step.
         temporal_compression: Pixel frames in one latent frame after the first.
         ofs: The `ofs` input of CogVideoX1.5-I2V, 2.0; None for models without it.
         seed: The run's seed.
@@ -83,7 +82,6 @@ class VideoDiffusion:
         offset_noise_level: float = 0.0,
         min_snr_gamma: float | None = None,
         timestep_sampling: Literal["uniform", "stratified"] = "uniform",
-        global_batch_size: int = 1,
         temporal_compression: int = 4,
         ofs: float | None = None,
         seed: int = 0,
@@ -105,7 +103,7 @@ class VideoDiffusion:
         self.noised_image_input, self.noised_image_dropout = noised_image_input, noised_image_dropout
         self.caption_dropout, self.posterior_sampling = caption_dropout, posterior_sampling
         self.offset_noise_level, self.min_snr_gamma = offset_noise_level, min_snr_gamma
-        self.timestep_sampling, self.global_batch_size = timestep_sampling, global_batch_size
+        self.timestep_sampling = timestep_sampling
         self.temporal_compression, self.ofs = temporal_compression, ofs
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
         self.patch_t = dit.patch_size[0]
@@ -146,7 +144,7 @@ class VideoDiffusion:
             image = self._image_latent(batch, random, num_latent_frames=x0.shape[1], noised=True)
             kept = ~random.chance("image_drop", self.noised_image_dropout).to(self.device)
             image = image * kept[:, None, None, None, None]
-        eps, timesteps_b = self._noise_like(x0, random), self._timesteps(random)
+        eps, timesteps_b = self._noise_like(x0, random), self._timesteps(batch, random)
         return TrainingInputs(x0, eps, timesteps_b, text, image, self._counted_frames(batch))
 
     @torch.no_grad()
@@ -351,12 +349,13 @@ class VideoDiffusion:
             eps = offset_noise(eps, random.normal("offset_noise", ()), self.offset_noise_level)
         return eps.to(self.device)
 
-    def _timesteps(self, random: SampleRandomness) -> Tensor:
+    def _timesteps(self, batch: VideoBatch, random: SampleRandomness) -> Tensor:
         uniform_b, num_timesteps = random.uniform("timestep"), len(self.alpha_bar)
         if self.timestep_sampling == "uniform":
             return uniform_timesteps(uniform_b, num_timesteps)
-        strata_b = random.strata("timestep_strata", self.global_batch_size)
-        return stratified_timesteps(uniform_b, strata_b, self.global_batch_size, num_timesteps)
+        strata_b = random.strata("timestep_strata", batch.places)
+        num_strata_b = torch.tensor([place.size for place in batch.places])
+        return stratified_timesteps(uniform_b, strata_b, num_strata_b, num_timesteps)
 
     def _draw(self, generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(

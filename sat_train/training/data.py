@@ -87,7 +87,7 @@ def open_data(
     valid = None
     if run.args.eval_interval is not None:
         valid = build_valid_loader(run, grid, run_folder=run_folder, cache=cache)
-    train_iters = count_steps(run, train.batches, train.epoch_length)
+    train_iters = count_steps(run, train.batches, 0 if point is None else point.step)
     needs_encoders = True
     if cache is not None:
         steps = train_iters - (point.step if point is not None else 0)
@@ -108,12 +108,18 @@ def position_of(point: ResumePoint | None) -> DataPosition:
     return DataPosition(point.manifest.samples_consumed + len(waiting), waiting)
 
 
-def count_steps(run: RunConfig, batches: OrderedBatches, epoch_length: int) -> int:
-    """Returns the steps of a run: `args.train_iters`, or those of `args.epochs`."""
+def count_steps(run: RunConfig, batches: OrderedBatches, steps_done: int = 0) -> int:
+    """Returns the steps of a run: `args.train_iters`, or those that `args.epochs` still needs and those done.
+
+    Args:
+        run: The configuration.
+        batches: What is left is counted by what plans it, from where it starts.
+        steps_done: Optimizer steps before that.
+    """
     if run.args.train_iters is not None:
         return run.args.train_iters
-    micro_steps = batches.count_micro_steps(run.args.epochs * epoch_length)
-    return -(-micro_steps // run.args.gradient_accumulation_steps)
+    micro_steps = batches.micro_steps_left(batches.start)
+    return steps_done + -(-micro_steps // run.args.gradient_accumulation_steps)
 
 
 def samples_of(batches: OrderedBatches, position: DataPosition, micro_steps: int | None = None) -> list[int]:

@@ -52,7 +52,6 @@ def build_models(
         dit=build_trained_dit(run, grid),
         vae=build_loaded_vae(run, grid.device, encoder_dtype(run)) if with_encoders else None,
         text_encoder=build_loaded_text_encoder(run, grid.device) if with_encoders else None,
-        data_size=grid.data_size,
         null_text_ld=null_text_ld,
     )
 

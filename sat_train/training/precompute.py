@@ -103,7 +103,7 @@ def _datasets(
         samples: Sequence[int] = range(len(train) * (run.data.params.views or 1))
     else:
         batches = build_train_batches(run, grid, train)
-        micro_steps = count_steps(run, batches, len(train)) * run.args.gradient_accumulation_steps
+        micro_steps = count_steps(run, batches) * run.args.gradient_accumulation_steps
         samples = samples_of(batches, batches.start, micro_steps)
         told = "data.params.views is null, windows never repeat: taking the %d samples of a run on %d ranks"
         log.info(told, len(samples), grid.world_size)

@@ -122,17 +122,11 @@ def test_a_finite_iteration_has_every_sample_once_and_fills_up_with_later_ones(n
 
 
 def test_the_micro_steps_of_so_many_samples_are_counted():
-    one = OrderedBatches([4], num_ranks=3)
-    assert [one.count_micro_steps(count) for count in (0, 1, 12, 13)] == [0, 1, 1, 2]
-    several = of_ranks(2)[0]
-    for count in (1, 50, 600):
-        steps = several.count_micro_steps(count)
-        position = several.start
-        for micro in itertools.islice(several.plan(several.start), steps):
-            position = micro.after
-        left = [index for index in position.waiting if index < count]
-        assert len(left) <= sum(2 * size - 1 for size in SIZES)
-        assert position.next >= count - 2 * max(SIZES)
+    def count(goal, start=0):
+        return OrderedBatches([4], num_ranks=3, goal=goal).micro_steps_left(DataPosition(start))
+
+    assert [count(goal) for goal in (0, 1, 12, 13)] == [0, 1, 1, 2]
+    assert [count(24, start) for start in (0, 12, 13, 24, 36)] == [2, 1, 1, 0, 0]
 
 
 def test_with_one_bucket_nothing_ever_waits():

@@ -96,7 +96,7 @@ def test_resume_goes_on_anywhere_with_another_number_of_ranks(clips, stopped_at)
 def test_a_finite_loader_starts_over(clips):
     loader = make_loader(make_dataset(clips), batch_size=2, size=2, rank=1, stop=10, num_workers=1)
     for _ in range(2):
-        assert [batch.sample_indices for batch in loader] == [(2, 3), (6, 7), (10, 11)]
+        assert [batch.sample_indices for batch in loader] == [(2, 3), (6, 7), (9,)]
     assert len(loader) == 3
     assert loader.num_samples == 10
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sat_train.data.batch import VideoBatch
+from sat_train.data.batches import StepPlace
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.dit.transformer import DiffusionTransformer
@@ -70,9 +71,14 @@ def make_pipeline() -> Callable[..., VideoDiffusion]:
 
 @pytest.fixture
 def make_batch() -> Callable[..., VideoBatch]:
-    """Returns a function that makes a batch of the samples with the given global indices."""
+    """Returns a function that makes a batch of the samples with the given global indices.
 
-    def make(indices: Sequence[int], *, frames: int = 5, images: bool = False) -> VideoBatch:
+    Optimizer steps take `step_size` samples each, in order.
+    """
+
+    def make(
+        indices: Sequence[int], *, frames: int = 5, images: bool = False, step_size: int = 8
+    ) -> VideoBatch:
         def pixels(index: int, *shape: int) -> Tensor:
             generator = torch.Generator().manual_seed(index)
             return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
@@ -86,6 +92,7 @@ def make_batch() -> Callable[..., VideoBatch]:
             clip_ids=tuple(f"{index}.mp4" for index in indices),
             sample_indices=tuple(indices),
             num_shown=(frames,) * len(indices),
+            places=tuple(StepPlace(index // step_size, index % step_size, step_size) for index in indices),
         )
 
     return make

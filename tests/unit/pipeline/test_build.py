@@ -38,14 +38,13 @@ def test_released_numbers(name):
     run = _load(name)
     start_single_process()
     dit = build_dit(run.model, device="meta", dtype=torch.float32)
-    pipeline = build_pipeline(run, dit=dit, vae=None, text_encoder=None, data_size=4)
+    pipeline = build_pipeline(run, dit=dit, vae=None, text_encoder=None)
     assert pipeline.scale_factor == scale_factor
     assert pipeline.noised_image_input == name.endswith("i2v")
     if image_scale is not None:
         assert pipeline.image_latent_scale == pytest.approx(image_scale)
     assert pipeline.ofs == ofs
     assert pipeline.dtype == dtype
-    assert pipeline.global_batch_size == 4 * run.args.batch_size * run.args.gradient_accumulation_steps
     snr = pipeline.alpha_bar / (1 - pipeline.alpha_bar)
     assert snr[0].item() == pytest.approx((1 / 0.00085 - 1) / shift, rel=1e-9)
     settings = build_sampling(run)

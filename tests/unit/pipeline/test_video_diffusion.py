@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sat_train.data.batch import CachedSample
+from sat_train.data.batches import StepPlace
 from sat_train.diffusion.loss import min_snr_weight
 from sat_train.errors import SatTrainError
 from sat_train.pipeline.frozen_models import pixels_to_unit
@@ -26,7 +27,6 @@ def test_a_samples_loss_does_not_depend_on_the_batch_around_it(make_pipeline, ma
         image_to_video=image_to_video,
         noised_image_dropout=0.4,
         timestep_sampling="stratified",
-        global_batch_size=8,
         **EVERYTHING,
     )
     whole = pipeline.training_loss(make_batch(range(8)))
@@ -136,7 +136,7 @@ def test_images_are_dropped_sample_by_sample(make_pipeline, make_batch):
 
 
 def test_stratified_timesteps_cover_each_global_batch(make_pipeline, make_batch):
-    pipeline = make_pipeline(timestep_sampling="stratified", global_batch_size=8)
+    pipeline = make_pipeline(timestep_sampling="stratified")
     orders = []
     for first in (0, 8, 16):
         halves = [range(first, first + 4), range(first + 4, first + 8)]  # as two ranks would hold them
@@ -146,6 +146,20 @@ def test_stratified_timesteps_cover_each_global_batch(make_pipeline, make_batch)
         assert sorted(strata.tolist()) == list(range(8))
         orders.append(strata.tolist())
     assert len({tuple(order) for order in orders}) == 3
+
+
+def test_stratified_timesteps_cover_a_step_whose_samples_are_not_consecutive(make_pipeline, make_batch):
+    """As with buckets; another rank count that gives the same samples the same places draws the same."""
+    pipeline = make_pipeline(timestep_sampling="stratified")
+    indices, places = [3, 17, 4, 5, 41, 2, 90, 8], tuple(StepPlace(5, i, 8) for i in range(8))
+
+    def draw(part: slice):
+        batch = replace(make_batch(indices[part], frames=1), places=places[part])
+        return pipeline.training_inputs(batch).timesteps_b.tolist()
+
+    whole = draw(slice(0, 8))
+    assert sorted(timestep // 125 for timestep in whole) == list(range(8))
+    assert [timestep for rank in range(4) for timestep in draw(slice(2 * rank, 2 * rank + 2))] == whole
 
 
 def test_validation_repeats_itself_and_drops_nothing(make_pipeline, make_batch):

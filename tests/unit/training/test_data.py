@@ -61,3 +61,15 @@ def test_a_run_that_goes_on_over_other_data_says_so(run, caplog) -> None:
     open_data(run, start_single_process(), point=point("another", 6))
     assert "the training data are not those of the checkpoint (fingerprint " in caplog.text
     assert "was another): the run goes on at sample 6 of the new order" in caplog.text
+
+
+def test_the_epochs_that_are_left_are_counted_from_the_samples_consumed(tmp_path: Path) -> None:
+    """Two epochs of three clips, four samples consumed, in whatever batches."""
+    folder = make_set(tmp_path / "set", "abc")
+    fixed = [f"args.train_data=[{folder}]", "args.valid_data=null", "args.eval_interval=null"]
+    fixed += ["args.valid_video_interval=null", "args.train_iters=null", "args.epochs=2"]
+    for batch_size, accumulation, total in ((1, 1, 5), (2, 1, 4), (4, 1, 4), (1, 2, 4)):
+        words = [f"args.batch_size={batch_size}", f"args.gradient_accumulation_steps={accumulation}"]
+        run = load_run([*fixed, *words])
+        assert open_data(run, start_single_process(), point=point("", 4)).train_iters == total
+        assert open_data(run, start_single_process()).train_iters == -(-6 // (batch_size * accumulation))
