@@ -107,3 +107,19 @@ class TrainingError(SatTrainError):
     """Training cannot go on: non-finite loss, a lost rank."""
 
     exit_code = 1
+
+
+class Stopped(BaseException):
+    """A signal has ended the work in order. No error, hence no `Exception`: nothing on the way may swallow
+    it.
+
+    Args:
+        signal_number: The signal.
+        message: What is left, and how to resume: the last line on the screen.
+        ranks_agree: All ranks raise the same one, so rank 0 alone shows it.
+    """
+
+    def __init__(self, signal_number: int, message: str, *, ranks_agree: bool = False) -> None:
+        self.exit_code = 128 + signal_number
+        self.ranks_agree = ranks_agree
+        super().__init__(printable(message))

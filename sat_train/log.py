@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from sat_train.errors import printable
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 _ROOT = "sat_train"
+_console: Console | None = None
 
 
 class PrintableFormatter(logging.Formatter):
@@ -15,6 +20,32 @@ class PrintableFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Writes whole lines to standard error; once there is a console through it, above its bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _console is None:
+            super().emit(record)
+            return
+        try:
+            _console.print(self.format(record), soft_wrap=True, markup=False, highlight=False, emoji=False)
+        except Exception:
+            self.handleError(record)
+
+
+def console() -> Console:
+    """Returns the one console of this process, on standard error: bars and log lines share it.
+
+    Two writers that do not know of each other leave a line glued to the end of a bar.
+    """
+    global _console
+    if _console is None:
+        from rich.console import Console  # here, since most commands show no bar
+
+        _console = Console(file=sys.stderr)
+    return _console
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -29,7 +60,7 @@ def configure_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
         rank: Global rank of this process. Ranks above 0 show warnings and errors only.
         level: Level of rank 0.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ConsoleHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(PrintableFormatter(f"%(asctime)s {prefix}%(levelname).1s %(message)s", "%H:%M:%S"))
     root = logging.getLogger(_ROOT)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.distributed.environment import RankEnv
-from sat_train.errors import SatTrainError
+from sat_train.errors import SatTrainError, Stopped
 from sat_train.log import configure_logging
 
 if TYPE_CHECKING:
@@ -40,6 +40,16 @@ def run_on_ranks(
         Exit code: 0 when the work is complete or was stopped in order, 2 for what is wrong with the command
         line, configuration, data or weights, 1 for what went wrong in the work.
     """
+    try:
+        return _run_on_ranks(purpose, work, words)
+    except KeyboardInterrupt:  # while libraries are imported: afterwards `StopRequest` listens
+        print("interrupted before the start", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run_on_ranks(
+    purpose: Literal["train", "sample", "precompute"], work: tuple[str, str], words: Sequence[str] | None
+) -> int:
     rank = 0
     try:
         env = RankEnv.read()
@@ -93,8 +103,10 @@ def _fail(error: BaseException, env: RankEnv, board: FailureBoard | None) -> int
     from sat_train.distributed.failures import report_to_torchrun
 
     code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-    if isinstance(error, SatTrainError):
+    if isinstance(error, SatTrainError | Stopped):
         message = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        message = "interrupted"
     else:
         message = "".join(traceback.format_exception(error)).rstrip()
     if getattr(error, "ranks_agree", False):

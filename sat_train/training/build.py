@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from sat_train.data.build import sum_bad_clips
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.distributed.seeds import derive_seed
+from sat_train.errors import Stopped
 from sat_train.log import get_logger
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks
@@ -67,8 +69,7 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
 
     Ranks: all.
     """
-    stop_request = StopRequest()
-    stop_request.listen()
+    stop_request = StopRequest().listen()
     set_determinism(run.args.deterministic)
     place = open_place(run, grid)
     try:
@@ -77,10 +78,30 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
         engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
         average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None
         trainer = build_trainer(run, grid, place, data, pipeline, engine, average, stop_request)
+        stop_request.defer()
         trainer.run()
+        say_where_stopped(run, trainer)
     finally:
         if place.lock is not None:
             place.lock.release()
+
+
+def say_where_stopped(run: RunConfig, trainer: Trainer) -> None:
+    """Says how a run that was stopped is resumed.
+
+    Raises:
+        Stopped: A person stopped it; the exit code is then that of an interrupted command.
+    """
+    if not trainer.stopping:
+        return
+    message = f"saved step {trainer.state.step}; resume with args.resume=auto"
+    if not trainer.state.step:
+        message = "stopped before the first step; there is nothing to save"
+    elif run.args.save is None:
+        message = f"stopped at step {trainer.state.step}; nothing is kept (args.save = null)"
+    if trainer.interrupted:
+        raise Stopped(signal.SIGINT, message, ranks_agree=True)
+    log.info("%s", message)
 
 
 def open_place(run: RunConfig, grid: ProcessGrid) -> Place:

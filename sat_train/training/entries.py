@@ -1,8 +1,9 @@
-"""What is reported of a run: one record a logged step, one a validation."""
+"""What is reported of a run: one record a logged step, one a validation, one for validation videos."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -54,15 +55,32 @@ class ValidationEntry:
     valid_samples: int
 
 
-Entry = TrainEntry | ValidationEntry
+@dataclass(frozen=True)
+class SamplesEntry:
+    """Validation videos that have been written.
+
+    Args:
+        step: Optimizer steps done.
+        contact_sheet: PNG with one row a video.
+        videos: The mp4 files.
+        captions: Prompt of each video.
+    """
+
+    step: int
+    contact_sheet: Path
+    videos: tuple[Path, ...]
+    captions: tuple[str, ...]
 
 
-def as_json(entry: Entry) -> dict[str, Any]:
+Entry = TrainEntry | ValidationEntry | SamplesEntry
+
+
+def as_json(entry: TrainEntry | ValidationEntry) -> dict[str, Any]:
     """Returns the entry as a plain dictionary."""
     return asdict(entry)
 
 
-def scalars(entry: Entry) -> dict[str, float]:
+def scalars(entry: TrainEntry | ValidationEntry) -> dict[str, float]:
     """Returns the numbers of an entry by tracker name, e.g. `train/loss`."""
     if isinstance(entry, TrainEntry):
         values = {f"train/{name}": value for name, value in asdict(entry).items() if name != "step"}

@@ -1,38 +1,94 @@
-"""A polite request to stop: the handler only sets a flag, the loop acts on it between two steps."""
+"""A request to stop: Ctrl-C at a terminal, or a signal of a scheduler.
+
+The loop acts on it between two steps. A thread hears every signal too, through Python's wake-up descriptor:
+it can write a line, which a handler must not do in the middle of another line, and it can end a process
+whose main thread waits in a collective, where no handler runs.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
+import time
 from types import FrameType
 
+from sat_train.errors import Stopped
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A terminal, torchrun and SLURM may each send the same signal for one press of a key or one decision.
+_ONE_REQUEST_S = 1.0
+_SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 
 class StopRequest:
     """Whether this process has been asked to stop.
 
-    The first signal lets the step end and the run save itself; a second one ends the process at once.
+    Before `defer` SIGINT and SIGTERM raise `Stopped` at once. After it the first signal is remembered, so
+    that the step can end and the run save itself. A second SIGINT or SIGTERM, more than a second later,
+    ends the process at once. SIGUSR1 is a scheduler's warning that leaves time: it is always remembered and
+    never impatient.
     """
 
     def __init__(self) -> None:
         self.signal_name = ""
+        self._deferred = False
+        self._raised = False
+        self._asked_at: float | None = None
 
     def __bool__(self) -> bool:
         return bool(self.signal_name)
 
-    def listen(self) -> None:
-        """Takes over SIGTERM and SIGUSR1. Main thread only."""
+    @property
+    def level(self) -> int:
+        """How it was asked: 0 not at all, 1 by a scheduler, 2 by a person's Ctrl-C. Ranks agree on the
+        highest."""
+        return {"": 0, "SIGINT": 2}.get(self.signal_name, 1)
+
+    def listen(self) -> StopRequest:
+        """Takes over SIGINT, SIGTERM and SIGUSR1. Main thread only."""
+        heard, wake_up = os.pipe()
+        os.set_blocking(wake_up, False)
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
+        signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False)
+        # a signal to a child that was forked is not one to this process
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._hear, args=(heard,), name="stop-signals", daemon=True).start()
+        return self
+
+    def defer(self) -> None:
+        """From now on there is work to save: a first signal no longer interrupts."""
+        self._deferred = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.signal_name = signal.Signals(number).name
-        log.warning("%s: stopping after this step", self.signal_name)
+        if self._deferred or number == signal.SIGUSR1:
+            self.signal_name = self.signal_name or signal.Signals(number).name
+        elif not self._raised:
+            self._raised = True
+            raise Stopped(
+                number, f"{signal.Signals(number).name}: stopped before the first step; nothing was trained"
+            )
+
+    def _hear(self, descriptor: int) -> None:
+        while True:
+            for number in os.read(descriptor, 64):
+                if number in STOP_SIGNALS:
+                    self._answer(signal.Signals(number), time.monotonic())
+
+    def _answer(self, number: signal.Signals, now: float) -> None:
+        if number != signal.SIGUSR1 and self._asked_at is not None and now - self._asked_at > _ONE_REQUEST_S:
+            log.info("%s again: ended at once; what was saved is intact", number.name)
+            if sys.stderr.isatty():
+                os.write(2, _SHOW_CURSOR)
+            os._exit(128 + number)  # the main thread may wait in a collective for ever
+        if number != signal.SIGUSR1 and self._asked_at is None:
+            self._asked_at = now
+            if self._deferred:
+                log.info("%s: stopping after this step; once more ends at once", number.name)
+        elif number == signal.SIGUSR1:
+            log.info("SIGUSR1: stopping after this step")

@@ -29,14 +29,14 @@ class StepResult:
     Args:
         loss: [], fp32, on the device: mean over this rank's samples.
         data_wait_s: Seconds in which this rank waited for the loader.
-        stop: Some rank was asked to stop.
+        stop_level: The highest `StopRequest.level` of all ranks.
         applied: The weights were updated; False when a gradient was not finite.
         num_samples: Samples that all ranks together have taken.
     """
 
     loss: torch.Tensor
     data_wait_s: float
-    stop: bool
+    stop_level: int
     applied: bool
     num_samples: int
 
@@ -93,18 +93,26 @@ class Stepper:
         waited += self._micro_step(losses, seen)
         answer = self._ask_ranks(losses)  # on its way while the backward pass runs
         self._engine.backward(self._pending)
-        not_finite, stop = answer.read()
+        not_finite, stop_level = answer.read()
         if not_finite:
             self._raise_not_finite(number, losses, seen)
         self._update(number)
         loss = torch.stack(losses).mean()
         num_samples = self._grid.data_size * sum(len(clips) for clips in seen)
-        return StepResult(loss, waited, bool(stop), self._engine.was_step_applied(), num_samples)
+        return StepResult(loss, waited, int(stop_level), self._engine.was_step_applied(), num_samples)
 
     def grad_norm(self) -> float | None:
         """Returns the gradient's norm at the last step, before clipping. Waits for the device."""
         norm = self._engine.get_global_grad_norm()
         return self._plain_grad_norm if norm is None else float(norm)
+
+    def stop_level(self) -> int:
+        """Returns the highest `StopRequest.level` of all ranks, between two steps.
+
+        Ranks: all.
+        """
+        flag = torch.tensor([self._stop_request.level], device=self._grid.device)
+        return int(max_flags(self._grid, flag))
 
     def _micro_step(self, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> float:
         start = time.perf_counter()
@@ -117,8 +125,8 @@ class Stepper:
 
     def _ask_ranks(self, losses: list[torch.Tensor]) -> _Answer:
         finite = torch.stack(losses).isfinite().all()
-        stop = torch.tensor(float(bool(self._stop_request)), device=finite.device)
-        return _Answer(max_flags(self._grid, torch.stack([(~finite).float(), stop])))
+        stop_level = torch.tensor(float(self._stop_request.level), device=finite.device)
+        return _Answer(max_flags(self._grid, torch.stack([(~finite).float(), stop_level])))
 
     def _raise_not_finite(self, number: int, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> None:
         ours = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sat_train.errors import TrainingError
-from sat_train.training.callbacks.callback import Callback
+from sat_train.training.callbacks.callback import Callback, Callbacks
 from sat_train.training.ema import WeightAverage
 from sat_train.training.entries import Entry
 from sat_train.training.meter import Meter
@@ -31,6 +31,10 @@ class Trainer:
         count_bad_clips: Says at each entry how many clips could not be used; ends the run when these are too
             many. Called on all ranks.
         callbacks: Called in this order.
+
+    Attributes:
+        stopping: All ranks know that the run was asked to stop.
+        interrupted: It was asked by a person's Ctrl-C.
     """
 
     def __init__(
@@ -51,11 +55,12 @@ class Trainer:
         self.learning_rate = learning_rate
         self.average = average
         self.stopping = False
+        self.interrupted = False
         self._stepper = stepper
         self._meter = meter
         self._log_interval = log_interval
         self._count_bad_clips = count_bad_clips
-        self._callbacks = callbacks
+        self._callbacks = Callbacks(callbacks)
         self._skips_in_a_row = 0
 
     @property
@@ -72,24 +77,34 @@ class Trainer:
         Ranks: all.
         """
         try:
-            for callback in self._callbacks:
-                callback.started(self)
+            self._callbacks.started(self)
             self._meter.restart()
             while not self.complete and not self.stopping:
                 self._step()
                 with self._meter.paused():
-                    for callback in self._callbacks:
-                        callback.step_done(self)
-            for callback in self._callbacks:
-                callback.finished(self)
-        finally:
-            for callback in self._callbacks:
-                callback.closed()
+                    self._callbacks.step_done(self)
+            self._callbacks.finished(self)
+        except BaseException as error:
+            self._callbacks.closed_after(error)
+            raise
+        self._callbacks.closed()
 
     def report(self, entry: Entry) -> None:
         """Hands an entry to all callbacks."""
-        for callback in self._callbacks:
-            callback.reported(entry)
+        self._callbacks.reported(entry)
+
+    def asked_to_stop(self) -> bool:
+        """Looks whether any rank was asked to stop while a callback worked: `stopping` and `interrupted`
+        then say so.
+
+        Ranks: all.
+        """
+        self._take_stop_level(self._stepper.stop_level())
+        return self.stopping
+
+    def _take_stop_level(self, level: int) -> None:
+        self.stopping = self.stopping or level > 0
+        self.interrupted = self.interrupted or level > 1
 
     def settle(self) -> None:
         """Brings `state` up to date with the steps done: their losses are read lazily.
@@ -108,7 +123,7 @@ class Trainer:
         if self.average is not None and result.applied:
             self.average.update()
         self._meter.add(result)
-        self.stopping = result.stop
+        self._take_stop_level(result.stop_level)
         if state.step % self._log_interval == 0 or state.step == 1 or self.complete or self.stopping:
             self.settle()
             entry = self._meter.entry(

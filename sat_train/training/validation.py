@@ -34,7 +34,8 @@ def validation_loss(
     num_samples: int,
     grid_of_timesteps: Sequence[int],
     grid: ProcessGrid,
-) -> ValidationEntry:
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> ValidationEntry | None:
     """Measures the loss over the validation clips; sample `i` is seen at timestep `i mod len(grid)`.
 
     Args:
@@ -44,11 +45,17 @@ def validation_loss(
         num_samples: Clips in all. Indices from here on, which fill the last batches, do not count.
         grid_of_timesteps: The timesteps.
         grid: The process grid.
+        asked_to_stop: Looked at before each batch, on all ranks.
+
+    Returns:
+        The measurement; None when it was interrupted.
 
     Ranks: all.
     """
     sums = torch.zeros(len(grid_of_timesteps), 2, dtype=torch.float64)  # loss and count of each timestep
     for batch in batches:
+        if asked_to_stop():
+            return None
         slots = torch.tensor([index % len(grid_of_timesteps) for index in batch.sample_indices])
         losses = losses_of(batch, torch.tensor(grid_of_timesteps)[slots]).double().cpu()
         counts = torch.tensor([index < num_samples for index in batch.sample_indices])

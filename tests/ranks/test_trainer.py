@@ -7,7 +7,7 @@ import pytest
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import CheckpointError
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.callbacks.checkpoint import Checkpointer
+from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.meter import Meter
@@ -55,7 +55,7 @@ def _train(
         return folder
 
     checkpointer = Checkpointer(grid, folder, save, interval=2, keep_last=0, keep_every=0)
-    reports = [MetricsFile(folder), TensorBoard(folder)] if grid.rank == 0 else []
+    reports = [MetricsFile(folder), TensorBoard(folder), PreemptedMarker(folder)] if grid.rank == 0 else []
     trainer = Trainer(
         stepper=stepper,
         meter=Meter(grid),

@@ -100,16 +100,15 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(rank_pool, 
         assert agreed
 
 
-def _stopped(grid: ProcessGrid) -> list[bool]:
+def _stopped(grid: ProcessGrid) -> list[int]:
     _, stepper, stop_request = build_toy(grid, toy_run(batch_size=2))
-    first = stepper.step(1, 1e-2).stop
-    if grid.rank == 1:
-        stop_request.signal_name = "SIGTERM"
-    return [first, stepper.step(2, 1e-2).stop]
+    first = stepper.step(1, 1e-2).stop_level
+    stop_request.signal_name = "SIGINT" if grid.rank == 1 else "SIGTERM"
+    return [first, stepper.step(2, 1e-2).stop_level, stepper.stop_level()]
 
 
-def test_a_signal_on_one_rank_stops_all_after_the_same_step(rank_pool):
-    assert rank_pool(2)(_stopped) == [[False, True]] * 2
+def test_all_ranks_stop_after_the_same_step_and_know_that_a_person_asked_one_of_them(rank_pool):
+    assert rank_pool(2)(_stopped) == [[0, 2, 2]] * 2
 
 
 def _overflowing(grid: ProcessGrid, zero_stage: int) -> tuple[list[bool], bool, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -64,8 +65,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=2e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_in_order(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_in_order(number: signal.Signals, code: int, tmp_path: Path) -> None:
     words = [
         *base("sft.yaml"),
         *FAST,
@@ -82,10 +83,12 @@ def test_a_signal_saves_and_ends_in_order(number: signal.Signals, tmp_path: Path
     )
     assert process.poll() is None, log.read_text()
     process.send_signal(number)
-    assert process.wait(timeout=120) == 0, log.read_text()
+    assert process.wait(timeout=120) == code, log.read_text()
     (folder,) = run_folders(tmp_path)
     saved = int((folder / "latest").read_text())
     assert saved == max(training_lines(folder))
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().splitlines()[-1].endswith(f"saved step {saved}; resume with args.resume=auto")
     assert (folder / str(saved) / "manifest.json").is_file()
     assert list(folder.glob("PREEMPTED*"))
 
@@ -102,3 +105,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     (folder,) = run_folders(tmp_path)
     last = int((folder / "latest").read_text())
     assert (folder / str(last) / "manifest.json").is_file()
+
+
+def test_ctrl_c_on_two_ranks_saves_and_no_rank_shows_a_traceback(tmp_path: Path) -> None:
+    """As in a terminal: SIGINT goes to torchrun and all ranks, and torchrun sends it on once more."""
+    words = [*base("sft.yaml"), *FAST, f"args.save={tmp_path}", "args.train_iters=5000"]
+    log = tmp_path / "log.txt"
+    process = start("train_video.py", [*words, "args.save_interval=5000"], processes=2, log=log)
+    wait_until(lambda: process.poll() is not None or " step 2/" in log.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) != 0
+    (folder,) = run_folders(tmp_path)
+    saved = int((folder / "latest").read_text())
+    assert (folder / str(saved) / "manifest.json").is_file()
+    shown = log.read_text()
+    assert f"saved step {saved}; resume with args.resume=auto" in shown
+    assert "KeyboardInterrupt" not in shown
+    assert "again" not in shown, "one press of a key is one request"
+
+
+def test_ctrl_c_before_the_first_step_ends_clearly(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    process = start("train_video.py", [*base("sft.yaml"), *FAST, f"args.save={tmp_path}"], log=log)
+    wait_until(lambda: process.poll() is not None or "run folder" in log.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().splitlines()[-1] == "SIGINT: stopped before the first step; nothing was trained"

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from sat_train.config import RunConfig
 from sat_train.data.loader import VideoLoader
+from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.distributed.seeds import derive_seed
+from sat_train.log import get_logger
 from sat_train.pipeline.build import build_sampling
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.callbacks.checkpoint import Checkpointer
-from sat_train.training.callbacks.metrics_file import MetricsFile
+from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
+from sat_train.training.callbacks.metrics_file import NAME as METRICS
+from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.progress import build_progress
 from sat_train.training.callbacks.sample_videos import SampleVideos
 from sat_train.training.callbacks.tensorboard import TensorBoard
-from sat_train.training.callbacks.validation import Validation
+from sat_train.training.callbacks.validation import Measure, Validation
 from sat_train.training.callbacks.wandb import WeightsAndBiases
 from sat_train.training.entries import ValidationEntry
 from sat_train.training.validation import timestep_grid, validation_loss
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from sat_train.data.batch import VideoBatch
     from sat_train.training.data import CacheFiller
     from sat_train.training.trainer import Trainer
+
+log = get_logger(__name__)
 
 _CLIPS_DRAWN = 2  # image-to-video has no prompts without images: the first validation clips give both
 
@@ -59,6 +64,8 @@ def build_callbacks(
             keep_every=run.args.keep_every or 0,
         )
         callbacks.append(checkpointer)
+        if grid.rank == 0:
+            callbacks.append(PreemptedMarker(run_folder))
     if filler is not None:
         callbacks.append(filler)
     if run.args.eval_interval is not None:
@@ -91,8 +98,14 @@ def _validation(
     callbacks: list[Callback] = []
     if loader is not None:
         encode = filler.valid() if filler is not None else lambda batch: batch
-        measure = _measure(loader, grid, pipeline, engine, encode)
-        callbacks.append(Validation(engine, measure, interval=run.args.eval_interval))
+        callbacks.append(
+            Validation(
+                engine,
+                _measure(loader, grid, pipeline, engine, encode),
+                interval=run.args.eval_interval,
+                is_measured=lambda step: broadcast_object(grid, _is_measured(grid, run_folder, step)),
+            )
+        )
     if run.args.valid_video_interval is not None and run_folder is not None:
         drawings = _drawings(run, pipeline, engine, loader)
         if drawings is not None:
@@ -106,6 +119,7 @@ def _validation(
                     draw=draw,
                     fps=run.args.sampling_fps,
                     interval=run.args.valid_video_interval,
+                    lockstep=grid.model_size > 1 or engine.zero_optimization_stage() == 3,
                 )
             )
     return callbacks
@@ -117,10 +131,10 @@ def _measure(
     pipeline: VideoDiffusion,
     engine: Any,
     encode: Callable[[VideoBatch], VideoBatch],
-) -> Callable[[int], ValidationEntry]:
+) -> Measure:
     timesteps = timestep_grid(len(pipeline.alpha_bar))
 
-    def measure(step: int) -> ValidationEntry:
+    def measure(step: int, asked_to_stop: Callable[[], bool]) -> ValidationEntry | None:
         return validation_loss(
             step=step,
             batches=loader,
@@ -130,9 +144,22 @@ def _measure(
             num_samples=loader.num_samples,
             grid_of_timesteps=timesteps,
             grid=grid,
+            asked_to_stop=asked_to_stop,
         )
 
     return measure
+
+
+def _is_measured(grid: ProcessGrid, run_folder: Path | None, step: int) -> bool:
+    """Tells rank 0 whether `metrics.jsonl` has the validation loss of a step; the other ranks ask it."""
+    if run_folder is None or grid.rank != 0:
+        return False
+    try:
+        entries = read_metrics(run_folder / METRICS)
+    except OSError as error:
+        log.warning("%s cannot be read, so the validation loss is measured: %s", run_folder / METRICS, error)
+        return False
+    return any(entry["step"] == step and "valid_loss" in entry for entry in entries)
 
 
 def _drawings(

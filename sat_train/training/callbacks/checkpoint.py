@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sat_train.checkpoint.retention import prune_checkpoints
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import CheckpointError
+from sat_train.files import write_text
 from sat_train.log import get_logger
 from sat_train.training.callbacks.callback import Callback
 from sat_train.training.run_folder import PREEMPTED
@@ -22,7 +23,7 @@ _MOST_FAILURES_IN_A_ROW = 3
 
 
 class Checkpointer(Callback):
-    """Saves every `interval` steps and at the end; leaves the marker `PREEMPTED` when the run was stopped.
+    """Saves every `interval` steps, at the end, and where the run was stopped.
 
     Args:
         grid: The process grid.
@@ -55,8 +56,6 @@ class Checkpointer(Callback):
         """The checkpoint that the run goes on from need not be written again."""
         if trainer.state.step:
             self._saved_step = trainer.state.step
-        if self._grid.rank == 0:
-            (self._run_folder / PREEMPTED).unlink(missing_ok=True)
 
     def step_done(self, trainer: Trainer) -> None:
         """Saves when it is time."""
@@ -69,12 +68,12 @@ class Checkpointer(Callback):
             if is_last:
                 raise
             self._count_failure(error)
+        trainer.asked_to_stop()  # meanwhile: then neither validation nor another step is waited for
 
     def finished(self, trainer: Trainer) -> None:
-        """Leaves the marker."""
-        if trainer.stopping and not trainer.complete and self._grid.rank == 0:
-            (self._run_folder / PREEMPTED).write_text(f"{trainer.state.step}\n")
-            log.info("stopped at step %d; args.resume: auto goes on from there", trainer.state.step)
+        """Saves where validation was interrupted at a step that is no saved one."""
+        if trainer.stopping and trainer.state.step:
+            self._save_once(trainer)
 
     def _count_failure(self, error: CheckpointError) -> None:
         """A full disk may be emptied before the next save; training for nothing is worse than stopping."""
@@ -94,3 +93,26 @@ class Checkpointer(Callback):
         if self._grid.rank == 0:
             log.info("saved %s", folder)
             prune_checkpoints(self._run_folder, keep_last=self._keep_last, keep_every=self._keep_every)
+
+
+class PreemptedMarker(Callback):
+    """Leaves `PREEMPTED`, with the step, in the folder of a run that was stopped, for batch scripts. For
+    rank 0.
+
+    Args:
+        run_folder: The run's folder.
+    """
+
+    optional = True
+
+    def __init__(self, run_folder: Path) -> None:
+        self._path = run_folder / PREEMPTED
+
+    def started(self, trainer: Trainer) -> None:
+        """Takes away the marker of the start before."""
+        self._path.unlink(missing_ok=True)
+
+    def finished(self, trainer: Trainer) -> None:
+        """Leaves the marker; the run is saved by now."""
+        if trainer.stopping and not trainer.complete:
+            write_text(self._path, f"{trainer.state.step}\n")

@@ -4,86 +4,154 @@ from __future__ import annotations
 
 import math
 import sys
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
-from sat_train.log import get_logger
+from sat_train.log import console, get_logger
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.entries import Entry, TrainEntry, ValidationEntry
+from sat_train.training.entries import Entry, SamplesEntry, TrainEntry, ValidationEntry
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
 
 log = get_logger(__name__)
 
+_COLUMNS = 80 - len("10:59:02 I ")  # of a terminal, behind what the log puts before a line
+_DETAILS_EVERY = 10  # lines
+_SLOW_DATA = 0.1  # share of the step time from which waiting for data is worth a word
+
 
 class PlainProgress(Callback):
-    """One line an entry, with the time that is left."""
+    """Lines for each entry, with the time that is left."""
+
+    optional = True
+
+    def __init__(self) -> None:
+        self._lines = 0
+        self._counts = (0, 0)
 
     def started(self, trainer: Trainer) -> None:
         """Says where the run begins and between which learning rates."""
-        self._train_iters = trainer.train_iters
         first, last = trainer.state.step, max(trainer.state.step, trainer.train_iters - 1)
         rate = trainer.learning_rate
+        log.info("training steps %d to %d", first + 1, trainer.train_iters)
         log.info(
-            "training steps %d to %d; learning rate %.3g first, %.3g highest, %.3g last",
-            first + 1,
-            trainer.train_iters,
-            rate.at(first),
-            rate.peak,
-            rate.at(last),
+            "learning rate %s first, %s highest, %s last",
+            *map(short, (rate.at(first), rate.peak, rate.at(last))),
         )
+        self._train_iters = trainer.train_iters
 
     def reported(self, entry: Entry) -> None:
-        """Writes one line."""
-        log.info("%s", describe(entry, self._train_iters))
+        """Writes one line; now and then, and when something was left out, a second one with the rest."""
+        if isinstance(entry, SamplesEntry):
+            return  # said when they were written
+        if isinstance(entry, ValidationEntry):
+            log.info(
+                "step %d: validation loss %.5f on %d clips", entry.step, entry.valid_loss, entry.valid_samples
+            )
+            return
+        counts = (entry.skipped, entry.bad_clips)
+        with_details = self._lines % _DETAILS_EVERY == 0 or counts != self._counts
+        self._lines, self._counts = self._lines + 1, counts
+        for line in describe(entry, self._train_iters, with_details=with_details):
+            log.info("%s", line)
 
 
 class BarProgress(PlainProgress):
     """A bar that moves with every step, below the lines."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Progress | None = None
+
     def started(self, trainer: Trainer) -> None:
-        """Draws the bar."""
+        """Shows the bar."""
         super().started(trainer)
         columns = ("[bold]step", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+        self._bar = Progress(*columns, console=console(), transient=True)
         self._task: TaskID = self._bar.add_task("", total=trainer.train_iters, completed=trainer.state.step)
         self._bar.start()
 
     def step_done(self, trainer: Trainer) -> None:
         """Moves the bar."""
-        self._bar.update(self._task, completed=trainer.state.step)
-
-    def reported(self, entry: Entry) -> None:
-        """Writes one line above the bar."""
-        self._bar.console.print(describe(entry, self._train_iters), highlight=False, markup=False)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.state.step)
 
     def closed(self) -> None:
         """Takes the bar away."""
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
 
-def describe(entry: Entry, train_iters: int) -> str:
-    """Returns one line for a person."""
-    if isinstance(entry, ValidationEntry):
-        return f"step {entry.step}: validation loss {entry.valid_loss:.5f} on {entry.valid_samples} clips"
-    assert isinstance(entry, TrainEntry)
+def describe(entry: TrainEntry, train_iters: int, *, with_details: bool) -> list[str]:
+    """Returns lines for a person, none of which is too long for a terminal of 80 columns.
+
+    Args:
+        with_details: Add what changes slowly: memory, speed, what was left out.
+    """
+    left_s = max(0, train_iters - entry.step) * entry.step_time_s
+    waits = entry.step_time_s > 0 and entry.data_wait_s > _SLOW_DATA * entry.step_time_s
+    lr = f"lr {short(entry.lr)}"
     parts = [
         f"step {entry.step}/{train_iters}",
-        f"loss {entry.loss:.5f} (smoothed {entry.loss_smoothed:.5f})",
-        f"lr {entry.lr:.3g}",
-        f"grad {entry.grad_norm:.3g}" if entry.grad_norm is not None else "",
-        f"{entry.step_time_s:.3f} s/step (data {entry.data_wait_s:.3f})",
-        f"{entry.samples_per_s:.3g} samples/s",
-        f"{entry.peak_memory_gib:.2f} GiB",
+        f"loss {_loss(entry.loss)}",
+        f"avg {_loss(entry.loss_smoothed)}",
+        lr,
+        f"grad {entry.grad_norm:.2g}" if entry.grad_norm is not None else "",
+        f"{_three_digits(entry.step_time_s)} s/step",
+        f"eta {duration(left_s)}",
+    ]
+    details = [
         f"skipped {entry.skipped}" if entry.skipped else "",
         f"bad clips {entry.bad_clips}" if entry.bad_clips else "",
-        f"left {timedelta(seconds=math.ceil((train_iters - entry.step) * entry.step_time_s))}",
+        f"waiting for data {entry.data_wait_s / entry.step_time_s:.0%}" if waits else "",
+        f"{_three_digits(entry.samples_per_s)} samples/s",
+        f"peak {entry.peak_memory_gib:.1f} GiB",
     ]
-    return "  ".join(part for part in parts if part)
+    if len(" ".join(filter(None, parts))) > _COLUMNS:
+        parts.remove(lr)
+        details.insert(0, lr)
+    return [*_wrapped(parts), *(_wrapped(details) if with_details else ())]
+
+
+def short(value: float) -> str:
+    """Returns a rate as people write it: 1e-5, 0.001."""
+    mantissa, _, exponent = f"{value:.3g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def duration(seconds: float) -> str:
+    """Returns how long something takes in its two largest units, rounded up: 3m, 1h05m, 2d04h."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes = math.ceil(seconds / 60)
+    if seconds < 60:
+        return f"{math.ceil(seconds)}s"
+    if minutes < 60:
+        return f"{minutes}m"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _wrapped(parts: Sequence[str]) -> Iterator[str]:
+    line = ""
+    for part in filter(None, parts):
+        if line and len(line) + 1 + len(part) > _COLUMNS:
+            yield line
+            line = " "
+        line = f"{line} {part}" if line else part
+    if line.strip():
+        yield line
 
 
 def build_progress() -> Callback:

@@ -1,4 +1,4 @@
-"""Draws the same prompts again and again, so that a person sees what the run does."""
+"""Samples the same prompts again and again, so that a person sees what the run does."""
 
 from __future__ import annotations
 
@@ -8,32 +8,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.collectives import broadcast_object, gather_objects
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
-from sat_train.pipeline.video_file import write_contact_sheet, write_mp4
+from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
 from sat_train.training.callbacks.callback import Callback
+from sat_train.training.entries import SamplesEntry
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
 
 log = get_logger(__name__)
 
+_SHEET = "contact_sheet.png"
 _SHEET_COLUMNS = 8
 
 
 class SampleVideos(Callback):
     """Writes `samples/<step>/NN.mp4` and `samples/<step>/contact_sheet.png`; the ranks share the prompts.
 
+    The contact sheet comes last: where it is missing at the step that a run resumes, that run ended before,
+    and the videos are made first. Between two videos the run can be asked to stop.
+
     Args:
         grid: The process grid.
         engine: DeepSpeed engine, put into evaluation mode meanwhile.
         run_folder: The run's folder.
-        prompts: What is drawn.
+        prompts: One for each video.
         draw: Number of a prompt -> uint8 video_tchw on the CPU; its seed does not depend on the rank.
         fps: Of the files.
-        interval: Steps between drawings.
+        interval: Steps between samples.
+        lockstep: Each forward pass takes all ranks (ZeRO-3, tensor parallelism): one that fails alone would
+            leave the others waiting, so the run ends.
     """
+
+    optional = True
 
     def __init__(
         self,
@@ -45,6 +55,7 @@ class SampleVideos(Callback):
         draw: Callable[[int], torch.Tensor],
         fps: float,
         interval: int,
+        lockstep: bool,
     ) -> None:
         self._grid = grid
         self._engine = engine
@@ -53,30 +64,74 @@ class SampleVideos(Callback):
         self._draw = draw
         self._fps = fps
         self._interval = interval
+        self._lockstep = lockstep and grid.world_size > 1
+
+    def started(self, trainer: Trainer) -> None:
+        """Makes the videos that a resumed run still owes."""
+        sheet = self._folder(trainer.state.step) / _SHEET
+        if trainer.state.step and self._is_due(trainer) and not broadcast_object(self._grid, sheet.exists()):
+            self._sample(trainer)
 
     def step_done(self, trainer: Trainer) -> None:
-        """Draws when it is time."""
+        """Makes the videos when it is time."""
+        if self._is_due(trainer):
+            self._sample(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return trainer.state.step % self._interval == 0 or trainer.complete
+
+    def _folder(self, step: int) -> Path:
+        return self._run_folder / "samples" / f"{step:06d}"
+
+    def _sample(self, trainer: Trainer) -> None:
         if trainer.stopping:
             return
-        if trainer.state.step % self._interval == 0 or trainer.complete:
-            self._engine.eval()
-            try:
-                self._write(self._run_folder / "samples" / f"{trainer.state.step:06d}")
-            finally:
-                self._engine.train()
+        self._engine.eval()
+        try:
+            previews, problem = self._write_videos(trainer)
+        finally:
+            self._engine.train()
+        shares = gather_objects(self._grid, (previews, problem))
+        if self._grid.rank == 0 and not trainer.stopping:  # no collective comes after this
+            self._finish(trainer, shares)
 
-    def _write(self, folder: Path) -> None:
-        previews: dict[int, torch.Tensor] = {}
+    def _write_videos(self, trainer: Trainer) -> tuple[dict[int, torch.Tensor], str]:
+        """Writes this rank's videos; returns frames of them by number, and what went wrong first."""
+        folder, previews, problem = self._folder(trainer.state.step), {}, ""
         for number, counts in shared_numbers(len(self._prompts), self._grid):
-            video = self._draw(number)
-            if counts and self._grid.model_rank == 0:
-                write_mp4(folder / f"{number:02d}.mp4", video, fps=self._fps)
-                previews[number] = _preview(video)
-        gathered = {n: video for part in gather_objects(self._grid, previews) for n, video in part.items()}
-        if self._grid.rank == 0:
-            videos = [gathered[number] for number in sorted(gathered)]
-            write_contact_sheet(folder / "contact_sheet.png", videos, self._prompts, columns=_SHEET_COLUMNS)
-            log.info("samples in %s", folder)
+            if trainer.asked_to_stop():
+                break
+            try:
+                video = self._video(number)
+                if counts and self._grid.model_rank == 0:
+                    write_mp4(folder / f"{number:02d}.mp4", video, fps=self._fps)
+                    previews[number] = spread_frames(video, _SHEET_COLUMNS)
+            except TrainingError:
+                raise
+            except Exception as error:
+                problem = problem or f"video {number}: {error}"
+        return previews, problem
+
+    def _video(self, number: int) -> torch.Tensor:
+        try:
+            return self._draw(number)
+        except Exception as error:
+            if not self._lockstep:
+                raise
+            raise TrainingError(f"validation video {number}: {type(error).__name__}: {error}") from error
+
+    def _finish(self, trainer: Trainer, shares: Sequence[tuple[dict[int, torch.Tensor], str]]) -> None:
+        """Writes the contact sheet and reports the videos. Rank 0."""
+        for rank, (_, problem) in enumerate(shares):
+            if problem:
+                raise SatTrainError(f"validation videos of step {trainer.state.step}, rank {rank}: {problem}")
+        frames = {number: video for previews, _ in shares for number, video in previews.items()}
+        folder = self._folder(trainer.state.step)
+        videos = [frames[number] for number in sorted(frames)]
+        write_contact_sheet(folder / _SHEET, videos, self._prompts, columns=_SHEET_COLUMNS)
+        log.info("samples in %s", folder)
+        paths = tuple(folder / f"{number:02d}.mp4" for number in sorted(frames))
+        trainer.report(SamplesEntry(trainer.state.step, folder / _SHEET, paths, self._prompts))
 
 
 def shared_numbers(count: int, grid: ProcessGrid) -> list[tuple[int, bool]]:
@@ -88,10 +143,3 @@ def shared_numbers(count: int, grid: ProcessGrid) -> list[tuple[int, bool]]:
     rounds = -(-count // grid.data_size)
     numbers = [turn * grid.data_size + grid.data_rank for turn in range(rounds)]
     return [(min(number, count - 1), number < count) for number in numbers]
-
-
-def _preview(video_tchw: torch.Tensor) -> torch.Tensor:
-    """Returns as many frames as the contact sheet shows."""
-    frames = len(video_tchw)
-    columns = min(_SHEET_COLUMNS, frames)
-    return video_tchw[[round(i * (frames - 1) / max(1, columns - 1)) for i in range(columns)]]

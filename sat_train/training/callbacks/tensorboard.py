@@ -1,38 +1,81 @@
-"""TensorBoard files in the run folder."""
+"""TensorBoard files in the run folder.
+
+The events are written here and not by TensorBoard's own writer: that one writes in a thread of its own,
+which a full disk ends for good, with a traceback.
+"""
 
 from __future__ import annotations
 
+import io
+import os
+import socket
+import struct
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sat_train.files import read_bytes
+from sat_train.training.callbacks.appended_file import AppendedFile
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.entries import Entry, scalars
+from sat_train.training.entries import Entry, SamplesEntry, scalars
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
 
+_MOST_IMAGE_BYTES = 2**28
+_RGB = 3
+
 
 class TensorBoard(Callback):
-    """Writes scalars under `<run>/tensorboard`. For rank 0.
+    """Writes scalars, and the contact sheets of validation videos, under `<run>/tensorboard`. For rank 0.
 
     Args:
         run_folder: The run's folder.
     """
 
+    optional = True
+
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder / "tensorboard"
+        # TensorBoard reads the files of a folder in the order of their names
+        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = AppendedFile(self._folder / name)
 
     def started(self, trainer: Trainer) -> None:
-        """Opens the file; later steps of the run that goes on are hidden by `purge_step`."""
-        from torch.utils.tensorboard import SummaryWriter  # here, since its import takes a second
+        """Opens the file; steps of the run that come later than the resumed one are hidden."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=trainer.state.step + 1)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        first = trainer.state.step + 1
+        version = _event(first, file_version="brain.Event:2")
+        self._file.append(version + _event(first, session_log=SessionLog(status=SessionLog.START)))
 
     def reported(self, entry: Entry) -> None:
-        """Writes the entry's numbers."""
-        for name, value in scalars(entry).items():
-            self._writer.add_scalar(name, value, entry.step)
+        """Writes the entry's numbers, or its picture."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-    def closed(self) -> None:
-        """Closes the file."""
-        self._writer.close()
+        if isinstance(entry, SamplesEntry):
+            values = [Summary.Value(tag="valid/samples", image=_image(entry.contact_sheet))]
+        else:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(entry).items()]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file.append(_event(entry.step, summary=Summary(value=values)))
+
+
+def _event(step: int, **content: Any) -> bytes:
+    """Returns one event as a record of the file."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    record = io.BytesIO()
+    RecordWriter(record).write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+    return record.getvalue()
+
+
+def _image(path: Path) -> Any:
+    """Returns a PNG as TensorBoard keeps it."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    png = read_bytes(path, limit=_MOST_IMAGE_BYTES)
+    width, height = struct.unpack(">II", png[16:24])  # the header chunk comes first in every PNG
+    return Summary.Image(height=height, width=width, colorspace=_RGB, encoded_image_string=png)

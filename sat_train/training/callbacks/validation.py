@@ -11,38 +11,50 @@ from sat_train.training.entries import ValidationEntry
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
 
+Measure = Callable[[int, Callable[[], bool]], ValidationEntry | None]
+
 
 class Validation(Callback):
     """Measures the validation loss before the first step, every `interval` steps and after the last.
 
+    Whoever asks the run to stop will not wait for it. What was due at the step that a run resumes, and was
+    not measured because that run ended before, is measured first.
+
     Args:
         engine: DeepSpeed engine, put into evaluation mode meanwhile.
-        measure: Step -> entry, on all ranks.
+        measure: (step, asked to stop) -> entry, or None when it was interrupted; on all ranks.
         interval: Steps between validations.
+        is_measured: Whether the loss at a step is known already; on all ranks.
     """
 
-    def __init__(self, engine: Any, measure: Callable[[int], ValidationEntry], *, interval: int) -> None:
+    def __init__(
+        self, engine: Any, measure: Measure, *, interval: int, is_measured: Callable[[int], bool]
+    ) -> None:
         self._engine = engine
         self._measure = measure
         self._interval = interval
-        self._measured_step = -1
+        self._is_measured = is_measured
 
     def started(self, trainer: Trainer) -> None:
-        """Measures where a new run begins; a run that goes on has done so."""
-        if trainer.state.step == 0:
+        """Measures where a new run begins, and what a resumed one still owes."""
+        if self._is_due(trainer) and not self._is_measured(trainer.state.step):
             self._validate(trainer)
 
     def step_done(self, trainer: Trainer) -> None:
         """Measures when it is time."""
-        if trainer.state.step % self._interval == 0 or trainer.complete:
+        if self._is_due(trainer):
             self._validate(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return trainer.state.step % self._interval == 0 or trainer.complete
 
     def _validate(self, trainer: Trainer) -> None:
         if trainer.stopping:
-            return  # whoever asked us to stop will not wait
+            return
         self._engine.eval()
         try:
-            entry = self._measure(trainer.state.step)
+            entry = self._measure(trainer.state.step, trainer.asked_to_stop)
         finally:
             self._engine.train()
-        trainer.report(entry)
+        if entry is not None:
+            trainer.report(entry)

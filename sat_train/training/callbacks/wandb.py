@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sat_train.errors import LaunchError
+from sat_train.files import read_text, write_text
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.entries import Entry, scalars
+from sat_train.training.entries import Entry, SamplesEntry, scalars
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
 
 _ID_FILE = "wandb_id"
+_MOST_ID_BYTES = 200
 
 
 class WeightsAndBiases(Callback):
-    """Reports to Weights & Biases; a run that goes on continues its page. For rank 0.
+    """Reports numbers and validation videos to Weights & Biases; a resumed run continues its page. For rank
+    0.
 
     Args:
         run_folder: The run's folder; its name is the run's name.
@@ -28,6 +31,8 @@ class WeightsAndBiases(Callback):
         LaunchError: The package is not installed.
     """
 
+    optional = True
+
     def __init__(self, run_folder: Path, *, project: str, config: dict[str, Any]) -> None:
         if importlib.util.find_spec("wandb") is None:
             raise LaunchError(
@@ -35,6 +40,7 @@ class WeightsAndBiases(Callback):
                 remedy="pip install 'sat_train[wandb]', or set args.wandb: false",
             )
         self._run_folder, self._project, self._config = run_folder, project, config
+        self._run: Any = None
 
     def started(self, trainer: Trainer) -> None:
         """Opens the page."""
@@ -44,19 +50,35 @@ class WeightsAndBiases(Callback):
         self._run = wandb.init(
             project=self._project,
             name=self._run_folder.name,
-            id=id_file.read_text() if id_file.exists() else None,
+            id=read_text(id_file, limit=_MOST_ID_BYTES) if id_file.exists() else None,
             resume="allow",
             dir=str(self._run_folder),
             config=self._config,
         )
-        id_file.write_text(self._run.id)
+        write_text(id_file, self._run.id)
         # entries of one step may come one after another; an own step axis keeps them all
         self._run.define_metric("*", step_metric="step")
 
     def reported(self, entry: Entry) -> None:
-        """Sends the entry's numbers."""
-        self._run.log({"step": entry.step, **scalars(entry)})
+        """Sends the entry's numbers, or its videos."""
+        if self._run is None:
+            return  # the page could not be opened, which has been said
+        if isinstance(entry, SamplesEntry):
+            self._run.log({"step": entry.step, **_media(entry)})
+        else:
+            self._run.log({"step": entry.step, **scalars(entry)})
 
     def finished(self, trainer: Trainer) -> None:
         """Closes the page."""
-        self._run.finish()
+        if self._run is not None:
+            self._run.finish()
+
+
+def _media(entry: SamplesEntry) -> dict[str, Any]:
+    import wandb
+
+    videos = [
+        wandb.Video(str(path), caption=caption, format="mp4")
+        for path, caption in zip(entry.videos, entry.captions, strict=True)
+    ]
+    return {"valid/videos": videos, "valid/samples": wandb.Image(str(entry.contact_sheet))}

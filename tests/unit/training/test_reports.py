@@ -1,13 +1,21 @@
 """What is written down of a run, for people and for programs."""
 
+import contextlib
 import json
+import os
+import random
+import re
+import subprocess
+import sys
+import termios
+import textwrap
 from types import SimpleNamespace
 
 import pytest
 
 from sat_train.errors import LaunchError
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
-from sat_train.training.callbacks.progress import describe
+from sat_train.training.callbacks.progress import describe, duration
 from sat_train.training.callbacks.wandb import WeightsAndBiases
 from sat_train.training.entries import TrainEntry, ValidationEntry, scalars
 
@@ -34,15 +42,140 @@ def _at(step: int) -> SimpleNamespace:
     return SimpleNamespace(state=SimpleNamespace(step=step))
 
 
-def test_a_line_names_everything_and_the_time_left():
-    line = describe(_entry(10, skipped=2, bad_clips=3), 40)
-    parts = ("step 10/40", "loss 0.50000", "smoothed 0.25000", "lr 1e-05", "grad 0.1", "skipped 2")
-    for part in (*parts, "bad clips 3"):
-        assert part in line
-    assert line.endswith("left 0:01:00")
-    assert not {"skipped", "bad"} & set(describe(_entry(10), 40).split())
-    assert "grad" not in describe(_entry(10, grad_norm=None), 40)
-    assert describe(VALIDATION, 40) == "step 2: validation loss 0.75000 on 8 clips"
+def test_a_line_names_what_people_look_at_and_the_time_left():
+    (line,) = describe(_entry(10), 40, with_details=False)
+    assert line == "step 10/40 loss 0.500 avg 0.250 lr 1e-5 grad 0.1 2 s/step eta 1m"
+    assert "grad" not in describe(_entry(10, grad_norm=None), 40, with_details=False)[0]
+    details = describe(_entry(10, skipped=2, bad_clips=3, data_wait_s=1.0), 40, with_details=True)[1]
+    assert details == "skipped 2 bad clips 3 waiting for data 50% 4 samples/s peak 1.5 GiB"
+
+
+def test_no_metric_line_is_wider_than_a_terminal_whatever_the_numbers():
+    rng = random.Random(0)
+    for _ in range(3000):
+        wild = {
+            name: rng.choice([0.0, 1.0, -1.0, float("nan"), float("inf"), 10 ** rng.uniform(-12, 12)])
+            for name in (
+                "loss",
+                "loss_smoothed",
+                "lr",
+                "grad_norm",
+                "step_time_s",
+                "data_wait_s",
+                "samples_per_s",
+            )
+        }
+        steps = 10 ** rng.randint(0, 9)
+        entry = _entry(rng.randint(0, steps), skipped=steps, bad_clips=steps, **wild)
+        for line in describe(entry, steps, with_details=True):
+            assert len("10:59:02 I " + line) <= 80, line
+
+
+def test_real_runs_have_one_line_an_entry():
+    for steps in (1000, 20_000):
+        entry = _entry(
+            steps - 1, loss=0.1234, loss_smoothed=0.1357, lr=9.87e-6, grad_norm=0.823, step_time_s=12.3
+        )
+        assert len(describe(entry, steps, with_details=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.2, "60s"), (61, "2m"), (3600, "1h00m"), (86_399, "1d00h"), (187_200, "2d04h")],
+)
+def test_the_time_left_has_two_units(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_on_a_terminal_of_80_columns_no_line_is_torn_and_none_is_glued_to_the_bar():
+    """A real terminal, read back as a screen: the bar is gone at the end and each line stands alone."""
+    lines = _screen_of(
+        """
+        for step in range(1, 31):
+            trainer.state.step = step
+            progress.reported(entry(step))
+            progress.step_done(trainer)
+            log.info("saved /a/folder/of/a/run/%d", step)
+        log.warning("one long line " + "x" * 100)
+        progress.reported(ValidationEntry(30, 0.5, {}, 8))
+        progress.closed()
+        log.info("the end")
+        """
+    )
+    clock = re.compile(r"^\d\d:\d\d:\d\d [IW] ")
+    continued = [line for line in lines if not clock.match(line)]
+    assert continued == ["x" * (100 + len("10:59:02 W one long line ") - 80)], (
+        "the terminal wraps, nobody else"
+    )
+    texts = [clock.sub("", line) for line in lines]
+    assert [text for text in texts if text.startswith("saved")] == [
+        f"saved /a/folder/of/a/run/{step}" for step in range(1, 31)
+    ]
+    assert sum(text.startswith("step ") for text in texts) == 31
+    assert texts[-1] == "the end"
+
+
+_ON_A_TERMINAL = """
+import sys
+from types import SimpleNamespace
+from sat_train.log import configure_logging, get_logger
+from sat_train.training.callbacks.progress import BarProgress, build_progress
+from sat_train.training.entries import TrainEntry, ValidationEntry
+from sat_train.training.schedule import LearningRate
+configure_logging()
+log = get_logger("sat_train.test")
+rate = LearningRate(peak=1e-3, warmup_steps=3, style="linear", decay_end=100, floor_ratio=0.1)
+trainer = SimpleNamespace(state=SimpleNamespace(step=0), train_iters=1000, learning_rate=rate)
+def entry(step):
+    return TrainEntry(step, 0.1234, 0.2345, 9.87e-6, 0.823, 0.22, 0.01, 4.2, 12.3, 0)
+progress = build_progress()
+assert isinstance(progress, BarProgress)
+progress.started(trainer)
+"""
+
+
+def _screen_of(body: str) -> list[str]:
+    """Runs Python on a terminal of 80 columns; returns the lines that stand there in the end."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _ON_A_TERMINAL + textwrap.dedent(body)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**environment, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 65536):
+            written += part
+    assert process.wait() == 0, written.decode()
+    return [line for line in map("".join, _rows(written.decode())) if line.strip()]
+
+
+def _rows(written: str) -> list[list[str]]:
+    """Does what a terminal does with text, line ends, and the few codes a bar uses."""
+    rows, row, column = [[" "] * 80], 0, 0
+    for match in re.finditer(r"\x1b\[(\??\d*(?:;\d+)*)([A-Za-z])|(.)", written, re.DOTALL):
+        number, code, character = match.groups()
+        if code == "A":
+            row -= int(number or 1)
+        elif code == "K":
+            rows[row] = [" "] * 80
+        elif code is not None:
+            assert code in "mhl", f"unknown code {match.group()!r}"
+        elif character == "\r":
+            column = 0
+        elif character == "\n" or column == 80:
+            row, column = row + 1, 0 if character != "\n" else column
+            rows += [[" "] * 80] * (row + 1 - len(rows))
+            rows[row] = list(rows[row])
+        if code is None and character not in "\r\n":
+            rows[row][column] = character
+            column += 1
+    return [[*"".join(cells).rstrip()] for cells in rows]
 
 
 def test_every_line_of_the_file_is_json_even_when_a_number_is_not_finite(tmp_path):

@@ -1,0 +1,48 @@
+"""A file that grows by whole records, on a disk that may be full for a while."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# What waits for room; a run that reports into a full disk for weeks must not fill its memory instead.
+_MOST_WAITING_BYTES = 64 * 2**20
+
+
+class AppendedFile:
+    """Appends records; those that could not be written wait and are written, in order, with the next one.
+
+    Args:
+        path: The file; it is made when needed, and a link at its place is not followed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting = b""
+
+    def append(self, record: bytes) -> None:
+        """Appends a record, whole or not at all.
+
+        Raises:
+            OSError: It could not be written. It waits, unless too much waits already.
+        """
+        if len(self._waiting) + len(record) <= _MOST_WAITING_BYTES:
+            self._waiting += record
+        descriptor = os.open(
+            self._path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
+        )
+        try:
+            end = os.lseek(descriptor, 0, os.SEEK_END)
+            try:
+                _write_all(descriptor, self._waiting)
+            except OSError:
+                os.ftruncate(descriptor, end)  # frees room: it works on a full disk
+                raise
+        finally:
+            os.close(descriptor)
+        self._waiting = b""
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
