@@ -1,13 +1,14 @@
-"""`sat-train check`: reads a configuration, names every fault, shows every value; torch for `--build`."""
+"""`sat-train check`: reads a configuration, names every fault, sums it up; torch for `--build` alone."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from sat_train.config import load_run_config, split_command_line
+from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.config.explain import explain_key, list_values
 from sat_train.config.json_schema import render_json_schema
+from sat_train.config.summary import ClipCounts, RunFacts, summarize
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,18 +38,44 @@ def main(argv: Sequence[str]) -> int:
 
         print(report_build(run))
     else:
-        print(list_values(run))
+        print(list_values(run, with_defaults=options.all))
+        print(f"\n{_sum_up(run, looks_at_data=not options.no_paths)}")
     return 0
+
+
+def _sum_up(run: RunConfig, *, looks_at_data: bool) -> str:
+    """Returns the summary and the verdict, after a look at the names of the clips.
+
+    Raises:
+        DataError: The data cannot be read.
+    """
+    clips = _count_clips(run) if looks_at_data else None
+    summary = summarize(run, RunFacts(clips=clips))
+    verdict = f"incomplete: {run.needs}" if run.needs else "ready: this configuration has no fault"
+    return f"{summary}\n\n{verdict}"
+
+
+def _count_clips(run: RunConfig) -> ClipCounts | None:
+    """Counts the clips of local sets; remote ones are looked at when a run starts."""
+    args = run.args
+    entries = [*(args.train_data or ()), *(args.valid_data or ())]
+    if not args.train_data or any("://" in entry for entry in entries):
+        return None
+    from sat_train.data.sources.count import count_clips  # imports PyAV
+
+    return count_clips(args.train_data, args.valid_data, shares=run.data_shares())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sat-train check",
-        description="Reads a configuration as training would; names every fault, or shows every value.",
+        description="Reads a configuration as training would; names every fault, or shows what was set and "
+        "what it comes to.",
         usage="sat-train check --base FILE [FILE ...] [key.path=value ...] [--flag value ...] "
-        "[--explain KEY | --build | --schema] [--no-paths]",
+        "[--all | --explain KEY | --build | --schema] [--no-paths]",
         allow_abbrev=False,
     )
+    parser.add_argument("--all", action="store_true", help="show defaults and the model's numbers too")
     parser.add_argument("--explain", metavar="KEY", help="what one key does, may hold and holds")
     parser.add_argument("--build", action="store_true", help="build without memory, count parameters")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of configs/schema.json")

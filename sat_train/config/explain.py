@@ -6,16 +6,29 @@ import json
 from typing import Any
 
 from sat_train.config.catalog import Key, all_keys, pattern_of, slot_targets, suggest_key
+from sat_train.config.layers import DEFAULT
 from sat_train.config.legacy import reason_without_effect
 from sat_train.config.loading import leaves
 from sat_train.config.paths import shorten_assets
 from sat_train.config.run import RunConfig
 from sat_train.errors import ConfigError, Fault
 
+_MODEL_FILES = "configs/model/"
 
-def list_values(run: RunConfig) -> str:
-    """Returns one line for each value: key, value, source."""
-    values = {path: _show(value) for path, value in leaves(run.tree()).items()}
+
+def list_values(run: RunConfig, *, with_defaults: bool = True) -> str:
+    """Returns one line for each value: key, value, source.
+
+    Args:
+        with_defaults: Also those that nobody has set, and those of the shipped model file.
+    """
+    values = {
+        path: _show(value)
+        for path, value in leaves(run.tree()).items()
+        if with_defaults or not _is_untouched(run.sources[path])
+    }
+    if not values:
+        return "everything is a default"
     key_width = max(map(len, values))
     value_width = min(max(map(len, values.values())), 40)
     lines = [
@@ -59,6 +72,10 @@ def _explain_group(path: str) -> list[str]:
     direct = [key for key in inner if "." not in key.path[len(prefix) :].removeprefix("*.")]
     width = max((len(key.path) - len(prefix) for key in direct), default=0)
     return [f"    {key.path[len(prefix) :].ljust(width)}  {key.description}" for key in direct]
+
+
+def _is_untouched(source: str) -> bool:
+    return source == DEFAULT or source.startswith(_MODEL_FILES)
 
 
 def _plain(value: Any) -> Any:

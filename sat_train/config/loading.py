@@ -88,6 +88,7 @@ def load_run_config(
         deepspeed=sections.deepspeed,
         sources=_sources(sections, merged),
         notes=tuple(_notes(layers, draft)),
+        needs=_missing_for_use(draft) if purpose == "check" else "",
     )
 
 
@@ -135,10 +136,6 @@ def _notes(layers: Sequence[Layer], draft: Draft) -> list[str]:
     if dropped:
         listed = ", ".join(path if why == NO_EFFECT else f"{path} ({why})" for path, why in dropped.items())
         notes.append(f"Keys of older files that have no effect: {listed}.")
-    if missing := placeholders(draft):
-        notes.append(f"Still to be filled in: {', '.join(missing)}.")
-    if draft.purpose == "check" and (needs := _missing_for_use(draft)):
-        notes.append(f"Enough to be checked, but to {needs}.")
     return notes
 
 
@@ -147,5 +144,6 @@ def _missing_for_use(draft: Draft) -> str:
     verb: Purpose = "sample" if draft.args.mode == "inference" else "train"
     faults: list[Fault] = []
     check_rules(replace(draft, purpose=verb), RULES, faults)
-    needs = "; ".join(f"{fault.path}: {fault.expected}" for fault in faults)
-    return f"{verb} it needs {needs}" if needs else ""
+    needs = [f"{fault.path}: {fault.expected}" for fault in faults]
+    needs += [f"{path}, to be filled in" for path in placeholders(draft)]
+    return f"to {verb} it needs {'; '.join(needs)}" if needs else ""

@@ -63,6 +63,7 @@ class RunConfig:
         deepspeed: The engine.
         sources: For each dotted key with a value, the file it came from, `command line` or `default`.
         notes: What the person should hear once, e.g. old keys without effect.
+        needs: What is still missing before this configuration can be used; empty when nothing is.
     """
 
     args: ArgsConfig
@@ -71,6 +72,7 @@ class RunConfig:
     deepspeed: DeepSpeedConfig
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    needs: str = ""
 
     def tree(self) -> dict[str, Any]:
         """Returns the four sections as plain dictionaries, lists and scalars; shipped files as `asset:`."""

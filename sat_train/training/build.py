@@ -20,6 +20,7 @@ from sat_train.checkpoint.save import save_training_checkpoint
 from sat_train.config import RunConfig
 from sat_train.config.resolved import write_resolved
 from sat_train.config.sat_args import write_model_config
+from sat_train.config.summary import summarize
 from sat_train.data.batch import VideoBatch
 from sat_train.data.build import sum_bad_clips
 from sat_train.distributed.collectives import broadcast_object
@@ -74,6 +75,7 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
     place = open_place(run, grid)
     try:
         data = open_data(run, grid, point=place.point, run_folder=place.folder)
+        log.info("this run:\n%s", summarize(run, data.facts(grid)))
         pipeline = build_models(run, grid, with_encoders=data.needs_encoders, null_text_ld=data.null_text())
         engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
         average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None

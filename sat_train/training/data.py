@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.config import RunConfig
+from sat_train.config.summary import ClipCounts, RunFacts
 from sat_train.data.batch import VideoBatch
 from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.build import build_train_loader, build_valid_loader
@@ -50,6 +51,11 @@ class RunData:
     train_iters: int
     needs_encoders: bool
     cache: OpenCache | None
+
+    def facts(self, grid: ProcessGrid) -> RunFacts:
+        """Returns what the summary of a run says beyond its configuration."""
+        clips = [0 if loader is None else _count_clips(loader) for loader in (self.train, self.valid)]
+        return RunFacts(clips=ClipCounts(*clips), data_ranks=grid.data_size, steps=self.train_iters)
 
     def null_text(self) -> Tensor | None:
         """Returns the embedding of the empty prompt from the cache, if it is there."""
@@ -221,6 +227,10 @@ def build_writer(run: RunConfig, grid: ProcessGrid) -> ShardWriter:
     """Returns the writer of this rank into `data.cache_dir`."""
     shard_bytes = int(run.data.cache_shard_mb * 1e6)
     return ShardWriter(Path(run.data.cache_dir), rank=grid.rank, shard_bytes=shard_bytes)
+
+
+def _count_clips(loader: VideoLoader) -> int:
+    return sum(len(source) for source in loader.dataset.sources)
 
 
 def _null_key(cache: OpenCache) -> str:

@@ -19,7 +19,11 @@ _DATA = ("args.train_data.", "args.valid_data.")
 
 def placeholders(draft: Draft) -> list[str]:
     """Returns the paths that are still to be filled in, as `key = value`."""
-    return [f"{key} = {path}" for key, path in _needed_paths(draft) if is_placeholder(path)]
+    return [
+        f"{key} = {path}"
+        for key, path in _needed_paths(draft)
+        if is_placeholder(path) and not _follows_from_load(draft, key)
+    ]
 
 
 @rule()

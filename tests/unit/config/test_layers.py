@@ -57,7 +57,7 @@ def test_lora_behind_a_model_file_includes_sft_behind_it() -> None:
     assert run.model.network_config.params.num_layers == 42
     assert run.sources["args.train_iters"] == "configs/sft.yaml"
     assert run.deepspeed.optimizer.params.lr == 1e-3
-    assert not run.notes[0].startswith("No file chooses a network")
+    assert not any(note.startswith("No file chooses a network") for note in run.notes)
 
 
 def test_no_network_means_the_embedded_one(load: Load) -> None:
@@ -162,8 +162,8 @@ def test_sources_know_every_value(load: Load) -> None:
 
 def test_a_part_is_told_what_it_lacks() -> None:
     run = load_run_config(["configs/model/cogvideox_5b.yaml"], purpose="check", check_paths=False)
-    (line,) = [note for note in run.notes if note.startswith("Enough to be checked")]
+    line = run.needs
     assert "to train it needs args.train_iters" in line
     assert "args.train_data" in line
     run = load_run_config(["configs/sample.yaml"], purpose="check", check_paths=False)
-    assert "to sample it needs args.prompt" in run.notes[-1]
+    assert "to sample it needs args.prompt" in run.needs
