@@ -5,7 +5,7 @@ from __future__ import annotations
 from sat_train.config.layers import EMBEDDED, Merged
 
 _TRAIN_DATA = "train_data"
-_GOES_WITH_IT = ("valid_data", "valid_prompts")
+_GOES_WITH_IT = ("valid_data", "valid_prompts", "valid_images")
 
 
 def drop_demo(merged: Merged) -> None:

@@ -36,6 +36,7 @@ _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
         "distributed_timeout_minutes",
         "output_dir",
         "valid_prompts",
+        "valid_images",
         "valid_video_interval",
     ]
 )

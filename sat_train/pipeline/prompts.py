@@ -11,10 +11,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.errors import DataError
 
-# between prompt and image in a line of a prompt file, as in CogVideo's
-_SEPARATOR = "@@"
 _SLUG_LENGTH = 60
 
 
@@ -55,7 +54,7 @@ def build_requests(
     """
     requests = []
     for number, (where, line) in enumerate(lines):
-        prompt, has_image, path = (part.strip() for part in line.partition(_SEPARATOR))
+        prompt, has_image, path = (part.strip() for part in line.partition(IMAGE_SEPARATOR))
         given = Path(path).expanduser() if has_image else image
         if not prompt:
             raise DataError(f"{where} has no prompt: {line!r}", expected="prompt or prompt@@image")

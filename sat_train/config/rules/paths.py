@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sat_train.config.paths import is_placeholder
 from sat_train.config.rules.rule import Draft, rule
+from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.config.weights_folder import AUTOENCODER, TEXT_ENCODER
 from sat_train.errors import Fault
 from sat_train.patterns import expand_braces, find_local
@@ -74,6 +75,12 @@ def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:
         yield from _weight_paths(draft)
     if args.resume not in _RESUME_WORDS:
         yield "args.resume", args.resume
+    if draft.purpose in ("train", "check"):
+        for index, image in enumerate(args.valid_images):
+            yield f"args.valid_images.{index}", image
+        for index, prompt in enumerate(args.valid_prompts):
+            if image := prompt.partition(IMAGE_SEPARATOR)[2].strip():
+                yield f"args.valid_prompts.{index}", image
     for name in ("input_file", "image"):
         if is_sampling and getattr(args, name) is not None:
             yield f"args.{name}", getattr(args, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sat_train.config.rules.rule import Draft, rule
+from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.errors import Fault
 
 
@@ -186,6 +187,22 @@ def there_is_a_prompt(draft: Draft) -> Iterator[Fault]:
         yield draft.fault("args.image", None, "a first frame: this model makes videos of images")
 
 
+@rule("args.valid_prompts", "args.valid_images", "model.noised_image_input")
+def validation_images_fit(draft: Draft) -> Iterator[Fault]:
+    prompts, images = draft.args.valid_prompts, draft.args.valid_images
+    num_named = sum(IMAGE_SEPARATOR in prompt for prompt in prompts)
+    if not draft.model.noised_image_input:
+        if images:
+            yield draft.fault("args.valid_images", images, "none: this is a text-to-video model")
+        if num_named:
+            yield draft.fault("args.valid_prompts", prompts, "no images (prompt@@image) for text-to-video")
+    elif images and (num_named or len(images) != len(prompts)):
+        expected = f"one image for each of the {len(prompts)} args.valid_prompts, named here or there"
+        yield draft.fault("args.valid_images", images, expected)
+    elif num_named not in (0, len(prompts)):
+        yield draft.fault("args.valid_prompts", prompts, "prompt@@image in all of them, or in none")
+
+
 RULES = (
     one_precision,
     stage_zero_in_fp32_only,
@@ -205,4 +222,5 @@ RULES = (
     data_is_given,
     cache_has_a_folder,
     there_is_a_prompt,
+    validation_images_fit,
 )

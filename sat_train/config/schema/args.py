@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field
 
 from sat_train.config.schema.record import Floats, HeightWidth, Record, Text, Texts, false_to_off
 
+# between prompt and image in one text, as in CogVideo's prompt files
+IMAGE_SEPARATOR = "@@"
+
 
 class ArgsConfig(Record):
     """How a run is trained, kept, validated and sampled."""
@@ -126,6 +129,11 @@ class ArgsConfig(Record):
     )
     valid_prompts: Texts = Field(
         (), description="Prompts of the validation videos; none: captions of the validation clips."
+    )
+    valid_images: Texts = Field(
+        (),
+        description="First frames for image-to-video, one for each of `valid_prompts`, which may also be "
+        "`prompt@@image`; none: first frames and captions of the validation clips.",
     )
     valid_video_interval: int | None = Field(
         None, ge=1, description="Steps between validation videos; null: no videos."

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sat_train.config import RunConfig
+from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.data.loader import VideoLoader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.distributed.seeds import derive_seed
 from sat_train.log import get_logger
-from sat_train.pipeline.build import build_sampling
+from sat_train.pipeline.build import SamplingSettings, build_sampling
+from sat_train.pipeline.prompts import build_requests, read_image
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.callback import Callback
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-_CLIPS_DRAWN = 2  # image-to-video has no prompts without images: the first validation clips give both
+_CLIPS_SHOWN = 2  # where neither prompts nor images are given
 
 
 def build_callbacks(
@@ -162,18 +164,37 @@ def _is_measured(grid: ProcessGrid, run_folder: Path | None, step: int) -> bool:
     return any(entry["step"] == step and "valid_loss" in entry for entry in entries)
 
 
+def _given_conditions(run: RunConfig, settings: SamplingSettings) -> tuple[list[str], list[torch.Tensor]]:
+    """Returns `args.valid_prompts`, and the first frames that stand beside them."""
+    prompts, files = list(run.args.valid_prompts), run.args.valid_images
+    if files:
+        prompts = [f"{prompt}{IMAGE_SEPARATOR}{file}" for prompt, file in zip(prompts, files, strict=True)]
+    if not any(IMAGE_SEPARATOR in prompt for prompt in prompts):
+        return prompts, []
+    lines = [(f"args.valid_prompts.{number}", prompt) for number, prompt in enumerate(prompts)]
+    requests = build_requests(lines, image_to_video=True, image=None, seed=0)
+    size = {"height": settings.height, "width": settings.width}
+    return [r.prompt for r in requests], [read_image(r.image, **size) for r in requests if r.image]
+
+
+def _conditions_of_clips(loader: VideoLoader) -> tuple[list[str], list[torch.Tensor]]:
+    """Returns captions and first frames of the first validation clips."""
+    count = min(_CLIPS_SHOWN, loader.num_samples or _CLIPS_SHOWN)
+    clips = [loader.dataset.item(index, pixels=True).sample for index in range(count)]
+    images = [clip.video_tchw[0] if clip.image_chw is None else clip.image_chw for clip in clips]
+    return [clip.caption for clip in clips], images
+
+
 def _drawings(
     run: RunConfig, pipeline: VideoDiffusion, engine: Any, loader: VideoLoader | None
 ) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
     """Returns the prompts and how number `n` of them is drawn; None when there is nothing to draw."""
     settings = build_sampling(run)
-    prompts, images = list(run.args.valid_prompts), []
-    if loader is not None and (pipeline.noised_image_input or not prompts):
-        clips = [
-            loader.dataset.item(i, pixels=True).sample for i in range(min(_CLIPS_DRAWN, loader.num_samples))
-        ]
-        prompts = [clip.caption for clip in clips]
-        images = [clip.video_tchw[0] if clip.image_chw is None else clip.image_chw for clip in clips]
+    prompts, images = _given_conditions(run, settings)
+    if loader is not None and (not prompts or (pipeline.noised_image_input and not images)):
+        if prompts:
+            log.info("args.valid_prompts have no images: validation videos show the validation clips instead")
+        prompts, images = _conditions_of_clips(loader)
     if not prompts or (pipeline.noised_image_input and not images):
         return None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 NETWORK = "model.network_config.params"
 TINY_NETWORK = "model: {network_config: {params: {%s}}}"
 TINY_POSITION = "model: {network_config: {params: {modules: {pos_embed_config: %s}}}}"
+I2V = "model: {noised_image_input: true, network_config: {params: {in_channels: 32}}}\nargs: {%s}"
 BUCKETS = "data: {params: {buckets: {%s}}}"
 TINY_T5 = """
 model:
@@ -273,6 +274,27 @@ CASES = [
     ),
     Case(
         "I2V channels", "model: {noised_image_input: true}", f"{NETWORK}.in_channels", "32 for image-to-video"
+    ),
+    Case(
+        "T2V images",
+        "args: {valid_prompts: [a], valid_images: [a.png]}",
+        "args.valid_images",
+        "none: this is a text-to-video model",
+    ),
+    Case(
+        "T2V prompt", "args: {valid_prompts: ['a@@b.png']}", "args.valid_prompts", "no images (prompt@@image)"
+    ),
+    Case(
+        "images without prompts",
+        I2V % "valid_prompts: [a, b], valid_images: [a.png]",
+        "args.valid_images",
+        "one image for each of the 2 args.valid_prompts",
+    ),
+    Case(
+        "an image for some prompts",
+        I2V % "valid_prompts: ['a@@a.png', b]",
+        "args.valid_prompts",
+        "prompt@@image in all of them, or in none",
     ),
     Case("T2V channels", TINY_NETWORK % "in_channels: 32", f"{NETWORK}.in_channels", "16 for text-to-video"),
     Case(
