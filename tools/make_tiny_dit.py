@@ -27,7 +27,7 @@ from sat_train.data.batch import CachedSample, VideoBatch
 from sat_train.data.batches import StepPlace
 from sat_train.distributed.processes import start_single_process
 from sat_train.pipeline.video_diffusion import VideoDiffusion
-from sat_train.training.models import build_models
+from sat_train.training.models import build_models, find_start_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "sat_train" / "assets" / "tiny" / "dit.safetensors"
@@ -145,7 +145,8 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     run = load_run_config([ROOT / "configs" / "sft.yaml"], ["args.load=null", "args.mode=pretrain"])
-    pipeline = build_models(run, start_single_process())
+    grid = start_single_process()
+    pipeline = build_models(run, grid, find_start_weights(run, grid))
     encoded = encode_clips(pipeline, run, count=options.clips, path=options.work / "clips.safetensors")
     weights = train(pipeline, encoded, minutes=options.minutes, state_path=options.work / "state.pt")
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)

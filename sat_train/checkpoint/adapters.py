@@ -1,4 +1,4 @@
-"""LoRA adapters between SAT's names and PEFT's as diffusers loads them, and merged into the weights.
+"""LoRA adapters in and out: under SAT's names, under PEFT's as diffusers loads them, and merged into weights.
 
 SAT scales an update by alpha / rank and keeps alpha beside it. What diffusers makes of a file's alpha has
 changed between versions, and without one it takes alpha = rank. So exported files carry the scale in their B
@@ -8,30 +8,29 @@ matrices and say alpha = rank: every reader, old or new, gets the update as it w
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sat_train.checkpoint.diffusers_keys import Part, part_of_diffusers_key, parts_of_sat_key
-from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, cut_tensor, from_tensors
+from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, cut_tensor
+from sat_train.checkpoint.lora_files import PEFT_METADATA_KEY, holds_lora, read_lora_modules
 from sat_train.checkpoint.readers import read_metadata, read_weight_files
 from sat_train.checkpoint.sources import find_weights
-from sat_train.checkpoint.tensor_parallel import slice_weights
-from sat_train.checkpoint.weights import read_transformer_weights
+from sat_train.checkpoint.weights import read_own_weights
 from sat_train.errors import CheckpointError
+from sat_train.models.low_rank import LowRank, Updates, common_scale, highest_rank, misfits, whole_delta
 
 RANK_KEY = "mixins.lora.rank"
 ALPHA_KEY = "mixins.lora.alpha"
-# Where diffusers looks for PEFT's configuration in a safetensors header.
-PEFT_METADATA_KEY = "lora_adapter_metadata"
 TRAINED_ALPHA_KEY = "sat_train.lora_alpha"
 _ADAPTER = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
-_PEFT = re.compile(r"(?:transformer\.)?(.+)\.lora_([AB])\.weight")
 _DEFAULT_ALPHA = 1.0  # SAT's, whose checkpoints do not hold it
 
 
@@ -40,173 +39,263 @@ def is_adapter_key(key: str) -> bool:
     return bool(_ADAPTER.fullmatch(key)) or key in (RANK_KEY, ALPHA_KEY)
 
 
-def read_adapter_weights(path: str | Path, *, model_rank: int = 0, model_size: int = 1) -> LazyWeights:
-    """Opens adapters: of a run or step of ours, of SAT, or a diffusers/PEFT file or its folder.
+def without_adapters(weights: LazyWeights) -> LazyWeights:
+    """Returns the weights under the adapters."""
+    return weights.select(lambda key: None if is_adapter_key(key) else key)
+
+
+def read_lora(path: str | Path, *, ema: bool = False) -> Updates:
+    """Reads adapters: of a run or step of ours, of SAT, or a file or folder of diffusers, PEFT or kohya.
 
     Args:
-        path: Where they are.
-        model_rank: Rank on the model axis.
-        model_size: Ranks on the model axis; only this rank's slices are read.
+        path: Where they are. Base weights beside or under them are not read.
+        ema: Their average, from a run of ours that keeps one.
 
     Returns:
-        `...matrix_A.i`, `...matrix_B.i`, and rank and alpha where the file says them.
+        The updates by layer, none where the weights have no adapters.
 
     Raises:
-        CheckpointError: Nothing there, damaged, or no adapters inside.
+        CheckpointError: Nothing there, damaged, or a key, layer or kind of adapter that is not understood.
     """
-    source = find_weights(path, part="lora")
-    if source.kind == "files":
+    source = find_weights(path)
+    if source.kind == "files" and not ema:
         found = read_weight_files(source.files)
-        if any(_PEFT.fullmatch(key) for key in found):
-            tensors = adapters_from_peft(found, read_metadata(source.files[0]))
-            return slice_weights(from_tensors(tensors, where=found.where), rank=model_rank, size=model_size)
-    weights = read_transformer_weights(path, model_rank=model_rank, model_size=model_size)
-    adapters = weights.select(lambda key: key if is_adapter_key(key) else None)
-    if not adapters:
+        if holds_lora(found):
+            modules = read_lora_modules(found, source.files[0])
+            updates = updates_of_modules(modules, where=found.where)
+            return _at_trained_alpha(updates, read_metadata(source.files[0]), found.where)
+        if any(_ADAPTER.search(key) for key in found):
+            bare = found.select(lambda key: re.sub(r"^(module\.)?model\.diffusion_model\.", "", key))
+            return updates_of(bare)
+    return updates_of(read_own_weights(source, ema=ema))
+
+
+def read_given_lora(path: str | Path) -> Updates:
+    """Reads adapters as `read_lora` does, where there must be some.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    updates = read_lora(path)
+    if not updates:
         raise CheckpointError(f"{path} holds no LoRA adapters", expected="a LoRA run, or a file of adapters")
-    return adapters
+    return updates
 
 
-def adapters_to_peft(adapters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Renames adapters for diffusers.
-
-    Args:
-        adapters: Whole adapters under SAT's keys.
-
-    Returns:
-        Tensors and safetensors metadata of a file for `pipe.load_lora_weights`.
+def updates_of(weights: LazyWeights) -> Updates:
+    """Returns the adapters among SAT's weights, read.
 
     Raises:
-        CheckpointError: A layer that diffusers does not have, or no adapters at all.
+        CheckpointError: Half a pair, matrices that do not multiply, or an alpha that is no number.
     """
-    layers = _layers(adapters)
-    if not layers:
-        raise CheckpointError("there are no LoRA adapters to export", remedy="leave out --lora")
-    rank, alpha = rank_and_alpha(adapters)
-    tensors = {}
-    for layer, (downs, ups) in layers.items():
-        parts = parts_of_sat_key(f"{layer}.weight")
-        if not parts:
-            raise CheckpointError(f"diffusers has no layer for the adapter of {layer}")
-        for part in parts:
-            down, up = _pair_of_part(part, downs, ups)
-            name = f"transformer.{part.diffusers_key.removesuffix('.weight')}"
-            tensors[f"{name}.lora_A.weight"] = down.contiguous()
-            tensors[f"{name}.lora_B.weight"] = (up * (alpha / rank)).contiguous()
-    modules = sorted({key.split(".lora_")[0].removeprefix("transformer.") for key in tensors})
-    peft = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": modules}
-    return tensors, {PEFT_METADATA_KEY: json.dumps(peft), TRAINED_ALPHA_KEY: repr(alpha), "format": "pt"}
-
-
-def adapters_from_peft(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """Renames a diffusers/PEFT file's adapters for SAT: undoes `adapters_to_peft`.
-
-    Raises:
-        CheckpointError: Adapters of several ranks, of layers that SAT fuses and the file splits unevenly, or
-            half a pair.
-    """
-    peft = _peft_settings(metadata)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key in tensors:
-        match = _PEFT.fullmatch(key)
-        if match is None:
-            raise CheckpointError(
-                f"{key} is not of a LoRA adapter", expected="...lora_A.weight and ...lora_B.weight"
-            )
-        pairs.setdefault(match[1], {})[match[2]] = tensors[key]
-    rank = _common_rank(pairs)
-    scale = float(peft.get("lora_alpha", rank)) / rank
-    alpha = float(metadata.get(TRAINED_ALPHA_KEY, scale * rank))
-    result: dict[str, Tensor] = {RANK_KEY: torch.tensor(rank), ALPHA_KEY: torch.tensor(alpha)}
-    for module, pair in pairs.items():
-        layer, index = _sat_place(module, pairs)
-        result[f"{layer}.matrix_A.{index}"] = pair["A"].float()
-        result[f"{layer}.matrix_B.{index}"] = pair["B"].float() * (scale * rank / alpha)
-    return result
-
-
-def merge_adapters(weights: LazyWeights) -> LazyWeights:
-    """Returns the weights with their adapters added, each when it is read, in the dtype of the weight.
-
-    Raises:
-        CheckpointError: There are no adapters among them.
-    """
-    layers = _layers(weights.select(lambda key: key if is_adapter_key(key) else None))
-    if not layers:
-        raise CheckpointError(
-            f"{weights.where} holds no LoRA adapters to merge", remedy="leave out --merge-lora"
-        )
-    rank, alpha = rank_and_alpha(weights)
-    entries = {key: entry for key, entry in weights.entries.items() if not is_adapter_key(key)}
-    for layer, (downs, ups) in layers.items():
-        key = f"{layer}.weight"
-        read = partial(_read_merged, entries[key], downs, ups, alpha / rank)
-        entries[key] = Entry(entries[key].shape, entries[key].dtype, read)
-    return LazyWeights(entries, where=weights.where)
-
-
-def rank_and_alpha(adapters: Mapping[str, Tensor]) -> tuple[int, float]:
-    """Returns the rank, from the shapes, and alpha: the stored one, or SAT's 1."""
-    rank = next(adapters[key].shape[0] for key in adapters if (m := _ADAPTER.fullmatch(key)) and m[2] == "A")
-    alpha = float(adapters[ALPHA_KEY]) if ALPHA_KEY in adapters else _DEFAULT_ALPHA
-    return int(rank), alpha
-
-
-def _read_merged(
-    weight: Entry, downs: list[Tensor], ups: list[Tensor], scale: float, cut: Cut | None
-) -> Tensor:
-    update = torch.cat([up.float() @ down.float() for down, up in zip(downs, ups, strict=True)]) * scale
-    return cut_tensor((weight.read(None).float() + update).to(weight.dtype), cut)
-
-
-def _layers(adapters: Mapping[str, Tensor]) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """Returns for each adapted layer its A and its B matrices, in the order of the parts of its output."""
-    found: dict[str, dict[str, dict[int, Tensor]]] = {}
-    for key in adapters:
+    layers: dict[str, dict[str, dict[int, Tensor]]] = {}
+    for key in weights:
         if match := _ADAPTER.fullmatch(key):
-            found.setdefault(match[1], {"A": {}, "B": {}})[match[2]][int(match[3])] = adapters[key]
-    for layer, sides in found.items():
-        if sides["A"].keys() != sides["B"].keys():
+            layers.setdefault(match[1], {"A": {}, "B": {}})[match[2]][int(match[3])] = weights[key]
+    if not layers:
+        return {}
+    alpha = _stored_alpha(weights)
+    return {layer: _parts(layer, sides, alpha, weights.where) for layer, sides in layers.items()}
+
+
+def _stored_alpha(weights: LazyWeights) -> float:
+    if ALPHA_KEY not in weights:
+        return _DEFAULT_ALPHA
+    stored = weights[ALPHA_KEY]
+    if stored.numel() != 1 or not math.isfinite(float(stored)):
+        raise CheckpointError(f"{weights.where}: {ALPHA_KEY} is no number", expected="one finite number")
+    return float(stored)
+
+
+def _parts(layer: str, sides: dict[str, dict[int, Tensor]], alpha: float, where: str) -> tuple[LowRank, ...]:
+    downs, ups = sides["A"], sides["B"]
+    if downs.keys() != ups.keys() or sorted(downs) != list(range(len(downs))):
+        raise CheckpointError(
+            f"{where}: the adapter of {layer} has {len(downs)} A and {len(ups)} B matrices, or not all parts"
+        )
+    for index, down in downs.items():
+        if down.dim() != 2 or ups[index].dim() != 2 or not 0 < down.shape[0] == ups[index].shape[1]:
+            shapes = f"{list(down.shape)} and {list(ups[index].shape)}"
+            raise CheckpointError(f"{where}: the matrices {index} of {layer} do not multiply: {shapes}")
+    return tuple(LowRank(downs[i], ups[i], alpha / downs[i].shape[0]) for i in range(len(downs)))
+
+
+def updates_of_modules(modules: Mapping[str, LowRank], *, where: str) -> Updates:
+    """Returns updates under SAT's layers, given those of diffusers' (or SAT's) modules.
+
+    SAT's adapters of q, k, v are three, one each. Of its other fused layers there is one adapter over the
+    whole output: there the ranks of the modules add up, unless they share their A, as our own export does.
+
+    Raises:
+        CheckpointError: A module that no CogVideoX transformer has.
+    """
+    updates: dict[str, list[LowRank | None]] = {}
+    fused: dict[str, list[tuple[Part, LowRank]]] = {}
+    for module, update in modules.items():
+        part = part_of_diffusers_key(f"{module}.weight")
+        own = parts_of_sat_key(f"{module}.weight")
+        if part is not None and len(parts_of_sat_key(part.sat_key)) == part.pieces:
+            layer = part.sat_key.removesuffix(".weight")
+            updates.setdefault(layer, [None] * part.pieces)[part.chunks[0]] = update
+        elif part is not None:
+            fused.setdefault(part.sat_key.removesuffix(".weight"), []).append((part, update))
+        elif own:
+            count = len(own) if len(own) == own[0].pieces else 1
+            updates[module] = [replace(update, up=rows) for rows in update.up.chunk(count)]
+        else:
             raise CheckpointError(
-                f"the adapter of {layer} has {len(sides['A'])} A and {len(sides['B'])} B matrices"
+                f"{where}: {module} is no layer of a CogVideoX transformer", expected="a CogVideoX LoRA"
             )
+    for layer, members in fused.items():
+        updates[layer] = [_over_all_rows(members)]
+    return {layer: tuple(parts) for layer, parts in updates.items()}
+
+
+def _over_all_rows(members: list[tuple[Part, LowRank]]) -> LowRank:
+    first_part, first = members[0]
+    rows = first.up.shape[0] // len(first_part.chunks)
+    is_shared = all(
+        torch.equal(other.down, first.down) and other.scale == first.scale for _, other in members
+    )
+    downs, ups = [], []
+    for part, update in members:
+        chunks: list[Tensor] = [torch.zeros(rows, update.rank)] * part.pieces
+        for index, chunk in zip(part.chunks, update.up.float().chunk(len(part.chunks)), strict=True):
+            chunks[index] = chunk
+        downs.append(update.down.float())
+        ups.append(torch.cat(chunks) * (1.0 if is_shared else update.scale))
+    if is_shared:
+        return LowRank(downs[0], torch.stack(ups).sum(0), first.scale)
+    return LowRank(torch.cat(downs), torch.cat(ups, dim=1), 1.0)
+
+
+def _at_trained_alpha(updates: Updates, metadata: Mapping[str, str], where: str) -> Updates:
+    """Gives our own export the scale that it was trained with back; the product stays."""
+    if TRAINED_ALPHA_KEY not in metadata:
+        return updates
+    try:
+        alpha = float(metadata[TRAINED_ALPHA_KEY])
+    except ValueError:
+        alpha = math.nan
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise CheckpointError(f"{where}: {TRAINED_ALPHA_KEY} is no positive number", expected="e.g. 1.0")
     return {
-        layer: ([sides["A"][i] for i in sorted(sides["A"])], [sides["B"][i] for i in sorted(sides["B"])])
-        for layer, sides in found.items()
+        layer: tuple(
+            part and LowRank(part.down, part.scaled_up(alpha / part.rank), alpha / part.rank)
+            for part in parts
+        )
+        for layer, parts in updates.items()
     }
 
 
-def _pair_of_part(part: Part, downs: list[Tensor], ups: list[Tensor]) -> tuple[Tensor, Tensor]:
-    if len(downs) == part.pieces:
-        return downs[part.chunks[0]], ups[part.chunks[0]]
+def updates_to_peft(updates: Updates) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Renames updates for diffusers.
+
+    Args:
+        updates: Whole updates under SAT's layers.
+
+    Returns:
+        fp32 tensors and safetensors metadata of a file for `pipe.load_lora_weights`. Lower ranks are filled
+        up with zeros to the highest: what a reader makes of several ranks differs.
+
+    Raises:
+        CheckpointError: A layer that diffusers does not have.
+    """
+    rank = highest_rank(updates)
+    tensors = {}
+    for layer, pieces in updates.items():
+        places = parts_of_sat_key(f"{layer}.weight")
+        if not places:
+            raise CheckpointError(f"diffusers has no layer for the adapter of {layer}")
+        for place in places:
+            update = _update_of_part(place, pieces)
+            if update is not None:
+                name = f"transformer.{place.diffusers_key.removesuffix('.weight')}"
+                missing = rank - update.rank
+                down, up = update.down.float(), update.scaled_up(1.0)
+                tensors[f"{name}.lora_A.weight"] = torch.nn.functional.pad(
+                    down, (0, 0, 0, missing)
+                ).contiguous()
+                tensors[f"{name}.lora_B.weight"] = torch.nn.functional.pad(up, (0, missing)).contiguous()
+    modules = sorted({key.split(".lora_")[0].removeprefix("transformer.") for key in tensors})
+    peft = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": modules}
+    header = {PEFT_METADATA_KEY: json.dumps(peft), "format": "pt"}
+    alpha = common_scale(updates) * rank
+    if alpha > 0:
+        header[TRAINED_ALPHA_KEY] = repr(alpha)
+    return tensors, header
+
+
+def _update_of_part(place: Part, pieces: tuple[LowRank | None, ...]) -> LowRank | None:
+    if len(pieces) == place.pieces:
+        return pieces[place.chunks[0]]
     # one update over the whole output, of which diffusers' layer gives some rows
-    rows = ups[0].chunk(part.pieces)
-    return downs[0], torch.cat([rows[index] for index in part.chunks])
+    whole = pieces[0]
+    assert whole is not None, "a layer with one adapter has it"
+    rows = whole.up.chunk(place.pieces)
+    return replace(whole, up=torch.cat([rows[index] for index in place.chunks]))
 
 
-def _sat_place(module: str, pairs: Mapping[str, object]) -> tuple[str, int]:
-    part = part_of_diffusers_key(f"{module}.weight")
-    if part is None:
-        raise CheckpointError(f"{module} is no layer of a CogVideoX transformer", expected="a CogVideoX LoRA")
-    parts = parts_of_sat_key(part.sat_key)
-    if len(parts) != part.pieces:
-        raise CheckpointError(f"SAT fuses {module} with other layers that have adapters of their own")
-    missing = [p.diffusers_key for p in parts if p.diffusers_key.removesuffix(".weight") not in pairs]
-    if missing:
-        raise CheckpointError(f"SAT adapts q, k and v together, and {', '.join(missing)} has no adapter")
-    return part.sat_key.removesuffix(".weight"), part.chunks[0]
+def merge_updates(weights: LazyWeights, updates: Updates, *, dtype: torch.dtype | None = None) -> LazyWeights:
+    """Returns the weights with updates added, each in fp32 and cast once, when it is read.
+
+    Args:
+        weights: The base weights, whole.
+        updates: What is added.
+        dtype: Of the merged weights; None: that of the weight.
+
+    Raises:
+        CheckpointError: An update of a layer that the weights do not have, or of another shape.
+    """
+    shapes = {
+        key.removesuffix(".weight"): shape for key, shape in weights.shapes.items() if key.endswith(".weight")
+    }
+    if faults := misfits(updates, shapes):
+        raise CheckpointError(
+            "\n  - ".join(
+                [f"the adapter does not fit {weights.where} ({len(faults)} faults):", *sorted(faults)]
+            ),
+            expected="an adapter of these weights",
+        )
+    entries = dict(weights.entries)
+    for layer, parts in updates.items():
+        entry = weights.entries[f"{layer}.weight"]
+        target = dtype or entry.dtype
+        entries[f"{layer}.weight"] = Entry(entry.shape, target, partial(_read_merged, entry, parts, target))
+    return LazyWeights(entries, where=weights.where)
 
 
-def _common_rank(pairs: Mapping[str, Mapping[str, Tensor]]) -> int:
-    half = [module for module, pair in pairs.items() if len(pair) != 2]
-    if half:
-        raise CheckpointError(f"the adapter of {half[0]} has only one of its two matrices")
-    ranks = {int(pair["A"].shape[0]) for pair in pairs.values()}
-    if len(ranks) != 1:
-        raise CheckpointError(f"adapters of ranks {sorted(ranks)}", expected="one rank for all layers")
-    return ranks.pop()
+def _read_merged(
+    weight: Entry, parts: tuple[LowRank | None, ...], dtype: torch.dtype, cut: Cut | None
+) -> Tensor:
+    merged = weight.read(None).float() + whole_delta(parts, weight.shape[0], torch.float32)
+    return cut_tensor(merged.to(dtype), cut)
 
 
-def _peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
-    settings = json.loads(metadata.get(PEFT_METADATA_KEY, "{}"))
-    return {key.removeprefix("transformer."): value for key, value in settings.items()}
+def check_merged(written: LazyWeights, base: LazyWeights, updates: Updates) -> None:
+    """Compares merged weights with a sum in fp64: each value must be its rounding to the written dtype.
+
+    Raises:
+        CheckpointError: A value differs by more.
+    """
+    for layer, parts in updates.items():
+        key = f"{layer}.weight"
+        found, weight = written[key], base[key].double()
+        expected = weight + whole_delta(parts, weight.shape[0], torch.float64)
+        info = torch.finfo(found.dtype)
+        # half a step of the dtype, and what sums in fp32 lose before the cast
+        size = weight.abs() + sum_of_sizes(parts, weight.shape[0])
+        allowed = expected.abs() * (info.eps * 0.501) + size * 2.0**-19 + info.smallest_normal * info.eps
+        wrong = ~((found.double() - expected).abs() <= allowed)
+        if wrong.any():
+            raise CheckpointError(
+                f"{written.where}: {int(wrong.sum())} values of {key} are not weight + scale * B @ A",
+                expected="the sum of weight and update, rounded once",
+                remedy="a value beyond the range of the dtype needs --dtype bf16 or fp32; else report it",
+            )
+
+
+def sum_of_sizes(parts: tuple[LowRank | None, ...], out_features: int) -> Tensor:
+    """Returns the sum of the absolute values of all products that make an update, fp64."""
+    sizes = tuple(part and LowRank(part.down.abs(), part.up.abs(), abs(part.scale)) for part in parts)
+    return whole_delta(sizes, out_features, torch.float64)

@@ -17,12 +17,16 @@ from typing import IO, Any, Literal, cast
 import torch
 
 from sat_train.checkpoint.adapters import (
-    adapters_to_peft,
+    check_merged,
     is_adapter_key,
-    merge_adapters,
+    merge_updates,
+    read_given_lora,
+    read_lora,
+    updates_to_peft,
+    without_adapters,
 )
 from sat_train.checkpoint.consolidate import trained_dtype
-from sat_train.checkpoint.diffusers_folder import write_pipeline
+from sat_train.checkpoint.diffusers_folder import check_model, write_pipeline
 from sat_train.checkpoint.layout import LATEST, SAT_PREFIX
 from sat_train.checkpoint.lazy import LazyWeights, check_same, from_tensors
 from sat_train.checkpoint.manifest import Manifest, verify_checkpoint
@@ -34,6 +38,7 @@ from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.config import ModelConfig
 from sat_train.errors import CheckpointError
 from sat_train.files import HashingFile, sync_folder, write_file, write_text
+from sat_train.models.low_rank import Updates, stacked, strengthened
 
 LORA_FILE_STEM = "pytorch_lora_weights"
 _SAT_STEP = "1"
@@ -48,6 +53,9 @@ class Conversion:
         dest: Folder to make; it must not exist, or be empty.
         to: Which format.
         merge_lora: Add the adapters to the weights instead of writing them apart.
+        lora: Adapters from elsewhere to add to the weights too; implies `merge_lora`.
+        lora_strength: Factor on the adapters of `lora`.
+        load_base: Where the base weights of a LoRA run lie now; None: where they were.
         ema: The average of the weights instead of the weights.
         model_size: Ranks on the model axis (`sat` only).
         dtype: Of the written weights; None: what the run computed in, or that of the source.
@@ -59,6 +67,9 @@ class Conversion:
     dest: Path
     to: Literal["diffusers", "sat"]
     merge_lora: bool = False
+    lora: Path | None = None
+    lora_strength: float = 1.0
+    load_base: Path | None = None
     ema: bool = False
     model_size: int = 1
     dtype: torch.dtype | None = None
@@ -70,14 +81,16 @@ class Opened:
     """A source, ready to be read.
 
     Args:
-        weights: Under SAT's keys, in the dtype they are written in.
+        weights: Under SAT's keys, in the dtype they are written in; empty where adapters are written apart.
+        updates: Adapters to write apart, or those that have been added to `base`.
+        base: What they were added to; None where nothing was added.
         metadata: Where they come from, as texts.
-        is_lora: Adapters are among them.
     """
 
     weights: LazyWeights
+    updates: Updates
+    base: LazyWeights | None
     metadata: dict[str, str]
-    is_lora: bool
 
 
 def no_progress(size: int) -> Progress:
@@ -128,24 +141,32 @@ def open_source(conversion: Conversion) -> Opened:
     """
     source = find_weights(conversion.source)
     manifest = verify_checkpoint(source.path) if source.kind == "step" else None
-    weights = read_transformer_weights(conversion.source, ema=conversion.ema)
-    is_lora = any(is_adapter_key(key) for key in weights)
-    if conversion.merge_lora:
-        weights, is_lora = merge_adapters(weights), False
+    metadata = _metadata(source, manifest, conversion)
+    updates = read_lora(conversion.source, ema=conversion.ema)
+    is_merging = conversion.merge_lora or conversion.lora is not None
+    if updates and not is_merging and conversion.to == "diffusers":
+        return Opened(LazyWeights({}, where=str(source.path)), updates, None, metadata)
     dtype = conversion.dtype or (trained_dtype(source.path, manifest) if manifest else None)
-    adapters_apart = is_lora and conversion.to == "diffusers"
-    return Opened(
-        weights=weights if adapters_apart else weights.cast(dtype),
-        metadata=_metadata(source, manifest, conversion),
-        is_lora=is_lora,
-    )
+    whole = read_transformer_weights(conversion.source, ema=conversion.ema, load_base=conversion.load_base)
+    if not is_merging:
+        adapters = whole.select(lambda key: key if is_adapter_key(key) else None)
+        return Opened(without_adapters(whole).cast(dtype).overlaid(adapters), {}, None, metadata)
+    if conversion.lora is not None:
+        updates = stacked(updates, strengthened(read_given_lora(conversion.lora), conversion.lora_strength))
+    if not updates:
+        raise CheckpointError(
+            f"{whole.where} holds no LoRA adapters to merge", remedy="leave out --merge-lora"
+        )
+    base = without_adapters(whole)
+    return Opened(merge_updates(base, updates, dtype=dtype).cast(dtype), updates, base, metadata)
 
 
 def _write(conversion: Conversion, opened: Opened, folder: Path, progress: Callable[[int], Progress]) -> None:
+    if opened.updates and opened.base is None:
+        _write_adapters(folder, opened, conversion.dtype, progress)
+        return
     if conversion.to == "sat":
         _write_sat(folder, opened, conversion.model_size, progress)
-    elif opened.is_lora:
-        _write_adapters(folder, opened, progress)
     elif conversion.model is None:
         raise CheckpointError(
             f"{conversion.source} does not say which model it is",
@@ -153,7 +174,11 @@ def _write(conversion: Conversion, opened: Opened, folder: Path, progress: Calla
             remedy="name its preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
     else:
+        check_model(opened.weights, conversion.model, source=conversion.source)
         write_pipeline(folder, opened.weights, conversion.model, metadata=opened.metadata, progress=progress)
+    if opened.base is not None:
+        written = folder / "transformer" if conversion.to == "diffusers" else folder
+        check_merged(read_transformer_weights(written), opened.base, opened.updates)
 
 
 def _write_sat(folder: Path, opened: Opened, model_size: int, progress: Callable[[int], Progress]) -> None:
@@ -190,10 +215,11 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if whole else tensor.clone()
 
 
-def _write_adapters(folder: Path, opened: Opened, progress: Callable[[int], Progress]) -> None:
-    adapters = {key: opened.weights[key] for key in opened.weights if is_adapter_key(key)}
-    tensors, header = adapters_to_peft(adapters)
-    lazy = from_tensors(tensors, where=opened.weights.where)
+def _write_adapters(
+    folder: Path, opened: Opened, dtype: torch.dtype | None, progress: Callable[[int], Progress]
+) -> None:
+    tensors, header = updates_to_peft(opened.updates)
+    lazy = from_tensors(tensors, where=opened.weights.where).cast(dtype)
     metadata = {**opened.metadata, **header}
     write_safetensors(folder, LORA_FILE_STEM, lazy, metadata=metadata, progress=progress(lazy.num_bytes))
     check_same(lazy, read_weight_files([folder / f"{LORA_FILE_STEM}.safetensors"]))
@@ -213,6 +239,8 @@ def _metadata(source: WeightSource, manifest: Manifest | None, conversion: Conve
         "data_fingerprint": manifest.data_fingerprint,
         "weights": "average" if conversion.ema else "trained",
     }
+    if conversion.lora is not None:
+        found |= {"lora": conversion.lora, "lora_strength": conversion.lora_strength}
     if manifest.base_weights is not None:
         found |= {"base": manifest.base_weights.source, "base_sha256": manifest.base_weights.sha256}
     return {f"sat_train.{name}": str(value) for name, value in found.items()}

@@ -24,16 +24,39 @@ from sat_train.checkpoint.diffusers_keys import parts_of_sat_key, transformer_to
 from sat_train.checkpoint.diffusers_vae_keys import vae_state_to_diffusers
 from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, check_same, cut_tensor, from_tensors
 from sat_train.checkpoint.safetensors_out import Progress, write_safetensors
-from sat_train.checkpoint.weights import read_transformer_weights, read_vae_weights
+from sat_train.checkpoint.weights import (
+    check_state_dict,
+    read_transformer_weights,
+    read_vae_weights,
+    unflattened,
+)
 from sat_train.config import ModelConfig
 from sat_train.config.paths import expand_assets
+from sat_train.config.run_model import RESOLVED
 from sat_train.errors import CheckpointError
-from sat_train.files import write_text
+from sat_train.files import read_text, reading, write_text
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
 STEM = "diffusion_pytorch_model"
+_MOST_CONFIG_BYTES = 1_000_000
+# What makes a model another one, of diffusers' config.json.
+_STRUCTURE = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "patch_size_t",
+    "max_text_seq_length",
+    "text_embed_dim",
+    "time_embed_dim",
+    "ofs_embed_dim",
+    "use_rotary_positional_embeddings",
+    "use_learned_positional_embeddings",
+)
 _TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.json",
@@ -76,6 +99,52 @@ def write_pipeline(
     if whole:
         _write_json(folder / "model_index.json", model_index(model))
     _check_written(folder / "transformer", weights, theirs)
+
+
+def check_model(weights: LazyWeights, model: ModelConfig, *, source: Path) -> None:
+    """Compares weights with the model that a folder is written for, whose numbers `config.json` gets.
+
+    Args:
+        weights: The transformer's, under SAT's keys.
+        model: The model.
+        source: Where the weights come from; of a diffusers folder, its own `config.json` is compared too.
+
+    Raises:
+        CheckpointError: They are another model's.
+    """
+    from sat_train.distributed.processes import start_single_process
+    from sat_train.models.build import build_dit
+
+    start_single_process()
+    dit = build_dit(model, device="meta", dtype=torch.float32, with_adapters=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
+    where = f"{weights.where}, which is to be written as the model of --base or of the run's {RESOLVED},"
+    found = {name: unflattened(shape, expected.get(name)) for name, shape in weights.shapes.items()}
+    check_state_dict(expected, found, where=where, may_lack=dit.derived_keys())
+    _check_own_config(model, source)
+
+
+def _check_own_config(model: ModelConfig, source: Path) -> None:
+    """Shapes do not tell everything: not the number of text tokens, nor what positions are."""
+    path = next(
+        (p for p in (source / "transformer" / "config.json", source / "config.json") if p.is_file()), None
+    )
+    if path is None:
+        return
+    with reading(path, error=CheckpointError, expected="the configuration of a CogVideoX transformer"):
+        own = dict(json.loads(read_text(path, limit=_MOST_CONFIG_BYTES)))
+    ours = transformer_config(model)
+    differing = [
+        f"{key}: {own[key]} there, {ours[key]} here"
+        for key in _STRUCTURE
+        if own.get(key, ours[key]) != ours[key]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path} is another model's than the one that is to be written: {'; '.join(differing)}",
+            expected="the YAML of these weights",
+            remedy="name their preset, e.g. --base configs/model/cogvideox_5b.yaml",
+        )
 
 
 def to_diffusers(weights: LazyWeights, *, learned_positions: bool) -> LazyWeights:

@@ -69,6 +69,8 @@ _MODULES: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
     ("transformer_blocks.N.ff.net.2", "transformer.layers.N.mlp.dense_4h_to_h", (0,), 1),
 )
 
+_UNDERSCORED = {diffusers.replace(".", "_"): diffusers for diffusers, *_ in _MODULES}
+
 _NUMBER = re.compile(
     r"(transformer_blocks|layers|adaLN_modulations|query_layernorm_list|key_layernorm_list)\.(\d+)"
 )
@@ -82,6 +84,14 @@ def part_of_diffusers_key(key: str) -> Part | None:
 def parts_of_sat_key(key: str) -> tuple[Part, ...]:
     """Returns the diffusers tensors that a SAT tensor is made of, none for a key that SAT does not have."""
     return _find(key, side=1)
+
+
+def module_of_underscores(name: str) -> str | None:
+    """Returns the diffusers module that kohya's spelling means, in which every dot is an underscore."""
+    number = re.search(r"(?<=^transformer_blocks_)\d+", name)
+    generic = name if number is None else f"transformer_blocks_N{name[number.end() :]}"
+    module = _UNDERSCORED.get(generic)
+    return module if module is None or number is None else module.replace(".N.", f".{number[0]}.")
 
 
 def transformer_to_diffusers(

@@ -94,7 +94,7 @@ class LazyWeights(Mapping[str, Tensor]):
         if dtype is None:
             return self
         entries = {
-            key: replace(entry, dtype=dtype, read=partial(_read_cast, entry, dtype))
+            key: replace(entry, dtype=dtype, read=partial(_read_cast, key, entry, dtype))
             if entry.dtype.is_floating_point
             else entry
             for key, entry in self.entries.items()
@@ -124,8 +124,17 @@ def cut_tensor(tensor: Tensor, cut: Cut | None) -> Tensor:
     return slices[0] if len(slices) == 1 else torch.cat(slices, cut.dim)
 
 
-def _read_cast(entry: Entry, dtype: torch.dtype, cut: Cut | None) -> Tensor:
-    return entry.read(cut).to(dtype)
+def _read_cast(key: str, entry: Entry, dtype: torch.dtype, cut: Cut | None) -> Tensor:
+    tensor = entry.read(cut)
+    result = tensor.to(dtype)
+    is_narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if is_narrower and not torch.equal(result.isinf(), tensor.isinf()):
+        raise CheckpointError(
+            f"{key} has values beyond the range of {str(dtype).removeprefix('torch.')}",
+            expected="weights that the dtype can hold",
+            remedy="choose --dtype bf16 or fp32",
+        )
+    return result
 
 
 def sliced(entry: Entry, cut: Cut) -> Entry:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from sat_train.checkpoint.diffusers_keys import (
     transformer_from_diffusers,
 )
 from sat_train.checkpoint.diffusers_vae_keys import is_diffusers_vae, vae_state_from_diffusers
-from sat_train.checkpoint.layout import SAT_PREFIX
+from sat_train.checkpoint.layout import MANIFEST, SAT_PREFIX, committed_steps, step_folder
 from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights
-from sat_train.checkpoint.manifest import Manifest, read_manifest
+from sat_train.checkpoint.manifest import BaseWeights, Manifest, read_manifest, verify_checkpoint
 from sat_train.checkpoint.names import Shape, check_names_and_shapes
 from sat_train.checkpoint.readers import read_weight_files
 from sat_train.checkpoint.sources import WeightSource, find_weights, hash_weights
 from sat_train.checkpoint.tensor_parallel import merge_slices, slice_weights
+from sat_train.config.paths import expand_assets, shorten_assets
 from sat_train.errors import CheckpointError
 
 _VAE_PREFIX = "first_stage_model."
@@ -39,14 +41,81 @@ _UNUSED = ("freqs_sin", "freqs_cos", "position_embeddings.weight", "word_embeddi
 _KINDS = (
     ("a VAE", ("encoder.down", "decoder.up", "encoder.mid")),
     ("a T5 text encoder", ("shared.weight", "encoder.block.")),
-    ("LoRA adapters", ("lora_A", "lora_down", "matrix_A", "transformer.transformer_blocks")),
+    ("LoRA adapters", ("lora_A", "lora_down", "lora.down", "matrix_A", "transformer.transformer_blocks")),
 )
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where the weights of a transformer are, fixed: a run goes on, its folder then means a later step.
+
+    Args:
+        path: What `find_weights` understands; of a run, the step that was its newest.
+        base: What lies under the adapters of a LoRA run; None for all other weights.
+    """
+
+    path: Path
+    base: BaseWeights | None = None
+
+
+def locate_weights(path: str | Path, *, load_base: str | Path | None = None) -> Located:
+    """Finds weights, and for a LoRA run those that its adapters stand on, and verifies what is a run's.
+
+    Args:
+        path: As for `read_transformer_weights`.
+        load_base: Where the base weights of a LoRA run lie now; None: where they were when it was trained.
+
+    Raises:
+        CheckpointError: Nothing there or damaged, or base weights that are gone or have changed.
+    """
+    source = find_weights(path)
+    if source.kind != "step":
+        return Located(source.path.absolute())
+    manifest = verify_checkpoint(source.path)
+    if not manifest.trainable_only:
+        return Located(source.path.absolute())
+    return Located(source.path.absolute(), find_base(source.path, manifest, load_base=load_base))
+
+
+def read_located(located: Located, *, ema: bool = False) -> LazyWeights:
+    """Opens weights that have been located: whole, under SAT's keys without prefix.
+
+    Args:
+        located: From `locate_weights`.
+        ema: The average of the weights, from a run of ours that keeps one.
+
+    Raises:
+        CheckpointError: Damaged, or not a transformer's.
+    """
+    own = read_own_weights(find_weights(located.path), ema=ema)
+    return own if located.base is None else _read_base(located.base, frozenset()).overlaid(own)
+
+
+def read_own_weights(source: WeightSource, *, ema: bool = False) -> LazyWeights:
+    """Opens what a source itself holds: of a LoRA run its adapters alone.
+
+    Raises:
+        CheckpointError: As `read_located`.
+    """
+    if source.kind == "step":
+        return read_step(source.path, read_manifest(source.path), ema=ema)
+    if ema:
+        raise CheckpointError(f"{source.path} is not a run of sat_train, and an average was asked for")
+    if source.kind == "sat":
+        slices = [_under_sat_keys(read_weight_files([file])) for file in source.files]
+        return merge_slices(slices, where=str(source.path))
+    return _under_sat_keys(read_weight_files(source.files))
+
+
 def read_transformer_weights(
-    path: str | Path, *, model_rank: int = 0, model_size: int = 1, ema: bool = False
+    path: str | Path,
+    *,
+    model_rank: int = 0,
+    model_size: int = 1,
+    ema: bool = False,
+    load_base: str | Path | None = None,
 ) -> LazyWeights:
-    """Opens the weights of a transformer.
+    """Locates and opens the weights of a transformer.
 
     Args:
         path: A SAT folder or step, a run or step of ours, a diffusers model folder or its `transformer/`, a
@@ -54,6 +123,7 @@ def read_transformer_weights(
         model_rank: Rank on the model axis.
         model_size: Ranks on the model axis; only this rank's slices are read.
         ema: The average of the weights, from a run of ours that keeps one.
+        load_base: Where the base weights of a LoRA run lie now.
 
     Returns:
         Weights under SAT's keys without prefix. Those of a LoRA run are its base weights together with its
@@ -63,17 +133,82 @@ def read_transformer_weights(
         CheckpointError: Nothing there, damaged, not a transformer's, or base weights that have changed since
             the run.
     """
-    source = find_weights(path)
-    if source.kind == "step":
-        whole = _read_run_step(source, ema=ema)
-    elif ema:
-        raise CheckpointError(f"{path} is not a run of sat_train, and an average was asked for")
-    elif source.kind == "sat":
-        slices = [_under_sat_keys(read_weight_files([file])) for file in source.files]
-        whole = merge_slices(slices, where=str(source.path))
-    else:
-        whole = _under_sat_keys(read_weight_files(source.files))
+    whole = read_located(locate_weights(path, load_base=load_base), ema=ema)
     return slice_weights(whole, rank=model_rank, size=model_size)
+
+
+def find_base(folder: Path, manifest: Manifest, *, load_base: str | Path | None = None) -> BaseWeights:
+    """Finds the weights that the adapters of a LoRA run stand on: by place, and then by hash.
+
+    Args:
+        folder: The step, for messages.
+        manifest: Its manifest.
+        load_base: Where they lie now; None: where the run recorded them. A run folder means that of its steps
+            whose hash is the recorded one.
+
+    Returns:
+        Where they are, absolute, and their hash.
+
+    Raises:
+        CheckpointError: They are not there, or other weights are.
+    """
+    recorded = manifest.base_weights
+    if recorded is None:
+        raise CheckpointError(f"{folder} holds adapters only and does not say what they stand on")
+    remedy = "args.load_base, or --load-base of sat-train convert, names where these weights lie now"
+    problem = f"{folder} is a LoRA run that stands on {recorded.source} (sha256 {recorded.sha256[:12]})"
+    place = recorded.source if load_base is None else load_base
+    seen = []
+    try:
+        for candidate in _steps_of(place):
+            sha256 = hash_weights(candidate)
+            if sha256 == recorded.sha256:
+                return _recorded(candidate, sha256)
+            seen.append(f"{candidate} has sha256 {sha256[:12]}")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{problem}\n  {error.problem}", expected="the same weights", remedy=remedy
+        ) from error
+    changed = "which has changed" if load_base is None else "and other weights were given"
+    raise CheckpointError(
+        f"{problem}, {changed}: {'; '.join(seen[:3])}",
+        expected="the base weights that the run was trained on",
+        remedy=remedy,
+    )
+
+
+def base_weights_at(path: str | Path) -> BaseWeights:
+    """Returns what a LoRA run remembers of the weights it begins with: the absolute path and the hash.
+
+    Raises:
+        CheckpointError: Nothing there.
+    """
+    return _recorded(path, hash_weights(path))
+
+
+def _recorded(path: str | Path, sha256: str) -> BaseWeights:
+    """Shipped files keep their `asset:` name, which is the same on every machine."""
+    return BaseWeights(source=str(shorten_assets(str(find_weights(path).path.absolute()))), sha256=sha256)
+
+
+def _read_base(base: BaseWeights, above: frozenset[Path]) -> LazyWeights:
+    """Opens base weights; older records name a LoRA run, which has a base of its own."""
+    source = find_weights(base.source)
+    if source.kind == "step" and (manifest := read_manifest(source.path)).trainable_only:
+        if source.path in above:
+            raise CheckpointError(
+                f"{source.path} names itself as its base weights", remedy="use another step"
+            )
+        below = _read_base(find_base(source.path, manifest), above | {source.path})
+        return below.overlaid(read_own_weights(source))
+    return read_own_weights(source)
+
+
+def _steps_of(place: str | Path) -> list[str]:
+    """Returns the steps of a run folder, newest first, and any other place as it is."""
+    folder = Path(expand_assets(str(place))).expanduser()
+    steps = [] if (folder / MANIFEST).is_file() else committed_steps(folder)
+    return [str(step_folder(folder, step)) for step in steps] or [str(place)]
 
 
 def read_vae_weights(path: str | Path) -> dict[str, Tensor]:
@@ -136,14 +271,14 @@ def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Col
     """
     targets = module.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-    found = {name: _unflattened(shape, shapes.get(name)) for name, shape in weights.shapes.items()}
+    found = {name: unflattened(shape, shapes.get(name)) for name, shape in weights.shapes.items()}
     check_state_dict(shapes, found, where=weights.where, may_lack=may_lack)
     for name in weights:
         targets[name].copy_(weights[name].reshape(shapes[name]))
 
 
-def _unflattened(found: Shape, expected: Shape | None) -> Shape:
-    """A convolution's weight that is stored as a linear layer's counts as the convolution's.
+def unflattened(found: Shape, expected: Shape | None) -> Shape:
+    """Returns the shape that counts: a convolution's weight that is stored as a linear layer's is its own.
 
     CogVideo's released 1.0 weights hold the patch embedding as [d, c, 2, 2], its later code as [d, 4 c].
     """
@@ -151,28 +286,6 @@ def _unflattened(found: Shape, expected: Shape | None) -> Shape:
     if is_flat and expected and found == (expected[0], math.prod(expected[1:])):
         return expected
     return found
-
-
-def _read_run_step(source: WeightSource, *, ema: bool) -> LazyWeights:
-    manifest = read_manifest(source.path)
-    weights = read_step(source.path, manifest, ema=ema)
-    if not manifest.trainable_only:
-        return weights
-    return _read_base(source.path, manifest).overlaid(weights)
-
-
-def _read_base(folder: Path, manifest: Manifest) -> LazyWeights:
-    base = manifest.base_weights
-    if base is None:
-        raise CheckpointError(f"{folder} holds adapters only and does not say what they stand on")
-    found = hash_weights(base.source)
-    if found != base.sha256:
-        raise CheckpointError(
-            f"{folder} stands on {base.source}, which has changed: "
-            f"sha256 was {base.sha256[:12]} and is {found[:12]}",
-            expected="the base weights that the run was trained on",
-        )
-    return read_transformer_weights(base.source)
 
 
 def _under_sat_keys(weights: LazyWeights) -> LazyWeights:
@@ -224,8 +337,7 @@ def _read_fused(sat_key: str, parts: Sequence[Part], entries: Sequence[Entry], c
 def _wrong_kind(weights: LazyWeights, expected: str) -> CheckpointError:
     for kind, signs in _KINDS:
         if any(sign in key for key in weights for sign in signs):
-            return CheckpointError(
-                f"{weights.where} holds {kind}", expected=expected, remedy="look at the path"
-            )
+            remedy = "name it in args.load_lora (convert: --lora)" if "LoRA" in kind else "look at the path"
+            return CheckpointError(f"{weights.where} holds {kind}", expected=expected, remedy=remedy)
     shown = ", ".join(list(weights)[:3])
     return CheckpointError(f"{weights.where} holds other weights: {shown}, ...", expected=expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def main(argv: Sequence[str]) -> int:
         dest=options.dest,
         to=options.to,
         merge_lora=options.merge_lora,
+        lora=options.lora,
+        lora_strength=options.lora_strength,
+        load_base=options.load_base,
         ema=options.ema,
         model_size=options.model_parallel_size,
         dtype=_DTYPES.get(options.dtype),
@@ -76,6 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("dest", type=Path, help="folder to make")
     parser.add_argument("--to", choices=("diffusers", "sat"), required=True)
     parser.add_argument("--merge-lora", action="store_true", help="add the adapters to the weights")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="PATH",
+        help="add the adapters of this LoRA file or folder to the weights",
+    )
+    parser.add_argument(
+        "--lora-strength", type=_finite, default=1.0, metavar="X", help="factor on the adapters of --lora"
+    )
+    parser.add_argument(
+        "--load-base", type=Path, metavar="PATH", help="where the base weights of a LoRA run lie now"
+    )
     parser.add_argument("--ema", action="store_true", help="the average of the weights (args.ema_decay)")
     parser.add_argument(
         "--model-parallel-size", type=_positive, default=1, metavar="N", help="files to cut into (sat)"
@@ -96,4 +112,11 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError("must be a finite number")
     return number

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from sat_train.checkpoint.weights import load_weights, read_transformer_weights
+from sat_train.checkpoint.agreement import on_rank_0
+from sat_train.checkpoint.tensor_parallel import slice_weights
+from sat_train.checkpoint.weights import load_weights, locate_weights
 from sat_train.config import RunConfig
 from sat_train.distributed.collectives import check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
@@ -19,12 +21,14 @@ from sat_train.errors import SatTrainError
 from sat_train.log import get_logger
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.lora import add_lora_for
+from sat_train.models.low_rank import common_scale
 from sat_train.models.text.build import build_text_encoder
 from sat_train.pipeline.build import SamplingSettings, build_pipeline, build_sampling, compute_dtype
 from sat_train.pipeline.prompts import SampleRequest, build_requests, read_image, read_prompt_file
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
-from sat_train.training.models import build_loaded_vae
+from sat_train.training.models import StartWeights, build_loaded_vae, read_weights_and_updates
 
 log = get_logger(__name__)
 
@@ -102,14 +106,26 @@ def build_sampler(run: RunConfig, grid: ProcessGrid) -> VideoDiffusion:
 
 
 def build_loaded_dit(run: RunConfig, grid: ProcessGrid) -> DiffusionTransformer:
-    """Builds the transformer with the weights of `args.load`: adapters included, averaged with `args.ema`."""
-    dit = build_dit(run.model, device=grid.device, dtype=compute_dtype(run.args), initialize=False)
-    assert run.args.load is not None, "the configuration sees to weights"
-    weights = read_transformer_weights(
-        run.args.load, model_rank=grid.model_rank, model_size=grid.model_size, ema=run.args.ema
+    """Builds the transformer with the weights of `args.load`, averaged with `args.ema`, and their adapters.
+
+    The weights say which adapters there are: rank, scale and layers are theirs, whatever a YAML says.
+
+    Ranks: all; rank 0 looks and hashes.
+    """
+    args = run.args
+    assert args.load is not None, "the configuration sees to weights"
+    located = on_rank_0(grid, lambda: locate_weights(args.load, load_base=args.load_base))
+    start = StartWeights(located, None, args.load_lora, args.lora_strength)
+    base, updates = read_weights_and_updates(start, ema=args.ema)
+    dit = build_dit(
+        run.model, device=grid.device, dtype=compute_dtype(args), initialize=False, with_adapters=False
     )
+    weights = slice_weights(base, rank=grid.model_rank, size=grid.model_size)
     load_weights(dit, weights, may_lack=dit.derived_keys())
-    log.info("weights from %s%s", weights.where, ", averaged" if run.args.ema else "")
+    if updates:
+        add_lora_for(dit, updates)
+        log.info("LoRA adapters of %d layers, scale %g", len(updates), common_scale(updates))
+    log.info("weights from %s%s", base.where, ", averaged" if args.ema else "")
     dit.eval().requires_grad_(False)
     return dit
 

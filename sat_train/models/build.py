@@ -22,6 +22,7 @@ def build_dit(
     activation_checkpointing: bool = False,
     seed: int = 0,
     initialize: bool = True,
+    with_adapters: bool = True,
 ) -> DiffusionTransformer:
     """Builds the transformer, with adapters when the section has them.
 
@@ -32,6 +33,7 @@ def build_dit(
         activation_checkpointing: See `DiffusionTransformer`.
         seed: Seed of the initial weights.
         initialize: False leaves the transformer's weights unset, for loading over; adapters are always set.
+        with_adapters: False leaves the section's adapters out: the weights bring their own.
 
     Raises:
         ConfigError: An adapter's target matches no layer.
@@ -64,7 +66,7 @@ def build_dit(
         dtype=dtype,
         init_seed=seed if initialize else None,
     )
-    if modules.lora_config is not None:
+    if with_adapters and modules.lora_config is not None:
         lora = modules.lora_config.params
         add_lora(
             dit, rank=lora.r, alpha=lora.lora_alpha, dropout=lora.dropout, targets=lora.targets, seed=seed

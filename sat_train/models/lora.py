@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from sat import mpu
 from sat.model.base_model import BaseMixin
 from sat.mpu import (
     ColumnParallelLinear,
@@ -26,11 +27,20 @@ from torch import Tensor, nn
 
 from sat_train.errors import CheckpointError, ConfigError, Fault
 from sat_train.models.dit.initialization import initialize_parameter
+from sat_train.models.dit.sharding import full_shape, tensor_parallel_slice
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.low_rank import LowRank, Updates, common_scale, highest_rank, misfits
 
 DEFAULT_TARGETS = (r"attention\.query_key_value$", r"attention\.dense$")
 
 _PARAMS_KEY = "model.network_config.params.modules.lora_config.params"
+
+
+# The layers people adapt, and what diffusers and PEFT call them.
+_SUGGESTED = (
+    r"attention\.query_key_value (to_q, to_k, to_v elsewhere), attention\.dense (to_out.0), mlp\. (ff.net), "
+    r"adaLN_modulations\. (norm1.linear, norm2.linear)"
+)
 
 
 class _Matrices(nn.Module):
@@ -156,13 +166,30 @@ def add_lora(
         dit.add_mixin("lora", LoraMixin(rank=rank, alpha=alpha))
 
 
+def add_lora_for(dit: DiffusionTransformer, updates: Updates) -> None:
+    """Gives exactly the layers of some updates adapters, of their rank and scale, and loads them.
+
+    Raises:
+        CheckpointError: An update of a layer that the transformer does not have, or of another shape.
+    """
+    rank, scale = highest_rank(updates), common_scale(updates)
+    names = {name for name, module in dit.named_modules() if type(module) in _ADAPTED}
+    if unknown := sorted(updates.keys() - names):
+        raise CheckpointError(
+            f"the adapter is of layers that this model does not have: {', '.join(unknown[:5])}",
+            expected="an adapter of this model",
+        )
+    targets = [rf"^{re.escape(name)}$" for name in updates]
+    add_lora(dit, rank=rank, alpha=scale * rank, targets=targets)
+    load_updates(dit, updates)
+
+
 def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
     faults = [
         Fault(
             path=f"{_PARAMS_KEY}.targets",
             value=target,
-            expected="a pattern that some linear layer matches, such as "
-            "transformer.layers.0.mlp.dense_h_to_4h or mixins.adaln_layer.adaLN_modulations.0.1",
+            expected=f"a pattern that some linear layer matches, such as {_SUGGESTED}",
         )
         for target in targets
         if not any(re.search(target, name) for name in layers)
@@ -225,32 +252,57 @@ def adapter_state_dict(dit: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_adapter_state_dict(dit: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads updates in place, all of them or none.
+def load_updates(dit: nn.Module, updates: Updates) -> None:
+    """Loads low-rank updates into the adapters of a transformer, all of them or none.
+
+    The transformer keeps its own rank and scale: what an update was scaled by is folded into its B matrix,
+    and ranks beyond the update's own start at zero. So the transformer computes what the file says, whichever
+    lora_alpha it was built with.
 
     Args:
-        dit: An adapted transformer.
-        state_dict: As `adapter_state_dict` returns, this rank's slices. SAT's own checkpoints hold neither
-            rank nor alpha; what the transformer was built with is taken then.
+        dit: An adapted transformer, this rank's slice; the adapters that get no update stay as they are.
+        updates: Whole updates.
 
     Raises:
-        CheckpointError: Another rank or alpha, or keys or shapes that do not fit; names them all.
+        CheckpointError: A layer that has no adapter here, another shape, or too high a rank; names them all.
     """
-    own = adapter_state_dict(dit)
-    given = {key: state_dict.get(key, value) for key, value in own.items() if key.startswith("mixins.lora.")}
-    given |= state_dict
-    faults = [f"{key} is missing" for key in own.keys() - given.keys()]
-    faults += [f"{key} has no place" for key in given.keys() - own.keys()]
-    for key in own.keys() & given.keys():
-        if given[key].shape != own[key].shape:
-            faults.append(f"{key} has shape {tuple(given[key].shape)}, expected {tuple(own[key].shape)}")
-        elif key.startswith("mixins.lora.") and not torch.allclose(given[key].double(), own[key].double()):
-            name = {"rank": "r", "alpha": "lora_alpha"}[key.rpartition(".")[2]]
-            faults.append(f"{name} is {given[key].item():g} there and {own[key].item():g} here")
+    layers = dict(lora_layers(dit))
+    shapes = {
+        name: full_shape(f"{name}.weight", layer.weight.shape, _model_size())
+        for name, layer in layers.items()
+    }
+    faults = misfits(updates, shapes)
+    for name in updates.keys() & layers.keys():
+        own = [tuple(matrix.shape) for matrix in layers[name].matrix_A.parameters()]
+        if len(own) != len(updates[name]):
+            faults.append(f"{name} has updates of {len(updates[name])} parts, and {len(own)} adapters here")
+        ranks = {part.rank for part in updates[name] if part is not None and part.rank > own[0][0]}
+        faults += [
+            f"{name} has an update of rank {rank}, and its adapter here has rank {own[0][0]}"
+            for rank in ranks
+        ]
     if faults:
         raise CheckpointError(
             "\n  - ".join([f"the adapter does not fit ({len(faults)} faults):", *sorted(faults)]),
-            remedy=f"set {_PARAMS_KEY}.r, .lora_alpha and .targets as the adapter was trained",
+            expected=f"updates of the layers that {_PARAMS_KEY}.targets names, of rank .r at most",
+            remedy=f"set {_PARAMS_KEY}.targets and .r as the adapter was trained",
         )
-    for key, value in own.items():
-        value.copy_(given[key])
+    for name, parts in updates.items():
+        for index, part in enumerate(parts):
+            if part is not None:
+                _load_update(name, index, layers[name], part)
+
+
+def _load_update(name: str, index: int, layer: _LowRank, update: LowRank) -> None:
+    for side, matrix in (("matrix_A", update.down.float()), ("matrix_B", update.scaled_up(layer.lora_scale))):
+        target = getattr(layer, side).get_parameter(str(index))
+        key = f"{name}.{side}.{index}"
+        given = tensor_parallel_slice(key, matrix, rank=mpu.get_model_parallel_rank(), size=_model_size())
+        if side == "matrix_A":
+            target[: update.rank].copy_(given)
+        else:
+            target.zero_()[:, : update.rank].copy_(given)
+
+
+def _model_size() -> int:
+    return int(mpu.get_model_parallel_world_size())

@@ -34,7 +34,7 @@ from sat_train.training.data import CacheFiller, RunData, open_data
 from sat_train.training.ema import WeightAverage
 from sat_train.training.engine import build_engine
 from sat_train.training.meter import Meter
-from sat_train.training.models import base_weights_of, build_models
+from sat_train.training.models import build_models, find_start_weights
 from sat_train.training.optim.build import build_optimizer
 from sat_train.training.resume import CONFIG_KEY, find_resumed, pack_config
 from sat_train.training.run_folder import RunLock, open_run_folder
@@ -76,10 +76,13 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
     try:
         data = open_data(run, grid, point=place.point, run_folder=place.folder)
         log.info("this run:\n%s", summarize(run, data.facts(grid)))
-        pipeline = build_models(run, grid, with_encoders=data.needs_encoders, null_text_ld=data.null_text())
+        start = find_start_weights(run, grid, place.point)
+        pipeline = build_models(
+            run, grid, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
+        )
         engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
         average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None
-        trainer = build_trainer(run, grid, place, data, pipeline, engine, average, stop_request)
+        trainer = build_trainer(run, grid, place, data, pipeline, start.base, engine, average, stop_request)
         stop_request.defer()
         trainer.run()
         say_where_stopped(run, trainer)
@@ -143,6 +146,7 @@ def build_trainer(
     place: Place,
     data: RunData,
     pipeline: VideoDiffusion,
+    base_weights: BaseWeights | None,
     engine: Any,
     average: WeightAverage | None,
     stop_request: StopRequest,
@@ -151,7 +155,6 @@ def build_trainer(
 
     Ranks: all.
     """
-    base_weights = base_weights_of(run, grid)
     state = restore(run, grid, place, engine, average, base_weights)
     filler = None
     if run.data.cache == "fill" and data.needs_encoders:

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 
+from sat_train.checkpoint.adapters import (
+    ALPHA_KEY,
+    RANK_KEY,
+    merge_updates,
+    read_given_lora,
+    updates_of,
+    without_adapters,
+)
+from sat_train.checkpoint.agreement import on_rank_0
+from sat_train.checkpoint.find import ResumePoint
+from sat_train.checkpoint.layout import step_folder
+from sat_train.checkpoint.lazy import LazyWeights
 from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.checkpoint.sources import hash_weights
+from sat_train.checkpoint.tensor_parallel import slice_weights
 from sat_train.checkpoint.weights import (
+    Located,
+    base_weights_at,
     check_state_dict,
+    find_base,
     load_weights,
-    read_transformer_weights,
+    locate_weights,
+    read_located,
     read_vae_weights,
 )
 from sat_train.config import RunConfig
-from sat_train.distributed.collectives import broadcast_object
+from sat_train.config.paths import expand_assets
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.lora import adapter_state_dict
+from sat_train.models.lora import adapter_state_dict, load_updates
+from sat_train.models.low_rank import Updates, common_scale, highest_rank, stacked, strengthened
 from sat_train.models.text.build import build_text_encoder
 from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.models.trainable import select_trainable
@@ -31,13 +53,19 @@ log = get_logger(__name__)
 
 
 def build_models(
-    run: RunConfig, grid: ProcessGrid, *, with_encoders: bool = True, null_text_ld: torch.Tensor | None = None
+    run: RunConfig,
+    grid: ProcessGrid,
+    start: StartWeights,
+    *,
+    with_encoders: bool = True,
+    null_text_ld: torch.Tensor | None = None,
 ) -> VideoDiffusion:
     """Builds transformer, autoencoder and text encoder with their weights, and says what trains.
 
     Args:
         run: The configuration.
         grid: The process grid.
+        start: Where the transformer's weights come from.
         with_encoders: Off, there is neither autoencoder nor text encoder: all batches come from the cache.
         null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
 
@@ -49,7 +77,7 @@ def build_models(
     """
     return build_pipeline(
         run,
-        dit=build_trained_dit(run, grid),
+        dit=build_trained_dit(run, grid, start),
         vae=build_loaded_vae(run, grid.device, encoder_dtype(run)) if with_encoders else None,
         text_encoder=build_loaded_text_encoder(run, grid.device) if with_encoders else None,
         null_text_ld=null_text_ld,
@@ -67,24 +95,129 @@ def build_loaded_text_encoder(run: RunConfig, device: torch.device) -> T5TextEnc
     return build_text_encoder(params, device=device, dtype=encoder_dtype(run))
 
 
-def build_trained_dit(run: RunConfig, grid: ProcessGrid) -> DiffusionTransformer:
-    """Builds the transformer with the weights of `args.load`, or new ones; freezes what does not train."""
+@dataclass(frozen=True)
+class StartWeights:
+    """Where the transformer's weights come from, the same on all ranks.
+
+    Args:
+        located: What is read; None for random weights.
+        base: What the checkpoints of a LoRA run leave out and name; None where they hold all weights.
+        lora: Adapters from elsewhere to begin with.
+        strength: Factor on those.
+    """
+
+    located: Located | None = None
+    base: BaseWeights | None = None
+    lora: str | None = None
+    strength: float = 1.0
+
+
+def find_start_weights(run: RunConfig, grid: ProcessGrid, point: ResumePoint | None = None) -> StartWeights:
+    """Finds the weights that a run begins with, by place and hash.
+
+    A LoRA run that resumes takes the base weights that it recorded, wherever `args.load` leads by now, and
+    its adapters from the checkpoint. One that begins with another LoRA run stands on that run's base.
+
+    Args:
+        run: The configuration.
+        grid: The process grid.
+        point: The checkpoint that the run resumes from.
+
+    Raises:
+        CheckpointError: On all ranks alike: they are missing, damaged, or other base weights.
+
+    Ranks: all; rank 0 looks and hashes.
+    """
+    return on_rank_0(grid, lambda: _find_start_weights(run, point))
+
+
+def _find_start_weights(run: RunConfig, point: ResumePoint | None) -> StartWeights:
+    args, has_lora = run.args, run.model.network_config.params.modules.lora_config is not None
+    if point is not None and point.manifest.base_weights is not None:
+        base = find_resumed_base(point, args.load_base, args.load)
+        return StartWeights(Located(Path(expand_assets(base.source))), base)
+    if args.load is None:
+        return StartWeights()
+    located = locate_weights(args.load, load_base=args.load_base)
+    if args.load_base is not None and located.base is None:
+        log.warning("args.load_base = %s is not used: %s needs no base weights", args.load_base, args.load)
+    lora = None if point is not None else args.load_lora
+    base = located.base or (base_weights_at(located.path) if has_lora else None)
+    return StartWeights(located, base if has_lora else None, lora, args.lora_strength)
+
+
+def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | None) -> BaseWeights:
+    """Returns the base weights of a resumed LoRA run: at `load_base`, else as recorded, else at `load`."""
+    folder = step_folder(point.run_folder, point.step)
+    try:
+        return find_base(folder, point.manifest, load_base=load_base)
+    except CheckpointError:
+        if load_base is not None or load is None:
+            raise
+        return find_base(folder, point.manifest, load_base=load)
+
+
+def build_trained_dit(run: RunConfig, grid: ProcessGrid, start: StartWeights) -> DiffusionTransformer:
+    """Builds the transformer with its first weights, or new ones; freezes what does not train."""
     dit = build_dit(
         run.model,
         device=grid.device,
         dtype=compute_dtype(run.args),
         activation_checkpointing=run.args.checkpoint_activations,
         seed=run.args.seed,
-        initialize=run.args.load is None,
+        initialize=start.located is None,
     )
-    if run.args.load is not None:
-        weights = read_transformer_weights(
-            run.args.load, model_rank=grid.model_rank, model_size=grid.model_size
-        )
-        load_weights(dit, weights, may_lack=dit.derived_keys() | adapter_state_dict(dit).keys())
+    if start.located is not None:
+        has_adapters = run.model.network_config.params.modules.lora_config is not None
+        load_first_weights(dit, grid, start, has_adapters=has_adapters)
     summary = select_trainable(dit, not_trainable_prefixes=run.model.not_trainable_prefixes)
     log.info("weights of the transformer%s:\n%s", _of_one_rank(grid), summary)
     return dit
+
+
+def load_first_weights(
+    dit: DiffusionTransformer, grid: ProcessGrid, start: StartWeights, *, has_adapters: bool
+) -> None:
+    """Loads weights into a transformer that trains: adapters into its own, or merged where it has none."""
+    assert start.located is not None, "there are weights to load"
+    base, updates = read_weights_and_updates(start)
+    if updates and not has_adapters:
+        log.info("the LoRA adapters are merged into the weights: this run trains all of them")
+        base = merge_updates(base, updates)
+    own = adapter_state_dict(dit).keys()
+    load_weights(
+        dit,
+        slice_weights(base, rank=grid.model_rank, size=grid.model_size),
+        may_lack=dit.derived_keys() | own,
+    )
+    if updates and has_adapters:
+        load_updates(dit, updates)
+        _tell_of_adapters(dit, updates)
+
+
+def read_weights_and_updates(start: StartWeights, *, ema: bool = False) -> tuple[LazyWeights, Updates]:
+    """Returns the weights under the adapters, and the adapters: their own and those of `start.lora`."""
+    assert start.located is not None, "there are weights to load"
+    whole = read_located(start.located, ema=ema)
+    updates = updates_of(whole)
+    if start.lora is not None:
+        updates = stacked(updates, strengthened(read_given_lora(start.lora), start.strength))
+    return without_adapters(whole), updates
+
+
+def _tell_of_adapters(dit: DiffusionTransformer, updates: Updates) -> None:
+    own = adapter_state_dict(dit)
+    rank, scale = int(own[RANK_KEY]), float(own[ALPHA_KEY]) / int(own[RANK_KEY])
+    log.info("begins with the LoRA adapters of %d layers, rank %d", len(updates), highest_rank(updates))
+    if not math.isclose(common_scale(updates), scale):
+        log.info(
+            "they were trained at scale %g, this run has lora_alpha / r = %g: B is scaled so that they have "
+            "the effect they were trained to have",
+            common_scale(updates),
+            scale,
+        )
+    if highest_rank(updates) < rank:
+        log.info("ranks %d to %d of each adapter begin at zero", highest_rank(updates) + 1, rank)
 
 
 def build_loaded_vae(run: RunConfig, device: torch.device, dtype: torch.dtype) -> VideoVAE:
@@ -98,17 +231,6 @@ def build_loaded_vae(run: RunConfig, device: torch.device, dtype: torch.dtype) -
         where=str(params.ckpt_path),
     )
     return build_vae(params, state_dict=state_dict, device=device, dtype=dtype)
-
-
-def base_weights_of(run: RunConfig, grid: ProcessGrid) -> BaseWeights | None:
-    """Returns what the adapters of a LoRA run stand on; None when checkpoints hold all weights.
-
-    Ranks: all; rank 0 reads the files to hash them.
-    """
-    if run.args.load is None or run.model.network_config.params.modules.lora_config is None:
-        return None
-    sha256 = hash_weights(run.args.load) if grid.rank == 0 else None
-    return BaseWeights(source=run.args.load, sha256=broadcast_object(grid, sha256))
 
 
 def _of_one_rank(grid: ProcessGrid) -> str:

@@ -11,14 +11,14 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideo
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sat_train.checkpoint.adapters import is_adapter_key, read_adapter_weights
+from sat_train.checkpoint.adapters import is_adapter_key, read_given_lora, read_lora
 from sat_train.checkpoint.convert import Conversion, convert
 from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.config import ModelConfig
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.lora import adapter_state_dict, load_adapter_state_dict
+from sat_train.models.lora import adapter_state_dict, load_updates
 from tests.parity.presets import PRESETS, forward_pair, lora_words, narrow_model, random_transformer
 from tests.parity.test_transformer import relative_error
 from tests.unit.checkpoint.transformers import write_sat_folder
@@ -92,12 +92,20 @@ def test_every_alpha_comes_out_at_scale_one_and_comes_back(alpha: float, tmp_pat
     ours, expected = forward_pair(dit, theirs, model)
     assert relative_error(ours, expected) < TOLERANCE
 
-    back = {key: value.clone() for key, value in read_adapter_weights(out).items()}
-    own = adapter_state_dict(dit)
+    _, fresh = adapted("cogvideox_5b", alpha=alpha)
+    add_noise_to_adapters(fresh)
+    load_updates(fresh, read_lora(out))
+    own, back = adapter_state_dict(dit), adapter_state_dict(fresh)
     assert back.keys() == own.keys()
     for key, value in own.items():
         torch.testing.assert_close(back[key], value, rtol=1e-6, atol=0)  # B is scaled there and back
-    load_adapter_state_dict(dit, back)
+    assert {part.scale for parts in read_lora(out).values() for part in parts} == {alpha / 6}
+
+
+def add_noise_to_adapters(dit: DiffusionTransformer) -> None:
+    for key, value in adapter_state_dict(dit).items():
+        if "matrix" in key:
+            value.add_(torch.randn_like(value))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -128,8 +136,10 @@ def test_an_adapter_of_another_rank_is_refused_by_name(tmp_path: Path) -> None:
     _, other = adapted("cogvideox_5b", rank=4)
     sat = write_sat_folder(tmp_path / "lora", dit.state_dict())
     out = convert(Conversion(sat, tmp_path / "export", "diffusers"))
-    with pytest.raises(CheckpointError, match=r"matrix_A\.0 has shape \(6, 128\), expected \(4, 128\)"):
-        load_adapter_state_dict(other, dict(read_adapter_weights(out)))
+    with pytest.raises(
+        CheckpointError, match=r"dense has an update of rank 6, and its adapter here has rank 4"
+    ):
+        load_updates(other, read_lora(out))
 
 
 def test_there_must_be_adapters_to_merge(tmp_path: Path) -> None:
@@ -138,5 +148,5 @@ def test_there_must_be_adapters_to_merge(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no LoRA adapters to merge"):
         convert(Conversion(sat, tmp_path / "out", "sat", merge_lora=True))
     with pytest.raises(CheckpointError, match="no LoRA adapters"):
-        read_adapter_weights(sat)
+        read_given_lora(sat)
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sat_train.checkpoint.adapters import is_adapter_key, read_adapter_weights
+from sat_train.checkpoint.adapters import is_adapter_key, read_lora
 from sat_train.checkpoint.convert import Conversion, convert
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.sources import hash_weights
@@ -17,7 +17,7 @@ from sat_train.checkpoint.weights import load_weights, read_transformer_weights
 from sat_train.config import ModelConfig
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import CheckpointError
-from sat_train.models.lora import adapter_state_dict, load_adapter_state_dict
+from sat_train.models.lora import adapter_state_dict, load_updates
 
 pytestmark = pytest.mark.ranks
 
@@ -115,10 +115,9 @@ def test_without_learning_an_export_is_the_base_bit_for_bit(
 
     run(_train_and_save, adapted, base, tmp_path / "lora", zero_stage, 0.0)
     out = convert(Conversion(tmp_path / "lora", tmp_path / "adapters", "diffusers"))
-    adapters = read_adapter_weights(out)
-    ups = [key for key in adapters if ".matrix_B." in key]
-    assert len(ups) == 8
-    assert not any(adapters[key].any() for key in ups)
+    parts = [part for parts in read_lora(out).values() for part in parts]
+    assert len(parts) == 8
+    assert not any(part.up.any() for part in parts)
 
 
 def test_trained_adapters_come_out_apart_merged_and_with_their_base(
@@ -140,10 +139,11 @@ def test_trained_adapters_come_out_apart_merged_and_with_their_base(
     assert all(torch.equal(whole[key], value) for key, value in weights.items())
     assert any(whole[key].any() for key in whole if ".matrix_B." in key)
 
-    exported = read_adapter_weights(convert(Conversion(run, tmp_path / "apart", "diffusers")))
+    exported = read_lora(convert(Conversion(run, tmp_path / "apart", "diffusers")))
+    load_updates(dit, exported)
+    own = adapter_state_dict(dit)
     for key in filter(is_adapter_key, whole):
-        assert torch.equal(exported[key].double(), whole[key].double()), key  # alpha / rank is a power of two
-    load_adapter_state_dict(dit, exported)
+        assert torch.equal(own[key].double(), whole[key].double()), key  # alpha / rank is a power of two
 
     merged = read_transformer_weights(convert(Conversion(run, tmp_path / "merged", "sat", merge_lora=True)))
     merge_lora(dit)
@@ -173,5 +173,8 @@ def test_slices_of_the_model_axis_come_out_whole(
     run(_train_and_save, adapted, base, tmp_path / "two", zero_stage, 1e-2, model_parallel_size=2)
     run = rank_pool(1)
     run(_train_and_save, adapted, base, tmp_path / "one", zero_stage, 1e-2)
-    two, one = read_adapter_weights(tmp_path / "two"), read_adapter_weights(tmp_path / "one")
-    assert two.shapes == one.shapes
+    two, one = read_lora(tmp_path / "two"), read_lora(tmp_path / "one")
+    assert two.keys() == one.keys()
+    for layer, parts in two.items():
+        for ours, theirs in zip(parts, one[layer], strict=True):
+            assert (ours.down.shape, ours.up.shape, ours.scale) == (theirs.down.shape, theirs.up.shape, 0.5)

@@ -15,7 +15,7 @@ from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import DataError
 from sat_train.training.data import CacheFiller, open_data
-from sat_train.training.models import build_models
+from sat_train.training.models import build_models, find_start_weights
 from sat_train.training.precompute import precompute
 from tests.ranks.encoded_runs import load_run, make_set, make_vae
 from tests.runs.launching import wait_until
@@ -53,7 +53,13 @@ def losses(words: list[str]) -> tuple[list[float], bool]:
     """Returns the losses of three steps and of a validation, and whether the encoders were loaded."""
     run, grid = load_run(words), start_single_process()
     data = open_data(run, grid)
-    pipeline = build_models(run, grid, with_encoders=data.needs_encoders, null_text_ld=data.null_text())
+    pipeline = build_models(
+        run,
+        grid,
+        find_start_weights(run, grid),
+        with_encoders=data.needs_encoders,
+        null_text_ld=data.null_text(),
+    )
     train = valid = lambda batch: batch
     filler = None
     if run.data.cache == "fill" and data.needs_encoders:

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from sat_train.checkpoint.adapters import updates_of
+from sat_train.checkpoint.lazy import from_tensors
 from sat_train.errors import CheckpointError, ConfigError
 from sat_train.models.lora import (
     adapter_state_dict,
     add_lora,
-    load_adapter_state_dict,
+    add_lora_for,
+    load_updates,
     lora_layers,
     merge_lora,
     unmerge_lora,
@@ -143,35 +146,68 @@ def test_a_pattern_that_matches_nothing_is_an_error():
     assert len(raised.value.faults) == 2
 
 
+def updates(state_dict):
+    return updates_of(from_tensors(state_dict, where="lora.safetensors"))
+
+
 def test_saved_and_loaded_adapters_are_equal():
     trained, fresh = adapted(trained=True), adapted(trained=False)
-    load_adapter_state_dict(fresh, adapter_state_dict(trained))
+    load_updates(fresh, updates(adapter_state_dict(trained)))
     assert torch.equal(fresh(*inputs()), trained(*inputs()))
+    for key, value in adapter_state_dict(trained).items():
+        assert torch.equal(adapter_state_dict(fresh)[key], value), key
 
 
 def test_sat_s_own_adapters_load_without_rank_and_alpha():
     weights = adapter_state_dict(adapted(trained=True))
     weights = {key: value for key, value in weights.items() if "mixins.lora" not in key}
     fresh = adapted(trained=False)
-    load_adapter_state_dict(fresh, weights)
+    load_updates(fresh, updates(weights))
     assert torch.equal(fresh(*inputs()), adapted(trained=True)(*inputs()))
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 128.0), (3, 0.7), (5, 1.0), (8, 8.0)])
+def test_adapters_keep_their_effect_in_a_model_of_another_alpha_or_a_higher_rank(rank, alpha):
+    trained = adapted(trained=True, alpha=2.0)
+    fresh = adapted(trained=False, rank=rank, alpha=alpha)
+    load_updates(fresh, updates(adapter_state_dict(trained)))
+    # fp32: B is scaled once and back
+    torch.testing.assert_close(fresh(*inputs()), trained(*inputs()), rtol=1e-5, atol=1e-5)
+    own = adapter_state_dict(fresh)
+    assert (own["mixins.lora.rank"], own["mixins.lora.alpha"]) == (rank, torch.tensor(alpha))
+    assert all((name, layer.lora_scale) == (name, alpha / rank) for name, layer in lora_layers(fresh)), (
+        "the scale that computes is the one that is exported"
+    )
+    spare = own["transformer.layers.0.attention.dense.matrix_A.0"][3:]
+    assert spare.any(dim=1).all(), "ranks that begin at zero can learn"
+
+
+def test_a_model_gets_exactly_the_adapters_of_a_file():
+    trained = adapted(trained=True, alpha=2.0, targets=(r"layers\.1\.attention\.dense$",))
+    bare = randomized()
+    add_lora_for(bare, updates(adapter_state_dict(trained)))
+    assert adapter_state_dict(bare).keys() == adapter_state_dict(trained).keys()
+    assert torch.equal(bare(*inputs()), trained(*inputs()))
+    with pytest.raises(CheckpointError, match="layers that this model does not have: nowhere"):
+        add_lora_for(randomized(), {"nowhere": next(iter(updates(adapter_state_dict(trained)).values()))})
 
 
 def test_adapters_that_do_not_fit_are_refused_whole():
     fresh = adapted(trained=False)
     before = {key: value.clone() for key, value in adapter_state_dict(fresh).items()}
-    with pytest.raises(CheckpointError, match=r"matrix_A\.0 has shape \(4, 64\), expected \(3, 64\)"):
-        load_adapter_state_dict(fresh, adapter_state_dict(adapted(trained=True, rank=4)))
-    with pytest.raises(CheckpointError, match="lora_alpha is 3 there and 1 here"):
-        load_adapter_state_dict(fresh, adapter_state_dict(adapted(trained=True, alpha=3.0)))
-    with pytest.raises(CheckpointError, match="r is 4 there and 3 here"):
-        load_adapter_state_dict(fresh, {**before, "mixins.lora.rank": torch.tensor(4)})
-    with pytest.raises(CheckpointError, match=r"mlp\.dense_h_to_4h\.matrix_A\.0 has no place"):
-        load_adapter_state_dict(fresh, adapter_state_dict(adapted(trained=True, targets=EVERYTHING)))
+    with pytest.raises(CheckpointError, match=r"(?s)\(4 faults\).*dense has an update of rank 4, .* rank 3"):
+        load_updates(fresh, updates(adapter_state_dict(adapted(trained=True, rank=4))))
+    with pytest.raises(CheckpointError, match=r"mlp\.dense_h_to_4h has no place"):
+        load_updates(fresh, updates(adapter_state_dict(adapted(trained=True, targets=EVERYTHING))))
     weights = adapter_state_dict(adapted(trained=True))
+    short = {**weights, "transformer.layers.0.attention.dense.matrix_B.0": torch.ones(60, 3)}
+    with pytest.raises(
+        CheckpointError, match=r"dense is updated by \[60, 64\], and the weight there is \[64, 64\]"
+    ):
+        load_updates(fresh, updates(short))
     del weights["transformer.layers.0.attention.dense.matrix_B.0"]
-    with pytest.raises(CheckpointError, match=r"dense\.matrix_B\.0 is missing"):
-        load_adapter_state_dict(fresh, weights)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.attention\.dense has 1 A and 0 B matrices"):
+        load_updates(fresh, updates(weights))
     assert all(torch.equal(value, before[key]) for key, value in adapter_state_dict(fresh).items())
 
 
