@@ -10,6 +10,7 @@ import fnmatch
 from typing import Any
 
 _DIFFUSION = "sgm.modules.diffusionmodules"
+_OLD_DATASET = "data_video.SFTDataset"
 
 TARGETS = {
     "dit_video_concat.DiffusionTransformer": "DiffusionTransformer",
@@ -38,7 +39,7 @@ TARGETS = {
     f"{_DIFFUSION}.sampling.VideoDDIMSampler": "DDIM",
     f"{_DIFFUSION}.guiders.DynamicCFG": "DynamicGuidance",
     f"{_DIFFUSION}.guiders.VanillaCFG": "ConstantGuidance",
-    "data_video.SFTDataset": "VideoDataset",
+    _OLD_DATASET: "VideoDataset",
 }
 OPTIMIZERS = {"sat.ops.FusedEmaAdam": "AdamW", "FusedEmaAdam": "AdamW"}
 
@@ -120,6 +121,7 @@ def modernize(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     _translate_lora(translated)
     _translate_optimizer(translated, dropped)
     _translate_model(translated)
+    _translate_data(tree, translated, dropped)
     return translated, dropped
 
 
@@ -135,6 +137,8 @@ def _translate(value: Any, path: str, dropped: dict[str, str]) -> Any:
             dropped[inner] = why
         elif key == "target" and isinstance(item, str):
             result[key] = TARGETS.get(item, item)
+        elif item is None and (not path or key == "params"):
+            result[key] = {}  # `args:` with nothing under it
         else:
             result[key] = _translate(item, inner, dropped)
     return result
@@ -171,13 +175,19 @@ def _translate_optimizer(tree: dict[str, Any], dropped: dict[str, str]) -> None:
         dropped[f"deepspeed.optimizer.type={name}"] = "AdamW, with `args.ema_decay` for the average"
 
 
+def _translate_data(old: dict[str, Any], tree: dict[str, Any], dropped: dict[str, str]) -> None:
+    """CogVideo's loader repeats the last frame of a clip that is too short."""
+    target = _section(old, "data").get("target")
+    if target == _OLD_DATASET and "short_clip" not in (params := _section(tree, "data", "params")):
+        params["short_clip"] = "pad"
+        dropped[f"data.target={target}"] = "VideoDataset, with `data.params.short_clip: pad`"
+
+
 def _translate_model(tree: dict[str, Any]) -> None:
     model = _section(tree, "model")
     if "en_and_decode_n_samples_a_time" in model:
-        vae: Any = model.setdefault("first_stage_config", {})
-        vae = vae.setdefault("params", {}) if isinstance(vae, dict) else None
-        if isinstance(vae, dict):  # anything else is a fault for `validate`
-            vae["clips_at_once"] = model.pop("en_and_decode_n_samples_a_time")
+        vae = model.setdefault("first_stage_config", {}).setdefault("params", {})
+        vae["clips_at_once"] = model.pop("en_and_decode_n_samples_a_time")
     prefixes = model.get("not_trainable_prefixes")
     if isinstance(prefixes, list):
         model["not_trainable_prefixes"] = [name for name in prefixes if name not in _ALWAYS_FROZEN]

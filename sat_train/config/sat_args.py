@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from sat_train.config.run import RunConfig
-from sat_train.files import write_text
 
 # What SAT's BaseModel reads and CogVideoX never varies.
 _FIXED = {
@@ -42,10 +41,10 @@ def build_sat_args(run: RunConfig) -> argparse.Namespace:
     Source: zai-org/CogVideo@7a1af71 `sat/arguments.py` `process_config_to_args`.
     """
     network = run.model.network_config.params
-    tree = run.shown_tree()
+    tree = run.tree()
     return argparse.Namespace(
         **_FIXED,
-        **tree["args"],
+        **run.args.model_dump(),
         num_layers=network.num_layers,
         hidden_size=network.hidden_size,
         num_attention_heads=network.num_attention_heads,
@@ -63,4 +62,4 @@ def write_model_config(run: RunConfig, path: Path) -> None:
     Source: THUDM/SwissArmyTransformer@63dc23a `sat/training/model_io.py` `save_checkpoint`.
     """
     named = {"model_class": "DiffusionTransformer", **vars(build_sat_args(run))}
-    write_text(path, json.dumps(named, indent=2) + "\n")
+    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")

@@ -207,6 +207,7 @@ def _build_dataset(
         max_upscale=params.max_upscale,
         timeout_s=run.data.worker_timeout_s,
         views=views,
+        images=run.model.noised_image_input,
         cache=samples,
     )
 
@@ -221,6 +222,7 @@ def build_fit(run: RunConfig) -> Fit:
         window=params.window,
         short_clip=params.short_clip,
         max_upscale=params.max_upscale,
+        images=run.model.noised_image_input,
     )
 
 
@@ -299,10 +301,9 @@ def _plan(
         others = ", ".join(f"{count} {suffix}" for suffix, count in source.ignored)
         also = f"; not clips: {others}" if others else ""
         log.info("%s: %d clips, fingerprint %s%s", source.name, len(source), source.fingerprint, also)
-    if fit.needs_headers:
-        tokens = [count_tokens(shape, run.model) for shape in fit.shapes]
-        sizes = [size * grid.data_size for size in batch_sizes(run, batch_size)]
-        log.info("%s", describe_plan(planned, sizes, tokens))
+    tokens = [count_tokens(shape, run.model) for shape in fit.shapes]
+    sizes = [size * grid.data_size for size in batch_sizes(run, batch_size)]
+    log.info("%s", describe_plan(planned, sizes, tokens))
     if planned.left_out and run_folder is not None and grid.rank == 0:
         write_failures(run_folder / QUARANTINE, planned.left_out, rank=grid.rank)
     return planned

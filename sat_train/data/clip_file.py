@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +11,11 @@ from typing import IO
 
 import av
 from av.container import InputContainer
-from av.packet import Packet
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from sat_train.data.clip_times import DECODER_ERRORS, first_and_last
 from sat_train.data.failures import BadClip
+from sat_train.data.orientation import Orientation, frame_orientation, read_exif
 from sat_train.data.part_reader import PartReader
 from sat_train.data.remote import RemoteFile, is_remote
 
@@ -25,10 +24,16 @@ VIDEO_SUFFIXES = (
     *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
 )
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers
-_LISTS = ("concat", "dash", "hls", "webm_dash_manifest")  # names of formats that point at other files
-UNINDEXED = ("avi", "mpeg")  # names of formats whose headers and seeking are off by some frames
-_EDGE = 34  # index entries looked at: twice the frames that a codec reorders, and the gaps between them
+# FFmpeg's names of what is opened at all. None of these formats holds names of other files.
+_VIDEO_FORMATS = "asf,avi,flv,gif,matroska,mov,mpeg,mpegts,ogg"
+_IMAGE_FORMATS = "image2,bmp_pipe,jpeg_pipe,png_pipe,tiff_pipe,webp_pipe"
+_RAW_FORMATS = "h264,hevc,m4v,mpegvideo"  # frames without times, which is said later
+_OPTIONS = {
+    "format_whitelist": f"{_VIDEO_FORMATS},{_IMAGE_FORMATS},{_RAW_FORMATS}",
+    "protocol_whitelist": "file",
+    "pattern_type": "none",  # `%d` in the name of a picture is no number of others
+}
+READER = 2  # raise it when the same file begins to give another `ClipInfo`
 MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
 _BLOCK_BYTES = 1 << 20  # of one request to remote storage: a small clip is one, a window in a long one few
 
@@ -38,14 +43,14 @@ class ClipInfo:
     """What a file's headers say.
 
     Args:
-        height: Of the picture as stored. Only a decoded frame says whether it is to be turned.
+        height: Of the picture as stored; `is_turned` says whether it is shown so.
         width: Likewise, counted in square pixels.
         rate: Average frames a second.
         first: When the first frame is shown, in seconds of the file's clock.
         last: When the last frame is shown.
         codec: Name of the codec.
         is_image: One still picture.
-        quarter_turns: Counterclockwise turns after which the picture is shown; None: not looked at.
+        is_turned: The picture is shown on its side; None: not looked at.
     """
 
     height: int
@@ -55,7 +60,7 @@ class ClipInfo:
     last: float
     codec: str
     is_image: bool
-    quarter_turns: int | None = None
+    is_turned: bool | None = None
 
     @property
     def duration(self) -> float:
@@ -66,7 +71,7 @@ class ClipInfo:
     def shown_size(self) -> tuple[int, int]:
         """Height and width as shown, as far as is known."""
         size = (self.height, self.width)
-        return size[::-1] if (self.quarter_turns or 0) % 2 else size
+        return size[::-1] if self.is_turned else size
 
 
 @dataclass(frozen=True)
@@ -177,9 +182,7 @@ def open_clip(
         _check_file(path)
     try:
         source = remote or (str(path) if span is None else _SpanReader(path, span))
-        container = av.open(
-            source, timeout=timeout_s, options={"protocol_whitelist": "file"}, metadata_errors="replace"
-        )
+        container = av.open(source, timeout=timeout_s, options=_OPTIONS, metadata_errors="replace")
     except DECODER_ERRORS as error:
         _check_reader(remote)
         raise BadClip("unreadable", _said(error)) from None
@@ -211,13 +214,13 @@ def _check_file(path: Path) -> None:
 
 def _said(error: Exception) -> str:
     """FFmpeg's own words without its number and the path, which the message names anyway."""
+    if isinstance(error, av.ArgumentError):  # what FFmpeg says of a format that is not on the list
+        return "its format is none of those that are read"
     return getattr(error, "strerror", None) or str(error)
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
     cover = av.stream.Disposition.attached_pic
-    if container.format.name in _LISTS:
-        raise BadClip("unreadable", "it is a list of other files")
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
@@ -248,103 +251,52 @@ def read_headers(
     """
     with open_clip(path, span=span, timeout_s=timeout_s) as (container, stream):
         info = read_info(container, stream)
-        return replace(info, quarter_turns=read_turn(container, stream)) if with_turn else info
+        if not with_turn:
+            return info
+        if info.is_image:
+            return replace(info, is_turned=read_orientation(path, span).is_transposed)
+        return replace(info, is_turned=_is_turned(container, stream))
 
 
 def read_info(container: InputContainer, stream: VideoStream) -> ClipInfo:
-    """Reads the headers.
+    """Reads the headers of a clip that has just been opened.
 
     Raises:
-        BadClip: There are no presentation times, or the file ends before its index says.
+        BadClip: There are no presentation times, the file ends before its index says, or the shape of its
+            pixels makes it a line or larger than any picture.
     """
     width = round(stream.width * float(stream.sample_aspect_ratio or 1))
+    if not 1 <= width * stream.height <= MAX_PIXELS:
+        shape = f"{stream.width}x{stream.height} pixels of aspect {stream.sample_aspect_ratio}"
+        raise BadClip("too large" if width else "unreadable", f"pictures of {shape}")
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     is_image = _is_image(container)
-    first, last = (0.0, 0.0) if is_image else _first_and_last(container, stream, rate)
+    first, last = (0.0, 0.0) if is_image else first_and_last(container, stream, rate)
     return ClipInfo(stream.height, width, rate, first, last, stream.codec_context.name, is_image)
 
 
-def read_turn(container: InputContainer, stream: VideoStream) -> int:
-    """Decodes the first frame, which says how often the picture is to be turned counterclockwise.
+def read_orientation(path: Path, span: Span | None = None) -> Orientation:
+    """Returns how a picture is to be shown, as its EXIF data tell."""
+    with open_part(path, span) as file:
+        return read_exif(file)
+
+
+def _is_turned(container: InputContainer, stream: VideoStream) -> bool:
+    """Decodes the first frame, which says whether the picture is shown on its side.
 
     Raises:
         BadClip: It cannot be decoded.
     """
     stream.codec_context.thread_count = 1
     try:
-        if not _is_image(container):
-            container.seek(min(0, stream.start_time or 0), stream=stream)
-        return quarter_turns(next(container.decode(stream)))
+        container.seek(min(0, stream.start_time or 0), stream=stream)
+        return frame_orientation(next(container.decode(stream))).is_transposed
     except StopIteration:
         raise BadClip("damaged", "there is no frame that can be decoded") from None
     except DECODER_ERRORS as error:
         raise BadClip("damaged", f"decoding its first frame fails: {_said(error)}") from None
 
 
-def quarter_turns(frame: VideoFrame) -> int:
-    """Returns how often a frame is to be turned counterclockwise (as numpy turns), 0 to 3."""
-    return round(frame.rotation / 90) % 4
-
-
 def _is_image(container: InputContainer) -> bool:
     name = container.format.name
     return name == "image2" or name.endswith("_pipe")
-
-
-def _first_and_last(container: InputContainer, stream: VideoStream, rate: float) -> tuple[float, float]:
-    """Returns when the first and the last frame are shown, from the headers where these can be trusted."""
-    _check_complete(container, stream)
-    if container.format.name in UNINDEXED:
-        times = _packet_times(container, stream, tail=False)
-    else:
-        first = float((stream.start_time or 0) * stream.time_base)
-        said = [first, max(first, first + float((stream.duration or 0) * stream.time_base) - 1 / rate)]
-        if stream.duration and _is_even(container, stream, rate):
-            return said[0], said[1]
-        ends = _packet_times(container, stream, tail=True) or _packet_times(container, stream, tail=False)
-        times = [first, *ends] if ends else said if stream.duration else []
-    if not times:
-        raise BadClip("no times", "its frames carry no presentation times (a raw stream?)")
-    return min(times), max(times)
-
-
-def _is_even(container: InputContainer, stream: VideoStream, rate: float) -> bool:
-    """Whether all frames seem to last equally long, so that a file's length tells when its last one is shown.
-
-    The length of an mp4 file is the sum of the times between decoded frames. Where these differ, reordering
-    and the last frame's own duration put it off by up to some pauses. One pause among the last frames of an
-    otherwise even file is not seen where reordering hides it; windows then end before it.
-    """
-    if "mp4" not in container.format.name:
-        return container.format.name == "mpegts"  # whose length FFmpeg takes from its last packets itself
-    entries = stream.index_entries
-    if len(entries) < 2 or len(entries) != stream.frames:  # one of fragments knows only the first of them
-        return False
-    ends = (range(min(len(entries), _EDGE)), range(max(0, len(entries) - _EDGE), len(entries)))
-    pace = 1 / (rate * float(stream.time_base))
-    gaps = [b - a for end in ends for a, b in itertools.pairwise(entries[i].timestamp for i in end)]
-    return all(abs(gap - pace) <= 1 for gap in gaps)
-
-
-def _check_complete(container: InputContainer, stream: VideoStream) -> None:
-    """An index that points past the end of the file is the mark of a copy that was broken off."""
-    entries = stream.index_entries
-    if container.size > 0 and len(entries):
-        end = entries[-1].pos + entries[-1].size
-        if end > container.size:
-            raise BadClip("truncated", f"its index needs {end} bytes, the file has {container.size}")
-
-
-def _packet_times(container: InputContainer, stream: VideoStream, *, tail: bool) -> list[float]:
-    """Returns the presentation times of the file's packets, or of those behind its last keyframe."""
-    try:
-        end = container.duration if tail and container.duration else 0
-        container.seek(end, backward=True)
-        return [float(p.pts * p.time_base) for p in container.demux(stream) if _is_shown(p)]
-    except DECODER_ERRORS:
-        return []
-
-
-def _is_shown(packet: Packet) -> bool:
-    """Whether its frame has a time, and an edit list does not cut it off."""
-    return packet.pts is not None and not packet.is_discard

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any, TypeVar
 
-from sat_train.data.failures import BadClip
+from sat_train.data.failures import BadClip, one_clip
 from sat_train.data.sources.records import ClipRecord
 from sat_train.errors import DataError
 
@@ -170,7 +170,8 @@ def _serve(pipe: Any, parents: Any, records: Sequence[ClipRecord], look: Callabl
         except EOFError:
             os._exit(0)
         try:
-            found = look(record)
+            with one_clip():
+                found = look(record)
         except Exception as error:
             found = error
         pipe.send(found)

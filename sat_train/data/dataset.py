@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,15 +17,14 @@ from sat_train.data.batch import VideoSample
 from sat_train.data.buckets import BucketPlan
 from sat_train.data.cache.key import SampleKeys
 from sat_train.data.cache.samples import SampleCache
-from sat_train.data.clip_file import ClipInfo, open_clip
-from sat_train.data.failures import BadClip, Failure
-from sat_train.data.frames import FrameReader, Frames
+from sat_train.data.clip_file import ClipInfo
+from sat_train.data.failures import BadClip, Failure, one_clip
+from sat_train.data.frames import Frames, open_frames
 from sat_train.data.resize import CropMode, plan_cover_crop
 from sat_train.data.sampler import GlobalOrder, Place
 from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.data.view import View, limited_view
 from sat_train.data.window import (
-    SHORT_REMEDY,
     ShortClip,
     Window,
     WindowMode,
@@ -64,6 +63,7 @@ class VideoDataset(Dataset[Item]):
         max_upscale: Largest factor by which a picture may be enlarged.
         timeout_s: A clip that takes longer to decode is given up; None: never.
         views: How many windows, crops and image noises each clip has; None: another one for every sample.
+        images: Clips are conditioned on the images beside them; else these are not opened.
         cache: Where encoded samples may be; None decodes all of them.
     """
 
@@ -82,6 +82,7 @@ class VideoDataset(Dataset[Item]):
         max_upscale: float = 2.0,
         timeout_s: float | None = None,
         views: int | None = None,
+        images: bool = False,
         cache: SampleCache | None = None,
     ) -> None:
         self.sources = tuple(sources)
@@ -96,6 +97,7 @@ class VideoDataset(Dataset[Item]):
         self.max_upscale = max_upscale
         self.timeout_s = timeout_s
         self.views = views
+        self.images = images
         self.cache = cache
         self.given_up: dict[str, BadClip] = {}  # clips that made a worker hang or die
         self.on_attempt: Callable[[Place], None] | None = None  # told of each clip before it is opened
@@ -126,7 +128,7 @@ class VideoDataset(Dataset[Item]):
             pixels: Decode it even where the cache has its encodings.
 
         Raises:
-            DataError: A clip is too short under `short_clip: error`, or no substitute is usable either.
+            DataError: No substitute is usable either.
         """
         failures: list[Failure] = []
         for place in self.places(index):
@@ -136,10 +138,9 @@ class VideoDataset(Dataset[Item]):
             try:
                 if clip_id in self.given_up:
                     raise self.given_up[clip_id]
-                return Item(self._find(index, place, pixels=pixels), tuple(failures))
+                with one_clip():
+                    return Item(self._find(index, place, pixels=pixels), tuple(failures))
             except BadClip as error:
-                if self.buckets.bucket(place) == self.bucket(index):
-                    self._refuse_short(clip_id, error, self.shape(index).frames)
                 keys = None if error.may_pass else self._key_of_bad(index, place)
                 failures.append(Failure(index, clip_id, error.cause, error.detail, keys))
         tried = "".join(f"\n    {f.clip_id} ({f.cause}: {f.detail})" for f in failures[:10])
@@ -174,14 +175,6 @@ class VideoDataset(Dataset[Item]):
                 return
         yield from others[: _SUBSTITUTES - found]
 
-    def _refuse_short(self, clip_id: str, error: BadClip, num_frames: int) -> None:
-        if error.cause == "short" and self.short_clip == "error":
-            raise DataError(
-                f"{clip_id} is too short: {error.detail}",
-                expected=f"{num_frames} frames at {self.fps:g} frames a second",
-                remedy=SHORT_REMEDY,
-            ) from None
-
     def view(self, index: int, place: Place) -> View:
         """Returns which of the samples that a clip can give is shown."""
         if self.views is None:
@@ -199,7 +192,8 @@ class VideoDataset(Dataset[Item]):
         Raises:
             BadClip: The clip is missing, unreadable, or too short.
         """
-        return self._keys_and_window(index, place)[0]
+        with one_clip():
+            return self._keys_and_window(index, place)[0]
 
     def _keys_and_window(self, index: int, place: Place) -> tuple[SampleKeys, Window]:
         assert self.cache is not None, "a data set without a cache has no keys"
@@ -235,7 +229,7 @@ class VideoDataset(Dataset[Item]):
         return VideoSample(
             video_tchw=_to_tensor(frames.video_thwc),
             caption=self.caption(index, place),
-            image_chw=None if record.image is None else self._image(record.image, view, shape),
+            image_chw=self._image(record.image, view, shape) if self.images and record.image else None,
             clip_id=record.clip_id,
             sample_index=index,
             num_shown=num_shown,
@@ -245,15 +239,11 @@ class VideoDataset(Dataset[Item]):
 
     def _frames(self, record: ClipRecord, view: View, shape: ClipShape) -> tuple[Frames, int]:
         """Returns the frames of a sample, and how many of them the clip gave."""
-        with open_clip(record.path, span=record.span, timeout_s=self.timeout_s) as (container, stream):
-            reader = FrameReader(container, stream, deadline=self._deadline())
+        with open_frames(record.path, span=record.span, timeout_s=self.timeout_s) as reader:
             window = self._window(reader.info, record, view, shape.frames)
             times = [window.start + i / self.fps for i in range(window.count)]
             frames = reader.read(times, self._plan(view, shape))
         return _repeat_last(frames, window.total), window.count
-
-    def _deadline(self) -> float | None:
-        return None if self.timeout_s is None else time.monotonic() + self.timeout_s
 
     def _window(self, info: ClipInfo, record: ClipRecord, view: View, num_frames: int) -> Window:
         first, last = usable_part(info, record, self.skip_frms_num)
@@ -270,8 +260,7 @@ class VideoDataset(Dataset[Item]):
         return Window(start, count, total)
 
     def _image(self, path: Path, view: View, shape: ClipShape) -> Tensor:
-        with open_clip(path, timeout_s=self.timeout_s) as (container, stream):
-            reader = FrameReader(container, stream, deadline=self._deadline())
+        with naming_image(path), open_frames(path, timeout_s=self.timeout_s) as reader:
             frames = reader.read([reader.info.first], self._plan(view, shape))
         return _to_tensor(frames.video_thwc)[0]
 
@@ -288,6 +277,17 @@ class VideoDataset(Dataset[Item]):
             )
 
         return plan
+
+
+@contextmanager
+def naming_image(path: Path) -> Iterator[None]:
+    """Says that it is the image beside a clip that is bad."""
+    try:
+        with one_clip():
+            yield
+    except BadClip as error:
+        detail = f"its image {path.name}: {error.detail}"
+        raise BadClip(error.cause, detail, may_pass=error.may_pass) from None
 
 
 def usable_part(info: ClipInfo, record: ClipRecord, skip_frms_num: int) -> tuple[float, float]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sat_train.data.cache.key import SampleKeys
-from sat_train.errors import DataError
+from sat_train.errors import DataError, SatTrainError
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
+
+_DETAIL_LENGTH = 300  # of an error that a library raised
 
 
 class BadClip(Exception):
@@ -34,6 +37,25 @@ class BadClip(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _bad_clip, (self.cause, self.detail, self.may_pass)  # ranks tell each other
+
+
+@contextmanager
+def one_clip() -> Iterator[None]:
+    """Surrounds all that is done with one clip: whatever goes wrong inside is the fault of this clip alone.
+
+    Decoders and libraries fail in as many ways as there are odd files: no list of errors would be complete.
+
+    Raises:
+        BadClip: Any other exception came up, but for errors of the whole run (`SatTrainError`), which pass.
+    """
+    try:
+        yield
+    except (BadClip, SatTrainError):
+        raise
+    except Exception as error:
+        found = " ".join(f"{type(error).__name__}: {error}".split())
+        log.debug("a clip fails", exc_info=error)
+        raise BadClip("unreadable", found[:_DETAIL_LENGTH]) from error
 
 
 def _bad_clip(cause: str, detail: str, may_pass: bool) -> BadClip:

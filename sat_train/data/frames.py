@@ -6,21 +6,29 @@ import bisect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from sat_train.data.clip_file import DECODER_ERRORS, UNINDEXED, ClipInfo, quarter_turns, read_info
+from sat_train.data.clip_file import Span, open_clip, read_info, read_orientation
+from sat_train.data.clip_times import DECODER_ERRORS, is_avi, is_program_stream, settled
 from sat_train.data.failures import BadClip
+from sat_train.data.orientation import Orientation
 from sat_train.data.resize import CoverCrop
+from sat_train.data.shaper import Shaper
 
 _REORDER = 33  # packets to read past the window where decode times are unknown: more than any codec reorders
-_SPARING = ("h264", "hevc", "mpeg4", "mpeg2video", "vp9")  # decoders that obey `skip_frame` packet by packet
+# Decoders that obey `skip_frame` packet by packet. Not mpeg4, where one packet may hold two frames.
+_SPARING = ("h264", "hevc", "mpeg2video", "vp9")
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders of these leave transparency out
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,28 @@ class Frames:
 
     video_thwc: np.ndarray
     times: tuple[float, ...]
+
+
+@contextmanager
+def open_frames(
+    path: Path, *, span: Span | None = None, timeout_s: float | None = None
+) -> Iterator[FrameReader]:
+    """Opens a clip for reading frames.
+
+    Args:
+        path: As for `open_clip`.
+        span: Likewise.
+        timeout_s: A clip that takes longer, from now on, is given up; None: never.
+
+    Raises:
+        BadClip: It is missing or no video, or reading it fails.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    with open_clip(path, span=span, timeout_s=timeout_s) as (container, stream):
+        reader = FrameReader(container, stream, deadline=deadline)
+        if reader.info.is_image:
+            reader.orientation = read_orientation(path, span)
+        yield reader
 
 
 class FrameReader:
@@ -52,8 +82,10 @@ class FrameReader:
         self._stream = stream
         self._deadline = deadline
         self._tick = float(stream.time_base)
-        stream.codec_context.thread_count = 1  # many workers decode side by side; one thread each is fastest
         self.info = read_info(container, stream)
+        self.orientation: Orientation | None = None  # of a picture; a video's frames say it themselves
+        self._context = _decoder(stream)
+        self._context.thread_count = 1  # many workers decode side by side; one thread each is fastest
 
     def read(self, targets: Sequence[float], plan: Callable[[int, int], CoverCrop]) -> Frames:
         """Reads the frame nearest to each moment.
@@ -65,7 +97,9 @@ class FrameReader:
         Raises:
             BadClip: The file is damaged or ends inside the window, or `plan` refuses its size.
         """
-        found = list(self._nearest(targets, _Shaper(self.info, plan)))
+        shape = Shaper((self.info.height, self.info.width), plan, self.orientation)
+        nearest = self._nearest_slots if is_avi(self._container) else self._nearest
+        found = list(nearest(targets, shape))
         times = tuple(moment - self.info.first for moment, _ in found)
         return Frames(np.stack([picture for _, picture in found]), times)
 
@@ -98,29 +132,76 @@ class FrameReader:
                 return
         raise BadClip("damaged", f"the frame at {pts * self._tick:.3f} s cannot be decoded")
 
+    def _nearest_slots(
+        self, targets: Sequence[float], shape: Callable[[VideoFrame], np.ndarray]
+    ) -> Iterator[tuple[float, np.ndarray]]:
+        """As `_nearest`, of an AVI file: a frame is shown in the slot of the packet that brings it out.
+
+        Times that FFmpeg gives its packets are guesses, wrong for packed B-frames. Frames come in the order
+        in which they are shown, so the nearest is one of the two around a moment; all of them are decoded.
+        """
+        slots = self._slots_from(targets[0])
+        before, after = None, next(slots, None)
+        for target in targets:
+            while after is not None and after[0] * self._tick < target:
+                before, after = after, next(slots, None)
+            if after is None and before is not None and target > (before[0] + 1) * self._tick + 1e-6:
+                raise self._ended((before[0] + 1) * self._tick, target)
+            around = [slot for slot in (before, after) if slot is not None]
+            if not around:
+                raise BadClip("truncated", f"there are no frames at {target:.2f} s")
+            slot, frame = min(around, key=lambda slot: abs(slot[0] * self._tick - target))
+            yield slot * self._tick, shape(frame)
+
+    def _slots_from(self, moment: float) -> Iterator[tuple[int, VideoFrame]]:
+        """Yields slots and frames, the first of them at or before a moment unless it is the file's first."""
+        back = 0.0
+        while True:
+            begin = max(self.info.first, moment - back)
+            self._seek(begin)
+            frames = self._slotted()
+            found = next(frames, None)
+            if begin <= self.info.first or (found is not None and found[0] * self._tick <= moment):
+                break
+            back = max(1.0, 2 * back)
+        if found is not None:
+            yield found
+            yield from frames
+
+    def _slotted(self) -> Iterator[tuple[int, VideoFrame]]:
+        delay = int(self._context.has_b_frames)
+        before = -math.inf
+        for frame in self._decode(self._packets(), wanted=None):
+            slot = before + 1 if frame.dts is None else max(frame.dts - delay, before + 1)
+            before = slot
+            yield int(slot), frame
+
     def _check_end(self, packets: list[Packet], last: int, target: float) -> None:
         """A window that reaches past the last frame's own duration means that the file is cut off."""
         held = max((packet.duration or 0) for packet in packets if packet.pts == last)
         end = last * self._tick + max(held * self._tick, 1 / self.info.rate)
         if target > end + 1e-6:
-            raise BadClip(
-                "truncated", f"its last frame ends at {end:.2f} s, its header promises {target:.2f} s"
-            )
+            raise self._ended(end, target)
+
+    @staticmethod
+    def _ended(end: float, target: float) -> BadClip:
+        return BadClip("truncated", f"its last frame ends at {end:.2f} s, its header promises {target:.2f} s")
 
     def _window(self, first: float, last: float) -> list[Packet]:
         """Reads the packets from the keyframe at or before `first` up to the frames around `last`."""
-        if self.info.is_image:  # it stands at its only packet, and large ones cannot be sought
-            return self._packets_until(last)
-        start, back = self.info.first, 0.0
-        if self._container.format.name in UNINDEXED:
-            back = math.inf  # from the beginning
+        start = self.info.first
+        is_guessed = is_program_stream(self._container)
+        back = 3.0 if is_guessed else 0.0
         while True:
-            moment = max(first - back, start)
-            self._seek(moment)
-            packets = self._packets_until(last)
-            begins = next((p.pts for p in packets if p.is_keyframe and p.pts is not None), None)
-            if moment <= start or (begins is not None and begins * self._tick <= first):
-                return packets
+            at_start = self.info.is_image or first - back <= start  # an image stands at its only packet
+            if not self.info.is_image:  # large ones cannot be sought
+                self._seek(max(first - back, start))
+            packets: Iterator[Packet] = self._packets()
+            if is_guessed:
+                packets = settled(packets, from_start=at_start)
+            found = self._until(packets, first, last)
+            if at_start or (found and found[0].is_keyframe and found[0].pts * self._tick <= first):
+                return found
             back = max(1.0, 2 * back)
 
     def _seek(self, moment: float) -> None:
@@ -132,38 +213,46 @@ class FrameReader:
         except DECODER_ERRORS as error:
             raise BadClip("damaged", f"seeking to {moment:.2f} s fails: {error}") from None
 
-    def _packets_until(self, last: float) -> list[Packet]:
-        """Reads packets until no later one can be nearer to `last`."""
-        packets: list[Packet] = []
-        after: int | None = None  # earliest frame at or after `last`
-        past = 0
+    def _packets(self) -> Iterator[Packet]:
         try:
             for packet in self._container.demux(self._stream):
-                if packet.pts is None:
-                    continue
-                if after is not None:
-                    past += 1
-                    if packet.dts >= after if packet.dts is not None else past > _REORDER:
-                        break
-                packets.append(packet)
-                if packet.pts * self._tick >= last:
-                    after = packet.pts if after is None else min(after, packet.pts)
                 self._check_deadline()
+                if packet.dts is not None or packet.pts is not None:  # else it is the empty one at the end
+                    yield packet
         except DECODER_ERRORS as error:
             raise BadClip("damaged", f"reading fails: {error}") from None
-        return packets
 
-    def _decode(self, packets: Iterator[Packet], *, wanted: set[int]) -> Iterator[VideoFrame]:
+    def _until(self, packets: Iterator[Packet], first: float, last: float) -> list[Packet]:
+        """Returns the packets from the last keyframe at or before `first`, where there is one, until no later
+        one can be nearer to `last`."""
+        found: list[Packet] = []
+        after: int | None = None  # earliest frame at or after `last`
+        past = 0
+        for packet in packets:
+            if packet.pts is None:
+                continue
+            if after is not None:
+                past += 1
+                if packet.dts >= after if packet.dts is not None else past > _REORDER:
+                    break
+            elif packet.is_keyframe and packet.pts * self._tick <= first:
+                found.clear()
+            found.append(packet)
+            if packet.pts * self._tick >= last:
+                after = packet.pts if after is None else min(after, packet.pts)
+        return found
+
+    def _decode(self, packets: Iterator[Packet], *, wanted: set[int] | None) -> Iterator[VideoFrame]:
         """Decodes packets in order.
 
         Args:
-            wanted: Presentation times of the frames that are needed. Others are decoded only where
-                these refer to them.
+            wanted: Presentation times of the frames that are needed; None: all are. Others are decoded only
+                where these refer to them.
         """
-        context = self._stream.codec_context
+        context = self._context
         try:
             for packet in packets:
-                is_spared = packet.pts not in wanted and context.name in _SPARING
+                is_spared = wanted is not None and packet.pts not in wanted and context.name in _SPARING
                 context.skip_frame = "NONREF" if is_spared else "DEFAULT"
                 yield from self._whole(context.decode(packet))
             context.skip_frame = "DEFAULT"
@@ -185,53 +274,6 @@ class FrameReader:
             raise BadClip("timeout", "decoding takes longer than data.worker_timeout_s")
 
 
-class _Shaper:
-    """Turns, scales and cuts the frames of one clip, all in the same way."""
-
-    def __init__(self, info: ClipInfo, plan: Callable[[int, int], CoverCrop]) -> None:
-        self._info = info
-        self._make_plan = plan
-        self._plan: CoverCrop | None = None
-        self._quarter_turns = 0
-        self._scaler, self._converter = VideoReformatter(), VideoReformatter()  # they keep their tables
-
-    def __call__(self, frame: VideoFrame) -> np.ndarray:
-        """Returns the picture, uint8 RGB `[height, width, 3]`."""
-        if self._plan is None:
-            self._quarter_turns = quarter_turns(frame)
-            size = (self._info.height, self._info.width)
-            self._plan = self._make_plan(*(size[::-1] if self._quarter_turns % 2 else size))
-        plan = self._plan
-        size = (plan.scaled_height, plan.scaled_width)
-        height, width = size[::-1] if self._quarter_turns % 2 else size
-        picture = np.rot90(self._scaled(frame, height, width), self._quarter_turns)
-        return picture[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
-
-    def _scaled(self, frame: VideoFrame, height: int, width: int) -> np.ndarray:
-        """Scales and turns into RGB.
-
-        YUV is scaled as it is, at full colour resolution, and turned into RGB after that: twice as fast as
-        FFmpeg's way in one step, and without its darkening by one or two levels.
-        """
-        has_alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
-        if frame.format.is_rgb or has_alpha:
-            return self._scaled_rgb(frame, height, width, has_alpha)
-        plain = self._scaler.reformat(
-            frame, width=width, height=height, format="yuv444p", interpolation="BICUBIC", threads=1
-        )
-        return self._converter.reformat(plain, format="rgb24", threads=1).to_ndarray()
-
-    def _scaled_rgb(self, frame: VideoFrame, height: int, width: int, has_alpha: bool) -> np.ndarray:
-        form = "rgba" if has_alpha else "rgb24"
-        picture = self._scaler.reformat(
-            frame, width=width, height=height, format=form, interpolation="BICUBIC", threads=1
-        ).to_ndarray()
-        if not has_alpha:
-            return picture
-        opacity = picture[..., 3:] / 255.0  # over black: what lies under a transparent pixel is arbitrary
-        return (picture[..., :3] * opacity + 0.5).astype(np.uint8)
-
-
 def _nearest_index(values: list[int], target: float) -> int:
     """Returns the index of the value nearest to `target` in a rising list; the earlier one of two."""
     right = bisect.bisect_left(values, target)
@@ -240,3 +282,21 @@ def _nearest_index(values: list[int], target: float) -> int:
     if right == len(values):
         return right - 1
     return right - 1 if target - values[right - 1] <= values[right] - target else right
+
+
+def _decoder(stream: VideoStream) -> VideoCodecContext:
+    """Returns the stream's decoder, or the one that also decodes its transparency.
+
+    Raises:
+        BadClip: This FFmpeg has none for it.
+    """
+    own = stream.codec_context
+    tags = {name.lower(): value for name, value in stream.metadata.items()}
+    if tags.get("alpha_mode") != "1" or own.name not in _WITH_ALPHA:
+        return own
+    name = _WITH_ALPHA[own.name]
+    if name not in av.codecs_available:
+        raise BadClip("unreadable", f"its transparent pixels need FFmpeg's decoder {name}")
+    context = av.CodecContext.create(name, "r")
+    context.extradata = own.extradata
+    return context

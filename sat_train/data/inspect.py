@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 
-from sat_train.data.clip_file import ClipInfo, open_clip, open_part
+from sat_train.data.clip_file import ClipInfo, open_part
 from sat_train.data.clip_pool import look_into_clips
-from sat_train.data.dataset import usable_part
-from sat_train.data.failures import BadClip
-from sat_train.data.frames import FrameReader
+from sat_train.data.dataset import naming_image, usable_part
+from sat_train.data.failures import BadClip, one_clip
+from sat_train.data.frames import FrameReader, open_frames
 from sat_train.data.plan import Fit
 from sat_train.data.resize import CoverCrop, plan_cover_crop
 from sat_train.data.sources.records import ClipRecord
+from sat_train.data.window import count_windows, split_chunks
 
+MAX_WINDOWS = 8  # of a clip that are decoded, unless more are wanted
+_MANY_WINDOWS = 1000  # of a clip all of which are decoded: no more are waited for
 _THUMBNAIL_HEIGHT = 90
 _SAMPLED_BYTES = 1 << 16
 
@@ -32,20 +37,22 @@ class ClipFacts:
     Args:
         record: The clip.
         info: Its headers; None when these cannot be read.
-        available: Frames that it can give at the wanted rate.
         bucket: Which of the shapes its samples have; None when it cannot be used.
+        windows: Windows without a common frame that it holds; 0 when it cannot be used.
+        decoded: Windows of which every frame was decoded.
         problem: Why it cannot be used; None: it can.
         content_key: The same for files of the same content: their size, beginning and end.
         thumbnail: Its middle frame as a JPEG file; empty when there is none.
     """
 
     record: ClipRecord
-    info: ClipInfo | None
-    available: int
-    bucket: int | None
-    problem: BadClip | None
-    content_key: str
-    thumbnail: bytes
+    info: ClipInfo | None = None
+    bucket: int | None = None
+    windows: int = 0
+    decoded: int = 0
+    problem: BadClip | None = None
+    content_key: str = ""
+    thumbnail: bytes = b""
 
 
 def inspect_clips(
@@ -53,74 +60,149 @@ def inspect_clips(
     fit: Fit,
     *,
     num_processes: int,
+    max_windows: int | None = MAX_WINDOWS,
     timeout_s: float | None = None,
     on_clip: Callable[[], None] = lambda: None,
 ) -> list[ClipFacts]:
-    """Reads headers and the middle frame of each clip.
+    """Reads headers, windows and images of clips by the functions that training reads them by.
 
     Args:
         records: Clips.
         fit: What samples are to be.
         num_processes: Clips that are read at once.
-        timeout_s: A clip that takes longer is given up.
-        on_clip: Called after each one.
+        max_windows: Windows of one clip that are decoded, spread over it; None: all.
+        timeout_s: A window that takes longer is given up.
+        on_clip: Called after each clip.
     """
     found = look_into_clips(
         records,
-        lambda record: _inspect(record, fit, timeout_s),
+        lambda record: Inspection(record, fit, max_windows, timeout_s).run(),
         num_processes=num_processes,
-        timeout_s=timeout_s,
+        timeout_s=timeout_s and timeout_s * ((max_windows or _MANY_WINDOWS) + 2),
         on_clip=on_clip,
     )
     return [
-        ClipFacts(record, None, 0, None, facts, "", b"") if isinstance(facts, BadClip) else facts
+        ClipFacts(record, problem=facts) if isinstance(facts, BadClip) else facts
         for record, facts in zip(records, found, strict=True)
     ]
 
 
-def _inspect(record: ClipRecord, fit: Fit, timeout_s: float | None) -> ClipFacts:
-    info, available, bucket, problem, thumbnail = None, 0, None, None, b""
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    try:
-        with open_clip(record.path, span=record.span, timeout_s=timeout_s) as (container, stream):
-            reader = FrameReader(container, stream, deadline=deadline)
-            info = reader.info
-            first, last = usable_part(info, record, fit.skip_frms_num)
-            available = fit.available(info, record)
+class Inspection:
+    """One clip while it is looked at: what is known of it so far remains where the next step fails.
+
+    Args:
+        record: The clip.
+        fit: What samples are to be.
+        max_windows: Windows to decode; None: all.
+        timeout_s: Of one window.
+    """
+
+    def __init__(
+        self, record: ClipRecord, fit: Fit, max_windows: int | None, timeout_s: float | None
+    ) -> None:
+        self._fit, self._max_windows = fit, max_windows
+        self._timeout_s = timeout_s
+        self._facts = ClipFacts(record)
+
+    def run(self) -> ClipFacts:
+        """Returns what was found."""
+        try:
+            with one_clip():
+                self._look()
+                self._read_windows()
+                self._read_image()
+        except BadClip as error:
+            self._learn(problem=error, bucket=None, windows=0)
+        if self._facts.info is not None:  # a pipe would be waited for
+            self._learn(content_key=_content_key(self._facts.record))
+        return self._facts
+
+    def _learn(self, **facts: Any) -> None:
+        self._facts = replace(self._facts, **facts)
+
+    def _look(self) -> None:
+        """Reads headers and the middle frame, and finds the shape of the clip's samples.
+
+        Raises:
+            BadClip: It cannot be read, or training would leave it out or refuse it.
+        """
+        record, fit = self._facts.record, self._fit
+        with self._open() as reader:
+            self._learn(info=reader.info)
+            first, last = usable_part(reader.info, record, fit.skip_frms_num)
+            available = fit.available(reader.info, record)
             if not available:
                 raise BadClip("short", "it gives no frame")
-            shown, thumbnail = _look(reader, (first + last) / 2)
-            info = replace(info, quarter_turns=int(shown != (info.height, info.width)))
-            bucket = _bucket(fit, info, record)
-    except BadClip as error:
-        problem = error
-    content_key = "" if info is None else _content_key(record)  # a pipe would be waited for
-    return ClipFacts(record, info, available, bucket, problem, content_key, thumbnail)
+            shown, thumbnail = _thumbnail(reader, (first + last) / 2)
+        info = replace(reader.info, is_turned=shown != (reader.info.height, reader.info.width))
+        self._learn(info=info, thumbnail=thumbnail)
+        bucket = fit.bucket(info, record)
+        self._plan(bucket, info.shown_size)
+        self._learn(bucket=bucket, windows=count_windows(available, fit.shapes[bucket].frames))
+
+    def _read_windows(self) -> None:
+        """Decodes the frames of windows from the clip's begin to its end.
+
+        Raises:
+            BadClip: One of them does not give its frames.
+        """
+        facts, fit = self._facts, self._fit
+        assert facts.info is not None, "the clip has not been looked at"
+        assert facts.bucket is not None, "the clip has not been looked at"
+        first, last = usable_part(facts.info, facts.record, fit.skip_frms_num)
+        frames = min(fit.shapes[facts.bucket].frames, fit.available(facts.info, facts.record))
+        parts = split_chunks(first=first, last=last, count=facts.windows)
+        for number, part in enumerate(_spread_over(parts, self._max_windows), 1):
+            with self._open() as reader:
+                reader.read([part[0] + i / fit.fps for i in range(frames)], _small)
+            self._learn(decoded=number)
+
+    def _read_image(self) -> None:
+        """Reads the image that conditions the clip, where the model takes one.
+
+        Raises:
+            BadClip: Training would refuse it.
+        """
+        record, bucket = self._facts.record, self._facts.bucket
+        if not self._fit.images or record.image is None:
+            return
+        assert bucket is not None, "the clip has not been looked at"
+        with naming_image(record.image), open_frames(record.image, timeout_s=self._timeout_s) as reader:
+            reader.read([reader.info.first], lambda *size: self._plan(bucket, size))
+
+    def _open(self) -> AbstractContextManager[FrameReader]:
+        record = self._facts.record
+        return open_frames(record.path, span=record.span, timeout_s=self._timeout_s)
+
+    def _plan(self, bucket: int, size: tuple[int, int]) -> CoverCrop:
+        shape = self._fit.shapes[bucket]
+        target = (shape.height, shape.width)
+        return plan_cover_crop(source=size, target=target, max_upscale=self._fit.max_upscale)
 
 
-def _look(reader: FrameReader, moment: float) -> tuple[tuple[int, int], bytes]:
+def _spread_over(parts: Sequence[tuple[float, float]], limit: int | None) -> list[tuple[float, float]]:
+    """Returns at most so many parts, the first and the last among them, the others at equal distances."""
+    if limit is None or len(parts) <= limit:
+        return list(parts)
+    return [parts[round(i * (len(parts) - 1) / max(1, limit - 1))] for i in range(limit)]
+
+
+def _small(height: int, width: int) -> CoverCrop:
+    """Plans a thumbnail: all of the picture, unless it is a stripe."""
+    shown = min(max(1, round(width * _THUMBNAIL_HEIGHT / height)), 4 * _THUMBNAIL_HEIGHT)
+    return plan_cover_crop(source=(height, width), target=(_THUMBNAIL_HEIGHT, shown), max_upscale=math.inf)
+
+
+def _thumbnail(reader: FrameReader, moment: float) -> tuple[tuple[int, int], bytes]:
     """Returns a clip's height and width as shown, and the frame at a moment as a small JPEG file."""
     sizes: list[tuple[int, int]] = []
 
     def plan(height: int, width: int) -> CoverCrop:
         sizes.append((height, width))
-        shown = max(1, round(width * _THUMBNAIL_HEIGHT / height))
-        return CoverCrop(_THUMBNAIL_HEIGHT, shown, 0, 0, _THUMBNAIL_HEIGHT, shown)
+        return _small(height, width)
 
     picture = reader.read([moment], plan).video_thwc[0]
     return sizes[0], _jpeg(picture)
-
-
-def _bucket(fit: Fit, info: ClipInfo, record: ClipRecord) -> int:
-    """Returns the bucket of a clip; refuses what training would leave out or refuse.
-
-    Raises:
-        BadClip: It is too short or too small.
-    """
-    bucket = fit.bucket(info, record)
-    target = (fit.shapes[bucket].height, fit.shapes[bucket].width)
-    plan_cover_crop(source=info.shown_size, target=target, max_upscale=fit.max_upscale)
-    return bucket
 
 
 def _jpeg(picture_hwc) -> bytes:
@@ -201,7 +283,9 @@ class SetReport:
         if infos:
             durations = [info.duration for info in infos]
             yield "length", f"{sum(durations) / 3600:.2f} h in all; {_spread(durations, 's')} each"
-            yield "windows", f"{sum(map(self._windows, self.clips))} that do not overlap"
+            windows = sum(clip.windows for clip in self.clips)
+            decoded = sum(clip.decoded for clip in self.clips)
+            yield "windows", f"{windows} of a sample's length that share no frame; {decoded} were decoded"
             yield "rates", _most(Counter(f"{info.rate:.3f}".rstrip("0").rstrip(".") for info in infos))
             yield "sizes", _most(Counter(f"{info.height}x{info.width}" for info in infos))
             yield "codecs", _most(Counter(info.codec for info in infos))
@@ -216,9 +300,6 @@ class SetReport:
             yield "duplicates", f"{sum(map(len, repeated)) - len(repeated)} clips, such as {first}"
         if self.ignored:
             yield "not clips", ", ".join(f"{count} {suffix}" for suffix, count in self.ignored)
-
-    def _windows(self, clip: ClipFacts) -> int:
-        return 0 if clip.bucket is None else clip.available // self.fit.shapes[clip.bucket].frames
 
     def _distinct(self) -> int:
         return len({caption for clip in self.clips for caption in clip.record.captions})

@@ -14,18 +14,26 @@ from pathlib import Path
 import numpy as np
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.buckets import BucketPlan, choose_bucket, one_bucket
+from sat_train.data.buckets import BucketPlan, choose_bucket
 from sat_train.data.cache.files import FileBook, read_stamp
 from sat_train.data.clip_file import ClipInfo, read_headers
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.dataset import usable_part
-from sat_train.data.failures import BadClip, Failure
+from sat_train.data.failures import BadClip, Failure, one_clip
 from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults
-from sat_train.data.window import SHORT_REMEDY, ShortClip, WindowMode, count_frames, split_chunks
+from sat_train.data.window import (
+    SHORT_REMEDY,
+    ShortClip,
+    WindowMode,
+    count_frames,
+    count_windows,
+    split_chunks,
+)
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessGrid
 
 _PROCESSES = 8  # headers are small and the wait is for the disk
+_CLIPS_A_PROCESS = 16  # fewer are read before another process has started
 _SHOWN = 10  # clips in one message
 
 Look = Callable[[Sequence[ClipRecord]], list[ClipInfo | BadClip]]
@@ -42,6 +50,7 @@ class Fit:
         window: Which part of a longer clip is taken.
         short_clip: What to do with a clip shorter than the window.
         max_upscale: Largest factor by which a picture may be enlarged.
+        images: Clips are conditioned on the images beside them.
     """
 
     shapes: tuple[ClipShape, ...]
@@ -50,6 +59,7 @@ class Fit:
     window: WindowMode = "random"
     short_clip: ShortClip = "error"
     max_upscale: float = 2.0
+    images: bool = False
 
     @property
     def least_frames(self) -> int:
@@ -60,11 +70,6 @@ class Fit:
     def needs_turn(self) -> bool:
         """There is a choice of sizes, so it matters whether a picture is shown on its side."""
         return len({(shape.height, shape.width) for shape in self.shapes}) > 1
-
-    @property
-    def needs_headers(self) -> bool:
-        """Clips must be looked at before the first sample."""
-        return len(self.shapes) > 1 or self.short_clip != "error" or self.window == "chunks"
 
     def available(self, info: ClipInfo, record: ClipRecord) -> int:
         """Returns how many frames a clip can give."""
@@ -123,7 +128,7 @@ class Planned:
 
 
 def plan_sources(grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, look: Look) -> Planned:
-    """Looks into all clips, where that is needed, each rank into its share.
+    """Looks into all clips, each rank into its share.
 
     Args:
         grid: The process grid.
@@ -136,8 +141,6 @@ def plan_sources(grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, loo
 
     Ranks: all.
     """
-    if not fit.needs_headers:
-        return Planned(tuple(sources), one_bucket(fit.shapes[0], sources))
     records = [record for source in sources for record in source.records]
     shares = gather_objects(grid, look(records[grid.rank :: grid.world_size]))
     infos = (shares[i % grid.world_size][i // grid.world_size] for i in range(len(records)))
@@ -175,7 +178,7 @@ def look_at(
     """
     look = functools.partial(look_into, with_turn=with_turn, timeout_s=timeout_s)
     if book is None:
-        return look_into_clips(records, look, num_processes=_PROCESSES, timeout_s=timeout_s)
+        return _look_into_all(records, look, timeout_s)
     stamps = _read_stamps(records)
     found: list[ClipInfo | BadClip | None] = []
     for record in records:
@@ -186,7 +189,7 @@ def look_at(
         found.append(known)
     missing = [i for i, info in enumerate(found) if info is None]
     unknown = [records[i] for i in missing]
-    seen = look_into_clips(unknown, look, num_processes=_PROCESSES, timeout_s=timeout_s)
+    seen = _look_into_all(unknown, look, timeout_s)
     for i, info in zip(missing, seen, strict=True):
         found[i] = info
         if isinstance(info, ClipInfo):
@@ -194,12 +197,20 @@ def look_at(
     return found
 
 
+def _look_into_all(
+    records: Sequence[ClipRecord], look: Callable[[ClipRecord], ClipInfo], timeout_s: float | None
+) -> list[ClipInfo | BadClip]:
+    num_processes = min(_PROCESSES, 1 + len(records) // _CLIPS_A_PROCESS)
+    return look_into_clips(records, look, num_processes=num_processes, timeout_s=timeout_s)
+
+
 def _read_stamps(records: Sequence[ClipRecord]) -> dict[Path, tuple[int, ...] | BadClip]:
     """Asks about each file once, however many clips lie in it, several at once."""
 
     def read(path: Path) -> tuple[int, ...] | BadClip:
         try:
-            return read_stamp(path)
+            with one_clip():
+                return read_stamp(path)
         except BadClip as error:
             return error
 
@@ -241,9 +252,12 @@ def describe_plan(planned: Planned, batch_sizes: Sequence[int], tokens: Sequence
 
 def cut_chunks(record: ClipRecord, info: ClipInfo, fit: Fit, num_frames: int) -> list[ClipRecord]:
     """Turns a long clip into several records of equal length, one for each window that fits."""
+    count = count_windows(fit.available(info, record), num_frames)
+    if count == 1:
+        return [record]
     first, last = usable_part(info, record, fit.skip_frms_num)
     parts = []
-    for begin, end in split_chunks(first=first, last=last, window=num_frames / fit.fps):
+    for begin, end in split_chunks(first=first, last=last, count=count):
         start, stop = begin - info.first, end - info.first
         name = f"{record.clip_id}[{start:.3f}-{stop:.3f}]"
         parts.append(replace(record, clip_id=name, start=start, end=stop))

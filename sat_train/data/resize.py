@@ -10,6 +10,7 @@ import torch
 
 from sat_train.data.failures import BadClip
 
+MAX_SCALED_PIXELS = 1 << 26  # as many as a picture may have; a stripe that is enlarged could have more
 CropMode = Literal["center", "random"]
 
 
@@ -65,6 +66,8 @@ def plan_cover_crop(
         )
     height = max(target[0], round(source[0] * scale))
     width = max(target[1], round(source[1] * scale))
+    if height * width > MAX_SCALED_PIXELS:
+        raise BadClip("too large", f"scaled until it covers {target[0]}x{target[1]} it is {height}x{width}")
     top, left = height - target[0], width - target[1]
     if crop == "random":
         top, left = (math.floor(torch.rand((), generator=generator).item() * (n + 1)) for n in (top, left))

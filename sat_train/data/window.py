@@ -109,17 +109,29 @@ def _spread(visit: int) -> float:
     return value
 
 
-def split_chunks(*, first: float, last: float, window: float) -> Sequence[tuple[float, float]]:
-    """Cuts a long clip into as many equal parts as whole windows fit; each part becomes a sample.
+def count_windows(available: int, num_frames: int) -> int:
+    """Returns how many windows a clip holds that share no frame; one that is too short is padded to one.
 
     Args:
-        first: Begin of the clip, in seconds.
-        last: End of the clip.
-        window: Seconds that one sample takes, `num_frames / fps`.
+        available: Frames that the clip can give, from `count_frames`.
+        num_frames: Frames of a window.
+    """
+    return max(1, available // num_frames)
+
+
+def split_chunks(*, first: float, last: float, count: int) -> Sequence[tuple[float, float]]:
+    """Cuts a long clip into equal parts; each becomes a sample.
+
+    Each of `count_windows` parts gives the frames of a window: its share of the time is at least that from
+    the window's first frame to its last.
+
+    Args:
+        first: When the first usable frame is shown, in seconds.
+        last: When the last usable frame is shown.
+        count: Number of parts.
 
     Returns:
-        Begin and end of each part; at least one.
+        When each part begins and ends.
     """
-    count = max(1, math.floor((last - first + HEADER_ROUNDING_S) / window))
     edges = [first + (last - first) * i / count for i in range(count + 1)]
     return list(itertools.pairwise(edges))

@@ -157,7 +157,7 @@ def build_trainer(
     """
     state = restore(run, grid, place, engine, average, base_weights)
     filler = None
-    if run.data.cache == "fill":
+    if run.data.cache == "fill" and data.needs_encoders:
         filler = CacheFiller(run, grid, pipeline.frozen, data.cache)
     encode = filler.train() if filler is not None else lambda batch: batch
 

@@ -10,6 +10,7 @@ from typing import Any
 
 # Raise it when the same file and settings begin to give other pixels, latents or embeddings.
 CODE_VERSION = 1
+PIXELS_VERSION = 2  # the same of pixels alone: embeddings of captions stay
 
 
 def digest(**facts: Any) -> str:
@@ -96,6 +97,7 @@ def clip_key(
     """
     return digest(
         kind="clip",
+        pixels=PIXELS_VERSION,
         identity=identity,
         window=[start, count, total, fps],
         size=list(size),

@@ -101,9 +101,19 @@ def test_one_of_several_captions_is_taken(long_clip):
 
 def test_a_given_image_is_cut_as_the_clip(long_clip, tmp_path):
     Image.new("RGB", (64, 48), (250, 10, 20)).save(tmp_path / "first.png")
-    sample = make([record_of(long_clip, image=tmp_path / "first.png")])[0].sample
+    sample = make([record_of(long_clip, image=tmp_path / "first.png")], images=True)[0].sample
     assert sample.image_chw.shape == (3, SIDE, SIDE)
     assert sample.image_chw[:, 9, 9].tolist() == [250, 10, 20]
+
+
+def test_text_to_video_opens_no_image(tmp_path, long_clip):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    record = record_of(long_clip, image=tmp_path / "bad.png")
+    item = make([record])[0]
+    assert not item.failures
+    assert item.sample.image_chw is None
+    with pytest.raises(DataError, match=r"long.mp4 \(unreadable: its image bad.png: "):
+        make([record], images=True)[0]
 
 
 def test_short_clips_are_padded_or_refused(tmp_path):
@@ -113,7 +123,7 @@ def test_short_clips_are_padded_or_refused(tmp_path):
     assert numbers_of(padded.video_tchw)[:7] == [0, 4, 7, 11, 15, 19, 22]
     assert numbers_of(padded.video_tchw)[7:] == [22, 22]
     assert padded.num_shown == 7
-    with pytest.raises(DataError, match=r"short.mp4 is too short: it gives 7 of 9 frames"):
+    with pytest.raises(DataError, match=r"none of 1 clips can be used:\n.*short: it gives 7 of 9 frames"):
         make([record], max_num_frames=9)[0]
 
 

@@ -155,8 +155,8 @@ def shifted_clips(tmp_path_factory) -> list[Clip]:
     return clips
 
 
-def sampled(clip: Clip, window: str, fps: int, **part) -> list[tuple[int, list[int]]]:
-    """Returns some samples of a clip: the chunk each is taken from (0 without chunks), and its numbers."""
+def sampled(clip: Clip, window: str, fps: int, **part) -> list[tuple[int, int, list[int]]]:
+    """Returns some samples of a clip: its chunk (0 without chunks) of how many, its numbers."""
     skip = part.pop("skip_frms_num", 0)
     records = [record_of(clip.path, **part)]
     if window == "chunks":
@@ -164,18 +164,17 @@ def sampled(clip: Clip, window: str, fps: int, **part) -> list[tuple[int, list[i
         records = [part for r in records for part in cut_chunks(r, look_into(r), fit, NUM_FRAMES)]
     dataset = make(records, window=window, fps=fps, max_num_frames=NUM_FRAMES, skip_frms_num=skip)
     return [
-        (dataset.order.place(index).clip, numbers_of(dataset[index].sample.video_tchw))
+        (dataset.order.place(index).clip, len(records), numbers_of(dataset[index].sample.video_tchw))
         for index in range(max(len(SPREAD), len(records)))
     ]
 
 
 def legal_starts(
-    window: str, first: float, last: float, fps: int, place: tuple[int, int]
+    window: str, first: float, last: float, fps: int, place: tuple[int, int, int]
 ) -> tuple[float, float]:
-    """Where t0 may lie, by the documents. `place`: the sample's number and its chunk's."""
-    length, (number, chunk) = (NUM_FRAMES - 1) / fps, place
+    """Where t0 may lie, by the documents. `place`: the sample's number, its chunk's, how many there are."""
+    length, (number, chunk, parts) = (NUM_FRAMES - 1) / fps, place
     if window == "chunks":
-        parts = max(1, math.floor((last - first + HEADER_ROUNDING_S) * fps / NUM_FRAMES))
         first, last = (first + (last - first) * (chunk + i) / parts for i in (0, 1))
     slack = max(0.0, last - first - length)
     fixed = {"head": 0.0, "center": 1 / 2, "uniform": SPREAD[number % len(SPREAD)]}.get(window)
@@ -184,11 +183,21 @@ def legal_starts(
 
 def check_pace(clip: Clip, window: str, fps: int, first: float, last: float, **part) -> None:
     """There is a legal t0 such that each frame i is the file's nearest to t0 + i / fps."""
-    for number, (chunk, numbers) in enumerate(sampled(clip, window, fps, **part)):
+    for number, (chunk, chunks, numbers) in enumerate(sampled(clip, window, fps, **part)):
+        if window == "chunks":
+            check_count(clip, chunks, last - first, fps)
         low, high = clip.starts(numbers, fps)
-        legal = legal_starts(window, first, last, fps, (number, chunk))
+        legal = legal_starts(window, first, last, fps, (number, chunk, chunks))
         told = f"{clip.path.name} {window} {fps} {part}: {numbers} for t0 {low:.5f}..{high:.5f} of {legal}"
         assert max(low, legal[0]) <= min(high, legal[1]) + clip.tick, told
+
+
+def check_count(clip: Clip, chunks: int, seconds: float, fps: int) -> None:
+    """There are as many chunks as windows without a common frame: its last one may be half a frame late."""
+    late = HEADER_ROUNDING_S + (clip.half or 0.0)
+    exact = (math.floor((seconds + late + slip) * fps + 1) // NUM_FRAMES for slip in (-clip.tick, clip.tick))
+    least, most = exact if clip.half else (math.floor(seconds * fps + 1) // NUM_FRAMES, math.inf)
+    assert max(1, least) <= chunks <= max(1, most), f"{clip.path.name}: {chunks} chunks"
 
 
 @pytest.mark.parametrize("fps", PACES)
@@ -223,7 +232,7 @@ def test_skipped_frames_are_out_of_reach_and_the_others_keep_the_pace(even_clips
     for clip in (*even_clips[3::6], *shifted_clips):
         rate, skip = 1 / (2 * clip.half), 2
         check_pace(clip, window, 16, skip / rate, clip.shown[-1] - skip / rate, skip_frms_num=skip)
-        numbers = {n for _, numbers in sampled(clip, window, 16, skip_frms_num=skip) for n in numbers}
+        numbers = {n for *_, numbers in sampled(clip, window, 16, skip_frms_num=skip) for n in numbers}
         first = clip.first_number
         assert first + skip <= min(numbers), clip.path.name
         assert max(numbers) < first + len(clip.shown) - skip, clip.path.name

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from sat_train.data.failures import BadClip
-from sat_train.data.window import HEADER_ROUNDING_S, count_frames, fit_frames, split_chunks, window_start
+from sat_train.data.window import (
+    HEADER_ROUNDING_S,
+    count_frames,
+    count_windows,
+    fit_frames,
+    split_chunks,
+    window_start,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +62,36 @@ def test_uniform_windows_cover_the_clip_evenly_over_visits():
     assert sorted(starts) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_chunks_are_equal_parts_that_hold_a_window():
-    parts = split_chunks(first=0.5, last=10.0, window=2.125)
+def test_chunks_are_equal_parts():
+    parts = split_chunks(first=0.5, last=10.0, count=4)
     assert len(parts) == 4
     assert parts[0][0] == 0.5
     assert parts[-1][1] == 10.0
     assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
     assert {round(end - begin, 6) for begin, end in parts} == {2.375}
-    assert split_chunks(first=0.0, last=1.0, window=2.0) == [(0.0, 1.0)]
+    assert split_chunks(first=0.0, last=1.0, count=1) == [(0.0, 1.0)]
+
+
+@pytest.mark.parametrize("rate", [6, 8, 12.5, 24000 / 1001, 24, 25, 30000 / 1001, 30, 50, 60])
+@pytest.mark.parametrize("fps", [8, 16])
+def test_every_chunk_gives_the_window_that_it_was_counted_for(rate, fps):
+    """For clips of every length: as many chunks as windows without a common frame, and each gives one."""
+    for num_frames, num in itertools.product((1, 5, 17, 49), range(1, 200)):
+        first = 0.04
+        last = first + (num - 1) / rate
+        available = count_frames(first=first, last=last, rate=rate, fps=fps)
+        count = count_windows(available, num_frames)
+        assert count == max(1, available // num_frames)
+        if available < num_frames:
+            continue
+        for begin, end in split_chunks(first=first, last=last, count=count) if count > 1 else [(first, last)]:
+            assert count_frames(first=begin, last=end, rate=rate, fps=fps) >= num_frames, (num_frames, num)
+        assert count * num_frames <= available < (count + 1) * num_frames
+
+
+@pytest.mark.parametrize(
+    ("frames", "num_frames", "windows"), [(98, 49, 2), (34, 17, 2), (51, 17, 3), (97, 49, 1)]
+)
+def test_a_clip_of_exactly_some_windows_gives_all_of_them(frames, num_frames, windows):
+    available = count_frames(first=0.0, last=(frames - 1) / 8, rate=8, fps=8)
+    assert count_windows(available, num_frames) == windows

@@ -144,9 +144,9 @@ def test_files_are_hashed_once_over_runs(tmp_path, clip, monkeypatch):
     os.utime(clip, ns=(1, 1))
     monkeypatch.setattr("sat_train.data.cache.files._RACY_NS", 0)
     book = FileBook(tmp_path)
-    assert book.info(clip).quarter_turns is None
+    assert book.info(clip).is_turned is None
     identity, info = book.origin(clip).identity, book.info(clip, with_turn=True)
-    assert info.quarter_turns == 0
+    assert info.is_turned is False
     book.publish()
     monkeypatch.setattr("sat_train.data.cache.files._hash", lambda *_: pytest.fail("hashed again"))
     monkeypatch.setattr(

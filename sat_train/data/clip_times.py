@@ -1,0 +1,175 @@
+"""When the first and the last frame of a clip are shown: from headers where these can be trusted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from sat_train.data.failures import BadClip
+
+DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers
+_EDGE = 34  # index entries looked at: twice the frames that a codec reorders, and the gaps between them
+_TAIL_S = 3.0  # read of a program stream to find its last frame: its time stamps are at most 0.7 s apart
+_SETTLED_S = 1.0
+_REORDERED = ("h264", "hevc")  # codecs of which a slot in AVI does not tell when a frame is shown
+MAX_SECONDS = 7 * 24 * 3600.0  # a clip that claims to last longer would be cut into endless samples
+
+
+def is_avi(container: InputContainer) -> bool:
+    """Whether packets carry their place in the file's steady pace, not when their frames are shown."""
+    return container.format.name == "avi"
+
+
+def is_program_stream(container: InputContainer) -> bool:
+    """Whether a few packets behind each jump have their times from guesses, until the next time stamps."""
+    return container.format.name == "mpeg"
+
+
+def first_and_last(container: InputContainer, stream: VideoStream, rate: float) -> tuple[float, float]:
+    """Returns when the first and the last frame that can be decoded are shown, on the file's clock.
+
+    Args:
+        container: Just opened: nothing has been read from it yet.
+        stream: Its video.
+        rate: Average frames a second.
+
+    Raises:
+        BadClip: There are no presentation times, or the file ends before its index says.
+    """
+    _check_complete(container, stream)
+    if is_avi(container):
+        first, last = _slots(container, stream)
+    elif is_program_stream(container):
+        first, last = _first(container, stream), _last_of_program_stream(container, stream)
+    else:
+        first, last = _first(container, stream), _last(container, stream, rate)
+    if last - first > MAX_SECONDS:
+        raise BadClip("too large", f"it claims to last {last - first:.0f} s")
+    return first, max(first, last)
+
+
+def _check_complete(container: InputContainer, stream: VideoStream) -> None:
+    """An index that points past the end of the file is the mark of a copy that was broken off."""
+    entries = stream.index_entries
+    if container.size > 0 and len(entries):
+        end = entries[-1].pos + entries[-1].size
+        if end > container.size:
+            raise BadClip("truncated", f"its index needs {end} bytes, the file has {container.size}")
+
+
+def _first(container: InputContainer, stream: VideoStream) -> float:
+    """A recording may begin between keyframes; nothing before the first of these can be decoded."""
+    start = float((stream.start_time or 0) * stream.time_base)
+    entries = stream.index_entries
+    if "mp4" in container.format.name and len(entries) and entries[0].is_keyframe:
+        return start
+    try:
+        for packet in container.demux(stream):  # FFmpeg has read the first ones already to know the codec
+            if packet.is_keyframe and _is_shown(packet):
+                return max(start, float(packet.pts * packet.time_base))
+    except DECODER_ERRORS:
+        pass  # whoever reads that far says it
+    return start
+
+
+def _last(container: InputContainer, stream: VideoStream, rate: float) -> float:
+    start = float((stream.start_time or 0) * stream.time_base)
+    said = max(start, start + float((stream.duration or 0) * stream.time_base) - 1 / rate)
+    if stream.duration and _is_even(container, stream, rate):
+        return said
+    times = _packet_times(container, stream, tail=True) or _packet_times(container, stream, tail=False)
+    if not times and not stream.duration:
+        raise _no_times()
+    return max(times, default=said)
+
+
+def _is_even(container: InputContainer, stream: VideoStream, rate: float) -> bool:
+    """Whether all frames seem to last equally long, so that a file's length tells when its last one is shown.
+
+    The length of an mp4 file is the sum of the times between decoded frames. Where these differ, reordering
+    and the last frame's own duration put it off by up to some pauses. One pause among the last frames of an
+    otherwise even file is not seen where reordering hides it; windows then end before it.
+    """
+    if "mp4" not in container.format.name:
+        return container.format.name == "mpegts"  # whose length FFmpeg takes from its last packets itself
+    entries = stream.index_entries
+    if len(entries) < 2 or len(entries) != stream.frames:  # one of fragments knows only the first of them
+        return False
+    ends = (range(min(len(entries), _EDGE)), range(max(0, len(entries) - _EDGE), len(entries)))
+    pace = 1 / (rate * float(stream.time_base))
+    gaps = [b - a for end in ends for a, b in itertools.pairwise(entries[i].timestamp for i in end)]
+    return all(abs(gap - pace) <= 1 for gap in gaps)
+
+
+def _packet_times(container: InputContainer, stream: VideoStream, *, tail: bool) -> list[float]:
+    """Returns the presentation times of the file's packets, or of those behind its last keyframe."""
+    try:
+        end = container.duration if tail and container.duration else 0
+        container.seek(end, backward=True)
+        return [float(p.pts * p.time_base) for p in container.demux(stream) if _is_shown(p)]
+    except DECODER_ERRORS:
+        return []
+
+
+def _last_of_program_stream(container: InputContainer, stream: VideoStream) -> float:
+    """Reads the file's end, and more of it until there are packets whose times can be trusted."""
+    start = container.start_time or 0
+    length = (container.duration or 0) / av.time_base
+    back = _TAIL_S
+    while True:
+        at_start = back >= length
+        try:
+            container.seek(start if at_start else int(start + (length - back) * av.time_base))
+            packets = settled(container.demux(stream), from_start=at_start)
+            times = [float(p.pts * p.time_base) for p in packets if _is_shown(p)]
+        except DECODER_ERRORS:
+            times = []
+        if times:
+            return max(times)
+        if at_start:
+            raise _no_times()
+        back *= 4
+
+
+def settled(packets: Iterable[Packet], *, from_start: bool) -> Iterator[Packet]:
+    """Yields the packets of a program stream, without those behind a jump whose times are guesses.
+
+    The reader lands inside a frame and takes the rest of it for one. Times are right from the next time
+    stamp on: at the latest in the third block that is read and a second later.
+    """
+    blocks: set[int | None] = set()
+    begin = None
+    for packet in packets:
+        if not from_start and packet.dts is not None:
+            blocks.add(packet.pos)
+            begin = packet.dts if begin is None else begin
+            from_start = len(blocks) > 2 and (packet.dts - begin) * packet.time_base > _SETTLED_S
+        if from_start:
+            yield packet
+
+
+def _slots(container: InputContainer, stream: VideoStream) -> tuple[float, float]:
+    """An AVI file shows one frame in each slot of its index, a keyframe first."""
+    if stream.codec_context.name in _REORDERED and stream.codec_context.has_b_frames:
+        raise BadClip("no times", "AVI does not tell the order of H.264's or HEVC's B-frames")
+    slots = [(entry.timestamp, entry.is_keyframe) for entry in stream.index_entries]
+    if len(slots) < 2:
+        slots = [(p.dts, p.is_keyframe) for p in container.demux(stream) if p.dts is not None and p.size]
+    if not slots:
+        raise _no_times()
+    first = next((slot for slot, is_keyframe in slots if is_keyframe), slots[0][0])
+    return float(first * stream.time_base), float(slots[-1][0] * stream.time_base)
+
+
+def _is_shown(packet: Packet) -> bool:
+    """Whether its frame has a time, and an edit list does not cut it off."""
+    return packet.pts is not None and not packet.is_discard
+
+
+def _no_times() -> BadClip:
+    return BadClip("no times", "its frames carry no presentation times (a raw stream?)")

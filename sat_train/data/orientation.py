@@ -1,0 +1,87 @@
+"""How a stored picture is turned and mirrored to be shown upright."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+from av.sidedata.sidedata import Type
+from av.video.frame import VideoFrame
+from PIL import Image
+
+_EXIF_ORIENTATION = 0x0112
+_EXIF_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """One of the eight ways to lay a picture: rows and columns exchanged first, then each order reversed.
+
+    Args:
+        is_transposed: Rows become columns.
+        is_flipped: The shown picture has its rows in reverse: the top below.
+        is_mirrored: The shown picture has its columns in reverse: the left at the right.
+    """
+
+    is_transposed: bool = False
+    is_flipped: bool = False
+    is_mirrored: bool = False
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the height and width as shown of a stored picture, or the reverse."""
+        return (width, height) if self.is_transposed else (height, width)
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        """Returns a stored picture `[h, w, c]` as it is shown."""
+        if self.is_transposed:
+            picture = picture.swapaxes(0, 1)
+        return picture[:: -1 if self.is_flipped else 1, :: -1 if self.is_mirrored else 1]
+
+
+_EXIF = {
+    2: Orientation(is_mirrored=True),
+    3: Orientation(is_flipped=True, is_mirrored=True),
+    4: Orientation(is_flipped=True),
+    5: Orientation(is_transposed=True),
+    6: Orientation(is_transposed=True, is_mirrored=True),
+    7: Orientation(is_transposed=True, is_flipped=True, is_mirrored=True),
+    8: Orientation(is_transposed=True, is_flipped=True),
+}
+
+
+def read_exif(file: IO[bytes]) -> Orientation:
+    """Returns the orientation that a picture file's EXIF data tell; upright where they tell none.
+
+    Pillow reads it: PyAV shows the angle alone, in which a mirrored picture looks like a turned one.
+    """
+    try:
+        with Image.open(file, formats=_EXIF_FORMATS) as picture:
+            return _EXIF.get(picture.getexif().get(_EXIF_ORIENTATION), Orientation())
+    except Exception:  # EXIF is an extra: pictures without any that Pillow understands lie as they are stored
+        return Orientation()
+
+
+def frame_orientation(frame: VideoFrame) -> Orientation:
+    """Returns the orientation that a video frame's display matrix asks for, to the nearest right angle."""
+    try:
+        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    except ValueError:  # PyAV does not know the kind of another of the frame's side data
+        return _from_angle(frame.rotation)
+    return Orientation() if matrix is None else _from_matrix(bytes(matrix))
+
+
+def _from_matrix(matrix: bytes) -> Orientation:
+    """The matrix sends a stored point (x, y), y downwards, to (a x + c y, b x + d y)."""
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return Orientation(is_flipped=d < 0, is_mirrored=a < 0)
+    return Orientation(is_transposed=True, is_flipped=b < 0, is_mirrored=c < 0)
+
+
+def _from_angle(degrees: float) -> Orientation:
+    """As `_from_matrix`, of a turn counterclockwise."""
+    turns = round(degrees / 90) % 4 if math.isfinite(degrees) else 0
+    return (Orientation(), _EXIF[8], _EXIF[3], _EXIF[6])[turns]

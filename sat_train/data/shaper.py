@@ -1,0 +1,69 @@
+"""Turns decoded frames into pictures of the training size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+
+from sat_train.data.orientation import Orientation, frame_orientation
+from sat_train.data.resize import CoverCrop
+
+
+class Shaper:
+    """Scales, turns and crops the frames of one clip, all in the same way.
+
+    Args:
+        size: Height and width of a frame as stored, in square pixels.
+        plan: Gives scaling and cropping for a picture's height and width as shown; asked once.
+        orientation: How frames are shown; None: the first one says it.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        plan: Callable[[int, int], CoverCrop],
+        orientation: Orientation | None = None,
+    ) -> None:
+        self._size = size
+        self._make_plan = plan
+        self._plan: CoverCrop | None = None
+        self._orientation = orientation
+        self._scaler, self._converter = VideoReformatter(), VideoReformatter()  # they keep their tables
+
+    def __call__(self, frame: VideoFrame) -> np.ndarray:
+        """Returns the picture, uint8 RGB `[height, width, 3]`."""
+        if self._orientation is None:
+            self._orientation = frame_orientation(frame)
+        if self._plan is None:
+            self._plan = self._make_plan(*self._orientation.size(*self._size))
+        plan = self._plan
+        height, width = self._orientation.size(plan.scaled_height, plan.scaled_width)
+        picture = self._orientation.apply(self._scaled(frame, height, width))
+        return picture[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
+
+    def _scaled(self, frame: VideoFrame, height: int, width: int) -> np.ndarray:
+        """Scales and turns into RGB.
+
+        YUV is scaled as it is, at full colour resolution, and turned into RGB after that: twice as fast as
+        FFmpeg's way in one step, and without its darkening by one or two levels.
+        """
+        has_alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+        if frame.format.is_rgb or has_alpha:
+            return self._scaled_rgb(frame, height, width, has_alpha)
+        plain = self._scaler.reformat(
+            frame, width=width, height=height, format="yuv444p", interpolation="BICUBIC", threads=1
+        )
+        return self._converter.reformat(plain, format="rgb24", threads=1).to_ndarray()
+
+    def _scaled_rgb(self, frame: VideoFrame, height: int, width: int, has_alpha: bool) -> np.ndarray:
+        form = "rgba" if has_alpha else "rgb24"
+        picture = self._scaler.reformat(
+            frame, width=width, height=height, format=form, interpolation="BICUBIC", threads=1
+        ).to_ndarray()
+        if not has_alpha:
+            return picture
+        opacity = picture[..., 3:] / 255.0  # over black: what lies under a transparent pixel is arbitrary
+        return (picture[..., :3] * opacity + 0.5).astype(np.uint8)
