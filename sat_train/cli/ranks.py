@@ -9,11 +9,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
-from sat_train.distributed.environment import RankEnv
+from sat_train.distributed.environment import RankEnv, tell_torchrun
 from sat_train.errors import SatTrainError, Stopped
 from sat_train.log import configure_logging
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from sat_train.distributed.processes import ProcessGrid
 
 _INTERRUPTED = 130
-_HEAD_START_S = 3  # nobody waits for it where rank 0 ends, as the launcher then ends the others
+_MEET_TO_REPORT_S = 30  # a rank that has failed already looks for the others no longer than this
 
 
 def run_on_ranks(
@@ -50,76 +52,99 @@ def run_on_ranks(
 def _run_on_ranks(
     purpose: Literal["train", "sample", "precompute"], work: tuple[str, str], words: Sequence[str] | None
 ) -> int:
-    rank = 0
     try:
         env = RankEnv.read()
-        rank = env.rank
-        configure_logging(rank=rank)
-        warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other, not who trains
+    except SatTrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    configure_logging(rank=env.rank)
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other, not who trains
+    try:
         base, rest = split_command_line(sys.argv[1:] if words is None else words)
         run = load_run_config(base, rest, purpose=purpose)
-    except SatTrainError as error:
-        if rank == 0:
-            print(error, file=sys.stderr)
-        else:
-            _let_rank_0_speak()
-        return error.exit_code
+    except BaseException as error:
+        return _end(env, partial(_report_before_meeting, error, env))
     return _join_and_work(run, env, work)
 
 
 def _join_and_work(run: RunConfig, env: RankEnv, work: tuple[str, str]) -> int:
     from sat_train.distributed.failures import FailureBoard
+    from sat_train.distributed.meeting import meet
     from sat_train.distributed.processes import start_processes, stop_processes
 
     board: FailureBoard | None = None
     try:
+        timeout = timedelta(minutes=run.args.distributed_timeout_minutes)
+        store = meet(env, timeout)
+        board = FailureBoard(store, env, timeout)
+        board.watch()
         grid = start_processes(
             env,
             device=run.args.device,
             backend=run.args.distributed_backend,
             model_parallel_size=run.args.model_parallel_size,
             timeout_minutes=run.args.distributed_timeout_minutes,
+            store=store,
         )
-        board = FailureBoard(grid.store, grid.rank)
-        board.watch()
         module, name = work  # imported after the start, which chooses DeepSpeed's accelerator
         do: Callable[[RunConfig, ProcessGrid], None] = getattr(import_module(module), name)
         do(run, grid)
+        board.close()
     except BaseException as error:
-        return _fail(error, env, board)
-    board.close()
+        return _end(env, partial(_report, error, env, board))
     stop_processes()
     return 0
 
 
-def _let_rank_0_speak() -> None:
-    """Lets rank 0 end first: when one rank has ended the launcher ends all, in mid-sentence if need be."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(_HEAD_START_S)
-
-
-def _fail(error: BaseException, env: RankEnv, board: FailureBoard | None) -> int:
-    """Shows the first error of all ranks, last, and leaves without waiting for the others."""
-    from sat_train.distributed.failures import report_to_torchrun
-
-    code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-    if isinstance(error, SatTrainError | Stopped):
-        message = str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        message = "interrupted"
-    else:
-        message = "".join(traceback.format_exception(error)).rstrip()
-    if getattr(error, "ranks_agree", False):
-        shown = message if env.rank == 0 else ""
-    else:
-        shown = board.first(message) if board is not None and env.world_size > 1 else message
-    if shown:
-        print(shown, file=sys.stderr)
-    report_to_torchrun(shown or message)
+def _end(env: RankEnv, report: Callable[[], int]) -> int:
+    """Reports a failure and leaves, without waiting for what libraries do at the end of a process."""
+    if env.world_size > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, once another rank has ended
+    try:
+        code = report()
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
-    if not shown and env.rank != 0:
-        _let_rank_0_speak()
     if env.world_size > 1:
         os._exit(code)  # destructors of the process group would wait for the other ranks
     return code
+
+
+def _report_before_meeting(error: BaseException, env: RankEnv) -> int:
+    """Meets the other ranks to tell them that there will be no run; alone, it needs no torch for that."""
+    if env.world_size == 1:
+        return _report(error, env, None)
+    from sat_train.distributed.failures import FailureBoard
+    from sat_train.distributed.meeting import meet
+
+    timeout = timedelta(seconds=_MEET_TO_REPORT_S)
+    try:
+        board = FailureBoard(meet(env, timeout), env, timeout)
+    except SatTrainError:
+        board = None
+    return _report(error, env, board)
+
+
+def _report(error: BaseException, env: RankEnv, board: FailureBoard | None) -> int:
+    """Shows the first failure of all ranks, last; returns the exit code of them all."""
+    code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    if board is not None and env.world_size > 1:
+        agreed = getattr(error, "ranks_agree", False)
+        return board.report(_describe(error, board), code, agreed=agreed).exit_code
+    message = _describe(error, None)
+    message = message if env.world_size == 1 else f"rank {env.rank}: {message}"
+    print(message, file=sys.stderr)
+    tell_torchrun(message, int(time.time()))
+    return code
+
+
+def _describe(error: BaseException, board: FailureBoard | None) -> str:
+    """Returns what a person is shown: a lost rank by its name, a fault of this project with its traceback."""
+    if isinstance(error, SatTrainError | Stopped):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, RuntimeError) and board is not None and (silent := board.silent_ranks()):
+        return f"{board.describe(silent)}\n  noticed by: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return "".join(traceback.format_exception(error)).rstrip()

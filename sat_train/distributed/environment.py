@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from sat_train.errors import LaunchError
 
@@ -231,3 +233,16 @@ def _check_agrees(env: RankEnv, variables: Mapping[str, str]) -> None:
                 expected="one answer",
                 remedy=f"unset RANK and WORLD_SIZE, so that {launcher}'s variables count",
             )
+
+
+def tell_torchrun(message: str, time: int) -> None:
+    """Makes torchrun's own summary, which comes after everything else, end with this message.
+
+    Args:
+        time: Seconds since 1970; torchrun takes the earliest failure for the cause.
+
+    Source: pytorch/pytorch `torch/distributed/elastic/multiprocessing/errors/__init__.py` `ProcessFailure`.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        Path(path).write_text(json.dumps({"message": message, "timestamp": time}))

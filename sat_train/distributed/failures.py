@@ -1,75 +1,258 @@
 """One rank's failure ends all ranks, and the first error is the last thing on the screen.
 
-The first rank that fails leaves its message in the store that all ranks share. A rank that fails afterwards,
-most likely because the first one has left a collective, shows that message instead of its own. A thread on
-each rank looks for it too: a rank that waits on the device in a collective would not notice for minutes.
+The first rank that fails leaves its message on a board in the store that all ranks share. The ranks show
+that message, once on each machine, and none of their own, which most likely are consequences. Each rank looks
+at the board in a thread: one that waits for others, in a collective or before there is one, would not notice.
+
+The same thread says that its rank is alive, and watches the next rank: one that is stopped or killed cannot
+report itself.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
-_KEY = "sat_train/first_failure"
-_LOOK_EVERY_S = 2.0
-# A rank that has failed by itself meanwhile gets this long to say so before it is ended.
-_GRACE_S = 3.0
+from sat_train.distributed.environment import RankEnv, tell_torchrun
+from sat_train.distributed.meeting import announce, place_key, read_place
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+_FIRST, _SHOWN, _TOLD, _ENDED = "first_failure", "shown", "told", "ended"  # keys in the store
+_LOOK_EVERY_S = 1.0
+# How long a failed rank stays for the others to read its message: they look each second, but may still import
+# torch when they have not met yet.
+_STAY_S, _STAY_FOR_LATE_ONES_S = 10.0, 40.0
+# A silent rank is named before the backend gives up, whose message names nobody.
+_SILENCE = 0.9
+_LAST_SAVE_S = 300.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first failure of a run, as all ranks show it.
+
+    Args:
+        message: What is shown.
+        exit_code: What all ranks end with.
+        time: Of the report, in seconds since 1970.
+    """
+
+    message: str
+    exit_code: int
+    time: int
 
 
 class FailureBoard:
-    """Where ranks tell each other that one of them has failed.
+    """Where ranks tell each other that one of them has failed, and that they live.
 
     Args:
         store: Shared by all ranks.
-        rank: Global rank of this process.
+        env: Who this process is.
+        timeout: How long the run waits for a rank.
     """
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
+    def __init__(self, store: dist.Store, env: RankEnv, timeout: timedelta) -> None:
+        self._held = store  # on rank 0 the store itself, which ends with its last reference
         self._store = store.clone()  # a connection of its own: the other one may wait for minutes
-        self._rank = rank
-        self._done = threading.Event()
+        self._env = env
+        self._silence_s = _SILENCE * timeout.total_seconds()
+        self._every_s = min(_LOOK_EVERY_S, self._silence_s / 10)
+        self._beats = 0
+        self._failing = threading.Event()  # this rank reports a failure of its own
+        self._closing = threading.Event()  # its work is done
+        self._left = threading.Event()
 
     def watch(self) -> None:
-        """Starts a thread that ends this process when another rank has failed."""
+        """Starts the threads that end this process when another rank has failed or fallen silent."""
+        if self._env.world_size == 1:
+            return
         threading.Thread(target=self._look, name="failure-watch", daemon=True).start()
+        threading.Thread(target=self._watch_the_store, name="store-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Stops looking: this rank has ended its work."""
-        self._done.set()
+        """Waits until all ranks have ended their work, so that one that fails at its very end is not alone.
 
-    def first(self, message: str) -> str:
-        """Reports a failure of this rank, and returns that of the first rank that failed."""
-        self._done.set()
+        Ranks: all.
+        """
+        self._closing.set()
+        if self._env.world_size > 1:
+            self._meet_again(_ENDED, limit_s=None)
+        self._left.set()
+
+    def report(self, message: str, exit_code: int, *, agreed: bool = False) -> Failure:
+        """Reports a failure of this rank, and shows the first failure of all ranks, once on each machine.
+
+        Returns when all ranks know it, or after a while: the launcher ends all of them when one has ended.
+
+        Args:
+            agreed: All ranks report the same one, and rank 0 speaks for them.
+
+        Returns:
+            The first failure.
+        """
+        self._failing.set()
+        mine = Failure(f"rank {self._env.rank}: {message}", exit_code, int(time.time()))
+        told: list[Failure] = []
+
+        def tell() -> None:
+            told.append(self._tell(mine, message, agreed))
+
+        # in a thread, for the store may have stopped with the rank that holds it
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(_STAY_FOR_LATE_ONES_S + _STAY_S)
+        if not told:
+            _show(f"{mine.message}\n(the store of the run, on {self._env.master_addr}, does not answer)")
+        return told[0] if told else mine
+
+    def silent_ranks(self) -> list[int]:
+        """Returns the ranks that do not say any more that they live. Takes some seconds.
+
+        Empty where another rank has reported a failure already, or the store has gone.
+        """
+        others = [rank for rank in range(self._env.world_size) if rank != self._env.rank]
         try:
-            mine = f"rank {self._rank}: {message}"
-            return self._store.compare_set(_KEY, "", mine).decode()
-        except (RuntimeError, dist.DistError):  # the store has gone with its rank
-            return message
+            before = [self._pulse(rank) for rank in others]
+            time.sleep(4 * self._every_s)
+            after = [self._pulse(rank) for rank in others]
+            is_known = self._store.check([_FIRST])
+        except RuntimeError:
+            return []
+        return [] if is_known else [o for o, b, a in zip(others, before, after, strict=True) if a == b]
+
+    def describe(self, ranks: Sequence[int]) -> str:
+        """Returns a sentence about ranks that have fallen silent."""
+        named = []
+        for rank in ranks:
+            place = read_place(self._store, rank) if self._announced([rank]) else None
+            named.append(f"rank {rank}" + (f" (process {place.pid} on {place.host})" if place else ""))
+        return (
+            f"no sign of life from {', '.join(named)}\n"
+            "  expected: a process that neither was stopped or killed nor lost its machine or network\n"
+            "  remedy:   look at that machine; `dmesg` there names a process killed as memory ran out"
+        )
+
+    def _tell(self, mine: Failure, message: str, agreed: bool) -> Failure:
+        try:
+            was_called = self._announced([self._env.rank])
+            limit_s = _STAY_S if was_called else _STAY_FOR_LATE_ONES_S
+            # what is wrong before the ranks have met is most often wrong for all of them
+            if agreed or not was_called:
+                mine = self._speak_for_all(mine, message, limit_s)
+            text = json.dumps(asdict(mine))
+            first = Failure(**json.loads(self._store.compare_set(_FIRST, "", text)))
+            announce(self._store, self._env)
+        except RuntimeError:
+            _show(f"{mine.message}\n(the store of the run, on {self._env.master_addr}, has gone)")
+            return mine
+        self._pass_on(first, limit_s, is_mine=first == mine)
+        return first
+
+    def _pass_on(self, first: Failure, limit_s: float, *, is_mine: bool = False) -> None:
+        """Shows the failure unless this machine has shown it, and stays until all ranks have read it."""
+        try:
+            if self._store.add(f"{_SHOWN}/{socket.gethostname()}", 1) == 1:
+                _show(first.message)
+            tell_torchrun(first.message, first.time if is_mine else first.time + 1)
+            self._meet_again(_TOLD, limit_s)
+        except RuntimeError:  # rank 0 has read it and has left with the store
+            pass
+
+    def _speak_for_all(self, mine: Failure, message: str, limit_s: float) -> Failure:
+        """On rank 0, leaves the rank out; elsewhere, lets rank 0 speak first if it has a failure."""
+        if self._env.rank == 0:
+            return replace(mine, message=message)
+        have_met = self._announced([self._env.rank])
+        end = time.monotonic() + (_STAY_S / 2 if have_met else limit_s)
+        while not self._store.check([_FIRST]) and time.monotonic() < end:
+            if not have_met and self._announced([0]):
+                break
+            time.sleep(0.1)
+        return mine
+
+    def _meet_again(self, key: str, limit_s: float | None) -> None:
+        try:
+            self._store.set(f"{key}/{self._env.rank}", "")
+            self._wait_for([f"{key}/{rank}" for rank in range(self._env.world_size)], limit_s)
+        except RuntimeError:  # the rank that holds the store was the last to wait for, and has left
+            pass
+
+    def _wait_for(self, keys: list[str], limit_s: float | None) -> None:
+        end = time.monotonic() + (limit_s if limit_s is not None else float("inf"))
+        while not self._store.check(keys) and time.monotonic() < end:
+            time.sleep(0.1)
+
+    def _announced(self, ranks: Iterable[int]) -> bool:
+        return self._store.check([place_key(rank) for rank in ranks])
+
+    def _pulse(self, rank: int) -> bytes:
+        key = f"alive/{rank}"
+        return self._store.get(key) if self._store.check([key]) else b""
 
     def _look(self) -> None:
-        while not self._done.wait(_LOOK_EVERY_S):
+        following = (self._env.rank + 1) % self._env.world_size
+        last, unchanged = b"", 0
+        while not self._left.is_set():
             try:
-                failed = self._store.check([_KEY])
-            except (RuntimeError, dist.DistError):
-                return
-            if failed and not self._done.wait(_GRACE_S):
-                self._store.set_timeout(timedelta(seconds=5))
-                print(self._store.get(_KEY).decode(), file=sys.stderr, flush=True)
-                os._exit(1)
+                self._beats += 1
+                self._store.set(f"alive/{self._env.rank}", str(self._beats))
+                if not self._failing.is_set() and self._store.check([_FIRST]):
+                    self._follow(Failure(**json.loads(self._store.get(_FIRST))))
+                pulse = self._pulse(following)
+            except RuntimeError:
+                return self._lose_the_store()
+            unchanged = unchanged + 1 if pulse and pulse == last else 0
+            last = pulse
+            # counted in looks of this thread: a rank that was itself asleep does not blame the others
+            if unchanged * self._every_s > self._silence_s and not self._failing.is_set():
+                self._left.set()
+                self._leave(self.report(self.describe([following]), 1).exit_code)
+            self._left.wait(self._every_s)
+        return None
+
+    def _follow(self, first: Failure) -> None:
+        self._left.set()
+        self._pass_on(first, _STAY_S)
+        if not self._failing.is_set():
+            self._leave(first.exit_code)
+
+    def _leave(self, exit_code: int) -> None:
+        sys.stdout.flush()
+        os._exit(exit_code)
+
+    def _lose_the_store(self) -> None:
+        """The store went with rank 0 or with torchrun: asks the loop to save, if it still can, and ends."""
+        if self._failing.wait(_STAY_S) or self._closing.is_set():
+            return
+        log.warning(
+            "the store of the run, on %s, has gone: rank 0 or its launcher was killed", self._env.master_addr
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._left.wait(_LAST_SAVE_S):
+            self._leave(1)
+
+    def _watch_the_store(self) -> None:
+        """Ends this process when the store does not answer: the rank that holds it may have been stopped."""
+        seen, unchanged = -1, 0
+        while not self._left.wait(self._every_s):
+            unchanged = unchanged + 1 if self._beats == seen else 0
+            seen = self._beats
+            if unchanged * self._every_s > self._silence_s and not self._failing.is_set():
+                _show(f"no sign of life from rank 0 on {self._env.master_addr}, which holds the run's store")
+                self._leave(1)
 
 
-def report_to_torchrun(message: str) -> None:
-    """Makes torchrun's own summary, which comes after everything else, end with this message.
-
-    Source: pytorch/pytorch `torch/distributed/elastic/multiprocessing/errors/__init__.py` `ProcessFailure`.
-    """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+def _show(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

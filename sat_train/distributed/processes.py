@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 
 import sat_train.distributed.sat_packages  # noqa: F401
 from sat_train.distributed.environment import RankEnv
+from sat_train.distributed.meeting import announce, call_the_roll, meet
 from sat_train.errors import LaunchError
 
 _BACKENDS = {"cuda": ("nccl", "gloo"), "cpu": ("gloo",)}
@@ -64,6 +65,7 @@ def start_processes(
     backend: str = "auto",
     model_parallel_size: int = 1,
     timeout_minutes: float = 30,
+    store: dist.Store | None = None,
 ) -> ProcessGrid:
     """Joins this process to the others and makes the groups, `sat.mpu`'s among them.
 
@@ -74,7 +76,8 @@ def start_processes(
         device: `auto`, `cuda` or `cpu`; `auto` takes CUDA where there is a device.
         backend: `auto`, `nccl` or `gloo`; `auto` takes NCCL on CUDA and gloo on the CPU.
         model_parallel_size: Processes that share one copy of the model; must divide the world size.
-        timeout_minutes: How long a collective may wait for a rank.
+        timeout_minutes: How long the start and each collective may wait for a rank.
+        store: Where the ranks have met already.
 
     Raises:
         LaunchError: The layout, device or backend is impossible, or the other processes were not found.
@@ -90,7 +93,14 @@ def start_processes(
             expected="a divisor of the number of processes",
         )
     _prepare_deepspeed(env, where)
-    store = _join(env, chosen_backend, timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    store = meet(env, timeout) if store is None else store
+    announce(store, env, _identify_gpu(where))
+    call_the_roll(store, env, timeout)
+    _set_default_timeout(timeout)
+    dist.init_process_group(
+        chosen_backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout
+    )
     return _lay_out(env, where, chosen_backend, store, model_parallel_size)
 
 
@@ -131,15 +141,27 @@ def _choose_device(device: str, env: RankEnv) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise LaunchError("args.device = cuda", expected="a CUDA device", remedy="use args.device=cpu")
-    if env.local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    # who sees one GPU was given it by the launcher; that no other has the same one is seen at the roll call
+    index = 0 if count == 1 else env.local_rank
+    if index >= count:
         raise LaunchError(
             f"process {env.local_rank} of this machine has no GPU of its own",
-            expected=f"at most {torch.cuda.device_count()} processes on this machine",
+            expected=f"at most {count} processes on this machine",
             remedy="lower --nproc_per_node, or look at CUDA_VISIBLE_DEVICES",
         )
-    where = torch.device("cuda", env.local_rank)
+    where = torch.device("cuda", index)
     torch.cuda.set_device(where)
     return where
+
+
+def _identify_gpu(device: torch.device) -> str:
+    """Returns the same text for all processes that would share a GPU, or a slice of one."""
+    if device.type == "cpu":
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    name = visible[device.index].strip() if device.index < len(visible) else ""
+    return name if name.startswith("MIG-") else str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _choose_backend(backend: str, device: torch.device) -> str:
@@ -157,17 +179,10 @@ def _prepare_deepspeed(env: RankEnv, device: torch.device) -> None:
     """DeepSpeed reads these when it is imported and initialised, whoever has started the processes."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["LOCAL_RANK"] = str(env.local_rank)
+    os.environ["LOCAL_RANK"] = str(env.local_rank if device.type == "cpu" else device.index)
 
 
-def _join(env: RankEnv, backend: str, timeout: timedelta) -> dist.Store:
-    store = dist.HashStore() if env.world_size == 1 else _meet(env, timeout)
-    _default_timeout(timeout)
-    dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
-    return store
-
-
-def _default_timeout(timeout: timedelta) -> None:
+def _set_default_timeout(timeout: timedelta) -> None:
     """Gives the timeout to every group made from now on, also by libraries, which name none.
 
     SAT's groups and DeepSpeed's clone of the world, which carries most of the traffic, would otherwise keep
@@ -175,18 +190,6 @@ def _default_timeout(timeout: timedelta) -> None:
     """
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout
-
-
-def _meet(env: RankEnv, timeout: timedelta) -> dist.Store:
-    url = f"tcp://{env.master_addr}:{env.master_port}"
-    try:
-        store, _, _ = next(dist.rendezvous(url, env.rank, env.world_size, timeout=timeout))
-    except (dist.DistError, OSError) as error:
-        raise LaunchError(
-            f"rank {env.rank} of {env.world_size} did not reach {url}: {str(error).splitlines()[0]}",
-            remedy="see that all machines started, that the address is reachable and that the port is free",
-        ) from error
-    return store
 
 
 def _lay_out(

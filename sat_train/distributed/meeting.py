@@ -1,0 +1,116 @@
+"""Where the processes of a run meet: a key-value store that all of them share, and the roll call in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from sat_train.distributed.environment import RankEnv
+from sat_train.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs.
+
+    Args:
+        host: Name of its machine.
+        pid: Number of its process there.
+        gpu: Identity of its GPU, the same for all processes that would share it; empty on the CPU.
+    """
+
+    host: str
+    pid: int
+    gpu: str = ""
+
+
+def meet(env: RankEnv, timeout: timedelta) -> dist.Store:
+    """Returns the store that all ranks of the run share; a single process needs no network for it.
+
+    Rank 0 holds the store, or torchrun does. Nobody waits here for the others: see `call_the_roll`.
+
+    Raises:
+        LaunchError: The store was not reached in time.
+    """
+    if env.world_size == 1:
+        return dist.HashStore()
+    is_torchrun_s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            env.master_addr,
+            env.master_port,
+            env.world_size,
+            is_master=env.rank == 0 and not is_torchrun_s,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise LaunchError(
+            f"rank {env.rank} of {env.world_size} did not reach tcp://{env.master_addr}:{env.master_port}: "
+            f"{str(error).splitlines()[0]}",
+            remedy="see that all machines started, that the address is reachable and that the port is free",
+        ) from error
+    # torchrun may start the ranks again on the same store
+    return dist.PrefixStore(f"sat_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def announce(store: dist.Store, env: RankEnv, gpu: str = "") -> None:
+    """Tells the others where this rank runs."""
+    place = Place(socket.gethostname(), os.getpid(), gpu)
+    store.set(place_key(env.rank), json.dumps(asdict(place)))
+
+
+def call_the_roll(store: dist.Store, env: RankEnv, timeout: timedelta) -> list[Place]:
+    """Waits until every rank has announced itself.
+
+    Returns:
+        The place of each rank.
+
+    Raises:
+        LaunchError: Some did not come in time; they are named. Or two would share a GPU.
+
+    Ranks: all.
+    """
+    keys = [place_key(rank) for rank in range(env.world_size)]
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise LaunchError(
+            f"{len(missing)} of {env.world_size} ranks did not come within "
+            f"{timeout.total_seconds() / 60:g} minutes: {', '.join(missing)}",
+            remedy="see that all machines started and reach "
+            f"{env.master_addr}:{env.master_port}; args.distributed_timeout_minutes says how long to wait",
+        ) from None
+    places = [read_place(store, rank) for rank in range(env.world_size)]
+    _check_gpus(places)
+    return places
+
+
+def place_key(rank: int) -> str:
+    """Returns the key under which a rank has announced itself."""
+    return f"place/{rank}"
+
+
+def read_place(store: dist.Store, rank: int) -> Place:
+    """Returns where a rank runs, which must have announced itself."""
+    return Place(**json.loads(store.get(place_key(rank))))
+
+
+def _check_gpus(places: Sequence[Place]) -> None:
+    """Two processes on one GPU are refused, however each of them was given it."""
+    first: dict[str, int] = {}
+    for rank, place in enumerate(places):
+        if place.gpu and first.setdefault(place.gpu, rank) != rank:
+            raise LaunchError(
+                f"ranks {first[place.gpu]} and {rank} have the same GPU ({place.gpu} on {place.host})",
+                expected="a GPU of its own for each process",
+                remedy="start as many processes as there are GPUs, or look at CUDA_VISIBLE_DEVICES",
+            )

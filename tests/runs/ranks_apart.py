@@ -1,0 +1,65 @@
+"""Ranks without a launcher: whoever starts them ends none of them, so they must end by themselves."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.runs.launching import ROOT, environment
+
+# What a rank does once the ranks have met; `argv[1]` is a body of Python.
+WORK = """
+import sys, time
+import torch, torch.distributed as dist
+from types import SimpleNamespace
+from sat_train.cli.ranks import _join_and_work
+from sat_train.distributed.environment import RankEnv
+def work(run, grid):
+    exec(sys.argv[1])
+sys.modules["work"] = SimpleNamespace(work=work)
+args = SimpleNamespace(device="cpu", distributed_backend="auto", model_parallel_size=1,
+                       distributed_timeout_minutes=float(sys.argv[2]))
+sys.exit(_join_and_work(SimpleNamespace(args=args), RankEnv.read(), ("work", "work")))
+"""
+
+
+def start_ranks(
+    words: Callable[[int], Sequence[str]], *, world_size: int, logs: Path
+) -> list[subprocess.Popen[bytes]]:
+    """Starts `python <words(rank)>` once a rank; the output of each goes to `<logs>/<rank>.txt`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(world_size):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        variables = {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
+        with (logs / f"{rank}.txt").open("wb") as stream:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, *words(rank)],
+                    cwd=ROOT,
+                    env={**environment(), **variables, "MASTER_ADDR": "127.0.0.1"},
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return ranks
+
+
+def start_work(body: str, *, world_size: int, minutes: float, logs: Path) -> list[subprocess.Popen[bytes]]:
+    """Starts ranks that run `body` with `grid`, `dist`, `torch` and `time` in scope."""
+    return start_ranks(lambda rank: ["-c", WORK, body, str(minutes)], world_size=world_size, logs=logs)
+
+
+def end_all(ranks: Sequence[subprocess.Popen[bytes]], *, timeout_s: float) -> list[int]:
+    """Waits for all ranks and returns their exit codes; kills those that do not end."""
+    try:
+        return [rank.wait(timeout=timeout_s) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()

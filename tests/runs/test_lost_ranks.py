@@ -1,0 +1,101 @@
+"""A fault on any rank is shown, with its name, and ends all ranks soon, also where no launcher ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.runs.launching import BIN, ROOT, run_words, wait_until
+from tests.runs.ranks_apart import WORK, end_all, start_ranks, start_work
+
+HOURS = 60  # far longer than any of these tests may take
+DEMO = ROOT / "sat_train" / "assets" / "demo" / "train"
+STEPS = """
+import os
+for step in range(10 ** 6):
+    dist.all_reduce(torch.ones(1))
+    open(f"{os.environ['HERE']}/{grid.rank}.step", "w").close()
+    time.sleep(0.05)
+"""
+
+
+def outputs(folder: Path, world_size: int = 2) -> str:
+    return "\n".join((folder / f"{rank}.txt").read_text(encoding="utf-8") for rank in range(world_size))
+
+
+def train_words(folder: Path, broken: int) -> list[str]:
+    """Words that are a fault on one rank: the disk with its data is not mounted there."""
+    for rank in {0, 1} - {broken}:
+        (folder / f"disk{rank}").symlink_to(DEMO)
+    base = ["launch/train_video.py", "--base", "configs/sft.yaml", f"args.save={folder / 'runs'}"]
+    return [*base, "args.train_iters=1", f"args.train_data=[{folder}/disk$RANK]"]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_configuration_fault_on_one_rank_ends_all(tmp_path: Path, broken: int) -> None:
+    words = train_words(tmp_path, broken)
+    ranks = start_ranks(
+        lambda rank: [word.replace("$RANK", str(rank)) for word in words], world_size=2, logs=tmp_path
+    )
+    assert end_all(ranks, timeout_s=60) == [2, 2]
+    shown = outputs(tmp_path)
+    assert shown.count(f"disk{broken}") == 1, shown
+    assert ("rank 1: " in shown) is (broken == 1)
+    assert "Traceback" not in shown
+
+
+def test_torchrun_ends_with_the_fault_of_rank_1(tmp_path: Path) -> None:
+    line = " ".join([f"exec {BIN / 'python'}", *train_words(tmp_path, 1)])
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "--no-python"]
+    done = run_words([*torchrun, "bash", "-c", line], timeout_s=60)
+    assert done.returncode == 1
+    before, _, summary = done.output.partition("Root Cause")
+    assert "rank 1: 1 fault in the configuration" in before
+    assert "traceback : rank 1: 1 fault in the configuration" in summary
+    assert "disk1" in summary.splitlines()[-2], done.output
+
+
+@pytest.mark.parametrize(
+    ("body", "codes", "message"),
+    [
+        ("if grid.rank == 1: raise ValueError('broken here')\ntime.sleep(999)", [1, 1], "broken here"),
+        (
+            "from sat_train.errors import DataError\n"
+            "from sat_train.distributed.collectives import check_all_ranks\n"
+            "check_all_ranks(grid, DataError('no clip here') if grid.rank == 1 else None)",
+            [2, 2],
+            "rank 1: no clip here",
+        ),
+    ],
+)
+def test_a_failure_at_work_is_shown_once_and_all_ranks_end_alike(tmp_path, body, codes, message) -> None:
+    ranks = start_work(body, world_size=2, minutes=HOURS, logs=tmp_path)
+    assert end_all(ranks, timeout_s=60) == codes
+    shown = outputs(tmp_path)
+    assert shown.count(message) == 1, shown
+    assert "rank 1: " in shown
+
+
+@pytest.mark.parametrize(("number", "lost"), [(signal.SIGSTOP, 1), (signal.SIGSTOP, 0), (signal.SIGKILL, 1)])
+def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path, monkeypatch, number, lost) -> None:
+    monkeypatch.setenv("HERE", str(tmp_path))
+    ranks = start_work(STEPS, world_size=2, minutes=0.1, logs=tmp_path)
+    wait_until(lambda: all((tmp_path / f"{rank}.step").exists() for rank in (0, 1)), timeout_s=60)
+    os.kill(ranks[lost].pid, number)
+    (code,) = end_all([ranks[1 - lost]], timeout_s=60)
+    ranks[lost].kill()
+    ranks[lost].wait()
+    shown = (tmp_path / f"{1 - lost}.txt").read_text(encoding="utf-8")
+    assert code == 1
+    assert f"rank {lost}" in shown or (lost == 0 and "the store of the run" in shown), shown
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
+    ranks = start_ranks(
+        lambda rank: ["-c", WORK, "", "0.05"] if rank == 0 else ["-c", ""], world_size=2, logs=tmp_path
+    )
+    assert end_all(ranks, timeout_s=60) == [2, 0]
+    assert "1 of 2 ranks did not come within 0.05 minutes: 1" in outputs(tmp_path)
