@@ -157,15 +157,17 @@ class FailureBoard:
         except RuntimeError:
             _show(f"{mine.message}\n(the store of the run, on {self._env.master_addr}, has gone)")
             return mine
-        self._pass_on(first, limit_s, is_mine=first == mine)
+        self._pass_on(first, limit_s)
         return first
 
-    def _pass_on(self, first: Failure, limit_s: float, *, is_mine: bool = False) -> None:
+    def _pass_on(self, first: Failure, limit_s: float) -> None:
         """Shows the failure unless this machine has shown it, and stays until all ranks have read it."""
         try:
             if self._store.add(f"{_SHOWN}/{socket.gethostname()}", 1) == 1:
                 _show(first.message)
-            tell_torchrun(first.message, first.time if is_mine else first.time + 1)
+                tell_torchrun(first.message, first.time)
+            else:
+                tell_torchrun("ended by the failure of another rank", first.time + 1)
             self._meet_again(_TOLD, limit_s)
         except RuntimeError:  # rank 0 has read it and has left with the store
             pass
