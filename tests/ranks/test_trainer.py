@@ -10,6 +10,8 @@ from sat_train.training.callbacks.callback import Callback
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.tensorboard import TensorBoard
+from sat_train.training.callbacks.validation import Validation
+from sat_train.training.entries import ValidationEntry
 from sat_train.training.meter import Meter
 from sat_train.training.run_folder import PREEMPTED
 from sat_train.training.schedule import LearningRate
@@ -43,6 +45,7 @@ def _train(
     log_interval: int = 1,
     failing: tuple[int, ...] = (),
     stop_at: int = -1,
+    more: tuple[Callback, ...] = (),
 ) -> tuple[list[int], str]:
     """Trains the toy; returns the steps whose save was asked for, and the error that ended the run."""
     _, stepper, stop_request = build_toy(grid, toy_run(batch_size=BATCH))
@@ -63,7 +66,7 @@ def _train(
         train_iters=steps,
         log_interval=log_interval,
         state=TrainState(),
-        callbacks=[*reports, checkpointer, StopAt(grid, stop_request, stop_at)],
+        callbacks=[*more, *reports, checkpointer, StopAt(grid, stop_request, stop_at)],
     )
     try:
         trainer.run()
@@ -133,3 +136,89 @@ def test_saves_come_at_intervals_and_once_at_the_end_and_some_may_fail(
     assert (tmp_path / PREEMPTED).exists() == stopped
     if stopped:
         assert (tmp_path / PREEMPTED).read_text() == "5\n"
+
+
+class Failing(Callback):
+    """A reporter that fails in one method, each time."""
+
+    optional = True
+
+    def __init__(self, method: str) -> None:
+        def fail(*_: object) -> None:
+            raise AttributeError(f"broken {method}")
+
+        setattr(self, method, fail)
+
+
+def _train_with_failing_reporters(grid: ProcessGrid, folder: Path) -> tuple[list[int], str]:
+    methods = ("started", "step_done", "reported", "finished", "closed")
+    return _train(grid, folder, more=tuple(map(Failing, methods)) if grid.rank == 1 else ())
+
+
+def test_a_run_whose_reporters_fail_everywhere_on_one_rank_is_the_run_without_them(rank_pool, tmp_path):
+    losses = []
+    for name, function, args in (("plain", _run, ({},)), ("failing", _train_with_failing_reporters, ())):
+        (tmp_path / name).mkdir()
+        assert rank_pool(2)(function, tmp_path / name, *args) == [([2, 4, 6, 8, 10], "")] * 2
+        losses.append([entry["loss"] for entry in read_metrics(tmp_path / name / "metrics.jsonl")])
+    assert losses[0] == losses[1]
+
+
+class InterruptedValidation(Validation):
+    """A validation in the middle of which a person presses Ctrl-C, at one step."""
+
+    def __init__(self, engine, stop_request, folder: Path, *, at: int, measured: list[int]) -> None:
+        def measure(step: int, asked_to_stop):
+            measured.append(step)
+            if step == at:
+                stop_request.signal_name = "SIGINT"
+            return None if asked_to_stop() else ValidationEntry(step, 0.5, {}, 1)
+
+        entries = read_metrics(folder / "metrics.jsonl")
+        known = {entry["step"] for entry in entries if "valid_loss" in entry}
+        super().__init__(engine, measure, interval=3, is_measured=known.__contains__)
+
+
+def _interrupted(
+    grid: ProcessGrid, folder: Path, step: int, at: int
+) -> tuple[list[int], list[int], int, bool]:
+    """Trains from a step until Ctrl-C; returns the steps saved and validated, and how the run ended."""
+    engine, stepper, stop_request = build_toy(grid, toy_run(batch_size=BATCH))
+    saved: list[int] = []
+    measured: list[int] = []
+
+    def save(trainer: Trainer) -> Path:
+        saved.append(trainer.state.step)
+        return folder
+
+    trainer = Trainer(
+        stepper=stepper,
+        meter=Meter(grid),
+        learning_rate=RATE,
+        train_iters=8,
+        log_interval=1,
+        state=TrainState(step=step),
+        callbacks=[
+            MetricsFile(folder),
+            Checkpointer(grid, folder, save, interval=4, keep_last=0, keep_every=0),
+            InterruptedValidation(engine, stop_request, folder, at=at, measured=measured),
+        ],
+    )
+    trainer.run()
+    return saved, measured, trainer.state.step, trainer.interrupted
+
+
+def test_ctrl_c_in_a_validation_saves_that_step_and_what_is_owed_is_measured_after_the_resume(
+    rank_pool, tmp_path
+):
+    pool = rank_pool(1)
+    assert pool(_interrupted, tmp_path, 0, 3) == [([3], [0, 3], 3, True)]
+    assert pool(_interrupted, tmp_path, 3, 8) == [([4, 8], [3, 6, 8], 8, True)], "the last one too"
+    assert pool(_interrupted, tmp_path, 8, -1) == [([], [8], 8, False)]
+    assert pool(_interrupted, tmp_path, 8, -1) == [([], [], 8, False)]
+    measured = [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl") if "valid_loss" in entry]
+    assert measured == [0, 3, 6, 8]
+
+
+def test_ctrl_c_before_the_first_step_saves_nothing(rank_pool, tmp_path):
+    assert rank_pool(1)(_interrupted, tmp_path, 0, 0) == [([], [0], 0, True)]

@@ -8,6 +8,8 @@ from pathlib import Path
 # What waits for room; a run that reports into a full disk for weeks must not fill its memory instead.
 _MOST_WAITING_BYTES = 64 * 2**20
 
+_APPENDED = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
 
 class AppendedFile:
     """Appends records; those that could not be written wait and are written, in order, with the next one.
@@ -24,13 +26,23 @@ class AppendedFile:
         """Appends a record, whole or not at all.
 
         Raises:
-            OSError: It could not be written. It waits, unless too much waits already.
+            OSError: It could not be written. It waits.
         """
+        self.add(record)
+        self.write()
+
+    def add(self, record: bytes) -> None:
+        """Lets a record wait for the next `write`. Where too much waits already it is given up."""
         if len(self._waiting) + len(record) <= _MOST_WAITING_BYTES:
             self._waiting += record
-        descriptor = os.open(
-            self._path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
-        )
+
+    def write(self) -> None:
+        """Appends what waits, all of it or nothing.
+
+        Raises:
+            OSError: It could not be written. It waits.
+        """
+        descriptor = os.open(self._path, _APPENDED, 0o644)
         try:
             end = os.lseek(descriptor, 0, os.SEEK_END)
             try:

@@ -43,9 +43,10 @@ class MetricsFile(Callback):
         if isinstance(entry, SamplesEntry):
             return  # its files say it
         values = {name: _finite_or_none(value) for name, value in as_json(entry).items()}
+        self._file.add((json.dumps(values) + "\n").encode())
         if self._resumed_step is not None:
             self._drop_later_entries()  # the disk was full at the start
-        self._file.append((json.dumps(values) + "\n").encode())
+        self._file.write()
 
     def _drop_later_entries(self) -> None:
         kept = [entry for entry in read_metrics(self._path) if entry["step"] <= self._resumed_step]
