@@ -1,5 +1,6 @@
 """Whole runs through `train(run, grid)`: resume, world size, what may change, what is left in the folder."""
 
+import io
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sat_train.checkpoint.engine_io import read_shard
 from sat_train.checkpoint.layout import CLIENT_STATE_KEY
@@ -166,22 +168,58 @@ def test_old_checkpoints_go_and_the_folder_says_what_ran(rank_pool, folder):
     assert "train_iters: 9" in (run_folder / "resolved.yaml").read_text()
 
 
-def test_samples_are_drawn_on_all_ranks(rank_pool, folder):
-    words = [
-        "args.eval_interval=4",
-        "args.valid_video_interval=4",
-        "args.eval_iters=1",
-        "args.sampling_steps=2",
-    ]
-    prompts = "args.valid_prompts=[a,b,c]"
-    rank_pool(2)(train_micro, folder, _words("drawn", 4, *words, prompts, "args.zero_stage=3"))
-    samples = _run_folder(folder, "drawn") / "samples" / "000004"
-    assert sorted(path.name for path in samples.iterdir()) == [
-        "00.mp4",
-        "01.mp4",
-        "02.mp4",
-        "contact_sheet.png",
-    ]
+VIDEOS = ["args.eval_interval=4", "args.valid_video_interval=4", "args.eval_iters=1", "args.sampling_steps=2"]
+PROMPTS = "args.valid_prompts=[a,b,c]"
+SAMPLE_FILES = ["00.mp4", "01.mp4", "02.mp4", "contact_sheet.png"]
+
+
+def _sample_files(folder: Path, name: str, step: int) -> list[str]:
+    return sorted(path.name for path in (_run_folder(folder, name) / "samples" / f"{step:06d}").iterdir())
+
+
+def test_samples_are_drawn_on_all_ranks_and_shown_in_tensorboard(rank_pool, folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = _words("drawn", 4, *VIDEOS, PROMPTS, "args.zero_stage=3", "args.tensorboard=true")
+    rank_pool(2)(train_micro, folder, words)
+    assert _sample_files(folder, "drawn", 4) == SAMPLE_FILES
+    run_folder = _run_folder(folder, "drawn")
+    events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
+    (image,) = events.Images("valid/samples")
+    assert image.step == 4
+    assert image.encoded_image_string == (run_folder / "samples/000004/contact_sheet.png").read_bytes()
+    width, height = Image.open(io.BytesIO(image.encoded_image_string)).size
+    assert (image.width, image.height) == (width, height)
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_what_validation_owed_when_a_run_was_killed_is_made_up_for(rank_pool, folder, steps):
+    """A run killed in the validation of a saved step leaves the checkpoint, no loss, and not all videos."""
+    name = f"owed{steps}"
+    words = [*VIDEOS, PROMPTS, "args.zero_stage=1"]
+    rank_pool(1)(train_micro, folder, _words(name, 4, *words))
+    entries, run_folder = _entries(folder, name), _run_folder(folder, name)
+    videos = {path.name: path.read_bytes() for path in (run_folder / "samples/000004").iterdir()}
+    for path in ("02.mp4", "contact_sheet.png"):
+        (run_folder / "samples/000004" / path).unlink()
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "valid_loss" in lines[-1]
+    (run_folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+
+    rank_pool(1)(train_micro, folder, _words(name, steps, *words, "args.resume=must"))
+    assert _entries(folder, name)[: len(entries)] == entries
+    made = {path.name: path.read_bytes() for path in (run_folder / "samples/000004").iterdir()}
+    assert made == videos
+
+
+def test_videos_that_cannot_be_written_end_no_run(rank_pool, folder):
+    rank_pool(2)(train_micro, folder, _words("unwritten", 3, "args.zero_stage=3"))
+    run_folder = _run_folder(folder, "unwritten")
+    (run_folder / "samples").write_text("in the way")
+    words = _words("unwritten", 4, *VIDEOS, PROMPTS, "args.zero_stage=3", "args.resume=must")
+    rank_pool(2)(train_micro, folder, words)
+    assert (run_folder / "4" / "manifest.json").exists()
+    assert [entry["step"] for entry in _entries(folder, "unwritten") if "loss" in entry] == [1, 2, 3, 4]
 
 
 def _values(tree: Any, key: str) -> set[Any]:
