@@ -62,8 +62,10 @@ def _count_clips(run: RunConfig) -> ClipCounts | None:
     if not args.train_data or any("://" in entry for entry in entries):
         return None
     from sat_train.data.sources.count import count_clips  # imports PyAV
+    from sat_train.data.sources.read import build_source_options
 
-    return count_clips(args.train_data, args.valid_data, shares=run.data_shares())
+    options = build_source_options(run.data)
+    return count_clips(args.train_data, args.valid_data, shares=run.data_shares(), options=options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from sat_train.data.build import build_fit, build_train_loader
 from sat_train.data.inspect import SetReport, inspect_clips
 from sat_train.data.plan import Fit
 from sat_train.data.report import render_page
-from sat_train.data.sources.read import read_source
+from sat_train.data.sources.read import build_source_options, read_source
 from sat_train.data.sources.records import ClipSource
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError, DataError
@@ -67,7 +67,7 @@ def _inspect(run: RunConfig, output: Path, num_processes: int) -> int:
     fit = build_fit(run)
     reports = []
     for entry in dict.fromkeys((*run.args.train_data, *(run.args.valid_data or ()))):
-        report = _report(run, read_source(entry), fit, num_processes)
+        report = _report(run, read_source(entry, build_source_options(run.data)), fit, num_processes)
         reports.append(report)
         print("\n".join(f"{name:<13} {value}" for name, value in report.lines()), end="\n\n")
     output.mkdir(parents=True, exist_ok=True)
@@ -98,6 +98,7 @@ def _report(run: RunConfig, source: ClipSource, fit: Fit, num_processes: int) ->
         tuple(clips),
         long_captions,
         encoder.max_length,
+        (*source.notes, *([source.left_out()] if source.faults else [])),
     )
 
 

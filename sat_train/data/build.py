@@ -18,7 +18,7 @@ from sat_train.data.loader import VideoLoader
 from sat_train.data.plan import Fit, Planned, describe_plan, look_at, plan_sources
 from sat_train.data.remote import file_name
 from sat_train.data.sampler import GlobalOrder
-from sat_train.data.sources.read import read_source, split_source
+from sat_train.data.sources.read import build_source_options, read_sources
 from sat_train.data.sources.records import ClipSource
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
@@ -110,8 +110,7 @@ def build_train_dataset(
             expected="folders or manifests of clips",
             remedy="--base ... args.train_data=[my_clips]",
         )
-    part = None if run.args.valid_data else _TRAIN
-    sources = _read_sources(run, grid, run.args.train_data, part=part)
+    sources = _read_sources(run, grid, run.args.train_data, part=_TRAIN)
     planned = _plan(run, grid, sources, run.args.batch_size, run_folder, cache)
     if each_view_once:
         order = _listed_order(run, planned)
@@ -167,8 +166,7 @@ def build_valid_dataset(
     entries = run.args.valid_data or run.args.train_data
     if not entries or (not run.args.valid_data and not run.data_shares()[_VALID]):
         return None
-    part = None if run.args.valid_data else _VALID
-    sources = _read_sources(run, grid, entries, part=part)
+    sources = _read_sources(run, grid, entries, part=_VALID)
     planned = _plan(run, grid, sources, _valid_batch_size(run), run_folder, cache)
     return _build_dataset(run, planned, _listed_order(run, planned), 1, "plain", cache)
 
@@ -254,21 +252,21 @@ def build_loader(
 
 
 def _read_sources(
-    run: RunConfig, grid: ProcessGrid, entries: Sequence[str], *, part: int | None
+    run: RunConfig, grid: ProcessGrid, entries: Sequence[str], *, part: int
 ) -> list[ClipSource]:
     """Reads the sets on rank 0 and tells the others, so that all ranks hold the same list.
 
     Args:
-        part: Share of `args.split` to keep; None keeps all.
+        part: What they are for, and what is kept of them where there is no `args.valid_data`.
 
     Ranks: all.
     """
+    is_divided = not run.args.valid_data
     sources, error = None, None
     if grid.rank == 0:
         try:
-            sources = [read_source(entry) for entry in entries]
-            if part is not None:
-                sources = [split_source(source, run.data_shares(), part) for source in sources]
+            shares = run.data_shares() if is_divided else None
+            sources = read_sources(entries, build_source_options(run.data), shares=shares, part=part)
             sources = _name_apart(sources)
         except DataError as caught:
             error = caught
@@ -296,17 +294,27 @@ def _plan(
         timeout_s=run.data.worker_timeout_s,
     )
     planned = plan_sources(grid, sources, fit, look)
-    for source in planned.sources:
-        _check_not_empty(source, fit)
+    for given, source in zip(sources, planned.sources, strict=True):
+        _check_not_empty(source, given, fit)
+        part = f" ({source.part})" if source.part else ""
+        log.info("%s: %d clips%s, fingerprint %s", source.name, len(source), part, source.fingerprint)
         others = ", ".join(f"{count} {suffix}" for suffix, count in source.ignored)
-        also = f"; not clips: {others}" if others else ""
-        log.info("%s: %d clips, fingerprint %s%s", source.name, len(source), source.fingerprint, also)
+        for note in (*([f"other files found: {others}"] if others else []), *source.notes):
+            log.info("%s: %s", source.name, note)
+        if source.faults:
+            log.warning("%s: %s", source.name, source.left_out())
     tokens = [count_tokens(shape, run.model) for shape in fit.shapes]
     sizes = [size * grid.data_size for size in batch_sizes(run, batch_size)]
     log.info("%s", describe_plan(planned, sizes, tokens))
-    if planned.left_out and run_folder is not None and grid.rank == 0:
-        write_failures(run_folder / QUARANTINE, planned.left_out, rank=grid.rank)
+    left_out = [*_left_out(sources), *planned.left_out]
+    if left_out and run_folder is not None and grid.rank == 0:
+        write_failures(run_folder / QUARANTINE, left_out, rank=grid.rank)
     return planned
+
+
+def _left_out(sources: Sequence[ClipSource]) -> list[Failure]:
+    """Returns the clips that their sources could not give."""
+    return [Failure(None, name, "unusable", why) for source in sources for name, why in source.faults]
 
 
 def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
@@ -320,13 +328,14 @@ def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
     return named
 
 
-def _check_not_empty(source: ClipSource, fit: Fit) -> None:
+def _check_not_empty(source: ClipSource, given: ClipSource, fit: Fit) -> None:
     if len(source):
         return
+    of = f" of {given.part}" if given.part else ""
     raise DataError(
-        f"{source.name}: no clip is left",
+        f"{source.name}: no clip is left{of}: none of {len(given)} gives a sample",
         expected=f"clips of {fit.least_frames} frames at {fit.fps:g} a second",
-        remedy="lower data.params.max_num_frames, set data.params.short_clip: pad, or change args.split",
+        remedy="lower data.params.max_num_frames, or set data.params.short_clip: pad",
     )
 
 

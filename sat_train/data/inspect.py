@@ -237,6 +237,7 @@ class SetReport:
         clips: Facts of every clip.
         long_captions: Captions that the text encoder cuts, with their tokens; None: not counted.
         max_tokens: Tokens that the text encoder takes.
+        notes: What else a person should know of the files; see `ClipSource`.
     """
 
     name: str
@@ -246,6 +247,7 @@ class SetReport:
     clips: tuple[ClipFacts, ...]
     long_captions: tuple[tuple[str, int], ...] | None
     max_tokens: int
+    notes: tuple[str, ...] = ()
 
     def readable(self) -> list[ClipFacts]:
         return [clip for clip in self.clips if clip.info is not None]
@@ -300,6 +302,8 @@ class SetReport:
             yield "duplicates", f"{sum(map(len, repeated)) - len(repeated)} clips, such as {first}"
         if self.ignored:
             yield "not clips", ", ".join(f"{count} {suffix}" for suffix, count in self.ignored)
+        for note in self.notes:
+            yield "note", note
 
     def _distinct(self) -> int:
         return len({caption for clip in self.clips for caption in clip.record.captions})

@@ -266,7 +266,7 @@ def cut_chunks(record: ClipRecord, info: ClipInfo, fit: Fit, num_frames: int) ->
 
 def _check_lengths(clips: Sequence[FittedClip], fit: Fit) -> None:
     short = [
-        f"{clip.record.clip_id}: {clip.problem.detail}"
+        (clip.record.clip_id, clip.problem.detail)
         for clip in clips
         if clip.problem is not None and clip.problem.cause == "short"
     ]

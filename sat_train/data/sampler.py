@@ -9,7 +9,8 @@ import numpy as np
 
 from sat_train.distributed.seeds import derive_seed
 
-_BLOCK = 1000  # samples over which a mixture keeps its shares exactly
+_BLOCK = 1000  # samples over which a mixture keeps its shares exactly; more where a share needs it
+_LONGEST_BLOCK = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class GlobalOrder:
     """Says which clip each sample shows, for any position, without state.
 
     One epoch of a source takes each of its clips once, or `weight` times on average; each epoch in
-    another order. Sources without weights are shuffled together. With weights, each 1000 samples hold
-    the shares exactly, and every source goes through its own epochs.
+    another order. Sources without weights are shuffled together. With weights, each 1000 samples (10,000,
+    ... where a share is below a thousandth) hold the shares exactly, and every source goes through its own
+    epochs.
 
     Args:
         seed: The run's seed.
@@ -58,10 +60,11 @@ class GlobalOrder:
             self._quotas = np.array([_BLOCK])
         else:
             self._pools = [np.asarray(weights, float) for weights in clip_weights]
-            self._quotas = _round_shares(source_weights, _BLOCK)
+            self._quotas = _choose_quotas(source_weights)
+        self._block = int(self._quotas.sum())
         self._lengths = [max(1, round(pool.sum())) for pool in self._pools]
         self._epochs: dict[tuple[int, int], np.ndarray] = {}
-        self._blocks: dict[int, np.ndarray] = {}
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def epoch_length(self) -> int:
@@ -83,17 +86,20 @@ class GlobalOrder:
         """Returns the pool a sample is drawn from and how many samples that pool gave before."""
         if len(self._pools) == 1:
             return 0, sample
-        block, offset = divmod(sample, _BLOCK)
-        pools = self._block_pools(block)
+        block, offset = divmod(sample, self._block)
+        pools, before = self._block_pools(block)
         pool = int(pools[offset])
-        return pool, block * int(self._quotas[pool]) + int((pools[:offset] == pool).sum())
+        return pool, block * int(self._quotas[pool]) + int(before[offset])
 
-    def _block_pools(self, block: int) -> np.ndarray:
-        """Returns which pool each sample of a block is drawn from."""
+    def _block_pools(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the pool of each sample of a block, and how many samples before it are of that pool."""
         if block not in self._blocks:
             pools = np.repeat(np.arange(len(self._quotas)), self._quotas)
-            order = _permutation(len(pools), derive_seed(self._seed, "mixture", block))
-            self._blocks = {block: pools[order]}
+            pools = pools[_permutation(len(pools), derive_seed(self._seed, "mixture", block))]
+            before = np.empty_like(pools)
+            starts = np.repeat(np.cumsum(self._quotas) - self._quotas, self._quotas)
+            before[np.argsort(pools, kind="stable")] = np.arange(len(pools)) - starts
+            self._blocks = {block: (pools, before)}
         return self._blocks[block]
 
     def _epoch_clips(self, pool: int, epoch: int) -> np.ndarray:
@@ -115,6 +121,15 @@ class GlobalOrder:
         if not self._shuffle:
             return clips
         return clips[_permutation(len(clips), derive_seed(self._seed, "order", pool, epoch))]
+
+
+def _choose_quotas(shares: Sequence[float]) -> np.ndarray:
+    """Returns how many samples of a block each source gives: at least one, so the block may have to grow."""
+    block = _BLOCK
+    while (quotas := _round_shares(shares, block)).min() == 0 and block < _LONGEST_BLOCK:
+        block *= 10
+    assert quotas.min() > 0, f"the smallest of {shares} is never drawn"
+    return quotas
 
 
 def _round_shares(shares: Sequence[float], total: int) -> np.ndarray:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from sat_train.config.rules.rule import Draft, rule
 from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.errors import Fault
+
+_LEAST_SHARE = 1e-6  # of a mixture: the order of samples is laid out in blocks that hold one sample of each
 
 
 @rule("args.fp16", "args.bf16", "deepspeed.fp16", "deepspeed.bf16")
@@ -125,8 +128,10 @@ def one_weight_a_source(draft: Draft) -> Iterator[Fault]:
         yield draft.fault(
             "args.train_data_weights", weights, f"{len(sources)} weights, one for each of train_data"
         )
-    elif weights is not None and any(weight <= 0 for weight in weights):
+    elif weights is not None and not all(0 < weight < math.inf for weight in weights):
         yield draft.fault("args.train_data_weights", weights, "weights above 0")
+    elif weights and min(weights) < _LEAST_SHARE * sum(weights):
+        yield draft.fault("args.train_data_weights", weights, "shares of a millionth and more")
 
 
 @rule("args.mode")

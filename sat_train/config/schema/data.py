@@ -69,9 +69,24 @@ class VideoDatasetSlot(Record):
     params: VideoDatasetParams = Field(description="Its settings.")
 
 
+class ColumnsConfig(Record):
+    """Names of a table's columns, where they are not the usual ones."""
+
+    video: Text | None = Field(None, description="Column of the file; null: `video` or a common name.")
+    caption: Text | None = Field(None, description="Column of the text; null: `caption` or a common name.")
+    image: Text | None = Field(None, description="Column of the conditioning image; null: `image`.")
+    start: Text | None = Field(None, description="Column of the part's begin in seconds; null: `start`.")
+    end: Text | None = Field(None, description="Column of the part's end in seconds; null: `end`.")
+    weight: Text | None = Field(None, description="Column of the weight in an epoch; null: `weight`.")
+
+
 class DataConfig(VideoDatasetSlot):
     """What is read for training, and how."""
 
+    columns: ColumnsConfig = Field(
+        ColumnsConfig(), description="Names of columns in manifests and Hugging Face datasets."
+    )
+    follow_links: bool = Field(False, description="Read files through links that lead out of a given folder.")
     cache: Annotated[Literal["off", "read", "require", "fill"], BeforeValidator(false_to_off)] = Field(
         "off",
         description="read: use what is cached, encode the rest. require: nothing else. fill: cache the rest.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,15 +16,18 @@ from typing import IO, Any
 
 from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sat_train.data.remote import RemoteFile, RemoteState, is_remote, read_state
-from sat_train.data.sources.records import clean_caption
+from sat_train.data.sources.columns import COMMON, find_columns, shown_columns
+from sat_train.data.sources.records import check_name, clean_caption, parse_json
 from sat_train.errors import DataError
-from sat_train.files import write_text
+from sat_train.files import open_regular, read_text, write_text
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-_FORMAT = 1  # raise it when the same archive begins to give another index
+_FORMAT = 2  # raise it when the same archive begins to give another index
 _MAX_TEXT_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 4 << 20  # of one read: a long name or a text, which tarfile reads as a whole
+_INDEX_BYTES = 1 << 30  # of a remembered index
 _NUM_THREADS = 16
 # Of one request while indexing: the rest of one clip's header, its caption and the next clip's header fit.
 _BLOCK_BYTES = 1 << 15
@@ -55,12 +57,14 @@ class ArchiveIndex:
     Args:
         clips: In the order of their first members.
         faults: Clips without a usable caption, by name, and why.
-        ignored: Members that are no clips, by suffix.
+        ignored: Members that are not used, by suffix.
+        skipped: Members that are not even looked at, by what they are.
     """
 
     clips: tuple[Member, ...]
     faults: tuple[tuple[str, str], ...]
     ignored: tuple[tuple[str, int], ...]
+    skipped: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,13 @@ def index_archives(paths: Sequence[Path]) -> list[ArchiveIndex]:
 
 def _index(path: Path) -> ArchiveIndex:
     if not is_remote(path):
-        return _sort(_read_members(path))
+        return _sort(*_read_members(path))
     with _readable(path):
         state = read_state(path)
     known = _recall(path, state)
     if known is not None:
         return known
-    index = _sort(_read_members(path))
+    index = _sort(*_read_members(path))
     with _readable(path):
         if read_state(path) != state:
             raise OSError("it was changed while it was read")
@@ -106,36 +110,77 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such archive", remedy="correct args.train_data") from None
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # tarfile fails in as many ways as there are broken headers
         raise DataError(
-            f"{path}: this archive cannot be read: {error}",
+            f"{path}: this archive cannot be read: {_reason(error)}",
             expected="a complete tar file without compression, so that its members can be read at random",
         ) from None
 
 
-def _read_members(path: Path) -> dict[str, dict[str, _File]]:
-    """Returns the regular files of an archive by key and suffix."""
+def _reason(error: Exception) -> str:
+    return "its headers are nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+class _HeaderReader:
+    """An archive for tarfile, which reads a long name as a whole, whatever length its header claims."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self.seek, self.tell = raw.seek, raw.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header claims a name or text of {size} bytes")
+        return self._raw.read(size)
+
+
+def _read_members(path: Path) -> tuple[dict[str, dict[str, _File]], Counter[str]]:
+    """Returns the regular files of an archive by key and suffix, and what its other members are."""
     samples: dict[str, dict[str, _File]] = {}
-    with _readable(path), _open(path) as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
+    skipped: Counter[str] = Counter()
+    end = -1
+    with _readable(path), _open(path) as raw, tarfile.open(fileobj=_HeaderReader(raw), mode="r:") as archive:
         for member in archive:
+            if member.offset <= end or member.size < 0:
+                raise tarfile.ReadError(f"the header of {member.name} leads back to members before it")
+            end = member.offset
             name = PurePosixPath(member.name)
-            if not member.isreg() or member.issparse() or name.name.startswith("."):
+            kind = _kind(member, name)
+            if kind is not None:
+                skipped[kind] += kind != _FOLDER
                 continue
             stem, _, suffix = name.name.partition(".")
             # Read now: a remote caption came with its header.
             is_text = suffix.lower() in ("txt", "json") and member.size <= _MAX_TEXT_BYTES
             file = archive.extractfile(member) if is_text else None
             text = None if file is None else file.read()
-            found = _File(member.name, member.offset_data, member.size, text)
-            samples.setdefault(str(name.parent / stem), {})[f".{suffix.lower()}"] = found
-    return samples
+            files = samples.setdefault(str(name.parent / stem), {})
+            skipped["another of the same name"] += f".{suffix.lower()}" in files
+            files[f".{suffix.lower()}"] = _File(member.name, member.offset_data, member.size, text)
+    return samples, +skipped
+
+
+_FOLDER = "folder"
+
+
+def _kind(member: tarfile.TarInfo, name: PurePosixPath) -> str | None:
+    """Returns what a member is that is not looked at; None for a file."""
+    if member.isdir():
+        return _FOLDER
+    if name.name.startswith("."):
+        return "hidden file"
+    if member.issparse():
+        return "sparse file"
+    return None if member.isreg() else "link or device"
 
 
 def _open(path: Path) -> IO[bytes]:
-    return RemoteFile(path, block_bytes=_BLOCK_BYTES) if is_remote(path) else path.open("rb")
+    return RemoteFile(path, block_bytes=_BLOCK_BYTES) if is_remote(path) else open_regular(path)
 
 
-def _sort(samples: dict[str, dict[str, _File]]) -> ArchiveIndex:
+def _sort(samples: dict[str, dict[str, _File]], skipped: Counter[str]) -> ArchiveIndex:
     clips: list[Member] = []
     faults: list[tuple[str, str]] = []
     ignored: Counter[str] = Counter()
@@ -146,25 +191,30 @@ def _sort(samples: dict[str, dict[str, _File]]) -> ArchiveIndex:
             continue
         clip = files[suffix]
         try:
-            clips.append(Member(clip.name, clip.offset, clip.size, _caption(files)))
+            check_name(clip.name)
+            used, caption = _caption(files)
+            clips.append(Member(clip.name, clip.offset, clip.size, caption))
+            ignored.update(set(files) - {suffix, used})
         except DataError as error:
             faults.append((clip.name, error.problem))
-    return ArchiveIndex(tuple(clips), tuple(faults), tuple(sorted(ignored.items())))
+    return ArchiveIndex(
+        tuple(clips), tuple(faults), tuple(sorted(ignored.items())), tuple(sorted(skipped.items()))
+    )
 
 
-def _caption(files: dict[str, _File]) -> str:
+def _caption(files: dict[str, _File]) -> tuple[str, str]:
+    """Returns the suffix of the file that holds a clip's caption, and the caption."""
     if ".txt" in files:
-        return clean_caption(_text(files[".txt"]), ".txt")
+        return ".txt", clean_caption(_text(files[".txt"]), ".txt")
     if ".json" not in files:
         raise DataError("there is no .txt and no .json beside it")
-    try:
-        told = json.loads(_text(files[".json"]))
-    except json.JSONDecodeError as error:
-        raise DataError(f"its .json is no JSON ({error.msg})") from None
-    caption = told.get("caption") if isinstance(told, dict) else None
+    content = parse_json(_text(files[".json"]))
+    names = list(content) if isinstance(content, dict) else []
+    column = find_columns((name for name in names if name not in COMMON["video"]), {}, place="its .json")
+    caption = content[column["caption"]] if "caption" in column else None
     if not isinstance(caption, str):
-        raise DataError("its .json has no `caption`")
-    return clean_caption(caption, ".json")
+        raise DataError(f"its .json has no `caption`; {shown_columns(names)}")
+    return ".json", clean_caption(caption, ".json")
 
 
 def _text(file: _File) -> str:
@@ -190,7 +240,7 @@ def _recall(path: Path, state: RemoteState) -> ArchiveIndex | None:
     """Returns the remembered index; None when there is none, it is of another state, or it is damaged."""
     place = _place(path)
     try:
-        body = json.loads(place.read_text(encoding="utf-8"))
+        body = json.loads(read_text(place, limit=_INDEX_BYTES))
         if body["key"] != _key(path, state) or body["sha256"] != _hash(body["index"]):
             return None
         told = body["index"]
@@ -198,10 +248,11 @@ def _recall(path: Path, state: RemoteState) -> ArchiveIndex | None:
             tuple(Member(**clip) for clip in told["clips"]),
             tuple((name, why) for name, why in told["faults"]),
             tuple((suffix, count) for suffix, count in told["ignored"]),
+            tuple((what, count) for what, count in told["skipped"]),
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s cannot be used (%s): %s is indexed again", place, error, path)
         return None
 
@@ -213,11 +264,9 @@ def _remember(path: Path, state: RemoteState, index: ArchiveIndex) -> None:
     told = json.loads(json.dumps(asdict(index)))
     body = {"key": _key(path, state), "sha256": _hash(told), "index": told}
     place = _place(path)
-    draft = place.with_name(f"{place.stem}-{secrets.token_hex(4)}.draft")  # several may write at once
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_text(draft, json.dumps(body))
-        os.replace(draft, place)
+        write_text(place, json.dumps(body))
     except OSError as error:
         log.warning("%s cannot be written (%s): the next start indexes %s again", place, error, path)
 

@@ -10,11 +10,18 @@ from pathlib import Path, PurePosixPath
 from sat_train.data.clip_file import Span
 from sat_train.data.remote import file_name, is_remote
 from sat_train.data.sources.archive_index import index_archives
-from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults, make_source
+from sat_train.data.sources.records import (
+    DEFAULT_OPTIONS,
+    ClipRecord,
+    ClipSource,
+    SourceOptions,
+    check_faults,
+    make_source,
+)
 from sat_train.errors import DataError
 
 
-def read_archives(name: str, paths: Sequence[Path]) -> ClipSource:
+def read_archives(name: str, paths: Sequence[Path], options: SourceOptions = DEFAULT_OPTIONS) -> ClipSource:
     """Reads the members of plain tar files: `KEY.mp4` with `KEY.txt`, or `KEY.json` with a `caption` in it.
 
     The key is the member's name up to the first dot of its last part. Where there is no video, an image is a
@@ -23,26 +30,32 @@ def read_archives(name: str, paths: Sequence[Path]) -> ClipSource:
     Args:
         name: The entry, as the person wrote it.
         paths: The archives, on this machine or remote.
+        options: How many clips may be unusable.
 
     Raises:
-        DataError: An archive is broken or compressed, has no clip, or clips have no caption.
+        DataError: An archive is broken or compressed, has no clip, or too many clips have no caption.
     """
     paths = [path if is_remote(path) else path.absolute() for path in paths]
     records: list[ClipRecord] = []
-    faults: list[str] = []
+    faults: list[tuple[str, str]] = []
     ignored: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for path, shown, index in zip(paths, _names(paths), index_archives(paths), strict=True):
         for clip in index.clips:
             span = Span(clip.offset, clip.size)
             records.append(ClipRecord(f"{shown}/{clip.name}", path, (clip.caption,), span=span))
-        faults += [f"{shown}/{clip}: {why}" for clip, why in index.faults]
+        faults += [(f"{shown}/{clip}", why) for clip, why in index.faults]
         ignored.update(dict(index.ignored))
+        skipped.update(dict(index.skipped))
     check_faults(
-        faults, f"{name}: {len(faults)} of {len(faults) + len(records)} clips have no usable caption"
+        faults,
+        f"{name}: {len(faults)} of {len(faults) + len(records)} clips have no usable caption",
+        allowed=options.max_bad_fraction * (len(faults) + len(records)),
     )
     if not records:
         raise DataError(f"{name}: there is no clip in these archives", expected="members KEY.mp4 and KEY.txt")
-    return make_source(name, records, ignored)
+    notes = [f"members that are not read: {what} ({count})" for what, count in sorted(skipped.items())]
+    return make_source(name, records, ignored=ignored, notes=notes, faults=faults)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

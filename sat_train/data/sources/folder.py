@@ -1,119 +1,155 @@
-"""A folder of clips with a caption file for each."""
+"""A folder of clips, with a caption file for each or with one list of all captions."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults, clean_caption, make_source
+from sat_train.data.sources.listing import Found, Listing, describe, exchange_folder
+from sat_train.data.sources.lists import CAPTION_LISTS, VIDEO_LIST, find_lists, read_lists
+from sat_train.data.sources.records import (
+    DEFAULT_OPTIONS,
+    ClipRecord,
+    ClipSource,
+    SourceOptions,
+    check_faults,
+    check_name,
+    clean_caption,
+    is_text,
+    make_source,
+    name_some,
+)
 from sat_train.errors import DataError
+from sat_train.files import read_bytes
+
+_CAPTION_BYTES = 1 << 20  # read at most: 20,000 characters, and blanks around them
+_MANY_PICTURES = 8  # of one folder look like the frames of a clip
 
 
-def read_folder(root: Path) -> ClipSource:
+def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSource:
     """Reads a folder of clips at any depth.
 
     The caption of `.../videos/a/b.mp4` is `.../labels/a/b.txt`: the last folder called `videos` is
     exchanged, no other. Where that file does not exist it is `b.txt` beside the clip. An image under
-    `videos/` is a clip of one frame; `.../images/a/b.png` conditions the clip `.../videos/a/b.mp4`.
+    `videos/` is a clip of one frame; `.../images/a/b.png` conditions the clip `.../videos/a/b.mp4`. Where no
+    clip has a caption of its own, `videos.txt` and `prompt.txt` give them line by line.
+
+    Every other file is counted, and named where it could have been meant to be used.
 
     Raises:
-        DataError: There is no clip, or clips have no caption (all of them are counted, the first ten named).
+        DataError: There is no clip, more clips than allowed have no caption (all of them are counted, the
+            first ten named), or links lead out of the folder.
     """
-    files, ignored = _clip_files(root.absolute())
-    if not files:
+    place = root.absolute()
+    listing = Listing(place, options)
+    found = listing.walk()
+    pairs = [_pair(listing, path) for path in found.clips]
+    lists = find_lists(place, found.texts)
+    if lists.complete and not any(pair.caption for pair in pairs):
+        listing.check_links()
+        return read_lists(root, listing, found, lists.complete, options)
+    if not pairs:
         raise DataError(
             f"{root}: there is no clip in this folder",
-            expected=f"videos/NAME.mp4 with labels/NAME.txt; suffixes {' '.join(VIDEO_SUFFIXES)}",
-            remedy=f"correct the path. Other files found: {dict(ignored) or 'none'}",
+            expected=f"videos/NAME.mp4 with labels/NAME.txt, or {VIDEO_LIST} with {CAPTION_LISTS[0]}; "
+            f"suffixes {' '.join(VIDEO_SUFFIXES)}",
+            remedy=f"correct the path. {_other_files(place, found)}{_frames_hint(found)}",
         )
+    listing.check_links()
     records, faults = [], []
-    for path in files:
+    for pair in pairs:
         try:
-            _check_name(path)
-            caption = read_caption(_caption_file(path))
+            name = pair.clip.relative_to(place).as_posix()
+            check_name(name)
+            captions = (read_caption(pair.caption, pair.expected),)
+            records.append(ClipRecord(name, pair.clip, captions, image=pair.image))
         except DataError as error:
-            faults.append(f"{_shown(path)}: {error.problem}")
-            continue
-        clip_id = path.relative_to(root.absolute()).as_posix()
-        records.append(ClipRecord(clip_id, path, (caption,), image=_image_beside(path)))
-    check_faults(faults, f"{root}: {len(faults)} of {len(files)} clips have no usable name and caption")
-    return make_source(str(root), records, ignored)
+            faults.append((_shown(pair.clip), error.problem))
+    check_faults(
+        faults,
+        f"{root}: {len(faults)} of {len(pairs)} clips have no usable name and caption",
+        allowed=options.max_bad_fraction * len(pairs),
+        remedy=f"write the captions, or move these clips away{lists.hint()}{_frames_hint(found)}",
+    )
+    if not records:
+        raise DataError(f"{root}: no clip of this folder can be used", expected="clips with captions")
+    used = {path for pair in pairs for path in (pair.caption, pair.image) if path}
+    notes = [*_missing_images(place, pairs), *found.notes(place, used)]
+    return make_source(str(root), records, ignored=found.unused(used), notes=notes, faults=faults)
 
 
-def _check_name(path: Path) -> None:
-    """Names go into the log, the fingerprint and the cache, as text."""
-    if not _is_text(path):
-        raise DataError("its name is no line of text in UTF-8")
+@dataclass(frozen=True)
+class _Pair:
+    """A clip with what belongs to it; `expected` is where its caption should be."""
+
+    clip: Path
+    caption: Path | None
+    expected: Path
+    image: Path | None
 
 
-def _is_text(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return "\n" not in str(path)
+def _pair(listing: Listing, clip: Path) -> _Pair:
+    listing.use(clip)
+    label = listing.find_beside(clip, "labels", (".txt",))
+    caption = label or listing.find(clip.with_suffix(""), (".txt",))
+    expected = exchange_folder(clip, "labels")[0].with_name(f"{clip.stem}.txt")
+    return _Pair(clip, caption, expected, listing.find_beside(clip, "images", IMAGE_SUFFIXES))
 
 
 def _shown(path: Path) -> str:
-    return str(path) if _is_text(path) else ascii(str(path))
+    return str(path) if is_text(str(path)) and "\n" not in str(path) else ascii(str(path))
 
 
-def read_caption(path: Path) -> str:
+def read_caption(path: Path | None, expected: Path) -> str:
     """Reads a caption file: UTF-8, with or without byte order mark; several lines are joined by spaces.
 
+    Args:
+        path: The file; None: there is none.
+        expected: Where it should be.
+
     Raises:
-        DataError: It is missing, empty, too long or not UTF-8.
+        DataError: It is missing, empty, too long, not UTF-8, or no regular file.
     """
+    if path is None:
+        raise DataError(f"there is no caption file {expected}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"there is no caption file {path}") from None
+        text = read_bytes(path, limit=_CAPTION_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"caption file {path} is not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"caption file {path} {error.strerror or error}") from None
     return clean_caption(text, str(path))
 
 
-def _clip_files(root: Path) -> tuple[list[Path], Counter[str]]:
-    """Returns the sorted clips under a folder, links followed, and a count of the other files by suffix."""
-    files, ignored, seen = [], Counter(), set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below_videos = "videos" in Path(folder).parts
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if name.startswith("."):
-                continue
-            if suffix in VIDEO_SUFFIXES or (suffix in IMAGE_SUFFIXES and below_videos):
-                files.append(Path(folder, name))
-            elif suffix != ".txt" and suffix not in IMAGE_SUFFIXES:
-                ignored[suffix or "(none)"] += 1
-    return sorted(files), ignored
+def _missing_images(root: Path, pairs: Sequence[_Pair]) -> list[str]:
+    """Says which clips fall back to their first frame, where others have a picture."""
+    clips = [pair for pair in pairs if pair.clip.suffix.lower() in VIDEO_SUFFIXES]
+    without = [pair.clip for pair in clips if pair.image is None]
+    if len(without) == len(clips):
+        return []
+    return describe(root, "clips have no picture in images/ (their first frame is the condition)", without)
 
 
-def _sibling(path: Path, folder: str, suffix: str) -> Path:
-    """Returns the path with its last folder called `videos` exchanged, and another suffix."""
-    parts = list(path.parts)
-    for i in range(len(parts) - 2, -1, -1):
-        if parts[i] == "videos":
-            parts[i] = folder
-            break
-    return Path(*parts).with_suffix(suffix)
+def _other_files(root: Path, found: Found) -> str:
+    counts = found.unused(set())
+    named = name_some(path.relative_to(root).as_posix() for path in sorted([*found.pictures, *found.texts]))
+    counted = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
+    pictures = "; pictures are clips of one frame in a folder `videos`" if found.pictures else ""
+    return f"Other files found: {counted or 'none'}" + (f" ({named})" if named else "") + pictures
 
 
-def _caption_file(path: Path) -> Path:
-    label, beside = _sibling(path, "labels", ".txt"), path.with_suffix(".txt")
-    return beside if beside.is_file() and not label.is_file() else label
+def _frames_hint(found: Found) -> str:
+    """Says of folders of frames, where these seem to be meant, that they are not read."""
+    clips = (path for path in found.clips if path.suffix.lower() in IMAGE_SUFFIXES)
+    folders = Counter(path.parent for path in _numbered([*found.pictures, *clips]))
+    frames = [folder for folder, count in folders.items() if count >= _MANY_PICTURES]
+    if not frames:
+        return ""
+    return f". Folders of frames ({frames[0].name}, ...) are not read: make a video file of each"
 
 
-def _image_beside(path: Path) -> Path | None:
-    if "videos" not in path.parts[:-1]:
-        return None
-    candidates = (_sibling(path, "images", suffix) for suffix in IMAGE_SUFFIXES)
-    return next((image for image in candidates if image.is_file()), None)
+def _numbered(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.stem[-1:].isdigit()]

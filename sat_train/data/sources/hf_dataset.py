@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,25 @@ from typing import Any
 import numpy as np
 
 from sat_train.data.clip_file import Span
-from sat_train.data.sources.manifest import make_record
-from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults, make_source
+from sat_train.data.sources.arrow import checked_rows, import_pyarrow
+from sat_train.data.sources.columns import check_columns, find_columns
+from sat_train.data.sources.links import check_links
+from sat_train.data.sources.manifest import canonical_row, make_record, unused_columns
+from sat_train.data.sources.records import (
+    DEFAULT_OPTIONS,
+    MAX_ROWS,
+    ClipRecord,
+    ClipSource,
+    SourceOptions,
+    check_faults,
+    make_source,
+    parse_json,
+)
 from sat_train.errors import DataError
+from sat_train.files import open_regular, read_text, reading
 
 _STATE = "state.json"
+_STATE_BYTES = 16 << 20
 
 
 def is_hf_dataset(folder: Path) -> bool:
@@ -23,80 +36,134 @@ def is_hf_dataset(folder: Path) -> bool:
     return (folder / _STATE).is_file() and (folder / "dataset_info.json").is_file()
 
 
-def read_hf_dataset(folder: Path) -> ClipSource:
+def read_hf_dataset(folder: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSource:
     """Reads a dataset that `Dataset.save_to_disk` wrote, with a manifest's columns.
 
     `video` is a path or holds the file itself (`Video` or binary). Such a file is found by its place in the
     Arrow file, and workers read it from there.
 
     Raises:
-        DataError: There is no pyarrow, rows were selected or shuffled without rewriting, or are unusable.
+        DataError: There is no pyarrow, rows were selected or shuffled without rewriting, files are
+            damaged, or more rows are unusable than allowed.
     """
-    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    records: list[ClipRecord] = []
+    faults: list[tuple[str, str]] = []
+    notes: dict[str, None] = {}
+    number = 0
+    for file in _data_files(folder, options):
+        path = folder.absolute() / file
+        for columns, found, row, span in _rows(path, options.columns):
+            notes.update(dict.fromkeys(unused_columns(columns, found)))
+            try:
+                records.append(_record(canonical_row(row, found), span, path, number))
+            except DataError as error:
+                faults.append((f"row {number}", error.problem))
+            number += 1
+            if number > MAX_ROWS:
+                raise DataError(f"{folder}: more than {MAX_ROWS:,} rows")
+    allowed = options.max_bad_fraction * number
+    check_faults(faults, f"{folder}: {len(faults)} of {number} rows cannot be used", allowed=allowed)
+    if not records:
+        raise DataError(f"{folder}: this dataset has no rows", expected="one row for each clip")
+    return make_source(str(folder), records, notes=tuple(notes), faults=faults)
+
+
+def _data_files(folder: Path, options: SourceOptions) -> list[str]:
+    """Returns the names of the Arrow files, all of them in the folder itself."""
+    path = folder / _STATE
+    with reading(path, error=DataError, expected="what `Dataset.save_to_disk` writes"):
+        state = parse_json(read_text(path, limit=_STATE_BYTES))
+        names = [file["filename"] for file in state["_data_files"]]
+        strays = [name for name in names if Path(name).name != name]
+    if strays:
+        raise DataError(f"{path}: it names {strays[0]!r}", expected="files in the same folder")
     if state.get("_indices_files"):
         raise DataError(
             f"{folder}: this dataset is a selection of the rows in its files",
             expected="the rows themselves",
             remedy="dataset.flatten_indices().save_to_disk(...)",
         )
-    records: list[ClipRecord] = []
-    faults: list[str] = []
-    number = 0
-    for file in state["_data_files"]:
-        for row, span in _rows(folder.absolute() / file["filename"]):
-            try:
-                records.append(_record(row, span, folder.absolute(), folder / file["filename"], number))
-            except DataError as error:
-                faults.append(f"row {number}: {error.problem}")
-            number += 1
-    check_faults(faults, f"{folder}: {len(faults)} of {number} rows cannot be used")
-    if not records:
-        raise DataError(f"{folder}: this dataset has no rows", expected="one row for each clip")
-    return make_source(str(folder), records)
+    check_links(folder, [folder / name for name in (_STATE, *names)], options)
+    return names
 
 
-def _record(row: dict[str, Any], span: Span | None, root: Path, file: Path, number: int) -> ClipRecord:
+def _record(row: dict[str, Any], span: Span | None, file: Path, number: int) -> ClipRecord:
     """Makes a record whose clip is a file of its own or a part of an Arrow file."""
     if span is None:
-        return make_record(row, root)
-    name = f"row-{number:06d}" + (f"/{Path(row['video']).name}" if row.get("video") else "")
-    return replace(make_record({**row, "video": name}, root), path=file.absolute(), span=span)
+        return make_record(row, file.parent)
+    name = f"row-{number:06d}" + (f"/{Path(row['video']).name}" if isinstance(row["video"], str) else "")
+    return replace(make_record({**row, "video": name}, file.parent), path=file, span=span)
 
 
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], Span | None]]:
-    """Yields the columns of each row without the video's bytes, and where in the file these lie."""
-    try:
-        import pyarrow as pa
-    except ImportError:
-        raise DataError(f"{path}: reading Arrow files needs pyarrow", remedy="pip install pyarrow") from None
-    with pa.memory_map(str(path)) as mapped:
-        base = mapped.read_buffer().address
-        mapped.seek(0)
-        for batch in pa.ipc.open_stream(mapped):
-            if "video" not in batch.schema.names:
-                raise DataError(f"{path}: there is no column `video`", expected="the columns of a manifest")
-            video = batch.column("video")
-            data, names = video, None
-            if pa.types.is_struct(video.type):
-                data, names = video.field("bytes"), video.field("path").to_pylist()
-            spans = _spans(data, base)
-            others = batch.drop_columns(["video"]).to_pylist()
-            for i, row in enumerate(others):
-                shown = {key: value for key, value in row.items() if value is not None}
-                name = names[i] if names else (data[i].as_py() if spans is None else None)
-                yield ({**shown, "video": name} if name is not None else shown), spans and spans[i]
+_Row = tuple[tuple[str, ...], dict[str, str], dict[str, Any], Span | None]
 
 
-def _spans(data: Any, base: int) -> list[Span | None] | None:
-    """Returns where the values of a binary column lie in the mapped file; None for a column of texts."""
+def _rows(path: Path, wanted: Mapping[str, str]) -> Iterator[_Row]:
+    """Yields columns, what they mean, a row without the video's bytes, and where in the file these lie.
+
+    The value of a video that has no name of its own is True.
+    """
+    pa = import_pyarrow(path)
+    with reading(path, error=DataError, expected="an Arrow file as `Dataset.save_to_disk` writes it"):
+        open_regular(path).close()
+        with pa.memory_map(str(path)) as mapped:
+            base, size = mapped.read_buffer().address, mapped.size()
+            mapped.seek(0)
+            for batch in pa.ipc.open_stream(mapped):
+                columns = tuple(batch.schema.names)
+                found = find_columns(columns, wanted, place=str(path))
+                check_columns(found, columns, place=str(path))
+                for row, span in _batch_rows(batch, found, base, size, path):
+                    yield columns, found, row, span
+
+
+def _batch_rows(
+    batch: Any, found: Mapping[str, str], base: int, size: int, path: Path
+) -> list[tuple[dict[str, Any], Span | None]]:
+    """Returns the rows of a batch. Arrow trusts offsets, so nothing is read before they have been checked."""
+    import pyarrow as pa
+
+    name = found["video"]
+    others = [column for kind, column in found.items() if kind != "video"]
+    video = batch.column(name)
+    if pa.types.is_string(video.type) or pa.types.is_large_string(video.type):
+        rows = checked_rows(batch.select([*others, name]), place=path)
+        return [(_present(row), None) for row in rows]
+    rows = checked_rows(batch.select(others), place=path)
+    video.validate(full=True)
+    names = [None] * len(rows)
+    if pa.types.is_struct(video.type):
+        table = pa.RecordBatch.from_arrays([video.field("path")], ["path"])
+        names = [row["path"] for row in checked_rows(table, place=path)]
+        video = video.field("bytes")
+    spans = _spans(video, base, size, path)
+    return [
+        (_present({**row, name: text if text is not None or span is None else True}), span)
+        for row, text, span in zip(rows, names, spans, strict=True)
+    ]
+
+
+def _present(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _spans(data: Any, base: int, size: int, path: Path) -> list[Span | None]:
+    """Returns where the values of a binary column lie in the mapped file."""
     import pyarrow as pa
 
     wide = pa.types.is_large_binary(data.type)
     if not wide and not pa.types.is_binary(data.type):
-        return None
+        raise DataError(
+            f"{path}: the videos have the type {data.type}", expected="paths, or the bytes of files"
+        )
     _, offsets, values = data.buffers()
     edges = np.frombuffer(offsets, np.int64 if wide else np.int32)[data.offset : data.offset + len(data) + 1]
     start = 0 if values is None else values.address - base
+    if len(edges) and not (start + int(edges[0]) >= 0 and start + int(edges[-1]) <= size):
+        raise DataError(
+            f"{path}: its values do not lie in the file as they are (compressed buffers?)",
+            expected="an Arrow file without compression, so that clips can be read at random",
+        )
     present = data.is_valid().to_pylist()
     return [
         Span(start + int(begin), int(end - begin)) if is_there else None

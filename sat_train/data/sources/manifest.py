@@ -1,108 +1,96 @@
-"""A table of clips: JSON lines, CSV or Parquet."""
+"""A table of clips: JSON lines, JSON, CSV or Parquet."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults, clean_caption, make_source
+from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from sat_train.data.sources.columns import check_columns, find_columns, shown_columns
+from sat_train.data.sources.records import (
+    DEFAULT_OPTIONS,
+    MAX_WEIGHT,
+    ClipRecord,
+    ClipSource,
+    SourceOptions,
+    check_faults,
+    check_name,
+    clean_caption,
+    make_source,
+    name_some,
+)
+from sat_train.data.sources.tables import read_table
 from sat_train.errors import DataError
-from sat_train.log import get_logger
-
-log = get_logger(__name__)
 
 
-def read_manifest(path: Path) -> ClipSource:
-    """Reads a table of clips: `.jsonl`, `.csv` or `.parquet`.
+def read_manifest(path: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSource:
+    """Reads a table of clips: `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`.
 
     Columns: `video`, `caption` (a text, or in JSON and Parquet a list of texts) and optionally `image`,
-    `start`, `end` (seconds) and `weight`. Relative paths start at the manifest. Other columns are named
-    once and ignored.
+    `start`, `end` (seconds) and `weight`, or those that `find_columns` takes for them. Relative paths start
+    at the manifest; any path may be named.
 
     Raises:
-        DataError: A row is unusable (all of them are counted, the first ten named) or there is none.
+        DataError: More rows are unusable than allowed (all of them are counted, the first ten named), the
+            columns are not there, or there is no row.
     """
-    rows = list(_rows(path))
-    records, faults, unknown = [], [], Counter()
-    for line, row in rows:
+    table = read_table(path, options.columns)
+    found = find_columns(table.columns, options.columns, place=str(path))
+    if any(isinstance(row, dict) for _, row in table.rows):
+        check_columns(found, table.columns, place=str(path))
+    records, faults, turned = [], [], 0
+    for line, row in table.rows:
         try:
-            records.append(make_record(row, path.absolute().parent))
+            record = make_record(canonical_row(row, found), path.absolute().parent)
         except DataError as error:
-            faults.append(f"{path}:{line}: {error.problem}")
-        unknown.update(set(row) - _COLUMNS)
-    check_faults(faults, f"{path}: {len(faults)} of {len(rows)} rows cannot be used")
+            faults.append((f"{path}:{line}", error.problem))
+            continue
+        records.append(record)
+        turned += isinstance(row, dict) and "\\" in row[found["video"]] and "\\" not in record.clip_id
+    allowed = options.max_bad_fraction * len(table.rows)
+    check_faults(faults, f"{path}: {len(faults)} of {len(table.rows)} rows cannot be used", allowed=allowed)
     if not records:
         raise DataError(f"{path}: this manifest has no rows", expected="one row for each clip")
-    if unknown:
-        log.info("%s: columns that mean nothing here: %s", path, ", ".join(sorted(unknown)))
-    return make_source(str(path), records)
+    notes = unused_columns(table.columns, found)
+    notes += [f"{turned} paths hold backslashes, which are read as slashes"] if turned else []
+    return make_source(str(path), records, notes=notes, faults=faults)
 
 
-_COLUMNS = {"video", "caption", "image", "start", "end", "weight"}
+def canonical_row(row: dict[str, Any] | DataError, found: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the values of a row under the names of `KINDS`.
+
+    Raises:
+        DataError: What is wrong with the row, where that is known already, or no column `video` or `caption`.
+    """
+    if isinstance(row, DataError):
+        raise row
+    named = {kind: row[name] for kind, name in found.items() if name in row}
+    for kind in ("video", "caption"):
+        if kind not in named:
+            raise DataError(f"column `{found.get(kind, kind)}` is missing; {shown_columns(row)}")
+    return named
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields line number and columns of each row; absent values are left out."""
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path}: a file of this suffix is no data set",
-            expected=f"a folder, or a manifest ({', '.join(readers)})",
-        )
-    for line, row in reader(path):
-        yield line, {key: value for key, value in row.items() if value is not None and value != ""}
+def unused_columns(columns: tuple[str, ...], found: Mapping[str, str]) -> list[str]:
+    """Returns a sentence that names the columns that mean nothing, where there are any."""
+    unused = sorted(set(columns) - set(found.values()))
+    return [f"columns that are not used: {name_some(unused)}"] if unused else []
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{line}: this is no JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{line}: expected an object, found {text.strip()[:40]}")
-        yield line, row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if None in row:
-                raise DataError(f"{path}:{reader.line_num}: more cells than the header has columns")
-            yield reader.line_num, row
-
-
-def _parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow", remedy="pip install pyarrow") from None
-    return enumerate(parquet.read_table(path).to_pylist(), 1)
-
-
-def make_record(row: dict[str, Any], root: Path) -> ClipRecord:
+def make_record(row: Mapping[str, Any], root: Path) -> ClipRecord:
     """Makes a record of the columns of one row.
 
     Args:
-        row: Columns that have a value.
+        row: Values by kind of column; those that have none are left out.
         root: Where relative paths start.
 
     Raises:
         DataError: Something is missing or makes no sense.
     """
-    if not isinstance(row.get("video"), str):
-        raise DataError("column `video` is missing")
-    for column in ("video", "image"):
-        if "://" in str(row.get(column, "")):
-            raise DataError(f"column `{column}`: remote files are read from .tar archives only")
+    video = _path(row, "video", root)
+    _check_no_folder(root / video)
     texts = row.get("caption", [])
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -111,27 +99,45 @@ def make_record(row: dict[str, Any], root: Path) -> ClipRecord:
     start, end = _number(row, "start"), _number(row, "end")
     if start is not None and end is not None and end <= start:
         raise DataError(f"`end` = {end:g} is not after `start` = {start:g}")
-    weight = _number(row, "weight")
+    weight = _number(row, "weight", limit=MAX_WEIGHT)
     part = "" if start is None and end is None else f"[{start or 0:g}-{'' if end is None else f'{end:g}'}]"
-    image = root / str(row["image"]) if "image" in row else None
     return ClipRecord(
-        clip_id=row["video"] + part,
-        path=root / row["video"],
+        clip_id=video + part,
+        path=root / video,
         captions=captions,
         start=start,
         end=end,
-        image=image,
+        image=root / _path(row, "image", root) if "image" in row else None,
         weight=1.0 if weight is None else weight,
     )
 
 
-def _number(row: dict[str, Any], key: str) -> float | None:
-    if key not in row:
+def _path(row: Mapping[str, Any], kind: str, root: Path) -> str:
+    """Returns the path in a cell; one written on Windows, with slashes."""
+    path = row.get(kind)
+    if not isinstance(path, str):
+        raise DataError(f"column `{kind}` is missing" if path is None else f"column `{kind}` is no text")
+    if "://" in path:
+        raise DataError(f"column `{kind}`: remote files are read from .tar archives only")
+    check_name(path)
+    is_foreign = "\\" in path and not os.path.exists(root / path)
+    return path.replace("\\", "/") if is_foreign else path
+
+
+def _check_no_folder(path: Path) -> None:
+    """Says of folders of frames that they are not read; files with a known suffix are not asked about."""
+    if path.suffix.lower() not in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES) and os.path.isdir(path):
+        raise DataError("`video` names a folder; folders of frames are not read, make a video file of each")
+
+
+def _number(row: Mapping[str, Any], key: str, *, limit: float = 1e12) -> float | None:
+    value = row.get(key)
+    if value is None:
         return None
     try:
-        number = float(row[key])
-    except (TypeError, ValueError):
-        raise DataError(f"`{key}` = {row[key]!r} is no number") from None
-    if not 0 <= number < 1e12:
-        raise DataError(f"`{key}` = {number:g} is not a finite number from 0 up")
+        number = float("" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"`{key}` = {repr(value)[:40]} is no number") from None
+    if not 0 <= number <= limit:
+        raise DataError(f"`{key}` = {number:g} is not a finite number from 0 to {limit:g}")
     return number

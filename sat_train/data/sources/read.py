@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from sat_train.config.schema.data import DataConfig
 from sat_train.data.remote import find_remote, make_path
 from sat_train.data.sources.archives import read_archives
+from sat_train.data.sources.columns import KINDS
 from sat_train.data.sources.folder import read_folder
 from sat_train.data.sources.hf_dataset import is_hf_dataset, read_hf_dataset
+from sat_train.data.sources.links import check_links
+from sat_train.data.sources.lists import ALL_LISTS
 from sat_train.data.sources.manifest import read_manifest
-from sat_train.data.sources.records import ClipRecord, ClipSource
+from sat_train.data.sources.records import DEFAULT_OPTIONS, ClipRecord, ClipSource, SourceOptions
 from sat_train.errors import DataError
 from sat_train.patterns import expand_braces, find_local
 
+_LEAST_EPOCH, _LONGEST_EPOCH = 1e-6, 1e8  # samples, by the weights
 
-def read_source(path: str | Path) -> ClipSource:
+
+def build_source_options(data: DataConfig) -> SourceOptions:
+    """Returns how section `data` wants sources to be read."""
+    names = {kind: getattr(data.columns, kind) for kind in KINDS}
+    return SourceOptions(
+        columns={kind: name for kind, name in names.items() if name is not None},
+        follow_links=data.follow_links,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def read_source(path: str | Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSource:
     """Reads what is at a place: a folder of clips, a manifest, tar archives, or a Hugging Face dataset.
 
     Args:
         path: The place. `.tar` archives may be remote (`s3://bucket/set`), and several at once: `{000..099}`,
             `{a,b}`, `*.tar`.
+        options: Names of columns, what is done about links, and how many clips may be unusable.
 
     Raises:
-        DataError: There is nothing at `path`, no clip in it, or a clip without caption.
+        DataError: There is nothing at `path`, no clip in it, or too many clips cannot be used.
     """
     entry = str(path)
     if entry.startswith("file://"):
         entry = str(make_path(entry))
     if "://" in entry:
-        return read_archives(entry, find_remote(entry))
+        return read_archives(entry, find_remote(entry), options)
     if not Path(entry).exists() and (places := _matches(entry)):
-        return read_archives(entry, places)
-    return _read_place(Path(entry), name=entry)
+        return read_archives(entry, places, options)
+    return _read_place(Path(entry), entry, options)
 
 
 def _matches(entry: str) -> list[Path]:
@@ -55,37 +74,114 @@ def _matches(entry: str) -> list[Path]:
     return list(dict.fromkeys(archives))
 
 
-def _read_place(place: Path, *, name: str) -> ClipSource:
+def _read_place(place: Path, name: str, options: SourceOptions) -> ClipSource:
     if place.is_dir():
         if is_hf_dataset(place):
-            return read_hf_dataset(place)
+            return read_hf_dataset(place, options)
         archives = sorted(place.glob("*.tar"))
-        return read_archives(name, archives) if archives else read_folder(place)
+        if not archives:
+            return read_folder(place, options)
+        check_links(place, archives, options)
+        return read_archives(name, archives, options)
     if place.is_file():
-        return read_archives(name, [place]) if place.suffix == ".tar" else read_manifest(place)
+        if place.suffix == ".tar":
+            return read_archives(name, [place], options)
+        if place.name in ALL_LISTS:
+            raise DataError(
+                f"{name}: this list is one of a pair",
+                remedy=f"name the folder that holds both: {place.parent}",
+            )
+        return read_manifest(place, options)
     raise _nothing_at(name)
 
 
 def _nothing_at(name: str) -> DataError:
     return DataError(
         f"{name}: there is no such folder or file",
-        expected="a folder with videos/ and labels/, a manifest (.jsonl, .csv, .parquet), or .tar archives",
+        expected="a folder with videos/ and labels/, a manifest (.jsonl, .json, .csv, .parquet), .tar files",
         remedy="correct args.train_data or args.valid_data",
+    )
+
+
+PARTS = ("training", "validation", "test")
+
+
+def read_sources(
+    entries: Sequence[str], options: SourceOptions, *, shares: Sequence[float] | None, part: int
+) -> list[ClipSource]:
+    """Reads the entries of a set, or one part of each.
+
+    Args:
+        entries: Of `args.train_data` or `args.valid_data`.
+        options: How they are read.
+        shares: Of training, validation and test in each entry; None: nothing is divided.
+        part: Which of them is wanted: an index into `PARTS`.
+
+    Raises:
+        DataError: As `read_source`; or the part is empty, or all its weights are 0.
+    """
+    sources = [read_source(entry, options) for entry in entries]
+    if shares is not None:
+        sources = _take_part(sources, shares, part)
+    if PARTS[part] == "training":
+        for source in sources:
+            _check_weights(source)
+    return sources
+
+
+def _take_part(sources: Sequence[ClipSource], shares: Sequence[float], part: int) -> list[ClipSource]:
+    """Returns the part of each source; of validation, those that have one."""
+    parts = [split_source(source, shares, part) for source in sources]
+    left = [source for source in parts if len(source)]
+    if left and (PARTS[part] != "training" or len(left) == len(parts)):
+        return left
+    empty = next(source for source, of in zip(sources, parts, strict=True) if not len(of))
+    split = ",".join(f"{share:g}" for share in shares)
+    raise DataError(
+        f"the {PARTS[part]} part of args.split={split} is empty: 0 of {len(empty)} clips of {empty.name}",
+        expected="at least one clip for each part whose share is above 0",
+        remedy="add clips, or train on all without validation: args.split=1,0,0 args.eval_interval=null",
     )
 
 
 def split_source(source: ClipSource, shares: Sequence[float], part: int) -> ClipSource:
     """Takes one part of a set, by a hash of the names: more clips later do not move the others.
 
+    A part whose share is above 0 has at least one clip, as far as there are clips; earlier parts come first.
+
     Args:
+        source: The set.
         shares: Of training, validation and test, in any unit.
         part: Which of them.
     """
-    total, below = sum(shares), sum(shares[:part])
-    low, high = below / total, (below + shares[part]) / total
+    places = [_place(record) for record in source.records]
+    edges = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
+    parts = [bisect.bisect_right(edges, place) for place in places]
+    for i, share in enumerate(shares):
+        if share and i not in parts:
+            _fill(i, parts, places, edges)
+    taken = source.with_records([r for r, of in zip(source.records, parts, strict=True) if of == part])
+    return replace(taken, part=f"its {PARTS[part]} part, {len(taken)} of {len(source)} clips")
 
-    def place(record: ClipRecord) -> float:
-        digest = hashlib.blake2b(record.clip_id.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") / 2**64
 
-    return source.with_records([record for record in source.records if low <= place(record) < high])
+def _place(record: ClipRecord) -> float:
+    digest = hashlib.blake2b(record.clip_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _fill(part: int, parts: list[int], places: Sequence[float], edges: Sequence[float]) -> None:
+    """Moves the nearest clip into an empty part, from one with more clips, or from a later part."""
+    low, high = edges[part - 1] if part else 0.0, edges[part]
+    movable = [i for i, of in enumerate(parts) if of > part or parts.count(of) > 1]
+    if movable:
+        parts[min(movable, key=lambda i: max(low - places[i], places[i] - high))] = part
+
+
+def _check_weights(source: ClipSource) -> None:
+    total = sum(record.weight for record in source.records)
+    if source.records and not _LEAST_EPOCH <= total <= _LONGEST_EPOCH:
+        raise DataError(
+            f"{source.name}: the weights of its {len(source)} clips sum up to {total:g}",
+            expected=f"the samples of one epoch, {_LEAST_EPOCH:g} to {_LONGEST_EPOCH:g}",
+            remedy="correct the column `weight`, or leave this entry out",
+        )

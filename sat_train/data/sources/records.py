@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,29 @@ from sat_train.data.clip_file import Span
 from sat_train.errors import DataError
 
 MAX_CAPTION_CHARS = 20_000
+MAX_ROWS = 10_000_000  # of one table; more is damage, or an attack on memory
+MAX_WEIGHT = 1_000_000.0
+_MAX_NAME_BYTES = 255  # of one part of a path: what file systems take
+_MAX_PATH_BYTES = 4095
 _SHOWN = 10  # names in one message
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How the entries of `args.train_data` and `args.valid_data` are read.
+
+    Args:
+        columns: For a column of a table, the name that it has there (`data.columns`).
+        follow_links: Links that lead out of a given folder are followed (`data.follow_links`).
+        max_bad_fraction: Share of clips of an entry that may be unusable (`data.max_bad_fraction`).
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    follow_links: bool = False
+    max_bad_fraction: float = 0.0
+
+
+DEFAULT_OPTIONS = SourceOptions()
 
 
 @dataclass(frozen=True)
@@ -49,19 +73,30 @@ class ClipSource:
         name: The entry, as the person wrote it.
         records: The clips.
         fingerprint: Hash of what they are: names, file sizes, captions, parts and weights.
-        ignored: Files that were found and are no clips, by suffix.
+        ignored: Files that were found and are not used, by suffix.
+        notes: What else was found and is not used, or stands in for what is missing; one sentence each.
+        faults: Clips that cannot be used, by name or row, and why; few enough to do without.
+        part: Which part of its clips it holds, in words; empty: all.
     """
 
     name: str
     records: tuple[ClipRecord, ...]
     fingerprint: str
     ignored: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
+    faults: tuple[tuple[str, str], ...] = ()
+    part: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
 
     def clip(self, index: int) -> ClipRecord:
         return self.records[index]
+
+    def left_out(self) -> str:
+        """Returns a sentence that names the clips that cannot be used."""
+        named = name_some((f"{name} ({why})" for name, why in self.faults), shown=5)
+        return f"{len(self.faults)} clips or rows are left out: {named}"
 
     def with_records(self, records: Sequence[ClipRecord]) -> ClipSource:
         """Returns the source with some of its clips, or with parts of them."""
@@ -72,28 +107,40 @@ class ClipSource:
 
 
 def make_source(
-    name: str, records: Sequence[ClipRecord], ignored: Mapping[str, int] | None = None
+    name: str,
+    records: Sequence[ClipRecord],
+    *,
+    ignored: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+    faults: Sequence[tuple[str, str]] = (),
 ) -> ClipSource:
     """Makes a source of clips in any order.
 
     Args:
         name: The entry, as the person wrote it.
         records: Its clips.
-        ignored: Files that are no clips, by suffix.
+        ignored: See `ClipSource`.
+        notes: Likewise.
+        faults: Likewise.
     """
     records = sorted(records, key=lambda record: (record.clip_id, record.captions))
-    told = [_told(record) for record in records]
-    return ClipSource(name, tuple(records), _hash(told), tuple(sorted((ignored or {}).items())))
+    described = [_describe(record) for record in records]
+    counted = tuple(sorted((ignored or {}).items()))
+    return ClipSource(name, tuple(records), _hash(described), counted, tuple(notes), tuple(faults))
 
 
-def _told(record: ClipRecord) -> list[Any]:
+def _describe(record: ClipRecord) -> list[Any]:
     size = record.span.size if record.span else _size(record.path)
     image = record.image and record.image.name
     return [record.clip_id, size, record.captions, record.start, record.end, image, record.weight]
 
 
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return state.st_size if stat.S_ISREG(state.st_mode) else None
 
 
 def _hash(told: Any) -> str:
@@ -104,7 +151,7 @@ def clean_caption(text: str, place: str) -> str:
     """Joins lines and runs of blanks by one space (the tokenizer sees no difference).
 
     Raises:
-        DataError: The caption is empty or too long.
+        DataError: The caption is empty, too long, or holds what UTF-8 cannot.
     """
     caption = " ".join(text.split())
     if not caption:
@@ -113,22 +160,80 @@ def clean_caption(text: str, place: str) -> str:
         raise DataError(
             f"the caption in {place} has {len(caption)} characters, more than {MAX_CAPTION_CHARS}"
         )
+    if not is_text(caption):
+        raise DataError(f"the caption in {place} holds half a surrogate pair, which is no character")
     return caption
 
 
+def check_name(name: str) -> None:
+    """Refuses names that cannot go into a log, a fingerprint or a file system.
+
+    Raises:
+        DataError: Such a name.
+    """
+    if not is_text(name) or "\n" in name:
+        raise DataError("its name is no line of text in UTF-8")
+    if "\0" in name:
+        raise DataError("its name holds a NUL character")
+    parts = name.encode().split(b"/")
+    if len(name.encode()) > _MAX_PATH_BYTES or max(map(len, parts)) > _MAX_NAME_BYTES:
+        raise DataError(f"its name has {len(name)} letters, more than any file's")
+
+
+def is_text(text: str) -> bool:
+    """Tells whether UTF-8 can hold a text: a name of other bytes, or half of a surrogate pair, is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_json(text: str) -> Any:
+    """Reads JSON from outside.
+
+    Raises:
+        DataError: It is none, is nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"this is no JSON ({error.msg})") from None
+    except RecursionError:
+        raise DataError("this is no JSON for a table (nested too deeply)") from None
+    except ValueError as error:
+        raise DataError(f"this is no JSON for a table ({error})") from None
+
+
+def name_some(names: Iterable[str], *, shown: int = _SHOWN) -> str:
+    """Joins names for a message; of many, the first ones."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def check_faults(
-    faults: Sequence[str],
+    faults: Sequence[tuple[str, str]],
     problem: str,
     *,
+    allowed: float = 0.0,
     expected: str = "one caption in UTF-8 for each clip",
     remedy: str = "write the captions, or move these clips away",
 ) -> None:
-    """Raises one error for all the faults of a source, the first ten of them named."""
-    if not faults:
+    """Raises one error for all the faults of a source, the first ten of them named.
+
+    Args:
+        faults: Names or rows, and what is wrong with each.
+        problem: What they have in common.
+        allowed: So many faults are no error.
+        expected: What would have been right.
+        remedy: What to do now.
+
+    Raises:
+        DataError: There are more faults.
+    """
+    if len(faults) <= allowed:
         return
     more = f"\n    and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    raise DataError(
-        problem + ":" + "".join(f"\n    {fault}" for fault in faults[:_SHOWN]) + more,
-        expected=expected,
-        remedy=remedy,
-    )
+    shown = "".join(f"\n    {name}: {why}" for name, why in faults[:_SHOWN])
+    raise DataError(f"{problem}:{shown}{more}", expected=expected, remedy=remedy)

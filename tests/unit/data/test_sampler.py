@@ -79,3 +79,23 @@ def test_weights_of_clips_are_how_often_an_epoch_takes_them():
             assert np.floor(weight) <= once[clip] <= np.ceil(weight)
             counts[clip] += once[clip]
     assert counts / 400 == pytest.approx(weights, abs=0.08)  # three standard errors of a coin at 400 tosses
+
+
+@pytest.mark.parametrize(
+    ("shares", "block"), [((1, 2500), 10_000), ((1, 1, 99_999), 100_000), ((0.5, 3e4), 100_000)]
+)
+def test_every_share_is_drawn_exactly_however_small(shares, block):
+    order = order_of(*([7] * len(shares)), source_weights=list(shares))
+    drawn = Counter(source for source, _ in clips(order, range(block)))
+    assert [drawn[i] for i in range(len(shares))] == pytest.approx(
+        [share / sum(shares) * block for share in shares], abs=1
+    )
+    assert min(drawn.values()) >= 1
+    again = Counter(source for source, _ in clips(order, range(block, 2 * block)))
+    assert again == drawn
+
+
+def test_sources_of_a_mixture_go_through_their_own_epochs_in_every_block():
+    order = order_of(7, 7, source_weights=[1, 2500])
+    seen = [place for place in map(order.place, range(20_000)) if place.source == 1]
+    assert [place.visit for place in seen] == [i // 7 for i in range(len(seen))]

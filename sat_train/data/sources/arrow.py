@@ -1,0 +1,59 @@
+"""Arrow data from outside, looked at only after it has been validated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sat_train.errors import DataError
+
+_TEXT_BYTES = 1 << 30  # of one batch; what is read becomes Python objects
+
+
+def import_pyarrow(path: Path) -> Any:
+    """Returns the module pyarrow.
+
+    Raises:
+        DataError: It is not installed.
+    """
+    try:
+        import pyarrow
+    except ImportError:
+        raise DataError(f"{path}: reading this file needs pyarrow", remedy="pip install pyarrow") from None
+    return pyarrow
+
+
+def checked_rows(batch: Any, *, place: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a batch, whose offsets and texts have been checked: Arrow itself trusts them.
+
+    Raises:
+        DataError: A column has a type that a manifest cannot have, or too many bytes.
+        pyarrow.ArrowInvalid: The file is damaged.
+    """
+    for field in batch.schema:
+        if not _is_plain(field.type):
+            raise DataError(
+                f"{place}: column `{field.name}` has the type {field.type}",
+                expected="texts, lists of texts, or numbers",
+            )
+    batch.validate()  # sizes of buffers, before anything is counted with them
+    if batch.nbytes > _TEXT_BYTES:
+        raise DataError(f"{place}: {batch.num_rows} rows hold more than {_TEXT_BYTES >> 20} MiB of text")
+    batch.validate(full=True)
+    return batch.to_pylist()
+
+
+def _is_plain(kind: Any) -> bool:
+    """Texts, lists of texts, numbers: types whose values cannot be larger than their buffers."""
+    import pyarrow.types as types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+        kind = kind.value_type
+    return (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_integer(kind)
+        or types.is_floating(kind)
+        or types.is_boolean(kind)
+        or types.is_null(kind)
+    )

@@ -1,0 +1,87 @@
+"""Which column of a table says what: by its own name, by a common one, or as `data.columns` says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from sat_train.data.sources.records import name_some
+from sat_train.errors import DataError
+
+KINDS = ("video", "caption", "image", "start", "end", "weight")
+# Names that other trainers and data sets give to the two columns that every table has.
+COMMON = {
+    "video": (
+        *("video_path", "video_file", "videos", "file_name", "filename", "file"),
+        *("file_path", "path", "media_path"),
+    ),
+    "caption": ("captions", "text", "prompt", "description", "video_caption"),
+}
+
+
+def find_columns(names: Iterable[str], wanted: Mapping[str, str], *, place: str) -> dict[str, str]:
+    """Finds what the columns of a table mean.
+
+    What `data.columns` names counts first, then a column of the very name, then, for `video` and `caption`,
+    the one of a common name, in any case.
+
+    Args:
+        names: The columns that were found.
+        wanted: `data.columns`: for a kind of column, its name in the table.
+        place: The table, for messages.
+
+    Returns:
+        The name in the table of each kind of column that it has.
+
+    Raises:
+        DataError: Several columns may be meant, or one of `wanted` is missing.
+    """
+    names = list(dict.fromkeys(names))
+    found = {}
+    for kind in KINDS:
+        candidates = _candidates(kind, names)
+        if kind in wanted:
+            candidates = [wanted[kind]]
+            if wanted[kind] not in names:
+                raise DataError(
+                    f"{place}: there is no column `{wanted[kind]}`; {shown_columns(names)}",
+                    expected=f"the column that data.columns.{kind} names",
+                    remedy=f"correct data.columns.{kind}",
+                )
+        if len(candidates) > 1:
+            listed = ", ".join(f"`{name}`" for name in candidates)
+            raise DataError(
+                f"{place}: any of the columns {listed} may be the {kind}",
+                expected=f"one column `{kind}`, or to be told which of them it is",
+                remedy=f"data.columns.{kind}={candidates[0]}",
+            )
+        if candidates:
+            found[kind] = candidates[0]
+    return found
+
+
+def _candidates(kind: str, names: Sequence[str]) -> list[str]:
+    if kind in names:
+        return [kind]
+    return [name for name in names if kind in COMMON and name.strip().lower() in (kind, *COMMON[kind])]
+
+
+def check_columns(found: Mapping[str, str], names: Iterable[str], *, place: str) -> None:
+    """Refuses a table without the columns that every table needs.
+
+    Raises:
+        DataError: One is missing; the message lists those that were found and says what to do.
+    """
+    names = list(names)
+    for kind, common in COMMON.items():
+        if kind not in found:
+            raise DataError(
+                f"{place}: there is no column `{kind}`; {shown_columns(names)}",
+                expected=f"`{kind}`, or one of {', '.join(common)}",
+                remedy=f"say which one it is with data.columns.{kind}=NAME",
+            )
+
+
+def shown_columns(names: Iterable[str]) -> str:
+    """Returns the columns that were found, for a message."""
+    names = [f"`{name}`" for name in names]
+    return f"the columns found are {name_some(names)}" if names else "it has no columns"

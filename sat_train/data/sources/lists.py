@@ -1,0 +1,157 @@
+"""Clips and captions listed line by line in two files: `videos.txt` with `prompt.txt`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sat_train.data.clip_file import IMAGE_SUFFIXES
+from sat_train.data.sources.listing import Found, Listing, describe
+from sat_train.data.sources.manifest import make_record
+from sat_train.data.sources.records import ClipRecord, ClipSource, SourceOptions, check_faults, make_source
+from sat_train.data.sources.tables import read_lines as read_lines_of
+from sat_train.errors import DataError
+from sat_train.files import reading
+
+VIDEO_LIST = "videos.txt"
+IMAGE_LIST = "images.txt"
+CAPTION_LISTS = ("prompt.txt", "prompts.txt", "caption.txt", "captions.txt")
+ALL_LISTS = (VIDEO_LIST, IMAGE_LIST, *CAPTION_LISTS)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The lists of a folder.
+
+    Args:
+        videos: Names a clip in each line.
+        captions: Its caption in the same line.
+        images: The picture that conditions it, likewise; None: there is no such list.
+    """
+
+    videos: Path
+    captions: Path
+    images: Path | None
+
+
+@dataclass(frozen=True)
+class FoundLists:
+    """What there is of lists in a folder, complete or not."""
+
+    names: tuple[str, ...]
+    complete: Lists | None
+
+    def hint(self) -> str:
+        """Returns how lists could help where captions are missing."""
+        if self.complete:
+            return ""
+        if not self.names:
+            return f", or list clips in {VIDEO_LIST} and captions in {CAPTION_LISTS[0]}, line by line"
+        missing = CAPTION_LISTS[0] if VIDEO_LIST in self.names else VIDEO_LIST
+        return f". {self.names[0]} is there, {missing} is missing: with both, captions are read line by line"
+
+
+def find_lists(root: Path, texts: Sequence[Path]) -> FoundLists:
+    """Finds the lists that lie directly in a folder.
+
+    Raises:
+        DataError: Several files may hold the captions.
+    """
+    names = [path.name for path in texts if path.parent == root and path.name in ALL_LISTS]
+    captions = [name for name in CAPTION_LISTS if name in names]
+    if VIDEO_LIST not in names or not captions:
+        return FoundLists(tuple(names), None)
+    if len(captions) > 1:
+        raise DataError(
+            f"{root}: {' and '.join(captions)} may both hold the captions of {VIDEO_LIST}",
+            expected="one of them",
+            remedy="rename the other one",
+        )
+    images = root / IMAGE_LIST if IMAGE_LIST in names else None
+    return FoundLists(tuple(names), Lists(root / VIDEO_LIST, root / captions[0], images))
+
+
+def read_lists(
+    root: Path, listing: Listing, found: Found, lists: Lists, options: SourceOptions
+) -> ClipSource:
+    """Reads the clips of a folder that its lists name. Paths start at the folder.
+
+    Args:
+        root: The folder, as the person wrote it.
+        listing: The folder.
+        found: What lies in it.
+        lists: Its lists.
+        options: How many lines may be unusable.
+
+    Raises:
+        DataError: The lists have not equally many lines, or more lines are unusable than allowed.
+    """
+    rows = _read_rows(lists)
+    records: list[ClipRecord] = []
+    faults: list[tuple[str, str]] = []
+    for number, row in rows:
+        try:
+            record = make_record(_filled(row, lists, number), listing.root)
+        except DataError as error:
+            faults.append((f"{lists.videos}:{number}", error.problem))
+            continue
+        listing.use(record.path)
+        image = record.image or listing.find_beside(record.path, "images", IMAGE_SUFFIXES)
+        records.append(replace(record, image=image and listing.use(image)))
+    problem = f"{root}: {len(faults)} of {len(rows)} lines of {VIDEO_LIST} cannot be used"
+    check_faults(faults, problem, allowed=options.max_bad_fraction * len(rows))
+    if not records:
+        raise DataError(f"{lists.videos}: this list is empty", expected="one clip in each line")
+    used = {path for path in (lists.videos, lists.captions, lists.images) if path}
+    for path in used:
+        listing.use(path)
+    listing.check_links()
+    used |= {record.image for record in records if record.image}
+    named = {record.path for record in records}
+    unnamed = [path for path in found.clips if path not in named | used]
+    notes = [
+        *describe(listing.root, f"clips are not in {VIDEO_LIST}, and not used", unnamed),
+        *found.notes(listing.root, used),
+    ]
+    return make_source(str(root), records, ignored=found.unused(used), notes=notes, faults=faults)
+
+
+def _read_rows(lists: Lists) -> list[tuple[int, dict[str, str]]]:
+    """Returns what stands in each line of all lists; lines that are blank in all of them are left out.
+
+    Lists of different length are compared without their blank lines too, as other trainers read them.
+    """
+    paths = {"video": lists.videos, "caption": lists.captions}
+    paths |= {"image": lists.images} if lists.images else {}
+    columns = {kind: _read_column(path) for kind, path in paths.items()}
+    if len(set(map(len, columns.values()))) > 1:
+        columns = {kind: [line for line in lines if line] for kind, lines in columns.items()}
+    if len(set(map(len, columns.values()))) > 1:
+        counts = ", ".join(f"{paths[kind].name} {len(lines)}" for kind, lines in columns.items())
+        raise DataError(
+            f"{lists.videos.parent}: the lists have not equally many lines: {counts}",
+            expected="the caption of each clip in the line of the same number",
+        )
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return [(number, row) for number, row in enumerate(rows, 1) if any(row.values())]
+
+
+def _read_column(path: Path) -> list[str]:
+    with reading(path, error=DataError, expected="one line for each clip"):
+        lines = [line.strip() for _, line in read_lines_of(path)]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _filled(row: dict[str, str], lists: Lists, number: int) -> dict[str, str]:
+    """Returns what a line says.
+
+    Raises:
+        DataError: The clip or its caption is missing.
+    """
+    for kind, path in (("video", lists.videos), ("caption", lists.captions)):
+        if not row[kind]:
+            raise DataError(f"line {number} of {path.name} is blank")
+    return {kind: text for kind, text in row.items() if text}
