@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import stat
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,24 @@ def read_text(path: Path | str, *, limit: int) -> str:
         OSError: As `read_bytes`.
     """
     return read_bytes(path, limit=limit).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def refuse_packed(path: Path | str) -> None:
+    """Refuses a zip file that unpacks to more than its own size; other files pass.
+
+    `torch.save` stores its members as they are, so nothing of its making is refused.
+
+    Raises:
+        TooLarge: It is packed, or its members overlap.
+        OSError: It cannot be read.
+    """
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            return
+        size = os.fstat(file.fileno()).st_size
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > size:
+                raise TooLarge(errno.EFBIG, "unpacks to more than its own size", str(path))
 
 
 @contextmanager

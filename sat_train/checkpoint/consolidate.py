@@ -23,11 +23,13 @@ from sat_train.checkpoint.layout import SAT_PREFIX, ema_file_name
 from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, cut_tensor, tensor_entry
 from sat_train.checkpoint.manifest import Manifest
 from sat_train.checkpoint.names import Shape
-from sat_train.checkpoint.readers import load_torch_file
+from sat_train.checkpoint.readers import check_all_plain, load_torch_file
 from sat_train.checkpoint.tensor_parallel import merge_slices
 from sat_train.errors import CheckpointError
+from sat_train.files import reading
 
 State = dict[str, Any]
+_MOST_RANKS = 1_000_000
 
 
 def read_step(folder: Path, manifest: Manifest, *, ema: bool = False) -> LazyWeights:
@@ -45,6 +47,9 @@ def read_step(folder: Path, manifest: Manifest, *, ema: bool = False) -> LazyWei
     Raises:
         CheckpointError: A file is missing or damaged; an average was asked for and none was saved.
     """
+    ranks = manifest.model_size * manifest.data_size
+    if not 1 <= ranks <= _MOST_RANKS:
+        raise CheckpointError(f"{folder} claims to be written by {ranks} ranks", expected="its own manifest")
     slices = [_read_model_rank(folder, manifest, rank, ema=ema) for rank in range(manifest.model_size)]
     return merge_slices(slices, where=str(folder))
 
@@ -59,6 +64,13 @@ def trained_dtype(folder: Path, manifest: Manifest) -> torch.dtype:
 
 
 def _read_model_rank(folder: Path, manifest: Manifest, model_rank: int, *, ema: bool) -> LazyWeights:
+    with reading(
+        folder, error=CheckpointError, expected="a step as sat_train wrote it", remedy="use another"
+    ):
+        return LazyWeights(_entries(folder, manifest, model_rank, ema=ema), where=str(folder))
+
+
+def _entries(folder: Path, manifest: Manifest, model_rank: int, *, ema: bool) -> dict[str, Entry]:
     weights = read_model_states(folder, manifest, model_rank)
     module = {key.removeprefix(SAT_PREFIX): tensor for key, tensor in weights[0]["module"].items()}
     groups = weights[0].get("param_shapes") or []
@@ -78,7 +90,7 @@ def _read_model_rank(folder: Path, manifest: Manifest, model_rank: int, *, ema: 
         entries.update(_stage_1_2(folder, manifest, model_rank, groups))
     if ema:
         entries.update(_averages(folder, manifest, model_rank, trained))
-    return LazyWeights(entries, where=str(folder))
+    return entries
 
 
 def read_model_states(folder: Path, manifest: Manifest, model_rank: int) -> list[State]:
@@ -105,6 +117,7 @@ def _load(path: Path) -> State:
     from sat_train.checkpoint.engine_io import SAFE_CLASSES  # imports DeepSpeed, which takes seconds
 
     state: State = load_torch_file(path, SAFE_CLASSES)
+    check_all_plain(path, state)
     return state
 
 
@@ -167,7 +180,8 @@ def _averages(
     for name, pieces in fragments.items():
         ordered = [values for _, values in sorted(pieces, key=lambda piece: piece[0])]
         held = sum(values.numel() for values in ordered)
-        assert held == math.prod(trained[name]), f"{folder}: the average of {name} has {held} values"
+        if held != math.prod(trained.get(name, (0,))):
+            raise CheckpointError(f"{folder}: the average of {name} has {held} values", expected="its shape")
         entries[name] = _spanned(ordered, 0, trained[name])
     return entries
 
@@ -189,7 +203,12 @@ def read_span(partitions: Sequence[Tensor], offset: int, length: int) -> Tensor:
             pieces.append(partition[first:last])
         start += partition.numel()
     found = torch.cat(pieces) if pieces else partitions[0][:0]
-    assert found.numel() == length, f"flat buffers end {length - found.numel()} values early"
+    if found.numel() != length:
+        raise CheckpointError(
+            f"the flat buffers of the checkpoint end {length - found.numel()} values early",
+            expected="the buffers that its shapes call for",
+            remedy="use another step",
+        )
     return found
 
 

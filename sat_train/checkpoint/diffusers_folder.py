@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,14 @@ _STRUCTURE = (
     "use_rotary_positional_embeddings",
     "use_learned_positional_embeddings",
 )
-_TOKENIZER_FILES = (
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+# What makes config.json that of an encoder, besides its sizes.
+_T5_ENCODER = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "is_encoder_decoder": False,
+    "use_cache": False,
+    "tie_word_embeddings": False,
+}
 
 
 def write_pipeline(
@@ -197,31 +198,32 @@ def _write_vae(folder: Path, model: ModelConfig) -> bool:
 
 def _link_text_encoder(folder: Path, model: ModelConfig) -> bool:
     """T5 is 9 to 19 GB that nobody changed: hard links where the file system can, else copies."""
-    from sat_train.models.text.t5 import find_t5_folders  # imports transformers
+    # these import transformers
+    from sat_train.models.text.t5 import find_t5_folders
+    from sat_train.models.text.t5_folder import CONFIG, publishable_files, read_settings
 
     path = Path(expand_assets(model.conditioner_config.params.emb_models[0].params.model_dir))
     try:
         encoder, tokenizer = find_t5_folders(path)
+        tokenizer_files = list(publishable_files(tokenizer, tokenizer=True))
+        weight_files = list(publishable_files(encoder, tokenizer=False))
+        settings = read_settings(encoder)
     except CheckpointError as error:
         log.warning("%s\n  the folder will have no text encoder, and no model_index.json", error)
         return False
-    _link_files(tokenizer, folder / "tokenizer", lambda name: name in _TOKENIZER_FILES)
-    _link_files(encoder, folder / "text_encoder", lambda name: name not in _TOKENIZER_FILES)
+    _link_files(tokenizer_files, folder / "tokenizer")
+    _link_files(weight_files, folder / "text_encoder")
+    _write_json(folder / "text_encoder" / CONFIG, {**_T5_ENCODER, **settings})
     return True
 
 
-def _link_files(source: Path, dest: Path, wanted: Callable[[str], bool]) -> None:
+def _link_files(files: Sequence[Path], dest: Path) -> None:
     dest.mkdir()
-    for path in sorted(source.iterdir()):
-        if (
-            path.is_file()
-            and wanted(path.name)
-            and path.suffix in (".json", ".safetensors", ".bin", ".model")
-        ):
-            try:
-                os.link(path.resolve(), dest / path.name)
-            except OSError:
-                shutil.copyfile(path, dest / path.name)
+    for path in files:
+        try:
+            os.link(path.resolve(), dest / path.name)
+        except OSError:
+            shutil.copyfile(path, dest / path.name)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

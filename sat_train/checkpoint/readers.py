@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 import pickle
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, tensor_entry
 from sat_train.errors import CheckpointError
+from sat_train.files import open_regular, read_text, refuse_packed
 
 # What SwissArmyTransformer's files hold besides tensors: numpy's random state.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
@@ -41,7 +43,7 @@ _DTYPES = {
 _WRAPPERS = ("module", "state_dict")
 _ZIP_MAGIC = b"PK\x03\x04"
 _LFS_MAGIC = b"version https://git-lfs"
-_MOST_HEADER_BYTES = 100_000_000
+_MOST_HEADER_BYTES = 25_000_000  # of a header or an index; those of 5B have 0.2 million
 
 
 def read_weight_files(paths: Sequence[Path]) -> LazyWeights:
@@ -76,7 +78,7 @@ def is_safetensors(path: Path) -> bool:
         CheckpointError: It cannot be read, or is a stand-in for a file that was never downloaded.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(max(len(_LFS_MAGIC), 9))
     except OSError as error:
         raise CheckpointError(
@@ -97,20 +99,27 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Returns the texts in the header of a safetensors file; none for another kind of file."""
     if not is_safetensors(path):
         return {}
+    with _understanding(path), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _understanding(path: Path) -> Iterator[None]:
+    """Turns whatever a library raises about a file of weights into the error that names it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise damaged(path, error) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Entry]:
-    try:
+    with _understanding(path):
+        _check_names(path)
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             kinds = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise damaged(path, error) from error
     for key, (_, dtype) in kinds.items():
         if dtype not in _DTYPES:
             raise _wrong_dtype(path, key, dtype)
@@ -120,9 +129,25 @@ def _read_safetensors(path: Path) -> dict[str, Entry]:
     }
 
 
+def _check_names(path: Path) -> None:
+    """Refuses a header that gives a name twice, of which every reader would take another one."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"the header names {name} twice")
+            found[name] = value
+        return found
+
+    with open_regular(path) as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        json.loads(file.read(length), object_pairs_hook=unique)
+
+
 def _read_safetensor(path: Path, key: str, shape: tuple[int, ...], cut: Cut | None) -> Tensor:
     """Opens the file for this one tensor, so that what the system mapped for it goes when the tensor goes."""
-    with safe_open(path, framework="pt") as file:
+    with _understanding(path), safe_open(path, framework="pt") as file:
         if cut is None:
             return cast(Tensor, file.get_tensor(key))
         part = file.get_slice(key)
@@ -141,7 +166,38 @@ def _read_torch(path: Path) -> dict[str, Entry]:
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES.values():
             raise _wrong_dtype(path, key, str(tensor.dtype).removeprefix("torch."))
+        check_plain(path, key, tensor)
     return {key: tensor_entry(tensor) for key, tensor in tensors.items()}
+
+
+def check_plain(path: Path, key: str, tensor: Tensor) -> None:
+    """Checks that a tensor is made of the values that the file holds.
+
+    Raises:
+        CheckpointError: It is sparse, without data, or claims more values than are there (expanded).
+    """
+    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        kind = (
+            "sparse or without data"
+            if not is_dense
+            else f"of shape {list(tensor.shape)}, expanded from fewer"
+        )
+        raise CheckpointError(
+            f"{path}: {key} is {kind} values than it has",
+            expected="dense tensors, every value of which is in the file",
+            remedy="save the state dict again with .contiguous() tensors",
+        )
+
+
+def check_all_plain(path: Path, state: Any, key: str = "") -> None:
+    """Checks every tensor inside dictionaries and lists as `check_plain` does."""
+    if isinstance(state, Tensor):
+        check_plain(path, key, state)
+    elif isinstance(state, Mapping | list | tuple):
+        items = state.items() if isinstance(state, Mapping) else enumerate(state)
+        for name, value in items:
+            check_all_plain(path, value, f"{key}.{name}".removeprefix("."))
 
 
 def load_torch_file(path: Path, safe_classes: Sequence[Any] = ()) -> Any:
@@ -152,23 +208,23 @@ def load_torch_file(path: Path, safe_classes: Sequence[Any] = ()) -> Any:
         safe_classes: Classes that it may hold besides tensors, plain values and what SAT writes.
 
     Raises:
-        CheckpointError: It is damaged, or would run code.
+        CheckpointError: It is damaged, would run code, or unpacks to more than its size.
     """
-    try:
-        with open(path, "rb") as file:
+    with _understanding(path):
+        refuse_packed(path)
+        with open_regular(path) as file:
             mapped = file.read(4) == _ZIP_MAGIC
-        with torch.serialization.safe_globals([*_SAT_CLASSES, *safe_classes]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        try:
+            with torch.serialization.safe_globals([*_SAT_CLASSES, *safe_classes]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+                raise
             raise CheckpointError(
                 f"{path} holds more than tensors; loading it would run code from it: {_first_line(error)}",
                 expected="tensors and plain values only",
                 remedy="save its state dict alone, best as safetensors, on a machine where you trust it",
             ) from error
-        raise damaged(path, error) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, struct.error, SafetensorError) as error:
-        raise damaged(path, error) from error
 
 
 def read_index(path: Path) -> list[Path]:
@@ -177,16 +233,15 @@ def read_index(path: Path) -> list[Path]:
     Raises:
         CheckpointError: The index is damaged, or shards are missing; they are named.
     """
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    with _understanding(path):
+        weight_map = json.loads(read_text(path, limit=_MOST_HEADER_BYTES))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(path, error) from error
-    if any(Path(name).name != name for name in names):
+        is_outside = any(Path(name).name != name for name in names)
+        missing = [] if is_outside else [name for name in names if not (path.parent / name).is_file()]
+    if is_outside:
         raise CheckpointError(
             f"{path} names shards outside its folder", expected="file names without a folder"
         )
-    missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{path.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:5])}",
@@ -214,14 +269,13 @@ def _find_tensors(state: Any) -> dict[str, Tensor] | None:
     for _ in range(2):
         if not isinstance(state, Mapping):
             return None
-        inner = next(
-            (state[key] for key in ("module", "state_dict") if isinstance(state.get(key), Mapping)), None
-        )
+        inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
         if inner is None:
             break
         state = inner
-    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
-    return tensors or None
+    return {
+        key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)
+    } or None
 
 
 def _wrong_dtype(path: Path, key: str, dtype: str) -> CheckpointError:

@@ -14,10 +14,11 @@ from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps, step_
 from sat_train.checkpoint.readers import read_index
 from sat_train.config.paths import expand_assets
 from sat_train.errors import CheckpointError
-from sat_train.files import hash_file
+from sat_train.files import hash_file, read_text, reading
 
 _SAT_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
+_MOST_NAME_BYTES = 4096
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -48,15 +49,16 @@ def find_weights(path: str | Path, *, part: str = "transformer") -> WeightSource
     Raises:
         CheckpointError: There is nothing, or nothing that is understood, or shards are missing.
     """
-    where = Path(expand_assets(str(path))).expanduser()
-    if where.is_file():
+    with reading(str(path)[:200], error=CheckpointError, expected="weights", remedy="look at the path"):
+        where = Path(expand_assets(str(path))).expanduser()
+        if where.is_dir():
+            return _find_in_folder(where, part)
+        if not where.exists():
+            raise CheckpointError(
+                f"{path}: no such file or folder", expected="weights", remedy="look at the path"
+            )
         named = where.name.endswith(".index.json")
         return WeightSource("files", where, tuple(read_index(where)) if named else (where,))
-    if not where.is_dir():
-        raise CheckpointError(
-            f"{path}: no such file or folder", expected="weights", remedy="look at the path"
-        )
-    return _find_in_folder(where, part)
 
 
 def hash_weights(path: str | Path, *, part: str = "transformer") -> str:
@@ -67,7 +69,8 @@ def hash_weights(path: str | Path, *, part: str = "transformer") -> str:
         CheckpointError: As `find_weights`.
     """
     source = find_weights(path, part=part)
-    with ThreadPoolExecutor(8) as pool:
+    named = reading(path, error=CheckpointError, expected="files that can be read")
+    with named, ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(hash_file, source.files))
     if len(digests) == 1:
         return digests[0]
@@ -100,7 +103,7 @@ def _step(folder: Path) -> WeightSource:
 
 
 def _sat_folder(where: Path) -> WeightSource:
-    name = (where / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    name = read_text(where / LATEST, limit=_MOST_NAME_BYTES).strip()
     folder = where / name
     if not name or not folder.is_dir() or folder.parent != where:
         raise CheckpointError(
@@ -116,11 +119,8 @@ def _sat_folder(where: Path) -> WeightSource:
 
 def _sat_files(folder: Path) -> tuple[Path, ...]:
     found = {int(match[1]): path for path in folder.iterdir() if (match := _SAT_FILE.fullmatch(path.name))}
-    missing = [
-        f"mp_rank_{rank:02d}_model_states.pt"
-        for rank in range(max(found, default=-1) + 1)
-        if rank not in found
-    ]
+    # those below the number of files: one named for rank 9999999999 does not make as many missing
+    missing = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(found)) if rank not in found]
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}", remedy="copy the files of all ranks")
     return tuple(found[rank] for rank in sorted(found))

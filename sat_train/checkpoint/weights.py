@@ -98,7 +98,10 @@ def read_own_weights(source: WeightSource, *, ema: bool = False) -> LazyWeights:
         CheckpointError: As `read_located`.
     """
     if source.kind == "step":
-        return read_step(source.path, read_manifest(source.path), ema=ema)
+        weights = read_step(source.path, read_manifest(source.path), ema=ema)
+        if not any(key.startswith(("transformer.", "mixins.", "time_embed.")) for key in weights):
+            raise _wrong_kind(weights, "a CogVideoX transformer that sat_train trained")
+        return weights
     if ema:
         raise CheckpointError(f"{source.path} is not a run of sat_train, and an average was asked for")
     if source.kind == "sat":

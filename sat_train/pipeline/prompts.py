@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.errors import DataError
+from sat_train.files import open_regular, read_text, reading
 
 _SLUG_LENGTH = 60
+_MOST_PROMPT_BYTES = 64_000_000
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,8 @@ def read_prompt_file(path: Path) -> list[tuple[str, str]]:
     Raises:
         DataError: The file cannot be read as text, or holds nothing.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}", expected="a text file in UTF-8") from error
+    with reading(f"{path} cannot be read", error=DataError, expected="a text file in UTF-8"):
+        text = read_text(path, limit=_MOST_PROMPT_BYTES).removeprefix("\ufeff")
     lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     lines = [(where, line) for where, line in lines if line]
     if not lines:
@@ -92,7 +93,7 @@ def read_image(path: Path, *, height: int, width: int) -> Tensor:
     """Reads a picture, scales it until it covers the size, and cuts off what stands over at both sides.
 
     Args:
-        path: Any format Pillow reads; turned as its EXIF says.
+        path: A picture; turned as its EXIF says. Formats for which Pillow starts other programs are not read.
         height: In pixels.
         width: In pixels.
 
@@ -102,11 +103,13 @@ def read_image(path: Path, *, height: int, width: int) -> Tensor:
     Raises:
         DataError: The file is missing or no picture.
     """
-    try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    expected = f"an image: {', '.join(_FORMATS)}"
+    with (
+        reading(f"{path} cannot be read as an image", error=DataError, expected=expected),
+        open_regular(path) as file,
+        Image.open(file, formats=_FORMATS) as picture,
+    ):
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
     fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return pixels.reshape(height, width, 3).permute(2, 0, 1).contiguous()

@@ -15,14 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from sat_train.errors import CheckpointError
+from sat_train.files import reading
+from sat_train.models.text.t5_folder import check_tokenizer_files, read_config
 
 _TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
+_ATTENTION = "sdpa"  # named, so that no configuration names one
+_ADAPTER = "adapter_config.json"
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
@@ -161,28 +164,50 @@ def _count(tokenizer: PreTrainedTokenizerBase, caption: str) -> int:
 
 
 def _read_tokenizer(folder: Path) -> T5Tokenizer:
-    return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    check_tokenizer_files(folder)
+    expected = "the tokenizer of google/t5-v1_1-xxl"
+    try:
+        with reading(f"the T5 tokenizer in {folder}", error=CheckpointError, expected=expected):
+            return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+            raise
+        raise CheckpointError(
+            f"the T5 tokenizer in {folder} is damaged: {error}", expected=expected
+        ) from error
 
 
 def _read_transformer(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
     """Reads the weights; unlike transformers itself, fails where one of them is missing."""
+    config = read_config(folder)
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder} holds {_ADAPTER}, which leads to other weights",
+            expected="an encoder without adapters",
+            remedy="take the file out of the folder",
+        )
     bar_was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        transformer, report = T5EncoderModel.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"T5 weights in {folder} cannot be read: {error}",
+        with reading(
+            f"T5 weights in {folder} cannot be read",
+            error=CheckpointError,
             expected="the complete files of a T5 v1.1 encoder",
             remedy="compare the file sizes with the source and copy damaged files again",
-        ) from error
+        ):
+            transformer, report = T5EncoderModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=_ATTENTION,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     finally:
         if bar_was_on:
             transformers_logging.enable_progress_bar()
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise CheckpointError(
             f"T5 weights in {folder} lack {len(missing)} tensors: {', '.join(missing[:8])}",
             expected="all weights that its config.json calls for",

@@ -122,9 +122,14 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
 def test_truncated_weights_are_refused(tmp_path):
     shutil.copytree(TINY, tmp_path / "t5")
     path = tmp_path / "t5" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        encoder(tmp_path / "t5")
+    content = path.read_bytes()
+    for length, message in (
+        (400_000, "cannot be read"),
+        (1000, "claims 127,360 weights, and the files beside it"),
+    ):
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=message):
+            encoder(tmp_path / "t5")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""A folder of T5: which of its files are read, and what of its config.json counts.
+
+`transformers` takes config.json whole: it may name kernels or adapters to fetch, quantisation, or sizes of
+any height. So it is read here, by a list of what is known, and compared with the weights that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import T5Config, T5EncoderModel
+
+from sat_train.errors import CheckpointError
+from sat_train.files import open_regular, read_text, reading, refuse_packed
+
+CONFIG = "config.json"
+TOKENIZER_FILES = (
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_WEIGHTS = re.compile(r"(?:pytorch_)?model(?:[.-][\w.-]*)?\.(?:safetensors|bin)(?:\.index\.json)?")
+_MOST_TEXT_BYTES = 100_000_000
+# Highest sizes that are believed; those of T5 v1.1 XXL are far below.
+_SIZES = {
+    "vocab_size": 1_000_000,
+    "d_model": 65_536,
+    "d_kv": 4_096,
+    "d_ff": 1_000_000,
+    "num_layers": 256,
+    "num_heads": 1_024,
+    "relative_attention_num_buckets": 4_096,
+    "relative_attention_max_distance": 1_000_000,
+    "pad_token_id": 1_000_000,
+    "eos_token_id": 1_000_000,
+}
+_FEED_FORWARD = ("relu", "gelu", "gated-gelu", "gated-silu")
+_LEAST_BYTES_OF_A_WEIGHT = 2
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of weights and their index, by name."""
+    return sorted(path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Reads what counts of a T5's config.json.
+
+    Raises:
+        CheckpointError: It is no T5's, or a size is none.
+    """
+    path = folder / CONFIG
+    with reading(path, error=CheckpointError, expected="the configuration of a T5 v1.1 encoder"):
+        found = dict(json.loads(read_text(path, limit=_MOST_TEXT_BYTES)))
+        if found.get("model_type", "t5") != "t5":
+            raise ValueError(f"model_type is {found['model_type']}, not t5")
+        settings = {key: value for key, value in found.items() if key in _SIZES and value is not None}
+        for key, value in settings.items():
+            if (
+                type(value) is not int
+                or not (key.endswith("_id") or value > 0)
+                or not 0 <= value <= _SIZES[key]
+            ):
+                raise ValueError(f"{key} is {value}, expected a whole number up to {_SIZES[key]}")
+        if (kind := found.get("feed_forward_proj", "relu")) not in _FEED_FORWARD:
+            raise ValueError(f"feed_forward_proj is {kind}, expected one of {', '.join(_FEED_FORWARD)}")
+        epsilon = float(found.get("layer_norm_epsilon", 1e-6))
+        if not 0 < epsilon < 1:
+            raise ValueError(f"layer_norm_epsilon is {epsilon}, expected a number between 0 and 1")
+    return {**settings, "feed_forward_proj": kind, "layer_norm_epsilon": epsilon}
+
+
+def read_config(folder: Path) -> T5Config:
+    """Returns the configuration of an encoder whose weights are there in that size.
+
+    Raises:
+        CheckpointError: As `read_settings`; a file that is no regular one; fewer weights than are claimed.
+    """
+    config = T5Config(**read_settings(folder), is_encoder_decoder=False, use_cache=False)
+    held = sum(_checked_size(path) for path in weight_files(folder))
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in T5EncoderModel(config).parameters())
+    if count * _LEAST_BYTES_OF_A_WEIGHT > held:
+        raise CheckpointError(
+            f"{folder / CONFIG} claims {count:,} weights, and the files beside it have {held:,} bytes",
+            expected="all weights that it calls for, in at least 16 bits each",
+            remedy="check that every shard is there and that config.json belongs to the weights",
+        )
+    return config
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Checks that what a tokenizer reads are regular files of a believable size.
+
+    Raises:
+        CheckpointError: One is not.
+    """
+    for path in (folder / name for name in TOKENIZER_FILES):
+        with reading(path, error=CheckpointError, expected="a tokenizer's file"):
+            if path.exists():
+                with open_regular(path) as file:
+                    if file.seek(0, 2) > _MOST_TEXT_BYTES:
+                        raise ValueError(f"has more than {_MOST_TEXT_BYTES:,} bytes")
+
+
+def _checked_size(path: Path) -> int:
+    """Returns the bytes of a file of weights; an index has none of its own, and names files beside it."""
+    with reading(path, error=CheckpointError, expected="weights of T5"):
+        if path.suffix != ".json":
+            refuse_packed(path)
+            return path.stat().st_size
+        weight_map = json.loads(read_text(path, limit=_MOST_TEXT_BYTES))["weight_map"]
+        if outside := [name for name in weight_map.values() if not _WEIGHTS.fullmatch(name)]:
+            raise ValueError(f"names {outside[0]}, which is no file of weights beside it")
+        return 0
+
+
+def publishable_files(folder: Path, *, tokenizer: bool) -> Iterator[Path]:
+    """Yields the files that an exported model may hold: known names, regular files, from this very folder.
+
+    Raises:
+        CheckpointError: A link that leads out of the folder; those into the store of a Hugging Face cache,
+            which a snapshot is made of, are followed.
+    """
+    named = [folder / name for name in TOKENIZER_FILES] if tokenizer else weight_files(folder)
+    root = folder.resolve()
+    allowed = next((parent.parent for parent in root.parents if parent.name == "snapshots"), root)
+    for path in named:
+        target = path.resolve()
+        if not path.is_file():
+            continue
+        if not target.is_relative_to(allowed):
+            raise CheckpointError(
+                f"{path} is a link that leads to {target}, outside of its folder",
+                expected="files of T5, which are copied into the model that is written",
+                remedy="put the file itself in its place",
+            )
+        yield path
