@@ -120,6 +120,7 @@ class Stopped(BaseException):
     """
 
     def __init__(self, signal_number: int, message: str, *, ranks_agree: bool = False) -> None:
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
         self.ranks_agree = ranks_agree
         super().__init__(printable(message))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -17,8 +17,8 @@ from sat_train.checkpoint.weights import load_weights, locate_weights
 from sat_train.config import RunConfig
 from sat_train.distributed.collectives import check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
-from sat_train.errors import SatTrainError
-from sat_train.log import get_logger
+from sat_train.errors import SatTrainError, Stopped
+from sat_train.log import console, get_logger
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import add_lora_for
@@ -28,7 +28,9 @@ from sat_train.pipeline.build import SamplingSettings, build_pipeline, build_sam
 from sat_train.pipeline.prompts import SampleRequest, build_requests, read_image, read_prompt_file
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
+from sat_train.training.memory import SAMPLING_REMEDY, explaining_lack_of_memory
 from sat_train.training.models import StartWeights, build_loaded_vae, read_weights_and_updates
+from sat_train.training.signals import StopRequest
 
 log = get_logger(__name__)
 
@@ -45,33 +47,58 @@ def sample(run: RunConfig, grid: ProcessGrid) -> None:
     """
     for note in run.notes:
         log.info("%s", note)
+    stop_request = StopRequest("stopped before the first video").listen()
     requests, settings = read_requests(run), build_sampling(run)
-    pipeline = build_sampler(run, grid)
-    log.info(
-        "%d videos of %d frames, %dx%d", len(requests), settings.num_frames, settings.height, settings.width
-    )
     folder = Path(run.args.output_dir)
-    previews: dict[int, Tensor] = {}
-    problem = None
-    with StepBar(shown=grid.rank == 0) as bar:
-        mine = list(enumerate(requests))[grid.data_rank :: grid.data_size]
-        for number, request in mine:
-            bar.begin(f"{request.name}.mp4", settings.steps)
-            try:
-                video = draw(pipeline, request, settings, bar.step)
-                if grid.model_rank == 0:
-                    write_mp4(folder / f"{request.name}.mp4", video, fps=settings.fps)
-            except SatTrainError as error:
-                problem = error
-                break
-            previews[number] = spread_frames(video)
-            log.info("wrote %s", folder / f"{request.name}.mp4")
+    with explaining_lack_of_memory(SAMPLING_REMEDY):
+        pipeline = build_sampler(run, grid)
+        shape = (settings.num_frames, settings.height, settings.width)
+        log.info("%d videos of %d frames, %dx%d", len(requests), *shape)
+        try:
+            previews, problem = write_videos(grid, pipeline, requests, settings, folder, stop_request)
+        except Stopped as stop:
+            count = sum((folder / f"{request.name}.mp4").exists() for request in requests)
+            message = f"stopped; {count} of {len(requests)} videos are in {folder}"
+            raise Stopped(stop.signal_number, message) from None
     check_all_ranks(grid, problem)
     gathered = {number: video for part in gather_objects(grid, previews) for number, video in part.items()}
     if grid.rank == 0:
         videos = [gathered[number] for number in sorted(gathered)]
         write_contact_sheet(folder / "contact_sheet.png", videos, [request.prompt for request in requests])
         log.info("wrote %s", folder / "contact_sheet.png")
+
+
+def write_videos(
+    grid: ProcessGrid,
+    pipeline: VideoDiffusion,
+    requests: Sequence[SampleRequest],
+    settings: SamplingSettings,
+    folder: Path,
+    stop_request: StopRequest,
+) -> tuple[dict[int, Tensor], SatTrainError | None]:
+    """Writes this rank's share of the videos; each file is complete or absent.
+
+    Returns:
+        Frames of the videos for the contact sheet, by number, and what ended the work early.
+
+    Raises:
+        Stopped: A signal asked for it.
+    """
+    previews: dict[int, Tensor] = {}
+    with StepBar(shown=grid.rank == 0) as bar:
+        for number, request in list(enumerate(requests))[grid.data_rank :: grid.data_size]:
+            if stop_request:
+                raise Stopped(signal.Signals[stop_request.signal_name], "")
+            bar.begin(f"{request.name}.mp4", settings.steps)
+            try:
+                video = draw(pipeline, request, settings, bar.step)
+                if grid.model_rank == 0:
+                    write_mp4(folder / f"{request.name}.mp4", video, fps=settings.fps)
+            except SatTrainError as error:
+                return previews, error
+            previews[number] = spread_frames(video)
+            log.info("wrote %s", folder / f"{request.name}.mp4")
+    return previews, None
 
 
 def read_requests(run: RunConfig) -> list[SampleRequest]:
@@ -161,7 +188,7 @@ class StepBar:
     def __init__(self, *, shown: bool) -> None:
         columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
         is_on = shown and sys.stderr.isatty()
-        self._bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not is_on)
+        self._bar = Progress(*columns, console=console(), transient=True, disable=not is_on)
         self._task = self._bar.add_task("")
 
     def __enter__(self) -> StepBar:

@@ -143,9 +143,16 @@ class FailureLog:
 
 
 def write_failures(path: Path, failures: Sequence[Failure], *, rank: int) -> None:
-    """Appends one JSON object for each clip to a file."""
+    """Appends one JSON object for each clip to a file; no training ends because it cannot be written."""
+    try:
+        _append_failures(path, failures, rank=rank)
+    except OSError as error:
+        log.error("%s cannot be written, training continues: %s", path, error.strerror or error)
+
+
+def _append_failures(path: Path, failures: Sequence[Failure], *, rank: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         for failure in failures:
             told = asdict(failure)

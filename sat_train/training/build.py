@@ -33,6 +33,7 @@ from sat_train.training.callbacks.build import build_callbacks
 from sat_train.training.data import CacheFiller, RunData, open_data
 from sat_train.training.ema import WeightAverage
 from sat_train.training.engine import build_engine
+from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
 from sat_train.training.meter import Meter
 from sat_train.training.models import build_models, find_start_weights
 from sat_train.training.optim.build import build_optimizer
@@ -62,6 +63,7 @@ class Place:
     point: ResumePoint | None
 
 
+@explaining_lack_of_memory(TRAINING_REMEDY)
 def train(run: RunConfig, grid: ProcessGrid) -> None:
     """Builds a run, trains it and leaves its folder in order.
 

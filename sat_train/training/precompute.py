@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig
@@ -21,7 +20,7 @@ from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import Failure
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessGrid
-from sat_train.log import get_logger
+from sat_train.log import console, get_logger
 from sat_train.pipeline.build import compute_dtype
 from sat_train.pipeline.encode import SampleEncoder
 from sat_train.pipeline.frozen_models import FrozenModels
@@ -202,4 +201,4 @@ def _bar(grid: ProcessGrid) -> AbstractContextManager[Progress | None]:
         return nullcontext()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     share = f" (rank 0 of {grid.world_size})" if grid.world_size > 1 else ""
-    return Progress(*columns, TextColumn(share), console=Console(stderr=True))
+    return Progress(*columns, TextColumn(share), console=console())

@@ -32,10 +32,14 @@ class StopRequest:
     that the step can end and the run save itself. A second SIGINT or SIGTERM, more than a second later,
     ends the process at once. SIGUSR1 is a scheduler's warning that leaves time: it is always remembered and
     never impatient.
+
+    Args:
+        nothing_yet: What `Stopped` says.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nothing_yet: str = "stopped before the first step; nothing was trained") -> None:
         self.signal_name = ""
+        self._nothing_yet = nothing_yet
         self._deferred = False
         self._raised = False
         self._asked_at: float | None = None
@@ -70,9 +74,7 @@ class StopRequest:
             self.signal_name = self.signal_name or signal.Signals(number).name
         elif not self._raised:
             self._raised = True
-            raise Stopped(
-                number, f"{signal.Signals(number).name}: stopped before the first step; nothing was trained"
-            )
+            raise Stopped(number, f"{signal.Signals(number).name}: {self._nothing_yet}")
 
     def _hear(self, descriptor: int) -> None:
         while True:

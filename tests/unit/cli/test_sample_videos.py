@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import av
@@ -11,14 +13,26 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sat_train.cli import sample_videos
 from sat_train.cli.sample_videos import sample
 from sat_train.config import RunConfig, load_run_config
 from sat_train.distributed.processes import start_single_process
-from sat_train.errors import CheckpointError, DataError
+from sat_train.errors import CheckpointError, DataError, Stopped
 from sat_train.models.build import build_dit
 from sat_train.models.vae.video_vae import VideoVAE
 
 SAMPLE = Path(__file__).parents[3] / "configs" / "sample.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _signals_of_the_tests():
+    """Sampling takes over the signals of its process, which here is that of the tests."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 @pytest.fixture
@@ -106,3 +120,26 @@ def test_weights_of_another_model_are_refused_by_name(make_run, tmp_path):
     save_file(weights, tmp_path / "dit.safetensors")
     with pytest.raises(CheckpointError, match=r"attention\.dense\.weight"):
         sample(run, start_single_process())
+
+
+@pytest.mark.parametrize(("number", "count"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
+def test_a_signal_leaves_the_finished_videos_and_one_line(make_run, tmp_path, monkeypatch, number, count):
+    """It comes in the second of three videos: a person does not wait for its end, a scheduler does."""
+    run = make_run("args.input_type=txt", f"args.input_file={tmp_path / 'prompts.txt'}")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    grid = start_single_process()
+    begun = []
+
+    def draw(*args):
+        begun.append(args[1].prompt)
+        if len(begun) == 2:
+            os.kill(os.getpid(), number)
+        return sample_videos.draw_one(*args)
+
+    monkeypatch.setattr(sample_videos, "draw_one", sample_videos.draw, raising=False)
+    monkeypatch.setattr(sample_videos, "draw", draw)
+    with pytest.raises(Stopped) as caught:
+        sample(run, grid)
+    assert caught.value.exit_code == 128 + number
+    assert str(caught.value) == f"stopped; {count} of 3 videos are in {tmp_path / 'out'}"
+    assert len(list((tmp_path / "out").iterdir())) == count, "nothing half written"

@@ -1,0 +1,47 @@
+"""Out of memory, said so that a person knows what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sat_train.errors import TrainingError
+
+_NO_HOST_MEMORY = (
+    "can't allocate memory"  # what PyTorch's allocator for the CPU says, in a plain RuntimeError
+)
+
+TRAINING_REMEDY = (
+    "in this order: sat-train precompute and data.cache=require (neither T5 nor the autoencoder is loaded), "
+    "args.batch_size=1 with more args.gradient_accumulation_steps, args.checkpoint_activations=true, LoRA, "
+    "more GPUs, configs/parallel/zero3.yaml"
+)
+SAMPLING_REMEDY = (
+    "model.first_stage_config.params.tiling=true, args.bf16=true, a smaller args.sampling_image_size or "
+    "args.sampling_num_frames"
+)
+
+
+@contextmanager
+def explaining_lack_of_memory(remedy: str) -> Iterator[None]:
+    """Turns an allocation that failed, on the device or the CPU, into an error that says what helps.
+
+    Args:
+        remedy: What helps.
+
+    Raises:
+        TrainingError: Memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        first_line = (str(error).splitlines() or ["the CPU has none left"])[0]
+        raise TrainingError(f"out of memory: {first_line}", remedy=remedy) from error
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_HOST_MEMORY in str(error)
