@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,6 @@ from sat_train.data.sources.records import (
     SourceOptions,
     check_faults,
     make_source,
-    parse_json,
 )
 from sat_train.errors import DataError
 from sat_train.files import open_regular, read_text, reading
@@ -72,7 +72,7 @@ def _data_files(folder: Path, options: SourceOptions) -> list[str]:
     """Returns the names of the Arrow files, all of them in the folder itself."""
     path = folder / _STATE
     with reading(path, error=DataError, expected="what `Dataset.save_to_disk` writes"):
-        state = parse_json(read_text(path, limit=_STATE_BYTES))
+        state = json.loads(read_text(path, limit=_STATE_BYTES))
         names = [file["filename"] for file in state["_data_files"]]
         strays = [name for name in names if Path(name).name != name]
     if strays:
