@@ -189,6 +189,8 @@ class CacheFiller(Callback):
         cache: The open cache.
     """
 
+    optional = True  # what it fails to keep is encoded again
+
     def __init__(self, run: RunConfig, grid: ProcessGrid, frozen: FrozenModels, cache: OpenCache) -> None:
         self._frozen, self._cache = frozen, cache
         self._image_to_video = run.model.noised_image_input

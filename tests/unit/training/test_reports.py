@@ -9,6 +9,8 @@ import subprocess
 import sys
 import termios
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -192,6 +194,20 @@ def test_every_line_of_the_file_is_json_even_when_a_number_is_not_finite(tmp_pat
         "valid_loss_by_timestep": {"62": 1.0},
         "valid_samples": 8,
     }
+
+
+def test_the_recipe_finds_the_step_with_the_lowest_validation_loss(tmp_path):
+    recipes = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text()
+    (line,) = re.findall(r"^grep .*metrics\.jsonl.*$", recipes, re.MULTILINE)
+    metrics = MetricsFile(tmp_path)
+    metrics.started(_at(0))
+    for step, loss in ((2, 0.75), (4, 0.095), (6, 0.11), (8, 1e-1)):
+        metrics.reported(_entry(step, loss=0.01))
+        metrics.reported(replace(VALIDATION, step=step, valid_loss=loss))
+    found = subprocess.run(
+        line.replace("runs/NAME", str(tmp_path)), shell=True, stdout=subprocess.PIPE, check=True
+    )
+    assert json.loads(found.stdout)["step"] == 4
 
 
 def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path):
