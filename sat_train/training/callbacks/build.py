@@ -164,7 +164,7 @@ def _is_measured(grid: ProcessGrid, run_folder: Path | None, step: int) -> bool:
     return any(entry["step"] == step and "valid_loss" in entry for entry in entries)
 
 
-def _given_conditions(run: RunConfig, settings: SamplingSettings) -> tuple[list[str], list[torch.Tensor]]:
+def given_conditions(run: RunConfig, settings: SamplingSettings) -> tuple[list[str], list[torch.Tensor]]:
     """Returns `args.valid_prompts`, and the first frames that stand beside them."""
     prompts, files = list(run.args.valid_prompts), run.args.valid_images
     if files:
@@ -190,7 +190,7 @@ def _drawings(
 ) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
     """Returns the prompts and how number `n` of them is drawn; None when there is nothing to draw."""
     settings = build_sampling(run)
-    prompts, images = _given_conditions(run, settings)
+    prompts, images = given_conditions(run, settings)
     if loader is not None and (not prompts or (pipeline.noised_image_input and not images)):
         if prompts:
             log.info("args.valid_prompts have no images: validation videos show the validation clips instead")
