@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sat_train.errors import LaunchError
+from sat_train.files import write_text
 
 _LOOPBACK = "127.0.0.1"
 _DEFAULT_PORT = 29500
@@ -246,3 +247,19 @@ def tell_torchrun(message: str, time: int) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         Path(path).write_text(json.dumps({"message": message, "timestamp": time}))
+
+
+def tell_batch_script(run_directory: Path) -> None:
+    """Writes the run's directory into the file that `SAT_TRAIN_RUN_FILE` names, for who started the run.
+
+    Raises:
+        LaunchError: The file cannot be written; the script could not start the run again.
+    """
+    path = os.environ.get("SAT_TRAIN_RUN_FILE")
+    if path:
+        try:
+            write_text(Path(path), f"{run_directory.resolve()}\n")
+        except OSError as error:
+            raise LaunchError(
+                f"SAT_TRAIN_RUN_FILE={_short(path)}: {error.strerror}", expected="a file that can be written"
+            ) from None

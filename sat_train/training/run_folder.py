@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks
+from sat_train.distributed.environment import tell_batch_script
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import LaunchError, SatTrainError
 from sat_train.log import get_logger
@@ -116,6 +117,7 @@ def open_run_folder(
     if grid.rank == 0:
         try:
             folder, lock = _open_on_rank_0(save_root, experiment_name, resumed)
+            tell_batch_script(folder)
         except OSError as problem:
             error = _cannot_write(save_root, problem)
         except SatTrainError as problem:
