@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sat_train.checkpoint.convert import Conversion, convert
-from sat_train.config import ModelConfig, load_run_config
+from sat_train.checkpoint.convert import LORA_FILE_STEM, Conversion, convert
+from sat_train.cli.diffusers_snippet import diffusers_snippet
+from sat_train.config import RunConfig, load_run_config
+from sat_train.config.layers import EMBEDDED
 from sat_train.config.run_model import find_resolved
+from sat_train.distributed.processes import start_single_process
+from sat_train.errors import CheckpointError
 from sat_train.log import configure_logging
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -30,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
     """
     configure_logging()
     options = _parser().parse_args(argv)
+    start_single_process()  # before DeepSpeed, whose shards are read, looks for an accelerator
+    run = read_run(options.source, options.base) if options.to == "diffusers" else None
     conversion = Conversion(
         source=options.source,
         dest=options.dest,
@@ -41,24 +51,76 @@ def main(argv: Sequence[str]) -> int:
         ema=options.ema,
         model_size=options.model_parallel_size,
         dtype=_DTYPES.get(options.dtype),
-        model=read_model_section(options.source, options.base),
+        model=None if run is None else run.model,
     )
+    try:
+        with _signals_raise():
+            dest = _convert(conversion)
+    except _Ended as ended:
+        print(f"ended by {ended}: {options.dest} was not written, and nothing is left of it", file=sys.stderr)
+        return ended.exit_code
+    print(f"wrote {dest}; every value was read back and compared")
+    if run is not None:
+        is_lora = (dest / f"{LORA_FILE_STEM}.safetensors").is_file()
+        print(f"\nfor diffusers:\n\n{diffusers_snippet(run, dest, is_lora=is_lora)}")
+    return 0
+
+
+def read_run(source: Path, base: Sequence[Path]) -> RunConfig | None:
+    """Returns the configuration that says which model it is: the files given, else the run's own, else None.
+
+    Raises:
+        CheckpointError: The run's own says none.
+        ConfigError: It is faulty.
+    """
+    if base:
+        return load_run_config(base, purpose="check", check_paths=False)
+    resolved = find_resolved(str(source))
+    if resolved is None:
+        return None
+    run = load_run_config([resolved], purpose="check", check_paths=False)
+    if run.sources["model.network_config.params.hidden_size"] == EMBEDDED:
+        raise CheckpointError(
+            f"{resolved} says nothing of a model",
+            expected="section model, as a run writes it",
+            remedy="name the model's preset, e.g. --base configs/model/cogvideox_5b.yaml",
+        )
+    return run
+
+
+def _convert(conversion: Conversion) -> Path:
     with _bar() as bar:
 
         def progress(size: int) -> Callable[[int], None]:
             task = bar.add_task("", total=size)
             return lambda count: bar.update(task, advance=count)
 
-        dest = convert(conversion, progress=progress)
-    print(f"wrote {dest}; every value was read back and compared")
-    return 0
+        return convert(conversion, progress=progress)
 
 
-def read_model_section(source: Path, base: Sequence[Path]) -> ModelConfig | None:
-    """Returns section `model`: of the files given, else of the run that the source is, else None."""
-    resolved = find_resolved(str(source))
-    files = list(base) or ([resolved] if resolved else [])
-    return load_run_config(files, purpose="check", check_paths=False).model if files else None
+class _Ended(KeyboardInterrupt):
+    """A signal, on its way through whatever was under way; no library may take it for an error of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Lets the first SIGINT or SIGTERM unwind what is under way, so that nothing half written stays."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Ended(number)
+
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _bar() -> Progress:

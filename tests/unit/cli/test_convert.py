@@ -1,0 +1,94 @@
+"""`sat-train convert` writes the model that the weights are, and leaves nothing where it is ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sat_train.cli.convert import main
+from sat_train.cli.main import run_cli
+from sat_train.distributed.processes import start_single_process
+from tests.runs.launching import ROOT, environment
+from tests.unit.checkpoint.lora_runs import commit_weights
+from tests.unit.checkpoint.transformers import random_weights
+
+TINY = "configs/model/cogvideox_tiny.yaml"
+WEIGHTS = ROOT / "sat_train" / "assets" / "tiny" / "dit.safetensors"
+
+
+def convert_words(source: Path, dest: Path, *words: str) -> list[str]:
+    return [str(source), str(dest), "--to", "diffusers", *words]
+
+
+@pytest.mark.parametrize("preset", ["cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b_i2v"])
+def test_weights_of_another_model_than_base_says_are_an_error_that_names_both(
+    tmp_path: Path, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = convert_words(WEIGHTS, tmp_path / "out", "--base", f"configs/model/{preset}.yaml")
+    assert run_cli(lambda: main(words)) == 2
+    told = capsys.readouterr().err
+    assert str(WEIGHTS) in told
+    assert "the model has [" in told
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "says nothing of a model"), ("args: {}\n", "says nothing")]
+)
+def test_a_run_whose_configuration_is_empty_gets_no_toy_config(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    commit_weights(start_single_process(), run, 1, random_weights())
+    (run / "resolved.yaml").write_text(text)
+    assert run_cli(lambda: main(convert_words(run, tmp_path / "out"))) == 2
+    assert message in capsys.readouterr().err
+    assert run_cli(lambda: main(convert_words(run, tmp_path / "out", "--base", TINY))) == 2
+    assert "does not fit the model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diffusers_folder_s_own_config_is_compared_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(convert_words(WEIGHTS, tmp_path / "out", "--base", TINY)) == 0
+    path = tmp_path / "out" / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "max_text_seq_length": 226}))
+    capsys.readouterr()
+    assert run_cli(lambda: main(convert_words(tmp_path / "out", tmp_path / "again", "--base", TINY))) == 2
+    assert "max_text_seq_length: 226 there, 32 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_ended_conversion_says_one_line_and_leaves_nothing(tmp_path: Path, number: int) -> None:
+    shapes = {f"model.diffusion_model.transformer.layers.{i}.attention.dense.weight": 12 for i in range(24)}
+    source = tmp_path / "in.pt"
+    torch.save({"module": {key: torch.randn(size, 1_000_000) for key, size in shapes.items()}}, source)
+    words = [
+        sys.executable,
+        "-m",
+        "sat_train.cli.main",
+        "convert",
+        str(source),
+        str(tmp_path / "out"),
+        "--to",
+        "sat",
+    ]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".tmp-convert-*/1/*")):
+        assert process.poll() is None, "it ended before it wrote"
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    name = signal.Signals(number).name
+    assert told == f"ended by {name}: {tmp_path}/out was not written, and nothing is left of it\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
