@@ -18,7 +18,7 @@ from sat_train.data.report import render_page
 from sat_train.data.sources.read import build_source_options, read_source
 from sat_train.data.sources.records import ClipSource
 from sat_train.distributed.processes import start_single_process
-from sat_train.errors import CheckpointError, DataError
+from sat_train.errors import CheckpointError, DataError, printable
 from sat_train.log import configure_logging
 from sat_train.models.text.t5 import count_tokens
 from sat_train.pipeline.video_file import write_contact_sheet, write_mp4
@@ -69,7 +69,7 @@ def _inspect(run: RunConfig, output: Path, num_processes: int) -> int:
     for entry in dict.fromkeys((*run.args.train_data, *(run.args.valid_data or ()))):
         report = _report(run, read_source(entry, build_source_options(run.data)), fit, num_processes)
         reports.append(report)
-        print("\n".join(f"{name:<13} {value}" for name, value in report.lines()), end="\n\n")
+        print(printable("\n".join(f"{name:<13} {value}" for name, value in report.lines())), end="\n\n")
     output.mkdir(parents=True, exist_ok=True)
     page = output / "index.html"
     page.write_text(render_page(reports), encoding="utf-8")
@@ -121,7 +121,7 @@ def _preview(run: RunConfig, output: Path, count: int) -> int:
         write_mp4(path, sample.video_tchw, fps=run.data.params.fps)
         times = f"{sample.times[0]:.2f} to {sample.times[-1]:.2f} s"
         shape = "x".join(str(side) for side in (len(sample.video_tchw), *sample.video_tchw.shape[-2:]))
-        print(f"{path}  {shape}  {sample.clip_id}  {times}  {sample.caption}")
+        print(printable(f"{path}  {shape}  {sample.clip_id}  {times}  {sample.caption}"))
     write_contact_sheet(
         output / "contact_sheet.png", [s.video_tchw for s in samples], [s.caption for s in samples]
     )

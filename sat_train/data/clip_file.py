@@ -17,7 +17,7 @@ from sat_train.data.clip_times import DECODER_ERRORS, first_and_last
 from sat_train.data.failures import BadClip
 from sat_train.data.orientation import Orientation, frame_orientation, read_exif
 from sat_train.data.part_reader import PartReader
-from sat_train.data.remote import RemoteFile, is_remote
+from sat_train.data.remote import RemoteFile, is_remote, shown
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -153,7 +153,7 @@ def _open_remote(
     try:
         return kind(path, block_bytes=block_bytes, start=start, size=size)
     except FileNotFoundError:
-        raise BadClip("missing", f"there is no {path}") from None
+        raise BadClip("missing", f"there is no {shown(path)}") from None
     except OSError as error:
         raise BadClip("unreadable", _said(error), may_pass=True) from None
 

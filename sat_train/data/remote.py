@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from sat_train.data.part_reader import PartReader
 from sat_train.errors import DataError
 from sat_train.patterns import expand_braces
 
+_USER = re.compile(r"://[^/\s@'\"]*@")
+_QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\")]+")
 _HERE = ("file://", "local://")
 _KEPT_BYTES = 16 << 20  # of the blocks of one open file
 _WAITS_S = (0.2, 0.6, 1.8)  # before a request that failed is sent again
@@ -70,14 +73,15 @@ def make_path(text: str) -> Path:
         return Path(text.removeprefix(here))
     if "::" in text:
         raise DataError(
-            f"{text}: chained protocols (`::`) are not read", expected="one protocol, such as s3://bucket/set"
+            f"{shown(text)}: chained protocols (`::`) are not read",
+            expected="one protocol, such as s3://bucket/set",
         )
     try:
         import fsspec
         from upath import UPath
     except ImportError:
         raise DataError(
-            f"{text}: reading remote archives needs universal_pathlib",
+            f"{shown(text)}: reading remote archives needs universal_pathlib",
             remedy="pip install universal_pathlib",
         ) from None
     protocol = text.partition("://")[0]
@@ -85,11 +89,13 @@ def make_path(text: str) -> Path:
         fsspec.get_filesystem_class(protocol)
     except ValueError:
         raise DataError(
-            f"{text}: there is no protocol `{protocol}`", expected="s3://, gs://, https://, ..."
+            f"{shown(text)}: there is no protocol `{protocol}`", expected="s3://, gs://, https://, ..."
         ) from None
     except ImportError as error:
         package = _missing_package(protocol, error)
-        raise DataError(f"{text}: {protocol}:// needs {package}", remedy=f"pip install {package}") from None
+        raise DataError(
+            f"{shown(text)}: {protocol}:// needs {package}", remedy=f"pip install {package}"
+        ) from None
     return UPath(text)
 
 
@@ -104,6 +110,11 @@ def _missing_package(protocol: str, error: ImportError) -> str:
 def is_remote(path: PurePath) -> bool:
     """Tells whether `make_path` found a path to be remote."""
     return not isinstance(path, PurePath)
+
+
+def shown(text: PurePath | str) -> str:
+    """Returns a path, a URL, or a text with URLs in it, without their passwords and signatures."""
+    return _QUERY.sub(r"\1?***", _USER.sub("://***@", str(text)))
 
 
 def file_name(path: PurePath | str) -> str:
@@ -146,10 +157,10 @@ def _glob(url: str) -> list[Path]:
     try:
         names = [name for name in _patiently(ask) if file_name(name).endswith(".tar")]
     except OSError as error:
-        raise DataError(f"{url}: its folder cannot be read: {error}") from None
+        raise DataError(f"{shown(url)}: its folder cannot be read: {error}") from None
     if not names:
         raise DataError(
-            f"{url}: there is no .tar archive at this place",
+            f"{shown(url)}: there is no .tar archive at this place",
             expected="archives, or a folder of them: remote files are read from .tar archives only",
         )
     return [make_path(f"{folder}/{name[len(root) :].lstrip('/')}") for name in sorted(names)]
@@ -270,7 +281,7 @@ def _patiently(ask: Callable[[], Result]) -> Result:
             if isinstance(cause, FileNotFoundError):
                 raise cause from None
             if wait_s is None or not _may_pass(cause):
-                raise OSError(f"{type(cause).__name__}: {cause}") from error
+                raise OSError(shown(f"{type(cause).__name__}: {cause}")) from error
             time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")
 

@@ -7,6 +7,7 @@ import html
 from collections.abc import Sequence
 
 from sat_train.data.inspect import ClipFacts, SetReport
+from sat_train.errors import printable
 
 _BINS = 24
 _STYLE = """
@@ -89,4 +90,4 @@ def _histogram(title: str, values: Sequence[float]) -> str:
 
 
 def _text(words: str) -> str:
-    return html.escape(words)
+    return html.escape(printable(words))

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from sat_train.data.remote import RemoteFile, RemoteState, is_remote, read_state
+from sat_train.data.remote import RemoteFile, RemoteState, is_remote, read_state, shown
 from sat_train.data.sources.columns import COMMON, find_columns, shown_columns
 from sat_train.data.sources.records import check_name, clean_caption, parse_json
 from sat_train.errors import DataError
@@ -109,12 +109,14 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such archive", remedy="correct args.train_data") from None
+        raise DataError(
+            f"{shown(path)}: there is no such archive", remedy="correct args.train_data"
+        ) from None
     except DataError:
         raise
     except Exception as error:  # tarfile fails in as many ways as there are broken headers
         raise DataError(
-            f"{path}: this archive cannot be read: {_reason(error)}",
+            f"{shown(path)}: this archive cannot be read: {_reason(error)}",
             expected="a complete tar file without compression, so that its members can be read at random",
         ) from None
 
@@ -233,7 +235,7 @@ def _place(path: Path) -> Path:
 
 
 def _key(path: Path, state: RemoteState) -> dict[str, Any]:
-    return {"format": _FORMAT, "url": str(path), "size": state.size, "change": state.change}
+    return {"format": _FORMAT, "url": shown(path), "size": state.size, "change": state.change}
 
 
 def _recall(path: Path, state: RemoteState) -> ArchiveIndex | None:
@@ -253,7 +255,7 @@ def _recall(path: Path, state: RemoteState) -> ArchiveIndex | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        log.warning("%s cannot be used (%s): %s is indexed again", place, error, path)
+        log.warning("%s cannot be used (%s): %s is indexed again", place, error, shown(path))
         return None
 
 
@@ -268,7 +270,7 @@ def _remember(path: Path, state: RemoteState, index: ArchiveIndex) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, json.dumps(body))
     except OSError as error:
-        log.warning("%s cannot be written (%s): the next start indexes %s again", place, error, path)
+        log.warning("%s cannot be written (%s): the next start indexes %s again", place, error, shown(path))
 
 
 def _hash(told: Any) -> str:

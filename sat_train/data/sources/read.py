@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sat_train.config.schema.data import DataConfig
-from sat_train.data.remote import find_remote, make_path
+from sat_train.data.remote import find_remote, make_path, shown
 from sat_train.data.sources.archives import read_archives
 from sat_train.data.sources.columns import KINDS
 from sat_train.data.sources.folder import read_folder
@@ -49,7 +49,7 @@ def read_source(path: str | Path, options: SourceOptions = DEFAULT_OPTIONS) -> C
     if entry.startswith("file://"):
         entry = str(make_path(entry))
     if "://" in entry:
-        return read_archives(entry, find_remote(entry), options)
+        return read_archives(shown(entry), find_remote(entry), options)
     if not Path(entry).exists() and (places := _matches(entry)):
         return read_archives(entry, places, options)
     return _read_place(Path(entry), entry, options)

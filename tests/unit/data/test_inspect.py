@@ -79,6 +79,20 @@ def words(folder, *more):
     return [*fixed, "data.params.max_upscale=1.5", "data.params.short_clip=skip", *more]
 
 
+def test_names_and_captions_do_not_steer_the_terminal(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "odd")
+    (tmp_path / "odd/videos/broken.mp4").rename(tmp_path / "odd/videos/\x1b]0;broken\x07.mp4")
+    (tmp_path / "odd/labels/broken.txt").rename(tmp_path / "odd/labels/\x1b]0;broken\x07.txt")
+    (tmp_path / "odd/labels/\x1b]0;broken\x07.txt").write_text("a \x1b[31mred ball")
+    assert main(["data", "inspect", *words(tmp_path / "odd", f"--output={tmp_path / 'report'}")]) == 0
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    told = "".join(capsys.readouterr())
+    assert "\x1b]0" not in told
+    assert "\x1b" not in page
+    assert r"\x1b]0;broken\x07.mp4" in told
+    assert r"a \x1b[31mred ball" in page
+
+
 def test_inspect_writes_a_page(folder, tmp_path, capsys):
     assert main(["data", "inspect", *words(folder), "--output", str(tmp_path / "report")]) == 0
     assert "8, of which 5 usable" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from sat_train.data.clip_file import open_clip, open_part
 from sat_train.data.failures import BadClip
 from sat_train.data.inspect import inspect_clips
 from sat_train.data.plan import Fit, look_at
-from sat_train.data.remote import make_path
+from sat_train.data.remote import make_path, shown
 from sat_train.data.sources.archive_index import index_archives
 from sat_train.data.sources.read import read_source
 from sat_train.errors import DataError
@@ -397,3 +397,34 @@ def test_a_part_of_a_remote_file_is_a_file(web):
             file.seek(begin)
             expected = data[10_000:80_000][begin:]
             assert file.read(count) == (expected if count < 0 else expected[:count])
+
+
+SECRETS = ("hunter2", "AKIA1", "s1gnature")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://me:hunter2@host/set/a.tar",
+        "https://host/a.tar?key=AKIA1&sig=s1gnature",
+        "ClientResponseError: 403, url=URL('https://me:hunter2@host/a.tar?sig=s1gnature')",
+        "ftp://me:hunter2@host/a.tar and https://AKIA1@host/b.tar?x=s1gnature",
+    ],
+)
+def test_passwords_and_signatures_are_not_shown(text):
+    told = shown(text)
+    assert not any(secret in told for secret in SECRETS)
+    assert "host/" in told
+    assert shown("s3://bucket/shard-?.tar") == "s3://bucket/shard-?.tar"
+
+
+def test_a_remote_set_is_named_without_its_secrets(clip, web, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    web.files = {"a.tar?sig=s1gnature": packed(members(clip, "a"))}
+    source = read_source(f"{web.url}/a.tar?sig=s1gnature")
+    assert source.name == f"{web.url}/a.tar?***"
+    with pytest.raises(DataError) as caught:
+        read_source(f"{web.url}/gone.tar?sig=s1gnature")
+    assert "s1gnature" not in str(caught.value)
+    kept = "".join(path.read_text() for path in (tmp_path / "cache").rglob("*.json"))
+    assert "s1gnature" not in kept
