@@ -1,0 +1,1 @@
+"""A stranger's files against every command: nothing runs, leaves, is followed, or hangs."""

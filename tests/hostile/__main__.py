@@ -1,0 +1,39 @@
+"""Runs the whole corpus and prints one line for each case that broke a law, then the counts.
+
+python -m tests.hostile                 # all
+python -m tests.hostile yaml: weights:  # those whose names begin so
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from tests.hostile.corpus import corpus
+from tests.hostile.guard import Guard
+
+
+def main(beginnings: list[str]) -> int:
+    chosen = [case for case in corpus() if not beginnings or case.name.startswith(tuple(beginnings))]
+    counts, broken, slowest, largest = Counter[str](), 0, 0.0, 0
+    with tempfile.TemporaryDirectory() as root:
+        guard = Guard(Path(root))
+        for case in chosen:
+            outcome = guard.run(case)
+            counts[case.name.partition(":")[0]] += 1
+            slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.bytes)
+            if outcome.problems:
+                broken += 1
+                last = outcome.output.strip().splitlines()[-1:] or [""]
+                print(f"{case.name}: {'; '.join(outcome.problems)} | {last[0][:160]!r}", flush=True)
+    for family, count in sorted(counts.items()):
+        print(f"{family:<12}{count:>6} cases")
+    print(f"{len(chosen)} cases, {broken} broke a law")
+    print(f"slowest {slowest:.1f} s, most memory {largest / 1e6:.0f} MB")
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

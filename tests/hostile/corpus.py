@@ -1,0 +1,18 @@
+"""All hostile inputs."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from tests.hostile import configurations
+from tests.hostile.case import Case
+
+FAMILIES = (configurations,)
+
+
+def corpus() -> list[Case]:
+    """Returns all cases, family by family; their names are unique."""
+    cases = list(chain.from_iterable(family.cases() for family in FAMILIES))
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names), "two cases of one name"
+    return cases

@@ -1,0 +1,169 @@
+"""Runs cases in processes of their own and says what each did that it must not do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.hostile.case import SECRET, Case, Field
+
+MAX_SECONDS = 20.0
+MAX_BYTES = 2_000_000_000
+_PRELOADED = ["sat_train.cli.main", "sat_train.training.build", "sat_train.cli.convert", "sat_train.cli.data"]
+_FORBIDDEN_EVENTS = ("socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn")
+_ESCAPES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_PROGRESS = re.compile(r"\x1b\[\??[0-9;]*[a-zA-Z]|\r")  # what a progress bar of ours prints
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case did.
+
+    Args:
+        case: Its name.
+        problems: What it must not have done; empty when all is well.
+        seconds: How long it took.
+        bytes: How much its memory grew at most.
+        output: What it printed.
+    """
+
+    case: str
+    problems: tuple[str, ...]
+    seconds: float
+    bytes: int
+    output: str
+
+
+class Guard:
+    """Forks a process for each case from one that has imported everything already.
+
+    Args:
+        root: A folder for the files of the cases.
+    """
+
+    def __init__(self, root: Path) -> None:
+        os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+        self._root = root
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
+        self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._server.setblocking(False)
+
+    def run(self, case: Case) -> Outcome:
+        """Runs one case and deletes its files."""
+        place = self._root / "case"
+        shutil.rmtree(place, ignore_errors=True)
+        field = Field(place / "inside", place / "outside", self._server.getsockname()[1])
+        field.inside.mkdir(parents=True)
+        field.outside.mkdir()
+        field.secret.write_text(f"{SECRET}\n")
+        field.victim.write_text("mine\n")
+        words = case.make(field)
+        log, report = place / "log", place / "report"
+        process = self._context.Process(target=_perform, args=(words, field, str(log), str(report)))
+        begin = time.monotonic()
+        process.start()
+        process.join(MAX_SECONDS)
+        seconds = time.monotonic() - begin
+        timed_out = process.is_alive()
+        process.kill()
+        process.join()
+        output = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        events, grown = _read_report(report)
+        problems = [f"took more than {MAX_SECONDS:.0f} s"] if timed_out else []
+        if not timed_out and process.exitcode not in case.codes:
+            problems.append(f"exit code {process.exitcode}")
+        problems += _problems(output, events, grown, field, case) + self._connections()
+        shutil.rmtree(place, ignore_errors=True)
+        return Outcome(case.name, tuple(problems), seconds, grown, output)
+
+    def close(self) -> None:
+        """Closes the server that counts."""
+        self._server.close()
+
+    def _connections(self) -> list[str]:
+        count = 0
+        while True:
+            try:
+                self._server.accept()[0].close()
+            except BlockingIOError:
+                return [f"{count} connections"] if count else []
+            count += 1
+
+
+def _problems(output: str, events: list[str], grown: int, field: Field, case: Case) -> list[str]:
+    problems = [f"audit: {event}" for event in events]
+    if "Traceback (most recent call last)" in output:
+        problems.append("traceback")
+    if grown > MAX_BYTES:
+        problems.append(f"memory grew by {grown / 1e9:.1f} GB")
+    if field.executed.exists():
+        problems.append("a payload was executed")
+    if not field.victim.exists() or field.victim.read_text() != "mine\n":
+        problems.append("a file outside was changed")
+    if sorted(path.name for path in field.outside.iterdir() if path != field.executed) != [
+        "secret.txt",
+        "victim.txt",
+    ]:
+        problems.append("a file was made outside")
+    if not case.reads_secret and (SECRET in output or _holds_secret(field.inside)):
+        problems.append("a secret was taken along")
+    if _ESCAPES.search(_PROGRESS.sub("", output)):
+        problems.append("control characters were shown")
+    return problems
+
+
+def _holds_secret(folder: Path) -> bool:
+    """Tells whether a regular file of the case holds the secret, in its content or its name."""
+    for path in folder.rglob("*"):
+        if SECRET in path.name:
+            return True
+        is_small = path.is_file() and not path.is_symlink() and path.stat().st_size < 50_000_000
+        if is_small and SECRET.encode() in path.read_bytes():
+            return True
+    return False
+
+
+def _read_report(report: Path) -> tuple[list[str], int]:
+    if not report.exists():
+        return [], 0
+    *events, grown = report.read_text(encoding="utf-8", errors="replace").splitlines()
+    return events, int(grown)
+
+
+def _perform(words: list[str], field: Field, log: str, report: str) -> None:
+    """Runs a command under watch; its exit code becomes that of the process."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(field.inside)
+    os.environ.update(SECRET_TOKEN=SECRET, AWS_SECRET_ACCESS_KEY=SECRET)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    events: list[str] = []
+    sys.addaudithook(lambda event, args: _note(event, args, events))
+    from sat_train.cli.main import main
+
+    code = 1
+    try:
+        code = main(words)
+    finally:
+        after = max(
+            resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        with open(report, "w", encoding="utf-8") as file:
+            file.write("".join(f"{event}\n" for event in events) + f"{max(0, after - before) * 1024}\n")
+    sys.exit(code)
+
+
+def _note(event: str, args: tuple[Any, ...], events: list[str]) -> None:
+    if event in _FORBIDDEN_EVENTS:
+        events.append(" ".join(f"{event} {args!r}".split())[:200])
