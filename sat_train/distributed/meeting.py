@@ -57,8 +57,15 @@ def meet(env: RankEnv, timeout: timedelta) -> dist.Store:
             f"{str(error).splitlines()[0]}",
             remedy="see that all machines started, that the address is reachable and that the port is free",
         ) from error
+    return dist.PrefixStore(_keys_of_this_run(env), store)
+
+
+def _keys_of_this_run(env: RankEnv) -> str:
+    """Returns a prefix: ranks that reach another run's store, as its port is theirs, must not disturb it."""
+    if env.launcher == "slurm":
+        return f"sat_train/{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
     # torchrun may start the ranks again on the same store
-    return dist.PrefixStore(f"sat_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return f"sat_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def announce(store: dist.Store, env: RankEnv, gpu: str = "") -> None:

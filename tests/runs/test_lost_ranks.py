@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.runs.launching import BIN, ROOT, run_words, wait_until
+from tests.runs.launching import BIN, ROOT, metrics, run_folders, run_words, start, wait_until
 from tests.runs.ranks_apart import WORK, end_all, start_ranks, start_work
 
 HOURS = 60  # far longer than any of these tests may take
@@ -99,3 +100,25 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     )
     assert end_all(ranks, timeout_s=60) == [2, 0]
     assert "1 of 2 ranks did not come within 0.05 minutes: 1" in outputs(tmp_path)
+
+
+def test_ranks_that_lose_torchrun_save_and_end(tmp_path: Path) -> None:
+    """SIGUSR1 kills a plain torchrun, and nobody else would tell its ranks."""
+    words = ["--base", str(ROOT / "configs" / "sft.yaml"), f"args.save={tmp_path / 'runs'}"]
+    words += ["args.log_interval=1", "args.eval_interval=null", "args.valid_video_interval=null"]
+    torchrun = start("train_video.py", words, processes=2, log=tmp_path / "log.txt")
+    wait_until(lambda: any(metrics(folder) for folder in run_folders(tmp_path / "runs")))
+    os.kill(torchrun.pid, signal.SIGUSR1)
+    torchrun.wait()
+    (folder,) = run_folders(tmp_path / "runs")
+    try:
+        wait_until(lambda: (folder / "PREEMPTED").exists(), timeout_s=60)
+        wait_until(lambda: not (folder / "run.lock").exists(), timeout_s=60)
+    finally:
+        _kill_group(torchrun.pid)
+    assert "has gone: rank 0 or its launcher was killed" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
