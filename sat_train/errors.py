@@ -5,18 +5,36 @@ What only this project can cause is an `assert` instead. `sat_train.cli` alone t
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import dataclass
 
 _LAYOUT = "\n\t"
+_HIDDEN = "***"
+_PASSWORD = re.compile(r"(://(?:[^/\s:@]*:)?)[^/\s]*@")
+_SIGNATURE = re.compile(
+    r"([?&;][\w.-]*(?:sig|signature|token|secret|passw|pwd|credential|access_?key|api_?key|keyid)[\w.-]*=)"
+    r"[^&;#\s\"']+",
+    re.IGNORECASE,
+)
+_SHOWN_VALUE = 160
+
+
+def without_secrets(text: str) -> str:
+    """Returns a text without the passwords in its URLs and the signatures of presigned ones."""
+    if "://" not in text:
+        return text
+    return _SIGNATURE.sub(rf"\1{_HIDDEN}", _PASSWORD.sub(rf"\1{_HIDDEN}@", text))
 
 
 def printable(text: str) -> str:
     """Returns a text that is safe to show: control characters, which a terminal would obey, are escaped.
 
+    Passwords and signatures in URLs are left out, because logs and screens are shared.
     Line breaks, tabs and spaces of all scripts stay. Lone surrogates, which no stream can encode, are escaped
     too, and so are the marks that turn the direction of writing, which make a name look like another one.
     """
+    text = without_secrets(text)
     if text.isascii() and text.isprintable():
         return text
     return "".join(character if _is_harmless(character) else _escaped(character) for character in text)
@@ -73,13 +91,19 @@ class Fault:
     suggestion: str = ""
 
     def __str__(self) -> str:
-        shown = f"{self.path} = {self.value}" if self.value else self.path
+        shown = f"{_shorten(self.path)} = {_shorten(self.value)}" if self.value else _shorten(self.path)
         parts = [f"{shown}: expected {self.expected}"]
         if self.suggestion:
             parts[0] += f"; did you mean '{self.suggestion}'?"
         if self.source:
             parts.append(f"[{self.source}]")
         return " ".join(parts)
+
+
+def _shorten(text: str) -> str:
+    """Returns a text on one line, cut where it is long; secrets go first, for half a URL is none."""
+    line = without_secrets(text).replace("\n", "\\n").replace("\r", "\\r")
+    return line if len(line) <= _SHOWN_VALUE else f"{line[: _SHOWN_VALUE - 3]}..."
 
 
 class ConfigError(SatTrainError):

@@ -186,19 +186,20 @@ class HashingFile:
         return self._digest.hexdigest()
 
 
-def write_file(path: Path, write: Callable[[HashingFile], None]) -> FileRecord:
+def write_file(path: Path, write: Callable[[HashingFile], None], *, mode: int = 0o666) -> FileRecord:
     """Writes a file so that `path` is either complete and on disk, or as it was.
 
     Args:
         path: Where the file goes; its folder exists.
         write: Writes the contents.
+        mode: Who may read it, before the umask.
 
     Raises:
         OSError: Disk full, no permission, I/O error. Nothing is left behind.
     """
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
     try:
-        with os.fdopen(os.open(part, _NEW_FILE, 0o666), "wb", buffering=_CHUNK_BYTES) as raw:
+        with os.fdopen(os.open(part, _NEW_FILE, mode), "wb", buffering=_CHUNK_BYTES) as raw:
             file = HashingFile(raw)
             write(file)
             sha256 = file.finish()
@@ -209,13 +210,13 @@ def write_file(path: Path, write: Callable[[HashingFile], None]) -> FileRecord:
     return FileRecord(name=path.name, size=file.size, sha256=sha256)
 
 
-def write_text(path: Path, text: str) -> FileRecord:
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> FileRecord:
     """Writes a small text file as `write_file` does, and makes its name durable too."""
 
     def write(file: HashingFile) -> None:
         file.write(text.encode("utf-8"))
 
-    record = write_file(path, write)
+    record = write_file(path, write, mode=mode)
     sync_folder(path.parent)
     return record
 

@@ -32,7 +32,7 @@ from sat_train.checkpoint.weights import (
 )
 from sat_train.config import ModelConfig
 from sat_train.config.paths import expand_assets
-from sat_train.config.run_model import RESOLVED
+from sat_train.config.reading import RESOLVED
 from sat_train.errors import CheckpointError
 from sat_train.files import read_text, reading, write_text
 from sat_train.log import get_logger

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sat_train.config import load_run_config, split_command_line
 from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.key import EncoderDigests
 from sat_train.data.cache.prune import Line, Staleness, list_entries, prune_entries, verify_entries
+from sat_train.errors import printable
 from sat_train.log import configure_logging
 
 
@@ -34,13 +36,17 @@ def main(argv: Sequence[str]) -> int:
         return _verify(options.cache_dir)
     book = FileBook(options.cache_dir)
     staleness = Staleness(
-        book, encoders=_encoders(rest, book), drop_gone=options.gone, drop_failed=options.failed
+        book,
+        encoders=_encoders(rest, book),
+        drop_gone=options.gone,
+        drop_failed=options.failed,
+        asks_remote=options.remote,
     )
     if options.what == "list":
         lines, damaged = list_entries(options.cache_dir, staleness)
         _show(lines, damaged)
         return 0
-    entries, size = prune_entries(options.cache_dir, staleness)
+    entries, size = prune_entries(options.cache_dir, staleness, drop_damaged=options.damaged)
     print(f"removed {entries} entries, {_mb(size)}")
     return 0
 
@@ -48,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 def _verify(cache_dir: Path) -> int:
     whole, faults = verify_entries(cache_dir)
     for fault in faults:
-        print(fault)
+        print(printable(fault))
     print(f"{whole} entries are whole, {len(faults)} faults")
     return 1 if faults else 0
 
@@ -67,11 +73,12 @@ def _show(lines: Sequence[Line], damaged: Sequence[str]) -> None:
     table = Table("kind", "encoder", "entries", "size", "stale")
     for line in lines:
         stale = ", ".join(f"{count} {reason}" for reason, count in line.stale) or "-"
-        table.add_row(line.kind, line.encoder or "-", str(line.entries), _mb(line.size), stale)
+        encoder = escape(printable(line.encoder)) or "-"
+        table.add_row(line.kind, encoder, str(line.entries), _mb(line.size), stale)
     console = Console()
     console.print(table)
     for fault in damaged:
-        console.print(f"damaged, and left out by every reader: {fault}", markup=False)
+        console.print(printable(f"damaged, and left out by every reader: {fault}"), markup=False)
 
 
 def _mb(size: int) -> str:
@@ -84,11 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         description="list: what the cache holds and what of it is stale. verify: reads every byte. "
         "prune: removes what list calls stale; not while a run reads the cache.",
         epilog="With --base FILE ... (and words) entries of other encoders than those are stale too.",
-        usage="sat-train cache {list,verify,prune} --cache-dir DIR [--gone] [--failed] [--base FILE ...]",
+        usage="sat-train cache {list,verify,prune} --cache-dir DIR [--gone] [--failed] [--damaged] "
+        "[--remote] [--base FILE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("what", choices=("list", "verify", "prune"))
     parser.add_argument("--cache-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--gone", action="store_true", help="entries whose file has gone are stale")
     parser.add_argument("--failed", action="store_true", help="clips that could not be decoded are stale")
+    parser.add_argument("--damaged", action="store_true", help="prune removes damaged entries, too")
+    parser.add_argument("--remote", action="store_true", help="ask remote storage whether files have changed")
     return parser

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from sat_train.config.catalog import is_place
 from sat_train.config.layers import DEFAULT, Merged
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.errors import Fault
@@ -62,7 +63,7 @@ def fold_aliases(merged: Merged, faults: list[Fault]) -> None:
 def get_value(tree: Any, path: str) -> Any:
     """Returns the value at a dotted path, or `PydanticUndefined` when the tree has no such key."""
     for part in path.split("."):
-        if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
+        if isinstance(tree, list) and is_place(part) and int(part) < len(tree):
             tree = tree[int(part)]
         elif isinstance(tree, dict) and part in tree:
             tree = tree[part]

@@ -12,11 +12,14 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from sat_train.config.other_trainers import OUR_KEYS
 from sat_train.config.run import Sections
 from sat_train.config.schema.record import Record
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 _LENGTHS = {"min_length": "at least", "max_length": "at most"}
+_PLACE_DIGITS = 6
+_NEAR = 0.75  # `max_steps` is 0.61 of `sampling_steps`, and does not mean it
 _SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -31,6 +34,7 @@ class Key:
         default: Its default, or None.
         required: It has no default.
         is_section: It holds other keys.
+        is_nullable: It may hold null.
     """
 
     path: str
@@ -39,6 +43,7 @@ class Key:
     default: Any
     required: bool
     is_section: bool
+    is_nullable: bool
 
 
 @lru_cache(maxsize=1)
@@ -67,19 +72,30 @@ def slot_targets() -> dict[str, dict[str, type[Record]]]:
 
 def pattern_of(path: str) -> str:
     """Returns the path with `*` for places in lists, as `all_keys` spells it."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+    return ".".join("*" if is_place(part) else part for part in path.split("."))
+
+
+def is_place(part: str) -> bool:
+    """Tells whether a part of a path is a place in a list: `isdigit` alone takes `²` for one."""
+    return part.isascii() and part.isdigit() and len(part) <= _PLACE_DIGITS
 
 
 def suggest_key(path: str) -> str:
-    """Returns the existing key that an unknown one was probably meant to be, or an empty text."""
+    """Returns the existing key that an unknown one was probably meant to be, or an empty text.
+
+    A key beside it is named by its last word, one elsewhere by its whole path. No suggestion is better than a
+    wrong one.
+    """
     keys = all_keys()
     parent, _, leaf = pattern_of(path).rpartition(".")
+    leaf = leaf.replace("-", "_").lower()
     prefix = f"{parent}." if parent else ""
     siblings = [
         key[len(prefix) :] for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]
     ]
-    near = difflib.get_close_matches(leaf.replace("-", "_").lower(), siblings, n=1, cutoff=0.6)
-    if near:
+    if ours := OUR_KEYS.get(leaf, "") if leaf not in siblings else "":
+        return ours[len(prefix) :] if prefix and ours.rpartition(".")[0] == parent else ours
+    if near := difflib.get_close_matches(leaf, siblings, n=1, cutoff=_NEAR):
         return near[0]
     elsewhere = [key for key in keys if key.rpartition(".")[2] == leaf]
     return min(elsewhere, key=lambda key: (key.count("."), key)) if elsewhere else ""
@@ -104,6 +120,7 @@ def _walk(record: type[Record], prefix: str) -> Iterator[Key]:
             default=default,
             required=field.is_required(),
             is_section=bool(inner),
+            is_nullable=type(None) in get_args(field.annotation),
         )
         for inner_record, in_list in inner:
             yield from _walk(inner_record, f"{path}.*." if in_list else f"{path}.")

@@ -24,7 +24,7 @@ def list_values(run: RunConfig, *, with_defaults: bool = True) -> str:
     """
     values = {
         path: _show(value)
-        for path, value in leaves(run.tree()).items()
+        for path, value in leaves(run.shown_tree()).items()
         if with_defaults or not _is_untouched(run.sources[path])
     }
     if not values:
@@ -61,7 +61,7 @@ def explain_key(path: str, run: RunConfig | None) -> str:
         lines.append(f"  holds    {', '.join(choices) if path.endswith('.target') else key.expected}")
         lines.append(f"  default  {'none: it must be given' if key.required else _show(_plain(key.default))}")
     if run is not None and path in run.sources:
-        lines.append(f"  value    {_show(leaves(run.tree())[path])}")
+        lines.append(f"  value    {_show(leaves(run.shown_tree())[path])}")
         lines.append(f"  from     {run.sources[path]}")
     return "\n".join(lines)
 

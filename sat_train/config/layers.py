@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml.error import YAMLError
-
-from sat_train.config.catalog import pattern_of, slot_targets
+from sat_train.config.catalog import all_keys, is_place, pattern_of, slot_targets
 from sat_train.config.legacy import modernize
-from sat_train.config.paths import PACKAGE, find_config
-from sat_train.config.words import COMMAND_LINE, read_words
+from sat_train.config.paths import PACKAGE
+from sat_train.config.reading import FileReader
+from sat_train.config.values import unusable
+from sat_train.config.words import COMMAND_LINE, WANTED_BASE, read_words
 from sat_train.errors import Fault
 
 DEFAULT = "default"
 EMBEDDED = "configs/model/cogvideox_tiny.yaml"
-# `${a.b}` refers to another key. Other resolvers could read the environment into a saved file.
-_REFERENCE = "a reference `${section.key}` to a key that exists; resolvers such as `oc.env` are refused"
-_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 
 
 @dataclass(frozen=True)
@@ -35,12 +28,14 @@ class Layer:
         tree: Its content without the `base` key.
         dropped: Keys of older files that have no effect, with the reason.
         is_embedded: Nobody named this file; it stands in for a model that no file chooses.
+        is_unread: It could not be read, so what it would have said is not known.
     """
 
     name: str
     tree: dict[str, Any]
     dropped: dict[str, str]
     is_embedded: bool = False
+    is_unread: bool = False
 
 
 @dataclass
@@ -79,14 +74,32 @@ def read_layers(base: Sequence[str | Path], words: Sequence[str], faults: list[F
         words: What else stands on the command line.
         faults: Gets what cannot be read.
     """
-    seen: set[Path] = set()
-    layers = [layer for path in base for layer in _read_file(path, Path(path), seen, faults)]
-    content, dropped = modernize(read_words(words, faults))
-    layers.append(Layer(COMMAND_LINE, content, dropped))
+    reader = FileReader(faults)
+    layers = [_layer(*file, faults) for path in base for file in reader.read(path)]
+    for tree in read_words(words, faults):
+        layers.append(_layer(COMMAND_LINE, tree, faults))
+    if any(fault.expected == WANTED_BASE for fault in faults):
+        layers.append(Layer(COMMAND_LINE, {}, {}, is_unread=True))
     if not any(_chooses_network(layer.tree) for layer in layers):
-        embedded = _read_file(EMBEDDED, PACKAGE / EMBEDDED, seen, faults)
-        layers[:0] = [replace(layer, is_embedded=True) for layer in embedded]
+        embedded = reader.read(PACKAGE / EMBEDDED)
+        layers[:0] = [replace(_layer(*file, faults), is_embedded=True) for file in embedded]
     return layers
+
+
+def read_layer(path: Path, faults: list[Fault]) -> Layer:
+    """Reads one file alone: no other file that it may name, no command line."""
+    (file,) = FileReader(faults, follows_base=False).read(path)
+    return _layer(*file, faults)
+
+
+def _layer(name: str, content: dict[str, Any] | None, faults: list[Fault]) -> Layer:
+    if content is None:
+        return Layer(name, {}, {}, is_unread=True)
+    for path, value, expected in list(unusable(content)):
+        _replace(content, path.split("."), None)  # it must not keep the others from being read
+        faults.append(Fault(path, value, expected, name))
+    tree, dropped = modernize(content)
+    return Layer(name, tree, dropped)
 
 
 def merge_layers(layers: Sequence[Layer]) -> Merged:
@@ -95,90 +108,6 @@ def merge_layers(layers: Sequence[Layer]) -> Merged:
     for layer in layers:
         _merge(merged.tree, layer.tree, "", layer.name, merged.sources)
     return merged
-
-
-def resolve_references(merged: Merged, faults: list[Fault]) -> None:
-    """Replaces `${a.b}` in the merged tree by what the key `a.b` holds.
-
-    Args:
-        merged: Changed in place.
-        faults: Gets references to nothing, and resolvers, which are refused.
-    """
-    references = [(path, text) for path, text in _texts(merged.tree, "") if "${" in text]
-    for path, text in references:
-        if not _is_plain_reference(text):
-            _replace(merged.tree, path.split("."), None)  # it must not keep the others from being read
-            faults.append(Fault(path, text, _REFERENCE, merged.source_of(path)))
-    config = OmegaConf.create(merged.tree if references else {})
-    for path, text in references:
-        if not _is_plain_reference(text):
-            continue
-        try:
-            value = OmegaConf.select(config, path, throw_on_missing=True)
-            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException:
-            faults.append(Fault(path, text, _REFERENCE, merged.source_of(path)))
-        else:
-            _replace(merged.tree, path.split("."), value)
-
-
-def _is_plain_reference(text: str) -> bool:
-    try:
-        OmegaConf.create({"text": text})
-    except OmegaConfBaseException:
-        return False
-    return not _RESOLVER.search(text)
-
-
-def _read_file(
-    typed: str | Path, path: Path, seen: set[Path], faults: list[Fault], by: str = ""
-) -> list[Layer]:
-    found = find_config(path)
-    if found is None:
-        faults.append(
-            Fault("base" if by else "--base", str(typed), "a YAML file that exists", by or COMMAND_LINE)
-        )
-        return []
-    if found.resolve() in seen:
-        return []
-    seen.add(found.resolve())
-    name = _display(found)
-    content = _parse(found, name, faults)
-    if content is None:
-        return []
-    included = content.pop("base", [])
-    included = [included] if isinstance(included, str) else included
-    if not isinstance(included, list) or not all(isinstance(item, str) for item in included):
-        faults.append(Fault("base", str(included), "a list of YAML files, relative to this one", name))
-        included = []
-    layers = [
-        layer for item in included for layer in _read_file(item, found.parent / item, seen, faults, by=name)
-    ]
-    tree, dropped = modernize(content)
-    return [*layers, Layer(name, tree, dropped)]
-
-
-def _parse(path: Path, name: str, faults: list[Fault]) -> dict[str, Any] | None:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        faults.append(Fault(name, "", f"readable YAML, but: {reason}"))
-        return None
-    if not isinstance(content, dict):
-        faults.append(Fault(name, "", "sections such as `args:` and `model:`"))
-        return None
-    return {str(key): value for key, value in content.items()}
-
-
-def _display(path: Path) -> str:
-    """Returns the path as short as it can be typed: within the package, within this folder, or whole."""
-    path = Path(os.path.normpath(path))
-    for folder in (PACKAGE.parent, PACKAGE):
-        if path.is_relative_to(folder / "configs"):
-            return str(path.relative_to(folder))
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
 
 
 def _chooses_network(tree: dict[str, Any]) -> bool:
@@ -194,7 +123,10 @@ def _merge(
     for key, value in layer.items():
         inner = f"{path}.{key}" if path else str(key)
         here = into.get(key)
-        if isinstance(value, dict) and isinstance(here, list) and _are_places(value, here):
+        if value is None and _goes_back_to_default(inner):
+            _forget(sources, inner)
+            into.pop(key, None)
+        elif isinstance(value, dict) and isinstance(here, list) and _are_places(value, here):
             _merge_into_list(here, value, inner, name, sources)
         elif isinstance(value, dict):
             if not isinstance(here, dict):
@@ -221,7 +153,13 @@ def _merge_into_list(
 
 def _are_places(layer: dict[str, Any], here: list[Any]) -> bool:
     """Tells whether all keys of a group are places in a list, which is how the command line names them."""
-    return all(str(key).isdigit() and int(key) < len(here) for key in layer)
+    return all(is_place(key) and int(key) < len(here) for key in layer)
+
+
+def _goes_back_to_default(path: str) -> bool:
+    """Tells whether null takes away a whole section that cannot hold null itself."""
+    key = all_keys().get(pattern_of(path))
+    return key is not None and key.is_section and not key.is_nullable
 
 
 def _drop_params_of_other_target(
@@ -240,14 +178,6 @@ def _drop_params_of_other_target(
 def _forget(sources: dict[str, str], path: str) -> None:
     for known in [known for known in sources if known == path or known.startswith(f"{path}.")]:
         del sources[known]
-
-
-def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield path, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from _texts(item, f"{path}.{key}" if path else str(key))
 
 
 def _replace(tree: Any, parts: list[str], value: Any) -> None:

@@ -137,8 +137,6 @@ def _translate(value: Any, path: str, dropped: dict[str, str]) -> Any:
             dropped[inner] = why
         elif key == "target" and isinstance(item, str):
             result[key] = TARGETS.get(item, item)
-        elif item is None and (not path or key == "params"):
-            result[key] = {}  # `args:` with nothing under it
         else:
             result[key] = _translate(item, inner, dropped)
     return result
@@ -186,8 +184,10 @@ def _translate_data(old: dict[str, Any], tree: dict[str, Any], dropped: dict[str
 def _translate_model(tree: dict[str, Any]) -> None:
     model = _section(tree, "model")
     if "en_and_decode_n_samples_a_time" in model:
-        vae = model.setdefault("first_stage_config", {}).setdefault("params", {})
-        vae["clips_at_once"] = model.pop("en_and_decode_n_samples_a_time")
+        vae: Any = model.setdefault("first_stage_config", {})
+        vae = vae.setdefault("params", {}) if isinstance(vae, dict) else None
+        if isinstance(vae, dict):  # anything else is a fault for `validate`
+            vae["clips_at_once"] = model.pop("en_and_decode_n_samples_a_time")
     prefixes = model.get("not_trainable_prefixes")
     if isinstance(prefixes, list):
         model["not_trainable_prefixes"] = [name for name in prefixes if name not in _ALWAYS_FROZEN]

@@ -19,10 +19,10 @@ from sat_train.config.layers import (
     Merged,
     merge_layers,
     read_layers,
-    resolve_references,
 )
 from sat_train.config.legacy import NO_EFFECT
 from sat_train.config.paths import PACKAGE, expand_assets
+from sat_train.config.references import resolve_references
 from sat_train.config.rules import PATH_RULES, RULES, check_rules
 from sat_train.config.rules.paths import placeholders
 from sat_train.config.rules.rule import Draft, Purpose
@@ -65,8 +65,9 @@ def load_run_config(
     drop_demo(merged)
     merged.tree = expand_assets(merged.tree)
     fill_frozen_models(merged)
-    sections = validate(merged, _embedded_tree, faults)
-    if sections is None:
+    is_whole = not any(layer.is_unread for layer in layers)
+    sections = validate(merged, _embedded_tree, faults, is_whole=is_whole)
+    if sections is None or not is_whole:  # what a file that cannot be read would have said, nobody knows
         raise ConfigError(faults)
     draft = Draft(
         args=sections.args,
@@ -74,7 +75,7 @@ def load_run_config(
         data=sections.data,
         deepspeed=sections.deepspeed,
         purpose=purpose,
-        source_of=partial(_source, merged),
+        source_of=partial(_source_of_given, merged),
     )
     check_rules(draft, RULES, faults)
     if check_paths:
@@ -102,9 +103,18 @@ def _source(merged: Merged, path: str) -> str:
     return merged.source_of(path) or DEFAULT
 
 
+def _source_of_given(merged: Merged, path: str) -> str:
+    """Returns the file that holds a key: a default is in none, whatever stands beside it."""
+    parent = path
+    while get_value(merged.tree, parent) is PydanticUndefined and "." in parent:
+        parent = parent.rpartition(".")[0]  # one text may stand for a list: its place in it has no key
+    holds = get_value(merged.tree, parent)
+    is_default = holds is PydanticUndefined or (parent != path and isinstance(holds, dict))
+    return DEFAULT if is_default else _source(merged, path)
+
+
 def _sources(sections: Sections, merged: Merged) -> dict[str, str]:
-    is_given = {path: get_value(merged.tree, path) is not PydanticUndefined for path in leaves(sections)}
-    return {path: _source(merged, path) if given else DEFAULT for path, given in is_given.items()}
+    return {path: _source_of_given(merged, path) for path in leaves(sections)}
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:

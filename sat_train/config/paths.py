@@ -20,8 +20,15 @@ def find_config(path: str | Path) -> Path | None:
     Args:
         path: As typed, e.g. `configs/sft.yaml`.
     """
-    candidates = (Path(path), PACKAGE / path)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    return next((candidate for candidate in (Path(path), PACKAGE / path) if exists(candidate)), None)
+
+
+def exists(path: str | Path) -> bool:
+    """Tells whether a path is there; one that no file system takes (too long, NUL) is not."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def expand_assets(value: Any) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sat_train.config.layers import DEFAULT
 from sat_train.config.run import RunConfig
+from sat_train.files import write_text
 
 _COMMENT_COLUMN = 56
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def render_resolved(run: RunConfig) -> str:
@@ -20,11 +23,12 @@ def render_resolved(run: RunConfig) -> str:
 
 
 def write_resolved(run: RunConfig, path: Path) -> None:
-    """Writes `render_resolved` to a file.
+    """Writes `render_resolved` to a file; where a URL in it has a password, for its owner's eyes only.
 
     Ranks: rank 0 only.
     """
-    path.write_text(render_resolved(run), encoding="utf-8")
+    holds_secrets = run.shown_tree() != run.tree()
+    write_text(path, render_resolved(run), mode=0o600 if holds_secrets else 0o666)
 
 
 def _render(value: Any, sources: Mapping[str, str], path: str, depth: int) -> Iterator[str]:
@@ -36,11 +40,18 @@ def _render(value: Any, sources: Mapping[str, str], path: str, depth: int) -> It
             yield label
             yield from _render(item, sources, inner, depth + 1)
         else:
-            # JSON is YAML, and leaves no doubt about types: 1e-08 stays a number, "1" a text
-            yield (
-                f"{label} {json.dumps(item, ensure_ascii=False)}".ljust(_COMMENT_COLUMN)
-                + f" # {sources.get(inner, DEFAULT)}"
-            )
+            source = json.dumps(sources.get(inner, DEFAULT), ensure_ascii=False)[1:-1]
+            yield f"{label} {_scalar(item)}".ljust(_COMMENT_COLUMN) + f" # {_escape(source)}"
+
+
+def _scalar(value: Any) -> str:
+    """Returns JSON, which is YAML and leaves no doubt about types: 1e-08 stays a number, "1" a text."""
+    return _escape(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _escape(text: str) -> str:
+    """Escapes what JSON lets stand and YAML does not: control characters, and line ends of other scripts."""
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _is_group(value: Any) -> bool:

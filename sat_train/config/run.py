@@ -16,6 +16,7 @@ from sat_train.config.schema.data import DataConfig
 from sat_train.config.schema.deepspeed import DeepSpeedConfig
 from sat_train.config.schema.model import ModelConfig
 from sat_train.config.schema.record import Record
+from sat_train.errors import without_secrets
 
 # Settings that say where things are kept and what is shown, not which numbers come out.
 _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
@@ -42,6 +43,14 @@ _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
 )
 
 _SPLIT_WITH_VALIDATION = "95,5,0"
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 class Sections(Record):
@@ -75,6 +84,11 @@ class RunConfig:
     notes: tuple[str, ...] = ()
     needs: str = ""
 
+    def shown_tree(self) -> dict[str, Any]:
+        """Returns `tree` without passwords and signatures in URLs: for people, trackers and checkpoints."""
+        shown: dict[str, Any] = _without_secrets(self.tree())
+        return shown
+
     def tree(self) -> dict[str, Any]:
         """Returns the four sections as plain dictionaries, lists and scalars; shipped files as `asset:`."""
         records = {name: getattr(self, name) for name in Sections.model_fields}
@@ -91,6 +105,6 @@ class RunConfig:
 
     def digest(self) -> str:
         """Returns the sha256, in hex, of every value that can change the numbers of a run."""
-        tree = self.tree()
+        tree = self.shown_tree()  # the same data under another signature is the same data
         tree["args"] = {k: v for k, v in tree["args"].items() if k not in _WITHOUT_EFFECT_ON_NUMBERS}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

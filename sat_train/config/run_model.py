@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from sat_train.config.layers import Layer, merge_layers, read_layers
+from sat_train.config.layers import Layer, merge_layers, read_layer
+from sat_train.config.paths import exists
+from sat_train.config.reading import RESOLVED
 from sat_train.errors import Fault
 
-RESOLVED = "resolved.yaml"
 # What belongs to the model and its samples, not to the training of it.
 _ARGS = (
     "fp16",
@@ -40,7 +42,7 @@ def use_model_of_run(layers: list[Layer], faults: list[Fault]) -> list[Layer]:
     path = find_resolved(load) if isinstance(load, str) else None
     if path is None:
         return layers
-    run = read_layers([path], [], faults)[0]
+    run = read_layer(path, faults)
     tree: dict[str, Any] = {"model": run.tree.get("model", {})}
     for section, keys in (("args", _ARGS), ("data", _DATA)):
         values = run.tree.get(section) or {}
@@ -55,6 +57,6 @@ def find_resolved(load: str) -> Path | None:
     Args:
         load: A run folder, or one of its steps.
     """
-    folder = Path(load).expanduser()
+    folder = Path(os.path.expanduser(load))
     candidates = (folder / RESOLVED, folder.parent / RESOLVED)
-    return next((path for path in candidates if folder.is_dir() and path.is_file()), None)
+    return next((path for path in candidates if exists(folder) and exists(path)), None)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from sat_train.config.run import RunConfig
+from sat_train.files import write_text
 
 # What SAT's BaseModel reads and CogVideoX never varies.
 _FIXED = {
@@ -41,10 +42,10 @@ def build_sat_args(run: RunConfig) -> argparse.Namespace:
     Source: zai-org/CogVideo@7a1af71 `sat/arguments.py` `process_config_to_args`.
     """
     network = run.model.network_config.params
-    tree = run.tree()
+    tree = run.shown_tree()
     return argparse.Namespace(
         **_FIXED,
-        **run.args.model_dump(),
+        **tree["args"],
         num_layers=network.num_layers,
         hidden_size=network.hidden_size,
         num_attention_heads=network.num_attention_heads,
@@ -62,4 +63,4 @@ def write_model_config(run: RunConfig, path: Path) -> None:
     Source: THUDM/SwissArmyTransformer@63dc23a `sat/training/model_io.py` `save_checkpoint`.
     """
     named = {"model_class": "DiffusionTransformer", **vars(build_sat_args(run))}
-    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(named, indent=2) + "\n")

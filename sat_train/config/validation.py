@@ -15,17 +15,19 @@ from sat_train.config.layers import Merged
 from sat_train.config.run import Sections
 from sat_train.errors import Fault
 
-_SHOWN_VALUE = 60
 _ROUNDS = 5  # a value is taken out, then replaced, and its replacement may hold such a value in turn
 
 
-def validate(merged: Merged, stand_in: Callable[[], dict[str, Any]], faults: list[Fault]) -> Sections | None:
+def validate(
+    merged: Merged, stand_in: Callable[[], dict[str, Any]], faults: list[Fault], *, is_whole: bool = True
+) -> Sections | None:
     """Turns the tree into records.
 
     Args:
         merged: The merged layers.
         stand_in: Gives a complete tree, from which required values that are wrong or missing are taken.
         faults: Gets everything wrong in the tree.
+        is_whole: All files could be read; else nothing is called missing.
 
     Returns:
         The records, so that all other rules can be checked in the same go: in place of a fault they hold the
@@ -39,7 +41,8 @@ def validate(merged: Merged, stand_in: Callable[[], dict[str, Any]], faults: lis
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 path = _path_of(detail["loc"], tree)
-                if not any(_is_within(path, known) or _is_within(known, path) for known in named):
+                is_new = is_whole or detail["type"] != "missing"
+                if is_new and not any(_is_within(path, known) or _is_within(known, path) for known in named):
                     faults.append(_fault(detail, path, merged))
                 named.add(path)
                 if path.endswith(".target"):  # what its params may be is not known then
@@ -73,6 +76,7 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
     suggestion = ""
     if kind == "extra_forbidden":
         expected, suggestion = "a key that exists", suggest_key(path)
+        shown = shown if "." in path else ""  # a file that is no configuration may hold anything
     elif kind == "missing":
         expected = f"{_expected(path)}, but it is missing"
     elif kind == "union_tag_not_found":
@@ -109,8 +113,7 @@ def _targets(path: str) -> list[str]:
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = "null" if value is None else str(value)
-    return text if len(text) <= _SHOWN_VALUE else f"{text[: _SHOWN_VALUE - 3]}..."
+    return "null" if value is None else str(value)
 
 
 def _repair(tree: Any, path: str, stand_in: dict[str, Any]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from sat_train.config.aliases import get_value
-from sat_train.config.layers import Merged, merge_layers, read_layers
-from sat_train.config.paths import is_placeholder
+from sat_train.config.layers import Merged, merge_layers, read_layer
+from sat_train.config.paths import exists, is_placeholder
 from sat_train.config.run_model import find_resolved
 
 TEXT_ENCODER = "model.conditioner_config.params.emb_models.0.params.model_dir"
@@ -27,7 +28,7 @@ def fill_frozen_models(merged: Merged) -> None:
     load = get_value(merged.tree, "args.load")
     if not isinstance(load, str) or is_placeholder(load):
         return
-    found = _beside(Path(load).expanduser()) or _of_run(load)
+    found = _beside(Path(os.path.expanduser(load))) or _of_run(load)
     for key, path in found.items():
         standing = get_value(merged.tree, key)
         if isinstance(path, str) and isinstance(standing, str) and is_placeholder(standing):
@@ -37,7 +38,7 @@ def fill_frozen_models(merged: Merged) -> None:
 
 def _beside(load: Path) -> dict[str, Any]:
     """Returns the parts of a diffusers folder; nothing where `args.load` is none."""
-    folders = [folder for folder in (load, load.parent) if (folder / "transformer").is_dir()]
+    folders = [folder for folder in (load, load.parent) if exists(folder / "transformer")]
     if not folders or (folders[0] != load and load.name != "transformer"):
         return {}
     return {TEXT_ENCODER: str(folders[0]), AUTOENCODER: str(folders[0] / "vae")}
@@ -48,7 +49,7 @@ def _of_run(load: str) -> dict[str, Any]:
     path = find_resolved(load)
     if path is None:
         return {}
-    tree = merge_layers(read_layers([path], [], [])).tree
+    tree = merge_layers([read_layer(path, [])]).tree
     return {key: get_value(tree, key) for key in (TEXT_ENCODER, AUTOENCODER)}
 
 

@@ -7,17 +7,15 @@ import types
 from collections.abc import Sequence
 from typing import Any, Union, get_args, get_origin
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml.error import YAMLError
-
-from sat_train.config.catalog import suggest_value
+from sat_train.config.catalog import suggest_key
 from sat_train.config.legacy import reason_without_effect
 from sat_train.config.schema.args import ArgsConfig
+from sat_train.config.yaml_text import WANTED_REFERENCE, NotPlain, parse_value
 from sat_train.errors import Fault
 
 COMMAND_LINE = "command line"
-_WORD = re.compile(r"^[A-Za-z_]\w*(\.[\w-]+)*=")
+WANTED_BASE = "`--base` in front of a YAML file"
+_WORD = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=", re.ASCII)
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -45,14 +43,14 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, words
 
 
-def read_words(words: Sequence[str], faults: list[Fault]) -> dict[str, Any]:
-    """Returns the tree that the words of a command line describe.
+def read_words(words: Sequence[str], faults: list[Fault]) -> list[dict[str, Any]]:
+    """Returns the trees that the words of a command line describe, one for each; later ones win.
 
     Args:
         words: `key.path=value` words and SAT flags such as `--train-iters 10`.
         faults: Gets what cannot be understood.
     """
-    tree: dict[str, Any] = {}
+    trees: list[dict[str, Any]] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -62,11 +60,15 @@ def read_words(words: Sequence[str], faults: list[Fault]) -> dict[str, Any]:
             key, text = word.split("=", 1)
             value = _read_value(key, text, faults)
         else:
-            faults.append(Fault(word, "", "a word `key.path=value` or a flag `--name value`", COMMAND_LINE))
+            is_file = word.lower().endswith((".yaml", ".yml"))
+            expected = WANTED_BASE if is_file else "a word `key.path=value` or a flag `--name value`"
+            faults.append(Fault(word, "", expected, COMMAND_LINE, f"--base {word}" if is_file else ""))
             continue
         if key:
-            _put(tree, key.split("."), value)
-    return tree
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            trees.append(value)
+    return trees
 
 
 def _read_flag(word: str, rest: list[str], faults: list[Fault]) -> tuple[str, Any]:
@@ -74,9 +76,7 @@ def _read_flag(word: str, rest: list[str], faults: list[Fault]) -> tuple[str, An
     key = name.replace("-", "_")
     field = ArgsConfig.model_fields.get(key)
     if field is None and not reason_without_effect(f"args.{key}"):
-        near = suggest_value(key, list(ArgsConfig.model_fields))
-        suggestion = f"--{near.replace('_', '-')}" if near else ""
-        faults.append(Fault(f"--{name}", "", "a flag that exists", COMMAND_LINE, suggestion))
+        faults.append(Fault(f"--{name}", "", "a flag that exists", COMMAND_LINE, _suggest_flag(key)))
         _take_values(rest)
         return "", None
     if equals:
@@ -91,6 +91,14 @@ def _read_flag(word: str, rest: list[str], faults: list[Fault]) -> tuple[str, An
         faults.append(Fault(f"--{name}", "", "a value after it", COMMAND_LINE))
         return "", None
     return f"args.{key}", _read_value(f"args.{key}", rest.pop(0), faults)
+
+
+def _suggest_flag(name: str) -> str:
+    near = suggest_key(f"args.{name}")
+    section, _, leaf = near.rpartition(".")
+    if section in ("", "args"):
+        return f"--{leaf.replace('_', '-')}" if leaf else ""
+    return f"{near}=..."
 
 
 def _is_value(word: str) -> bool:
@@ -127,17 +135,9 @@ def _read_value(key: str, text: str, faults: list[Fault]) -> Any:
 
 def _read_scalar(key: str, text: str, faults: list[Fault]) -> Any:
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (OmegaConfBaseException, YAMLError):
-        faults.append(Fault(key, text, "a value in YAML's notation", COMMAND_LINE))
+        return parse_value(text)
+    except NotPlain as problem:
+        is_reference = problem.expected == WANTED_REFERENCE
+        expected = problem.expected if is_reference else f"a value in YAML's notation: {problem.expected}"
+        faults.append(Fault(key, text, expected, COMMAND_LINE))
         return None
-    assert isinstance(parsed, dict), f"a dotlist gives a mapping, not {type(parsed)}"
-    return parsed["value"]
-
-
-def _put(tree: dict[str, Any], parts: list[str], value: Any) -> None:
-    for part in parts[:-1]:
-        inner = tree.get(part)
-        tree[part] = inner if isinstance(inner, dict) else {}
-        tree = tree[part]
-    tree[parts[-1]] = value

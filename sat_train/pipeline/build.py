@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sat_train.models.dit.transformer import DiffusionTransformer
     from sat_train.models.text.t5 import T5TextEncoder
     from sat_train.models.vae.video_vae import VideoVAE
+    from sat_train.pipeline.frozen_models import LoadEncoders
 
 # what diffusers' pipeline and CogVideo's sampling give to CogVideoX1.5-I2V
 _OFS = 2.0
@@ -54,6 +55,7 @@ def build_pipeline(
     vae: VideoVAE | None,
     text_encoder: T5TextEncoder | None,
     null_text_ld: Tensor | None = None,
+    load_encoders: LoadEncoders | None = None,
 ) -> VideoDiffusion:
     """Builds the pipeline around models that are on their device already.
 
@@ -63,6 +65,7 @@ def build_pipeline(
         vae: Frozen video autoencoder; None for a run from the cache that draws no samples.
         text_encoder: Frozen text encoder; None likewise.
         null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
+        load_encoders: Loads both encoders where a batch needs them after all.
     """
     model, args = run.model, run.args
     loss, conditioner = model.loss_fn_config.params, model.conditioner_config.params.emb_models[0]
@@ -88,6 +91,7 @@ def build_pipeline(
         seed=args.seed,
         dtype=compute_dtype(args),
         device=next(dit.parameters()).device,
+        load_encoders=load_encoders,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sat_train.data.view import View
     from sat_train.models.text.t5 import T5TextEncoder
     from sat_train.models.vae.video_vae import VideoVAE
+
+    LoadEncoders = Callable[[], tuple[VideoVAE, T5TextEncoder]]
 
 
 def pixels_to_unit(pixels: Tensor, device: torch.device | str) -> Tensor:
@@ -62,6 +64,8 @@ class FrozenModels:
         null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
         dtype: Of the embeddings.
         device: Where the models are already.
+        load: Loads both, where a run that reads encoded samples meets one that has to be encoded after all;
+            None: that cannot happen.
     """
 
     def __init__(
@@ -73,16 +77,24 @@ class FrozenModels:
         null_text_ld: Tensor | None,
         dtype: torch.dtype,
         device: torch.device,
+        load: LoadEncoders | None = None,
     ) -> None:
-        self._vae, self._text_encoder = vae, text_encoder
+        self._vae, self._text_encoder, self._load = vae, text_encoder, load
         self._null_condition, self._null_text_ld = null_condition, null_text_ld
         self._dtype, self.device = dtype, device
 
     @property
     def vae(self) -> VideoVAE:
         """The video autoencoder."""
-        assert self._vae is not None, "no video autoencoder: this run reads encoded samples only"
-        return self._vae
+        vae = self._vae or self._load_both()[0]
+        assert vae is not None, "no video autoencoder: this run reads encoded samples only"
+        return vae
+
+    def _load_both(self) -> tuple[VideoVAE | None, T5TextEncoder | None]:
+        if self._load is not None:
+            self._vae, self._text_encoder = self._load()
+            self._load = None
+        return self._vae, self._text_encoder
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -131,8 +143,9 @@ class FrozenModels:
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> Tensor:
         """Encodes captions to (b, l, d)."""
-        assert self._text_encoder is not None, "no text encoder: this run reads encoded samples only"
-        embeddings = [self._text_encoder.encode([caption]) for caption in captions]
+        encoder = self._text_encoder or self._load_both()[1]
+        assert encoder is not None, "no text encoder: this run reads encoded samples only"
+        embeddings = [encoder.encode([caption]) for caption in captions]
         return torch.cat(embeddings).to(self.device, self._dtype)
 
     def null_text_like(self, text_bld: Tensor) -> Tensor:

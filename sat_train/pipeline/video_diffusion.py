@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sat_train.models.dit.transformer import DiffusionTransformer
     from sat_train.models.text.t5 import T5TextEncoder
     from sat_train.models.vae.video_vae import VideoVAE
+    from sat_train.pipeline.frozen_models import LoadEncoders
 
 Network = Callable[..., Tensor]
 Sampler = Literal["DDIM", "DPMPP2M"]
@@ -62,6 +63,7 @@ class VideoDiffusion:
         seed: The run's seed.
         dtype: What the transformer computes in.
         device: Where everything is computed. The encoders must be there already.
+        load_encoders: As `load` of `FrozenModels`.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class VideoDiffusion:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        load_encoders: LoadEncoders | None = None,
     ) -> None:
         assert alpha_bar.dtype == torch.float64, f"alpha_bar is {alpha_bar.dtype}, not float64"
         self.dit = dit
@@ -97,6 +100,7 @@ class VideoDiffusion:
             null_text_ld=null_text_ld,
             dtype=dtype,
             device=torch.device(device),
+            load=load_encoders,
         )
         self.alpha_bar = alpha_bar.cpu()
         self.scale_factor, self.image_latent_scale = scale_factor, image_latent_scale

@@ -159,7 +159,7 @@ def build_trainer(
     """
     state = restore(run, grid, place, engine, average, base_weights)
     filler = None
-    if run.data.cache == "fill" and data.needs_encoders:
+    if run.data.cache == "fill":
         filler = CacheFiller(run, grid, pipeline.frozen, data.cache)
     encode = filler.train() if filler is not None else lambda batch: batch
 

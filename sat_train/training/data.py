@@ -195,7 +195,7 @@ class CacheFiller(Callback):
         self._frozen, self._cache = frozen, cache
         self._image_to_video = run.model.noised_image_input
         self._writes = grid.model_rank == 0
-        self._writer = build_writer(run, grid)
+        self._writer = build_writer(run, grid, waits=True)
         if (
             run.model.null_condition == "empty_prompt"
             and self._writes
@@ -213,22 +213,22 @@ class CacheFiller(Callback):
 
     def closed(self) -> None:
         """Publishes what is left."""
-        self._writer.publish()
+        self._writer.publish_or_warn()
 
     def _encoder(self, image: str) -> SampleEncoder:
         return SampleEncoder(
             self._frozen,
             writer=self._writer,
             encoders=self._cache.encoders,
-            is_there=lambda key: not self._writes or key in self._cache.index,
+            is_there=lambda key: not self._writes or self._cache.index.is_whole(key),
             image=image if self._image_to_video else None,
         )
 
 
-def build_writer(run: RunConfig, grid: ProcessGrid) -> ShardWriter:
-    """Returns the writer of this rank into `data.cache_dir`."""
+def build_writer(run: RunConfig, grid: ProcessGrid, *, waits: bool = False) -> ShardWriter:
+    """Returns the writer of this rank into `data.cache_dir`; see `ShardWriter`."""
     shard_bytes = int(run.data.cache_shard_mb * 1e6)
-    return ShardWriter(Path(run.data.cache_dir), rank=grid.rank, shard_bytes=shard_bytes)
+    return ShardWriter(Path(run.data.cache_dir), rank=grid.rank, shard_bytes=shard_bytes, waits=waits)
 
 
 def _count_clips(loader: VideoLoader) -> int:

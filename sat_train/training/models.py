@@ -66,7 +66,7 @@ def build_models(
         run: The configuration.
         grid: The process grid.
         start: Where the transformer's weights come from.
-        with_encoders: Off, there is neither autoencoder nor text encoder: all batches come from the cache.
+        with_encoders: Off, all batches should come from the cache; the encoders are loaded if one does not.
         null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
 
     Raises:
@@ -81,7 +81,15 @@ def build_models(
         vae=build_loaded_vae(run, grid.device, encoder_dtype(run)) if with_encoders else None,
         text_encoder=build_loaded_text_encoder(run, grid.device) if with_encoders else None,
         null_text_ld=null_text_ld,
+        load_encoders=None if with_encoders else lambda: load_encoders(run, grid.device),
     )
+
+
+def load_encoders(run: RunConfig, device: torch.device) -> tuple[VideoVAE, T5TextEncoder]:
+    """Loads both encoders in the middle of a run, whose random numbers stay as they are."""
+    log.warning("a sample is not in the cache after all: loading T5 and the VAE")
+    with torch.random.fork_rng():
+        return build_loaded_vae(run, device, encoder_dtype(run)), build_loaded_text_encoder(run, device)
 
 
 def encoder_dtype(run: RunConfig) -> torch.dtype:

@@ -68,7 +68,7 @@ def _saved_config(point: ResumePoint) -> str:
 
 def pack_config(run: RunConfig) -> str:
     """Returns the configuration as a checkpoint keeps it."""
-    return json.dumps(run.tree(), sort_keys=True)
+    return json.dumps(run.shown_tree(), sort_keys=True)
 
 
 def check_config_unchanged(saved: str, run: RunConfig) -> None:
@@ -77,7 +77,7 @@ def check_config_unchanged(saved: str, run: RunConfig) -> None:
     Raises:
         ConfigError: Names every setting that differs and may not.
     """
-    changes = list(_changes(json.loads(saved), run.tree()))
+    changes = list(_changes(json.loads(saved), run.shown_tree()))
     faults = [
         Fault(path, str(new), f"{old}, as in the checkpoint (args.load starts another run from its weights)")
         for path, old, new in changes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
+from sat_train.data.cache.shards import read_header
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import DataError
 from sat_train.training.data import CacheFiller, open_data
@@ -62,7 +65,7 @@ def losses(words: list[str]) -> tuple[list[float], bool]:
     )
     train = valid = lambda batch: batch
     filler = None
-    if run.data.cache == "fill" and data.needs_encoders:
+    if run.data.cache == "fill":
         filler = CacheFiller(run, grid, pipeline.frozen, data.cache)
         train, valid = filler.train(), filler.valid()
     found = []
@@ -85,6 +88,50 @@ def test_losses_have_the_same_bits_with_and_without_the_cache(words, tmp_path: P
     assert losses([*words, "data.cache=fill"]) == (without, False)
     assert losses([*words, "data.cache=require"]) == (without, False)
     assert losses([*words, "data.cache=read"]) == (without, False)
+
+
+def test_a_damaged_entry_is_encoded_again_and_its_neighbours_are_read(words, tmp_path: Path, caplog) -> None:
+    """An entry loses a bit while its header says that all is there, so no encoder was loaded at first."""
+    words = [*words, *RECIPES["limited views"], f"data.cache_dir={tmp_path}"]
+    without, _ = losses([*words, "data.cache=fill"])
+    (shard,) = (tmp_path / "shards").iterdir()
+    header = read_header(shard)
+    key = next(key for key, about in header.entries.items() if about.kind == "clip" and "set/" in about.name)
+    data = bytearray(shard.read_bytes())
+    data[header.places[key]["mean"].offset + 3] ^= 0x40
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"damaged in the cache[\s\S]*contents changed[\s\S]*prune --damaged"):
+        losses([*words, "data.cache=require"])
+    caplog.clear()
+    assert losses([*words, "data.cache=read"]) == (without, False)
+    assert caplog.text.count("damaged cache entry, taken as missing") == 1
+    assert "loading T5 and the VAE" in caplog.text
+    assert losses([*words, "data.cache=fill"]) == (without, False)
+    assert len(list((tmp_path / "shards").iterdir())) == 2, "what was encoded again is kept"
+    assert losses([*words, "data.cache=require"]) == (without, False)
+
+
+def test_a_cache_that_cannot_be_written_is_read(words, tmp_path: Path, caplog) -> None:
+    """Files stand where folders would be made, as permissions do not hold for everybody who tests."""
+    words = [*words, f"data.cache_dir={tmp_path}"]
+    without, _ = losses([*words, "data.cache=fill"])
+    shutil.rmtree(tmp_path / "files")
+    (tmp_path / "files").write_text("in the way")
+    for mode in ("read", "require"):
+        caplog.clear()
+        assert losses([*words, f"data.cache={mode}"]) == (without, False)
+        assert caplog.text.count("the next run must hash these files again") == 1
+
+
+def test_a_full_disk_ends_no_run_that_fills_the_cache(words, tmp_path: Path, caplog, monkeypatch) -> None:
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sat_train.data.cache.shards.write_file", fail)
+    words = [*words, f"data.cache_dir={tmp_path}", "data.cache_shard_mb=0.001", "data.cache=fill"]
+    assert losses(words)[0] == losses([*words, "data.cache=off"])[0]
+    assert caplog.text.count("training continues, and what is encoded waits in memory") == 1
+    assert "encodings are not kept, the next run makes them again" in caplog.text
 
 
 def test_precompute_encodes_what_training_reads(words, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
+import stat
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from sat_train.data.cache.key import Origin, digest
 from sat_train.data.clip_file import READER, ClipInfo, Span, open_part, read_headers
 from sat_train.data.failures import BadClip
 from sat_train.data.remote import is_remote, read_state
-from sat_train.files import write_text
+from sat_train.files import open_regular, read_text, write_text
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -22,6 +24,8 @@ log = get_logger(__name__)
 Identity = Literal["content", "stat"]
 FOLDER = "files"
 _CHUNK_BYTES = 4 * 1024 * 1024
+_MOST_BYTES = 128_000_000  # of one file of what is known
+_MOST_FILES = 50_000  # in one, which makes about 30 MB
 # A file changed less than this before it was hashed may change again within one tick of the clock.
 _RACY_NS = 2_000_000_000
 
@@ -56,6 +60,7 @@ class FileBook:
         self._names: dict[str, str] = {}
         self._new: dict[str, _Known] = {}
         self._new_names: dict[str, str] = {}
+        self._is_told = False
         for path in sorted(self._folder.glob("*.json")):
             self._read(path)
 
@@ -131,27 +136,41 @@ class FileBook:
         self._known.update(learnt)
 
     def publish(self) -> None:
-        """Writes what was learnt since, in a file of its own, complete or not at all.
+        """Writes what was learnt since, in files of their own, each complete or not at all.
 
-        Raises:
-            OSError: The folder cannot be written.
+        It saves time in the next run and nothing else: where the folder cannot be written, as on a mount that
+        is read-only, that is said once.
         """
-        if not self._new and not self._new_names:
+        new = list(self._new.items())
+        if not new and not self._new_names:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        files = {key: {**asdict(known), "reader": READER} for key, known in self._new.items()}
-        body = {"files": files, "names": self._new_names}
-        name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"
-        write_text(self._folder / name, json.dumps(body))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for first in range(0, max(1, len(new)), _MOST_FILES):
+                files = {
+                    key: {**asdict(known), "reader": READER}
+                    for key, known in new[first : first + _MOST_FILES]
+                }
+                name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"
+                write_text(self._folder / name, json.dumps({"files": files, "names": self._new_names}))
+        except OSError as error:
+            if not self._is_told:
+                reason = error.strerror or error
+                log.warning("%s: %s: the next run must hash these files again", self._folder, reason)
+            self._is_told = True
         self._new, self._new_names = {}, {}
 
     def _read(self, path: Path) -> None:
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-            self._known.update({key: _from_json(value) for key, value in body["files"].items()})
-            self._names.update(body["names"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read (%s): those files will be hashed again", path, error)
+            body = json.loads(read_text(path, limit=_MOST_BYTES))
+            known = {key: _from_json(value) for key, value in body["files"].items()}
+            names = {key: _checked(value, str) for key, value in body["names"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = str(error)[:200] or type(error).__name__
+            log.warning("%s cannot be read (%s): those files will be hashed again", path, reason)
+            return
+        self._known.update(known)
+        self._names.update(names)
 
     def _sha256(self, path: Path, span: Span | None, stamp: tuple[int, ...]) -> str:
         known = self._lookup(path, span, stamp)
@@ -186,8 +205,10 @@ def read_stamp(path: Path) -> tuple[int, ...]:
         return _remote_stamp(path)
     try:
         found = path.stat()
-    except OSError as error:
-        raise BadClip("missing", error.strerror or str(error)) from None
+    except (OSError, ValueError) as error:  # a name with a NUL in it, from somebody's cache
+        raise BadClip("missing", getattr(error, "strerror", None) or str(error)) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BadClip("unreadable", "it is not a regular file")
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
@@ -212,7 +233,8 @@ def _told(span: Span | None) -> list[int] | None:
 def _hash(path: Path, span: Span | None) -> str:
     sha256 = hashlib.sha256()
     try:
-        with open_part(path, span, block_bytes=_CHUNK_BYTES) as file:
+        whole = span is None and not is_remote(path)
+        with open_regular(path) if whole else open_part(path, span, block_bytes=_CHUNK_BYTES) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 sha256.update(chunk)
     except OSError as error:
@@ -221,5 +243,26 @@ def _hash(path: Path, span: Span | None) -> str:
 
 
 def _from_json(value: dict[str, Any]) -> _Known:
+    """Returns what a file of the cache says, whose types are checked: anybody may have written it."""
+    sha256 = value["sha256"]
     info = value["info"] if value.get("reader") == READER else None  # another version saw other times in it
-    return _Known(tuple(value["stamp"]), value["sha256"], info and ClipInfo(**info))
+    stamp = tuple(_checked(number, int) for number in value["stamp"])
+    known = None if info is None else ClipInfo(**info)
+    if known is not None:
+        for name in ("height", "width"):
+            _checked(getattr(known, name), int)
+        for name in ("rate", "first", "last"):
+            if not math.isfinite(_checked(getattr(known, name), int, float)):
+                raise ValueError(f"{name} is not finite")
+        _checked(known.codec, str)
+        _checked(known.is_image, bool)
+        _checked(known.is_turned, bool, type(None))
+        if known.rate <= 0 or known.height <= 0 or known.width <= 0:
+            raise ValueError("a clip without size or rate")
+    return _Known(stamp, _checked(sha256, str, type(None)), known)
+
+
+def _checked(value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds:
+        raise ValueError(f"{str(value)[:40]!r} is no {' or '.join(kind.__name__ for kind in kinds)}")
+    return value

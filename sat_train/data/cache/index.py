@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
-from sat_train.data.cache.shards import FOLDER, Place, read_header, read_tensor
+from sat_train.data.cache.shards import FOLDER, About, Place, find_fault, read_header, read_tensor
 from sat_train.errors import DataError
+from sat_train.files import open_regular
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -17,88 +20,150 @@ log = get_logger(__name__)
 _OPEN_FILES = 64
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where the tensors of an entry lie, and what they must be."""
+
+    shard: str
+    places: dict[str, Place]
+    about: About
+
+
 class CacheIndex:
     """The entries of a cache folder, by key. Shards that appear later are found when a key is missed.
 
+    The bytes of an entry are compared with their SHA-256 when this process first reads it. One that is
+    damaged counts as missing from then on, and what is damaged is said.
+
+    Where a key was written several times, shards of this user come first, then the one that has been there
+    longest: by the time at which the file system put it there, as anybody can choose a name.
+
     Args:
         cache_dir: Folder of the cache.
+
+    Raises:
+        DataError: The folder is there and cannot be read.
     """
 
     def __init__(self, cache_dir: Path) -> None:
         self._folder = cache_dir / FOLDER
-        self._places: dict[str, tuple[str, dict[str, Place]]] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._others: dict[str, list[_Entry]] = {}  # of keys that were written several times
         self._failed: dict[str, tuple[str, str]] = {}
+        self._whole: set[str] = set()
+        self._faults: dict[str, str] = {}
         self._seen: set[str] = set()
         self._changed_ns = -1
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self.refresh()
+        self._open: OrderedDict[str, BinaryIO] = OrderedDict()
+        try:
+            self._look()
+        except OSError as error:
+            raise DataError(
+                f"{self._folder}: {error.strerror or error}",
+                expected="a data.cache_dir that can be read, or that is not there yet",
+            ) from error
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
     def __contains__(self, key: str) -> bool:
         """Tells whether the tensors of an entry are there."""
-        return key in self._places or (self.refresh() and key in self._places)
+        return key in self._entries or (self.refresh() and key in self._entries)
 
     def failure(self, key: str) -> tuple[str, str] | None:
         """Returns cause and finding where a clip is known to be undecodable."""
-        return None if key in self._places else self._failed.get(key)
+        return None if key in self._entries else self._failed.get(key)
+
+    def fault(self, key: str) -> str:
+        """Returns what was found damaged under a key; nothing where it was not."""
+        return self._faults.get(key, "")
 
     def refresh(self) -> bool:
         """Looks for shards published since the last look; tells whether there are any."""
+        try:
+            return self._look()
+        except OSError:  # a shared disk that does not answer now is asked again at the next miss
+            return False
+
+    def _look(self) -> bool:
         try:
             changed_ns = self._folder.stat().st_mtime_ns
         except FileNotFoundError:
             return False
         if changed_ns == self._changed_ns:
             return False
-        names = sorted(path.name for path in self._folder.glob("*.safetensors"))
-        new = [name for name in names if name not in self._seen]
-        for name in new:
-            self._add(name)
+        found = [Path(entry.path) for entry in os.scandir(self._folder)]
+        new = [path for path in found if path.suffix == ".safetensors" and path.name not in self._seen]
+        for path in sorted(new, key=_precedence):
+            self._add(path.name)
         self._changed_ns = changed_ns
         return bool(new)
 
     def read(self, key: str) -> dict[str, Tensor] | None:
-        """Returns the tensors of an entry, None where there is none.
+        """Returns the tensors of an entry, None where there is none or all that there are are damaged."""
+        while key in self:
+            entry = self._entries[key]
+            try:
+                file = self._file(entry.shard)
+                tensors = {part: read_tensor(file.fileno(), place) for part, place in entry.places.items()}
+                fault = "" if key in self._whole else find_fault(tensors, entry.about)
+            except OSError as error:
+                tensors, fault = {}, error.strerror or str(error)
+            if not fault:
+                self._whole.add(key)
+                return tensors
+            self.drop(key, fault)
+        return None
 
-        Raises:
-            DataError: Its shard has gone or is damaged.
-        """
-        if key not in self:
-            return None
-        name, places = self._places[key]
-        try:
-            descriptor = self._descriptor(name)
-            return {part: read_tensor(descriptor, place) for part, place in places.items()}
-        except OSError as error:
-            raise DataError(
-                f"{self._folder / name}: {error.strerror or error}",
-                expected="a shard of the cache, which nobody removes while a run reads it",
-                remedy="`sat-train cache verify` names what is damaged, `prune` removes it",
-            ) from error
+    def is_whole(self, key: str) -> bool:
+        """Tells whether an entry is there and undamaged: reads it where this process has not yet."""
+        return key in self and (key in self._whole or self.read(key) is not None)
+
+    def drop(self, key: str, fault: str) -> None:
+        """Takes an entry as missing from now on, and says why."""
+        entry = self._entries.pop(key)
+        about = entry.about
+        self._faults[key] = f"{self._folder / entry.shard}: the {about.kind} of {about.name[:80]}: {fault}"
+        self._whole.discard(key)
+        others = self._others.pop(key, [])
+        if others:
+            self._entries[key] = others[0]
+            if others[1:]:
+                self._others[key] = others[1:]
+        log.warning("damaged cache entry, taken as missing: %s", self._faults[key])
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": OrderedDict()}  # descriptors belong to their process
+        return {**self.__dict__, "_open": OrderedDict()}  # open files belong to their process
 
     def _add(self, name: str) -> None:
         self._seen.add(name)
         try:
             header = read_header(self._folder / name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             log.warning("%s is left out: %s", self._folder / name, error)
             return
         for key, about in header.entries.items():
+            entry = _Entry(name, header.places[key], about)
             if about.detail is not None:
                 self._failed[key] = about.detail
+            elif key in self._entries:
+                self._others.setdefault(key, []).append(entry)
             else:
-                self._places.setdefault(key, (name, header.places[key]))
+                self._entries[key] = entry
 
-    def _descriptor(self, name: str) -> int:
+    def _file(self, name: str) -> BinaryIO:
         if name in self._open:
             self._open.move_to_end(name)
             return self._open[name]
         if len(self._open) >= _OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[name] = os.open(self._folder / name, os.O_RDONLY)
+            self._open.popitem(last=False)[1].close()
+        self._open[name] = open_regular(self._folder / name)
         return self._open[name]
+
+
+def _precedence(path: Path) -> tuple[bool, int, str]:
+    try:
+        found = path.stat()
+    except OSError:
+        return True, 0, path.name  # it is said where its header is read
+    return found.st_uid != os.getuid(), found.st_ctime_ns, path.name

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sat_train.data.cache.files import FileBook, read_stamp
 from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
-from sat_train.data.cache.shards import FOLDER, About, Header, ShardWriter, hash_tensors, read_header
+from sat_train.data.cache.shards import (
+    FOLDER,
+    About,
+    Header,
+    Place,
+    ShardWriter,
+    find_fault,
+    read_header,
+    read_tensor,
+)
 from sat_train.data.clip_file import Span
 from sat_train.data.failures import BadClip
 from sat_train.data.remote import is_remote, make_path
 from sat_train.errors import DataError
-from sat_train.files import sync_folder
+from sat_train.files import PART_SUFFIX, open_regular, sync_folder
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
 
 IsStale = Callable[[str, About], str]
 
@@ -58,8 +68,8 @@ def read_shards(cache_dir: Path) -> Iterator[tuple[Path, Header | None, str]]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             yield path, read_header(path), ""
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            yield path, None, str(error)
+        except (OSError, ValueError) as error:
+            yield path, None, getattr(error, "strerror", None) or str(error)
 
 
 class Staleness:
@@ -75,6 +85,8 @@ class Staleness:
         encoders: The encoders in use; None: any may be.
         drop_gone: Entries whose file is not where it was are stale too.
         drop_failed: Known failures are stale too.
+        asks_remote: Ask remote storage about the files there. Off, their entries count as unchanged: what is
+            asked is whatever the one who wrote the cache wants to be asked.
     """
 
     def __init__(
@@ -84,9 +96,10 @@ class Staleness:
         encoders: EncoderDigests | None = None,
         drop_gone: bool = False,
         drop_failed: bool = False,
+        asks_remote: bool = False,
     ) -> None:
         self._book, self._encoders = book, encoders
-        self._drop_gone, self._drop_failed = drop_gone, drop_failed
+        self._drop_gone, self._drop_failed, self._asks_remote = drop_gone, drop_failed, asks_remote
         self._seen: set[tuple[str, bool]] = set()
         self._origins: dict[Origin, str] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
@@ -112,12 +125,15 @@ class Staleness:
         return self._origins[origin]
 
     def _look(self, origin: Origin) -> str:
-        path = make_path(origin.path)
+        if "://" in origin.path and not self._asks_remote:
+            return ""
         try:
-            if self._stamp(path)[:2] == (origin.size, origin.mtime_ns):
+            path = make_path(origin.path)
+            stamp = self._stamp(path)
+            if stamp[:2] == (origin.size, origin.mtime_ns):
                 return ""
-            if is_remote(path):
-                return "file changed"  # its hash would cost the whole archive
+            if is_remote(path) or (origin.part is None and stamp[0] != origin.size):
+                return "file changed"  # without its hash, which would cost the whole file
             span = None if origin.part is None else Span(*origin.part)
             return "" if self._book.sha256(path, span) == origin.identity else "file changed"
         except BadClip as error:
@@ -173,19 +189,25 @@ def verify_entries(cache_dir: Path) -> tuple[int, list[str]]:
         if header is None:
             faults.append(f"{path.name}: {fault}")
             continue
-        tensors = _tensors(path)
         for key, about in header.entries.items():
-            if hash_tensors(tensors.get(key, {})) == about.sha256:
-                whole += 1
-            else:
-                faults.append(f"{path.name}: {about.kind} of {about.name[:60]}: contents changed")
+            found = _find_fault(path, header.places[key], about)
+            whole += not found
+            if found:
+                faults.append(f"{path.name}: {about.kind} of {about.name[:60]}: {found}")
     return whole, faults
 
 
-def prune_entries(cache_dir: Path, staleness: Staleness) -> tuple[int, int]:
+def prune_entries(cache_dir: Path, staleness: Staleness, *, drop_damaged: bool = False) -> tuple[int, int]:
     """Removes stale entries, damaged shards and what unfinished writes left; not while a run reads the cache.
 
-    A shard that is stale in part is written anew without that part before the old one goes.
+    A shard that is stale in part is written anew without that part before the old one goes. What is written
+    anew, and what is there twice, is compared with its hash: a damaged entry is neither kept instead of a
+    whole one nor given a new hash.
+
+    Args:
+        cache_dir: Folder of the cache.
+        staleness: What is stale.
+        drop_damaged: Read every byte, and remove entries that are damaged.
 
     Returns:
         How many entries and how many bytes went.
@@ -194,42 +216,59 @@ def prune_entries(cache_dir: Path, staleness: Staleness) -> tuple[int, int]:
         DataError: There is no cache in the folder, or it cannot be written.
     """
     folder = cache_dir / FOLDER
-    before = _size(folder)
-    num_removed = 0
-    for path, header, _ in list(read_shards(cache_dir)):
-        entries = {} if header is None else header.entries
-        stale = {key for key, about in entries.items() if staleness.reason(key, about)}
-        if header is not None and not stale:
-            continue
-        if len(stale) < len(entries):
-            _rewrite(cache_dir, path, {key: about for key, about in entries.items() if key not in stale})
-        path.unlink()
-        num_removed += len(stale)
-    for part in folder.glob("*.part"):
-        part.unlink()
-    sync_folder(folder)
+    shards = list(read_shards(cache_dir))
+    counts = Counter(key for _, header, _ in shards if header is not None for key in header.entries)
+    before, num_removed = _size(folder), 0
+    try:
+        for path, header, fault in shards:
+            entries = {} if header is None else header.entries
+            stale = {
+                key
+                for key, about in entries.items()
+                if ((drop_damaged or counts[key] > 1) and _find_fault(path, header.places[key], about))
+                or staleness.reason(key, about)
+            }
+            if header is None and not path.is_file():
+                log.warning("%s is left as it is: %s", path, fault)
+                continue
+            if header is not None and not stale:
+                continue
+            kept = {key: about for key, about in entries.items() if key not in stale}
+            num_removed += len(entries) - (_rewrite(cache_dir, path, header, kept) if kept else 0)
+            path.unlink()
+        for part in folder.glob(f"*{PART_SUFFIX}"):
+            part.unlink()
+        sync_folder(folder)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {error.strerror or error}", expected="a cache that can be changed"
+        ) from error
     return num_removed, before - _size(folder)
 
 
-def _rewrite(cache_dir: Path, path: Path, kept: dict[str, About]) -> None:
-    tensors = _tensors(path)
-    writer = ShardWriter(cache_dir, shard_bytes=1 << 62, interval_s=float("inf"))
+def _rewrite(cache_dir: Path, path: Path, header: Header, kept: dict[str, About]) -> int:
+    """Writes entries of a shard into a new one; returns how many of them were whole."""
+    writer, num_kept = ShardWriter(cache_dir, shard_bytes=1 << 62, interval_s=float("inf")), 0
     for key, about in kept.items():
-        writer.add(key, tensors.get(key, {}), about)
+        tensors = _tensors(path, header.places[key])
+        if not find_fault(tensors, about):
+            writer.add(key, tensors, about)
+            num_kept += 1
     writer.publish()
+    return num_kept
 
 
-def _tensors(path: Path) -> dict[str, dict[str, Tensor]]:
+def _find_fault(path: Path, places: Mapping[str, Place], about: About) -> str:
     try:
-        loaded = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: {error}", remedy="see whether the disk is sound") from None
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in loaded.items():
-        key, _, part = name.rpartition("/")
-        tensors.setdefault(key, {})[part] = tensor
-    return tensors
+        return find_fault(_tensors(path, places), about)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _tensors(path: Path, places: Mapping[str, Place]) -> dict[str, Tensor]:
+    with open_regular(path) as file:
+        return {part: read_tensor(file.fileno(), place) for part, place in places.items()}
 
 
 def _size(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(folder))
+    return sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(folder))

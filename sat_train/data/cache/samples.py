@@ -20,6 +20,7 @@ from sat_train.errors import DataError
 
 Use = Literal["read", "require", "write"]
 Condition = Literal["noised", "plain"]
+_TENSORS = {"clip": {"mean", "logvar"}, "image": {"mean", "logvar"}, "text": {"text"}}
 
 
 @dataclass(frozen=True)
@@ -125,16 +126,15 @@ class SampleCache:
         """
         if self.use == "write":
             return None
-        missing = self.missing(keys)
-        if missing:
+        found = None if self.missing(keys) else self._read_parts(keys)
+        if found is None:
             known = self.index.failure(keys.clip)
             if known is not None:
                 raise BadClip(*known)
             if self.use == "require":
-                raise _not_there(clip_id, missing)
+                raise self._not_there(keys, clip_id)
             return None
-        clip, text = self._tensors(keys.clip), self._tensors(keys.text)
-        image = {} if keys.image is None else self._tensors(keys.image)
+        clip, text, image = found["clip"], found["text"], found.get("image", {})
         return CachedSample(
             mean_btchw=clip["mean"],
             logvar_btchw=clip["logvar"],
@@ -145,18 +145,36 @@ class SampleCache:
 
     def missing(self, keys: SampleKeys) -> tuple[str, ...]:
         """Returns which of a sample's encodings are not there: `clip`, `text`, `image`."""
-        named = {"clip": keys.clip, "text": keys.text, "image": keys.image}
-        return tuple(name for name, key in named.items() if key is not None and key not in self.index)
+        return tuple(name for name, key in _named(keys).items() if key not in self.index)
 
-    def _tensors(self, key: str) -> dict[str, Tensor]:
-        tensors = self.index.read(key)
-        assert tensors is not None, f"{key} was there a moment ago"
-        return tensors
+    def _read_parts(self, keys: SampleKeys) -> dict[str, dict[str, Tensor]] | None:
+        """Returns the tensors of each part of a sample; None where one of them is missing or damaged."""
+        found = {}
+        for name, key in _named(keys).items():
+            tensors = self.index.read(key)
+            if tensors is not None and tensors.keys() != _TENSORS[name]:
+                self.index.drop(key, f"holds {', '.join(sorted(tensors)) or 'nothing'}")
+                tensors = None
+            if tensors is None:
+                return None
+            found[name] = tensors
+        return found
+
+    def _not_there(self, keys: SampleKeys, clip_id: str) -> DataError:
+        faults = [fault for key in _named(keys).values() if (fault := self.index.fault(key))]
+        if faults:
+            return DataError(
+                "\n  ".join([f"{clip_id}: damaged in the cache, with data.cache = require", *faults]),
+                expected="every entry as it was written",
+                remedy="`sat-train cache prune --damaged` removes it; then precompute, or data.cache=fill",
+            )
+        return DataError(
+            f"{clip_id}: {' and '.join(self.missing(keys))} not in the cache, with data.cache = require",
+            expected="every sample encoded with these files, settings and encoders",
+            remedy="torchrun launch/precompute.py with the same --base, or data.cache=fill",
+        )
 
 
-def _not_there(clip_id: str, missing: tuple[str, ...]) -> DataError:
-    return DataError(
-        f"{clip_id}: {' and '.join(missing)} not in the cache, with data.cache = require",
-        expected="every sample encoded with these files, settings and encoders",
-        remedy="torchrun launch/precompute.py with the same --base, or data.cache=fill",
-    )
+def _named(keys: SampleKeys) -> dict[str, str]:
+    named = {"clip": keys.clip, "text": keys.text}
+    return named if keys.image is None else {**named, "image": keys.image}

@@ -19,14 +19,21 @@ from torch import Tensor
 
 from sat_train.data.cache.key import CODE_VERSION, Origin
 from sat_train.errors import DataError
-from sat_train.files import sync_folder, write_file
+from sat_train.files import open_regular, sync_folder, write_file
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
 
 FOLDER = "shards"
 FORMAT = "sat_train cache 1"
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 32_000_000
+_MOST_ENTRIES = 5_000  # of one shard: a header of a few megabytes
+_RETRY_S = 60  # after a shard could not be written
+_MOST_WAITING = 4  # shards that may wait for a disk with room
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 Kind = Literal["clip", "image", "text", "failed"]
+_KINDS = ("clip", "image", "text", "failed")
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,25 @@ class ShardWriter:
         rank: For the names of the files.
         shard_bytes: A shard is published once it is this large.
         interval_s: And after this time, however small it is.
+        waits: A shard that cannot be written is said once, kept in memory and tried again a minute later, so
+            that a full disk ends no training. Off, it is an error.
     """
 
     def __init__(
-        self, cache_dir: Path, *, rank: int = 0, shard_bytes: int = 256_000_000, interval_s: float = 300
+        self,
+        cache_dir: Path,
+        *,
+        rank: int = 0,
+        shard_bytes: int = 256_000_000,
+        interval_s: float = 300,
+        waits: bool = False,
     ) -> None:
         self._folder = cache_dir / FOLDER
         self._rank = rank
         self._shard_bytes = shard_bytes
         self._interval_s = interval_s
+        self._waits = waits
+        self._retry_at: float | None = None
         self._tensors: dict[str, Tensor] = {}
         self._entries: dict[str, About] = {}
         self._bytes = 0
@@ -111,6 +128,8 @@ class ShardWriter:
     def add(self, key: str, tensors: Mapping[str, Tensor], about: About) -> None:
         """Adds one entry; one that waits under this key already is kept instead.
 
+        An entry that is not finite is not kept: it would spoil every run that reads it.
+
         Args:
             key: What it is found by.
             tensors: By name; copied to the CPU.
@@ -119,7 +138,12 @@ class ShardWriter:
         Raises:
             DataError: A full shard cannot be written.
         """
-        if key in self._entries:
+        if key in self._entries or self._bytes > _MOST_WAITING * self._shard_bytes:
+            return
+        if not are_finite(tensors):
+            log.warning(
+                "%s: the encoded %s is not finite, and is not kept in the cache", about.name, about.kind
+            )
             return
         if not self._entries:
             self._since = time.monotonic()
@@ -127,8 +151,30 @@ class ShardWriter:
         self._tensors.update({f"{key}/{name}": tensor for name, tensor in held.items()})
         self._entries[key] = replace(about, sha256=hash_tensors(held))
         self._bytes += sum(tensor.nbytes for tensor in held.values())
-        if self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._interval_s:
+        is_old = time.monotonic() - self._since >= self._interval_s
+        if self._bytes >= self._shard_bytes or len(self._entries) >= _MOST_ENTRIES or is_old:
+            self._publish_in_time()
+
+    def publish_or_warn(self) -> None:
+        """Writes what waits, or says that it is lost."""
+        try:
             self.publish()
+        except DataError as error:
+            log.warning(
+                "%d encodings are not kept, the next run makes them again: %s", len(self._entries), error
+            )
+
+    def _publish_in_time(self) -> None:
+        if self._retry_at is not None and time.monotonic() < self._retry_at:
+            return
+        try:
+            self.publish()
+        except DataError as error:
+            if not self._waits:
+                raise
+            if self._retry_at is None:
+                log.warning("training continues, and what is encoded waits in memory: %s", error)
+            self._retry_at = time.monotonic() + _RETRY_S
 
     def publish(self) -> None:
         """Writes what waits.
@@ -151,35 +197,57 @@ class ShardWriter:
                 expected="a folder with room for the encoded samples",
                 remedy="make room or name another folder; what was published before is kept",
             ) from error
-        self._tensors, self._entries, self._bytes = {}, {}, 0
+        if self._retry_at is not None:
+            log.info("%s: what waited for room is written", self._folder.parent)
+        self._tensors, self._entries, self._bytes, self._retry_at = {}, {}, 0, None
 
 
 def read_header(path: Path) -> Header:
-    """Reads what a shard holds.
+    """Reads what a shard holds. What the header claims is compared with the file before it is believed.
 
     Raises:
         ValueError: It is no shard of this format, or not complete.
         OSError: It cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {length} bytes")
-        body: dict[str, Any] = json.loads(file.read(length))
         size = os.fstat(file.fileno()).st_size
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"a header of {length} bytes")
+        text = file.read(length)
+    try:
+        return _parse_header(text, size)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {str(error)[:200]}") from None
+
+
+def _parse_header(text: bytes, size: int) -> Header:
+    body: dict[str, Any] = json.loads(text)
     metadata = body.pop("__metadata__", {})
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    end = 8 + length + max((spec["data_offsets"][1] for spec in body.values()), default=0)
+    start = 8 + len(text)
+    placed = {name: _place(spec, start) for name, spec in body.items()}
+    end = max((place.offset + place.num_bytes for place in placed.values()), default=start)
     if size != end:
         raise ValueError(f"{size} bytes, its header promises {end}")
     entries = {key: _about(told) for key, told in json.loads(metadata["entries"]).items()}
     places: dict[str, dict[str, Place]] = {key: {} for key in entries}
-    for name, spec in body.items():
+    for name, place in placed.items():
         key, _, part = name.rpartition("/")
-        offset = 8 + length + spec["data_offsets"][0]
-        places[key][part] = Place(tuple(spec["shape"]), DTYPES[spec["dtype"]], offset)
+        places[key][part] = place
     return Header(entries, places, size)
+
+
+def _place(spec: dict[str, Any], start: int) -> Place:
+    first, last = spec["data_offsets"]
+    shape = tuple(spec["shape"])
+    if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+        raise ValueError("shapes and offsets are whole numbers")
+    place = Place(shape, DTYPES[spec["dtype"]], start + first)
+    if place.num_bytes != last - first:
+        raise ValueError(f"a tensor of {place.num_bytes} bytes in {last - first}")
+    return place
 
 
 def read_tensor(descriptor: int, place: Place) -> Tensor:
@@ -207,9 +275,38 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
+def are_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Tells whether no tensor holds an infinity or a NaN."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def find_fault(tensors: Mapping[str, Tensor], about: About) -> str:
+    """Returns why the tensors of an entry must not be used; nothing when they are what was written."""
+    if hash_tensors(tensors) != about.sha256:
+        return "contents changed (SHA-256 differs)"
+    return "" if are_finite(tensors) else "holds values that are not finite"
+
+
 def _about(told: dict[str, Any]) -> About:
     origin, detail = told["origin"], told["detail"]
     if origin is not None:
         part = origin.get("part")
         origin = Origin(**{**origin, "part": None if part is None else tuple(part)})
-    return About(**{**told, "origin": origin, "detail": None if detail is None else tuple(detail)})
+        _check_types(origin, {"path": str, "size": int, "mtime_ns": int, "identity": str})
+        if part is not None and [type(number) for number in origin.part] != [int, int]:
+            raise ValueError("a part is two whole numbers")
+    if detail is not None:
+        detail = tuple(detail)
+        if [type(text) for text in detail] != [str, str]:
+            raise ValueError("a failure is two texts")
+    about = About(**{**told, "origin": origin, "detail": detail})
+    _check_types(about, {"name": str, "encoder": str, "code_version": int, "sha256": str})
+    if about.kind not in _KINDS or (about.kind == "failed") != (detail is not None):
+        raise ValueError("an entry of no known kind")
+    return about
+
+
+def _check_types(record: Any, types: Mapping[str, type]) -> None:
+    for name, kind in types.items():
+        if type(getattr(record, name)) is not kind:
+            raise ValueError(f"{name} is no {kind.__name__}")

@@ -83,7 +83,7 @@ def _reports(run: RunConfig, run_folder: Path | None) -> list[Callback]:
             reports.append(TensorBoard(run_folder))
         if run.args.wandb:
             reports.append(
-                WeightsAndBiases(run_folder, project=run.args.wandb_project_name, config=run.tree())
+                WeightsAndBiases(run_folder, project=run.args.wandb_project_name, config=run.shown_tree())
             )
     return reports
 

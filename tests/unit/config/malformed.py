@@ -359,8 +359,8 @@ CASES = [
     Case(
         "environment", "args: {save: '${oc.env:HOME}'}", "args.save", "resolvers such as `oc.env` are refused"
     ),
-    Case("reference to nothing", "args: {save: '${args.nowhere}'}", "args.save", "a key that exists"),
-    Case("half a reference", "", "args.save", "a key that exists", ("args.save=${",)),
+    Case("reference to nothing", "args: {save: '${args.nowhere}'}", "args.save", "a key with a value"),
+    Case("half a reference", "", "args.save", "a key with a value", ("args.save=${",)),
     Case("reference in a circle", "args: {save: '${args.save}'}", "args.save", "a key"),
     # the command line
     Case("unknown flag", "", "--train-itters", "did you mean '--train-iters'?", ("--train-itters", "5")),

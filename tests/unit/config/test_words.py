@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 
 from sat_train.config import split_command_line
-from sat_train.config.words import read_words
+from sat_train.config.layers import Layer, merge_layers
+from sat_train.config.words import COMMAND_LINE, read_words
 from sat_train.errors import Fault
 
 
 def read(*words: str) -> dict[str, object]:
     faults: list[Fault] = []
-    tree = read_words(words, faults)
+    trees = read_words(words, faults)
     assert not faults
-    return tree
+    return merge_layers([Layer(COMMAND_LINE, tree, {}) for tree in trees]).tree
 
 
 @pytest.mark.parametrize(

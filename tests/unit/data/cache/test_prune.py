@@ -13,7 +13,7 @@ from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
 from sat_train.data.cache.prune import Staleness, list_entries, prune_entries, verify_entries
-from sat_train.data.cache.shards import FOLDER, About, ShardWriter
+from sat_train.data.cache.shards import FOLDER, About, ShardWriter, read_header
 from sat_train.data.clip_file import Span
 from sat_train.errors import DataError
 from tests.unit.data.cache.samples import tensors_of
@@ -87,6 +87,30 @@ def test_damage_is_found_by_verify_and_removed_by_prune(cache, capsys):
     assert main(["cache", "prune", "--cache-dir", str(cache)]) == 0
     assert not path.exists()
     assert main(["cache", "verify", "--cache-dir", str(cache)]) == 0
+
+
+def test_a_damaged_entry_goes_with_a_flag_and_never_gets_a_new_hash(cache, capsys):
+    first, _ = sorted((cache / FOLDER).glob("*.safetensors"))
+    data = bytearray(first.read_bytes())
+    place = read_header(first).places["text"]["text"]
+    data[place.offset] ^= 1
+    whole = read_header(first).places["good"]["mean"]
+    data[whole.offset] ^= 1  # the entry that comes first of the two that are there
+    first.write_bytes(data)
+    assert main(["cache", "prune", "--cache-dir", str(cache)]) == 0
+    index = CacheIndex(cache)
+    assert torch.equal(index.read("good")["mean"], tensors_of(1)["clip"]["mean"]), "the whole one is kept"
+    assert "text" not in index, "it was rewritten beside stale ones, and read for that"
+    assert verify_entries(cache)[1] == []
+    (path,) = [path for path in (cache / FOLDER).iterdir() if "moved" in read_header(path).entries]
+    data = bytearray(path.read_bytes())
+    data[read_header(path).places["moved"]["mean"].offset] ^= 1
+    path.write_bytes(data)
+    assert main(["cache", "prune", "--cache-dir", str(cache)]) == 0
+    assert "moved: contents changed" in "".join(verify_entries(cache)[1])
+    assert main(["cache", "prune", "--damaged", "--cache-dir", str(cache)]) == 0
+    assert verify_entries(cache)[1] == []
+    assert "moved" not in CacheIndex(cache)
 
 
 def test_a_folder_without_a_cache_is_refused(tmp_path):

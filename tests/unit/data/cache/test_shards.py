@@ -77,13 +77,104 @@ def test_a_torn_shard_is_left_out_and_named(tmp_path, caplog, kept):
     assert verify_entries(tmp_path)[1][0].startswith(path.name)
 
 
-def test_a_shard_that_has_gone_is_named(tmp_path):
+def test_a_shard_that_has_gone_is_named_and_its_entries_are_missing(tmp_path, caplog):
     write(tmp_path, [1])
     index = CacheIndex(tmp_path)
     (path,) = (tmp_path / FOLDER).iterdir()
     path.unlink()
-    with pytest.raises(DataError, match=path.name):
-        index.read("key 1")
+    assert index.read("key 1") is None
+    assert path.name in caplog.text
+    assert "key 1" not in index
+
+
+def damage(folder, shard=0):
+    """Flips one bit of the last tensor of a shard."""
+    path = sorted((folder / FOLDER).iterdir())[shard]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_entry_is_never_read_and_said_once(tmp_path, caplog):
+    write(tmp_path, [1])
+    path, index = damage(tmp_path), CacheIndex(tmp_path)
+    assert "key 1" in index, "the header is whole"
+    assert not index.is_whole("key 1")
+    assert (index.read("key 1"), index.read("key 1")) == (None, None)
+    assert "key 1" not in index
+    said = f"{path}: the clip of a clip: contents changed (SHA-256 differs)"
+    assert index.fault("key 1") == said
+    assert caplog.text.count(said) == 1
+    write(tmp_path, [1])
+    assert torch.equal(index.read("key 1")["mean"], tensors_of(1)["clip"]["mean"]), (
+        "written again, it is there"
+    )
+
+
+def test_where_one_of_two_entries_of_a_key_is_damaged_the_other_is_read(tmp_path):
+    write(tmp_path, [1])
+    write(tmp_path, [1])
+    for shard in (0, 1):
+        path = sorted((tmp_path / FOLDER).iterdir())[shard]
+        before = path.read_bytes()
+        damage(tmp_path, shard)
+        assert torch.equal(CacheIndex(tmp_path).read("key 1")["mean"], tensors_of(1)["clip"]["mean"])
+        path.write_bytes(before)
+
+
+def test_an_entry_that_is_not_finite_is_neither_kept_nor_read(tmp_path, caplog, monkeypatch):
+    broken = {"mean": torch.tensor([1.0, float("nan")]), "logvar": torch.zeros(2)}
+    writer = ShardWriter(tmp_path)
+    writer.add("key", broken, ABOUT)
+    writer.publish()
+    assert "a clip: the encoded clip is not finite" in caplog.text
+    assert "key" not in CacheIndex(tmp_path)
+    monkeypatch.setattr("sat_train.data.cache.shards.are_finite", lambda tensors: True)  # as others may write
+    writer.add("key", broken, ABOUT)
+    writer.publish()
+    monkeypatch.undo()
+    index = CacheIndex(tmp_path)
+    assert index.read("key") is None
+    assert "the clip of a clip: holds values that are not finite" in index.fault("key")
+
+
+def test_the_entry_that_was_there_first_wins_whatever_the_names_are(tmp_path):
+    write(tmp_path, [1])
+    (first,) = (tmp_path / FOLDER).iterdir()
+    late = ShardWriter(tmp_path / "late")
+    late.add("key 1", tensors_of(2)["clip"], ABOUT)
+    late.publish()
+    (shard,) = (tmp_path / "late" / FOLDER).iterdir()
+    shard.rename(first.with_name(f"0{'0' * 19}.safetensors"))
+    assert float(CacheIndex(tmp_path).read("key 1")["mean"].mean()) == 1
+
+
+def test_a_disk_without_room_ends_no_training_and_loses_nothing(tmp_path, caplog):
+    """A file where the folder should be stands for the disk; then there is room again."""
+    (tmp_path / FOLDER).write_text("in the way")
+    writer = ShardWriter(tmp_path, shard_bytes=768, waits=True)
+    for number in range(3):
+        writer.add(f"key {number}", tensors_of(number)["clip"], ABOUT)
+    assert caplog.text.count("training continues, and what is encoded waits in memory") == 1
+    assert all(f"key {number}" in writer for number in range(3))
+    (tmp_path / FOLDER).unlink()
+    writer.publish_or_warn()
+    assert verify_entries(tmp_path) == (3, [])
+    for number in range(3, 40):
+        writer.add(f"key {number}", tensors_of(number)["clip"], ABOUT)
+    assert verify_entries(tmp_path) == (40, [])
+
+
+def test_what_waits_for_a_disk_without_room_does_not_fill_the_memory(tmp_path, caplog):
+    (tmp_path / FOLDER).write_text("in the way")
+    writer = ShardWriter(tmp_path, shard_bytes=768, waits=True)
+    for number in range(100):
+        writer.add(f"key {number}", tensors_of(number)["clip"], ABOUT)
+    kept = sum(f"key {number}" in writer for number in range(100))
+    assert kept == 5
+    writer.publish_or_warn()
+    assert f"{kept} encodings are not kept, the next run makes them again" in caplog.text
 
 
 def test_a_full_disk_is_named_and_what_was_published_is_kept(tmp_path, monkeypatch):

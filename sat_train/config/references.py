@@ -1,0 +1,68 @@
+"""`${section.key}`: a value that is taken from another key. Nothing else is looked up, and nothing runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from sat_train.config.aliases import get_value
+from sat_train.config.layers import Merged
+from sat_train.config.yaml_text import REFERENCE, WANTED_REFERENCE, is_plain
+from sat_train.errors import Fault
+
+
+def resolve_references(merged: Merged, faults: list[Fault]) -> None:
+    """Replaces `${a.b}` in the merged tree by what the key `a.b` holds.
+
+    A reference leads to a value, not to another reference: so none goes in a circle, and none multiplies.
+
+    Args:
+        merged: Changed in place.
+        faults: Gets all that are no plain references, or lead to nothing.
+    """
+    original = copy.deepcopy(merged.tree)
+    for parts, text in _texts(original, ()):
+        path = ".".join(parts)
+        value = _resolve(text, original) if is_plain(text) else PydanticUndefined
+        if value is PydanticUndefined:
+            faults.append(Fault(path, text, WANTED_REFERENCE, merged.source_of(path)))
+            value = None  # it must not keep the others from being read
+        _put(merged.tree, parts, value)
+
+
+def _resolve(text: str, tree: Any) -> Any:
+    if whole := REFERENCE.fullmatch(text):
+        return copy.deepcopy(_value(whole[1], tree))
+    values = [_value(found[1], tree) for found in REFERENCE.finditer(text)]
+    if not all(isinstance(value, (str, int, float)) for value in values):
+        return PydanticUndefined
+    shown = iter(values)
+    resolved = REFERENCE.sub(lambda _: _show(next(shown)), text)
+    return PydanticUndefined if "${" in resolved else resolved
+
+
+def _value(path: str, tree: Any) -> Any:
+    value = get_value(tree, path)
+    return PydanticUndefined if next(_texts(value, ()), None) is not None else value
+
+
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _texts(value: Any, parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the texts that hold a reference."""
+    if isinstance(value, str) and "${" in value:
+        yield parts, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _texts(item, (*parts, str(key)))
+
+
+def _put(tree: Any, parts: tuple[str, ...], value: Any) -> None:
+    for part in parts[:-1]:
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    tree[int(parts[-1]) if isinstance(tree, list) else parts[-1]] = value

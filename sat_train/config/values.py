@@ -1,0 +1,32 @@
+"""Values that no setting may hold, whatever its type: what cannot be written down and read back as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+_LARGEST = 2**63 - 1  # of what torch, DeepSpeed and JSON's readers keep exactly
+
+
+def unusable(value: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yields the path of each such value in a tree, the value as it is shown, and what would be right."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from unusable(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from unusable(item, f"{path}.{index}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, str(value), "a finite number"
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        yield path, f"a number of {value.bit_length()} bits", "a whole number below 2^63"
+    elif isinstance(value, str) and not _is_text(value):
+        yield path, value, "text in UTF-8 without NUL characters"
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return b"\0" not in value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
