@@ -16,4 +16,4 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         Exit code, see `run_on_ranks`.
     """
-    return run_on_ranks("precompute", ("sat_train.training.precompute", "precompute"), words)
+    return run_on_ranks("precompute", ("sat_train.training.precompute", "precompute_until_stopped"), words)

@@ -17,6 +17,7 @@ from sat_train.checkpoint.weights import load_weights, locate_weights
 from sat_train.config import RunConfig
 from sat_train.distributed.collectives import check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.work_queue import WorkQueue, wait_for_ranks
 from sat_train.errors import SatTrainError, Stopped
 from sat_train.log import console, get_logger
 from sat_train.models.build import build_dit
@@ -60,6 +61,7 @@ def sample(run: RunConfig, grid: ProcessGrid) -> None:
             count = sum((folder / f"{request.name}.mp4").exists() for request in requests)
             message = f"stopped; {count} of {len(requests)} videos are in {folder}"
             raise Stopped(stop.signal_number, message) from None
+    wait_for_ranks(grid)
     check_all_ranks(grid, problem)
     gathered = {number: video for part in gather_objects(grid, previews) for number, video in part.items()}
     if grid.rank == 0:
@@ -76,7 +78,7 @@ def write_videos(
     folder: Path,
     stop_request: StopRequest,
 ) -> tuple[dict[int, Tensor], SatTrainError | None]:
-    """Writes this rank's share of the videos; each file is complete or absent.
+    """Writes the videos that this rank gets from the queue of all; each file is complete or absent.
 
     Returns:
         Frames of the videos for the contact sheet, by number, and what ended the work early.
@@ -85,8 +87,10 @@ def write_videos(
         Stopped: A signal asked for it.
     """
     previews: dict[int, Tensor] = {}
+    queue = WorkQueue(grid, "sample videos", len(requests))
     with StepBar(shown=grid.rank == 0) as bar:
-        for number, request in list(enumerate(requests))[grid.data_rank :: grid.data_size]:
+        for number in queue:
+            request = requests[number]
             if stop_request:
                 raise Stopped(signal.Signals[stop_request.signal_name], "")
             bar.begin(f"{request.name}.mp4", settings.steps)
@@ -95,6 +99,7 @@ def write_videos(
                 if grid.model_rank == 0:
                     write_mp4(folder / f"{request.name}.mp4", video, fps=settings.fps)
             except SatTrainError as error:
+                queue.close()
                 return previews, error
             previews[number] = spread_frames(video)
             log.info("wrote %s", folder / f"{request.name}.mp4")

@@ -200,3 +200,33 @@ class ListedBatches:
         for first in range(position.next, self.stop, self._batch_size):
             taken = self._indices[first : first + self._batch_size]
             yield MicroBatch(taken, taken, DataPosition(first + len(taken)))
+
+
+class QueuedBatches:
+    """Batches of one sample, taken from a queue that ranks share when this rank is ready for one.
+
+    Args:
+        indices: Global indices of the samples of all ranks.
+        take: Returns the next position in `indices` that this rank gets; None: there is none left.
+    """
+
+    def __init__(self, indices: Sequence[int], take: Callable[[], int | None]) -> None:
+        self.start = DataPosition()
+        self.stop = len(indices)
+        self._indices = tuple(indices)
+        self._take = take
+        self._taken: list[int] = []
+
+    def __len__(self) -> int:
+        return self.stop
+
+    def plan(self, position: DataPosition) -> Iterator[MicroBatch]:
+        """Yields the batches that follow a position: those that were taken before, then new ones."""
+        for number in itertools.count(position.next):
+            if number == len(self._taken):
+                place = self._take()
+                if place is None:
+                    return
+                self._taken.append(self._indices[place])
+            index = (self._taken[number],)
+            yield MicroBatch(index, index, DataPosition(number + 1))

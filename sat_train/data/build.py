@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sat_train.config import RunConfig
 from sat_train.config.shapes import allowed_shapes, count_tokens
-from sat_train.data.batches import DataPosition, ListedBatches, OrderedBatches
+from sat_train.data.batches import DataPosition, OrderedBatches, QueuedBatches
 from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import Failure, FailureLog, write_failures
@@ -22,6 +22,7 @@ from sat_train.data.sources.read import build_source_options, read_sources
 from sat_train.data.sources.records import ClipSource
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.work_queue import wait_for_ranks
 from sat_train.errors import DataError
 from sat_train.log import get_logger
 
@@ -228,7 +229,7 @@ def build_loader(
     run: RunConfig,
     grid: ProcessGrid,
     dataset: VideoDataset,
-    batches: OrderedBatches | ListedBatches,
+    batches: OrderedBatches | QueuedBatches,
     run_folder: Path | None,
 ) -> VideoLoader:
     """Builds the loader of a data set, as `args` and `data` want it."""
@@ -270,6 +271,7 @@ def _read_sources(
             sources = _name_apart(sources)
         except DataError as caught:
             error = caught
+    wait_for_ranks(grid)  # large sets take rank 0 long
     check_all_ranks(grid, error)
     return broadcast_object(grid, sources)
 

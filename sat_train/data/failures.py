@@ -18,6 +18,8 @@ from sat_train.log import get_logger
 log = get_logger(__name__)
 
 _DETAIL_LENGTH = 300  # of an error that a library raised
+# What may be otherwise next time: a busy disk or machine, too little memory.
+PASSING_CAUSES = frozenset({"timeout", "worker died"})
 
 
 class BadClip(Exception):

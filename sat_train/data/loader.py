@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sat_train.data.batch import VideoBatch, collate
-from sat_train.data.batches import DataPosition, ListedBatches, MicroBatch, OrderedBatches
+from sat_train.data.batches import DataPosition, ListedBatches, MicroBatch, OrderedBatches, QueuedBatches
 from sat_train.data.clip_pool import prepare_worker
 from sat_train.data.dataset import Item, VideoDataset
 from sat_train.data.failures import BadClip, Failure, FailureLog
@@ -122,7 +122,7 @@ class VideoLoader:
         self,
         *,
         dataset: VideoDataset,
-        batches: OrderedBatches | ListedBatches,
+        batches: OrderedBatches | ListedBatches | QueuedBatches,
         failures: FailureLog,
         num_workers: int = 0,
         prefetch_factor: int = 2,
@@ -148,7 +148,7 @@ class VideoLoader:
         self._end = weakref.finalize(self, _kill_workers, self._board_wf)
 
     @property
-    def batches(self) -> OrderedBatches | ListedBatches:
+    def batches(self) -> OrderedBatches | ListedBatches | QueuedBatches:
         """Which samples this rank takes."""
         return self._batches
 

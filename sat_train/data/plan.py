@@ -29,8 +29,8 @@ from sat_train.data.window import (
     count_windows,
     split_chunks,
 )
-from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.work_queue import gather_after_work
 
 _PROCESSES = 8  # headers are small and the wait is for the disk
 _CLIPS_A_PROCESS = 16  # fewer are read before another process has started
@@ -142,7 +142,7 @@ def plan_sources(grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, loo
     Ranks: all.
     """
     records = [record for source in sources for record in source.records]
-    shares = gather_objects(grid, look(records[grid.rank :: grid.world_size]))
+    shares = gather_after_work(grid, look(records[grid.rank :: grid.world_size]))
     infos = (shares[i % grid.world_size][i // grid.world_size] for i in range(len(records)))
     clips = [_fit_clip(record, info, fit) for record, info in zip(records, infos, strict=True)]
     if fit.short_clip == "error":

@@ -12,8 +12,9 @@ from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests, digest
 from sat_train.data.cache.samples import OpenCache, Use
 from sat_train.data.failures import BadClip
-from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
+from sat_train.distributed.collectives import broadcast_object, check_all_ranks
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.work_queue import gather_after_work, wait_for_ranks
 from sat_train.errors import DataError, SatTrainError
 from sat_train.models.text.t5 import find_t5_folders
 from sat_train.pipeline.build import compute_dtype
@@ -44,6 +45,7 @@ def open_cache(run: RunConfig, grid: ProcessGrid, use: Use) -> OpenCache:
             book.publish()
         except SatTrainError as caught:
             error = caught
+    wait_for_ranks(grid)  # hashing weights of 10 GB takes rank 0 long
     check_all_ranks(grid, error)
     return OpenCache(folder, CacheIndex(folder), book, broadcast_object(grid, found), use)
 
@@ -53,7 +55,7 @@ def share_files(grid: ProcessGrid, book: FileBook) -> None:
 
     Ranks: all.
     """
-    for learnt in gather_objects(grid, book.learnt()):
+    for learnt in gather_after_work(grid, book.learnt()):
         book.merge(learnt)
     book.publish()
 

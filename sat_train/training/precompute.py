@@ -1,7 +1,8 @@
-"""Encodes what a run will read, on any number of ranks, and goes on where it was stopped."""
+"""Encodes what a run will read, on any number of ranks, and continues where it was stopped."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig
-from sat_train.data.batches import ListedBatches
+from sat_train.data.batches import QueuedBatches
 from sat_train.data.build import build_loader, build_train_batches, build_train_dataset, build_valid_dataset
 from sat_train.data.cache.key import text_key
 from sat_train.data.cache.plan import Missing, drop_repeated, find_missing
@@ -20,6 +21,8 @@ from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import Failure
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.work_queue import WorkQueue, gather_after_work
+from sat_train.errors import Stopped
 from sat_train.log import console, get_logger
 from sat_train.pipeline.build import compute_dtype
 from sat_train.pipeline.encode import SampleEncoder
@@ -27,6 +30,7 @@ from sat_train.pipeline.frozen_models import FrozenModels
 from sat_train.training.data import build_writer, count_steps, samples_of
 from sat_train.training.encoders import open_cache, share_files
 from sat_train.training.models import build_loaded_text_encoder, build_loaded_vae, encoder_dtype
+from sat_train.training.signals import StopRequest
 
 log = get_logger(__name__)
 
@@ -37,22 +41,36 @@ class _Work:
 
     Args:
         dataset: Whose samples are encoded.
-        indices: This rank's samples of which something is missing.
-        num_samples: Samples looked at, over all ranks.
-        num_missing: Those of which something is missing.
+        indices: Samples of which something is missing, those of all ranks.
+        num_samples: Samples looked at.
+        queue: Hands out the places in `indices`.
     """
 
     dataset: VideoDataset
     indices: tuple[int, ...]
     num_samples: int
-    num_missing: int
+    queue: WorkQueue
 
 
-def precompute(run: RunConfig, grid: ProcessGrid) -> None:
+def precompute_until_stopped(run: RunConfig, grid: ProcessGrid) -> None:
+    """As `precompute`; a signal ends it after the clip at which it is.
+
+    Raises:
+        Stopped: It was stopped before all was encoded.
+        SatTrainError: As `precompute`.
+
+    Ranks: all.
+    """
+    request = StopRequest("stopped before the first clip was encoded; run it again", unit="clip")
+    precompute(run, grid, stop_request=request.listen())
+
+
+def precompute(run: RunConfig, grid: ProcessGrid, *, stop_request: StopRequest | None = None) -> None:
     """Encodes clips, first frames and captions of training and validation that are not in the cache yet.
 
     Raises:
         SatTrainError: No usable data or weights, too many bad clips, a disk that is full.
+        Stopped: It was asked to stop.
 
     Ranks: all.
     """
@@ -61,20 +79,21 @@ def precompute(run: RunConfig, grid: ProcessGrid) -> None:
     cache = open_cache(run, grid, "write")
     works = [_plan(grid, cache, *part) for part in _datasets(run, grid, cache)]
     captions = _captions(run, cache, works)
-    num_missing, num_samples = sum(w.num_missing for w in works), sum(w.num_samples for w in works)
+    num_missing, num_samples = sum(len(w.indices) for w in works), sum(w.num_samples for w in works)
     log.info(
         "cache %s: %d of %d samples and %d captions are to be encoded",
         *(cache.folder, num_missing, num_samples, len(captions)),
     )
-    mine = {key: captions[key] for key in sorted(captions)[grid.rank :: grid.world_size]}
-    encoding = _Encoding(run, grid, cache)
+    if stop_request is not None:
+        stop_request.defer()
+    encoding = _Encoding(run, grid, cache, works, captions, stop_request)
     with _bar(grid) as bar:
-        total = sum(len(work.indices) for work in works) + len(mine)
+        total = sum(len(queue) for queue in encoding.queues)
         task = None if bar is None or not total else bar.add_task("encoding", total=total)
-        for _ in encoding.run(works, mine):
+        for _ in encoding.run():
             if task is not None:
-                bar.advance(task)
-    counts = gather_objects(grid, (encoding.encoded, encoding.failed))
+                bar.update(task, completed=sum(queue.num_finished() for queue in encoding.queues))
+    counts = gather_after_work(grid, (encoding.encoded, encoding.failed, bool(stop_request)))
     log.info(
         "cache %s: %d entries encoded, %d samples reused, %d clips failed",
         *(
@@ -84,12 +103,15 @@ def precompute(run: RunConfig, grid: ProcessGrid) -> None:
             len(set().union(*(c[1] for c in counts))),
         ),
     )
+    if any(stopped for _, _, stopped in counts):
+        message = "stopped: what is encoded is kept, and it continues where it stopped; run it again"
+        raise Stopped(signal.SIGINT, message, ranks_agree=True)
 
 
 def _datasets(
     run: RunConfig, grid: ProcessGrid, cache: OpenCache
-) -> list[tuple[VideoDataset, Sequence[int]]]:
-    """Returns the data sets with their samples that are encoded.
+) -> list[tuple[str, VideoDataset, Sequence[int]]]:
+    """Returns the data sets, each with a name and its samples that are encoded.
 
     Where clips have a limited number of views, that is each view of each clip, whatever the run's length and
     world size; else it is the samples that a run of this configuration on as many ranks will train on.
@@ -104,16 +126,21 @@ def _datasets(
         batches = build_train_batches(run, grid, train)
         micro_steps = count_steps(run, batches) * run.args.gradient_accumulation_steps
         samples = samples_of(batches, batches.start, micro_steps)
-        told = "data.params.views is null, windows never repeat: taking the %d samples of a run on %d ranks"
-        log.info(told, len(samples), grid.world_size)
+        log.info(
+            "data.params.views is null, windows never repeat: each of the %d samples of a run on %d ranks "
+            "will be used once; with data.params.views=4, %d samples are encoded and reused",
+            *(len(samples), grid.world_size, 4 * len(train)),
+        )
     valid = None
     if run.args.eval_interval is not None:
         valid = build_valid_dataset(run, grid, cache=cache)
-    return [(train, samples), *([] if valid is None else [(valid, range(len(valid)))])]
+    return [("train", train, samples), *([] if valid is None else [("valid", valid, range(len(valid)))])]
 
 
-def _plan(grid: ProcessGrid, cache: OpenCache, dataset: VideoDataset, samples: Sequence[int]) -> _Work:
-    """Finds what is missing, each rank its share, and shares the work out evenly.
+def _plan(
+    grid: ProcessGrid, cache: OpenCache, name: str, dataset: VideoDataset, samples: Sequence[int]
+) -> _Work:
+    """Finds what is missing, each rank in its share of the samples.
 
     Ranks: all.
     """
@@ -121,8 +148,8 @@ def _plan(grid: ProcessGrid, cache: OpenCache, dataset: VideoDataset, samples: S
     share_files(grid, cache.book)
     found: list[Missing] = [sample for part in gather_objects(grid, share) for sample in part if sample.keys]
     work = drop_repeated(sorted(found, key=lambda sample: sample.index))
-    indices = tuple(sample.index for sample in work[grid.rank :: grid.world_size])
-    return _Work(dataset, indices, len(samples), len(work))
+    indices = tuple(sample.index for sample in work)
+    return _Work(dataset, indices, len(samples), WorkQueue(grid, f"encode {name}", len(indices)))
 
 
 def _captions(run: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> dict[str, str]:
@@ -136,37 +163,77 @@ def _captions(run: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> dict[
 
 
 class _Encoding:
-    """This rank's part: encodes and publishes, and counts what it did."""
+    """This rank's part: encodes and publishes what it gets from the queues, and counts what it did.
 
-    def __init__(self, run: RunConfig, grid: ProcessGrid, cache: OpenCache) -> None:
+    Args:
+        run: The configuration.
+        grid: The process grid.
+        cache: The open cache.
+        works: What is to be encoded of each data set.
+        captions: Captions by key, the same on all ranks.
+        stop_request: Whether this process was asked to stop; None: it cannot be.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        grid: ProcessGrid,
+        cache: OpenCache,
+        works: Sequence[_Work],
+        captions: dict[str, str],
+        stop_request: StopRequest | None,
+    ) -> None:
         self._run, self._grid, self._cache = run, grid, cache
+        self._works, self._captions = works, sorted(captions.items())
+        self._stop_request = stop_request
+        self._caption_queue = WorkQueue(grid, "encode captions", len(captions))
         self._writer = build_writer(run, grid)
+        self.queues = [*(work.queue for work in works), self._caption_queue]
         self.encoded = 0
         self.failed: set[str] = set()
 
-    def run(self, works: Sequence[_Work], captions: dict[str, str]) -> Iterator[None]:
+    def run(self) -> Iterator[None]:
         """Does the work and yields after each sample and caption; what is done is always published."""
-        frozen = self._load(with_vae=any(work.indices for work in works), with_text_encoder=bool(captions))
+        with_vae = any(work.indices for work in self._works)
+        frozen = self._load(with_vae=with_vae, with_text_encoder=bool(self._captions))
         try:
-            for work in works:
+            for work in self._works:
                 yield from self._run_samples(frozen, work)
-            for key, caption in captions.items():
-                self._encoder(frozen, image=None).keep_text(key, caption)
-                self.encoded += 1
-                yield
+            yield from self._run_captions(frozen)
         finally:
             self._writer.publish()
 
     def _run_samples(self, frozen: FrozenModels, work: _Work) -> Iterator[None]:
         encoder = self._encoder(frozen, image=work.dataset.cache.image)
-        folder = Path(self._run.data.cache_dir)
-        loader = build_loader(self._run, self._grid, work.dataset, ListedBatches(work.indices), folder)
+        batches = QueuedBatches(work.indices, work.queue.take)
+        loader = build_loader(self._run, self._grid, work.dataset, batches, Path(self._run.data.cache_dir))
         for batch in loader:
             self.encoded += encoder.keep(batch)
+            work.queue.finish_one()
             yield
+            if self._must_stop():
+                loader.close()
+                break
         for failure in loader.failures.by_clip.values():
             self.failed.add(failure.clip_id)
             self._keep_failure(failure)
+
+    def _run_captions(self, frozen: FrozenModels) -> Iterator[None]:
+        encoder = self._encoder(frozen, image=None)
+        for number in self._caption_queue:
+            encoder.keep_text(*self._captions[number])
+            self.encoded += 1
+            self._caption_queue.finish_one()
+            yield
+            if self._must_stop():
+                return
+
+    def _must_stop(self) -> bool:
+        """Tells whether this rank was asked to stop; then the others get nothing more either."""
+        if self._stop_request:
+            for queue in self.queues:
+                queue.close()
+        return bool(self._stop_request)
 
     def _keep_failure(self, failure: Failure) -> None:
         """Keeps that a clip cannot be decoded: a run that reads the cache takes the same substitute."""
@@ -200,5 +267,4 @@ def _bar(grid: ProcessGrid) -> AbstractContextManager[Progress | None]:
     if grid.rank != 0:
         return nullcontext()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    share = f" (rank 0 of {grid.world_size})" if grid.world_size > 1 else ""
-    return Progress(*columns, TextColumn(share), console=console())
+    return Progress(*columns, console=console())

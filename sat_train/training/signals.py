@@ -35,9 +35,13 @@ class StopRequest:
 
     Args:
         nothing_yet: What `Stopped` says.
+        unit: What is finished before the work stops.
     """
 
-    def __init__(self, nothing_yet: str = "stopped before the first step; nothing was trained") -> None:
+    def __init__(
+        self, nothing_yet: str = "stopped before the first step; nothing was trained", *, unit: str = "step"
+    ) -> None:
+        self._unit = unit
         self.signal_name = ""
         self._nothing_yet = nothing_yet
         self._deferred = False
@@ -91,6 +95,6 @@ class StopRequest:
         if number != signal.SIGUSR1 and self._asked_at is None:
             self._asked_at = now
             if self._deferred:
-                log.info("%s: stopping after this step; once more ends at once", number.name)
+                log.info("%s: stopping after this %s; once more ends at once", number.name, self._unit)
         elif number == signal.SIGUSR1:
-            log.info("SIGUSR1: stopping after this step")
+            log.info("SIGUSR1: stopping after this %s", self._unit)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -16,10 +18,10 @@ from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
 from sat_train.data.cache.shards import read_header
 from sat_train.distributed.processes import start_single_process
-from sat_train.errors import DataError
+from sat_train.errors import DataError, Stopped
 from sat_train.training.data import CacheFiller, open_data
 from sat_train.training.models import build_models, find_start_weights
-from sat_train.training.precompute import precompute
+from sat_train.training.precompute import precompute, precompute_until_stopped
 from tests.ranks.encoded_runs import load_run, make_set, make_vae
 from tests.runs.launching import wait_until
 
@@ -157,6 +159,39 @@ def encode(words: list[str]) -> None:
     """Runs precompute in a process of its own, as a fork: it need not import everything again."""
     torch.set_num_threads(1)
     precompute(load_run(words, purpose="precompute"), start_single_process())
+
+
+def encode_until_stopped(words: list[str]) -> None:
+    torch.set_num_threads(1)
+    try:
+        precompute_until_stopped(load_run(words, purpose="precompute"), start_single_process())
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        os._exit(stopped.exit_code)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_precompute_after_the_clip_and_it_continues_there(
+    words, tmp_path, capfd, number
+) -> None:
+    cache = tmp_path / "cache"
+    words = [*words, f"data.cache_dir={cache}", "data.params.views=40", "data.cache_shard_mb=0.05"]
+    process = multiprocessing.get_context("fork").Process(target=encode_until_stopped, args=(words,))
+    process.start()
+    wait_until(lambda: num_shards(cache) > 0 or process.exitcode is not None)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 130
+    shown = "".join(capfd.readouterr())
+    assert "stopped: what is encoded is kept, and it continues where it stopped; run it again" in shown
+    assert "Traceback" not in shown
+    whole, faults = verify_entries(cache)
+    assert not faults
+    assert 0 < whole < 3 * 40
+    words = [*words, "data.params.views=1"]
+    encode(words)
+    lines, _ = list_entries(cache, Staleness(FileBook(cache)))
+    assert not any(line.stale for line in lines), "nothing is encoded again"
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def _missing_of(dataset: VideoDataset, index: int, retry_failed: bool) -> Missin
         parts = cache.missing(keys)
         if not parts:
             return None
-        if "clip" in parts and not retry_failed and cache.index.failure(keys.clip) is not None:
+        if "clip" in parts and not retry_failed and cache.known_failure(keys) is not None:
             continue
         wanted = tuple(key for part in parts if part != "text" for key in [getattr(keys, part)])
         return Missing(index, dataset.record(place).clip_id, wanted, "text" in parts)

@@ -12,7 +12,7 @@ from sat_train.data.batch import CachedSample
 from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests, SampleKeys, clip_key, image_key, text_key
-from sat_train.data.failures import BadClip
+from sat_train.data.failures import PASSING_CAUSES, BadClip
 from sat_train.data.sources.records import ClipRecord
 from sat_train.data.view import View
 from sat_train.data.window import Window
@@ -128,9 +128,9 @@ class SampleCache:
             return None
         found = None if self.missing(keys) else self._read_parts(keys)
         if found is None:
-            known = self.index.failure(keys.clip)
+            known = self.known_failure(keys)
             if known is not None:
-                raise BadClip(*known)
+                raise known
             if self.use == "require":
                 raise self._not_there(keys, clip_id)
             return None
@@ -142,6 +142,16 @@ class SampleCache:
             image_latent_btchw=image.get("mean"),
             image_logvar_btchw=image.get("logvar"),
         ).unsqueezed()
+
+    def known_failure(self, keys: SampleKeys) -> BadClip | None:
+        """Returns why a clip is known to be undecodable.
+
+        What may have passed since, a timeout for one, counts under `require` only.
+        """
+        known = self.index.failure(keys.clip)
+        if known is None or (known[0] in PASSING_CAUSES and self.use != "require"):
+            return None
+        return BadClip(*known)
 
     def missing(self, keys: SampleKeys) -> tuple[str, ...]:
         """Returns which of a sample's encodings are not there: `clip`, `text`, `image`."""

@@ -1,0 +1,108 @@
+"""Work of unequal length on many ranks: handed out as they are free, and met afterwards without haste.
+
+A collective gives up on a rank that comes later than `args.distributed_timeout_minutes`. Ranks that have
+worked by themselves for hours are further apart than that, so they meet through the store first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.processes import ProcessGrid
+
+T = TypeVar("T")
+
+_MEETING = "sat_train/meeting"
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
+
+
+class WorkQueue:
+    """Hands out the numbers of pieces of work, each once, to the rank that asks next.
+
+    Ranks that share a model get the same numbers.
+
+    Args:
+        grid: The process grid.
+        name: Of the work; no other queue of the run may have it.
+        size: Pieces of work.
+
+    Ranks: all make it; each takes from it when it likes.
+    """
+
+    def __init__(self, grid: ProcessGrid, name: str, size: int) -> None:
+        self._grid, self._size = grid, size
+        self._key = f"sat_train/work/{name}"
+        self._turn = 0
+        self._counts = {"taken": 0, "finished": 0}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields what this rank gets, until there is nothing left."""
+        while (number := self.take()) is not None:
+            yield number
+
+    def take(self) -> int | None:
+        """Returns the next number, None when there is none left."""
+        self._turn += 1
+        told = f"{self._key}/{self._grid.data_rank}/{self._turn}"
+        if self._grid.model_rank == 0:
+            number = self._add("taken", 1) - 1
+            if self._grid.model_size > 1:
+                self._grid.store.set(told, str(number))
+        else:
+            _wait(lambda: self._grid.store.check([told]))
+            number = int(self._grid.store.get(told))
+        return number if number < self._size else None
+
+    def close(self) -> None:
+        """Hands out nothing more, to any rank."""
+        self._add("taken", self._size)
+
+    def finish_one(self) -> None:
+        """Counts a piece as done."""
+        self._add("finished", 1)
+
+    def num_finished(self) -> int:
+        """Returns how many pieces all ranks have done."""
+        return self._add("finished", 0)
+
+    def _add(self, name: str, count: int) -> int:
+        if self._grid.world_size > 1:
+            return self._grid.store.add(f"{self._key}/{name}", count)
+        self._counts[name] += count
+        return self._counts[name]
+
+
+def wait_for_ranks(grid: ProcessGrid) -> None:
+    """Waits until all ranks have come here, however long that takes.
+
+    Where one has failed, `FailureBoard` ends those that wait.
+
+    Ranks: all.
+    """
+    if grid.world_size == 1:
+        return
+    arrived = grid.store.add(_MEETING, 1)
+    all_of_this_time = -(-arrived // grid.world_size) * grid.world_size
+    _wait(lambda: grid.store.add(_MEETING, 0) >= all_of_this_time)
+
+
+def gather_after_work(grid: ProcessGrid, value: T) -> list[T]:
+    """Returns every rank's value, in rank order, on every rank, after work that takes some ranks far longer.
+
+    Ranks: all.
+    """
+    wait_for_ranks(grid)
+    return gather_objects(grid, value)
+
+
+def _wait(is_so: Callable[[], bool]) -> None:
+    pause = _FIRST_PAUSE_S
+    while not is_so():
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)

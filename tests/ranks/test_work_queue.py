@@ -1,0 +1,101 @@
+"""Work is shared by who is free, and ranks that are far apart meet all the same, on real gloo processes."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from sat_train.data.cache.prune import verify_entries
+from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.work_queue import WorkQueue, gather_after_work
+from tests.ranks.encoded_runs import load_run, make_set, make_vae
+
+pytestmark = pytest.mark.ranks
+
+TIMEOUT_S, LATE_S = 2, 4  # of a collective; how much later one rank comes
+
+
+def _limit(grid: ProcessGrid) -> None:
+    if grid.world_size > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S))
+
+
+def _share(grid: ProcessGrid, late_rank: int) -> tuple[list[int], list[int]]:
+    _limit(grid)
+    queue = WorkQueue(grid, "numbers", 20)
+    if grid.data_rank == late_rank:
+        time.sleep(LATE_S)
+    mine = []
+    for number in queue:
+        mine.append(number)
+        queue.finish_one()
+    together = gather_after_work(grid, mine)
+    again = gather_after_work(grid, queue.num_finished())  # ranks meet more than once
+    return sorted(number for part in together for number in part), again
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_rank_that_comes_later_than_a_collective_waits_ends_nothing(rank_pool, world_size):
+    for numbers, finished in rank_pool(world_size)(_share, world_size - 1):
+        assert numbers == list(range(20))
+        assert finished == [20] * world_size
+
+
+def _take(grid: ProcessGrid, close_after: int) -> list[int]:
+    queue = WorkQueue(grid, "numbers", 9)
+    mine = []
+    for number in queue:
+        mine.append(number)
+        if len(mine) == close_after:
+            queue.close()
+    gather_after_work(grid, None)
+    return mine
+
+
+def test_ranks_that_share_a_model_get_the_same_work(rank_pool):
+    assert rank_pool(2)(_take, 99, model_parallel_size=2) == [list(range(9))] * 2
+
+
+def test_a_queue_that_one_rank_closes_hands_out_nothing_more_to_any(rank_pool):
+    taken = rank_pool(2)(_take, 1)
+    assert all(len(mine) <= 1 for mine in taken)
+    assert any(taken)
+
+
+def _precompute(grid: ProcessGrid, words: list[str]) -> int:
+    from sat_train.pipeline.encode import SampleEncoder
+    from sat_train.training.precompute import precompute
+
+    keep, kept = SampleEncoder.keep, []
+
+    def keep_slowly(self, batch):
+        if grid.rank == 1 and not kept:
+            _limit(grid)
+            time.sleep(LATE_S)
+        _limit(grid)
+        kept.append(batch.clip_ids)
+        return keep(self, batch)
+
+    SampleEncoder.keep = keep_slowly
+    try:
+        precompute(load_run(words, purpose="precompute"), grid)
+    finally:
+        SampleEncoder.keep = keep
+    return len(kept)
+
+
+def test_precompute_survives_skew_and_gives_the_work_to_who_is_free(rank_pool, tmp_path: Path) -> None:
+    words = [
+        *(f"args.train_data=[{make_set(tmp_path / 'set', 'abc')}]", "args.valid_data=null"),
+        *(f"model.first_stage_config.params.ckpt_path={make_vae(tmp_path / 'vae.safetensors')}",),
+        *(f"data.cache_dir={tmp_path / 'cache'}", "data.params.views=3", "args.eval_interval=null"),
+        *("args.valid_video_interval=null", "args.train_iters=4"),
+    ]
+    first, second = rank_pool(2)(_precompute, words)
+    assert first + second == 9
+    assert first > second
+    assert verify_entries(tmp_path / "cache") == (12, [])
