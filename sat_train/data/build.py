@@ -18,9 +18,11 @@ from sat_train.data.loader import VideoLoader
 from sat_train.data.plan import Fit, Planned, describe_plan, look_at, plan_sources
 from sat_train.data.remote import file_name
 from sat_train.data.sampler import GlobalOrder
+from sat_train.data.shared_memory import bytes_in_flight, warn_of_little_shared_memory
 from sat_train.data.sources.read import build_source_options, read_sources
 from sat_train.data.sources.records import ClipSource
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
+from sat_train.distributed.environment import RankEnv
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.distributed.work_queue import wait_for_ranks
 from sat_train.errors import DataError
@@ -56,6 +58,14 @@ def build_train_loader(
     """
     dataset = build_train_dataset(run, grid, run_folder=run_folder, cache=cache)
     batches = build_train_batches(run, grid, dataset, start=start)
+    if grid.local_rank == 0 and not (cache is not None and cache.use == "require"):
+        needed = bytes_in_flight(
+            dataset.buckets.shapes,
+            batch_sizes(run, run.args.batch_size),
+            num_workers=run.args.num_workers,
+            prefetch_factor=run.args.prefetch_factor,
+        )
+        warn_of_little_shared_memory(needed, local_ranks=RankEnv.read().local_world_size)
     return build_loader(run, grid, dataset, batches, run_folder)
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from sat_train.config.shapes import ClipShape
 from sat_train.data.batch import VideoSample
 from sat_train.data.buckets import BucketPlan
+from sat_train.data.cache.files import read_stamp
 from sat_train.data.cache.key import SampleKeys
 from sat_train.data.cache.samples import SampleCache
 from sat_train.data.clip_file import ClipInfo
@@ -176,10 +177,16 @@ class VideoDataset(Dataset[Item]):
         yield from others[: _SUBSTITUTES - found]
 
     def view(self, index: int, place: Place) -> View:
-        """Returns which of the samples that a clip can give is shown."""
+        """Returns which of the samples that a clip can give is shown.
+
+        Raises:
+            BadClip: The clip is missing.
+        """
         if self.views is None:
             return View(self.seed, index, place.visit)
-        return limited_view(self.record(place).clip_id, place.visit, self.views)
+        record = self.record(place)
+        size = read_stamp(record.path)[0] if record.span is None else record.span.size
+        return limited_view(size, record.start, record.end, place.visit, self.views)
 
     def caption(self, index: int, place: Place) -> str:
         """Returns the caption that a sample takes."""

@@ -23,6 +23,7 @@ from sat_train.data.clip_pool import prepare_worker
 from sat_train.data.dataset import Item, VideoDataset
 from sat_train.data.failures import BadClip, Failure, FailureLog
 from sat_train.data.sampler import Place
+from sat_train.data.shared_memory import REMEDY, describe_free
 from sat_train.errors import DataError, SatTrainError
 from sat_train.log import get_logger
 
@@ -242,6 +243,13 @@ class VideoLoader:
     def _look_after_workers(self, error: RuntimeError, *, waited_s: float) -> None:
         """Finds the worker that died or hangs; does nothing while all of them are merely busy."""
         alive = {child.pid for child in multiprocessing.active_children()}
+        if any(worker.exitcode == -signal.SIGBUS for worker in getattr(self._iterator, "_workers", ())):
+            self.close()
+            raise DataError(
+                f"a data worker died of a bus error: shared memory ran out ({describe_free()})",
+                expected="room for the batches that the workers of all ranks prepare ahead",
+                remedy=REMEDY,
+            )
         late_ms = _now_ms() - 1000 * (1.2 * self._worker_timeout_s + 2)
         for row in self._board_wf.tolist():
             if row[_PID] != _IDLE and row[_PID] not in alive:

@@ -28,11 +28,19 @@ class View:
         return derive_generator(self.seed, purpose, self.number)
 
 
-def limited_view(clip_id: str, visit: int, views: int) -> View:
+def limited_view(size: int, start: float | None, end: float | None, visit: int, views: int) -> View:
     """Returns the view that a clip shows at its `visit`-th turn when it has `views` of them.
 
     They follow each other, so that every one is shown equally often, and depend on the clip alone: another
-    seed, another order or more clips beside it meet the same ones.
+    seed, another order, another name or folder, or more clips beside it meet the same ones. What is known of
+    a file's contents without reading it is its size: enough to give each clip windows of its own.
+
+    Args:
+        size: Bytes of the clip.
+        start: Begin of the part that is used, in seconds; None: the file's.
+        end: End of the part; None: the file's.
+        visit: How often the clip was taken before.
+        views: How many views it has.
     """
     turn = visit % views
-    return View(0, derive_seed(turn, f"view of {clip_id}"), turn)
+    return View(0, derive_seed(turn, f"view of {size} bytes, {start} to {end}"), turn)

@@ -11,6 +11,7 @@ import pytest
 from sat_train.data.cache import key as key_module
 from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.key import EncoderDigests
+from sat_train.data.clip_file import Span
 from sat_train.data.failures import BadClip
 from tests.unit.data.cache.samples import ENCODERS, keys_of, open_dataset
 from tests.unit.data.videos import record_of, write_numbered
@@ -120,6 +121,38 @@ def test_limited_views_repeat_and_are_the_same_in_every_run(tmp_path, clip):
     assert first == keys(2)
     assert first[:3] == first[3:6]
     assert len(set(first)) == 3
+
+
+def test_limited_views_do_not_hang_on_names_or_on_what_is_beside_a_clip(tmp_path, clip):
+    """A renamed file or folder, a set of the same last name beside it, an archive that holds the file."""
+    other, archive = tmp_path / "elsewhere" / "b.mp4", tmp_path / "a.tar"
+    other.parent.mkdir()
+    shutil.copyfile(clip, other)
+    archive.write_bytes(b"head" + clip.read_bytes() + b"tail")
+    record = record_of(clip)
+    same = {
+        "as it was": record,
+        "its set has another name": replace(record, clip_id=f"other/{record.clip_id}"),
+        "another file name": replace(record_of(other), clip_id="b.mp4"),
+        "in an archive": replace(record, path=archive, span=Span(4, clip.stat().st_size), clip_id="x"),
+    }
+    found = {}
+    for name, each in same.items():
+        dataset = open_dataset(tmp_path / "cache", [each], image="noised", window="random", views=3)
+        found[name] = [keys_of(dataset, index) for index in range(3)]
+    assert len({keys.clip for keys in found["as it was"]}) == 3
+    for keys in found.values():
+        for each, as_it_was in zip(keys, found["as it was"], strict=True):
+            assert (each.clip, each.image) == (as_it_was.clip, as_it_was.image)
+
+
+def test_parts_of_a_file_and_files_of_other_lengths_have_views_of_their_own(tmp_path, clip):
+    longer = tmp_path / "longer.mp4"
+    write_numbered(longer, num_frames=91)
+    records = [record_of(clip), replace(record_of(clip), start=0.5), record_of(longer)]
+    dataset = open_dataset(tmp_path, records, views=2)
+    views = [dataset.view(index, dataset.order.place(index)) for index in range(6)]
+    assert len({view.number for view in views}) == 6
 
 
 def test_random_windows_without_a_limit_never_repeat(tmp_path, clip):

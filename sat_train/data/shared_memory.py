@@ -1,0 +1,58 @@
+"""Room in /dev/shm, through which data workers hand their batches over: 64 MB in a plain container."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from sat_train.config.shapes import ClipShape
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+REMEDY = (
+    "start the container with --shm-size=16g or --ipc=host, "
+    "or lower args.num_workers, args.prefetch_factor or args.batch_size"
+)
+
+
+def bytes_in_flight(
+    shapes: Sequence[ClipShape], batch_sizes: Sequence[int], *, num_workers: int, prefetch_factor: int
+) -> int:
+    """Returns the most that the workers of one rank hold: what they prepare ahead, and what it takes."""
+    pixels = [3 * shape.frames * shape.height * shape.width for shape in shapes]
+    largest = max(size * count for size, count in zip(pixels, batch_sizes, strict=True))
+    return largest * (num_workers * prefetch_factor + 1) if num_workers else 0
+
+
+def warn_of_little_shared_memory(needed: int, *, local_ranks: int) -> None:
+    """Says that there is less shared memory than the ranks of this machine need, before a worker dies of it.
+
+    Args:
+        needed: Bytes of one rank.
+        local_ranks: Ranks on this machine.
+    """
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return
+    if free < needed * local_ranks:
+        log.warning(
+            "%s has %s free, and the data workers of %d ranks may hold %s of batches in it: they would die "
+            "of a bus error; %s",
+            *(SHARED_MEMORY, _size(free), local_ranks, _size(needed * local_ranks), REMEDY),
+        )
+
+
+def describe_free() -> str:
+    """Returns how much is free, for a message."""
+    try:
+        return f"{SHARED_MEMORY} has {_size(shutil.disk_usage(SHARED_MEMORY).free)} free"
+    except OSError:
+        return f"there is no {SHARED_MEMORY}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
