@@ -29,8 +29,11 @@ class _ConsoleHandler(logging.StreamHandler):
         if _console is None:
             super().emit(record)
             return
+        from rich.text import Text
+
         try:
-            _console.print(self.format(record), soft_wrap=True, markup=False, highlight=False, emoji=False)
+            # no string with `markup=False`: the bar below is rendered with the options of the line
+            _console.print(Text(self.format(record)), soft_wrap=True)
         except Exception:
             self.handleError(record)
 

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import CheckpointError
 from sat_train.training.callbacks.callback import Callback
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
+from sat_train.training.callbacks.sample_videos import SampleVideos
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
 from sat_train.training.entries import ValidationEntry
@@ -222,3 +224,52 @@ def test_ctrl_c_in_a_validation_saves_that_step_and_what_is_owed_is_measured_aft
 
 def test_ctrl_c_before_the_first_step_saves_nothing(rank_pool, tmp_path):
     assert rank_pool(1)(_interrupted, tmp_path, 0, 0) == [([], [0], 0, True)]
+
+
+def _sampled(
+    grid: ProcessGrid, folder: Path, step: int, ctrl_c_in: int, failing: int
+) -> tuple[list[int], bool]:
+    """Trains one step, or resumes at it; returns the videos made and whether the run was interrupted."""
+    engine, stepper, stop_request = build_toy(grid, toy_run(batch_size=BATCH))
+    made: list[int] = []
+
+    def draw(number: int) -> torch.Tensor:
+        made.append(number)
+        if number == ctrl_c_in:
+            stop_request.signal_name = "SIGINT"
+        if number == failing:
+            raise KeyError(f"no video {number}")
+        return torch.full((5, 3, 16, 16), 40 * number, dtype=torch.uint8)
+
+    videos = SampleVideos(
+        grid, engine, folder, prompts=["a", "b", "c", "d"], draw=draw, fps=8, interval=1, lockstep=False
+    )
+    trainer = Trainer(
+        stepper=stepper,
+        meter=Meter(grid),
+        learning_rate=RATE,
+        train_iters=1,
+        log_interval=1,
+        state=TrainState(step=step),
+        callbacks=[videos],
+    )
+    trainer.run()
+    return made, trainer.interrupted
+
+
+def test_sampling_stops_between_two_videos_and_what_is_owed_is_made_after_the_resume(rank_pool, tmp_path):
+    pool = rank_pool(2)
+    assert pool(_sampled, tmp_path, 0, 1, -1) == [([0], True), ([1], True)], (
+        "asked on one rank, heeded on both"
+    )
+    assert sorted(path.name for path in (tmp_path / "samples/000001").iterdir()) == ["00.mp4", "01.mp4"]
+    assert pool(_sampled, tmp_path, 1, -1, -1) == [([0, 2], False), ([1, 3], False)]
+    assert (tmp_path / "samples/000001/contact_sheet.png").exists()
+    assert pool(_sampled, tmp_path, 1, -1, -1) == [([], False), ([], False)]
+
+
+def test_a_video_that_fails_on_one_rank_costs_no_other_video_and_no_run(rank_pool, tmp_path):
+    pool = rank_pool(2)
+    assert pool(_sampled, tmp_path, 0, -1, 1) == [([0, 2], False), ([1, 3], False)]
+    names = sorted(path.name for path in (tmp_path / "samples/000001").iterdir())
+    assert names == ["00.mp4", "02.mp4", "03.mp4"], "and no contact sheet: the videos are still owed"

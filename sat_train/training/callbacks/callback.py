@@ -82,7 +82,7 @@ class Callbacks:
             try:
                 self._call(callback, "closed")
             except Exception as error:
-                log.error("%s, while it was closed: %s", _name(callback), _cause(error))
+                log.error("%s, while it was closed: %s", _name(callback), cause_of(error))
                 first = first or error
         if first is not None:
             raise first
@@ -102,7 +102,7 @@ class Callbacks:
                 raise
             if (callback, type(error)) not in self._said:
                 self._said.add((callback, type(error)))
-                log.error("%s failed, training continues: %s", _name(callback), _cause(error))
+                log.error("%s failed, training continues: %s", _name(callback), cause_of(error))
             log.debug("%s.%s", _name(callback), method, exc_info=True)
 
 
@@ -110,5 +110,6 @@ def _name(callback: Callback) -> str:
     return type(callback).__name__
 
 
-def _cause(error: Exception) -> str:
+def cause_of(error: Exception) -> str:
+    """Returns an error in words; of one that nobody foresaw also its kind."""
     return str(error) if isinstance(error, SatTrainError) else f"{type(error).__name__}: {error}"

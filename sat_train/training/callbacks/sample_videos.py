@@ -13,7 +13,7 @@ from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
 from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
-from sat_train.training.callbacks.callback import Callback
+from sat_train.training.callbacks.callback import Callback, cause_of
 from sat_train.training.entries import SamplesEntry
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class SampleVideos(Callback):
             except TrainingError:
                 raise
             except Exception as error:
-                problem = problem or f"video {number}: {error}"
+                problem = problem or f"video {number}: {cause_of(error)}"
         return previews, problem
 
     def _video(self, number: int) -> torch.Tensor:
@@ -118,7 +118,7 @@ class SampleVideos(Callback):
         except Exception as error:
             if not self._lockstep:
                 raise
-            raise TrainingError(f"validation video {number}: {type(error).__name__}: {error}") from error
+            raise TrainingError(f"validation video {number}: {cause_of(error)}") from error
 
     def _finish(self, trainer: Trainer, shares: Sequence[tuple[dict[int, torch.Tensor], str]]) -> None:
         """Writes the contact sheet and reports the videos. Rank 0."""

@@ -154,6 +154,7 @@ def _screen_of(body: str) -> list[str]:
         while part := os.read(ours, 65536):
             written += part
     assert process.wait() == 0, written.decode()
+    assert b"[bold]" not in written, "the bar's own markup is never shown"
     return [line for line in map("".join, _rows(written.decode())) if line.strip()]
 
 
