@@ -1,0 +1,164 @@
+"""LoRA runs: beginning with other adapters, resuming when the base has moved, cutting adapters over ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sat_train.checkpoint.adapters import read_lora
+from sat_train.checkpoint.manifest import read_manifest
+from sat_train.distributed.processes import ProcessGrid, stop_processes
+from sat_train.training.callbacks.metrics_file import read_metrics
+from tests.ranks.micro import train_micro, write_micro
+
+pytestmark = pytest.mark.ranks
+
+LORA = "model.network_config.params.modules.lora_config.params"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The micro model, and a LoRA run `first` of rank 4 at lora_alpha 128."""
+    path = tmp_path_factory.mktemp("lora")
+    write_micro(path)
+    stop_processes()
+    return path
+
+
+@pytest.fixture(scope="module")
+def first(rank_pool, folder) -> Path:
+    return train(rank_pool, folder, "first", f"{LORA}.lora_alpha=128", "args.train_iters=3", "args.lr=3e-3")
+
+
+def train(rank_pool, folder: Path, name: str, *words: str, preset: str = "lora") -> Path:
+    given = [
+        *(f"args.experiment_name={name}", "args.warmup=0", "args.save_interval=1"),
+        *([f"{LORA}.r=4"] if preset == "lora" else []),
+        *words,
+    ]
+    rank_pool(1)(train_micro, folder, given, preset)
+    (found,) = (folder / "runs").glob(f"{name}-*")
+    return found
+
+
+def first_loss(run: Path) -> float:
+    return read_metrics(run / "metrics.jsonl")[0]["loss"]
+
+
+ONE_STEP = ("args.train_iters=1", "args.lr=0")
+
+
+@pytest.fixture(scope="module")
+def losses(rank_pool, folder, first) -> tuple[float, float]:
+    """The first loss without the adapters, and with them at the scale they were trained with."""
+    same = train(rank_pool, folder, "same", f"args.load={first}", f"{LORA}.lora_alpha=128", *ONE_STEP)
+    plain = train(rank_pool, folder, "plain", *ONE_STEP)
+    return first_loss(plain), first_loss(same)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "preset"),
+    [
+        ("otheralpha", ["args.load={first}"], "lora"),
+        ("higherrank", ["args.load={first}", f"{LORA}.r=16", f"{LORA}.lora_alpha=3"], "lora"),
+        ("given", ["args.load_lora={first}"], "lora"),
+        ("merged", ["args.load_lora={first}", "args.ema_decay=null"], "sft"),
+        ("mergedrun", ["args.load={first}"], "sft"),
+    ],
+)
+def test_a_run_that_begins_with_adapters_computes_what_they_were_trained_to_do(
+    rank_pool, folder, first, losses, name, words, preset
+):
+    plain, same = losses
+    words = [word.format(first=first) for word in words]
+    run = train(rank_pool, folder, name, *words, *ONE_STEP, preset=preset)
+    assert abs(same - plain) > 1e-3, "these adapters must matter"
+    # fp32: B is scaled once, or the sum is formed before the product
+    assert first_loss(run) == pytest.approx(same, rel=1e-4)
+    if preset == "lora":
+        check_same_adapters(run, first)
+        base = read_manifest(run / "1").base_weights
+        assert base == read_manifest(first / "3").base_weights, "it stands on what its adapters stand on"
+
+
+def check_same_adapters(run: Path, first: Path) -> None:
+    found, expected = read_lora(run), read_lora(first)
+    assert found.keys() == expected.keys()
+    for layer, parts in expected.items():
+        for ours, theirs in zip(found[layer], parts, strict=True):
+            torch.testing.assert_close(ours.delta(), theirs.delta(), rtol=1e-5, atol=1e-7)
+
+
+def test_half_the_strength_is_half_the_update(rank_pool, folder, first):
+    words = (f"args.load_lora={first}", "args.lora_strength=0.5", *ONE_STEP)
+    run = train(rank_pool, folder, "half", *words)
+    for layer, parts in read_lora(first).items():
+        for ours, theirs in zip(read_lora(run)[layer], parts, strict=True):
+            torch.testing.assert_close(ours.delta(), 0.5 * theirs.delta(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_resumes_on_its_base_wherever_that_lies_now(rank_pool, folder, tmp_path):
+    base = tmp_path / "base.safetensors"
+    base.write_bytes((folder / "dit.safetensors").read_bytes())
+    words = (f"args.load={base}", "args.lr=1e-3", "args.lr_decay_style=constant")
+    train(rank_pool, folder, "straight", *words, "args.train_iters=4")
+    train(rank_pool, folder, "moved", *words, "args.train_iters=2")
+    moved = base.rename(tmp_path / "elsewhere.safetensors")
+    resumed = train(
+        rank_pool,
+        folder,
+        "moved",
+        *words,
+        "args.train_iters=4",
+        "args.resume=must",
+        f"args.load_base={moved}",
+    )
+    (straight,) = (folder / "runs").glob("straight-*")
+    losses = [[entry["loss"] for entry in read_metrics(run / "metrics.jsonl")] for run in (straight, resumed)]
+    assert losses[0] == losses[1]
+    assert read_manifest(resumed / "4").base_weights.source == str(moved)
+
+
+@torch.no_grad()
+def _outputs(grid: ProcessGrid, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what a model with weights of noise computes without and with the adapters of a file."""
+    from sat_train.models.dit.sharding import full_shape, tensor_parallel_slice
+    from sat_train.models.lora import add_lora, load_updates
+    from tests.unit.models.narrow import build, inputs
+
+    dit = build()
+    for key, parameter in dit.named_parameters():
+        whole = full_shape(key, parameter.shape, grid.model_size)
+        noise = 0.2 * torch.randn(whole, generator=torch.Generator().manual_seed(sum(map(ord, key))))
+        parameter.copy_(tensor_parallel_slice(key, noise, rank=grid.model_rank, size=grid.model_size))
+    plain = dit.eval()(*inputs())
+    add_lora(dit, rank=6, alpha=2.0, targets=(r"query_key_value$", r"dense", r"mlp\."))
+    load_updates(dit, read_lora(folder / "lora.pt"))
+    return plain, dit.eval()(*inputs())
+
+
+def test_adapters_from_a_file_are_cut_over_the_ranks_of_the_model_axis(rank_pool, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        **{f"attention.query_key_value.matrix_{side}.{i}": side for side in "AB" for i in range(3)},
+        **{
+            f"{layer}.matrix_{side}.0": side
+            for side in "AB"
+            for layer in ("attention.dense", "mlp.dense_h_to_4h")
+        },
+    }
+    sizes = {"mlp.dense_h_to_4h.matrix_B.0": 256}
+    state = {
+        f"transformer.layers.1.{key}": torch.randn(
+            (5, 64) if side == "A" else (sizes.get(key, 64), 5), generator=generator
+        )
+        for key, side in shapes.items()
+    }
+    torch.save(state, tmp_path / "lora.pt")
+    ((plain, whole),) = rank_pool(1)(_outputs, tmp_path)
+    assert (whole - plain).abs().max() > 0.01, "these adapters must matter"
+    for _, output in rank_pool(2)(_outputs, tmp_path, model_parallel_size=2):
+        # fp32 sums over two slices
+        torch.testing.assert_close(output, whole, rtol=1e-4, atol=1e-4)
