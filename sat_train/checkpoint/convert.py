@@ -37,7 +37,7 @@ from sat_train.checkpoint.tensor_parallel import slice_weights
 from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.config import ModelConfig
 from sat_train.errors import CheckpointError
-from sat_train.files import HashingFile, sync_folder, write_file, write_text
+from sat_train.files import HashingFile, reading, sync_folder, write_file, write_text
 from sat_train.models.low_rank import Updates, stacked, strengthened
 
 LORA_FILE_STEM = "pytorch_lora_weights"
@@ -115,6 +115,8 @@ def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_
     _check_dest(conversion.dest)
     if conversion.to == "diffusers" and conversion.model_size != 1:
         raise CheckpointError("--model-parallel-size is SAT's way of cutting weights", remedy="use --to sat")
+    if conversion.lora is None and conversion.lora_strength != 1.0:
+        raise CheckpointError("--lora-strength is a factor on the adapters of --lora", remedy="name them too")
     opened = open_source(conversion)
     temporary = conversion.dest.parent / f".tmp-convert-{uuid.uuid4().hex[:8]}"
     try:
@@ -165,6 +167,8 @@ def _write(conversion: Conversion, opened: Opened, folder: Path, progress: Calla
     if opened.updates and opened.base is None:
         _write_adapters(folder, opened, conversion.dtype, progress)
         return
+    if conversion.model is not None:
+        check_model(without_adapters(opened.weights), conversion.model, source=conversion.source)
     if conversion.to == "sat":
         _write_sat(folder, opened, conversion.model_size, progress)
     elif conversion.model is None:
@@ -174,7 +178,6 @@ def _write(conversion: Conversion, opened: Opened, folder: Path, progress: Calla
             remedy="name its preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
     else:
-        check_model(opened.weights, conversion.model, source=conversion.source)
         write_pipeline(folder, opened.weights, conversion.model, metadata=opened.metadata, progress=progress)
     if opened.base is not None:
         written = folder / "transformer" if conversion.to == "diffusers" else folder
@@ -247,6 +250,11 @@ def _metadata(source: WeightSource, manifest: Manifest | None, conversion: Conve
 
 
 def _check_dest(dest: Path) -> None:
+    with reading(str(dest)[:200], error=CheckpointError, expected="a folder to make"):
+        _check_free(dest)
+
+
+def _check_free(dest: Path) -> None:
     if dest.is_dir() and not any(dest.iterdir()):
         return
     if dest.exists():

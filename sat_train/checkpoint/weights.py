@@ -33,6 +33,9 @@ from sat_train.checkpoint.sources import WeightSource, find_weights, hash_weight
 from sat_train.checkpoint.tensor_parallel import merge_slices, slice_weights
 from sat_train.config.paths import expand_assets, shorten_assets
 from sat_train.errors import CheckpointError
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
 
 _VAE_PREFIX = "first_stage_model."
 # Tables in SAT's files that the model computes, and embeddings that a video has no use for.
@@ -69,12 +72,12 @@ def locate_weights(path: str | Path, *, load_base: str | Path | None = None) -> 
         CheckpointError: Nothing there or damaged, or base weights that are gone or have changed.
     """
     source = find_weights(path)
-    if source.kind != "step":
-        return Located(source.path.absolute())
-    manifest = verify_checkpoint(source.path)
-    if not manifest.trainable_only:
-        return Located(source.path.absolute())
-    return Located(source.path.absolute(), find_base(source.path, manifest, load_base=load_base))
+    manifest = verify_checkpoint(source.path) if source.kind == "step" else None
+    if manifest is not None and manifest.trainable_only:
+        return Located(source.path.absolute(), find_base(source.path, manifest, load_base=load_base))
+    if load_base is not None:
+        log.warning("%s stands on no base weights: %s is not used", path, load_base)
+    return Located(source.path.absolute())
 
 
 def read_located(located: Located, *, ema: bool = False) -> LazyWeights:

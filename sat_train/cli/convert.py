@@ -14,12 +14,13 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.checkpoint.convert import LORA_FILE_STEM, Conversion, convert
+from sat_train.checkpoint.sources import find_weights
 from sat_train.cli.diffusers_snippet import diffusers_snippet
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.layers import EMBEDDED
 from sat_train.config.run_model import find_resolved
 from sat_train.distributed.processes import start_single_process
-from sat_train.errors import CheckpointError
+from sat_train.errors import CheckpointError, printable
 from sat_train.log import configure_logging
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
     configure_logging()
     options = _parser().parse_args(argv)
     start_single_process()  # before DeepSpeed, whose shards are read, looks for an accelerator
-    run = read_run(options.source, options.base) if options.to == "diffusers" else None
+    find_weights(options.source)  # or say that it is not there, before anything beside it is read
+    needs_model = options.to == "diffusers" or options.base
+    run = read_run(options.source, options.base) if needs_model else None
     conversion = Conversion(
         source=options.source,
         dest=options.dest,
@@ -59,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
     except _Ended as ended:
         print(f"ended by {ended}: {options.dest} was not written, and nothing is left of it", file=sys.stderr)
         return ended.exit_code
-    print(f"wrote {dest}; every value was read back and compared")
-    if run is not None:
+    print(printable(f"wrote {dest}; every value was read back and compared"))
+    if run is not None and options.to == "diffusers":
         is_lora = (dest / f"{LORA_FILE_STEM}.safetensors").is_file()
         print(f"\nfor diffusers:\n\n{diffusers_snippet(run, dest, is_lora=is_lora)}")
     return 0

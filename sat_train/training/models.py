@@ -147,8 +147,6 @@ def _find_start_weights(run: RunConfig, point: ResumePoint | None) -> StartWeigh
     if args.load is None:
         return StartWeights()
     located = locate_weights(args.load, load_base=args.load_base)
-    if args.load_base is not None and located.base is None:
-        log.warning("args.load_base = %s is not used: %s needs no base weights", args.load_base, args.load)
     lora = None if point is not None else args.load_lora
     base = located.base or (base_weights_at(located.path) if has_lora else None)
     return StartWeights(located, base if has_lora else None, lora, args.lora_strength)

@@ -120,6 +120,13 @@ def find_t5_folders(folder: Path) -> tuple[Path, Path]:
     Raises:
         CheckpointError: One of them is not there.
     """
+    with reading(
+        f"T5 folder {str(folder)[:200]}", error=CheckpointError, expected="a folder on this machine"
+    ):
+        return _find_t5_folders(folder)
+
+
+def _find_t5_folders(folder: Path) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise CheckpointError(
             f"T5 folder {folder} does not exist",

@@ -67,6 +67,40 @@ def test_a_diffusers_folder_s_own_config_is_compared_too(
     assert "max_text_seq_length: 226 there, 32 here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x" * 5000, "out"], "x" * 100),
+        (["{weights}", "x" * 5000], "x" * 100),
+        (["~nobody-of-this-name/w.pt", "out"], "nobody-of-this-name"),
+        (["{weights}", "{folder}/out", "--lora-strength", "0.5"], "--lora-strength is a factor"),
+        (
+            ["{weights}", "{folder}/out", "--lora", "{folder}/gone.safetensors"],
+            "gone.safetensors: no such file",
+        ),
+        (["{weights}", "{folder}/out", "--lora", "{weights}"], "holds no LoRA adapters"),
+        (["{weights}", "{folder}/out", "--merge-lora"], "holds no LoRA adapters to merge"),
+        (["{folder}", "{folder}/out"], "holds no weights that are understood"),
+    ],
+)
+@pytest.mark.parametrize("to", ["sat", "diffusers"])
+def test_what_cannot_be_converted_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str, to: str
+) -> None:
+    given = [word.format(weights=WEIGHTS, folder=tmp_path) for word in words]
+    assert run_cli(lambda: main([*given, "--to", to, "--base", TINY])) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_base_is_compared_with_the_weights_for_sat_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(WEIGHTS), str(tmp_path / "out"), "--to", "sat", "--base", "configs/model/cogvideox_5b.yaml"]
+    assert run_cli(lambda: main(words)) == 2
+    assert "does not fit the model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_ended_conversion_says_one_line_and_leaves_nothing(tmp_path: Path, number: int) -> None:
     shapes = {f"model.diffusion_model.transformer.layers.{i}.attention.dense.weight": 12 for i in range(24)}
