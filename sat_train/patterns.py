@@ -7,22 +7,41 @@ import re
 from pathlib import Path
 
 _GROUP = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})", re.ASCII)
 _MAX_RANGE = 1_000_000  # a longer one is a slip of the finger, not a set
+_MAX_CHARACTERS = 100_000_000  # of all names together
 
 
 def expand_braces(text: str) -> list[str]:
     """Returns the names that a pattern stands for, in its own order.
 
     As WebDataset users write them: `{000..099}` counts, with zeros in front where one of its ends has them;
-    `{a,b}` lists. Other braces stand for themselves.
+    `{a,b}` lists. Other braces stand for themselves, and so do all where they would make more names than any
+    data set has.
     """
+    names: list[str] = []
+    pending = [text]
+    while pending:
+        name = pending.pop()
+        expanded = _expand_first(name)
+        if expanded is None:
+            names.append(name)
+        else:
+            pending += reversed(expanded)
+        if (len(names) + len(pending)) * len(text) > _MAX_CHARACTERS:
+            return [text]
+    return names
+
+
+def _expand_first(text: str) -> list[str] | None:
+    """Returns the names that the first group of braces makes of a text, None where no group is one."""
     for group in _GROUP.finditer(text):
         choices = _choices(group[1])
+        if len(choices) * len(text) > _MAX_CHARACTERS:
+            return None
         if choices:
-            before, after = text[: group.start()], text[group.end() :]
-            return [name for choice in choices for name in expand_braces(before + choice + after)]
-    return [text]
+            return [text[: group.start()] + choice + text[group.end() :] for choice in choices]
+    return None
 
 
 def _choices(inside: str) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from sat_train.cli.ranks import run_on_ranks
+from sat_train.cli.usage import print_usage, wants_help
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -16,4 +18,8 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         Exit code, see `run_on_ranks`.
     """
-    return run_on_ranks("sample", ("sat_train.cli.sample_videos", "sample"), words)
+    given = sys.argv[1:] if words is None else words
+    if wants_help(given):
+        print_usage("sample")
+        return 0
+    return run_on_ranks("sample", ("sat_train.cli.sample_videos", "sample"), given)

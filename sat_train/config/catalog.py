@@ -14,10 +14,11 @@ from pydantic_core import PydanticUndefined
 
 from sat_train.config.other_trainers import OUR_KEYS
 from sat_train.config.run import Sections
-from sat_train.config.schema.record import Record
+from sat_train.config.schema.record import FILE_NAME, Record
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 _LENGTHS = {"min_length": "at least", "max_length": "at most"}
+_PATTERNS = {FILE_NAME: "of letters, digits, `_`, `-` and `.`, which does not begin with `.`"}
 _PLACE_DIGITS = 6
 _NEAR = 0.75  # `max_steps` is 0.61 of `sampling_steps`, and does not mean it
 _SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
@@ -145,6 +146,8 @@ def _records_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[R
 def _describe(field: FieldInfo) -> str:
     limits = []
     for constraint in field.metadata:
+        if pattern := getattr(constraint, "pattern", None):
+            limits.append(_PATTERNS[pattern])
         for name, sign in _BOUNDS.items():
             if (bound := getattr(constraint, name, None)) is not None:
                 limits.append(f"{sign} {bound}")

@@ -153,7 +153,7 @@ def _merge_into_list(
 
 def _are_places(layer: dict[str, Any], here: list[Any]) -> bool:
     """Tells whether all keys of a group are places in a list, which is how the command line names them."""
-    return all(is_place(key) and int(key) < len(here) for key in layer)
+    return bool(layer) and all(is_place(key) and int(key) < len(here) for key in layer)
 
 
 def _goes_back_to_default(path: str) -> bool:

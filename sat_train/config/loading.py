@@ -146,6 +146,11 @@ def _notes(layers: Sequence[Layer], draft: Draft) -> list[str]:
     if dropped:
         listed = ", ".join(path if why == NO_EFFECT else f"{path} ({why})" for path, why in dropped.items())
         notes.append(f"Keys of older files that have no effect: {listed}.")
+    written, trained = draft.args.sampling_fps, draft.data.params.fps if draft.data is not None else None
+    if written is not None and trained is not None and written != trained:
+        notes.append(
+            f"Videos are written at args.sampling_fps = {written:g}, but data.params.fps = {trained:g}."
+        )
     return notes
 
 

@@ -42,6 +42,7 @@ _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
     ]
 )
 
+_FPS_WITHOUT_DATA = 8.0  # of the first CogVideoX
 _SPLIT_WITH_VALIDATION = "95,5,0"
 
 
@@ -97,6 +98,12 @@ class RunConfig:
         }
         shortened: dict[str, Any] = shorten_assets(sections)
         return shortened
+
+    @property
+    def sampling_fps(self) -> float:
+        """Frames per second of written videos: `args.sampling_fps`, else the rate the model is trained at."""
+        trained = self.data.params.fps if self.data is not None else _FPS_WITHOUT_DATA
+        return self.args.sampling_fps or trained
 
     def data_shares(self) -> tuple[float, ...]:
         """Returns the shares of `args.train_data` for training, validation and test: `args.split`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sat_train.config.schema.data import VideoDatasetParams
 from sat_train.config.schema.model import ModelConfig
 
-ASPECT = re.compile(r"([1-9]\d*):([1-9]\d*)")
+ASPECT = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})", re.ASCII)
 SAME_ASPECT = 0.03  # sizes of one aspect differ by this much, as they are rounded to whole patches
 
 
@@ -103,3 +103,18 @@ def pixels_per_latent(model: ModelConfig) -> int:
 
 def _frames_per_latent(model: ModelConfig) -> int:
     return model.first_stage_config.params.encoder_config.params.temporal_compress_times
+
+
+def linear_layers(num_layers: int, *, has_ofs: bool) -> tuple[str, ...]:
+    """Returns the names of the transformer's linear layers, which adapters may be given to.
+
+    Args:
+        num_layers: Transformer layers.
+        has_ofs: The network has the `ofs` embedding of 1.5 image-to-video.
+    """
+    inside = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    blocks = [f"transformer.layers.{layer}.{name}" for layer in range(num_layers) for name in inside]
+    modulations = [f"mixins.adaln_layer.adaLN_modulations.{layer}.1" for layer in range(num_layers)]
+    around = ["time_embed.0", "time_embed.2", "mixins.patch_embed.text_proj", "mixins.final_layer.linear"]
+    around += ["mixins.final_layer.adaLN_modulation.1", *(("ofs_embed.0", "ofs_embed.2") if has_ofs else ())]
+    return (*blocks, *modulations, *around)

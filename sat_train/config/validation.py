@@ -39,8 +39,9 @@ def validate(
         try:
             return Sections.model_validate(tree)
         except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                path = _path_of(detail["loc"], tree)
+            details = error.errors(include_url=False)
+            paths = [_path_of(detail["loc"], tree) for detail in details]  # before anything is repaired
+            for detail, path in zip(details, paths, strict=True):
                 is_new = is_whole or detail["type"] != "missing"
                 if is_new and not any(_is_within(path, known) or _is_within(known, path) for known in named):
                     faults.append(_fault(detail, path, merged))
@@ -84,6 +85,8 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
     elif kind in ("union_tag_invalid", "literal_error"):
         choices = _choices(path)
         expected, suggestion = f"one of {', '.join(choices)}", suggest_value(shown, choices)
+    elif kind == "string_type" and isinstance(value, (int, float)):
+        expected = "text, in quotes where YAML would read a number or true and false"
     else:
         expected = _expected(path)
     return Fault(

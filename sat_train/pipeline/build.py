@@ -134,7 +134,7 @@ def build_sampling(run: RunConfig) -> SamplingSettings:
         steps=args.sampling_steps or sampler.params.num_steps,
         guidance=build_guidance(model, scale=args.guidance_scale),
         sampler=args.sampler or sampler.target,
-        fps=args.sampling_fps,
+        fps=run.sampling_fps,
     )
 
 

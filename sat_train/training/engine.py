@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sat_train.config import RunConfig
+from sat_train.config.rules import check_on_device
 from sat_train.distributed.processes import ProcessGrid
-from sat_train.errors import ConfigError, Fault
 
 
 def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimizer, grid: ProcessGrid) -> Any:
@@ -26,7 +26,7 @@ def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimize
 
     Ranks: all.
     """
-    check_combination(run, grid.device)
+    check_on_device(run, grid.device.type)
     if run.args.compile == "blocks":
         dit.compile_blocks()  # before DeepSpeed hooks the modules
     import deepspeed  # here, after the accelerator has been chosen: it looks once, when imported
@@ -56,28 +56,6 @@ def keep_deepspeed_from_nvml(visible_devices: str) -> None:
         from deepspeed.accelerator import cuda_accelerator
 
         cuda_accelerator.pynvml = None
-
-
-def check_combination(run: RunConfig, device: torch.device) -> None:
-    """Refuses what DeepSpeed accepts and does wrong, or refuses without saying why.
-
-    Stage 0 in half precision counts Adam's steps wrongly, and stage 3 breaks compiled blocks at each weight.
-
-    Raises:
-        ConfigError: With every such combination.
-    """
-    args, faults = run.args, []
-    stage = str(args.zero_stage)
-    if args.zero_stage == 0 and (args.fp16 or args.bf16):
-        faults.append(Fault("args.zero_stage", stage, "1, 2 or 3 with fp16 or bf16"))
-    if args.zero_stage == 0 and args.model_parallel_size > 1:
-        faults.append(Fault("args.zero_stage", stage, "1, 2 or 3 with args.model_parallel_size above 1"))
-    if args.fp16 and device.type == "cpu":
-        faults.append(Fault("args.fp16", "true", "false on the CPU; args.bf16=true works there"))
-    if args.zero_stage == 3 and args.compile == "blocks":
-        faults.append(Fault("args.compile", "blocks", "off with args.zero_stage=3"))
-    if faults:
-        raise ConfigError(faults)
 
 
 def engine_config(run: RunConfig) -> dict[str, Any]:

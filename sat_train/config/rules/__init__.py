@@ -1,10 +1,12 @@
 """Rules between settings: what each single value cannot know."""
 
-from sat_train.config.rules import model, paths, run
+from sat_train.config.rules import model, paths
+from sat_train.config.rules import run as run_rules
 from sat_train.config.rules.rule import Draft, Rule
-from sat_train.errors import Fault
+from sat_train.config.run import RunConfig
+from sat_train.errors import ConfigError, Fault
 
-RULES: tuple[Rule, ...] = (*run.RULES, *model.RULES)
+RULES: tuple[Rule, ...] = (*run_rules.RULES, *model.RULES)
 PATH_RULES: tuple[Rule, ...] = paths.RULES
 
 
@@ -20,3 +22,27 @@ def check_rules(draft: Draft, rules: tuple[Rule, ...], faults: list[Fault]) -> N
     for rule in rules:
         if rule.can_be_checked(faulty):
             faults.extend(rule.check(draft))
+
+
+def check_on_device(run: RunConfig, device: str) -> None:
+    """Checks the rules on the engine again, once the device that `args.device: auto` finds is known.
+
+    Args:
+        run: A valid configuration.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: With every combination that DeepSpeed accepts and does wrong.
+    """
+    faults: list[Fault] = []
+    draft = Draft(
+        args=run.args.model_copy(update={"device": device}),
+        model=run.model,
+        data=run.data,
+        deepspeed=run.deepspeed,
+        purpose="train",
+        source_of=lambda path: run.sources.get(path, ""),
+    )
+    check_rules(draft, run_rules.ENGINE_RULES, faults)
+    if faults:
+        raise ConfigError(faults)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
+from sat_train.config.other_trainers import LORA_TARGETS
 from sat_train.config.rules.rule import Draft, rule
 from sat_train.config.schema.network import Rotary3DPositionEmbeddingSlot
 from sat_train.config.shapes import (
@@ -11,6 +13,7 @@ from sat_train.config.shapes import (
     allowed_shapes,
     allowed_sizes,
     count_tokens,
+    linear_layers,
     pixels_per_latent,
     size_multiples,
 )
@@ -20,6 +23,10 @@ _NETWORK = "model.network_config.params"
 _POSITION = f"{_NETWORK}.modules.pos_embed_config"
 _VAE = "model.first_stage_config.params"
 _BUCKETS = "data.params.buckets"
+# A pattern of a stranger's file must not take for ever: see `_wanted_of_pattern`.
+_LONGEST_PATTERN = 200
+_REPEATED_GROUP = re.compile(r"\)[*+{?]")
+_REPEATS = re.compile(r"(?<!\\)[*+{]")
 _ROTARY_MULTIPLE = 16  # time takes 1/4 of a head, height and width 3/8 each, all even
 
 
@@ -267,6 +274,34 @@ def adapters_have_a_frozen_base(draft: Draft) -> Iterator[Fault]:
         )
 
 
+@rule(f"{_NETWORK}.modules.lora_config", f"{_NETWORK}.num_layers", f"{_NETWORK}.ofs_embed_dim")
+def adapters_find_their_layers(draft: Draft) -> Iterator[Fault]:
+    network = draft.model.network_config.params
+    slot = network.modules.lora_config
+    names = linear_layers(network.num_layers, has_ofs=network.ofs_embed_dim is not None)
+    for index, target in enumerate(slot.params.targets if slot is not None else ()):
+        expected = _wanted_of_pattern(target, names)
+        if expected:
+            ours = LORA_TARGETS.get(target.rpartition("attn1.")[2], "")
+            path = f"{_NETWORK}.modules.lora_config.params.targets.{index}"
+            yield draft.fault(path, target, expected, ours)
+
+
+def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:
+    """Returns what would be right in place of a pattern; nothing where it is right."""
+    if (
+        len(pattern) > _LONGEST_PATTERN
+        or _REPEATED_GROUP.search(pattern)
+        or len(_REPEATS.findall(pattern)) > 3
+    ):
+        return "a short pattern: no repeated group, at most three of `*`, `+` and `{}`"
+    try:
+        finds = any(re.search(pattern, name) for name in names)
+    except (re.error, OverflowError, RecursionError):
+        return "a regular expression"
+    return "" if finds else f"a pattern that finds a linear layer, such as {names[0]} or {names[2]}"
+
+
 RULES = (
     frames_are_4k_plus_1,
     aspects_are_ratios,
@@ -283,4 +318,5 @@ RULES = (
     one_noise_schedule,
     guidance_grows_over_all_steps,
     adapters_have_a_frozen_base,
+    adapters_find_their_layers,
 )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-from sat_train.config.paths import is_placeholder
+from sat_train.config.paths import exists, is_placeholder
 from sat_train.config.rules.rule import Draft, rule
 from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.config.weights_folder import AUTOENCODER, TEXT_ENCODER
@@ -15,6 +14,9 @@ from sat_train.patterns import expand_braces, find_local
 
 _HUB_NAME = re.compile(r"^[\w-]+/[\w.-]+$")
 _RESUME_WORDS = ("auto", "must", "none")
+# What other trainers call them.
+_RESUME_ALIASES = dict.fromkeys(("latest", "last", "newest", "true", "yes"), "auto")
+_RESUME_ALIASES |= dict.fromkeys(("never", "false", "no", "off"), "none")
 _DATA = ("args.train_data.", "args.valid_data.")
 
 
@@ -36,9 +38,16 @@ def needed_paths_exist(draft: Draft) -> Iterator[Fault]:
         elif key.startswith(_DATA):
             absent = _absent(path)
             if absent is not None:
-                yield draft.fault(key, absent, "a file or folder that exists")
-        elif not Path(path).exists() and not (key.endswith("model_dir") and _HUB_NAME.match(path)):
-            yield draft.fault(key, path, "a file or folder that exists")
+                yield draft.fault(key, absent, _wanted_path(key, absent))
+        elif not exists(path) and not (key.endswith("model_dir") and _HUB_NAME.match(path)):
+            yield draft.fault(key, path, _wanted_path(key, path), _RESUME_ALIASES.get(path.lower(), ""))
+
+
+def _wanted_path(key: str, path: str) -> str:
+    wanted = "a file or folder that exists"
+    if key == "args.resume":
+        wanted = f"one of {', '.join(_RESUME_WORDS)}, or a run directory that exists"
+    return f"{wanted}; folders are parted by `/` here" if "\\" in path else wanted
 
 
 def _follows_from_load(draft: Draft, key: str) -> bool:
@@ -60,9 +69,16 @@ def _absent(entry: str) -> str | None:
 
     What is on remote storage is looked at when it is read: a configuration is checked without a network.
     """
-    if "://" in entry or Path(entry).exists():
+    if "://" in entry or exists(entry):
         return None
-    return next((name for name in expand_braces(entry) if not find_local(name)), None)
+    return next((name for name in expand_braces(entry) if not _is_found(name)), None)
+
+
+def _is_found(pattern: str) -> bool:
+    try:
+        return bool(find_local(pattern))
+    except (OSError, ValueError, re.error):  # no name that a file can have
+        return False
 
 
 def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:

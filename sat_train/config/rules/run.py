@@ -6,10 +6,24 @@ import math
 from collections.abc import Iterator
 
 from sat_train.config.rules.rule import Draft, rule
-from sat_train.config.schema.args import IMAGE_SEPARATOR
+from sat_train.config.schema.args import IMAGE_SEPARATOR, ArgsConfig
+from sat_train.config.words import COMMAND_LINE
 from sat_train.errors import Fault
 
 _LEAST_SHARE = 1e-6  # of a mixture: the order of samples is laid out in blocks that hold one sample of each
+# Settings under `args` with a reader in one of the two only.
+SAMPLING_ONLY = frozenset({"ema", "image", "input_file", "input_type", "output_dir", "prompt"})
+TRAINING_ONLY = frozenset(
+    {
+        *("train_iters", "epochs", "batch_size", "gradient_accumulation_steps", "lr", "weight_decay"),
+        *("clip_grad", "warmup", "lr_decay_style", "lr_decay_iters", "lr_decay_ratio", "ema_decay"),
+        *("zero_stage", "checkpoint_activations", "compile", "experiment_name", "resume", "save"),
+        *("save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb"),
+        *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "valid_prompts"),
+        *("valid_images", "valid_video_interval", "train_data", "train_data_weights", "valid_data"),
+        *("split", "num_workers", "prefetch_factor"),
+    }
+)
 
 
 @rule("args.fp16", "args.bf16", "deepspeed.fp16", "deepspeed.bf16")
@@ -20,13 +34,32 @@ def one_precision(draft: Draft) -> Iterator[Fault]:
         )
 
 
-@rule("args.zero_stage", "args.fp16", "args.bf16", "deepspeed")
+@rule("args.zero_stage", "args.fp16", "args.bf16", "args.model_parallel_size", "deepspeed")
 def stage_zero_in_fp32_only(draft: Draft) -> Iterator[Fault]:
     if draft.args.zero_stage == 0 and (draft.args.fp16 or draft.args.bf16):
         yield draft.fault(
             "args.zero_stage",
             0,
             "1 (the right 'no ZeRO' in half precision: stage 0 counts Adam's steps wrongly there)",
+        )
+    elif draft.args.zero_stage == 0 and draft.args.model_parallel_size > 1:
+        yield draft.fault("args.zero_stage", 0, "1, 2 or 3 with args.model_parallel_size above 1")
+
+
+@rule("args.fp16", "args.device", "deepspeed.fp16")
+def fp16_on_gpus_only(draft: Draft) -> Iterator[Fault]:
+    if draft.args.fp16 and draft.args.device == "cpu":
+        yield draft.fault("args.fp16", True, "false on the CPU; args.bf16=true works there")
+
+
+@rule("deepspeed.zero_optimization.round_robin_gradients")
+def gradients_stay_in_order(draft: Draft) -> Iterator[Fault]:
+    if draft.deepspeed.zero_optimization.round_robin_gradients:
+        yield draft.fault(
+            "deepspeed.zero_optimization.round_robin_gradients",
+            True,
+            "false: DeepSpeed then takes master weights for those of other parameters, and the average "
+            "of the weights (args.ema_decay) is wrong",
         )
 
 
@@ -208,10 +241,32 @@ def validation_images_fit(draft: Draft) -> Iterator[Fault]:
         yield draft.fault("args.valid_prompts", prompts, "prompt@@image in all of them, or in none")
 
 
+@rule("args")
+def keys_have_a_reader(draft: Draft) -> Iterator[Fault]:
+    """A setting that nothing reads for this purpose is an error, wherever somebody has chosen to give it.
+
+    A file may describe both training and sampling, so in sampling only the command line is asked. Sampling's
+    own settings have no place in training, where they look as if they did something.
+    """
+    if draft.purpose == "check":
+        return
+    is_sampling = draft.purpose == "sample"
+    for name in sorted(TRAINING_ONLY if is_sampling else SAMPLING_ONLY):
+        path, value = f"args.{name}", getattr(draft.args, name)
+        is_typed = draft.source_of(path) == COMMAND_LINE
+        if is_typed if is_sampling else value != ArgsConfig.model_fields[name].default:
+            verb = "sampling" if is_sampling else "training"
+            instead = "args.save" if name == "output_dir" and not is_sampling else ""
+            yield draft.fault(path, value, f"no such setting: {verb} does not read it", instead)
+
+
+# What also depends on the device that `auto` finds; the engine asks again once it is known.
+ENGINE_RULES = (stage_zero_in_fp32_only, no_compile_with_stage_three, fp16_on_gpus_only)
 RULES = (
+    keys_have_a_reader,
     one_precision,
-    stage_zero_in_fp32_only,
-    no_compile_with_stage_three,
+    *ENGINE_RULES,
+    gradients_stay_in_order,
     offload_needs_a_stage,
     betas_below_one,
     backend_fits_device,

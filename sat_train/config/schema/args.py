@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sat_train.config.schema.record import Floats, HeightWidth, Record, Text, Texts, false_to_off
+from sat_train.config.schema.record import (
+    FileName,
+    Floats,
+    HeightWidth,
+    Record,
+    Text,
+    Texts,
+    ZeroStage,
+    false_to_off,
+)
 
 # between prompt and image in one text, as in CogVideo's prompt files
 IMAGE_SEPARATOR = "@@"
@@ -16,9 +25,9 @@ class ArgsConfig(Record):
     """How a run is trained, kept, validated and sampled."""
 
     # The run
-    experiment_name: Text = Field(
+    experiment_name: FileName = Field(
         "sat_train",
-        min_length=1,
+        max_length=100,
         description="Name of the run folder, before the date, and of the tracker run.",
     )
     mode: Literal["pretrain", "finetune", "inference"] = Field(
@@ -69,7 +78,7 @@ class ArgsConfig(Record):
     # Precision, memory and parallelism
     fp16: bool = Field(False, description="Compute in float16 with a loss scale.")
     bf16: bool = Field(False, description="Compute in bfloat16.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage. 0 works in fp32 only.")
+    zero_stage: ZeroStage = Field(1, description="DeepSpeed ZeRO stage. 0 works in fp32 only.")
     checkpoint_activations: bool = Field(
         False, description="Compute activations again in the backward pass instead of keeping them."
     )
@@ -81,7 +90,7 @@ class ArgsConfig(Record):
         "auto", description="auto: NCCL on CUDA, gloo on CPU."
     )
     distributed_timeout_minutes: float = Field(
-        30.0, gt=0, description="A collective that takes longer ends the run."
+        30.0, gt=0, le=1e6, description="A collective that takes longer ends the run."
     )
 
     # Weights and checkpoints
@@ -177,7 +186,9 @@ class ArgsConfig(Record):
         ge=1,
         description="LATENT frames, as in CogVideo: 13 are 49 frames, 22 are 81 in 1.5; null: as trained.",
     )
-    sampling_fps: int = Field(8, ge=1, description="Frames per second of the written videos.")
+    sampling_fps: float | None = Field(
+        None, gt=0, le=1000, description="Frames per second of the written videos; null: `data.params.fps`."
+    )
     sampling_steps: int | None = Field(
         None, ge=1, description="Wins over `model.sampler_config.params.num_steps`."
     )

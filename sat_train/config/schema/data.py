@@ -37,8 +37,10 @@ class VideoDatasetParams(Record):
     """Clips with captions, as frames at a fixed rate and size."""
 
     video_size: HeightWidth = Field(description="Height and width in pixels of a training clip.")
-    fps: float = Field(gt=0, description="Frames per second that the model sees, whatever the file's rate.")
-    max_num_frames: Whole = Field(ge=1, description="Frames of a clip; 4k + 1.")
+    fps: float = Field(
+        gt=0, le=1000, description="Frames per second that the model sees, whatever the file's rate."
+    )
+    max_num_frames: Whole = Field(ge=1, le=100_001, description="Frames of a clip; 4k + 1.")
     skip_frms_num: Whole = Field(
         0, ge=0, description="Source frames left out at the start and end of each file."
     )
@@ -97,11 +99,14 @@ class DataConfig(VideoDatasetSlot):
         description="What tells files apart. content: a hash of the bytes. stat: path, size, time of change.",
     )
     cache_shard_mb: float = Field(
-        256.0, gt=0, description="Size at which encoded samples are published; a kill loses less than that."
+        256.0,
+        gt=0,
+        le=1e6,
+        description="Size at which encoded samples are published; a kill loses less than that.",
     )
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="Share of unreadable samples at which the run stops."
     )
     worker_timeout_s: float = Field(
-        120.0, gt=0, description="A clip that takes longer to decode is given up."
+        120.0, gt=0, le=1e6, description="A clip that takes longer to decode is given up."
     )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sat_train.config.schema.record import Betas, Record, Whole
+from sat_train.config.schema.record import Betas, Record, Whole, ZeroStage
 
 
 class OptimizerParams(Record):
@@ -39,7 +39,7 @@ class OffloadConfig(Record):
 class ZeroConfig(Record):
     """ZeRO: optimizer states (1), gradients (2) and weights (3) divided over the data axis."""
 
-    stage: Literal[0, 1, 2, 3] = Field(1, description="The same setting as `args.zero_stage`.")
+    stage: ZeroStage = Field(1, description="The same setting as `args.zero_stage`.")
     contiguous_gradients: bool = Field(True, description="Copy gradients into one buffer as they come.")
     overlap_comm: bool = Field(False, description="Reduce gradients while the backward pass goes on.")
     reduce_scatter: bool = Field(True, description="Reduce-scatter instead of all-reduce.")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sat_train.config.schema.record import NoParams, Record
+from sat_train.config.schema.record import No, NoParams, Record
 
 
 class ZeroSNRDDPMDiscretizationParams(Record):
@@ -51,7 +51,7 @@ class DiscreteDenoiserParams(Record):
     """What the network is given and what it predicts."""
 
     num_idx: int = Field(1000, ge=2, description="Steps of the schedule.")
-    quantize_c_noise: Literal[False] = Field(False, description="Timesteps are exact already.")
+    quantize_c_noise: No = Field(False, description="Timesteps are exact already.")
     weighting_config: EpsWeightingSlot = Field(EpsWeightingSlot(), description="Weight of the loss.")
     scaling_config: VideoScalingSlot = Field(VideoScalingSlot(), description="What is predicted.")
     discretization_config: ZeroSNRDDPMDiscretizationSlot = Field(

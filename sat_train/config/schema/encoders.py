@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sat_train.config.schema.record import HeightWidth, Ints, NoParams, Record, Text, list_to_tuple
+from sat_train.config.schema.record import (
+    HeightWidth,
+    Ints,
+    No,
+    NoParams,
+    Record,
+    Text,
+    Yes,
+    ZeroOrOne,
+    list_to_tuple,
+)
 
 
 class T5TextEncoderParams(Record):
@@ -28,7 +38,7 @@ class T5TextEncoderSlot(Record):
     ucg_rate: float = Field(
         0.0, ge=0, le=1, description="Share of captions dropped in training, for guidance."
     )
-    is_trainable: Literal[False] = Field(False, description="The text encoder is always frozen.")
+    is_trainable: No = Field(False, description="The text encoder is always frozen.")
     input_key: Literal["txt"] = Field("txt", description="It reads captions.")
 
 
@@ -51,12 +61,12 @@ class VideoCoderParams(Record):
     """One half of the 3D causal autoencoder."""
 
     ch: int = Field(ge=1, description="Channels of the widest frame size.")
-    ch_mult: Ints = Field(min_length=1, description="Factor on `ch` at each level.")
+    ch_mult: Ints = Field(min_length=1, max_length=8, description="Factor on `ch` at each level.")
     num_res_blocks: int = Field(ge=1, description="Residual blocks at each level.")
     z_channels: int = Field(ge=1, description="Latent channels.")
     in_channels: int = Field(3, ge=1, description="Channels of a frame.")
     out_ch: int = Field(3, ge=1, description="Channels of a decoded frame.")
-    double_z: Literal[True] = Field(True, description="The encoder gives mean and log-variance.")
+    double_z: Yes = Field(True, description="The encoder gives mean and log-variance.")
     attn_resolutions: Ints = Field(
         (), max_length=0, description="Empty: the family's autoencoder has no attention."
     )
@@ -103,7 +113,7 @@ class VideoVAEParams(Record):
     """The 3D causal video autoencoder."""
 
     ckpt_path: Text = Field(description="Its weights: SAT's `3d-vae.pt`, safetensors, or a diffusers folder.")
-    cp_size: Literal[0, 1] = Field(0, description="Each rank codes its own clips.")
+    cp_size: ZeroOrOne = Field(0, description="Each rank codes its own clips.")
     encode_chunk_frames: int | None = Field(
         8,
         ge=4,

@@ -14,7 +14,7 @@ from sat_train.config.schema.diffusion import (
 )
 from sat_train.config.schema.encoders import GeneralConditionerSlot, VideoVAESlot
 from sat_train.config.schema.network import DiffusionTransformerSlot
-from sat_train.config.schema.record import Record, Texts
+from sat_train.config.schema.record import No, Record, Texts
 
 
 class ModelConfig(Record):
@@ -34,9 +34,7 @@ class ModelConfig(Record):
     noised_image_dropout: float = Field(
         0.0, ge=0, le=1, description="Share of samples trained without the image."
     )
-    noised_image_all_concat: Literal[False] = Field(
-        False, description="The image stands beside the first frame only."
-    )
+    noised_image_all_concat: No = Field(False, description="The image stands beside the first frame only.")
     not_trainable_prefixes: Texts = Field(
         (), description="Beginnings of weight names that are frozen; all: everything but adapters."
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from sat_train.config.schema.record import Record, Texts
+from sat_train.config.schema.record import No, Record, Texts
 
 SizePolicy = Literal["refuse", "interpolate"]
 
@@ -155,7 +155,7 @@ class TransformerArgs(Record):
     layernorm_order: Literal["pre"] = Field(
         "pre", description="The layer norm stands in front of each block."
     )
-    is_decoder: Literal[False] = Field(
+    is_decoder: No = Field(
         False, description="There is no cross-attention: text and video share one sequence."
     )
 
@@ -163,7 +163,7 @@ class TransformerArgs(Record):
 class DiffusionTransformerParams(Record):
     """The numbers of the transformer."""
 
-    num_layers: int = Field(ge=1, description="Transformer layers.")
+    num_layers: int = Field(ge=1, le=1000, description="Transformer layers.")
     hidden_size: int = Field(ge=1, description="Model width.")
     num_attention_heads: int = Field(
         ge=1, description="Heads; hidden_size / heads is 64 in the whole family."

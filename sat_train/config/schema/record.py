@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+FILE_NAME = r"^[\w-][\w.-]*$"
+_EXACT_FLOAT = 2**53  # above it a float is not every whole number
 
 
 class Record(BaseModel):
     """A frozen group of settings. Nothing is converted in silence and no unknown key is let in."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class NoParams(Record):
@@ -22,11 +28,24 @@ def list_to_tuple(value: Any) -> Any:
 
 
 def _whole_float_to_int(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT_FLOAT
+    return int(value) if is_whole else value
 
 
 def _one_to_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else list_to_tuple(value)
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("literal_error", "true is not 1, and false is not 0")
+    return value
+
+
+def _no_number(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise PydanticCustomError("literal_error", "1 is not true, and 0 is not false")
+    return value
 
 
 def false_to_off(value: Any) -> Any:
@@ -37,11 +56,6 @@ def false_to_off(value: Any) -> Any:
 def _base_60_to_aspect(value: Any) -> Any:
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return f"{value // 60}:{value % 60}" if is_number else value
-
-
-def _number_to_text(value: Any) -> Any:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return str(value) if is_number else value
 
 
 # YAML has lists only; a frozen record holds tuples.
@@ -64,5 +78,12 @@ Aspects = Annotated[
 ]
 # `3.` and `1e9` are whole numbers that YAML reads as floats.
 Whole = Annotated[int, BeforeValidator(_whole_float_to_int)]
-# A name such as `2024` that YAML reads as a number.
-Text = Annotated[str, BeforeValidator(_number_to_text)]
+# A number is no text: `0123` is 83 in YAML, and `1_000` is 1000. In quotes it is what was written.
+Text = str
+# Part of a file's name: nothing that leaves its folder, hides it or breaks a line.
+FileName = Annotated[str, Field(pattern=FILE_NAME)]
+# A choice of one: pydantic alone takes 1 for true and 0 for false.
+Yes = Annotated[Literal[True], BeforeValidator(_no_number)]
+No = Annotated[Literal[False], BeforeValidator(_no_number)]
+ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth_value)]
+ZeroOrOne = Annotated[Literal[0, 1], BeforeValidator(_no_truth_value)]

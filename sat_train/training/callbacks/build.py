@@ -119,7 +119,7 @@ def _validation(
                     run_folder,
                     prompts=prompts,
                     draw=draw,
-                    fps=run.args.sampling_fps,
+                    fps=run.sampling_fps,
                     interval=run.args.valid_video_interval,
                     lockstep=grid.model_size > 1 or engine.zero_optimization_stage() == 3,
                 )

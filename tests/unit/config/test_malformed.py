@@ -108,7 +108,9 @@ def test_missing_paths_are_named(path: str, write: Callable[[str, str], str]) ->
         load_run_config(["configs/sft.yaml", write("broken.yaml", MISSING_PATHS[path])])
     line = next(str(fault) for fault in caught.value.faults if fault.path == path)
     assert "/nowhere/" in line
-    assert "a file or folder that exists" in line
+    assert (
+        "a run directory that exists" if path == "args.resume" else "a file or folder that exists"
+    ) in line
     assert "broken.yaml" in line
 
 
