@@ -67,7 +67,7 @@ _MAIN_WORDS = {
         *("sampling_steps", "guidance_scale", "sampling_num_frames", "sampling_image_size"),
     ),
     "precompute": (
-        *("load", "train_data", "valid_data", "split", "train_iters"),
+        *("load", "train_data", "valid_data", "eval_interval", "train_iters"),
         *("batch_size", "seed", "num_workers", "device", "epochs"),
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 from sat_train.config.rules.rule import Draft, rule
@@ -10,6 +11,7 @@ from sat_train.config.schema.args import IMAGE_SEPARATOR, ArgsConfig
 from sat_train.config.words import COMMAND_LINE
 from sat_train.errors import Fault
 
+_SHARE = re.compile(r"\s*(?:\d{1,9}\.?\d{0,9}|\.\d{1,9})\s*", re.ASCII)
 _LEAST_SHARE = 1e-6  # of a mixture: the order of samples is laid out in blocks that hold one sample of each
 # Settings under `args` with a reader in one of the two only.
 SAMPLING_ONLY = frozenset({"ema", "image", "input_file", "input_type", "output_dir", "prompt"})
@@ -139,7 +141,7 @@ def shares_of_the_data(draft: Draft) -> Iterator[Fault]:
     if draft.args.split is None:
         return
     shares = draft.args.split.split(",")
-    if len(shares) != 3 or not all(share.strip().replace(".", "", 1).isdigit() for share in shares):
+    if len(shares) != 3 or not all(map(_SHARE.fullmatch, shares)):
         yield draft.fault(
             "args.split", draft.args.split, "three numbers for training, validation, test, e.g. 95,5,0"
         )

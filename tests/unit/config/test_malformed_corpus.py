@@ -43,7 +43,7 @@ _PLACES = (
 )
 FILES = [place % value for place, value in itertools.product(_PLACES, _VALUES)]
 FILES += [
-    "%s: 1" % key for key in ("a.b", "args.lr", '""', "? {a: 1}", "[a]", "args model", "é", "²", "!x y", "~")
+    f"{key}: 1" for key in ("a.b", "args.lr", '""', "? {a: 1}", "[a]", "args model", "é", "²", "!x y", "~")
 ]
 FILES += [
     "\x00",
@@ -111,7 +111,7 @@ def test_malformed_files_are_one_message(number: int, tmp_path: Path) -> None:
         for purpose in ("train", "sample"):
             with pytest.raises(ConfigError) as caught:
                 load_run_config(["configs/sft.yaml", path], purpose=purpose, check_paths=purpose == "train")
-            assert len(str(caught.value)) < 2000
+            assert len(str(caught.value)) < 10_000
 
 
 @pytest.mark.parametrize("number", range(0, len(WORDS), 20))
