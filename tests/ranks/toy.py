@@ -66,7 +66,7 @@ def toy_run(
             "optimizer": {"params": {"lr": lr, "weight_decay": 0.01}},
         }
     )
-    return SimpleNamespace(args=args, deepspeed=deepspeed)
+    return SimpleNamespace(args=args, deepspeed=deepspeed, model=None, data=None, sources={})
 
 
 def toy_batches(
