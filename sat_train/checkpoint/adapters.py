@@ -21,6 +21,7 @@ from torch import Tensor
 from sat_train.checkpoint.diffusers_keys import Part, part_of_diffusers_key, parts_of_sat_key
 from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, cut_tensor
 from sat_train.checkpoint.lora_files import PEFT_METADATA_KEY, holds_lora, read_lora_modules
+from sat_train.checkpoint.manifest import verify_checkpoint
 from sat_train.checkpoint.readers import read_metadata, read_weight_files
 from sat_train.checkpoint.sources import find_weights
 from sat_train.checkpoint.weights import read_own_weights
@@ -58,6 +59,8 @@ def read_lora(path: str | Path, *, ema: bool = False) -> Updates:
         CheckpointError: Nothing there, damaged, or a key, layer or kind of adapter that is not understood.
     """
     source = find_weights(path)
+    if source.kind == "step":
+        verify_checkpoint(source.path)
     if source.kind == "files" and not ema:
         found = read_weight_files(source.files)
         if holds_lora(found):

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessGrid
-from sat_train.errors import CheckpointError
+from sat_train.errors import CheckpointError, SatTrainError
 
 T = TypeVar("T")
 
@@ -19,15 +19,15 @@ def on_rank_0(grid: ProcessGrid, function: Callable[[], T]) -> T:
     """Runs `function` on rank 0 and gives all ranks its result or its error.
 
     Raises:
-        CheckpointError: `function` raised one, or an OSError, on rank 0.
+        SatTrainError: `function` raised one on rank 0; a CheckpointError where that was an OSError.
 
     Ranks: all.
     """
-    outcome: tuple[T | None, CheckpointError | None] | None = None
+    outcome: tuple[T | None, SatTrainError | None] | None = None
     if grid.rank == 0:
         try:
             outcome = (function(), None)
-        except CheckpointError as error:
+        except SatTrainError as error:
             outcome = (None, error)
         except OSError as error:
             outcome = (None, describe_os_error(error))

@@ -29,7 +29,7 @@ from sat_train.checkpoint.consolidate import trained_dtype
 from sat_train.checkpoint.diffusers_folder import check_model, write_pipeline
 from sat_train.checkpoint.layout import LATEST, SAT_PREFIX
 from sat_train.checkpoint.lazy import LazyWeights, check_same, from_tensors
-from sat_train.checkpoint.manifest import Manifest, verify_checkpoint
+from sat_train.checkpoint.manifest import Manifest, read_manifest
 from sat_train.checkpoint.readers import read_weight_files
 from sat_train.checkpoint.safetensors_out import Progress, write_safetensors
 from sat_train.checkpoint.sources import WeightSource, find_weights, hash_weights
@@ -142,7 +142,7 @@ def open_source(conversion: Conversion) -> Opened:
         CheckpointError: It is damaged, not a transformer's, or has no adapters to merge.
     """
     source = find_weights(conversion.source)
-    manifest = verify_checkpoint(source.path) if source.kind == "step" else None
+    manifest = read_manifest(source.path) if source.kind == "step" else None
     metadata = _metadata(source, manifest, conversion)
     updates = read_lora(conversion.source, ema=conversion.ema)
     is_merging = conversion.merge_lora or conversion.lora is not None

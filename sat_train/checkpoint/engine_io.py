@@ -20,7 +20,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from sat_train.checkpoint.layout import CLIENT_STATE_KEY, SAT_PREFIX
-from sat_train.files import FileRecord, HashingFile, write_file
+from sat_train.errors import CheckpointError
+from sat_train.files import FileRecord, HashingFile, reading, write_file
 
 # All that DeepSpeed's optimizer shards hold besides tensors and plain values.
 SAFE_CLASSES = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
@@ -37,7 +38,10 @@ def read_shard(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> 
         mmap: Map the tensors from the file instead of reading them: for looking, or for one pass over large
             files.
     """
-    with torch.serialization.safe_globals(SAFE_CLASSES):
+    with (
+        reading(path, error=CheckpointError, expected="a file that sat_train wrote, without code in it"),
+        torch.serialization.safe_globals(SAFE_CLASSES),
+    ):
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     return cast(State, state)
 
@@ -76,7 +80,7 @@ class ShardFiles(CheckpointEngine):  # type: ignore[misc]
 
         try:
             self.written.append(write_file(Path(path), write))
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             self._fail(path, error)
 
     def load(self, path: str | Path, map_location: Any = None) -> State:
@@ -87,7 +91,7 @@ class ShardFiles(CheckpointEngine):  # type: ignore[misc]
         return True
 
     def _fail(self, path: str | Path, error: Exception) -> None:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)[:300]
         self.failure = f"{Path(path).name}: {reason}"
 
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sat_train.checkpoint.layout import CORRUPT_SUFFIX, committed_steps, step_folder
-from sat_train.checkpoint.manifest import Manifest, verify_checkpoint
+from sat_train.checkpoint.history import set_aside
+from sat_train.checkpoint.layout import (
+    CORRUPT_SUFFIX,
+    cannot_read,
+    committed_steps,
+    is_committed,
+    parse_step,
+    step_folder,
+)
+from sat_train.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest, verify_checkpoint
 from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
 
@@ -55,7 +64,7 @@ def find_resume_point(
     if mode == "none":
         return None
     if mode not in ("auto", "must"):
-        return _find_at(Path(mode), is_alive)
+        return _find_at(Path(mode).expanduser(), is_alive)
     found = find_resumable(save_root, experiment_name, is_alive=is_alive)
     if found is None and mode == "must":
         raise CheckpointError(
@@ -81,52 +90,50 @@ def find_resumable(save_root: Path, experiment_name: str, *, is_alive: IsAlive) 
 def run_folders(save_root: Path, experiment_name: str) -> list[Path]:
     """Returns the folders `<experiment_name>-<YYYYmmdd-HHMMSS>`, newest first."""
     pattern = re.compile(re.escape(experiment_name) + r"-\d{8}-\d{6}")
-    if not save_root.is_dir():
+    try:
+        with os.scandir(save_root) as entries:
+            names = [entry.name for entry in entries if pattern.fullmatch(entry.name) and entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    folders = [path for path in save_root.iterdir() if path.is_dir() and pattern.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: path.name, reverse=True)
+    except OSError as error:
+        raise cannot_read(save_root, error) from error
+    return [save_root / name for name in sorted(names, reverse=True)]
 
 
 def newest_verified(run_folder: Path) -> ResumePoint | None:
     """Returns the newest checkpoint of a run that verifies, or None.
 
-    Those that do not verify are renamed to `<step>.corrupt`.
+    Those that are damaged are renamed to `<step>.corrupt`.
+
+    Raises:
+        CheckpointError: One cannot be read. It may be whole, and going back from it would abandon it.
     """
     for step in committed_steps(run_folder):
         try:
             return ResumePoint(run_folder, step, verify_checkpoint(step_folder(run_folder, step)))
-        except CheckpointError as error:
+        except DamagedCheckpoint as error:
             log.warning("%s\n  going back to the checkpoint before it", error)
-            _set_aside(run_folder, step)
+            _set_aside_damaged(step_folder(run_folder, step))
     return None
 
 
-def _set_aside(run_folder: Path, step: int) -> None:
-    folder = step_folder(run_folder, step)
-    for attempt in range(100):
-        target = folder.with_name(f"{step}{CORRUPT_SUFFIX}" + (f".{attempt}" if attempt else ""))
-        if not target.exists():
-            try:
-                os.rename(folder, target)
-            except OSError as error:
-                log.warning("%s could not be renamed to %s: %s", folder, target.name, error.strerror)
-            return
+def _set_aside_damaged(folder: Path) -> None:
+    try:
+        set_aside(folder, CORRUPT_SUFFIX)
+    except OSError as error:
+        log.warning("%s could not be renamed: %s", folder, error.strerror)
 
 
 def _find_at(path: Path, is_alive: IsAlive) -> ResumePoint:
-    names_step = path.name.isdigit()
-    run_folder = path.parent if names_step else path
-    if not path.is_dir():
-        raise CheckpointError(
-            f"args.resume = {path}: no such folder",
-            expected="auto, must, none, a run folder, or a step inside a run folder",
-        )
+    _check_folder(path)
+    is_step = is_committed(path) or (parse_step(path.name) is not None and not committed_steps(path))
+    run_folder = path.parent if is_step else path
     if is_alive(run_folder):
         raise CheckpointError(
             f"args.resume = {path}: a living run writes to {run_folder}", remedy="stop it first"
         )
-    if names_step:
-        return ResumePoint(run_folder, int(path.name), verify_checkpoint(path))
+    if is_step:
+        return _find_step(path)
     found = newest_verified(run_folder)
     if found is None:
         raise CheckpointError(
@@ -135,3 +142,30 @@ def _find_at(path: Path, is_alive: IsAlive) -> ResumePoint:
             remedy="to start from weights alone, use args.load",
         )
     return found
+
+
+def _find_step(path: Path) -> ResumePoint:
+    if parse_step(path.name) is None:
+        step = read_manifest(path).step
+        raise CheckpointError(
+            f"args.resume = {path}: this step has been set aside",
+            expected=f"a step of the run, under its number: {path.parent / str(step)}",
+            remedy=f"rename it to {step} if that name is free, and resume there",
+        )
+    return ResumePoint(path.parent, int(path.name), verify_checkpoint(path))
+
+
+def _check_folder(path: Path) -> None:
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path
+        is_folder = False
+    except OSError as error:
+        raise CheckpointError(
+            f"args.resume = {str(path)[:200]} cannot be read: {error.strerror}", remedy="look at the path"
+        ) from error
+    if not is_folder:
+        raise CheckpointError(
+            f"args.resume = {path}: no such folder",
+            expected="auto, must, none, a run folder, or a step inside a run folder",
+        )

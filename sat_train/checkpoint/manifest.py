@@ -1,20 +1,45 @@
-"""The manifest of a checkpoint: what belongs to it, what it must hash to, and what it was made from."""
+"""The manifest of a checkpoint: what belongs to it, what it must hash to, and what it was made from.
+
+A manifest is a stranger's file until its own SHA-256 matches, and its contents are a stranger's still: each
+field is checked before anything is done with it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sat_train.checkpoint.layout import MANIFEST
+from sat_train.checkpoint.layout import MANIFEST, cannot_read, parse_step
 from sat_train.errors import CheckpointError
-from sat_train.files import FileRecord, hash_file
+from sat_train.files import FileRecord, NotRegular, hash_file, read_text
 
 FORMAT = 1
 _HASHING_THREADS = 8
+_MOST_BYTES = 16 * 2**20  # files of some 50,000 ranks
+_MOST_RANKS = 2**16
+_MOST = 2**62
+_COUNTS = {
+    "step": _MOST,
+    "samples_consumed": _MOST,
+    "world_size": _MOST_RANKS,
+    "data_size": _MOST_RANKS,
+    "model_size": _MOST_RANKS,
+    "zero_stage": 3,
+}
+_MOST_SHOWN = 1000  # of a message that quotes a stranger's file
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Files that DeepSpeed or our readers would take for a part of the checkpoint.
+_STATES = re.compile(r".*_states\.pt|ema_rank_\d+\.pt")
+
+
+class DamagedCheckpoint(CheckpointError):
+    """What is there is not what was written. A file that cannot be read just now is not damaged."""
 
 
 @dataclass(frozen=True)
@@ -81,65 +106,179 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a step folder.
 
     Raises:
-        CheckpointError: There is none, or it is damaged.
+        DamagedCheckpoint: There is none, or it is not as it was written.
+        CheckpointError: It cannot be read, or was not written by this version of sat_train.
     """
     path = folder / MANIFEST
+    body = _parse(path, _read(folder, path))
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        found = body.pop("sha256")
-        if found != _body_digest(body):
-            raise ValueError("its own SHA-256 does not match")
-        if body["format"] != FORMAT:
-            raise ValueError(f"format {body['format']} is not {FORMAT}")
-        body["files"] = tuple(FileRecord(**entry) for entry in body["files"])
-        body["samples_waiting"] = tuple(body["samples_waiting"])
-        body["base_weights"] = BaseWeights(**body["base_weights"]) if body["base_weights"] else None
-        return Manifest(**body)
-    except FileNotFoundError as error:
+        manifest = _decode(body)
+        named = parse_step(folder.name)
+        _check(named in (None, manifest.step), f"it is of step {manifest.step}, its folder of step {named}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
+            f"{path} is not understood: {error}"[:_MOST_SHOWN],
+            expected="a manifest that this version of sat_train wrote",
+            remedy="use the version of sat_train that wrote it, or another step",
+        ) from error
+    return manifest
+
+
+def _read(folder: Path, path: Path) -> str:
+    try:
+        return read_text(path, limit=_MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedCheckpoint(
             f"{folder} is not a complete checkpoint: it has no {MANIFEST}",
             expected=f"a step folder that sat_train committed, which holds {MANIFEST}",
             remedy="use another step; a save into this folder never finished",
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}",
-            expected="the manifest as sat_train wrote it",
-            remedy="use another step",
-        ) from error
+    except (NotRegular, UnicodeDecodeError) as error:
+        raise _damaged_manifest(path, error) from error
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+        if body.pop("sha256") != _body_digest(body):
+            raise ValueError("its own SHA-256 does not match")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged_manifest(path, error) from error
+    parsed: dict[str, Any] = body
+    return parsed
+
+
+def _damaged_manifest(path: Path, error: Exception) -> DamagedCheckpoint:
+    reason = error.strerror if isinstance(error, OSError) else f"{error}"
+    return DamagedCheckpoint(
+        f"{path} is damaged: {reason}"[:_MOST_SHOWN],
+        expected="the manifest as sat_train wrote it",
+        remedy="use another step",
+    )
+
+
+def _decode(body: dict[str, Any]) -> Manifest:
+    _check(body.get("format") == FORMAT, f"format {body.get('format')!r:.20} is not {FORMAT}")
+    known = {field.name for field in fields(Manifest)}
+    required = {field.name for field in fields(Manifest) if field.default is MISSING}
+    odd = (body.keys() - known) | (required - body.keys())
+    _check(not odd, f"fields missing or unknown: {', '.join(sorted(odd))}")
+    for name, most in _COUNTS.items():
+        _check(_is_count(body[name], most), f"{name} = {body[name]!r:.40}")
+    ranks = body["data_size"] * body["model_size"]
+    _check(body["world_size"] == ranks > 0, f"world_size = {body['world_size']}, of {ranks} ranks")
+    _check(type(body["trainable_only"]) is bool, "trainable_only is neither true nor false")
+    texts = [body["config_digest"], body["data_fingerprint"], *body["versions"].values()]
+    _check(all(type(text) is str for text in texts), "a digest or a version is not a text")
+    waiting = body.get("samples_waiting", [])
+    _check(type(waiting) is list and all(_is_count(sample, _MOST) for sample in waiting), "samples_waiting")
+    base = body["base_weights"]
+    files = tuple(_record(entry) for entry in body["files"])
+    _check(len({record.name for record in files}) == len(files), "a file is listed twice")
+    return Manifest(
+        **{
+            **body,
+            "files": files,
+            "samples_waiting": tuple(waiting),
+            "base_weights": None if base is None else _base_weights(base),
+        }
+    )
+
+
+def _record(entry: dict[str, Any]) -> FileRecord:
+    record = FileRecord(**entry)
+    _check(is_plain_name(record.name), f"a file is called {record.name!r:.80}")
+    _check(_is_count(record.size, _MOST), f"{record.name} has {record.size!r:.40} bytes")
+    _check(_is_sha256(record.sha256), f"{record.name} has the hash {record.sha256!r:.80}")
+    return record
+
+
+def _base_weights(entry: dict[str, Any]) -> BaseWeights:
+    base = BaseWeights(**entry)
+    _check(type(base.source) is str and bool(base.source), "base_weights name no source")
+    _check(_is_sha256(base.sha256), f"base_weights have the hash {base.sha256!r:.80}")
+    return base
+
+
+def is_plain_name(name: object) -> bool:
+    """Says whether a text names a file inside a folder and nothing else, and is not the manifest itself."""
+    if type(name) is not str or "\0" in name or not 0 < len(name) <= 255:
+        return False
+    return name == Path(name).name and name not in (".", "..", MANIFEST)
+
+
+def _is_count(value: object, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _is_sha256(value: object) -> bool:
+    return type(value) is str and _SHA256.fullmatch(value) is not None
+
+
+def _check(is_right: bool, problem: str) -> None:
+    if not is_right:
+        raise ValueError(problem)
 
 
 def verify_checkpoint(folder: Path) -> Manifest:
     """Reads every byte of a checkpoint and compares it with the manifest.
 
+    Every entrance calls this before it reads a tensor: resume, `args.load`, sampling, conversion.
+
     Returns:
         The manifest, when all files are as written.
 
     Raises:
-        CheckpointError: A file is missing, of another size, or of other contents; all of them are named.
+        DamagedCheckpoint: A file is missing, of another size, or of other contents; all of them are named.
+        CheckpointError: A file cannot be read, so that nobody knows.
     """
     manifest = read_manifest(folder)
+    _check_no_strays(folder, manifest)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         faults = [fault for fault in pool.map(lambda record: _fault(folder, record), manifest.files) if fault]
-    if faults:
-        raise CheckpointError(
-            "\n  ".join([f"{folder} is damaged:", *faults]),
+    damages = [fault for fault in faults if isinstance(fault, str)]
+    if damages:
+        raise DamagedCheckpoint(
+            "\n  ".join([f"{folder} is damaged:", *damages]),
             expected="all files as they were when the checkpoint was written",
             remedy="use another step; this one cannot be repaired",
         )
+    for error in faults:
+        assert isinstance(error, OSError), "neither damaged nor unreadable"
+        raise cannot_read(error.filename, error)
     return manifest
 
 
-def _fault(folder: Path, record: FileRecord) -> str:
+def _check_no_strays(folder: Path, manifest: Manifest) -> None:
+    """Readers find some files by their names: one that nobody committed must not be taken for a part."""
+    known = {record.name for record in manifest.files}
+    try:
+        strays = sorted(name for name in os.listdir(folder) if _STATES.fullmatch(name) and name not in known)
+    except OSError as error:
+        raise cannot_read(folder, error) from error
+    if strays:
+        raise CheckpointError(
+            f"{folder / strays[0]} does not belong to the checkpoint",
+            expected=f"the files that {MANIFEST} lists",
+            remedy="move it out of the folder",
+        )
+
+
+def _fault(folder: Path, record: FileRecord) -> str | OSError | None:
+    """Returns what is wrong with a file: a text when it is damaged, an error when it cannot be read."""
     path = folder / record.name
     try:
         size = path.stat().st_size
         if size != record.size:
             return f"{record.name}: {size} bytes, {record.size} were written"
-        return (
-            "" if hash_file(path) == record.sha256 else f"{record.name}: contents changed (SHA-256 differs)"
-        )
+        is_same = hash_file(path) == record.sha256
+        return None if is_same else f"{record.name}: contents changed (SHA-256 differs)"
     except FileNotFoundError:
         return f"{record.name}: missing"
+    except NotRegular:
+        return f"{record.name}: not a regular file"
     except OSError as error:
-        return f"{record.name}: cannot be read ({error.strerror})"
+        error.filename = error.filename or str(path)
+        return error

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Protocol
 
 from sat_train.checkpoint.agreement import on_rank_0
+from sat_train.checkpoint.history import point_latest, set_aside
 from sat_train.checkpoint.layout import (
+    ABANDONED_SUFFIX,
     LATEST,
     MANIFEST,
     TEMPORARY_PREFIX,
@@ -69,7 +71,7 @@ def publish(
 
     Args:
         run_folder: Exists, on a file system that all ranks see.
-        step: Its name. A folder of that step that is there is replaced.
+        step: Its name. A folder of that step that is there is set aside.
         expected_bytes: Estimate of the whole, for the check of free space.
         write: Writes this rank's files into the folder it is given. It reports a failure instead of raising.
         describe: Makes the manifest, on rank 0, from the files of all ranks.
@@ -90,11 +92,11 @@ def publish(
 
 def expected_size(run_folder: Path, first_guess: int) -> int:
     """Returns the bytes of the newest checkpoint in the folder, or `first_guess` when there is none."""
-    for step in committed_steps(run_folder):
-        try:
+    try:
+        for step in committed_steps(run_folder):
             return sum(record.size for record in read_manifest(step_folder(run_folder, step)).files)
-        except CheckpointError as error:
-            log.warning("%s", error)
+    except CheckpointError as error:
+        log.warning("%s", error)
     return first_guess
 
 
@@ -152,18 +154,17 @@ def _check_reports(temporary: Path, step: int, reports: list[RankReport]) -> Non
 
 def _rename(temporary: Path, run_folder: Path, step: int) -> Path:
     target = step_folder(run_folder, step)
-    replaced = run_folder / f"{TEMPORARY_PREFIX}replaced-{uuid.uuid4().hex[:8]}"
-    if target.exists():
-        os.rename(target, replaced)
+    if os.path.lexists(target):
+        aside = set_aside(target, ABANDONED_SUFFIX)
+        log.warning("%s was there already and is set aside as %s", target, aside.name)
     os.rename(temporary, target)
     sync_folder(run_folder)
-    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
 def _point_latest(run_folder: Path, step: int) -> None:
     try:
-        write_text(run_folder / LATEST, str(step))
+        point_latest(run_folder, step)
     except OSError as error:
         log.warning("step %d is saved, but %s/%s could not be updated: %s", step, run_folder, LATEST, error)
 

@@ -148,11 +148,12 @@ def _merged(groups: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ..
 
 def _read_ema(folder: Path, manifest: Manifest, grid: ProcessGrid) -> dict[str, Any] | None:
     """Returns this rank's part of the average; with other data ranks, all parts of its slice of the model."""
+    names = {record.name for record in manifest.files}
     if manifest.data_size == grid.data_size:
-        path = folder / ema_file_name(grid.rank)
-        return read_shard(path) if path.is_file() else None
+        own = ema_file_name(grid.rank)
+        return read_shard(folder / own) if own in names else None
     ranks = [data_rank * manifest.model_size + grid.model_rank for data_rank in range(manifest.data_size)]
-    parts = [read_shard(path) for rank in ranks if (path := folder / ema_file_name(rank)).is_file()]
+    parts = [read_shard(folder / own) for rank in ranks if (own := ema_file_name(rank)) in names]
     if not parts:
         return None
     return {**parts[0], "fragments": [fragment for part in parts for fragment in part["fragments"]]}

@@ -7,46 +7,57 @@ import shutil
 import uuid
 from pathlib import Path
 
+from sat_train.checkpoint.history import read_latest
 from sat_train.checkpoint.layout import TEMPORARY_PREFIX, committed_steps, step_folder
-from sat_train.files import sync_folder
+from sat_train.files import PART_SUFFIX, sync_folder
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
 
-def prune_checkpoints(run_folder: Path, *, keep_last: int, keep_every: int = 0) -> list[int]:
+def prune_checkpoints(
+    run_folder: Path, *, keep_last: int, keep_every: int = 0, resumed_step: int | None = None
+) -> list[int]:
     """Deletes what is too old. Call it after the new checkpoint is committed, never before.
+
+    What `latest` names stays too: it may be older where the disk was too full to say what is newest.
 
     Args:
         run_folder: The run's folder.
         keep_last: How many of the newest stay; 0 keeps all.
         keep_every: Steps that are a multiple of this stay for ever; 0 for none.
+        resumed_step: The step that the run was resumed from stays.
 
     Returns:
         The deleted steps.
 
     Ranks: one.
     """
-    steps = committed_steps(run_folder)
     if keep_last <= 0:
         return []
-    doomed = [step for step in steps[keep_last:] if not (keep_every > 0 and step % keep_every == 0)]
+    kept = {resumed_step, read_latest(run_folder)}
+    old = [step for step in committed_steps(run_folder)[keep_last:] if step not in kept]
+    doomed = [step for step in old if not (keep_every > 0 and step % keep_every == 0)]
     for step in doomed:
         _delete(run_folder, step)
     return doomed
 
 
 def remove_leftovers(run_folder: Path) -> list[Path]:
-    """Deletes the temporary folders of saves that were killed. Call it when this run owns the folder and is
-    not saving.
+    """Deletes what writes that were killed left: temporary folders and files. Call it when this run owns the
+    folder and is not saving.
 
     Ranks: one.
     """
-    leftovers = sorted(path for path in run_folder.glob(TEMPORARY_PREFIX + "*") if path.is_dir())
-    for path in leftovers:
+    folders = sorted(path for path in run_folder.glob(TEMPORARY_PREFIX + "*") if path.is_dir())
+    files = sorted(path for path in run_folder.glob("*" + PART_SUFFIX) if path.is_file())
+    for path in folders + files:
         log.info("removing %s, left by a save that did not finish", path)
+    for path in folders:
         shutil.rmtree(path, ignore_errors=True)
-    return leftovers
+    for path in files:
+        path.unlink(missing_ok=True)
+    return folders + files
 
 
 def _delete(run_folder: Path, step: int) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps, step_folder
+from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps, parse_step, step_folder
 from sat_train.checkpoint.readers import read_index
 from sat_train.config.paths import expand_assets
+from sat_train.config.run_model import RESOLVED
 from sat_train.errors import CheckpointError
 from sat_train.files import hash_file, read_text, reading
 
@@ -84,6 +85,7 @@ def _find_in_folder(where: Path, part: str) -> WeightSource:
     steps = committed_steps(where)
     if steps:
         return _step(step_folder(where, steps[0]))
+    _check_not_torn(where)
     if (where / LATEST).is_file():
         return _sat_folder(where)
     if _sat_files(where):
@@ -95,6 +97,17 @@ def _find_in_folder(where: Path, part: str) -> WeightSource:
             f"{where} is a diffusers model without a {part}/ folder", remedy="download that too"
         )
     return WeightSource("files", where, _diffusers_files(where))
+
+
+def _check_not_torn(where: Path) -> None:
+    """Without a manifest, a run of ours or a step of one would pass for a folder of SAT's, unverified."""
+    is_step = parse_step(where.name) is not None
+    if (where / RESOLVED).is_file() or (is_step and (where.parent / RESOLVED).is_file()):
+        raise CheckpointError(
+            f"{where} belongs to a run of sat_train and holds no complete checkpoint",
+            expected=f"a step folder with its {MANIFEST}",
+            remedy="use another step or another run",
+        )
 
 
 def _step(folder: Path) -> WeightSource:

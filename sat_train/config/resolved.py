@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,22 @@ def render_resolved(run: RunConfig) -> str:
     return head + "\n".join(_render(run.tree(), run.sources, "", 0)) + "\n"
 
 
-def write_resolved(run: RunConfig, path: Path) -> None:
-    """Writes `render_resolved` to a file; where a URL in it has a password, for its owner's eyes only.
+def write_resolved(run: RunConfig, path: Path, *, notes: Sequence[str] = ()) -> None:
+    """Writes `render_resolved` to a file, which is there whole or as it was.
+
+    Where a URL in it has a password it is for its owner's eyes only.
+
+    Args:
+        notes: Lines for people at its head, such as what a resumed run has changed.
+
+    Raises:
+        OSError: It cannot be written.
 
     Ranks: rank 0 only.
     """
+    comments = "".join(f"# {' '.join(note.split())}\n" for note in notes)
     holds_secrets = run.shown_tree() != run.tree()
-    write_text(path, render_resolved(run), mode=0o600 if holds_secrets else 0o666)
+    write_text(path, comments + render_resolved(run), mode=0o600 if holds_secrets else 0o666)
 
 
 def _render(value: Any, sources: Mapping[str, str], path: str, depth: int) -> Iterator[str]:

@@ -56,7 +56,7 @@ def build_sat_args(run: RunConfig) -> argparse.Namespace:
 
 
 def write_model_config(run: RunConfig, path: Path) -> None:
-    """Writes the namespace as `model_config.json`, which SAT keeps beside `latest`.
+    """Writes the namespace as `model_config.json`, which SAT keeps beside `latest`; whole, or as it was.
 
     Ranks: rank 0 only.
 

@@ -13,12 +13,15 @@ import torch
 
 from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.find import ResumePoint
+from sat_train.checkpoint.history import rewind
+from sat_train.checkpoint.layout import committed_steps
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.resume import load_training_checkpoint
 from sat_train.checkpoint.retention import remove_leftovers
 from sat_train.checkpoint.save import save_training_checkpoint
 from sat_train.config import RunConfig
 from sat_train.config.resolved import write_resolved
+from sat_train.config.run_model import RESOLVED
 from sat_train.config.sat_args import write_model_config
 from sat_train.config.summary import summarize
 from sat_train.data.batch import VideoBatch
@@ -29,7 +32,7 @@ from sat_train.distributed.seeds import derive_seed
 from sat_train.errors import Stopped
 from sat_train.log import get_logger
 from sat_train.pipeline.video_diffusion import VideoDiffusion
-from sat_train.training.callbacks.build import build_callbacks
+from sat_train.training.callbacks.build import build_callbacks, owes_validation
 from sat_train.training.data import CacheFiller, RunData, open_data
 from sat_train.training.ema import WeightAverage
 from sat_train.training.engine import build_engine
@@ -37,8 +40,8 @@ from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
 from sat_train.training.meter import Meter
 from sat_train.training.models import build_models, find_start_weights
 from sat_train.training.optim.build import build_optimizer
-from sat_train.training.resume import CONFIG_KEY, find_resumed, pack_config
-from sat_train.training.run_folder import RunLock, open_run_folder
+from sat_train.training.resume import CONFIG_KEY, changes_since, find_resumed, pack_config
+from sat_train.training.run_folder import PREEMPTED, RunLock, open_run_folder, set_samples_aside
 from sat_train.training.schedule import LearningRate, warmup_steps
 from sat_train.training.signals import StopRequest
 from sat_train.training.state import TrainState
@@ -77,6 +80,9 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
     place = open_place(run, grid)
     try:
         data = open_data(run, grid, point=place.point, run_folder=place.folder)
+        finished = place.point is not None and place.point.step >= data.train_iters
+        if finished and not on_rank_0(grid, lambda: say_finished(run, place, data)):
+            return
         log.info("this run:\n%s", summarize(run, data.facts(grid)))
         start = find_start_weights(run, grid, place.point)
         pipeline = build_models(
@@ -85,6 +91,8 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
         engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
         average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None
         trainer = build_trainer(run, grid, place, data, pipeline, start.base, engine, average, stop_request)
+        if not finished:
+            on_rank_0(grid, lambda: describe_run(run, place))
         stop_request.defer()
         trainer.run()
         say_where_stopped(run, trainer)
@@ -112,7 +120,7 @@ def say_where_stopped(run: RunConfig, trainer: Trainer) -> None:
 
 
 def open_place(run: RunConfig, grid: ProcessGrid) -> Place:
-    """Opens the run's folder, finds what the run goes on from, and writes what it is.
+    """Opens the run's folder and finds what the run resumes; writes nothing that a run before it left.
 
     Ranks: all.
     """
@@ -130,16 +138,51 @@ def open_place(run: RunConfig, grid: ProcessGrid) -> Place:
         grid, save_root=Path(run.args.save), experiment_name=run.args.experiment_name, resumed=resumed
     )
     point = broadcast_object(grid, found[0])
-    on_rank_0(grid, lambda: describe_run(run, folder))
+    on_rank_0(grid, lambda: remove_leftovers(folder))
     log.info("run folder %s%s", folder, f", going on from step {point.step}" if point else "")
     return Place(folder, lock, point)
 
 
-def describe_run(run: RunConfig, folder: Path) -> None:
-    """Clears what a killed run left in the folder and writes what this run is, for people and for SAT."""
-    remove_leftovers(folder)
-    write_resolved(run, folder / "resolved.yaml")
-    write_model_config(run, folder / "model_config.json")
+def describe_run(run: RunConfig, place: Place) -> None:
+    """Makes the resumed step the newest of the folder, and writes what the run is, for people and for SAT.
+
+    Call it once everything has loaded: a resume that fails leaves the folder as it was.
+
+    Raises:
+        CheckpointError: Later steps cannot be set aside.
+        OSError: The folder cannot be written.
+
+    Ranks: rank 0 only.
+    """
+    if place.folder is None:
+        return
+    changes: list[str] = []
+    if place.point is not None:
+        changes = [f"resumed at step {place.point.step}", *changes_since(place.point, run)]
+        if rewind(place.folder, place.point.step):
+            set_samples_aside(place.folder, place.point.step)
+    write_resolved(run, place.folder / RESOLVED, notes=changes)
+    write_model_config(run, place.folder / "model_config.json")
+
+
+def say_finished(run: RunConfig, place: Place, data: RunData) -> bool:
+    """Says that there is nothing left to train. The folder stays as it is, but for the mark of a stopped run.
+
+    Returns:
+        Whether validation of the last step is still owed.
+
+    Ranks: rank 0 only.
+    """
+    folder, point = place.folder, place.point
+    assert folder is not None, "only what was saved can be finished"
+    assert point is not None, "only what was saved can be finished"
+    length = "args.train_iters" if run.args.train_iters is not None else "args.epochs"
+    log.info("finished already: step %d of %d (raise %s to continue)", point.step, data.train_iters, length)
+    if changes := changes_since(point, run):
+        log.warning("nothing is trained with the changed settings: %s", "; ".join(changes))
+    (folder / PREEMPTED).unlink(missing_ok=True)
+    is_newest = committed_steps(folder)[0] == point.step
+    return is_newest and owes_validation(run, folder, point.step, measures_loss=data.valid is not None)
 
 
 def build_trainer(

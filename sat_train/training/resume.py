@@ -12,7 +12,8 @@ from sat_train.checkpoint.find import ResumePoint, find_resume_point
 from sat_train.checkpoint.layout import CLIENT_STATE_KEY, step_folder
 from sat_train.config import RunConfig
 from sat_train.config.loading import leaves
-from sat_train.errors import ConfigError, Fault
+from sat_train.errors import CheckpointError, ConfigError, Fault
+from sat_train.files import reading
 from sat_train.log import get_logger
 from sat_train.training.run_folder import is_alive
 
@@ -36,6 +37,8 @@ _FIXED = (
     "args.ema_decay",
     "deepspeed.optimizer.type",
 )
+# How a run was started says nothing about what it computes.
+_NOT_A_CHANGE = ("args.resume",)
 _FREE_WITHIN_FIXED = ("model.sampler_config",)
 
 
@@ -60,9 +63,24 @@ def find_resumed(run: RunConfig) -> ResumePoint | None:
     return point
 
 
-def _saved_config(point: ResumePoint) -> str:
-    path = min(step_folder(point.run_folder, point.step).glob("*model_states.pt"))
-    config: str = read_shard(path, mmap=True)[CLIENT_STATE_KEY][CONFIG_KEY]
+def changes_since(point: ResumePoint, run: RunConfig) -> list[str]:
+    """Returns the settings that differ from those of a checkpoint, each with its old value."""
+    return [
+        f"{path} = {json.dumps(new)} (was {json.dumps(old)})"
+        for path, old, new in _changes(_saved_config(point), run.shown_tree())
+    ]
+
+
+def _saved_config(point: ResumePoint) -> dict[str, Any]:
+    """Returns the resolved configuration that a checkpoint was written under."""
+    folder = step_folder(point.run_folder, point.step)
+    with reading(folder, error=CheckpointError, expected="a checkpoint of `sat-train train`"):
+        name = min(
+            name for record in point.manifest.files if (name := record.name).endswith("model_states.pt")
+        )
+        config = json.loads(read_shard(folder / name, mmap=True)[CLIENT_STATE_KEY][CONFIG_KEY])
+        if not isinstance(config, dict):
+            raise ValueError("its configuration is not a tree")
     return config
 
 
@@ -71,13 +89,13 @@ def pack_config(run: RunConfig) -> str:
     return json.dumps(run.shown_tree(), sort_keys=True)
 
 
-def check_config_unchanged(saved: str, run: RunConfig) -> None:
-    """Compares the configuration of a checkpoint with the one it goes on with.
+def check_config_unchanged(saved: dict[str, Any], run: RunConfig) -> None:
+    """Compares the configuration of a checkpoint with the one that resumes it.
 
     Raises:
         ConfigError: Names every setting that differs and may not.
     """
-    changes = list(_changes(json.loads(saved), run.shown_tree()))
+    changes = list(_changes(saved, run.shown_tree()))
     faults = [
         Fault(path, str(new), f"{old}, as in the checkpoint (args.load starts another run from its weights)")
         for path, old, new in changes
@@ -92,7 +110,7 @@ def check_config_unchanged(saved: str, run: RunConfig) -> None:
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     before, after = leaves(old), leaves(new)
     for path in sorted(before.keys() | after.keys()):
-        if before.get(path) != after.get(path):
+        if before.get(path) != after.get(path) and path not in _NOT_A_CHANGE:
             yield path, before.get(path), after.get(path)
 
 

@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from sat_train.checkpoint.history import set_aside
+from sat_train.checkpoint.layout import ABANDONED_SUFFIX
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks
 from sat_train.distributed.environment import tell_batch_script
 from sat_train.distributed.processes import ProcessGrid
@@ -22,6 +24,7 @@ log = get_logger(__name__)
 
 LOCK = "run.lock"
 PREEMPTED = "PREEMPTED"
+SAMPLES = "samples"
 
 _HEARTBEAT_S = 5.0
 _WATCH_S = 4 * _HEARTBEAT_S
@@ -164,3 +167,14 @@ def _not_shared(folder: Path) -> LaunchError:
         f"{folder}, made by rank 0, is not seen on {socket.gethostname()}",
         expected="args.save on a file system that all machines share",
     )
+
+
+def set_samples_aside(run_folder: Path, step: int) -> None:
+    """Renames the validation videos of steps after the one that a person went back to.
+
+    Raises:
+        OSError: They cannot be renamed.
+    """
+    for path in sorted((run_folder / SAMPLES).glob("*")):
+        if path.name.isascii() and path.name.isdecimal() and int(path.name) > step:
+            set_aside(path, ABANDONED_SUFFIX)

@@ -1,6 +1,7 @@
 """Whole runs through `train(run, grid)`: resume, world size, what may change, what is left in the folder."""
 
 import io
+import logging
 import os
 import re
 import signal
@@ -14,7 +15,8 @@ import torch
 from PIL import Image
 
 from sat_train.checkpoint.engine_io import read_shard
-from sat_train.checkpoint.layout import CLIENT_STATE_KEY
+from sat_train.checkpoint.layout import CLIENT_STATE_KEY, committed_steps
+from sat_train.checkpoint.sources import find_weights
 from sat_train.distributed.processes import ProcessGrid, stop_processes
 from sat_train.errors import SatTrainError
 from sat_train.training.callbacks.metrics_file import read_metrics
@@ -274,3 +276,71 @@ def test_a_learning_rate_that_explodes_stops_the_run_and_keeps_the_last_checkpoi
     (message,) = rank_pool(1)(_refused, folder, words)
     assert re.search(r"the loss is not finite(.|\n)*train/videos/\w+\.mp4", message)
     assert find_resumed(micro_run(folder, *words, "args.resume=auto")).step >= 1
+
+
+def test_going_back_to_an_older_step_leaves_one_line_of_history(rank_pool, folder):
+    name = "back"
+    rank_pool(1)(train_micro, folder, _words(name, 6, "args.keep_last=2", "args.keep_every=2"))
+    run_folder = _run_folder(folder, name)
+    words = [f"args.resume={run_folder}/2", "args.keep_last=2", "args.save_interval=1", "args.lr=5e-3"]
+    rank_pool(1)(train_micro, folder, _words(name, 5, *words))
+    assert committed_steps(run_folder) == [5, 4, 2]
+    assert sorted(path.name for path in run_folder.glob("*.abandoned")) == ["4.abandoned", "6.abandoned"]
+    assert (run_folder / "latest").read_text() == "5"
+    assert find_weights(run_folder).path.name == "5"
+    assert find_resumed(micro_run(folder, *_words(name, 6, "args.resume=auto", "args.lr=5e-3"))).step == 5
+    assert [entry["step"] for entry in _entries(folder, name)] == [1, 2, 3, 4, 5]
+    head = (run_folder / "resolved.yaml").read_text()
+    assert "# resumed at step 2\n" in head
+    assert (
+        "# deepspeed.optimizer.params.lr = 0.005 (was 0.01)" in head or "# args.lr = 0.005 (was 0.01)" in head
+    )
+
+
+def _finished(grid: ProcessGrid, folder: Path, words: list[str]) -> list[str]:
+    """Returns what is logged."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("sat_train")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        train_micro(grid, folder, words)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return lines
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(rank_pool, folder):
+    rank_pool(1)(train_micro, folder, _words("finished", 6))
+    run_folder = _run_folder(folder, "finished")
+    (run_folder / "PREEMPTED").write_text("4\n")
+
+    def contents():
+        return {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+
+    before = {path: data for path, data in contents().items() if path.name != "PREEMPTED"}
+    for words in (
+        ["args.resume=auto"],
+        ["args.resume=auto", "args.lr=5e-3"],
+        [f"args.resume={run_folder}/4"],
+    ):
+        steps = 4 if "/" in words[0] else 6
+        (lines,) = rank_pool(1)(_finished, folder, _words("finished", steps, *words))
+        text = "\n".join(lines)
+        assert f"finished already: step {steps} of {steps} (raise args.train_iters to continue)" in text
+        assert "training steps" not in text
+        assert ("nothing is trained with the changed settings: args.lr = 0.005" in text) == (len(words) == 2)
+        assert contents() == before, "a batch script must not find the mark of a stopped run again"
+
+
+def test_a_resume_that_fails_leaves_the_folder_byte_for_byte(rank_pool, folder):
+    rank_pool(1)(train_micro, folder, _words("kept_whole", 4))
+    run_folder = _run_folder(folder, "kept_whole")
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    for wrong in (["args.seed=5"], ["model.not_trainable_prefixes=[mixins]"], ["args.load=/nowhere.pt"]):
+        rank_pool(1)(_refused, folder, _words("kept_whole", 6, f"args.resume={run_folder}/2", *wrong))
+        assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before

@@ -21,7 +21,7 @@ from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarke
 from sat_train.training.callbacks.metrics_file import NAME as METRICS
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.progress import build_progress
-from sat_train.training.callbacks.sample_videos import SampleVideos
+from sat_train.training.callbacks.sample_videos import SampleVideos, contact_sheet
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Measure, Validation
 from sat_train.training.callbacks.wandb import WeightsAndBiases
@@ -105,7 +105,9 @@ def _validation(
                 engine,
                 _measure(loader, grid, pipeline, engine, encode),
                 interval=run.args.eval_interval,
-                is_measured=lambda step: broadcast_object(grid, _is_measured(grid, run_folder, step)),
+                is_measured=lambda step: broadcast_object(
+                    grid, _is_measured(run_folder if grid.rank == 0 else None, step)
+                ),
             )
         )
     if run.args.valid_video_interval is not None and run_folder is not None:
@@ -152,9 +154,27 @@ def _measure(
     return measure
 
 
-def _is_measured(grid: ProcessGrid, run_folder: Path | None, step: int) -> bool:
-    """Tells rank 0 whether `metrics.jsonl` has the validation loss of a step; the other ranks ask it."""
-    if run_folder is None or grid.rank != 0:
+def owes_validation(run: RunConfig, run_folder: Path, step: int, *, measures_loss: bool) -> bool:
+    """Tells whether a run ended before it had validated its last step.
+
+    Args:
+        run: The configuration.
+        run_folder: The run's folder.
+        step: Its last step.
+        measures_loss: There are validation data.
+
+    Ranks: rank 0 only.
+    """
+    if run.args.eval_interval is None:
+        return False
+    if measures_loss and not _is_measured(run_folder, step):
+        return True
+    return run.args.valid_video_interval is not None and not contact_sheet(run_folder, step).exists()
+
+
+def _is_measured(run_folder: Path | None, step: int) -> bool:
+    """Tells whether `metrics.jsonl` has the validation loss of a step."""
+    if run_folder is None:
         return False
     try:
         entries = read_metrics(run_folder / METRICS)

@@ -50,12 +50,13 @@ class Checkpointer(Callback):
         self._interval = interval
         self._keep_last, self._keep_every = keep_last, keep_every
         self._saved_step = -1
+        self._resumed_step: int | None = None
         self._failures_in_a_row = 0
 
     def started(self, trainer: Trainer) -> None:
         """The checkpoint that the run goes on from need not be written again."""
         if trainer.state.step:
-            self._saved_step = trainer.state.step
+            self._saved_step = self._resumed_step = trainer.state.step
 
     def step_done(self, trainer: Trainer) -> None:
         """Saves when it is time."""
@@ -92,7 +93,18 @@ class Checkpointer(Callback):
         self._failures_in_a_row = 0
         if self._grid.rank == 0:
             log.info("saved %s", folder)
-            prune_checkpoints(self._run_folder, keep_last=self._keep_last, keep_every=self._keep_every)
+            self._prune()
+
+    def _prune(self) -> None:
+        try:
+            prune_checkpoints(
+                self._run_folder,
+                keep_last=self._keep_last,
+                keep_every=self._keep_every,
+                resumed_step=self._resumed_step,
+            )
+        except CheckpointError as error:  # the new one is saved; old ones go after the next
+            log.warning("old checkpoints were not deleted: %s", error)
 
 
 class PreemptedMarker(Callback):

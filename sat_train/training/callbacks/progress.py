@@ -34,14 +34,16 @@ class PlainProgress(Callback):
 
     def started(self, trainer: Trainer) -> None:
         """Says where the run begins and between which learning rates."""
-        first, last = trainer.state.step, max(trainer.state.step, trainer.train_iters - 1)
+        self._train_iters = trainer.train_iters
+        if trainer.complete:
+            return  # only validation was left; there are no steps to name
+        first, last = trainer.state.step, trainer.train_iters - 1
         rate = trainer.learning_rate
         log.info("training steps %d to %d", first + 1, trainer.train_iters)
         log.info(
             "learning rate %s first, %s highest, %s last",
             *map(short, (rate.at(first), rate.peak, rate.at(last))),
         )
-        self._train_iters = trainer.train_iters
 
     def reported(self, entry: Entry) -> None:
         """Writes one line; now and then, and when something was left out, a second one with the rest."""

@@ -15,6 +15,7 @@ from sat_train.log import get_logger
 from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
 from sat_train.training.callbacks.callback import Callback, cause_of
 from sat_train.training.entries import SamplesEntry
+from sat_train.training.run_folder import SAMPLES
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
@@ -68,7 +69,7 @@ class SampleVideos(Callback):
 
     def started(self, trainer: Trainer) -> None:
         """Makes the videos that a resumed run still owes."""
-        sheet = self._folder(trainer.state.step) / _SHEET
+        sheet = contact_sheet(self._run_folder, trainer.state.step)
         if trainer.state.step and self._is_due(trainer) and not broadcast_object(self._grid, sheet.exists()):
             self._sample(trainer)
 
@@ -81,7 +82,7 @@ class SampleVideos(Callback):
         return trainer.state.step % self._interval == 0 or trainer.complete
 
     def _folder(self, step: int) -> Path:
-        return self._run_folder / "samples" / f"{step:06d}"
+        return contact_sheet(self._run_folder, step).parent
 
     def _sample(self, trainer: Trainer) -> None:
         if trainer.stopping:
@@ -132,6 +133,11 @@ class SampleVideos(Callback):
         log.info("samples in %s", folder)
         paths = tuple(folder / f"{number:02d}.mp4" for number in sorted(frames))
         trainer.report(SamplesEntry(trainer.state.step, folder / _SHEET, paths, self._prompts))
+
+
+def contact_sheet(run_folder: Path, step: int) -> Path:
+    """Returns where the contact sheet of a step is, beside its videos."""
+    return run_folder / SAMPLES / f"{step:06d}" / _SHEET
 
 
 def shared_numbers(count: int, grid: ProcessGrid) -> list[tuple[int, bool]]:

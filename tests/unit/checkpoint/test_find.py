@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sat_train.checkpoint.adapters import read_given_lora
+from sat_train.checkpoint.convert import Conversion, open_source
 from sat_train.checkpoint.find import ResumePoint, find_resume_point, newest_verified
+from sat_train.checkpoint.history import rewind
 from sat_train.checkpoint.layout import MANIFEST, committed_steps
 from sat_train.checkpoint.manifest import read_manifest, verify_checkpoint
 from sat_train.checkpoint.retention import prune_checkpoints, remove_leftovers
+from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import CheckpointError
-from tests.unit.checkpoint.folders import FILES, commit, run_folder
+from tests.unit.checkpoint.folders import FILES, commit, run_folder, signed, unsigned
 
 
 def find(root: Path, mode: str = "auto", *, alive: tuple[Path, ...] = ()) -> ResumePoint | None:
@@ -126,6 +134,98 @@ def test_a_path_names_a_run_or_one_step_of_it(grid: ProcessGrid, tmp_path: Path)
         find(tmp_path, str(run_folder(tmp_path, "20260109-000000")))
 
 
+ENTRANCES: dict[str, Callable[[Path], object]] = {
+    "resume": lambda step: find(step.parent.parent, str(step)),
+    "args.load, sampling": read_transformer_weights,
+    "args.load of a run": lambda step: read_transformer_weights(step.parent),
+    "args.load_lora": read_given_lora,
+    "convert": lambda step: open_source(Conversion(step, step / "out", to="sat")),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_a_flipped_bit_is_named_at_every_entrance(
+    grid: ProcessGrid, tmp_path: Path, name: str, entrance: str
+) -> None:
+    folder = commit(grid, run_folder(tmp_path), 7)
+    flip_one_bit(folder / name)
+    with pytest.raises(CheckpointError, match=rf"(?s)7 is damaged.*{name}: contents changed"):
+        ENTRANCES[entrance](folder)
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_a_file_that_nobody_committed_is_not_taken_for_a_part(
+    grid: ProcessGrid, tmp_path: Path, entrance: str
+) -> None:
+    folder = commit(grid, run_folder(tmp_path), 7)
+    (folder / "mp_rank_01_model_states.pt").write_bytes(b"x")
+    with pytest.raises(
+        CheckpointError, match=r"mp_rank_01_model_states\.pt does not belong to the checkpoint"
+    ):
+        ENTRANCES[entrance](folder)
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_a_step_without_its_manifest_never_passes_for_a_folder_of_sat(
+    grid: ProcessGrid, tmp_path: Path, entrance: str
+) -> None:
+    folder = commit(grid, run_folder(tmp_path), 7)
+    (folder.parent / "resolved.yaml").touch()
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"no manifest|no complete checkpoint"):
+        ENTRANCES[entrance](folder)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOMEM])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("call", ["open", "stat"])
+def test_what_cannot_be_read_is_not_called_damaged(
+    grid: ProcessGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, name: str, number: int
+) -> None:
+    run = run_folder(tmp_path)
+    for step in (10, 20):
+        commit(grid, run, step)
+    original = getattr(os, call)
+
+    def fails(path: Any, *args: Any, **options: Any) -> Any:
+        if str(path) == str(run / "20" / name):
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(os, call, fails)
+    for mode in ("auto", "must", str(run), str(run / "20")):
+        with pytest.raises(CheckpointError, match=f"20/{name} cannot be read: {os.strerror(number)}"):
+            find(tmp_path, mode)
+    monkeypatch.undo()
+    assert committed_steps(run) == [20, 10]
+    found = find(tmp_path)
+    assert found is not None
+    assert found.step == 20
+
+
+def test_the_manifest_of_a_newer_version_is_not_called_damaged(grid: ProcessGrid, tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    commit(grid, run, 10)
+    path = commit(grid, run, 20) / MANIFEST
+    for change in ({"format": 2}, {"new_field": 1}):
+        path.write_text(signed({**unsigned(path), **change}))
+        with pytest.raises(CheckpointError, match=r"20/manifest\.json is not understood: "):
+            find(tmp_path)
+    assert committed_steps(run) == [20, 10]
+
+
+def test_a_step_set_aside_is_refused_with_the_way_back(grid: ProcessGrid, tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    for step in (10, 20):
+        commit(grid, run, step)
+    rewind(run, 10)
+    with pytest.raises(
+        CheckpointError, match=r"20\.abandoned: this step has been set aside(.|\n)*rename it to 20"
+    ):
+        find(tmp_path, str(run / "20.abandoned"))
+
+
 def test_retention_keeps_the_newest_and_the_milestones(grid: ProcessGrid, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     for step in range(10, 110, 10):
@@ -141,7 +241,8 @@ def test_leftovers_are_removed_and_nothing_else(grid: ProcessGrid, tmp_path: Pat
     commit(grid, run, 1)
     (run / ".tmp-2-abc").mkdir()
     (run / ".tmp-2-abc" / FILES[0]).touch()
+    (run / "latest.0123abcd.part").touch()
     (run / "samples").mkdir()
-    assert [path.name for path in remove_leftovers(run)] == [".tmp-2-abc"]
+    assert [path.name for path in remove_leftovers(run)] == [".tmp-2-abc", "latest.0123abcd.part"]
     assert (run / "samples").is_dir()
     assert committed_steps(run) == [1]

@@ -5,20 +5,18 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from sat_train import files as files_module
 from sat_train.checkpoint.find import newest_verified
 from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps
 from sat_train.checkpoint.manifest import verify_checkpoint
 from sat_train.checkpoint.retention import prune_checkpoints, remove_leftovers
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import CheckpointError
-from tests.unit.checkpoint.folders import FILES, commit, holds_step, run_folder
+from tests.unit.checkpoint.folders import FILES, commit, holds_step, run_folder, run_killed
 
 
 def test_a_published_folder_holds_the_files_and_their_hashes(grid: ProcessGrid, tmp_path: Path) -> None:
@@ -43,49 +41,6 @@ def test_a_step_that_is_saved_again_replaces_the_old_one(grid: ProcessGrid, tmp_
 
 # --- killed at every point
 
-_POINTS = ("fsync", "replace", "rename", "mkdir", "open", "rmdir", "unlink")
-
-
-def _die_at(number: int) -> None:
-    """From now on this process dies at its `number`-th file operation; a write stops half-way."""
-    count = 0
-
-    def dies() -> bool:
-        nonlocal count
-        count += 1
-        return count == number
-
-    def before(function: Callable[..., Any]) -> Callable[..., Any]:
-        def killed(*args: Any, **options: Any) -> Any:
-            if dies():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **options)
-
-        return killed
-
-    for name in _POINTS:
-        setattr(os, name, before(getattr(os, name)))
-    write = files_module.HashingFile.write
-
-    def half_written(self: files_module.HashingFile, data: Any) -> int:
-        if dies():
-            write(self, memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
-            self._raw.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return write(self, data)
-
-    files_module.HashingFile.write = half_written  # type: ignore[method-assign]
-
-
-def _save_in_child(action: Callable[[], object], number: int) -> int:
-    """Runs `action` in a forked process that dies at its `number`-th file operation; returns how it ended."""
-    child = os.fork()
-    if child == 0:
-        _die_at(number)
-        action()
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
 
 def test_a_save_killed_at_any_point_never_leaves_a_torn_checkpoint(grid: ProcessGrid, tmp_path: Path) -> None:
     ended, number = signal.SIGKILL, 0
@@ -99,7 +54,7 @@ def test_a_save_killed_at_any_point_never_leaves_a_torn_checkpoint(grid: Process
             commit(grid, run, 2)
             prune_checkpoints(run, keep_last=1)
 
-        ended = _save_in_child(save_and_prune, number)
+        ended = run_killed(save_and_prune, number)
         assert ended in (0, signal.SIGKILL)
         found = newest_verified(run)
         assert found is not None, f"nothing to resume from after a kill at operation {number}"

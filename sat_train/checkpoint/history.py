@@ -1,0 +1,75 @@
+"""One run folder holds one line of history: its newest step is the one that was committed last.
+
+So all that takes "the newest" (`latest`, `args.resume`, sampling, conversion, retention) may take the largest
+number. Going back to an earlier step sets the later ones aside, under names that nobody takes for a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from sat_train.checkpoint.layout import ABANDONED_SUFFIX, LATEST, committed_steps, parse_step, step_folder
+from sat_train.files import read_text, sync_folder, write_text
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+_LATEST_BYTES = 1000
+
+
+def rewind(run_folder: Path, step: int) -> list[int]:
+    """Makes a committed step the newest of its run; later ones are set aside, newest first.
+
+    A kill in between leaves the line as it was, only shorter.
+
+    Returns:
+        The steps that were set aside.
+
+    Raises:
+        CheckpointError: The folder cannot be looked into.
+        OSError: A step cannot be renamed. The run must not go on then: it would mix two lines.
+
+    Ranks: one, which owns the folder.
+    """
+    steps = [other for other in committed_steps(run_folder) if other > step]
+    for later, newest in itertools.pairwise([*steps, step]):
+        point_latest(run_folder, newest)
+        target = set_aside(step_folder(run_folder, later), ABANDONED_SUFFIX)
+        log.warning("going back to step %d: step %d is set aside as %s", step, later, target)
+    if read_latest(run_folder) != step:
+        point_latest(run_folder, step)
+    return steps
+
+
+def set_aside(folder: Path, suffix: str) -> Path:
+    """Renames a step's folder to `<step><suffix>`, or `<step><suffix>.N` where that is taken.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    target, number = folder.with_name(folder.name + suffix), 0
+    while os.path.lexists(target):
+        number += 1
+        target = folder.with_name(f"{folder.name}{suffix}.{number}")
+    os.rename(folder, target)
+    sync_folder(folder.parent)
+    return target
+
+
+def point_latest(run_folder: Path, step: int) -> None:
+    """Writes `latest`, for SAT and for people.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    write_text(run_folder / LATEST, str(step))
+
+
+def read_latest(run_folder: Path) -> int | None:
+    """Returns the step that `latest` names; None when there is no such file, or none that names a step."""
+    try:
+        return parse_step(read_text(run_folder / LATEST, limit=_LATEST_BYTES).strip())
+    except (OSError, ValueError):
+        return None
