@@ -35,9 +35,9 @@ class PlainProgress(Callback):
     def started(self, trainer: Trainer) -> None:
         """Says where the run begins and between which learning rates."""
         self._train_iters = trainer.train_iters
-        if trainer.complete:
-            return  # only validation was left; there are no steps to name
         first, last = trainer.state.step, trainer.train_iters - 1
+        if first > last:
+            return  # only validation was left: there are no steps to name
         rate = trainer.learning_rate
         log.info("training steps %d to %d", first + 1, trainer.train_iters)
         log.info(
