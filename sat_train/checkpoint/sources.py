@@ -13,7 +13,7 @@ from typing import Literal
 from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps, parse_step, step_folder
 from sat_train.checkpoint.readers import read_index
 from sat_train.config.paths import expand_assets
-from sat_train.config.run_model import RESOLVED
+from sat_train.config.reading import RESOLVED
 from sat_train.errors import CheckpointError
 from sat_train.files import hash_file, read_text, reading
 

@@ -20,8 +20,8 @@ from sat_train.checkpoint.resume import load_training_checkpoint
 from sat_train.checkpoint.retention import remove_leftovers
 from sat_train.checkpoint.save import save_training_checkpoint
 from sat_train.config import RunConfig
+from sat_train.config.reading import RESOLVED
 from sat_train.config.resolved import write_resolved
-from sat_train.config.run_model import RESOLVED
 from sat_train.config.sat_args import write_model_config
 from sat_train.config.summary import summarize
 from sat_train.data.batch import VideoBatch
