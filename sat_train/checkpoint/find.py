@@ -35,11 +35,13 @@ class ResumePoint:
         run_folder: Folder of the run that goes on.
         step: The step it goes on from.
         manifest: Its manifest.
+        steps: All committed steps of the run, newest first, after damaged ones were set aside.
     """
 
     run_folder: Path
     step: int
     manifest: Manifest
+    steps: tuple[int, ...]
 
 
 def find_resume_point(
@@ -110,11 +112,16 @@ def newest_verified(run_folder: Path) -> ResumePoint | None:
     """
     for step in committed_steps(run_folder):
         try:
-            return ResumePoint(run_folder, step, verify_checkpoint(step_folder(run_folder, step)))
+            return _verified(run_folder, step)
         except DamagedCheckpoint as error:
             log.warning("%s\n  going back to the checkpoint before it", error)
             _set_aside_damaged(step_folder(run_folder, step))
     return None
+
+
+def _verified(run_folder: Path, step: int) -> ResumePoint:
+    steps = tuple(committed_steps(run_folder))  # before the long read: another run may begin meanwhile
+    return ResumePoint(run_folder, step, verify_checkpoint(step_folder(run_folder, step)), steps)
 
 
 def _set_aside_damaged(folder: Path) -> None:
@@ -152,7 +159,7 @@ def _find_step(path: Path) -> ResumePoint:
             expected=f"a step of the run, under its number: {path.parent / str(step)}",
             remedy=f"rename it to {step} if that name is free, and resume there",
         )
-    return ResumePoint(path.parent, int(path.name), verify_checkpoint(path))
+    return _verified(path.parent, int(path.name))
 
 
 def _check_folder(path: Path) -> None:

@@ -29,7 +29,7 @@ from sat_train.data.build import sum_bad_clips
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.distributed.seeds import derive_seed
-from sat_train.errors import Stopped
+from sat_train.errors import LaunchError, Stopped
 from sat_train.log import get_logger
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, owes_validation
@@ -41,7 +41,8 @@ from sat_train.training.meter import Meter
 from sat_train.training.models import build_models, find_start_weights
 from sat_train.training.optim.build import build_optimizer
 from sat_train.training.resume import CONFIG_KEY, changes_since, find_resumed, pack_config
-from sat_train.training.run_folder import PREEMPTED, RunLock, open_run_folder, set_samples_aside
+from sat_train.training.run_folder import PREEMPTED, open_run_folder, set_samples_aside
+from sat_train.training.run_lock import RunLock
 from sat_train.training.schedule import LearningRate, warmup_steps
 from sat_train.training.signals import StopRequest
 from sat_train.training.state import TrainState
@@ -138,9 +139,26 @@ def open_place(run: RunConfig, grid: ProcessGrid) -> Place:
         grid, save_root=Path(run.args.save), experiment_name=run.args.experiment_name, resumed=resumed
     )
     point = broadcast_object(grid, found[0])
-    on_rank_0(grid, lambda: remove_leftovers(folder))
+    on_rank_0(grid, lambda: prepare_folder(folder, point))
     log.info("run folder %s%s", folder, f", going on from step {point.step}" if point else "")
     return Place(folder, lock, point)
+
+
+def prepare_folder(folder: Path, point: ResumePoint | None) -> None:
+    """Clears what a killed run left in a folder that this run owns by now.
+
+    Raises:
+        LaunchError: Another run has owned it since the checkpoint was found.
+
+    Ranks: rank 0 only.
+    """
+    if point is not None and committed_steps(folder) != list(point.steps):
+        raise LaunchError(
+            f"{folder}: another run has written to it while this one started",
+            expected="one run at a time in a run folder",
+            remedy="start again, and the run is resumed at its newest step",
+        )
+    remove_leftovers(folder)
 
 
 def describe_run(run: RunConfig, place: Place) -> None:
@@ -251,6 +269,7 @@ def build_save(
     """Returns what writes a checkpoint of a trainer and gives its folder; to be called on all ranks."""
 
     def save(trainer: Trainer) -> Path:
+        on_rank_0(grid, lambda: None if place.lock is None else place.lock.check_held())
         position = data.train.position
         assert position.consumed == trainer.state.samples_consumed, "the loader and the loop have parted"
         return save_training_checkpoint(

@@ -15,7 +15,7 @@ from sat_train.config.loading import leaves
 from sat_train.errors import CheckpointError, ConfigError, Fault
 from sat_train.files import reading
 from sat_train.log import get_logger
-from sat_train.training.run_folder import is_alive
+from sat_train.training.run_lock import is_alive
 
 log = get_logger(__name__)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import IO
 
 from sat_train.checkpoint.history import set_aside
 from sat_train.checkpoint.layout import ABANDONED_SUFFIX
@@ -19,82 +16,12 @@ from sat_train.distributed.environment import tell_batch_script
 from sat_train.distributed.processes import ProcessGrid
 from sat_train.errors import LaunchError, SatTrainError
 from sat_train.log import get_logger
+from sat_train.training.run_lock import RunLock
 
 log = get_logger(__name__)
 
-LOCK = "run.lock"
 PREEMPTED = "PREEMPTED"
 SAMPLES = "samples"
-
-_HEARTBEAT_S = 5.0
-_WATCH_S = 4 * _HEARTBEAT_S
-
-
-class RunLock:
-    """Held by rank 0 of a living run: a file lock, and a heartbeat for machines that do not share file locks.
-
-    Raises:
-        OSError: The folder cannot be written.
-        BlockingIOError: A living run of this machine, or of one that shares its file locks, holds it.
-    """
-
-    def __init__(self, run_folder: Path) -> None:
-        self._path = run_folder / LOCK
-        self._file: IO[str] = open(self._path, "a+")  # noqa: SIM115  held as long as the run lives
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise
-        self._released = threading.Event()
-        self._beats = 0
-        self._beat()
-        threading.Thread(target=self._keep_beating, name="run-lock", daemon=True).start()
-
-    def release(self) -> None:
-        """Says that the run has ended in order."""
-        self._released.set()
-        self._path.unlink(missing_ok=True)
-        self._file.close()
-
-    def _keep_beating(self) -> None:
-        while not self._released.wait(_HEARTBEAT_S):
-            try:
-                self._beat()
-            except OSError as error:  # a full disk: saving will say so; the file lock still holds
-                log.debug("%s: %s", self._path, error)
-
-    def _beat(self) -> None:
-        self._beats += 1
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(f"{socket.gethostname()} {os.getpid()} {self._beats}\n")
-        self._file.flush()
-
-
-def is_alive(run_folder: Path, *, watch_s: float = _WATCH_S) -> bool:
-    """Says whether a living run writes to a folder.
-
-    On this machine the file lock tells at once. A run of another machine may not share file locks with this
-    one, so its heartbeat is watched.
-
-    Args:
-        watch_s: Seconds to watch the heartbeat of another machine.
-    """
-    path = run_folder / LOCK
-    try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            before = file.read()
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    if before.startswith(socket.gethostname() + " "):
-        return False
-    log.info("%s was last held on another machine; watching its heartbeat for %.0f s", path, watch_s)
-    time.sleep(watch_s)
-    return path.exists() and path.read_text() != before
 
 
 def open_run_folder(
@@ -135,12 +62,30 @@ def _open_on_rank_0(
     save_root: Path, experiment_name: str, resumed: Callable[[], Path | None]
 ) -> tuple[Path, RunLock]:
     while (folder := resumed()) is not None:
+        check_own_entries(folder)
         try:
             return folder, RunLock(folder)
         except BlockingIOError:
             log.info("another run has just taken %s", folder)
     folder = _new_folder(save_root, experiment_name)
     return folder, RunLock(folder)
+
+
+def check_own_entries(run_folder: Path) -> None:
+    """Looks whether all that a run writes stays inside its folder, which may come from a stranger.
+
+    Raises:
+        LaunchError: A link leads out of it; the message names it.
+    """
+    inside = os.path.realpath(run_folder)
+    for folder, folders, files in os.walk(run_folder):
+        for path in (os.path.join(folder, name) for name in folders + files):
+            if os.path.islink(path) and not os.path.realpath(path).startswith(inside + os.sep):
+                raise LaunchError(
+                    f"{path} is a link that leads out of the run folder",
+                    expected="a run folder whose files are its own, for a resumed run writes to them",
+                    remedy="replace the link by what it leads to, or remove it",
+                )
 
 
 def _new_folder(save_root: Path, experiment_name: str) -> Path:

@@ -1,20 +1,27 @@
 """A run folder has one name and one living owner."""
 
+import errno
+import fcntl
+import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from sat_train.distributed.processes import start_single_process
-from sat_train.errors import SatTrainError
-from sat_train.training.run_folder import LOCK, RunLock, is_alive, open_run_folder
+from sat_train.errors import LaunchError, SatTrainError
+from sat_train.training import run_lock
+from sat_train.training.run_folder import check_own_entries, open_run_folder
+from sat_train.training.run_lock import LOCK, RunLock, is_alive
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from sat_train.training.run_folder import RunLock
+from sat_train.training.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -83,3 +90,148 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(grid, tmp_path):
     blocker.write_text("a file")
     with pytest.raises(SatTrainError, match=r"args\.save = .*runs: (File exists|Not a directory)"):
         _open(grid, blocker)
+
+
+# --- where there are no file locks
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def no_file_locks(request, monkeypatch):
+    def refuse(*_):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_without_file_locks_the_heartbeat_keeps_a_second_run_out_on_the_same_machine_too(
+    tmp_path, no_file_locks, monkeypatch
+):
+    monkeypatch.setattr(run_lock, "_HEARTBEAT_S", 0.01)
+    lock = RunLock(tmp_path, watch_s=0.2)
+    assert is_alive(tmp_path, watch_s=0.2)
+    with pytest.raises(BlockingIOError):
+        RunLock(tmp_path, watch_s=0.2)
+    lock.release()
+    assert not is_alive(tmp_path, watch_s=0.2)
+    RunLock(tmp_path, watch_s=0.2).release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_file_locks_what_a_killed_run_left_does_not_block(tmp_path, no_file_locks):
+    (tmp_path / LOCK).write_text(f"{socket.gethostname()} 1 abc 000000000007\n")
+    assert not is_alive(tmp_path, watch_s=0.05)
+    RunLock(tmp_path, watch_s=0.05).release()
+
+
+def test_without_file_locks_one_of_many_that_begin_together_gets_the_folder(tmp_path, no_file_locks):
+    got, missed = [], []
+
+    def begin():
+        try:
+            got.append(RunLock(tmp_path, watch_s=2))
+        except BlockingIOError:
+            missed.append(1)
+
+    threads = [threading.Thread(target=begin) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(missed)) == (1, 4)
+    got[0].release()
+
+
+def test_a_lock_on_a_file_that_was_released_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
+    """Opened before, locked after the release of another run: that lock is on a deleted file."""
+    first = RunLock(tmp_path)
+    flock, calls = fcntl.flock, []
+
+    def release_first(descriptor, kind):
+        if not calls:
+            calls.append(kind)
+            first.release()
+        return flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", release_first)
+    second = RunLock(tmp_path)
+    assert (tmp_path / LOCK).exists()
+    with pytest.raises(BlockingIOError):
+        RunLock(tmp_path)
+    second.release()
+
+
+def test_a_run_whose_folder_was_taken_over_writes_no_more(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.check_held()
+    (tmp_path / "new").write_text("another run")
+    (tmp_path / "new").rename(tmp_path / LOCK)
+    with pytest.raises(LaunchError, match="belongs to another run by now"):
+        lock.check_held()
+    lock.release()
+    assert (tmp_path / LOCK).read_text() == "another run"
+
+
+# --- a folder that comes from a stranger
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "dangling", "fifo", "folder", "socket"])
+def test_a_lock_that_is_no_ordinary_file_is_refused_at_once_and_untouched(tmp_path, kind):
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("precious")
+    run.mkdir()
+    lock = run / LOCK
+    if kind == "link":
+        lock.symlink_to(victim)
+    elif kind == "hard link":
+        lock.hardlink_to(victim)
+    elif kind == "dangling":
+        lock.symlink_to(tmp_path / "not there")
+    elif kind == "fifo":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(lock))
+    for action in (is_alive, RunLock):
+        with pytest.raises(LaunchError, match=r"run\.lock is a link, a folder, a device or a pipe"):
+            action(run)
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "not there").exists()
+
+
+OWN_ENTRIES = [
+    *("run.lock", "resolved.yaml", "model_config.json", "latest", "metrics.jsonl", "quarantine.jsonl"),
+    *(
+        "PREEMPTED",
+        "wandb_id",
+        "tensorboard",
+        "samples",
+        "samples/000004",
+        "7",
+        "7/manifest.json",
+        ".tmp-8-ab",
+    ),
+    *("latest.part", "latest.0123abcd.part", "wandb"),
+]
+
+
+@pytest.mark.parametrize("name", OWN_ENTRIES)
+def test_a_folder_with_a_link_out_of_it_is_refused_by_name_and_nothing_outside_is_touched(
+    grid, tmp_path, name
+):
+    outside, run = tmp_path / "outside", tmp_path / "demo-20260101-000000"
+    outside.mkdir()
+    (outside / "file").write_text("precious")
+    (run / name).parent.mkdir(parents=True)
+    (run / name).symlink_to(outside if "." not in name else outside / "file")
+    with pytest.raises(LaunchError, match=re.escape(f"{run / name} is a link")):
+        _open(grid, tmp_path, lambda: run)
+    assert [path.read_text() for path in outside.iterdir()] == ["precious"]
+
+
+def test_links_that_stay_inside_the_folder_are_left_alone(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run-1").mkdir()
+    (tmp_path / "wandb" / "latest-run").symlink_to("run-1")
+    check_own_entries(tmp_path)
