@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.runs.launching import ROOT, run_folders, training_lines
 from tests.slurm.cluster import Cluster
 
+DEMO = ROOT / "sat_train" / "assets" / "demo" / "train"
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
 STEPS = 30
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
@@ -118,3 +119,17 @@ def test_what_fails_or_does_not_move_on_is_not_started_again(cluster: Cluster, t
     assert cancelled.wait() == "CANCELLED"
     cluster.wait_for(lambda: (cancelled.run_directory / "PREEMPTED").exists())
     assert [cluster.starts(job.number) for job in (faulty, stuck, cancelled)] == [0, 0, 0]
+
+
+def test_a_fault_on_one_task_alone_is_shown_and_ends_all_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    """As when one machine has not mounted the disk with the data; here SLURM ends no task for another."""
+    (tmp_path / "disk0").symlink_to(DEMO)
+    line = """exec sat-train train "$@" "args.train_data=[disk$SLURM_PROCID]" """
+    script = tmp_path / "job.sh"
+    script.write_text(f"#!/bin/bash\nsrun --kill-on-bad-exit=0 bash -c '{line}' sh \"$@\"\n")
+    number = cluster.submit(script, ["--ntasks-per-node=2"], words(), cwd=tmp_path)
+    job = Job(cluster, number, tmp_path)
+    assert job.wait() == "FAILED"
+    assert cluster.exit_code(number) == 2
+    assert job.output.count("disk1") == 1, job.output
+    assert "rank 1: 1 fault in the configuration" in job.output
