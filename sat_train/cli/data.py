@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.data.build import build_fit, build_train_loader
-from sat_train.data.inspect import SetReport, inspect_clips
+from sat_train.data.inspect import MAX_WINDOWS, SetReport, inspect_clips
 from sat_train.data.plan import Fit
 from sat_train.data.report import render_page
 from sat_train.data.sources.read import build_source_options, read_source
 from sat_train.data.sources.records import ClipSource
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError, DataError, printable
+from sat_train.files import write_text
 from sat_train.log import configure_logging
 from sat_train.models.text.t5 import count_tokens
 from sat_train.pipeline.video_file import write_contact_sheet, write_mp4
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             "args.train_data is not set", remedy="--base configs/sft.yaml args.train_data=[my_clips]"
         )
     if options.what == "inspect":
-        return _inspect(run, options.output, options.processes)
+        return _inspect(run, options.output, options.processes, options.windows or None)
     return _preview(run, options.output, options.count)
 
 
@@ -56,28 +57,54 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", choices=("inspect", "preview"))
     parser.add_argument("--output", type=Path, default=Path("data_report"), help="folder for what is written")
-    parser.add_argument("--count", type=int, default=8, help="preview: samples to write")
+    parser.add_argument("--count", type=_at_least(1), default=8, help="preview: samples to write")
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="inspect: clips read at once"
+        "--windows",
+        type=_at_least(0),
+        default=MAX_WINDOWS,
+        help="inspect: windows of each clip that are decoded, spread over it; 0: all",
+    )
+    parser.add_argument(
+        "--processes", type=_at_least(1), default=os.cpu_count() or 1, help="inspect: clips read at once"
     )
     return parser
 
 
-def _inspect(run: RunConfig, output: Path, num_processes: int) -> int:
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(word: str) -> int:
+        value = int(word) if word.isdecimal() and len(word) < 10 else -1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{word!r} is no whole number of at least {least}")
+        return value
+
+    return number
+
+
+def _inspect(run: RunConfig, output: Path, num_processes: int, max_windows: int | None) -> int:
     fit = build_fit(run)
     reports = []
     for entry in dict.fromkeys((*run.args.train_data, *(run.args.valid_data or ()))):
-        report = _report(run, read_source(entry, build_source_options(run.data)), fit, num_processes)
+        source = read_source(entry, build_source_options(run.data))
+        report = _report(run, source, fit, num_processes, max_windows)
         reports.append(report)
-        print(printable("\n".join(f"{name:<13} {value}" for name, value in report.lines())), end="\n\n")
-    output.mkdir(parents=True, exist_ok=True)
+        _show("".join(f"{name:<13} {value}\n" for name, value in report.lines()))
     page = output / "index.html"
-    page.write_text(render_page(reports), encoding="utf-8")
-    print(f"wrote {page}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(page, render_page(reports))
+    except OSError as error:
+        raise DataError(f"{page} cannot be written: {error.strerror}", remedy="--output ...") from error
+    _show(f"wrote {page}")
     return 0
 
 
-def _report(run: RunConfig, source: ClipSource, fit: Fit, num_processes: int) -> SetReport:
+def _show(text: str) -> None:
+    print(printable(text))
+
+
+def _report(
+    run: RunConfig, source: ClipSource, fit: Fit, num_processes: int, max_windows: int | None
+) -> SetReport:
     columns = (TextColumn("looking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(source))
@@ -85,6 +112,7 @@ def _report(run: RunConfig, source: ClipSource, fit: Fit, num_processes: int) ->
             source.records,
             fit,
             num_processes=num_processes,
+            max_windows=max_windows,
             timeout_s=run.data.worker_timeout_s,
             on_clip=lambda: progress.advance(task),
         )
@@ -99,6 +127,7 @@ def _report(run: RunConfig, source: ClipSource, fit: Fit, num_processes: int) ->
         long_captions,
         encoder.max_length,
         (*source.notes, *([source.left_out()] if source.faults else [])),
+        encoder.model_dir,
     )
 
 
@@ -121,9 +150,9 @@ def _preview(run: RunConfig, output: Path, count: int) -> int:
         write_mp4(path, sample.video_tchw, fps=run.data.params.fps)
         times = f"{sample.times[0]:.2f} to {sample.times[-1]:.2f} s"
         shape = "x".join(str(side) for side in (len(sample.video_tchw), *sample.video_tchw.shape[-2:]))
-        print(printable(f"{path}  {shape}  {sample.clip_id}  {times}  {sample.caption}"))
+        _show(f"{path}  {shape}  {sample.clip_id}  {times}  {sample.caption}")
     write_contact_sheet(
         output / "contact_sheet.png", [s.video_tchw for s in samples], [s.caption for s in samples]
     )
-    print(f"wrote {output / 'contact_sheet.png'}")
+    _show(f"wrote {output / 'contact_sheet.png'}")
     return 0

@@ -238,6 +238,7 @@ class SetReport:
         long_captions: Captions that the text encoder cuts, with their tokens; None: not counted.
         max_tokens: Tokens that the text encoder takes.
         notes: What else a person should know of the files; see `ClipSource`.
+        tokenizer: Whose tokens these are: the text encoder's folder.
     """
 
     name: str
@@ -248,6 +249,7 @@ class SetReport:
     long_captions: tuple[tuple[str, int], ...] | None
     max_tokens: int
     notes: tuple[str, ...] = ()
+    tokenizer: str = ""
 
     def readable(self) -> list[ClipFacts]:
         return [clip for clip in self.clips if clip.info is not None]
@@ -293,7 +295,11 @@ class SetReport:
             yield "codecs", _most(Counter(info.codec for info in infos))
         yield "captions", f"{_spread(words, ' words')} each; {len(words) - self._distinct()} repeated"
         if self.long_captions is not None:
-            yield "cut captions", f"{len(self.long_captions)} have more than {self.max_tokens} tokens"
+            whose = f" of the text encoder in {self.tokenizer}" if self.tokenizer else ""
+            yield (
+                "cut captions",
+                f"{len(self.long_captions)} have more than the {self.max_tokens} tokens{whose}",
+            )
         for cause, clips in self.problems().items():
             yield cause, f"{len(clips)}: {', '.join(clip.record.clip_id for clip in clips[:5])}"
         repeated = self.duplicates()

@@ -81,11 +81,10 @@ def _histogram(title: str, values: Sequence[float]) -> str:
         f"height='{70 * count / max(counts):.1f}' fill='#47a'><title>{count}</title></rect>"
         for i, count in enumerate(counts)
     )
+    extent = f"{low:.4g} to {high:.4g}" if high > low else f"{low:.4g}"
     return (
-        f"<svg width='{10 * _BINS}' height='105' font-size='11' font-family='sans-serif'>{bars}"
-        f"<text x='0' y='84'>{low:.3g}</text>"
-        f"<text x='{10 * _BINS}' y='84' text-anchor='end'>{high:.3g}</text>"
-        f"<text x='{5 * _BINS}' y='100' text-anchor='middle'>{_text(title)}</text></svg>"
+        f"<svg width='{10 * _BINS}' height='90' font-size='11' font-family='sans-serif'>{bars}"
+        f"<text x='{5 * _BINS}' y='84' text-anchor='middle'>{_text(title)}: {extent}</text></svg>"
     )
 
 

@@ -48,6 +48,14 @@ def test_training_file_has_its_effect(write: Write) -> None:
     assert (run.data.target, run.data.params.skip_frms_num) == ("VideoDataset", 3)
 
 
+def test_short_clips_are_padded_as_their_loader_does(write: Write) -> None:
+    """It repeats the last frame of 48 where 49 are wanted; our own file, or a word, may say otherwise."""
+    member = next(iter(MEMBERS))
+    assert load_member(member, write).data.params.short_clip == "pad"
+    assert load_member(member, write, "data.params.short_clip=skip").data.params.short_clip == "skip"
+    assert load_run_config([], [], purpose="check", check_paths=False).data.params.short_clip == "error"
+
+
 def test_keys_without_effect_come_in_one_line(write: Write) -> None:
     (line,) = [
         note for note in load_member(MEMBERS[7], write).notes if note.startswith("Keys of older files")

@@ -6,19 +6,23 @@ import json
 import os
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
 from sat_train.cli.main import main
 from sat_train.config.shapes import ClipShape
+from sat_train.data.failures import BadClip
 from sat_train.data.inspect import inspect_clips
-from sat_train.data.plan import Fit
+from sat_train.data.plan import Fit, cut_chunks, look_into
+from sat_train.data.sampler import Place
 from sat_train.data.sources.read import read_source
 from tests.unit.data.corpus import ANY, GOOD, NUM_FRAMES, RATE, make_corpus, make_pipe
 from tests.unit.data.test_loader import make_dataset, make_loader, take
-from tests.unit.data.videos import SIDE, numbers_of
+from tests.unit.data.videos import SIDE, numbers_of, record_of
 
 FPS, WANTED_FRAMES = 8, 5
+FILES = Path(__file__).parent / "files"
 TIMEOUT_S = 60  # for one clip; nothing here needs it
 FIT = Fit((ClipShape(WANTED_FRAMES, SIDE, SIDE),), FPS, max_upscale=1)
 CAUSES = {"missing", "unreadable", "no video", "truncated", "damaged", "no times", "short", "too small"}
@@ -131,6 +135,52 @@ def test_inspect_names_what_training_would_refuse(corpus, epochs, processes):
     certain = {clip: cause for clip, cause in causes.items() if cause in AT_ONCE and clip in corpus[1]}
     assert certain.items() <= problems.items()
     assert not {clip for clip in problems if corpus[1][clip] == GOOD}
+
+
+def windows_of(record, info):
+    """Returns the windows of a clip as `window: chunks` cuts them, each from its part's begin."""
+    return make_dataset(
+        cut_chunks(record, info, FIT, WANTED_FRAMES),
+        max_num_frames=WANTED_FRAMES,
+        window="head",
+        max_upscale=1,
+        timeout_s=TIMEOUT_S,
+    )
+
+
+def problem_in_training(record) -> tuple[int, str | None]:
+    """Returns the windows of a clip, and the first cause for which training refuses it or one of them."""
+    try:
+        info = look_into(record, with_turn=True)
+        FIT.bucket(info, record)
+        dataset = windows_of(record, info)
+        for clip in range(len(dataset)):
+            dataset._sample(0, Place(0, clip, 0))
+    except BadClip as error:
+        return 0, error.cause
+    return len(dataset), None
+
+
+def test_inspect_counts_the_windows_that_training_reads_and_no_others(corpus, tmp_path):
+    """For every file and every window: packed B-frames and a recording that begins amid a group too."""
+    others = [record_of(path) for path in sorted(FILES.iterdir())]
+    cut = tmp_path / "recording.ts"
+    cut.write_bytes((corpus[0] / "videos" / "whole" / "a.ts").read_bytes()[188 * 12 :])
+    records = [*read_source(corpus[0]).records, *others, record_of(cut)]
+    costly = ("videos/jump.mkv", "videos/8k.mp4", *(f"videos/good/{i:02d}.mp4" for i in range(2, 30)))
+    records = [record for record in records if record.clip_id not in costly]
+    facts = inspect_clips(records, FIT, num_processes=2, max_windows=None, timeout_s=TIMEOUT_S)
+    found = {fact.record.clip_id: (fact.windows, fact.problem and fact.problem.cause) for fact in facts}
+    trained = {record.clip_id: problem_in_training(record) for record in records}
+    wrong = {
+        clip: (found[clip], trained[clip])
+        for clip in found
+        if found[clip][0] != trained[clip][0] or (found[clip][1] is None) != (trained[clip][1] is None)
+    }
+    assert not wrong
+    assert found["xvid_packed.avi"] == (4, None)
+    assert found["recording.ts"][1] is None
+    assert all(fact.decoded == fact.windows for fact in facts if fact.problem is None)
 
 
 def test_the_inspect_command_counts_and_names_them_all(corpus, tmp_path, capsys):

@@ -113,3 +113,64 @@ def test_preview_writes_what_the_model_will_see(folder, tmp_path, capsys):
 def test_without_data_it_says_what_to_type(capsys):
     assert main(["data", "inspect", "args.train_data=null"]) == 2
     assert "args.train_data" in capsys.readouterr().err
+
+
+def test_the_page_replaces_a_link_and_leaves_what_it_points_at(folder, tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").symlink_to(tmp_path / "victim")
+    assert main(["data", "inspect", *words(folder), "--output", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert "<html>" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_nothing_shown_steers_a_terminal(tmp_path, capsys):
+    root = make_folder(tmp_path / "set", ["a\x1b[31mred"], num_frames=60)
+    (root / "labels" / "a\x1b[31mred.txt").write_text("clear\x1b[2J the screen")
+    (root / "videos" / "a\x1b[31mred.mp4").write_bytes(b"broken")
+    assert main(["data", "inspect", *words(root), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "\\x1b[31mred" in said.out
+    assert "\x1b[31m" not in said.out
+    assert "\x1b" not in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main(["data", "inspect", *words(folder), "--output", str(tmp_path / "file" / "out")]) == 2
+    assert "index.html cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "word", ["--count=0", "--count=x", "--processes=0", "--windows=-1", "--count=" + "9" * 9999]
+)
+def test_numbers_that_are_none_are_refused(word, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "preview", word])
+    assert caught.value.code == 2
+    assert "is no whole number of at least" in capsys.readouterr().err
+
+
+def test_images_are_looked_at_where_the_model_takes_them(tmp_path):
+    root = make_folder(tmp_path / "set", "ab", num_frames=60)
+    (root / "images").mkdir()
+    (root / "images" / "a.png").write_bytes(b"no picture")
+    records = read_source(root).records
+    for images, expected in ((False, []), (True, ["videos/a.mp4"])):
+        fit = Fit((ClipShape(9, 32, 32),), fps=8, max_upscale=1.5, images=images)
+        facts = inspect_clips(records, fit, num_processes=1)
+        bad = [fact for fact in facts if fact.problem is not None]
+        assert [fact.record.clip_id for fact in bad] == expected
+        assert all("its image a.png" in fact.problem.detail for fact in bad)
+
+
+def test_windows_are_decoded_spread_over_a_long_clip(tmp_path):
+    root = make_folder(tmp_path / "set", "a", num_frames=600, rate=30)
+    (facts,) = inspect_clips(read_source(root).records, FIT, num_processes=1, max_windows=3)
+    assert (facts.windows, facts.decoded) == (17, 3)
+    damaged = bytearray((root / "videos" / "a.mp4").read_bytes())
+    middle = damaged.index(b"mdat") + (damaged.index(b"moov") - damaged.index(b"mdat")) // 2
+    damaged[middle - 400 : middle + 400] = bytes(800)
+    (root / "videos" / "a.mp4").write_bytes(damaged)
+    (facts,) = inspect_clips(read_source(root).records, FIT, num_processes=1, max_windows=3)
+    assert (facts.problem.cause, facts.windows) == ("damaged", 0)

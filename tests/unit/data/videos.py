@@ -50,6 +50,7 @@ def write_numbered(
     height: int | None = None,
     width: int | None = None,
     rotation: int = 0,
+    aspect: Fraction | None = None,
     index_first: bool = False,
     container_options: dict[str, str] | None = None,
 ) -> list[float]:
@@ -58,6 +59,7 @@ def write_numbered(
     Args:
         times: When each frame is shown, in seconds; None: at `rate`.
         side: Height and width of the picture, where these are not given.
+        aspect: Of one pixel, width over height; None: not told.
         index_first: Put an mp4 file's index before its frames.
         container_options: What the muxer is told.
 
@@ -76,6 +78,8 @@ def write_numbered(
         stream.pix_fmt = pix_fmt
         stream.gop_size = gop
         stream.codec_context.time_base = base
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
         if rotation:
             stream.set_display_rotation(rotation)
         for i, moment in enumerate(moments):
