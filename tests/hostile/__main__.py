@@ -2,10 +2,12 @@
 
 python -m tests.hostile                 # all
 python -m tests.hostile yaml: weights:  # those whose names begin so
+python -m tests.hostile --every 20      # each twentieth
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections import Counter
@@ -15,8 +17,14 @@ from tests.hostile.corpus import corpus
 from tests.hostile.guard import Guard
 
 
-def main(beginnings: list[str]) -> int:
-    chosen = [case for case in corpus() if not beginnings or case.name.startswith(tuple(beginnings))]
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.hostile")
+    parser.add_argument("beginnings", nargs="*")
+    parser.add_argument("--every", type=int, default=1)
+    options = parser.parse_args(words)
+    beginnings = tuple(options.beginnings)
+    named = [case for case in corpus() if not beginnings or case.name.startswith(beginnings)]
+    chosen = named[:: options.every]
     counts, broken, slowest, largest = Counter[str](), 0, 0.0, 0
     with tempfile.TemporaryDirectory() as root:
         guard = Guard(Path(root))

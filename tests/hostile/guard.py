@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from tests.hostile.case import SECRET, Case, Field
 MAX_SECONDS = 20.0
 MAX_BYTES = 2_000_000_000
 _PRELOADED = ["sat_train.cli.main", "sat_train.training.build", "sat_train.cli.convert", "sat_train.cli.data"]
-_FORBIDDEN_EVENTS = ("socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn")
+_FORBIDDEN_EVENTS = (
+    *("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"),
+    *("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"),
+)
 _ESCAPES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_LIVE_TAGS = ("script", "iframe", "object", "embed", "link", "base", "form", "a", "foreignobject")
 _PROGRESS = re.compile(r"\x1b\[\??[0-9;]*[a-zA-Z]|\r")  # what a progress bar of ours prints
 
 
@@ -119,7 +124,33 @@ def _problems(output: str, events: list[str], grown: int, field: Field, case: Ca
         problems.append("a secret was taken along")
     if _ESCAPES.search(_PROGRESS.sub("", output)):
         problems.append("control characters were shown")
-    return problems
+    return [*problems, *_live_html(field.inside)]
+
+
+class _Page(HTMLParser):
+    """Collects what of a page is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in _LIVE_TAGS:
+            self.alive.append(tag)
+        for name, value in attrs:
+            leads_away = name in ("src", "href", "xlink:href") and not (value or "").startswith("data:image/")
+            if name.startswith("on") or leads_away:
+                self.alive.append(f"{tag} {name}")
+
+
+def _live_html(folder: Path) -> list[str]:
+    """Names what the pages of a command hold that runs or asks somebody."""
+    alive: list[str] = []
+    for path in folder.glob("data_report/*.html"):
+        page = _Page()
+        page.feed(path.read_text(encoding="utf-8"))
+        alive += page.alive
+    return [f"live HTML: {', '.join(sorted(set(alive)))}"] if alive else []
 
 
 def _holds_secret(folder: Path) -> bool:

@@ -67,32 +67,32 @@ DEEP = "[" * 100_000
 LONG = "9" * 5000
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"video": "a\0.mp4"}, "its name holds a NUL character"),
-        ({"video": "x" * 5000}, "its name has 5000 letters"),
-        ({"video": "\ud800.mp4"}, "its name is no line of text"),
-        ({"video": "a\n.mp4"}, "its name is no line of text"),
-        ({"video": 5}, "column `video` is no text"),
-        ({"video": ["a.mp4"]}, "column `video` is no text"),
-        ({"caption": {"a": 1}}, "column `caption` is missing or no text"),
-        ({"caption": "\udfff"}, "half a surrogate pair"),
-        ({"image": 7}, "column `image` is no text"),
-        ({"image": "i\0.png"}, "its name holds a NUL character"),
-        ({"start": True}, "`start` = True is no number"),
-        ({"start": 10**400}, "is no number"),
-        ({"end": float("nan")}, "`end` = nan is not a finite number"),
-        ({"weight": -1}, "`weight` = -1 is not a finite number"),
-        ({"weight": float("nan")}, "`weight` = nan is not a finite number"),
-        ({"weight": float("inf")}, "`weight` = inf is not a finite number"),
-        ({"weight": [1]}, "is no number"),
-        (DEEP, "nested too deeply"),
-        ('{"video": "a.mp4", "caption": "x", "start": ' + LONG + "}", "digit"),
-        ("[]", "expected an object"),
-        (b'{"video": "caf\xe9.mp4", "caption": "x"}', "its name is no line of text in UTF-8"),
-    ],
-)
+ODD_ROWS = [
+    ({"video": "a\0.mp4"}, "its name holds a NUL character"),
+    ({"video": "x" * 5000}, "its name has 5000 letters"),
+    ({"video": "\ud800.mp4"}, "its name is no line of text"),
+    ({"video": "a\n.mp4"}, "its name is no line of text"),
+    ({"video": 5}, "column `video` is no text"),
+    ({"video": ["a.mp4"]}, "column `video` is no text"),
+    ({"caption": {"a": 1}}, "column `caption` is missing or no text"),
+    ({"caption": "\udfff"}, "half a surrogate pair"),
+    ({"image": 7}, "column `image` is no text"),
+    ({"image": "i\0.png"}, "its name holds a NUL character"),
+    ({"start": True}, "`start` = True is no number"),
+    ({"start": 10**400}, "is no number"),
+    ({"end": float("nan")}, "`end` = nan is not a finite number"),
+    ({"weight": -1}, "`weight` = -1 is not a finite number"),
+    ({"weight": float("nan")}, "`weight` = nan is not a finite number"),
+    ({"weight": float("inf")}, "`weight` = inf is not a finite number"),
+    ({"weight": [1]}, "is no number"),
+    (DEEP, "nested too deeply"),
+    ('{"video": "a.mp4", "caption": "x", "start": ' + LONG + "}", "digit"),
+    ("[]", "expected an object"),
+    (b'{"video": "caf\xe9.mp4", "caption": "x"}', "its name is no line of text in UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), ODD_ROWS)
 def test_one_odd_row_is_named_and_left_out_where_that_is_allowed(tmp_path, row, message):
     """As a clip that cannot be decoded: a run of many clips does not end because of one."""
     good = json.dumps({"video": "ok.mp4", "caption": "fine"})
@@ -111,22 +111,24 @@ def test_one_odd_row_is_named_and_left_out_where_that_is_allowed(tmp_path, row, 
     assert name in source.left_out()
 
 
+BROKEN_TABLES = {
+    "cell.csv": (b"video,caption\na.mp4,x\nb.mp4," + b"y" * 200_000, r"cell.csv:\d+: field larger"),
+    "quote.csv": (b'video,caption\na.mp4,"' + b"y\n" * 100_000, r"quote.csv:\d+: field larger"),
+    "utf16.csv": ("video,caption\na.mp4,x\n".encode("utf-16"), "is UTF-16"),
+    "latin.csv": (b"video,caption\na.mp4,caf\xe9\n", "half a surrogate pair|is not UTF-8"),
+    "long.jsonl": (b" " * (17 << 20), "a line of more than 16 MiB"),
+    "deep.json": (DEEP.encode(), "nested too deeply"),
+    "digits.json": (LONG.encode(), "digit"),
+    "latin.json": (b'[{"video": "a", "caption": "caf\xe9"}]', "UnicodeDecodeError"),
+    "noise.parquet": (b"PAR1" + os.urandom(500) + b"PAR1", "parquet table of clips"),
+    "empty.parquet": (b"", "parquet table of clips"),
+    "empty.json": (b"", "no JSON"),
+    "empty.csv": (b"", "no rows"),
+}
+
+
 def test_broken_tables_are_named(tmp_path):
-    files = {
-        "cell.csv": (b"video,caption\na.mp4,x\nb.mp4," + b"y" * 200_000, r"cell.csv:\d+: field larger"),
-        "quote.csv": (b'video,caption\na.mp4,"' + b"y\n" * 100_000, r"quote.csv:\d+: field larger"),
-        "utf16.csv": ("video,caption\na.mp4,x\n".encode("utf-16"), "is UTF-16"),
-        "latin.csv": (b"video,caption\na.mp4,caf\xe9\n", "half a surrogate pair|is not UTF-8"),
-        "long.jsonl": (b" " * (17 << 20), "a line of more than 16 MiB"),
-        "deep.json": (DEEP.encode(), "nested too deeply"),
-        "digits.json": (LONG.encode(), "digit"),
-        "latin.json": (b'[{"video": "a", "caption": "caf\xe9"}]', "UnicodeDecodeError"),
-        "noise.parquet": (b"PAR1" + os.urandom(500) + b"PAR1", "parquet table of clips"),
-        "empty.parquet": (b"", "parquet table of clips"),
-        "empty.json": (b"", "no JSON"),
-        "empty.csv": (b"", "no rows"),
-    }
-    for name, (content, match) in files.items():
+    for name, (content, match) in BROKEN_TABLES.items():
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, match)
 
@@ -195,11 +197,19 @@ def test_arrow_files_that_are_no_such_thing_are_named(tmp_path):
     refused(folder, "is not a regular file")
 
 
-@pytest.mark.parametrize(
-    "state",
-    [DEEP, "[]", "{}", '{"_data_files": [3]}', '{"_data_files": [{"filename": "../x.arrow"}]}', "\x00",
-     '{"_data_files": [{"filename": "/etc/passwd"}]}', '{"_data_files": [{"filename": 5}]}'],
-)  # fmt: skip
+STATES = (
+    DEEP,
+    "[]",
+    "{}",
+    '{"_data_files": [3]}',
+    '{"_data_files": [{"filename": "../x.arrow"}]}',
+    "\x00",
+    '{"_data_files": [{"filename": "/etc/passwd"}]}',
+    '{"_data_files": [{"filename": 5}]}',
+)
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_a_damaged_state_of_a_dataset_is_named(tmp_path, state):
     folder, _ = arrow_file(tmp_path)
     (folder / "state.json").write_text(state)
