@@ -1,0 +1,181 @@
+"""The README typed by somebody new: own clips to a model in diffusers, and a real model's command."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+from tests.runs.launching import BIN, ROOT, Finished, environment, run_words, wait_until
+from tests.unit.data.videos import make_folder
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What makes the page's runs short; everything else is typed as it stands there.
+SHORT = {
+    "train": "args.train_iters=400 args.save_interval=200 args.eval_interval=200 "
+    "args.valid_video_interval=null",
+    "sample": "args.sampling_steps=8",
+}
+
+
+def block_with(text: str) -> list[str]:
+    """Returns the lines of the README's shell block that holds a text, continued lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    (block,) = [block for block in blocks if text in block]
+    return [
+        line.partition("  #")[0].rstrip() for line in block.replace("\\\n", " ").splitlines() if line.strip()
+    ]
+
+
+def typed(line: str, *, setup: str = "") -> list[str]:
+    verb = shlex.split(line)[1]
+    return ["bash", "-c", f"{setup}\n{line} {SHORT.get(verb, '')}"]
+
+
+def interrupted(words: list[str], folder: Path, *, after: str) -> Finished:
+    """Types Ctrl-C once the command has printed something: a terminal sends it to the whole group."""
+    log = folder / "log.txt"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            words,
+            cwd=folder,
+            env=environment(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    wait_until(lambda: after in log.read_text() or process.poll() is not None, timeout_s=300)
+    assert process.poll() is None, log.read_text()
+    os.killpg(process.pid, signal.SIGINT)
+    return Finished(process.wait(timeout=120), log.read_text())
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.slow
+def test_own_clips_become_a_model_in_diffusers(tmp_path: Path) -> None:
+    make_folder(tmp_path / "my_clips", [f"clip{i}" for i in range(10)], num_frames=90, height=64, width=96)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    setup, inspect, preview, precompute, train, resume, sample, convert = block_with("export RUN=")
+
+    for line in (inspect, preview, precompute):
+        done = run_words(typed(line, setup=setup), cwd=tmp_path)
+        assert done.returncode == 0, done.output
+    assert (tmp_path / "data_report" / "index.html").is_file()
+
+    stopped = interrupted(typed(train, setup=setup), tmp_path, after="step 20/400")
+    assert "Traceback" not in stopped.output
+    (saved,) = re.findall(r"saved step (\d+); resume with args\.resume=auto", stopped.output)
+    assert 20 <= int(saved) < 400
+    resumed = run_words(typed(resume, setup=setup), cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    assert f"training steps {int(saved) + 1} to 400" in resumed.output
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+    done = run_words(typed(sample), cwd=tmp_path)
+    assert done.returncode == 0, done.output
+    (ours,) = (tmp_path / "samples").rglob("*.mp4")
+    done = run_words(typed(convert), cwd=tmp_path)
+    assert done.returncode == 0, done.output
+    theirs = sampled_with_diffusers(done.output, tmp_path)
+    frames = frames_of(ours)
+    assert frames.shape == theirs.shape
+    assert np.abs(frames.astype(float) - theirs).mean() < 4  # of 255: what H.264 loses
+
+
+def sampled_with_diffusers(printed: str, folder: Path) -> np.ndarray:
+    """Runs the script that `convert` has printed, with the prompt and the steps of the sample."""
+    script = printed[printed.index("import torch\n") :]
+    script = script[: script.index("export_to_video(video")]
+    script = script.replace('"a prompt"', '"a cat runs over grass"')
+    script = re.sub(r"num_inference_steps=\d+", "num_inference_steps=8", script)
+    script = script.replace(", export_to_video", "").replace(
+        "from diffusers.utils import export_to_video", ""
+    )
+    script += (
+        "\nimport numpy\nnumpy.save('video.npy', numpy.stack([numpy.asarray(frame) for frame in video]))\n"
+    )
+    (folder / "script.py").write_text(script, encoding="utf-8")
+    done = run_words([sys.executable, "script.py"], cwd=folder)
+    assert done.returncode == 0, done.output
+    return np.load(folder / "video.npy")
+
+
+def make_narrow_weights(folder: Path) -> None:
+    """Writes random weights of a narrow CogVideoX in diffusers' layout."""
+    torch.manual_seed(0)
+    CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=64,
+        in_channels=16,
+        out_channels=16,
+        time_embed_dim=32,
+        text_embed_dim=64,
+        num_layers=2,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=17,
+        max_text_seq_length=226,
+        use_rotary_positional_embeddings=True,
+    ).save_pretrained(folder / "transformer")
+    AutoencoderKLCogVideoX(
+        block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=4, latent_channels=16
+    ).save_pretrained(folder / "vae")
+    tiny_t5 = ROOT / "sat_train" / "assets" / "tiny" / "t5"
+    (folder / "text_encoder").mkdir()
+    (folder / "tokenizer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_t5 / name, folder / "text_encoder")
+    for name in ("spiece.model", "tokenizer_config.json"):
+        shutil.copy(tiny_t5 / name, folder / "tokenizer")
+    (folder / "model_index.json").write_text("{}")
+
+
+def narrow_copy_of(preset: Path, target: Path) -> None:
+    """Writes a model file of the same text with smaller numbers."""
+    tree = yaml.safe_load(preset.read_text())
+    network = tree["model"]["network_config"]["params"]
+    network.update(num_layers=2, hidden_size=128, num_attention_heads=2, time_embed_dim=32)
+    network.update(num_frames=17, latent_height=8, latent_width=12)
+    network["modules"]["patch_embed_config"]["params"]["text_hidden_size"] = 64
+    tree["data"]["params"].update(video_size=[64, 96], max_num_frames=17)
+    coder = {"ch": 8, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 1, "z_channels": 16, "norm_num_groups": 4}
+    for part in ("encoder_config", "decoder_config"):
+        tree["model"]["first_stage_config"]["params"][part]["params"] = coder
+    target.write_text(yaml.safe_dump(tree))
+
+
+@pytest.mark.slow
+def test_the_command_for_a_real_model_trains_on_one_folder_of_weights(tmp_path: Path) -> None:
+    """The README's words, unchanged but for the paths; the model file is the same at a narrow width."""
+    make_narrow_weights(tmp_path / "weights")
+    make_folder(tmp_path / "clips", "abcdef", num_frames=90, height=64, width=96)
+    narrow_copy_of(ROOT / "configs/model/cogvideox_5b.yaml", tmp_path / "model.yaml")
+    line = block_with("torchrun --nproc_per_node 8")[0]
+    for old, new in {
+        "configs/model/cogvideox_5b.yaml": "model.yaml",
+        "/weights/CogVideoX-5b": str(tmp_path / "weights"),
+        "/data/clips": str(tmp_path / "clips"),
+    }.items():
+        assert old in line
+        line = line.replace(old, new)
+    stopped = interrupted(["bash", "-c", f"exec {BIN}/{line}"], tmp_path, after="step 1/1000")
+    assert "Traceback" not in stopped.output
+    assert re.search(r"saved step \d+; resume with args\.resume=auto", stopped.output), stopped.output
+    assert stopped.returncode == 130
+    assert "5 clips, 1 for validation" in stopped.output
