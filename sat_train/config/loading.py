@@ -151,6 +151,8 @@ def _notes(layers: Sequence[Layer], draft: Draft) -> list[str]:
         notes.append(
             f"Videos are written at args.sampling_fps = {written:g}, but data.params.fps = {trained:g}."
         )
+    if draft.purpose == "sample" and (latent := draft.args.sampling_num_frames) is not None:
+        notes.append(f"args.sampling_num_frames = {latent} latent frames: {4 * latent - 3} frames of video.")
     return notes
 
 

@@ -145,3 +145,9 @@ def test_without_validation_all_clips_train() -> None:
     words = ["args.train_data=[my_clips]", "args.eval_interval=null", "args.valid_video_interval=null"]
     run = load_run_config(["configs/sft.yaml"], words, check_paths=False)
     assert run.data_shares() == (1, 0, 0)
+
+
+def test_latent_frames_are_said_as_frames_of_video() -> None:
+    words = ["--prompt", "a cat", "args.sampling_num_frames=49"]
+    run = load_run_config(["configs/sample.yaml"], words, purpose="sample")
+    assert "args.sampling_num_frames = 49 latent frames: 193 frames of video." in run.notes
