@@ -28,7 +28,7 @@ def lora_run(grid: ProcessGrid, folder: Path, base: Path) -> Path:
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base(grid: ProcessGrid, tmp_path: Path) -> Path:
     (tmp_path / "base").mkdir()
     save_file(random_weights(), tmp_path / "base" / "dit.safetensors")
     return tmp_path / "base" / "dit.safetensors"
