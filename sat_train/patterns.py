@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def expand_braces(text: str) -> list[str]:
     `{a,b}` lists. Other braces stand for themselves, and so do all where they would make more names than any
     data set has.
     """
+    count = math.prod(len(_choices(group[1])) or 1 for group in _GROUP.finditer(text))
+    if count * len(text) > _MAX_CHARACTERS:  # known at once, unless braces stand in braces
+        return [text]
     names: list[str] = []
     pending = [text]
     while pending:

@@ -178,13 +178,9 @@ def check_plain(path: Path, key: str, tensor: Tensor) -> None:
     """
     is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        kind = (
-            "sparse or without data"
-            if not is_dense
-            else f"of shape {list(tensor.shape)}, expanded from fewer"
-        )
+        kind = f"of shape {list(tensor.shape)}, expanded from fewer values than it has"
         raise CheckpointError(
-            f"{path}: {key} is {kind} values than it has",
+            f"{path}: {key} is {kind if is_dense else 'sparse or without data'}",
             expected="dense tensors, every value of which is in the file",
             remedy="save the state dict again with .contiguous() tensors",
         )

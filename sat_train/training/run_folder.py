@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -72,19 +73,25 @@ def _open_on_rank_0(
 
 
 def check_own_entries(run_folder: Path) -> None:
-    """Looks whether all that a run writes stays inside its folder, which may come from a stranger.
+    """Looks whether all that a run writes is a file inside its folder, which may come from a stranger.
 
     Raises:
-        LaunchError: A link leads out of it; the message names it.
+        LaunchError: A link leads out of it, or there is a pipe or a device; the message names it.
     """
     inside = os.path.realpath(run_folder)
     for folder, folders, files in os.walk(run_folder):
         for path in (os.path.join(folder, name) for name in folders + files):
-            if os.path.islink(path) and not os.path.realpath(path).startswith(inside + os.sep):
+            if os.path.islink(path):
+                wrong = not os.path.realpath(path).startswith(inside + os.sep)
+                what = "a link that leads out of the run folder"
+            else:
+                mode = os.lstat(path).st_mode
+                wrong, what = not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)), "a pipe, socket or device"
+            if wrong:
                 raise LaunchError(
-                    f"{path} is a link that leads out of the run folder",
+                    f"{path} is {what}",
                     expected="a run folder whose files are its own, for a resumed run writes to them",
-                    remedy="replace the link by what it leads to, or remove it",
+                    remedy="replace it by a file of its own, or remove it",
                 )
 
 

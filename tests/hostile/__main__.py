@@ -3,6 +3,8 @@
 python -m tests.hostile                 # all
 python -m tests.hostile yaml: weights:  # those whose names begin so
 python -m tests.hostile --every 20      # each twentieth
+python -m tests.hostile --seconds 90    # on a machine that is busy with other things
+python -m tests.hostile --show          # with the last words of each, good or bad
 """
 
 from __future__ import annotations
@@ -14,28 +16,33 @@ from collections import Counter
 from pathlib import Path
 
 from tests.hostile.corpus import corpus
-from tests.hostile.guard import Guard
+from tests.hostile.guard import MAX_SECONDS, Guard
+
+_SHOWN = 300  # characters of what a case printed last
 
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile")
     parser.add_argument("beginnings", nargs="*")
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=MAX_SECONDS)
+    parser.add_argument("--show", action="store_true")
     options = parser.parse_args(words)
     beginnings = tuple(options.beginnings)
     named = [case for case in corpus() if not beginnings or case.name.startswith(beginnings)]
     chosen = named[:: options.every]
     counts, broken, slowest, largest = Counter[str](), 0, 0.0, 0
     with tempfile.TemporaryDirectory() as root:
-        guard = Guard(Path(root))
+        guard = Guard(Path(root), seconds=options.seconds)
         for case in chosen:
             outcome = guard.run(case)
             counts[case.name.partition(":")[0]] += 1
             slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.bytes)
-            if outcome.problems:
-                broken += 1
-                last = outcome.output.strip().splitlines()[-1:] or [""]
-                print(f"{case.name}: {'; '.join(outcome.problems)} | {last[0][:160]!r}", flush=True)
+            broken += bool(outcome.problems)
+            if outcome.problems or options.show:
+                told = outcome.problems or (f"good, {outcome.seconds:.1f} s",)
+                last = outcome.output.strip()[-_SHOWN:]
+                print(f"{case.name}: {'; '.join(told)} | {last!r}", flush=True)
     for family, count in sorted(counts.items()):
         print(f"{family:<12}{count:>6} cases")
     print(f"{len(chosen)} cases, {broken} broke a law")

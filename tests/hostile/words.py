@@ -9,7 +9,10 @@ SAMPLE = [
     *("sample", "--base", "configs/sample.yaml"),
     *("args.sampling_steps=1", "args.sampling_num_frames=1", "args.output_dir=samples"),
 ]
-PRECOMPUTE = ["precompute", "--base", "configs/sft.yaml", "data.cache_dir=cache", *_QUIET]
+PRECOMPUTE = [
+    *("precompute", "--base", "configs/sft.yaml", "args.train_iters=1", "data.cache_dir=cache"),
+    *_QUIET,
+]
 INSPECT = ["data", "inspect", "--base", "configs/sft.yaml", "--processes", "1"]
 PREVIEW = ["data", "preview", "--base", "configs/sft.yaml", "--count", "2"]
 VAE = "model.first_stage_config.params.ckpt_path"

@@ -235,3 +235,12 @@ def test_links_that_stay_inside_the_folder_are_left_alone(tmp_path):
     (tmp_path / "wandb" / "run-1").mkdir()
     (tmp_path / "wandb" / "latest-run").symlink_to("run-1")
     check_own_entries(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples/1/00.mp4", "1/manifest.json", "quarantine.jsonl"])
+def test_a_pipe_in_a_run_folder_is_named_instead_of_waited_for(grid, tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(LaunchError, match=re.escape(f"{tmp_path / name} is a pipe, socket or device")):
+        _open(grid, tmp_path, lambda: tmp_path)
+    assert not list(tmp_path.glob("run.lock*"))
