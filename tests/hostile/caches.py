@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,7 @@ def _fill_in(shard: Path, field: Field) -> None:
     if shard.is_file() and shard.stat().st_size < 1_000_000:
         try:
             unit.rewrite(shard, change)
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, RecursionError, struct.error):
             return  # broken as a whole: nothing to fill in
 
 

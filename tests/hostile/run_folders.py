@@ -181,12 +181,14 @@ def _manifest_cases() -> Iterator[Case]:
             "resume",
             lambda field, run, content=content: (run / STEP / "manifest.json").write_bytes(content),
         )
-    yield _case("a chain of bases", "convert", _chain)
+    yield _case("a chain of bases", "sample", _chain)
     yield _case("a sparse manifest", "resume", _sparse_manifest)
 
 
 def _manifest_codes(name: str) -> tuple[int, ...]:
     """What a manifest says for people alone may say anything."""
+    if name.startswith("base"):  # adapters alone are exported without it
+        return (0, 2)
     return (0, 2) if name in ("versions of lists", "samples beyond all", "waiting beyond all") else (2,)
 
 
