@@ -34,6 +34,7 @@ _OPTIONS = {
     "pattern_type": "none",  # `%d` in the name of a picture is no number of others
 }
 READER = 2  # raise it when the same file begins to give another `ClipInfo`
+_MAX_IMAGE_BYTES = 1 << 30
 MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
 _BLOCK_BYTES = 1 << 20  # of one request to remote storage: a small clip is one, a window in a long one few
 
@@ -208,6 +209,8 @@ def _check_file(path: Path) -> None:
         raise BadClip("missing", error.strerror or str(error)) from None
     if not stat.S_ISREG(state.st_mode):  # to open a pipe is to wait for whoever writes to it
         raise BadClip("unreadable", "it is not a file")
+    if path.suffix.lower() in IMAGE_SUFFIXES and state.st_size > _MAX_IMAGE_BYTES:  # FFmpeg reads it whole
+        raise BadClip("too large", f"an image of {state.st_size:,} bytes")
     if state.st_size == 0:
         raise BadClip("unreadable", "the file is empty")
 
