@@ -33,7 +33,7 @@ def good_set(root: Path, *names: str) -> Path:
     (root / "labels").mkdir()
     for name in names or ("good0", "good1", "good2"):
         (root / "videos" / f"{name}.mp4").write_bytes(good_clip())
-        (root / "labels" / f"{name}.txt").write_text(f"clip {name}\n")
+        (root / "labels" / f"{name}.txt").write_bytes(f"clip {name}\n".encode("utf-8", "surrogateescape"))
     return root
 
 
