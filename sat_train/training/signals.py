@@ -22,6 +22,8 @@ log = get_logger(__name__)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A terminal, torchrun and SLURM may each send the same signal for one press of a key or one decision.
 _ONE_REQUEST_S = 1.0
+# What a handler raises is lost where it meets a destructor or a callback of the interpreter's.
+_START_UP_GRACE_S = 5.0
 _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 
@@ -45,7 +47,7 @@ class StopRequest:
         self.signal_name = ""
         self._nothing_yet = nothing_yet
         self._deferred = False
-        self._raised = False
+        self._raised = ""
         self._asked_at: float | None = None
 
     def __bool__(self) -> bool:
@@ -72,13 +74,21 @@ class StopRequest:
     def defer(self) -> None:
         """From now on there is work to save: a first signal no longer interrupts."""
         self._deferred = True
+        if self._raised and not self.signal_name:  # lost on the way: acted on after the first step
+            self.signal_name = self._raised
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._deferred or number == signal.SIGUSR1:
             self.signal_name = self.signal_name or signal.Signals(number).name
         elif not self._raised:
-            self._raised = True
+            self._raised = signal.Signals(number).name
             raise Stopped(number, f"{signal.Signals(number).name}: {self._nothing_yet}")
+
+    def _insist(self, number: signal.Signals) -> None:
+        """Ends a start that was asked to end and goes on all the same."""
+        if not self._deferred:
+            os.write(2, f"{number.name}: {self._nothing_yet}\n".encode())
+            os._exit(128 + number)
 
     def _hear(self, descriptor: int) -> None:
         while True:
@@ -96,5 +106,9 @@ class StopRequest:
             self._asked_at = now
             if self._deferred:
                 log.info("%s: stopping after this %s; once more ends at once", number.name, self._unit)
+            else:
+                timer = threading.Timer(_START_UP_GRACE_S, self._insist, [number])
+                timer.daemon = True
+                timer.start()
         elif number == signal.SIGUSR1:
             log.info("SIGUSR1: stopping after this %s", self._unit)

@@ -99,7 +99,7 @@ def test_a_job_that_is_stopped_and_requeued_resumes_its_own_run_and_equals_one_t
 
 def test_what_fails_or_does_not_move_on_is_not_started_again(cluster: Cluster, tmp_path: Path) -> None:
     faulty = submit(cluster, tmp_path, ["args.train_itres=3"], tasks=2)
-    stuck = submit(cluster, tmp_path)
+    stuck = submit(cluster, tmp_path, ["args.train_iters=2000"])
     cancelled = submit(cluster, tmp_path, ["args.experiment_name=cancelled"])
 
     assert faulty.wait() == "FAILED"
@@ -108,7 +108,7 @@ def test_what_fails_or_does_not_move_on_is_not_started_again(cluster: Cluster, t
     assert "the run ended with exit code 2; not starting again" in faulty.output
 
     stuck.wait_for_steps(2)
-    (tmp_path / f"slurm-{stuck.number}.step").write_text(f"{STEPS}\n")
+    (tmp_path / f"slurm-{stuck.number}.step").write_text("2000\n")  # as if it had saved its last step already
     cluster.send("scancel", "--batch", "--signal=USR1", stuck.number)
     assert stuck.wait() == "FAILED"
     assert "no progress; not starting again" in stuck.output

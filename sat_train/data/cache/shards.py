@@ -25,7 +25,7 @@ from sat_train.log import get_logger
 log = get_logger(__name__)
 
 FOLDER = "shards"
-FORMAT = "sat_train cache 1"
+FORMAT = "sat_train cache 2"
 _MAX_HEADER_BYTES = 32_000_000
 _MOST_ENTRIES = 5_000  # of one shard: a header of a few megabytes
 _RETRY_S = 60  # after a shard could not be written
@@ -268,9 +268,11 @@ def read_tensor(descriptor: int, place: Place) -> Tensor:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256 of the bytes of tensors on the CPU, in the order of their names."""
+    """Returns the SHA-256 of tensors on the CPU: names, shapes, dtypes and bytes, in the order of names."""
     sha256 = hashlib.sha256()
     for name in sorted(tensors):
+        shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
+        sha256.update(f"{name} {shape} {dtype}\n".encode())
         sha256.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 

@@ -353,7 +353,7 @@ def test_what_was_made_of_a_remote_file_is_stale_when_that_changes(tmp_path, cli
 
     def reason():
         about = About("clip", "a", "", origin)
-        return Staleness(book, drop_gone=True).reason("key", about)
+        return Staleness(book, drop_gone=True, asks_remote=True).reason("key", about)
 
     assert reason() == ""
     web.num_failures = 1000
