@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from sat_train.errors import Stopped
@@ -22,8 +23,9 @@ log = get_logger(__name__)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A terminal, torchrun and SLURM may each send the same signal for one press of a key or one decision.
 _ONE_REQUEST_S = 1.0
-# What a handler raises is lost where it meets a destructor or a callback of the interpreter's.
-_START_UP_GRACE_S = 5.0
+# What a handler raises is lost in a destructor and in what is called at a fork: it is raised again.
+_AGAIN_S = 0.1
+_START_UP_GRACE_S = 5.0  # and where that does not help either, the process ends
 _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 
@@ -66,6 +68,7 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
         signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False)
+        self._show_unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
         # a signal to a child that was forked is not one to this process
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         threading.Thread(target=self._hear, args=(heard,), name="stop-signals", daemon=True).start()
@@ -83,6 +86,13 @@ class StopRequest:
         elif not self._raised:
             self._raised = signal.Signals(number).name
             raise Stopped(number, f"{signal.Signals(number).name}: {self._nothing_yet}")
+
+    def _raise_again(self, lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, Stopped):
+            self._show_unraisable(lost)
+            return
+        self._raised = ""
+        _later(_AGAIN_S, os.kill, os.getpid(), lost.exc_value.signal_number)
 
     def _insist(self, number: signal.Signals) -> None:
         """Ends a start that was asked to end and goes on all the same."""
@@ -107,8 +117,12 @@ class StopRequest:
             if self._deferred:
                 log.info("%s: stopping after this %s; once more ends at once", number.name, self._unit)
             else:
-                timer = threading.Timer(_START_UP_GRACE_S, self._insist, [number])
-                timer.daemon = True
-                timer.start()
+                _later(_START_UP_GRACE_S, self._insist, number)
         elif number == signal.SIGUSR1:
             log.info("SIGUSR1: stopping after this %s", self._unit)
+
+
+def _later(seconds: float, call: Callable[..., object], *args: object) -> None:
+    timer = threading.Timer(seconds, call, args)
+    timer.daemon = True
+    timer.start()

@@ -22,6 +22,7 @@ _COMMANDS = {
     "sample": [*SAMPLE, "--prompt", "x"],
 }
 _CONVERT = ["convert", str(_WEIGHTS), "out", "--to", "diffusers", "--base"]
+_UNREAD = ("args.load=", "args.resume=")  # keys that commands which only look at data do not use
 _MANIFESTS = {
     "a.jsonl": (
         b"",
@@ -85,13 +86,21 @@ def cases() -> Iterator[Case]:
         yield _file(f"malformed: file {number}, convert", text, _CONVERT)
     for number, word in enumerate(WORDS):
         for name, words in _COMMANDS.items():
+            if word == "configs/lora.yaml" or (
+                name in ("precompute", "inspect") and word.startswith(_UNREAD)
+            ):
+                continue  # nothing is wrong with that
             yield Case(
                 f"malformed: word {number}, {name}", lambda field, words=words, word=word: [*words, word]
             )
     for name, contents in _MANIFESTS.items():
         for number, content in enumerate(contents):
             for command in ("check", "train", "precompute", "inspect"):
-                yield _manifest(f"malformed: {name} {number}, {command}", name, content, _COMMANDS[command])
+                # check counts rows and opens no clip; inspect shows a clip that is missing on its page
+                codes = (0, 2) if b"no.mp4" in content and command in ("check", "inspect") else (2,)
+                yield _manifest(
+                    f"malformed: {name} {number}, {command}", name, content, _COMMANDS[command], codes
+                )
 
 
 def _file(name: str, text: str, words: list[str]) -> Case:
@@ -106,9 +115,9 @@ def _file(name: str, text: str, words: list[str]) -> Case:
     return Case(name, make)
 
 
-def _manifest(name: str, file: str, content: bytes, words: list[str]) -> Case:
+def _manifest(name: str, file: str, content: bytes, words: list[str], codes: tuple[int, ...]) -> Case:
     def make(field: Field) -> list[str]:
         (field.inside / file).write_bytes(content)
         return [*words, f"args.train_data=[{file}]"]
 
-    return Case(name, make)
+    return Case(name, make, codes)

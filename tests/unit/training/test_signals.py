@@ -45,6 +45,23 @@ def test_before_there_is_work_a_signal_ends_the_command_clearly(number):
     assert out == f"{number.name}: stopped before the first step; nothing was trained\n"
 
 
+@pytest.mark.parametrize("lost_in", ["fork", "destructor"])
+def test_a_signal_where_the_interpreter_swallows_what_is_raised_is_not_lost(lost_in):
+    """At a fork and in destructors Python prints what is raised and continues."""
+    lose = {
+        "fork": "os.register_at_fork(after_in_parent=hit)\n    if not os.fork(): os._exit(0)\n",
+        "destructor": "class Lost:\n        __del__ = hit\n    Lost()\n",
+    }[lost_in]
+    process = _start(
+        "def hit(*_): signal.raise_signal(signal.SIGINT); time.sleep(0.01)\n"
+        f"try:\n    ready()\n    {lose}    time.sleep(60)\n"
+        "except Stopped as stop: print(stop); sys.exit(stop.exit_code)\n"
+    )
+    code, out, err = _end(process)
+    assert (code, err) == (130, "")
+    assert out == "SIGINT: stopped before the first step; nothing was trained\n"
+
+
 @pytest.mark.parametrize(("number", "level"), [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGUSR1, 1)])
 def test_once_there_is_work_the_first_signal_is_remembered(number, level):
     process = _start(
