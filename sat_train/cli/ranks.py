@@ -58,6 +58,8 @@ def _run_on_ranks(
         print(error, file=sys.stderr)
         return error.exit_code
     configure_logging(rank=env.rank)
+    # a lost rank is named in words here: no C++ stacks of torch besides
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other, not who trains
     try:
         base, rest = split_command_line(sys.argv[1:] if words is None else words)
@@ -145,6 +147,6 @@ def _describe(error: BaseException, board: FailureBoard | None) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, RuntimeError) and board is not None and (silent := board.silent_ranks()):
-        return f"{board.describe(silent)}\n  noticed by: {type(error).__name__}: {str(error).splitlines()[0]}"
+    if isinstance(error, RuntimeError) and board is not None and (loss := board.describe_loss()):
+        return f"{loss}\n  noticed by: {type(error).__name__}: {str(error).splitlines()[0]}"
     return "".join(traceback.format_exception(error)).rstrip()

@@ -117,19 +117,27 @@ class FailureBoard:
             _show(f"{mine.message}\n(the store of the run, on {self._env.master_addr}, does not answer)")
         return told[0] if told else mine
 
-    def silent_ranks(self) -> list[int]:
-        """Returns the ranks that do not say any more that they live. Takes some seconds.
+    def describe_loss(self) -> str:
+        """Returns a sentence about ranks that are lost; nothing where none is. Takes some seconds."""
+        try:
+            silent = self._silent_ranks()
+        except RuntimeError:
+            return f"{self._store_has_gone()}: rank 0 or its launcher was killed"
+        return self.describe(silent) if silent else ""
 
-        Empty where another rank has reported a failure already, or the store has gone.
+    def _silent_ranks(self) -> list[int]:
+        """Returns the ranks that do not say any more that they live.
+
+        Empty where another rank has reported a failure already.
+
+        Raises:
+            RuntimeError: The store has gone.
         """
         others = [rank for rank in range(self._env.world_size) if rank != self._env.rank]
-        try:
-            before = [self._pulse(rank) for rank in others]
-            time.sleep(4 * self._every_s)
-            after = [self._pulse(rank) for rank in others]
-            is_known = self._store.check([_FIRST])
-        except RuntimeError:
-            return []
+        before = [self._pulse(rank) for rank in others]
+        time.sleep(4 * self._every_s)
+        after = [self._pulse(rank) for rank in others]
+        is_known = self._store.check([_FIRST])
         return [] if is_known else [o for o, b, a in zip(others, before, after, strict=True) if a == b]
 
     def describe(self, ranks: Sequence[int]) -> str:
@@ -155,7 +163,7 @@ class FailureBoard:
             first = Failure(**json.loads(self._store.compare_set(_FIRST, "", text)))
             announce(self._store, self._env)
         except RuntimeError:
-            _show(f"{mine.message}\n(the store of the run, on {self._env.master_addr}, has gone)")
+            _show(f"{mine.message}\n({self._store_has_gone()})")
             return mine
         self._pass_on(first, limit_s)
         return first
@@ -230,6 +238,9 @@ class FailureBoard:
         if not self._failing.is_set():
             self._leave(first.exit_code)
 
+    def _store_has_gone(self) -> str:
+        return f"the store of the run, on {self._env.master_addr}, has gone"
+
     def _leave(self, exit_code: int) -> None:
         sys.stdout.flush()
         os._exit(exit_code)
@@ -238,9 +249,7 @@ class FailureBoard:
         """The store went with rank 0 or with torchrun: asks the loop to save, if it still can, and ends."""
         if self._failing.wait(_STAY_S) or self._closing.is_set():
             return
-        log.warning(
-            "the store of the run, on %s, has gone: rank 0 or its launcher was killed", self._env.master_addr
-        )
+        log.warning("%s: rank 0 or its launcher was killed", self._store_has_gone())
         os.kill(os.getpid(), signal.SIGTERM)
         if not self._left.wait(_LAST_SAVE_S):
             self._leave(1)
