@@ -130,6 +130,7 @@ def _report_before_meeting(error: BaseException, env: RankEnv) -> int:
 
 def _report(error: BaseException, env: RankEnv, board: FailureBoard | None) -> int:
     """Shows the first failure of all ranks, last; returns the exit code of them all."""
+    error = _find_stop(error) or error
     code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     if board is not None and env.world_size > 1:
         agreed = getattr(error, "ranks_agree", False)
@@ -139,6 +140,14 @@ def _report(error: BaseException, env: RankEnv, board: FailureBoard | None) -> i
     print(message, file=sys.stderr)
     tell_torchrun(message, int(time.time()))
     return code
+
+
+def _find_stop(error: BaseException) -> BaseException | None:
+    """Returns the request to stop that an error hides: what a signal raises inside others is wrapped."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, Stopped | KeyboardInterrupt):
+        inner = inner.__cause__ or inner.__context__
+    return inner
 
 
 def _describe(error: BaseException, board: FailureBoard | None) -> str:
