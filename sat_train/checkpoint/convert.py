@@ -143,8 +143,8 @@ def open_source(conversion: Conversion) -> Opened:
     """
     source = find_weights(conversion.source)
     manifest = read_manifest(source.path) if source.kind == "step" else None
-    metadata = _metadata(source, manifest, conversion)
     updates = read_lora(conversion.source, ema=conversion.ema)
+    metadata = _metadata(source, manifest, conversion)  # hashes the source, now that its headers make sense
     is_merging = conversion.merge_lora or conversion.lora is not None
     if updates and not is_merging and conversion.to == "diffusers":
         return Opened(LazyWeights({}, where=str(source.path)), updates, None, metadata)
