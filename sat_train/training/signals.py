@@ -25,7 +25,6 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ONE_REQUEST_S = 1.0
 # What a handler raises is lost in a destructor and in what is called at a fork: it is raised again.
 _AGAIN_S = 0.1
-_START_UP_GRACE_S = 5.0  # and where that does not help either, the process ends
 _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 
@@ -94,12 +93,6 @@ class StopRequest:
         self._raised = ""
         _later(_AGAIN_S, os.kill, os.getpid(), lost.exc_value.signal_number)
 
-    def _insist(self, number: signal.Signals) -> None:
-        """Ends a start that was asked to end and goes on all the same."""
-        if not self._deferred:
-            os.write(2, f"{number.name}: {self._nothing_yet}\n".encode())
-            os._exit(128 + number)
-
     def _hear(self, descriptor: int) -> None:
         while True:
             for number in os.read(descriptor, 64):
@@ -116,8 +109,6 @@ class StopRequest:
             self._asked_at = now
             if self._deferred:
                 log.info("%s: stopping after this %s; once more ends at once", number.name, self._unit)
-            else:
-                _later(_START_UP_GRACE_S, self._insist, number)
         elif number == signal.SIGUSR1:
             log.info("SIGUSR1: stopping after this %s", self._unit)
 
