@@ -96,7 +96,7 @@ def _layer(name: str, content: dict[str, Any] | None, faults: list[Fault]) -> La
     if content is None:
         return Layer(name, {}, {}, is_unread=True)
     for path, value, expected in list(unusable(content)):
-        _replace(content, path.split("."), None)  # it must not keep the others from being read
+        replace_value(content, path.split("."), None)  # it must not keep the others from being read
         faults.append(Fault(path, value, expected, name))
     tree, dropped = modernize(content)
     return Layer(name, tree, dropped)
@@ -180,7 +180,8 @@ def _forget(sources: dict[str, str], path: str) -> None:
         del sources[known]
 
 
-def _replace(tree: Any, parts: list[str], value: Any) -> None:
+def replace_value(tree: Any, parts: list[str], value: Any) -> None:
+    """Writes a value where the tree has one already; `parts` are the keys and places on the way to it."""
     for part in parts[:-1]:
         tree = tree[int(part)] if isinstance(tree, list) else tree[part]
     tree[int(parts[-1]) if isinstance(tree, list) else parts[-1]] = value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sat_train.config.aliases import get_value
-from sat_train.config.layers import Merged, merge_layers, read_layer
+from sat_train.config.layers import Merged, merge_layers, read_layer, replace_value
 from sat_train.config.paths import exists, is_placeholder
 from sat_train.config.run_model import find_resolved
 
@@ -32,7 +32,7 @@ def fill_frozen_models(merged: Merged) -> None:
     for key, path in found.items():
         standing = get_value(merged.tree, key)
         if isinstance(path, str) and isinstance(standing, str) and is_placeholder(standing):
-            _set(merged.tree, key.split("."), path)
+            replace_value(merged.tree, key.split("."), path)
             merged.sources[key] = _FOUND
 
 
@@ -51,9 +51,3 @@ def _of_run(load: str) -> dict[str, Any]:
         return {}
     tree = merge_layers([read_layer(path, [])]).tree
     return {key: get_value(tree, key) for key in (TEXT_ENCODER, AUTOENCODER)}
-
-
-def _set(tree: Any, parts: list[str], value: str) -> None:
-    for part in parts[:-1]:
-        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
-    tree[parts[-1]] = value

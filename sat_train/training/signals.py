@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 
 from sat_train.errors import Stopped
@@ -91,7 +90,9 @@ class StopRequest:
             self._show_unraisable(lost)
             return
         self._raised = ""
-        _later(_AGAIN_S, os.kill, os.getpid(), lost.exc_value.signal_number)
+        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), lost.exc_value.signal_number))
+        again.daemon = True
+        again.start()
 
     def _hear(self, descriptor: int) -> None:
         while True:
@@ -111,9 +112,3 @@ class StopRequest:
                 log.info("%s: stopping after this %s; once more ends at once", number.name, self._unit)
         elif number == signal.SIGUSR1:
             log.info("SIGUSR1: stopping after this %s", self._unit)
-
-
-def _later(seconds: float, call: Callable[..., object], *args: object) -> None:
-    timer = threading.Timer(seconds, call, args)
-    timer.daemon = True
-    timer.start()
