@@ -1,4 +1,4 @@
-"""CPU tests never see a GPU, so that they are the same tests on every machine."""
+"""CPU tests never see a GPU, so that they are the same tests on every machine; failures are shown at once."""
 
 import os
 
@@ -10,3 +10,18 @@ def pytest_configure(config: pytest.Config) -> None:
     wanted = [str(word).rstrip("/") for word in config.args]
     if config.option.markexpr != "gpu" and not all("tests/gpu" in word for word in wanted):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None:
+        config.pluginmanager.register(ShowFailuresAtOnce(reporter))
+
+
+class ShowFailuresAtOnce:
+    """Prints a failure when it happens: a run that is cut off by a time limit has then said what it knew."""
+
+    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+        self._reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._reporter.write_line(f"\n{report.nodeid} ({report.when}, {report.duration:.0f} s)")
+            self._reporter.write_line(str(report.longrepr)[-3000:])

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from sat_train.checkpoint.layout import CLIENT_STATE_KEY, SAT_PREFIX
-from sat_train.errors import CheckpointError
+from sat_train.errors import CheckpointError, SatTrainError, printable
 from sat_train.files import FileRecord, HashingFile, reading, write_file
 
 # All that DeepSpeed's optimizer shards hold besides tensors and plain values.
@@ -151,12 +151,24 @@ def load_engine(
     Returns:
         The client state that `save_engine` was given.
 
+    Raises:
+        CheckpointError: The files are readable, but do not hold what DeepSpeed looks for in them.
+
     Ranks: all.
     """
     engine.checkpoint_engine = files
-    path, state = engine.load_checkpoint(
-        str(run_folder), tag=str(step), load_module_strict=not exclude_frozen
-    )
+    try:
+        path, state = engine.load_checkpoint(
+            str(run_folder), tag=str(step), load_module_strict=not exclude_frozen
+        )
+    except SatTrainError:
+        raise
+    except Exception as error:  # whatever a stranger's file makes DeepSpeed stumble over
+        raise CheckpointError(
+            f"step {step} of {run_folder} cannot be loaded: {type(error).__name__}: {printable(str(error))}",
+            expected="the state of an optimizer, as sat_train writes it",
+            remedy="resume from another step (args.resume=PATH/STEP), or begin from weights with args.load",
+        ) from error
     assert path is not None, (
         f"DeepSpeed found no checkpoint {step} in {run_folder}, though its manifest verified"
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,12 +30,7 @@ def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimize
     check_on_device(run, grid.device.type)
     if run.args.compile == "blocks":
         dit.compile_blocks()  # before DeepSpeed hooks the modules
-    import deepspeed  # here, after the accelerator has been chosen: it looks once, when imported
-
-    # on the CPU it would compile a collective of its own at start, which gloo has already
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    keep_deepspeed_from_nvml(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    engine, _, _, _ = deepspeed.initialize(
+    engine, _, _, _ = import_deepspeed().initialize(
         model=dit.to(grid.device),
         optimizer=optimizer,
         config=engine_config(run),
@@ -42,6 +38,20 @@ def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimize
         dist_init_required=False,
     )
     return engine
+
+
+def import_deepspeed() -> ModuleType:
+    """Returns DeepSpeed, kept from what it would do unasked. Call it after the processes are started.
+
+    DeepSpeed looks for the accelerator once, when it is imported.
+    """
+    import deepspeed
+
+    # on the CPU it would compile a collective of its own at start, which gloo has already; a process killed
+    # meanwhile leaves a lock that all later ones wait for, without end
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    keep_deepspeed_from_nvml(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    return cast(ModuleType, deepspeed)
 
 
 def keep_deepspeed_from_nvml(visible_devices: str) -> None:

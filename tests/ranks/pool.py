@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -40,7 +42,18 @@ def _serve(connection: Connection) -> None:
         except BaseException:
             connection.send((False, traceback.format_exc()))
         finally:
+            _destroy_engines()
             stop_processes()
+
+
+def _destroy_engines() -> None:
+    """Hooks on gradients keep every engine, its groups and their threads alive until they are removed."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is None:
+        return
+    for engine in [found for found in gc.get_objects() if isinstance(found, deepspeed.DeepSpeedEngine)]:
+        engine.destroy()
+    gc.collect()
 
 
 def _free_port() -> int:

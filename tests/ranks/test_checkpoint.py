@@ -32,7 +32,7 @@ BASE = BaseWeights(source="base.safetensors", sha256="b" * 64)
 
 
 def build_engine(*, zero_stage: int, dtype: str, lora: bool, seed: int = 0, width: int = 16) -> Any:
-    import deepspeed
+    from sat_train.training.engine import import_deepspeed
 
     torch.manual_seed(seed)
     model = torch.nn.Sequential(
@@ -56,7 +56,7 @@ def build_engine(*, zero_stage: int, dtype: str, lora: bool, seed: int = 0, widt
         "zero_allow_untested_optimizer": True,
     }
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def train(engine: Any, rank: int, steps: range) -> list[float]:
@@ -172,6 +172,42 @@ def test_what_does_not_fit_is_refused_by_name(rank_pool: Callable[..., Any], tmp
     assert "0 missing, 0 unexpected, 3 of another shape" in wider
     assert "unexpected  0.weight [16, 8]" in refusal(2, "full", lora=True)
     assert "stands on base weights base.safetensors" in refusal(2, "lora", sha256="e" * 64, lora=True)
+
+
+def _load_state_of_another_make(grid: ProcessGrid, save_root: Path, zero_stage: int, state: Any) -> str:
+    engine = build_engine(zero_stage=zero_stage, dtype="fp32", lora=False)
+    train(engine, grid.rank, range(1))
+    folder = save(grid, engine, new_run(grid, save_root), step=1)
+    point = find(grid, save_root)
+    assert point is not None
+    for path in folder.glob(f"*pp_rank_{grid.rank}_*optim_states.pt"):
+        torch.save(state, path)
+    return _refusal_of(lambda: _load_point(grid, engine, point))
+
+
+def _load_point(grid: ProcessGrid, engine: Any, point: ResumePoint) -> object:
+    from sat_train.checkpoint.resume import load_training_checkpoint
+
+    return load_training_checkpoint(grid, engine=engine, point=point, base_weights=BASE)
+
+
+def _refusal_of(load_it: Callable[[], object]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_it()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_readable_optimizer_state_of_another_make_is_refused_by_its_folder(
+    rank_pool: Callable[..., Any], tmp_path: Path, zero_stage: int
+) -> None:
+    for number, state in enumerate(
+        ({"optimizer_state_dict": 1}, {"step": [1, 2]}, {"optimizer_state_dict": {}})
+    ):
+        root = tmp_path / str(number)
+        for message in rank_pool(2)(_load_state_of_another_make, root, zero_stage, state):
+            assert f"step 1 of {root}" in message
+            assert "resume from another step" in message
 
 
 def _a_failed_write_is_agreed(grid: ProcessGrid, save_root: Path) -> str:

@@ -28,14 +28,12 @@ def _train_and_save(
     grid: ProcessGrid, model: ModelConfig, base: Path, run_folder: Path, zero_stage: int, lr: float
 ) -> None:
     """Two steps in bf16 from the weights of `base`, then a checkpoint of step 2."""
-    import deepspeed
-
     from sat_train.checkpoint.agreement import on_rank_0
     from sat_train.checkpoint.save import save_training_checkpoint
     from sat_train.models.build import build_dit
     from sat_train.models.trainable import select_trainable
     from sat_train.training.ema import WeightAverage
-    from sat_train.training.engine import SatGrid
+    from sat_train.training.engine import SatGrid, import_deepspeed
 
     dit = build_dit(model, device="cpu", dtype=torch.bfloat16)
     weights = read_transformer_weights(base, model_rank=grid.model_rank, model_size=grid.model_size)
@@ -48,7 +46,7 @@ def _train_and_save(
         "bf16": {"enabled": True},
         "zero_allow_untested_optimizer": True,
     }
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=dit,
         optimizer=torch.optim.AdamW(trained, lr=lr, weight_decay=0.0),
         config=config,

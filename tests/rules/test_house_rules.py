@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_third_party_packages_stay_at_home(path: Path) -> None:
     assert not strays, (
         f"{place} imports {sorted(strays)}, which live in {[HOMES[name] for name in sorted(strays)]}"
     )
+
+
+def test_deepspeed_is_started_through_import_deepspeed() -> None:
+    """Anything else lets it compile an extension behind a lock that a killed process never gives back."""
+    ours = PACKAGE / "training" / "engine.py"
+    texts = {path: path.read_text(encoding="utf-8") for path in SOURCES if path not in (ours, Path(__file__))}
+    assert not [str(path) for path, text in texts.items() if re.search(r"deepspeed\.initialize\(", text)]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
