@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -86,7 +88,7 @@ class Guard:
         process.join(self._seconds)
         seconds = time.monotonic() - begin
         timed_out = process.is_alive()
-        process.kill()
+        _end_group(process.pid)
         process.join()
         output = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         events, grown = _read_report(report)
@@ -177,12 +179,20 @@ def _read_report(report: Path) -> tuple[list[str], int]:
     return events, int(grown)
 
 
+def _end_group(leader: int | None) -> None:
+    """Ends a case with the processes it started: those that read clips outlive it otherwise."""
+    assert leader is not None
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and nothing of it is left
+        os.killpg(leader, signal.SIGKILL)
+
+
 def _import_everything() -> None:
     """Runs in the process from which the others are forked, once that has imported everything."""
 
 
 def _perform(words: list[str], field: Field, log: str, report: str) -> None:
     """Runs a command under watch; its exit code becomes that of the process."""
+    os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
