@@ -5,6 +5,7 @@ import os
 import pytest
 
 
+@pytest.hookimpl(trylast=True)  # the terminal's reporter exists by then
 def pytest_configure(config: pytest.Config) -> None:
     """Hides CUDA from this process and all it starts, unless only the GPU tests were asked for."""
     wanted = [str(word).rstrip("/") for word in config.args]

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -46,13 +47,20 @@ def _serve(connection: Connection) -> None:
             stop_processes()
 
 
+_destroyed: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 def _destroy_engines() -> None:
     """Hooks on gradients keep every engine, its groups and their threads alive until they are removed."""
     deepspeed = sys.modules.get("deepspeed")
-    if deepspeed is None:
+    if deepspeed is None or not deepspeed.comm.is_initialized():
         return
-    for engine in [found for found in gc.get_objects() if isinstance(found, deepspeed.DeepSpeedEngine)]:
-        engine.destroy()
+    engines = [found for found in gc.get_objects() if type(found) is deepspeed.DeepSpeedEngine]
+    for engine in engines:
+        if engine not in _destroyed:
+            _destroyed.add(engine)
+            engine.destroy()
+    del engines
     gc.collect()
 
 
