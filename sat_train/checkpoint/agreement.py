@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from sat_train.distributed.collectives import broadcast_object
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError, SatTrainError
 
 T = TypeVar("T")
 
 
-def on_rank_0(grid: ProcessGrid, function: Callable[[], T]) -> T:
+def on_rank_0(mesh: ProcessMesh, function: Callable[[], T]) -> T:
     """Runs `function` on rank 0 and gives all ranks its result or its error.
 
     Raises:
@@ -24,14 +24,14 @@ def on_rank_0(grid: ProcessGrid, function: Callable[[], T]) -> T:
     Ranks: all.
     """
     outcome: tuple[T | None, SatTrainError | None] | None = None
-    if grid.rank == 0:
+    if mesh.rank == 0:
         try:
             outcome = (function(), None)
         except SatTrainError as error:
             outcome = (None, error)
         except OSError as error:
             outcome = (None, describe_os_error(error))
-    result, failure = broadcast_object(grid, outcome)
+    result, failure = broadcast_object(mesh, outcome)
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]

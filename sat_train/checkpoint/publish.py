@@ -28,7 +28,7 @@ from sat_train.checkpoint.layout import (
 )
 from sat_train.checkpoint.manifest import Manifest, read_manifest
 from sat_train.distributed.collectives import gather_objects
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.files import FileRecord, sync_folder, write_text
 from sat_train.log import get_logger
@@ -59,7 +59,7 @@ class RankReport:
 
 
 def publish(
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     *,
     run_folder: Path,
     step: int,
@@ -85,9 +85,9 @@ def publish(
 
     Ranks: all.
     """
-    temporary = on_rank_0(grid, lambda: _open_temporary(run_folder, step, expected_bytes))
-    reports = gather_objects(grid, write(temporary))
-    return on_rank_0(grid, lambda: _commit_or_clean(temporary, run_folder, step, reports, describe))
+    temporary = on_rank_0(mesh, lambda: _open_temporary(run_folder, step, expected_bytes))
+    reports = gather_objects(mesh, write(temporary))
+    return on_rank_0(mesh, lambda: _commit_or_clean(temporary, run_folder, step, reports, describe))
 
 
 def expected_size(run_folder: Path, first_guess: int) -> int:

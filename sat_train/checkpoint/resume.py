@@ -20,7 +20,7 @@ from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.names import check_names_and_shapes
 from sat_train.checkpoint.reshard import ReshardedFiles
 from sat_train.distributed.collectives import gather_objects
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
 
@@ -45,7 +45,7 @@ class ResumeState:
 
 
 def load_training_checkpoint(
-    grid: ProcessGrid, *, engine: Any, point: ResumePoint, base_weights: BaseWeights | None = None
+    mesh: ProcessMesh, *, engine: Any, point: ResumePoint, base_weights: BaseWeights | None = None
 ) -> ResumeState:
     """Puts a verified checkpoint into a freshly built DeepSpeed engine.
 
@@ -61,37 +61,37 @@ def load_training_checkpoint(
 
     Ranks: all.
     """
-    _check_same_layout(point, model_size=grid.model_size, zero_stage=int(engine.zero_optimization_stage()))
+    _check_same_layout(point, model_size=mesh.model_size, zero_stage=int(engine.zero_optimization_stage()))
     _check_same_base(point, base_weights)
-    _check_same_parameters(grid, engine, point)
+    _check_same_parameters(mesh, engine, point)
     folder = step_folder(point.run_folder, point.step)
     client_state = load_engine(
         engine,
         run_folder=point.run_folder,
         step=point.step,
         exclude_frozen=point.manifest.trainable_only,
-        files=_files(grid, engine, point),
+        files=_files(mesh, engine, point),
     )
     return ResumeState(
         step=point.step,
         samples_consumed=point.manifest.samples_consumed,
         client_state=client_state,
-        ema_state=_read_ema(folder, point.manifest, grid),
+        ema_state=_read_ema(folder, point.manifest, mesh),
     )
 
 
-def _files(grid: ProcessGrid, engine: Any, point: ResumePoint) -> ShardFiles:
+def _files(mesh: ProcessMesh, engine: Any, point: ResumePoint) -> ShardFiles:
     manifest = point.manifest
-    if manifest.data_size == grid.data_size or manifest.zero_stage == 0:
+    if manifest.data_size == mesh.data_size or manifest.zero_stage == 0:
         return ShardFiles()
-    log.info("cutting the optimizer's state of %d data ranks for %d", manifest.data_size, grid.data_size)
+    log.info("cutting the optimizer's state of %d data ranks for %d", manifest.data_size, mesh.data_size)
     return ReshardedFiles(
         engine,
         folder=step_folder(point.run_folder, point.step),
         manifest=manifest,
-        data_rank=grid.data_rank,
-        data_size=grid.data_size,
-        model_rank=grid.model_rank,
+        data_rank=mesh.data_rank,
+        data_size=mesh.data_size,
+        model_rank=mesh.model_rank,
     )
 
 
@@ -121,10 +121,10 @@ def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
         )
 
 
-def _check_same_parameters(grid: ProcessGrid, engine: Any, point: ResumePoint) -> None:
+def _check_same_parameters(mesh: ProcessMesh, engine: Any, point: ResumePoint) -> None:
     """ZeRO's flat buffers carry no names: another order would load into wrong places without a word."""
     folder = step_folder(point.run_folder, point.step)
-    saved = saved_shapes(read_model_states(folder, point.manifest, grid.model_rank)[0])
+    saved = saved_shapes(read_model_states(folder, point.manifest, mesh.model_rank)[0])
     problem = ""
     ours = optimized_shapes(engine, exclude_frozen=point.manifest.trainable_only)
     try:
@@ -137,7 +137,7 @@ def _check_same_parameters(grid: ProcessGrid, engine: Any, point: ResumePoint) -
             )
     except CheckpointError as error:
         problem = str(error)
-    first = next((other for other in gather_objects(grid, problem) if other), "")
+    first = next((other for other in gather_objects(mesh, problem) if other), "")
     if first:
         raise CheckpointError(first)
 
@@ -146,13 +146,13 @@ def _merged(groups: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ..
     return {name: shape for group in groups for name, shape in group.items()}
 
 
-def _read_ema(folder: Path, manifest: Manifest, grid: ProcessGrid) -> dict[str, Any] | None:
+def _read_ema(folder: Path, manifest: Manifest, mesh: ProcessMesh) -> dict[str, Any] | None:
     """Returns this rank's part of the average; with other data ranks, all parts of its slice of the model."""
     names = {record.name for record in manifest.files}
-    if manifest.data_size == grid.data_size:
-        own = ema_file_name(grid.rank)
+    if manifest.data_size == mesh.data_size:
+        own = ema_file_name(mesh.rank)
         return read_shard(folder / own) if own in names else None
-    ranks = [data_rank * manifest.model_size + grid.model_rank for data_rank in range(manifest.data_size)]
+    ranks = [data_rank * manifest.model_size + mesh.model_rank for data_rank in range(manifest.data_size)]
     parts = [read_shard(folder / own) for rank in ranks if (own := ema_file_name(rank)) in names]
     if not parts:
         return None

@@ -15,7 +15,7 @@ from sat_train.checkpoint.engine_io import save_engine
 from sat_train.checkpoint.layout import ema_file_name
 from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.publish import RankReport, expected_size, publish
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 
 _PLAIN_TYPES = (type(None), bool, int, float, str, torch.Tensor)
 # fp32 master and Adam's two moments
@@ -23,7 +23,7 @@ _OPTIMIZER_BYTES = 12
 
 
 def save_training_checkpoint(
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     *,
     engine: Any,
     run_folder: Path,
@@ -62,15 +62,15 @@ def save_training_checkpoint(
     """
     _check_plain("state", {"client_state": client_state, "ema_state": ema_state})
 
-    write = partial(_write_rank, engine, client_state, ema_state, exclude_frozen, grid.rank)
+    write = partial(_write_rank, engine, client_state, ema_state, exclude_frozen, mesh.rank)
     manifest = partial(
         Manifest,
         step=step,
         samples_consumed=samples_consumed,
         samples_waiting=tuple(samples_waiting),
-        world_size=grid.world_size,
-        data_size=grid.data_size,
-        model_size=grid.model_size,
+        world_size=mesh.world_size,
+        data_size=mesh.data_size,
+        model_size=mesh.model_size,
         zero_stage=int(engine.zero_optimization_stage()),
         trainable_only=exclude_frozen,
         config_digest=config_digest,
@@ -78,9 +78,9 @@ def save_training_checkpoint(
         base_weights=base_weights,
         versions=library_versions(),
     )
-    size = expected_size(run_folder, _guess_bytes(engine.module, grid.model_size, exclude_frozen))
+    size = expected_size(run_folder, _guess_bytes(engine.module, mesh.model_size, exclude_frozen))
     return publish(
-        grid, run_folder=run_folder, step=step, expected_bytes=size, write=write, describe=manifest
+        mesh, run_folder=run_folder, step=step, expected_bytes=size, write=write, describe=manifest
     )
 
 

@@ -21,7 +21,7 @@ from sat_train.log import configure_logging
 
 if TYPE_CHECKING:
     from sat_train.distributed.failures import FailureBoard
-    from sat_train.distributed.processes import ProcessGrid
+    from sat_train.distributed.processes import ProcessMesh
 
 _INTERRUPTED = 130
 _MEET_TO_REPORT_S = 30  # a rank that has failed already looks for the others no longer than this
@@ -34,7 +34,7 @@ def run_on_ranks(
 
     Args:
         purpose: What the configuration is checked for.
-        work: Module and function (run, grid) -> None. Imported once the configuration is known to be right,
+        work: Module and function (run, mesh) -> None. Imported once the configuration is known to be right,
             because torch and all that stands on it take seconds.
         words: Command line without the program's name; None takes this process's.
 
@@ -80,7 +80,7 @@ def _join_and_work(run: RunConfig, env: RankEnv, work: tuple[str, str]) -> int:
         store = meet(env, timeout)
         board = FailureBoard(store, env, timeout)
         board.watch()
-        grid = start_processes(
+        mesh = start_processes(
             env,
             device=run.args.device,
             backend=run.args.distributed_backend,
@@ -89,8 +89,8 @@ def _join_and_work(run: RunConfig, env: RankEnv, work: tuple[str, str]) -> int:
             store=store,
         )
         module, name = work  # imported after the start, which chooses DeepSpeed's accelerator
-        do: Callable[[RunConfig, ProcessGrid], None] = getattr(import_module(module), name)
-        do(run, grid)
+        do: Callable[[RunConfig, ProcessMesh], None] = getattr(import_module(module), name)
+        do(run, mesh)
         board.close()
     except BaseException as error:
         return _end(env, partial(_report, error, env, board))

@@ -16,7 +16,7 @@ from sat_train.checkpoint.tensor_parallel import slice_weights
 from sat_train.checkpoint.weights import load_weights, locate_weights
 from sat_train.config import RunConfig
 from sat_train.distributed.collectives import check_all_ranks, gather_objects
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import WorkQueue, wait_for_ranks
 from sat_train.errors import SatTrainError, Stopped
 from sat_train.log import console, get_logger
@@ -38,7 +38,7 @@ log = get_logger(__name__)
 OnStep = Callable[[int, int], None]
 
 
-def sample(run: RunConfig, grid: ProcessGrid) -> None:
+def sample(run: RunConfig, mesh: ProcessMesh) -> None:
     """Draws every prompt of a run; the ranks share the prompts.
 
     Raises:
@@ -52,26 +52,26 @@ def sample(run: RunConfig, grid: ProcessGrid) -> None:
     requests, settings = read_requests(run), build_sampling(run)
     folder = Path(run.args.output_dir)
     with explaining_lack_of_memory(SAMPLING_REMEDY):
-        pipeline = build_sampler(run, grid)
+        pipeline = build_sampler(run, mesh)
         shape = (settings.num_frames, settings.height, settings.width)
         log.info("%d videos of %d frames, %dx%d", len(requests), *shape)
         try:
-            previews, problem = write_videos(grid, pipeline, requests, settings, folder, stop_request)
+            previews, problem = write_videos(mesh, pipeline, requests, settings, folder, stop_request)
         except Stopped as stop:
             count = sum((folder / f"{request.name}.mp4").exists() for request in requests)
             message = f"stopped; {count} of {len(requests)} videos are in {folder}"
             raise Stopped(stop.signal_number, message) from None
-    wait_for_ranks(grid)
-    check_all_ranks(grid, problem)
-    gathered = {number: video for part in gather_objects(grid, previews) for number, video in part.items()}
-    if grid.rank == 0:
+    wait_for_ranks(mesh)
+    check_all_ranks(mesh, problem)
+    gathered = {number: video for part in gather_objects(mesh, previews) for number, video in part.items()}
+    if mesh.rank == 0:
         videos = [gathered[number] for number in sorted(gathered)]
         write_contact_sheet(folder / "contact_sheet.png", videos, [request.prompt for request in requests])
         log.info("wrote %s", folder / "contact_sheet.png")
 
 
 def write_videos(
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     pipeline: VideoDiffusion,
     requests: Sequence[SampleRequest],
     settings: SamplingSettings,
@@ -87,8 +87,8 @@ def write_videos(
         Stopped: A signal asked for it.
     """
     previews: dict[int, Tensor] = {}
-    queue = WorkQueue(grid, "sample videos", len(requests))
-    with StepBar(shown=grid.rank == 0) as bar:
+    queue = WorkQueue(mesh, "sample videos", len(requests))
+    with StepBar(shown=mesh.rank == 0) as bar:
         for number in queue:
             request = requests[number]
             if stop_request:
@@ -96,7 +96,7 @@ def write_videos(
             bar.begin(f"{request.name}.mp4", settings.steps)
             try:
                 video = draw(pipeline, request, settings, bar.step)
-                if grid.model_rank == 0:
+                if mesh.model_rank == 0:
                     write_mp4(folder / f"{request.name}.mp4", video, fps=settings.fps)
             except SatTrainError as error:
                 queue.close()
@@ -122,7 +122,7 @@ def read_requests(run: RunConfig) -> list[SampleRequest]:
     )
 
 
-def build_sampler(run: RunConfig, grid: ProcessGrid) -> VideoDiffusion:
+def build_sampler(run: RunConfig, mesh: ProcessMesh) -> VideoDiffusion:
     """Builds the pipeline with the weights of `args.load`.
 
     Ranks: all.
@@ -131,13 +131,13 @@ def build_sampler(run: RunConfig, grid: ProcessGrid) -> VideoDiffusion:
     text = run.model.conditioner_config.params.emb_models[0].params
     return build_pipeline(
         run,
-        dit=build_loaded_dit(run, grid),
-        vae=build_loaded_vae(run, grid.device, dtype),
-        text_encoder=build_text_encoder(text, device=grid.device, dtype=dtype),
+        dit=build_loaded_dit(run, mesh),
+        vae=build_loaded_vae(run, mesh.device, dtype),
+        text_encoder=build_text_encoder(text, device=mesh.device, dtype=dtype),
     )
 
 
-def build_loaded_dit(run: RunConfig, grid: ProcessGrid) -> DiffusionTransformer:
+def build_loaded_dit(run: RunConfig, mesh: ProcessMesh) -> DiffusionTransformer:
     """Builds the transformer with the weights of `args.load`, averaged with `args.ema`, and their adapters.
 
     The weights say which adapters there are: rank, scale and layers are theirs, whatever a YAML says.
@@ -146,13 +146,13 @@ def build_loaded_dit(run: RunConfig, grid: ProcessGrid) -> DiffusionTransformer:
     """
     args = run.args
     assert args.load is not None, "the configuration sees to weights"
-    located = on_rank_0(grid, lambda: locate_weights(args.load, load_base=args.load_base))
+    located = on_rank_0(mesh, lambda: locate_weights(args.load, load_base=args.load_base))
     start = StartWeights(located, None, args.load_lora, args.lora_strength)
     base, updates = read_weights_and_updates(start, ema=args.ema)
     dit = build_dit(
-        run.model, device=grid.device, dtype=compute_dtype(args), initialize=False, with_adapters=False
+        run.model, device=mesh.device, dtype=compute_dtype(args), initialize=False, with_adapters=False
     )
-    weights = slice_weights(base, rank=grid.model_rank, size=grid.model_size)
+    weights = slice_weights(base, rank=mesh.model_rank, size=mesh.model_size)
     load_weights(dit, weights, may_lack=dit.derived_keys())
     if updates:
         add_lora_for(dit, updates)

@@ -23,7 +23,7 @@ from sat_train.data.sources.read import build_source_options, read_sources
 from sat_train.data.sources.records import ClipSource
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
 from sat_train.distributed.environment import RankEnv
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import wait_for_ranks
 from sat_train.errors import DataError
 from sat_train.log import get_logger
@@ -36,7 +36,7 @@ QUARANTINE = "quarantine.jsonl"
 
 def build_train_loader(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     *,
     start: DataPosition | None = None,
     run_folder: Path | None = None,
@@ -46,7 +46,7 @@ def build_train_loader(
 
     Args:
         run: `args` and `data` are read.
-        grid: Who this rank is.
+        mesh: Who this rank is.
         start: Where the run stands, from the checkpoint; None: at the beginning.
         run_folder: Gets `quarantine.jsonl`; None: bad clips are only logged.
         cache: Where encoded samples may be.
@@ -56,9 +56,9 @@ def build_train_loader(
 
     Ranks: all.
     """
-    dataset = build_train_dataset(run, grid, run_folder=run_folder, cache=cache)
-    batches = build_train_batches(run, grid, dataset, start=start)
-    if grid.local_rank == 0 and not (cache is not None and cache.use == "require"):
+    dataset = build_train_dataset(run, mesh, run_folder=run_folder, cache=cache)
+    batches = build_train_batches(run, mesh, dataset, start=start)
+    if mesh.local_rank == 0 and not (cache is not None and cache.use == "require"):
         needed = bytes_in_flight(
             dataset.buckets.shapes,
             batch_sizes(run, run.args.batch_size),
@@ -66,19 +66,19 @@ def build_train_loader(
             prefetch_factor=run.args.prefetch_factor,
         )
         warn_of_little_shared_memory(needed, local_ranks=RankEnv.read().local_world_size)
-    return build_loader(run, grid, dataset, batches, run_folder)
+    return build_loader(run, mesh, dataset, batches, run_folder)
 
 
 def build_train_batches(
-    run: RunConfig, grid: ProcessGrid, dataset: VideoDataset, *, start: DataPosition | None = None
+    run: RunConfig, mesh: ProcessMesh, dataset: VideoDataset, *, start: DataPosition | None = None
 ) -> OrderedBatches:
     """Builds what says which samples this rank trains on."""
     epochs = run.args.epochs if run.args.train_iters is None else None
     return OrderedBatches(
         batch_sizes(run, run.args.batch_size),
         bucket_of=dataset.bucket,
-        rank=grid.data_rank,
-        num_ranks=grid.data_size,
+        rank=mesh.data_rank,
+        num_ranks=mesh.data_size,
         accumulation=run.args.gradient_accumulation_steps,
         start=start,
         goal=None if epochs is None else epochs * len(dataset),
@@ -95,7 +95,7 @@ def batch_sizes(run: RunConfig, batch_size: int) -> list[int]:
 
 def build_train_dataset(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     *,
     run_folder: Path | None = None,
     cache: OpenCache | None = None,
@@ -105,7 +105,7 @@ def build_train_dataset(
 
     Args:
         run: `args` and `data` are read.
-        grid: Who this rank is.
+        mesh: Who this rank is.
         run_folder: Its `quarantine.jsonl` names the clips that are left out; None: only the log does.
         cache: Where encoded samples may be.
         each_view_once: Clips come as they are listed, all in their first view, then all in their second, ...
@@ -121,8 +121,8 @@ def build_train_dataset(
             expected="folders or manifests of clips",
             remedy="--base ... args.train_data=[my_clips]",
         )
-    sources = _read_sources(run, grid, run.args.train_data, part=_TRAIN)
-    planned = _plan(run, grid, sources, run.args.batch_size, run_folder, cache)
+    sources = _read_sources(run, mesh, run.args.train_data, part=_TRAIN)
+    planned = _plan(run, mesh, sources, run.args.batch_size, run_folder, cache)
     if each_view_once:
         order = _listed_order(run, planned)
     else:
@@ -135,7 +135,7 @@ def build_train_dataset(
 
 
 def build_valid_loader(
-    run: RunConfig, grid: ProcessGrid, *, run_folder: Path | None = None, cache: OpenCache | None = None
+    run: RunConfig, mesh: ProcessMesh, *, run_folder: Path | None = None, cache: OpenCache | None = None
 ) -> VideoLoader | None:
     """Builds the loader of `args.eval_iters` validation batches of this rank, the same ones each time.
 
@@ -146,23 +146,23 @@ def build_valid_loader(
 
     Ranks: all.
     """
-    dataset = build_valid_dataset(run, grid, run_folder=run_folder, cache=cache)
+    dataset = build_valid_dataset(run, mesh, run_folder=run_folder, cache=cache)
     if dataset is None:
         return None
     batch_size = _valid_batch_size(run)
-    stop = min(len(dataset), run.args.eval_iters * batch_size * grid.data_size)
+    stop = min(len(dataset), run.args.eval_iters * batch_size * mesh.data_size)
     batches = OrderedBatches(
         batch_sizes(run, batch_size),
         bucket_of=dataset.bucket,
-        rank=grid.data_rank,
-        num_ranks=grid.data_size,
+        rank=mesh.data_rank,
+        num_ranks=mesh.data_size,
         stop=stop,
     )
-    return build_loader(run, grid, dataset, batches, run_folder)
+    return build_loader(run, mesh, dataset, batches, run_folder)
 
 
 def build_valid_dataset(
-    run: RunConfig, grid: ProcessGrid, *, run_folder: Path | None = None, cache: OpenCache | None = None
+    run: RunConfig, mesh: ProcessMesh, *, run_folder: Path | None = None, cache: OpenCache | None = None
 ) -> VideoDataset | None:
     """Builds the validation set: each clip in one view, the same in every run.
 
@@ -177,8 +177,8 @@ def build_valid_dataset(
     entries = run.args.valid_data or run.args.train_data
     if not entries or (not run.args.valid_data and not run.data_shares()[_VALID]):
         return None
-    sources = _read_sources(run, grid, entries, part=_VALID)
-    planned = _plan(run, grid, sources, _valid_batch_size(run), run_folder, cache)
+    sources = _read_sources(run, mesh, entries, part=_VALID)
+    planned = _plan(run, mesh, sources, _valid_batch_size(run), run_folder, cache)
     return _build_dataset(run, planned, _listed_order(run, planned), 1, "plain", cache)
 
 
@@ -237,7 +237,7 @@ def build_fit(run: RunConfig) -> Fit:
 
 def build_loader(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     dataset: VideoDataset,
     batches: OrderedBatches | QueuedBatches,
     run_folder: Path | None,
@@ -247,7 +247,7 @@ def build_loader(
         num_clips=sum(len(source) for source in dataset.sources),
         max_bad_fraction=run.data.max_bad_fraction,
         path=run_folder and run_folder / QUARANTINE,
-        rank=grid.rank,
+        rank=mesh.rank,
     )
     return VideoLoader(
         dataset=dataset,
@@ -255,15 +255,15 @@ def build_loader(
         failures=failures,
         num_workers=run.args.num_workers,
         prefetch_factor=run.args.prefetch_factor,
-        pin_memory=grid.device.type == "cuda",
+        pin_memory=mesh.device.type == "cuda",
         worker_timeout_s=run.data.worker_timeout_s,
-        replaces_lost=grid.model_size == 1,
+        replaces_lost=mesh.model_size == 1,
         fingerprint=_fingerprint(dataset.sources),
     )
 
 
 def _read_sources(
-    run: RunConfig, grid: ProcessGrid, entries: Sequence[str], *, part: int
+    run: RunConfig, mesh: ProcessMesh, entries: Sequence[str], *, part: int
 ) -> list[ClipSource]:
     """Reads the sets on rank 0 and tells the others, so that all ranks hold the same list.
 
@@ -274,21 +274,21 @@ def _read_sources(
     """
     is_divided = not run.args.valid_data
     sources, error = None, None
-    if grid.rank == 0:
+    if mesh.rank == 0:
         try:
             shares = run.data_shares() if is_divided else None
             sources = read_sources(entries, build_source_options(run.data), shares=shares, part=part)
             sources = _name_apart(sources)
         except DataError as caught:
             error = caught
-    wait_for_ranks(grid)  # large sets take rank 0 long
-    check_all_ranks(grid, error)
-    return broadcast_object(grid, sources)
+    wait_for_ranks(mesh)  # large sets take rank 0 long
+    check_all_ranks(mesh, error)
+    return broadcast_object(mesh, sources)
 
 
 def _plan(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     sources: Sequence[ClipSource],
     batch_size: int,
     run_folder: Path | None,
@@ -305,7 +305,7 @@ def _plan(
         with_turn=fit.needs_turn,
         timeout_s=run.data.worker_timeout_s,
     )
-    planned = plan_sources(grid, sources, fit, look)
+    planned = plan_sources(mesh, sources, fit, look)
     for given, source in zip(sources, planned.sources, strict=True):
         _check_not_empty(source, given, fit)
         part = f" ({source.part})" if source.part else ""
@@ -316,11 +316,11 @@ def _plan(
         if source.faults:
             log.warning("%s: %s", source.name, source.left_out())
     tokens = [count_tokens(shape, run.model) for shape in fit.shapes]
-    sizes = [size * grid.data_size for size in batch_sizes(run, batch_size)]
+    sizes = [size * mesh.data_size for size in batch_sizes(run, batch_size)]
     log.info("%s", describe_plan(planned, sizes, tokens))
     left_out = [*_left_out(sources), *planned.left_out]
-    if left_out and run_folder is not None and grid.rank == 0:
-        write_failures(run_folder / QUARANTINE, left_out, rank=grid.rank)
+    if left_out and run_folder is not None and mesh.rank == 0:
+        write_failures(run_folder / QUARANTINE, left_out, rank=mesh.rank)
     return planned
 
 
@@ -356,7 +356,7 @@ def _fingerprint(sources: Sequence[ClipSource]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def sum_bad_clips(grid: ProcessGrid, loader: VideoLoader) -> int:
+def sum_bad_clips(mesh: ProcessMesh, loader: VideoLoader) -> int:
     """Counts the clips that are bad on any rank, and ends the run on all ranks when there are too many.
 
     Returns:
@@ -369,7 +369,7 @@ def sum_bad_clips(grid: ProcessGrid, loader: VideoLoader) -> int:
     """
     ours = {clip: replace(failure, keys=None) for clip, failure in loader.failures.by_clip.items()}
     found: dict[str, Failure] = {}
-    for theirs in gather_objects(grid, ours):
+    for theirs in gather_objects(mesh, ours):
         found.update(theirs)
     try:
         loader.failures.check(found)

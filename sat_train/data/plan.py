@@ -29,7 +29,7 @@ from sat_train.data.window import (
     count_windows,
     split_chunks,
 )
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import gather_after_work
 
 _PROCESSES = 8  # headers are small and the wait is for the disk
@@ -127,11 +127,11 @@ class Planned:
     num_padded: int = 0
 
 
-def plan_sources(grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, look: Look) -> Planned:
+def plan_sources(mesh: ProcessMesh, sources: Sequence[ClipSource], fit: Fit, look: Look) -> Planned:
     """Looks into all clips, each rank into its share.
 
     Args:
-        grid: The process grid.
+        mesh: The process mesh.
         sources: The clips, the same on all ranks.
         fit: What samples are to be.
         look: Reads the headers of clips.
@@ -142,8 +142,8 @@ def plan_sources(grid: ProcessGrid, sources: Sequence[ClipSource], fit: Fit, loo
     Ranks: all.
     """
     records = [record for source in sources for record in source.records]
-    shares = gather_after_work(grid, look(records[grid.rank :: grid.world_size]))
-    infos = (shares[i % grid.world_size][i // grid.world_size] for i in range(len(records)))
+    shares = gather_after_work(mesh, look(records[mesh.rank :: mesh.world_size]))
+    infos = (shares[i % mesh.world_size][i // mesh.world_size] for i in range(len(records)))
     clips = [_fit_clip(record, info, fit) for record, info in zip(records, infos, strict=True)]
     if fit.short_clip == "error":
         _check_lengths(clips, fit)

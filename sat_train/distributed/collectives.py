@@ -7,13 +7,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import SatTrainError
 
 T = TypeVar("T")
 
 
-def broadcast_object(grid: ProcessGrid, value: T | None) -> T:
+def broadcast_object(mesh: ProcessMesh, value: T | None) -> T:
     """Returns rank 0's value on every rank.
 
     Args:
@@ -21,52 +21,52 @@ def broadcast_object(grid: ProcessGrid, value: T | None) -> T:
 
     Ranks: all.
     """
-    if grid.world_size == 1:
+    if mesh.world_size == 1:
         return value  # type: ignore[return-value]
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=grid.device)
+    dist.broadcast_object_list(box, src=0, device=mesh.device)
     return box[0]  # type: ignore[return-value]
 
 
-def gather_objects(grid: ProcessGrid, value: T) -> list[T]:
+def gather_objects(mesh: ProcessMesh, value: T) -> list[T]:
     """Returns every rank's value, in rank order, on every rank.
 
     Ranks: all.
     """
-    if grid.world_size == 1:
+    if mesh.world_size == 1:
         return [value]
-    values: list[T | None] = [None] * grid.world_size
+    values: list[T | None] = [None] * mesh.world_size
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
-def max_flags(grid: ProcessGrid, flags: torch.Tensor) -> torch.Tensor:
+def max_flags(mesh: ProcessMesh, flags: torch.Tensor) -> torch.Tensor:
     """Replaces each flag by the largest value any rank holds, in place.
 
     Args:
-        flags: [f], any dtype with an order, on `grid.device`.
+        flags: [f], any dtype with an order, on `mesh.device`.
 
     Returns:
         The same tensor.
 
     Ranks: all.
     """
-    if grid.world_size > 1:
+    if mesh.world_size > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return flags
 
 
-def sum_over_data(grid: ProcessGrid, values: torch.Tensor) -> torch.Tensor:
+def sum_over_data(mesh: ProcessMesh, values: torch.Tensor) -> torch.Tensor:
     """Replaces values by their sum over the data axis, in place.
 
     Ranks: all.
     """
-    if grid.data_size > 1:
-        dist.all_reduce(values, group=grid.data_group)
+    if mesh.data_size > 1:
+        dist.all_reduce(values, group=mesh.data_group)
     return values
 
 
-def check_all_ranks(grid: ProcessGrid, error: SatTrainError | None) -> None:
+def check_all_ranks(mesh: ProcessMesh, error: SatTrainError | None) -> None:
     """Raises on every rank when any rank has an error: its own where there is one, else the first rank's.
 
     So one rank's bad file ends all ranks at the same place, and none waits for a peer that has left.
@@ -79,7 +79,7 @@ def check_all_ranks(grid: ProcessGrid, error: SatTrainError | None) -> None:
 
     Ranks: all.
     """
-    errors = gather_objects(grid, error and (str(error), error.exit_code))
+    errors = gather_objects(mesh, error and (str(error), error.exit_code))
     for rank, other in enumerate(errors):
         if other is not None:
             message, exit_code = other

@@ -1,4 +1,4 @@
-"""Starts and stops the process group, and lays the processes out as a grid of data and model axes."""
+"""Starts and stops the process group, and lays the processes out as a mesh of data and model axes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _BACKENDS = {"cuda": ("nccl", "gloo"), "cpu": ("gloo",)}
 
 
 @dataclass(frozen=True)
-class ProcessGrid:
-    """The processes as a grid: `rank = data_rank * model_size + model_rank`.
+class ProcessMesh:
+    """The processes as a mesh: `rank = data_rank * model_size + model_rank`.
 
     Args:
         rank: Global rank.
@@ -55,7 +55,7 @@ class ProcessGrid:
     store: dist.Store
 
 
-_grid: ProcessGrid | None = None
+_mesh: ProcessMesh | None = None
 
 
 def start_processes(
@@ -66,7 +66,7 @@ def start_processes(
     model_parallel_size: int = 1,
     timeout_minutes: float = 30,
     store: dist.Store | None = None,
-) -> ProcessGrid:
+) -> ProcessMesh:
     """Joins this process to the others and makes the groups, `sat.mpu`'s among them.
 
     A single process gets an in-memory store: no network, no port.
@@ -84,7 +84,7 @@ def start_processes(
 
     Ranks: all.
     """
-    assert _grid is None, "the processes have been started already"
+    assert _mesh is None, "the processes have been started already"
     where = _choose_device(device, env)
     chosen_backend = _choose_backend(backend, where)
     if env.world_size % model_parallel_size:
@@ -104,28 +104,28 @@ def start_processes(
     return _lay_out(env, where, chosen_backend, store, model_parallel_size)
 
 
-def start_single_process(device: str = "cpu") -> ProcessGrid:
-    """Returns a grid of this process alone, without environment or network; the one that is up, if any.
+def start_single_process(device: str = "cpu") -> ProcessMesh:
+    """Returns a mesh of this process alone, without environment or network; the one that is up, if any.
 
     For meta builds, tools and unit tests: SAT's layers ask `sat.mpu` for their sizes when they are built.
     """
-    if _grid is not None:
-        assert _grid.world_size == 1, "this process is one of several"
-        return _grid
+    if _mesh is not None:
+        assert _mesh.world_size == 1, "this process is one of several"
+        return _mesh
     return start_processes(RankEnv.single(), device=device)
 
 
 def stop_processes() -> None:
     """Leaves the process group, if there is one. Does not wait for the other ranks."""
-    global _grid
-    if _grid is None:
+    global _mesh
+    if _mesh is None:
         return
     from sat import mpu
 
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
     _forget_groups_in_deepspeed()
-    _grid = None
+    _mesh = None
 
 
 def _forget_groups_in_deepspeed() -> None:
@@ -194,13 +194,13 @@ def _set_default_timeout(timeout: timedelta) -> None:
 
 def _lay_out(
     env: RankEnv, device: torch.device, backend: str, store: dist.Store, model_parallel_size: int
-) -> ProcessGrid:
-    global _grid
+) -> ProcessMesh:
+    global _mesh
     with _quiet_sat(env):
         from sat import mpu
 
         mpu.initialize_model_parallel(model_parallel_size)
-    _grid = ProcessGrid(
+    _mesh = ProcessMesh(
         rank=env.rank,
         local_rank=env.local_rank,
         world_size=env.world_size,
@@ -214,7 +214,7 @@ def _lay_out(
         backend=backend,
         store=store,
     )
-    return _grid
+    return _mesh
 
 
 @contextlib.contextmanager

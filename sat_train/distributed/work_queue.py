@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from sat_train.distributed.collectives import gather_objects
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 
 T = TypeVar("T")
 
@@ -25,15 +25,15 @@ class WorkQueue:
     Ranks that share a model get the same numbers.
 
     Args:
-        grid: The process grid.
+        mesh: The process mesh.
         name: Of the work; no other queue of the run may have it.
         size: Pieces of work.
 
     Ranks: all make it; each takes from it when it likes.
     """
 
-    def __init__(self, grid: ProcessGrid, name: str, size: int) -> None:
-        self._grid, self._size = grid, size
+    def __init__(self, mesh: ProcessMesh, name: str, size: int) -> None:
+        self._mesh, self._size = mesh, size
         self._key = f"sat_train/work/{name}"
         self._turn = 0
         self._counts = {"taken": 0, "finished": 0}
@@ -49,14 +49,14 @@ class WorkQueue:
     def take(self) -> int | None:
         """Returns the next number, None when there is none left."""
         self._turn += 1
-        told = f"{self._key}/{self._grid.data_rank}/{self._turn}"
-        if self._grid.model_rank == 0:
+        told = f"{self._key}/{self._mesh.data_rank}/{self._turn}"
+        if self._mesh.model_rank == 0:
             number = self._add("taken", 1) - 1
-            if self._grid.model_size > 1:
-                self._grid.store.set(told, str(number))
+            if self._mesh.model_size > 1:
+                self._mesh.store.set(told, str(number))
         else:
-            _wait(lambda: self._grid.store.check([told]))
-            number = int(self._grid.store.get(told))
+            _wait(lambda: self._mesh.store.check([told]))
+            number = int(self._mesh.store.get(told))
         return number if number < self._size else None
 
     def close(self) -> None:
@@ -72,33 +72,33 @@ class WorkQueue:
         return self._add("finished", 0)
 
     def _add(self, name: str, count: int) -> int:
-        if self._grid.world_size > 1:
-            return self._grid.store.add(f"{self._key}/{name}", count)
+        if self._mesh.world_size > 1:
+            return self._mesh.store.add(f"{self._key}/{name}", count)
         self._counts[name] += count
         return self._counts[name]
 
 
-def wait_for_ranks(grid: ProcessGrid) -> None:
+def wait_for_ranks(mesh: ProcessMesh) -> None:
     """Waits until all ranks have come here, however long that takes.
 
     Where one has failed, `FailureBoard` ends those that wait.
 
     Ranks: all.
     """
-    if grid.world_size == 1:
+    if mesh.world_size == 1:
         return
-    arrived = grid.store.add(_MEETING, 1)
-    all_of_this_time = -(-arrived // grid.world_size) * grid.world_size
-    _wait(lambda: grid.store.add(_MEETING, 0) >= all_of_this_time)
+    arrived = mesh.store.add(_MEETING, 1)
+    all_of_this_time = -(-arrived // mesh.world_size) * mesh.world_size
+    _wait(lambda: mesh.store.add(_MEETING, 0) >= all_of_this_time)
 
 
-def gather_after_work(grid: ProcessGrid, value: T) -> list[T]:
+def gather_after_work(mesh: ProcessMesh, value: T) -> list[T]:
     """Returns every rank's value, in rank order, on every rank, after work that takes some ranks far longer.
 
     Ranks: all.
     """
-    wait_for_ranks(grid)
-    return gather_objects(grid, value)
+    wait_for_ranks(mesh)
+    return gather_objects(mesh, value)
 
 
 def _wait(is_so: Callable[[], bool]) -> None:

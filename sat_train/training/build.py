@@ -27,7 +27,7 @@ from sat_train.config.summary import summarize
 from sat_train.data.batch import VideoBatch
 from sat_train.data.build import sum_bad_clips
 from sat_train.distributed.collectives import broadcast_object
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
 from sat_train.errors import LaunchError, Stopped
 from sat_train.log import get_logger
@@ -68,7 +68,7 @@ class Place:
 
 
 @explaining_lack_of_memory(TRAINING_REMEDY)
-def train(run: RunConfig, grid: ProcessGrid) -> None:
+def train(run: RunConfig, mesh: ProcessMesh) -> None:
     """Builds a run, trains it and leaves its folder in order.
 
     Raises:
@@ -78,22 +78,22 @@ def train(run: RunConfig, grid: ProcessGrid) -> None:
     """
     stop_request = StopRequest().listen()
     set_determinism(run.args.deterministic)
-    place = open_place(run, grid)
+    place = open_place(run, mesh)
     try:
-        data = open_data(run, grid, point=place.point, run_folder=place.folder)
+        data = open_data(run, mesh, point=place.point, run_folder=place.folder)
         finished = place.point is not None and place.point.step >= data.train_iters
-        if finished and not on_rank_0(grid, lambda: say_finished(run, place, data)):
+        if finished and not on_rank_0(mesh, lambda: say_finished(run, place, data)):
             return
-        log.info("this run:\n%s", summarize(run, data.facts(grid)))
-        start = find_start_weights(run, grid, place.point)
+        log.info("this run:\n%s", summarize(run, data.facts(mesh)))
+        start = find_start_weights(run, mesh, place.point)
         pipeline = build_models(
-            run, grid, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
+            run, mesh, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
         )
-        engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), grid)
-        average = WeightAverage(engine, grid, run.args.ema_decay) if run.args.ema_decay else None
-        trainer = build_trainer(run, grid, place, data, pipeline, start.base, engine, average, stop_request)
+        engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), mesh)
+        average = WeightAverage(engine, mesh, run.args.ema_decay) if run.args.ema_decay else None
+        trainer = build_trainer(run, mesh, place, data, pipeline, start.base, engine, average, stop_request)
         if not finished:
-            on_rank_0(grid, lambda: describe_run(run, place))
+            on_rank_0(mesh, lambda: describe_run(run, place))
         stop_request.defer()
         trainer.run()
         say_where_stopped(run, trainer)
@@ -120,7 +120,7 @@ def say_where_stopped(run: RunConfig, trainer: Trainer) -> None:
     log.info("%s", message)
 
 
-def open_place(run: RunConfig, grid: ProcessGrid) -> Place:
+def open_place(run: RunConfig, mesh: ProcessMesh) -> Place:
     """Opens the run's folder and finds what the run resumes; writes nothing that a run before it left.
 
     Ranks: all.
@@ -136,10 +136,10 @@ def open_place(run: RunConfig, grid: ProcessGrid) -> Place:
         return found[0] and found[0].run_folder
 
     folder, lock = open_run_folder(
-        grid, save_root=Path(run.args.save), experiment_name=run.args.experiment_name, resumed=resumed
+        mesh, save_root=Path(run.args.save), experiment_name=run.args.experiment_name, resumed=resumed
     )
-    point = broadcast_object(grid, found[0])
-    on_rank_0(grid, lambda: prepare_folder(folder, point))
+    point = broadcast_object(mesh, found[0])
+    on_rank_0(mesh, lambda: prepare_folder(folder, point))
     log.info("run folder %s%s", folder, f", going on from step {point.step}" if point else "")
     return Place(folder, lock, point)
 
@@ -205,7 +205,7 @@ def say_finished(run: RunConfig, place: Place, data: RunData) -> bool:
 
 def build_trainer(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     place: Place,
     data: RunData,
     pipeline: VideoDiffusion,
@@ -218,10 +218,10 @@ def build_trainer(
 
     Ranks: all.
     """
-    state = restore(run, grid, place, engine, average, base_weights)
+    state = restore(run, mesh, place, engine, average, base_weights)
     filler = None
     if run.data.cache == "fill":
-        filler = CacheFiller(run, grid, pipeline.frozen, data.cache)
+        filler = CacheFiller(run, mesh, pipeline.frozen, data.cache)
     encode = filler.train() if filler is not None else lambda batch: batch
 
     def compute_loss(batch: VideoBatch) -> torch.Tensor:
@@ -234,32 +234,32 @@ def build_trainer(
             engine=engine,
             compute_loss=compute_loss,
             batches=iter(data.train),
-            grid=grid,
+            mesh=mesh,
             stop_request=stop_request,
         ),
-        meter=Meter(grid),
+        meter=Meter(mesh),
         learning_rate=build_learning_rate(run, data.train_iters),
         train_iters=data.train_iters,
         log_interval=run.args.log_interval,
         state=state,
         average=average,
-        count_bad_clips=lambda: sum_bad_clips(grid, data.train),
+        count_bad_clips=lambda: sum_bad_clips(mesh, data.train),
         callbacks=build_callbacks(
             run,
-            grid,
+            mesh,
             place.folder,
             valid=data.valid,
             filler=filler,
             pipeline=pipeline,
             engine=engine,
-            save=build_save(run, grid, place, data, engine, average, base_weights),
+            save=build_save(run, mesh, place, data, engine, average, base_weights),
         ),
     )
 
 
 def build_save(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     place: Place,
     data: RunData,
     engine: Any,
@@ -269,11 +269,11 @@ def build_save(
     """Returns what writes a checkpoint of a trainer and gives its folder; to be called on all ranks."""
 
     def save(trainer: Trainer) -> Path:
-        on_rank_0(grid, lambda: None if place.lock is None else place.lock.check_held())
+        on_rank_0(mesh, lambda: None if place.lock is None else place.lock.check_held())
         position = data.train.position
         assert position.consumed == trainer.state.samples_consumed, "the loader and the loop have parted"
         return save_training_checkpoint(
-            grid,
+            mesh,
             engine=engine,
             run_folder=place.folder,
             step=trainer.state.step,
@@ -292,7 +292,7 @@ def build_save(
 
 def restore(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     place: Place,
     engine: Any,
     average: WeightAverage | None,
@@ -307,7 +307,7 @@ def restore(
         return state
     groups = engine.optimizer.param_groups
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    saved = load_training_checkpoint(grid, engine=engine, point=place.point, base_weights=base_weights)
+    saved = load_training_checkpoint(mesh, engine=engine, point=place.point, base_weights=base_weights)
     for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
         # the checkpoint brought its weight decay and betas back; those of the configuration count
         group.update(ours)

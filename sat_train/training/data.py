@@ -21,7 +21,7 @@ from sat_train.data.cache.samples import OpenCache
 from sat_train.data.cache.shards import ShardWriter
 from sat_train.data.loader import VideoLoader
 from sat_train.distributed.collectives import check_all_ranks, gather_objects
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import DataError
 from sat_train.log import get_logger
 from sat_train.pipeline.encode import SampleEncoder
@@ -52,10 +52,10 @@ class RunData:
     needs_encoders: bool
     cache: OpenCache | None
 
-    def facts(self, grid: ProcessGrid) -> RunFacts:
+    def facts(self, mesh: ProcessMesh) -> RunFacts:
         """Returns what the summary of a run says beyond its configuration."""
         clips = [0 if loader is None else _count_clips(loader) for loader in (self.train, self.valid)]
-        return RunFacts(clips=ClipCounts(*clips), data_ranks=grid.data_size, steps=self.train_iters)
+        return RunFacts(clips=ClipCounts(*clips), data_ranks=mesh.data_size, steps=self.train_iters)
 
     def null_text(self) -> Tensor | None:
         """Returns the embedding of the empty prompt from the cache, if it is there."""
@@ -66,13 +66,13 @@ class RunData:
 
 
 def open_data(
-    run: RunConfig, grid: ProcessGrid, *, point: ResumePoint | None = None, run_folder: Path | None = None
+    run: RunConfig, mesh: ProcessMesh, *, point: ResumePoint | None = None, run_folder: Path | None = None
 ) -> RunData:
     """Builds the loaders, and looks whether all that the run will read is in the cache.
 
     Args:
         run: The configuration.
-        grid: Who this rank is.
+        mesh: Who this rank is.
         point: The checkpoint that the run goes on from; None for a new run.
         run_folder: Gets the names of bad clips; None: they are only logged.
 
@@ -82,8 +82,8 @@ def open_data(
     Ranks: all.
     """
     mode = run.data.cache
-    cache = None if mode == "off" else open_cache(run, grid, "require" if mode == "require" else "read")
-    train = build_train_loader(run, grid, start=position_of(point), run_folder=run_folder, cache=cache)
+    cache = None if mode == "off" else open_cache(run, mesh, "require" if mode == "require" else "read")
+    train = build_train_loader(run, mesh, start=position_of(point), run_folder=run_folder, cache=cache)
     if point is not None and point.manifest.data_fingerprint != train.fingerprint:
         log.warning(
             "the training data are not those of the checkpoint (fingerprint %s, was %s): the run goes on at "
@@ -92,7 +92,7 @@ def open_data(
         )
     valid = None
     if run.args.eval_interval is not None:
-        valid = build_valid_loader(run, grid, run_folder=run_folder, cache=cache)
+        valid = build_valid_loader(run, mesh, run_folder=run_folder, cache=cache)
     train_iters = count_steps(run, train.batches, 0 if point is None else point.step)
     needs_encoders = True
     if cache is not None:
@@ -100,7 +100,7 @@ def open_data(
         samples = samples_of(
             train.batches, train.position, max(0, steps) * run.args.gradient_accumulation_steps
         )
-        is_complete = check_complete(run, grid, cache, train, valid, samples)
+        is_complete = check_complete(run, mesh, cache, train, valid, samples)
         needs_encoders = not is_complete or draws_videos(run)
         log.info("%s", _told(run, is_complete))
     return RunData(train, valid, train_iters, needs_encoders, cache)
@@ -141,7 +141,7 @@ def draws_videos(run: RunConfig) -> bool:
 
 def check_complete(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     cache: OpenCache,
     train: VideoLoader,
     valid: VideoLoader | None,
@@ -158,11 +158,11 @@ def check_complete(
     Ranks: all; each looks for its share, and all know afterwards what each has hashed.
     """
     shown = [] if valid is None else samples_of(valid.batches, valid.batches.start)
-    missing = find_missing(train.dataset, samples[grid.rank :: grid.world_size])
+    missing = find_missing(train.dataset, samples[mesh.rank :: mesh.world_size])
     if valid is not None:
-        missing += find_missing(valid.dataset, shown[grid.rank :: grid.world_size])
-    share_files(grid, cache.book)
-    shares = gather_objects(grid, [sample.clip_id for sample in missing])
+        missing += find_missing(valid.dataset, shown[mesh.rank :: mesh.world_size])
+    share_files(mesh, cache.book)
+    shares = gather_objects(mesh, [sample.clip_id for sample in missing])
     clips = [clip for share in shares for clip in share]
     has_null = run.model.null_condition == "zero" or _null_key(cache) in cache.index
     error = None
@@ -175,7 +175,7 @@ def check_complete(
             expected="all samples of the run, encoded with these files, settings and encoders",
             remedy="torchrun launch/precompute.py with the same --base and words, or data.cache=fill",
         )
-    check_all_ranks(grid, error)
+    check_all_ranks(mesh, error)
     return not clips and has_null
 
 
@@ -184,18 +184,18 @@ class CacheFiller(Callback):
 
     Args:
         run: The configuration.
-        grid: The process grid; of ranks that see the same samples only the first one writes.
+        mesh: The process mesh; of ranks that see the same samples only the first one writes.
         frozen: The encoders.
         cache: The open cache.
     """
 
     optional = True  # what it fails to keep is encoded again
 
-    def __init__(self, run: RunConfig, grid: ProcessGrid, frozen: FrozenModels, cache: OpenCache) -> None:
+    def __init__(self, run: RunConfig, mesh: ProcessMesh, frozen: FrozenModels, cache: OpenCache) -> None:
         self._frozen, self._cache = frozen, cache
         self._image_to_video = run.model.noised_image_input
-        self._writes = grid.model_rank == 0
-        self._writer = build_writer(run, grid, waits=True)
+        self._writes = mesh.model_rank == 0
+        self._writer = build_writer(run, mesh, waits=True)
         if (
             run.model.null_condition == "empty_prompt"
             and self._writes
@@ -225,10 +225,10 @@ class CacheFiller(Callback):
         )
 
 
-def build_writer(run: RunConfig, grid: ProcessGrid, *, waits: bool = False) -> ShardWriter:
+def build_writer(run: RunConfig, mesh: ProcessMesh, *, waits: bool = False) -> ShardWriter:
     """Returns the writer of this rank into `data.cache_dir`; see `ShardWriter`."""
     shard_bytes = int(run.data.cache_shard_mb * 1e6)
-    return ShardWriter(Path(run.data.cache_dir), rank=grid.rank, shard_bytes=shard_bytes, waits=waits)
+    return ShardWriter(Path(run.data.cache_dir), rank=mesh.rank, shard_bytes=shard_bytes, waits=waits)
 
 
 def _count_clips(loader: VideoLoader) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 
 
@@ -31,7 +31,7 @@ class Fragment:
     master: torch.Tensor
 
 
-def master_fragments(engine: Any, grid: ProcessGrid) -> list[Fragment]:
+def master_fragments(engine: Any, mesh: ProcessMesh) -> list[Fragment]:
     """Returns this rank's parts of the trained weights; over the data axis they make the whole, once.
 
     Source: microsoft/DeepSpeed@v0.19.8 `deepspeed/utils/tensor_fragment.py`.
@@ -39,28 +39,28 @@ def master_fragments(engine: Any, grid: ProcessGrid) -> list[Fragment]:
     stage = int(engine.zero_optimization_stage())
     pick = {0: _plain_fragment, 1: _linked_fragment, 2: _linked_fragment, 3: _partitioned_fragment}[stage]
     trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-    fragments = [pick(name, parameter, grid) for name, parameter in trained]
+    fragments = [pick(name, parameter, mesh) for name, parameter in trained]
     return [fragment for fragment in fragments if fragment is not None and fragment.master.numel()]
 
 
-def _plain_fragment(name: str, parameter: torch.nn.Parameter, grid: ProcessGrid) -> Fragment:
-    size = -(-parameter.numel() // grid.data_size)
-    start = min(size * grid.data_rank, parameter.numel())
+def _plain_fragment(name: str, parameter: torch.nn.Parameter, mesh: ProcessMesh) -> Fragment:
+    size = -(-parameter.numel() // mesh.data_size)
+    start = min(size * mesh.data_rank, parameter.numel())
     return Fragment(name, start, parameter.detach().flatten()[start : start + size])
 
 
-def _linked_fragment(name: str, parameter: torch.nn.Parameter, grid: ProcessGrid) -> Fragment | None:
+def _linked_fragment(name: str, parameter: torch.nn.Parameter, mesh: ProcessMesh) -> Fragment | None:
     link: Any = parameter._hp_mapping
     if link is None:  # wholly in another rank's partition
         return None
     return Fragment(name, link.lp_fragment_address.start, link.hp_fragment.detach())
 
 
-def _partitioned_fragment(name: str, parameter: torch.nn.Parameter, grid: ProcessGrid) -> Fragment:
+def _partitioned_fragment(name: str, parameter: torch.nn.Parameter, mesh: ProcessMesh) -> Fragment:
     from deepspeed.utils import safe_get_local_fp32_param
 
     padded = safe_get_local_fp32_param(parameter).detach().flatten()
-    start = padded.numel() * grid.data_rank
+    start = padded.numel() * mesh.data_rank
     used = max(0, min(padded.numel(), int(parameter.ds_numel) - start))
     return Fragment(name, start, padded[:used])
 
@@ -70,14 +70,14 @@ class WeightAverage:
 
     Args:
         engine: DeepSpeed engine; its weights now are the first average.
-        grid: The process grid.
+        mesh: The process mesh.
         decay: In (0, 1).
     """
 
-    def __init__(self, engine: Any, grid: ProcessGrid, decay: float) -> None:
+    def __init__(self, engine: Any, mesh: ProcessMesh, decay: float) -> None:
         self.decay = decay
         self._engine = engine
-        self._grid = grid
+        self._mesh = mesh
         fragments = self._fragments()
         self._places = [(fragment.name, fragment.offset) for fragment in fragments]
         self._averages = [fragment.master.float().clone() for fragment in fragments]
@@ -121,7 +121,7 @@ class WeightAverage:
                 )
 
     def _fragments(self) -> list[Fragment]:
-        return master_fragments(self._engine, self._grid)
+        return master_fragments(self._engine, self._mesh)
 
 
 def _copy_overlap(target: torch.Tensor, target_start: int, source: torch.Tensor, source_start: int) -> int:

@@ -13,7 +13,7 @@ from sat_train.data.cache.key import EncoderDigests, digest
 from sat_train.data.cache.samples import OpenCache, Use
 from sat_train.data.failures import BadClip
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import gather_after_work, wait_for_ranks
 from sat_train.errors import DataError, SatTrainError
 from sat_train.models.text.t5 import find_t5_folders
@@ -27,7 +27,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-def open_cache(run: RunConfig, grid: ProcessGrid, use: Use) -> OpenCache:
+def open_cache(run: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
     """Opens `data.cache_dir` for the encoders of this configuration.
 
     Raises:
@@ -39,23 +39,23 @@ def open_cache(run: RunConfig, grid: ProcessGrid, use: Use) -> OpenCache:
     folder = Path(run.data.cache_dir)
     book = FileBook(folder, identity=run.data.cache_identity, timeout_s=run.data.worker_timeout_s)
     found, error = None, None
-    if grid.rank == 0:
+    if mesh.rank == 0:
         try:
             found = digest_encoders(run, book)
             book.publish()
         except SatTrainError as caught:
             error = caught
-    wait_for_ranks(grid)  # hashing weights of 10 GB takes rank 0 long
-    check_all_ranks(grid, error)
-    return OpenCache(folder, CacheIndex(folder), book, broadcast_object(grid, found), use)
+    wait_for_ranks(mesh)  # hashing weights of 10 GB takes rank 0 long
+    check_all_ranks(mesh, error)
+    return OpenCache(folder, CacheIndex(folder), book, broadcast_object(mesh, found), use)
 
 
-def share_files(grid: ProcessGrid, book: FileBook) -> None:
+def share_files(mesh: ProcessMesh, book: FileBook) -> None:
     """Writes down what each rank has hashed, and tells it to the others.
 
     Ranks: all.
     """
-    for learnt in gather_after_work(grid, book.learnt()):
+    for learnt in gather_after_work(mesh, book.learnt()):
         book.merge(learnt)
     book.publish()
 

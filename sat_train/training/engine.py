@@ -11,10 +11,10 @@ from torch import nn
 
 from sat_train.config import RunConfig
 from sat_train.config.rules import check_on_device
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 
 
-def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimizer, grid: ProcessGrid) -> Any:
+def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh) -> Any:
     """Hands the DiT and a torch optimizer to DeepSpeed.
 
     No learning-rate scheduler goes with them: `Trainer` sets the rate before each step.
@@ -27,14 +27,14 @@ def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimize
 
     Ranks: all.
     """
-    check_on_device(run, grid.device.type)
+    check_on_device(run, mesh.device.type)
     if run.args.compile == "blocks":
         dit.compile_blocks()  # before DeepSpeed hooks the modules
     engine, _, _, _ = import_deepspeed().initialize(
-        model=dit.to(grid.device),
+        model=dit.to(mesh.device),
         optimizer=optimizer,
         config=engine_config(run),
-        mpu=SatGrid(grid) if grid.model_size > 1 else None,
+        mpu=SatMesh(mesh) if mesh.model_size > 1 else None,
         dist_init_required=False,
     )
     return engine
@@ -93,26 +93,26 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
     }
 
 
-class SatGrid:
-    """The process grid as DeepSpeed wants to ask for it."""
+class SatMesh:
+    """The process mesh as DeepSpeed wants to ask for it."""
 
-    def __init__(self, grid: ProcessGrid) -> None:
-        self._grid = grid
+    def __init__(self, mesh: ProcessMesh) -> None:
+        self._mesh = mesh
 
     def get_model_parallel_rank(self) -> int:
-        return self._grid.model_rank
+        return self._mesh.model_rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self._grid.model_size
+        return self._mesh.model_size
 
     def get_model_parallel_group(self) -> Any:
-        return self._grid.model_group
+        return self._mesh.model_group
 
     def get_data_parallel_rank(self) -> int:
-        return self._grid.data_rank
+        return self._mesh.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._grid.data_size
+        return self._mesh.data_size
 
     def get_data_parallel_group(self) -> Any:
-        return self._grid.data_group
+        return self._mesh.data_group

@@ -45,7 +45,7 @@ class ValidationEntry:
     Args:
         step: Optimizer steps done.
         valid_loss: Mean over clips and timesteps.
-        valid_loss_by_timestep: Mean at each timestep of the grid, by timestep.
+        valid_loss_by_timestep: Mean at each of the timesteps, by timestep.
         valid_samples: Clips in it.
     """
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from sat_train.distributed.collectives import sum_over_data
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.training.entries import TrainEntry
 from sat_train.training.state import TrainState
 from sat_train.training.step import StepResult
@@ -23,11 +23,11 @@ class Meter:
     """Collects what steps leave and reads it when it is wanted.
 
     Args:
-        grid: The process grid.
+        mesh: The process mesh.
     """
 
-    def __init__(self, grid: ProcessGrid) -> None:
-        self._grid = grid
+    def __init__(self, mesh: ProcessMesh) -> None:
+        self._mesh = mesh
         self._pending: list[torch.Tensor] = []
         self._last_loss = float("nan")
         self.restart()
@@ -60,7 +60,7 @@ class Meter:
         """
         if not self._pending:
             return
-        losses = sum_over_data(self._grid, torch.stack(self._pending)) / self._grid.data_size
+        losses = sum_over_data(self._mesh, torch.stack(self._pending)) / self._mesh.data_size
         self._pending.clear()
         for loss in losses.tolist():
             state.take_loss(loss)
@@ -85,7 +85,7 @@ class Meter:
             step_time_s=seconds / steps,
             data_wait_s=self._data_wait_s / steps,
             samples_per_s=self._samples / seconds,
-            peak_memory_gib=peak_memory_gib(self._grid.device),
+            peak_memory_gib=peak_memory_gib(self._mesh.device),
             skipped=state.skipped,
             bad_clips=bad_clips,
         )

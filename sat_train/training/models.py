@@ -34,7 +34,7 @@ from sat_train.checkpoint.weights import (
 )
 from sat_train.config import RunConfig
 from sat_train.config.paths import expand_assets
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
 from sat_train.models.build import build_dit
@@ -54,7 +54,7 @@ log = get_logger(__name__)
 
 def build_models(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     start: StartWeights,
     *,
     with_encoders: bool = True,
@@ -64,7 +64,7 @@ def build_models(
 
     Args:
         run: The configuration.
-        grid: The process grid.
+        mesh: The process mesh.
         start: Where the transformer's weights come from.
         with_encoders: Off, all batches should come from the cache; the encoders are loaded if one does not.
         null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
@@ -77,11 +77,11 @@ def build_models(
     """
     return build_pipeline(
         run,
-        dit=build_trained_dit(run, grid, start),
-        vae=build_loaded_vae(run, grid.device, encoder_dtype(run)) if with_encoders else None,
-        text_encoder=build_loaded_text_encoder(run, grid.device) if with_encoders else None,
+        dit=build_trained_dit(run, mesh, start),
+        vae=build_loaded_vae(run, mesh.device, encoder_dtype(run)) if with_encoders else None,
+        text_encoder=build_loaded_text_encoder(run, mesh.device) if with_encoders else None,
         null_text_ld=null_text_ld,
-        load_encoders=None if with_encoders else lambda: load_encoders(run, grid.device),
+        load_encoders=None if with_encoders else lambda: load_encoders(run, mesh.device),
     )
 
 
@@ -120,7 +120,7 @@ class StartWeights:
     strength: float = 1.0
 
 
-def find_start_weights(run: RunConfig, grid: ProcessGrid, point: ResumePoint | None = None) -> StartWeights:
+def find_start_weights(run: RunConfig, mesh: ProcessMesh, point: ResumePoint | None = None) -> StartWeights:
     """Finds the weights that a run begins with, by place and hash.
 
     A LoRA run that resumes takes the base weights that it recorded, wherever `args.load` leads by now, and
@@ -128,7 +128,7 @@ def find_start_weights(run: RunConfig, grid: ProcessGrid, point: ResumePoint | N
 
     Args:
         run: The configuration.
-        grid: The process grid.
+        mesh: The process mesh.
         point: The checkpoint that the run resumes from.
 
     Raises:
@@ -136,7 +136,7 @@ def find_start_weights(run: RunConfig, grid: ProcessGrid, point: ResumePoint | N
 
     Ranks: all; rank 0 looks and hashes.
     """
-    return on_rank_0(grid, lambda: _find_start_weights(run, point))
+    return on_rank_0(mesh, lambda: _find_start_weights(run, point))
 
 
 def _find_start_weights(run: RunConfig, point: ResumePoint | None) -> StartWeights:
@@ -163,11 +163,11 @@ def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | Non
         return find_base(folder, point.manifest, load_base=load)
 
 
-def build_trained_dit(run: RunConfig, grid: ProcessGrid, start: StartWeights) -> DiffusionTransformer:
+def build_trained_dit(run: RunConfig, mesh: ProcessMesh, start: StartWeights) -> DiffusionTransformer:
     """Builds the transformer with its first weights, or new ones; freezes what does not train."""
     dit = build_dit(
         run.model,
-        device=grid.device,
+        device=mesh.device,
         dtype=compute_dtype(run.args),
         activation_checkpointing=run.args.checkpoint_activations,
         seed=run.args.seed,
@@ -175,14 +175,14 @@ def build_trained_dit(run: RunConfig, grid: ProcessGrid, start: StartWeights) ->
     )
     if start.located is not None:
         has_adapters = run.model.network_config.params.modules.lora_config is not None
-        load_first_weights(dit, grid, start, has_adapters=has_adapters)
+        load_first_weights(dit, mesh, start, has_adapters=has_adapters)
     summary = select_trainable(dit, not_trainable_prefixes=run.model.not_trainable_prefixes)
-    log.info("weights of the transformer%s:\n%s", _of_one_rank(grid), summary)
+    log.info("weights of the transformer%s:\n%s", _of_one_rank(mesh), summary)
     return dit
 
 
 def load_first_weights(
-    dit: DiffusionTransformer, grid: ProcessGrid, start: StartWeights, *, has_adapters: bool
+    dit: DiffusionTransformer, mesh: ProcessMesh, start: StartWeights, *, has_adapters: bool
 ) -> None:
     """Loads weights into a transformer that trains: adapters into its own, or merged where it has none."""
     assert start.located is not None, "there are weights to load"
@@ -193,7 +193,7 @@ def load_first_weights(
     own = adapter_state_dict(dit).keys()
     load_weights(
         dit,
-        slice_weights(base, rank=grid.model_rank, size=grid.model_size),
+        slice_weights(base, rank=mesh.model_rank, size=mesh.model_size),
         may_lack=dit.derived_keys() | own,
     )
     if updates and has_adapters:
@@ -239,5 +239,5 @@ def build_loaded_vae(run: RunConfig, device: torch.device, dtype: torch.dtype) -
     return build_vae(params, state_dict=state_dict, device=device, dtype=dtype)
 
 
-def _of_one_rank(grid: ProcessGrid) -> str:
-    return f" (one of {grid.model_size} slices)" if grid.model_size > 1 else ""
+def _of_one_rank(mesh: ProcessMesh) -> str:
+    return f" (one of {mesh.model_size} slices)" if mesh.model_size > 1 else ""

@@ -20,7 +20,7 @@ from sat_train.data.cache.shards import About
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failures import Failure
 from sat_train.distributed.collectives import gather_objects
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import WorkQueue, gather_after_work
 from sat_train.errors import Stopped
 from sat_train.log import console, get_logger
@@ -52,7 +52,7 @@ class _Work:
     queue: WorkQueue
 
 
-def precompute_until_stopped(run: RunConfig, grid: ProcessGrid) -> None:
+def precompute_until_stopped(run: RunConfig, mesh: ProcessMesh) -> None:
     """As `precompute`; a signal ends it after the clip at which it is.
 
     Raises:
@@ -62,10 +62,10 @@ def precompute_until_stopped(run: RunConfig, grid: ProcessGrid) -> None:
     Ranks: all.
     """
     request = StopRequest("stopped before the first clip was encoded; run it again", unit="clip")
-    precompute(run, grid, stop_request=request.listen())
+    precompute(run, mesh, stop_request=request.listen())
 
 
-def precompute(run: RunConfig, grid: ProcessGrid, *, stop_request: StopRequest | None = None) -> None:
+def precompute(run: RunConfig, mesh: ProcessMesh, *, stop_request: StopRequest | None = None) -> None:
     """Encodes clips, first frames and captions of training and validation that are not in the cache yet.
 
     Raises:
@@ -76,8 +76,8 @@ def precompute(run: RunConfig, grid: ProcessGrid, *, stop_request: StopRequest |
     """
     for note in run.notes:
         log.info("%s", note)
-    cache = open_cache(run, grid, "write")
-    works = [_plan(grid, cache, *part) for part in _datasets(run, grid, cache)]
+    cache = open_cache(run, mesh, "write")
+    works = [_plan(mesh, cache, *part) for part in _datasets(run, mesh, cache)]
     captions = _captions(run, cache, works)
     num_missing, num_samples = sum(len(w.indices) for w in works), sum(w.num_samples for w in works)
     log.info(
@@ -86,14 +86,14 @@ def precompute(run: RunConfig, grid: ProcessGrid, *, stop_request: StopRequest |
     )
     if stop_request is not None:
         stop_request.defer()
-    encoding = _Encoding(run, grid, cache, works, captions, stop_request)
-    with _bar(grid) as bar:
+    encoding = _Encoding(run, mesh, cache, works, captions, stop_request)
+    with _bar(mesh) as bar:
         total = sum(len(queue) for queue in encoding.queues)
         task = None if bar is None or not total else bar.add_task("encoding", total=total)
         for _ in encoding.run():
             if task is not None:
                 bar.update(task, completed=sum(queue.num_finished() for queue in encoding.queues))
-    counts = gather_after_work(grid, (encoding.encoded, encoding.failed, bool(stop_request)))
+    counts = gather_after_work(mesh, (encoding.encoded, encoding.failed, bool(stop_request)))
     log.info(
         "cache %s: %d entries encoded, %d samples reused, %d clips failed",
         *(
@@ -109,7 +109,7 @@ def precompute(run: RunConfig, grid: ProcessGrid, *, stop_request: StopRequest |
 
 
 def _datasets(
-    run: RunConfig, grid: ProcessGrid, cache: OpenCache
+    run: RunConfig, mesh: ProcessMesh, cache: OpenCache
 ) -> list[tuple[str, VideoDataset, Sequence[int]]]:
     """Returns the data sets, each with a name and its samples that are encoded.
 
@@ -119,37 +119,37 @@ def _datasets(
     is_limited = run.data.params.views is not None or (
         run.data.params.window in ("head", "center") and not run.model.noised_image_input
     )
-    train = build_train_dataset(run, grid, cache=cache, each_view_once=is_limited)
+    train = build_train_dataset(run, mesh, cache=cache, each_view_once=is_limited)
     if is_limited:
         samples: Sequence[int] = range(len(train) * (run.data.params.views or 1))
     else:
-        batches = build_train_batches(run, grid, train)
+        batches = build_train_batches(run, mesh, train)
         micro_steps = count_steps(run, batches) * run.args.gradient_accumulation_steps
         samples = samples_of(batches, batches.start, micro_steps)
         log.info(
             "data.params.views is null, windows never repeat: each of the %d samples of a run on %d ranks "
             "will be used once; with data.params.views=4, %d samples are encoded and reused",
-            *(len(samples), grid.world_size, 4 * len(train)),
+            *(len(samples), mesh.world_size, 4 * len(train)),
         )
     valid = None
     if run.args.eval_interval is not None:
-        valid = build_valid_dataset(run, grid, cache=cache)
+        valid = build_valid_dataset(run, mesh, cache=cache)
     return [("train", train, samples), *([] if valid is None else [("valid", valid, range(len(valid)))])]
 
 
 def _plan(
-    grid: ProcessGrid, cache: OpenCache, name: str, dataset: VideoDataset, samples: Sequence[int]
+    mesh: ProcessMesh, cache: OpenCache, name: str, dataset: VideoDataset, samples: Sequence[int]
 ) -> _Work:
     """Finds what is missing, each rank in its share of the samples.
 
     Ranks: all.
     """
-    share = find_missing(dataset, samples[grid.rank :: grid.world_size], retry_failed=True)
-    share_files(grid, cache.book)
-    found: list[Missing] = [sample for part in gather_objects(grid, share) for sample in part if sample.keys]
+    share = find_missing(dataset, samples[mesh.rank :: mesh.world_size], retry_failed=True)
+    share_files(mesh, cache.book)
+    found: list[Missing] = [sample for part in gather_objects(mesh, share) for sample in part if sample.keys]
     work = drop_repeated(sorted(found, key=lambda sample: sample.index))
     indices = tuple(sample.index for sample in work)
-    return _Work(dataset, indices, len(samples), WorkQueue(grid, f"encode {name}", len(indices)))
+    return _Work(dataset, indices, len(samples), WorkQueue(mesh, f"encode {name}", len(indices)))
 
 
 def _captions(run: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> dict[str, str]:
@@ -167,7 +167,7 @@ class _Encoding:
 
     Args:
         run: The configuration.
-        grid: The process grid.
+        mesh: The process mesh.
         cache: The open cache.
         works: What is to be encoded of each data set.
         captions: Captions by key, the same on all ranks.
@@ -177,17 +177,17 @@ class _Encoding:
     def __init__(
         self,
         run: RunConfig,
-        grid: ProcessGrid,
+        mesh: ProcessMesh,
         cache: OpenCache,
         works: Sequence[_Work],
         captions: dict[str, str],
         stop_request: StopRequest | None,
     ) -> None:
-        self._run, self._grid, self._cache = run, grid, cache
+        self._run, self._mesh, self._cache = run, mesh, cache
         self._works, self._captions = works, sorted(captions.items())
         self._stop_request = stop_request
-        self._caption_queue = WorkQueue(grid, "encode captions", len(captions))
-        self._writer = build_writer(run, grid)
+        self._caption_queue = WorkQueue(mesh, "encode captions", len(captions))
+        self._writer = build_writer(run, mesh)
         self.queues = [*(work.queue for work in works), self._caption_queue]
         self.encoded = 0
         self.failed: set[str] = set()
@@ -206,7 +206,7 @@ class _Encoding:
     def _run_samples(self, frozen: FrozenModels, work: _Work) -> Iterator[None]:
         encoder = self._encoder(frozen, image=work.dataset.cache.image)
         batches = QueuedBatches(work.indices, work.queue.take)
-        loader = build_loader(self._run, self._grid, work.dataset, batches, Path(self._run.data.cache_dir))
+        loader = build_loader(self._run, self._mesh, work.dataset, batches, Path(self._run.data.cache_dir))
         for batch in loader:
             self.encoded += encoder.keep(batch)
             work.queue.finish_one()
@@ -252,7 +252,7 @@ class _Encoding:
         )
 
     def _load(self, *, with_vae: bool, with_text_encoder: bool) -> FrozenModels:
-        run, device = self._run, self._grid.device
+        run, device = self._run, self._mesh.device
         return FrozenModels(
             vae=build_loaded_vae(run, device, encoder_dtype(run)) if with_vae else None,
             text_encoder=build_loaded_text_encoder(run, device) if with_text_encoder else None,
@@ -263,8 +263,8 @@ class _Encoding:
         )
 
 
-def _bar(grid: ProcessGrid) -> AbstractContextManager[Progress | None]:
-    if grid.rank != 0:
+def _bar(mesh: ProcessMesh) -> AbstractContextManager[Progress | None]:
+    if mesh.rank != 0:
         return nullcontext()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console())

@@ -14,7 +14,7 @@ from sat_train.checkpoint.history import set_aside
 from sat_train.checkpoint.layout import ABANDONED_SUFFIX
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks
 from sat_train.distributed.environment import tell_batch_script
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import LaunchError, SatTrainError
 from sat_train.log import get_logger
 from sat_train.training.run_lock import RunLock
@@ -26,7 +26,7 @@ SAMPLES = "samples"
 
 
 def open_run_folder(
-    grid: ProcessGrid, *, save_root: Path, experiment_name: str, resumed: Callable[[], Path | None]
+    mesh: ProcessMesh, *, save_root: Path, experiment_name: str, resumed: Callable[[], Path | None]
 ) -> tuple[Path, RunLock | None]:
     """Gives the run its folder: the one it goes on in, or a new `<experiment_name>-<YYYYmmdd-HHMMSS>`.
 
@@ -45,7 +45,7 @@ def open_run_folder(
     """
     error: SatTrainError | None = None
     folder, lock = None, None
-    if grid.rank == 0:
+    if mesh.rank == 0:
         try:
             folder, lock = _open_on_rank_0(save_root, experiment_name, resumed)
             tell_batch_script(folder)
@@ -53,9 +53,9 @@ def open_run_folder(
             error = _cannot_write(save_root, problem)
         except SatTrainError as problem:
             error = problem
-    check_all_ranks(grid, error)
-    shared = broadcast_object(grid, folder)
-    check_all_ranks(grid, None if shared.is_dir() else _not_shared(shared))
+    check_all_ranks(mesh, error)
+    shared = broadcast_object(mesh, folder)
+    check_all_ranks(mesh, None if shared.is_dir() else _not_shared(shared))
     return shared, lock
 
 

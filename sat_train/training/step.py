@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from sat_train.distributed.collectives import gather_objects, max_flags
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import TrainingError
 from sat_train.training.signals import StopRequest
 
@@ -48,7 +48,7 @@ class Stepper:
         engine: DeepSpeed engine.
         compute_loss: Mean loss of a batch, through the engine.
         batches: This rank's micro-batches, without end.
-        grid: The process grid.
+        mesh: The process mesh.
         stop_request: Whether this process was asked to stop.
     """
 
@@ -58,13 +58,13 @@ class Stepper:
         engine: Any,
         compute_loss: Callable[[Any], torch.Tensor],
         batches: Iterator[Batch],
-        grid: ProcessGrid,
+        mesh: ProcessMesh,
         stop_request: StopRequest,
     ) -> None:
         self._engine = engine
         self._compute_loss = compute_loss
         self._batches = batches
-        self._grid = grid
+        self._mesh = mesh
         self._stop_request = stop_request
         self.micro_steps = int(engine.gradient_accumulation_steps())
         self._plain_grad_norm: float | None = None
@@ -98,7 +98,7 @@ class Stepper:
             self._raise_not_finite(number, losses, seen)
         self._update(number)
         loss = torch.stack(losses).mean()
-        num_samples = self._grid.data_size * sum(len(clips) for clips in seen)
+        num_samples = self._mesh.data_size * sum(len(clips) for clips in seen)
         return StepResult(loss, waited, int(stop_level), self._engine.was_step_applied(), num_samples)
 
     def grad_norm(self) -> float | None:
@@ -111,8 +111,8 @@ class Stepper:
 
         Ranks: all.
         """
-        flag = torch.tensor([self._stop_request.level], device=self._grid.device)
-        return int(max_flags(self._grid, flag))
+        flag = torch.tensor([self._stop_request.level], device=self._mesh.device)
+        return int(max_flags(self._mesh, flag))
 
     def _micro_step(self, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> float:
         start = time.perf_counter()
@@ -126,15 +126,15 @@ class Stepper:
     def _ask_ranks(self, losses: list[torch.Tensor]) -> _Answer:
         finite = torch.stack(losses).isfinite().all()
         stop_level = torch.tensor(float(self._stop_request.level), device=finite.device)
-        return _Answer(max_flags(self._grid, torch.stack([(~finite).float(), stop_level])))
+        return _Answer(max_flags(self._mesh, torch.stack([(~finite).float(), stop_level])))
 
     def _raise_not_finite(self, number: int, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> None:
         ours = [
-            f"rank {self._grid.rank}: loss {float(loss)} on {', '.join(clips)}"
+            f"rank {self._mesh.rank}: loss {float(loss)} on {', '.join(clips)}"
             for loss, clips in zip(losses, seen, strict=True)
             if not math.isfinite(float(loss))
         ]
-        lines = [line for lines in gather_objects(self._grid, ours) for line in lines]
+        lines = [line for lines in gather_objects(self._mesh, ours) for line in lines]
         error = TrainingError(
             "\n  ".join([f"step {number}: the loss is not finite; the weights were not updated", *lines]),
             expected="a finite loss",

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 
 from sat_train.distributed.collectives import sum_over_data
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.training.entries import ValidationEntry
 
-TIMESTEPS_IN_GRID = 8
+NUM_TIMESTEPS = 8
 
 
 class IndexedBatch(Protocol):
@@ -20,7 +20,7 @@ class IndexedBatch(Protocol):
     sample_indices: tuple[int, ...]
 
 
-def timestep_grid(num_timesteps: int, count: int = TIMESTEPS_IN_GRID) -> tuple[int, ...]:
+def validation_timesteps(num_timesteps: int, count: int = NUM_TIMESTEPS) -> tuple[int, ...]:
     """Returns the middles of `count` equal parts of the schedule."""
     return tuple(int((part + 0.5) * num_timesteps / count) for part in range(count))
 
@@ -32,19 +32,19 @@ def validation_loss(
     batches: Iterable[IndexedBatch],
     losses_of: Callable[[IndexedBatch, torch.Tensor], torch.Tensor],
     num_samples: int,
-    grid_of_timesteps: Sequence[int],
-    grid: ProcessGrid,
+    timesteps: Sequence[int],
+    mesh: ProcessMesh,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> ValidationEntry | None:
-    """Measures the loss over the validation clips; sample `i` is seen at timestep `i mod len(grid)`.
+    """Measures the loss over the validation clips; sample `i` is seen at timestep `i mod len(timesteps)`.
 
     Args:
         step: Optimizer steps done.
         batches: This rank's batches; each rank has as many.
         losses_of: (batch, timesteps_b on the CPU) -> loss of each sample, [b].
         num_samples: Clips in all. Indices from here on, which fill the last batches, do not count.
-        grid_of_timesteps: The timesteps.
-        grid: The process grid.
+        timesteps: The timesteps.
+        mesh: The process mesh.
         asked_to_stop: Looked at before each batch, on all ranks.
 
     Returns:
@@ -52,21 +52,21 @@ def validation_loss(
 
     Ranks: all.
     """
-    sums = torch.zeros(len(grid_of_timesteps), 2, dtype=torch.float64)  # loss and count of each timestep
+    sums = torch.zeros(len(timesteps), 2, dtype=torch.float64)  # loss and count of each timestep
     for batch in batches:
         if asked_to_stop():
             return None
-        slots = torch.tensor([index % len(grid_of_timesteps) for index in batch.sample_indices])
-        losses = losses_of(batch, torch.tensor(grid_of_timesteps)[slots]).double().cpu()
+        slots = torch.tensor([index % len(timesteps) for index in batch.sample_indices])
+        losses = losses_of(batch, torch.tensor(timesteps)[slots]).double().cpu()
         counts = torch.tensor([index < num_samples for index in batch.sample_indices])
         for slot, loss, counted in zip(slots.tolist(), losses, counts, strict=True):
             if counted:
                 sums[slot] += torch.stack([loss, torch.ones_like(loss)])
-    sums = sum_over_data(grid, sums.to(grid.device)).cpu()
+    sums = sum_over_data(mesh, sums.to(mesh.device)).cpu()
     seen = sums[:, 1] > 0
     by_timestep = {
         timestep: float(total / count)
-        for timestep, (total, count) in zip(grid_of_timesteps, sums, strict=True)
+        for timestep, (total, count) in zip(timesteps, sums, strict=True)
         if count
     }
     assert bool(seen.any()), "no clip was validated"

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sat_train.config import RunConfig, load_run_config
-from sat_train.distributed.processes import ProcessGrid, start_single_process
+from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.distributed.seeds import derive_generator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,11 +67,11 @@ def micro_run(folder: Path, *words: str, preset: str = "sft", check_paths: bool 
     return load_run_config([str(path) for path in base], list(words), check_paths=check_paths)
 
 
-def train_micro(grid: ProcessGrid, folder: Path, words: list[str], preset: str = "sft") -> None:
+def train_micro(mesh: ProcessMesh, folder: Path, words: list[str], preset: str = "sft") -> None:
     """Runs the training command's work on this rank."""
     from sat_train.training.build import train
 
-    train(micro_run(folder, *words, preset=preset), grid)
+    train(micro_run(folder, *words, preset=preset), mesh)
 
 
 def _save_random(module: nn.Module, path: Path) -> None:

@@ -33,13 +33,13 @@ def _serve(connection: Connection) -> None:
             return
         try:
             env = RankEnv(rank, rank, world_size, world_size, "127.0.0.1", port, "torchrun")
-            grid = start_processes(
+            mesh = start_processes(
                 env,
                 device="cpu",
                 model_parallel_size=model_parallel_size,
                 timeout_minutes=TIMEOUT_MINUTES,
             )
-            connection.send((True, function(grid, *args)))
+            connection.send((True, function(mesh, *args)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
         finally:
@@ -92,7 +92,7 @@ class RankPool:
         model_parallel_size: int = 1,
         timeout_s: float = 240,
     ) -> list[Any]:
-        """Calls `function(grid, *args)` on every rank and returns the results in rank order.
+        """Calls `function(mesh, *args)` on every rank and returns the results in rank order.
 
         Args:
             function: A module-level function; it, its arguments and its result are pickled.

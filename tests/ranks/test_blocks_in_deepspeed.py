@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.models.lora import adapter_state_dict, add_lora
 from sat_train.models.trainable import group_parameters, select_trainable
 from tests.unit.models.narrow import inputs, randomized
@@ -13,7 +13,7 @@ from tests.unit.models.narrow import inputs, randomized
 pytestmark = pytest.mark.ranks
 
 
-def _train(grid: ProcessGrid, stage: int, lora: bool, compiled: bool) -> tuple[list[float], dict, int]:
+def _train(mesh: ProcessMesh, stage: int, lora: bool, compiled: bool) -> tuple[list[float], dict, int]:
     """Returns the losses of three steps, the graph breaks and the number of graphs."""
     from torch._dynamo.utils import counters
 

@@ -9,22 +9,22 @@ import pytest
 from sat_train.data.cache.files import FileBook
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from tests.ranks.encoded_runs import load_run, make_set, make_vae
 
 pytestmark = pytest.mark.ranks
 
 
-def _precompute(grid: ProcessGrid, words: list[str]) -> None:
+def _precompute(mesh: ProcessMesh, words: list[str]) -> None:
     from sat_train.training.precompute import precompute
 
-    precompute(load_run(words, purpose="precompute"), grid)
+    precompute(load_run(words, purpose="precompute"), mesh)
 
 
-def _missing(grid: ProcessGrid, words: list[str]) -> bool:
+def _missing(mesh: ProcessMesh, words: list[str]) -> bool:
     from sat_train.training.data import open_data
 
-    return open_data(load_run(words), grid).needs_encoders
+    return open_data(load_run(words), mesh).needs_encoders
 
 
 def test_two_ranks_share_the_work_and_any_number_reads_it(rank_pool, tmp_path: Path) -> None:

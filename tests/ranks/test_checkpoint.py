@@ -14,7 +14,7 @@ import torch
 from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.find import ResumePoint, find_resume_point
 from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from tests.ranks.pool import RankFailure
 
@@ -72,16 +72,16 @@ def train(engine: Any, rank: int, steps: range) -> list[float]:
 
 
 def save(
-    grid: ProcessGrid, engine: Any, run_folder: Path, *, step: int, lora: bool = False, ema_state: Any = None
+    mesh: ProcessMesh, engine: Any, run_folder: Path, *, step: int, lora: bool = False, ema_state: Any = None
 ) -> Path:
     from sat_train.checkpoint.save import save_training_checkpoint
 
     return save_training_checkpoint(
-        grid,
+        mesh,
         engine=engine,
         run_folder=run_folder,
         step=step,
-        samples_consumed=2 * grid.data_size * step,
+        samples_consumed=2 * mesh.data_size * step,
         client_state={"smoothed_loss": 0.5, "names": ["a", "b"]},
         ema_state=ema_state,
         exclude_frozen=lora,
@@ -91,43 +91,43 @@ def save(
     )
 
 
-def find(grid: ProcessGrid, save_root: Path) -> ResumePoint | None:
+def find(mesh: ProcessMesh, save_root: Path) -> ResumePoint | None:
     return on_rank_0(
-        grid,
+        mesh,
         lambda: find_resume_point(
             "auto", save_root=save_root, experiment_name="exp", is_alive=lambda folder: False
         ),
     )
 
 
-def load(grid: ProcessGrid, engine: Any, save_root: Path, base: BaseWeights = BASE) -> Any:
+def load(mesh: ProcessMesh, engine: Any, save_root: Path, base: BaseWeights = BASE) -> Any:
     from sat_train.checkpoint.resume import load_training_checkpoint
 
-    point = find(grid, save_root)
+    point = find(mesh, save_root)
     assert point is not None
-    return load_training_checkpoint(grid, engine=engine, point=point, base_weights=base)
+    return load_training_checkpoint(mesh, engine=engine, point=point, base_weights=base)
 
 
-def new_run(grid: ProcessGrid, save_root: Path) -> Path:
+def new_run(mesh: ProcessMesh, save_root: Path) -> Path:
     run_folder = save_root / "exp-20260101-000000"
-    on_rank_0(grid, lambda: run_folder.mkdir(parents=True))
+    on_rank_0(mesh, lambda: run_folder.mkdir(parents=True))
     return run_folder
 
 
-def _resume_is_exact(grid: ProcessGrid, root: Path, zero_stage: int, dtype: str, lora: bool) -> int:
+def _resume_is_exact(mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str, lora: bool) -> int:
     save_root = root / f"{zero_stage}-{dtype}-{lora}"
-    run_folder = new_run(grid, save_root)
+    run_folder = new_run(mesh, save_root)
     engine = build_engine(zero_stage=zero_stage, dtype=dtype, lora=lora)
-    train(engine, grid.rank, range(3))
-    ema = {"0.weight": torch.full((2,), float(grid.rank))}
-    folder = save(grid, engine, run_folder, step=3, lora=lora, ema_state=ema)
-    straight = train(engine, grid.rank, range(3, 6))
+    train(engine, mesh.rank, range(3))
+    ema = {"0.weight": torch.full((2,), float(mesh.rank))}
+    folder = save(mesh, engine, run_folder, step=3, lora=lora, ema_state=ema)
+    straight = train(engine, mesh.rank, range(3, 6))
 
     # frozen weights come from the base; all else must come from the checkpoint, whatever was there before
     resumed = build_engine(zero_stage=zero_stage, dtype=dtype, lora=lora, seed=0 if lora else 1)
-    state = load(grid, resumed, save_root)
-    assert train(resumed, grid.rank, range(3, 6)) == straight
-    assert (state.step, state.samples_consumed) == (3, 6 * grid.data_size)
+    state = load(mesh, resumed, save_root)
+    assert train(resumed, mesh.rank, range(3, 6)) == straight
+    assert (state.step, state.samples_consumed) == (3, 6 * mesh.data_size)
     assert state.client_state == {"smoothed_loss": 0.5, "names": ["a", "b"]}
     assert torch.equal(state.ema_state["0.weight"], ema["0.weight"])
     return sum(path.stat().st_size for path in folder.glob("*model_states.pt"))
@@ -139,17 +139,17 @@ def test_resume_is_bit_exact(rank_pool: Callable[..., Any], tmp_path: Path, worl
         rank_pool(world_size)(_resume_is_exact, tmp_path / str(world_size), zero_stage, dtype, lora)
 
 
-def _save_only(grid: ProcessGrid, save_root: Path, lora: bool) -> None:
+def _save_only(mesh: ProcessMesh, save_root: Path, lora: bool) -> None:
     engine = build_engine(zero_stage=2, dtype="fp32", lora=lora)
-    train(engine, grid.rank, range(1))
-    save(grid, engine, new_run(grid, save_root), step=1, lora=lora)
+    train(engine, mesh.rank, range(1))
+    save(mesh, engine, new_run(mesh, save_root), step=1, lora=lora)
 
 
-def _load_refused(grid: ProcessGrid, save_root: Path, options: dict[str, Any], base_sha256: str) -> str:
+def _load_refused(mesh: ProcessMesh, save_root: Path, options: dict[str, Any], base_sha256: str) -> str:
     engine = build_engine(**{"zero_stage": 2, "dtype": "fp32", "lora": False, **options})
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
     with pytest.raises(CheckpointError) as caught:
-        load(grid, engine, save_root, BaseWeights(source="ours.safetensors", sha256=base_sha256))
+        load(mesh, engine, save_root, BaseWeights(source="ours.safetensors", sha256=base_sha256))
     assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
     return str(caught.value)
 
@@ -174,21 +174,21 @@ def test_what_does_not_fit_is_refused_by_name(rank_pool: Callable[..., Any], tmp
     assert "stands on base weights base.safetensors" in refusal(2, "lora", sha256="e" * 64, lora=True)
 
 
-def _load_state_of_another_make(grid: ProcessGrid, save_root: Path, zero_stage: int, state: Any) -> str:
+def _load_state_of_another_make(mesh: ProcessMesh, save_root: Path, zero_stage: int, state: Any) -> str:
     engine = build_engine(zero_stage=zero_stage, dtype="fp32", lora=False)
-    train(engine, grid.rank, range(1))
-    folder = save(grid, engine, new_run(grid, save_root), step=1)
-    point = find(grid, save_root)
+    train(engine, mesh.rank, range(1))
+    folder = save(mesh, engine, new_run(mesh, save_root), step=1)
+    point = find(mesh, save_root)
     assert point is not None
-    for path in folder.glob(f"*pp_rank_{grid.rank}_*optim_states.pt"):
+    for path in folder.glob(f"*pp_rank_{mesh.rank}_*optim_states.pt"):
         torch.save(state, path)
-    return _refusal_of(lambda: _load_point(grid, engine, point))
+    return _refusal_of(lambda: _load_point(mesh, engine, point))
 
 
-def _load_point(grid: ProcessGrid, engine: Any, point: ResumePoint) -> object:
+def _load_point(mesh: ProcessMesh, engine: Any, point: ResumePoint) -> object:
     from sat_train.checkpoint.resume import load_training_checkpoint
 
-    return load_training_checkpoint(grid, engine=engine, point=point, base_weights=BASE)
+    return load_training_checkpoint(mesh, engine=engine, point=point, base_weights=BASE)
 
 
 def _refusal_of(load_it: Callable[[], object]) -> str:
@@ -210,28 +210,28 @@ def test_a_readable_optimizer_state_of_another_make_is_refused_by_its_folder(
             assert "resume from another step" in message
 
 
-def _a_failed_write_is_agreed(grid: ProcessGrid, save_root: Path) -> str:
+def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path) -> str:
     from sat_train.checkpoint import engine_io
 
     engine = build_engine(zero_stage=2, dtype="fp32", lora=False)
-    run_folder = new_run(grid, save_root)
-    save(grid, engine, run_folder, step=1)
-    train(engine, grid.rank, range(1))
+    run_folder = new_run(mesh, save_root)
+    save(mesh, engine, run_folder, step=1)
+    train(engine, mesh.rank, range(1))
 
     def full_disk(path: Path, write: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     honest = engine_io.write_file
-    if grid.rank == 1:
+    if mesh.rank == 1:
         engine_io.write_file = full_disk
     with pytest.raises(CheckpointError) as caught:
-        save(grid, engine, run_folder, step=2)
+        save(mesh, engine, run_folder, step=2)
     engine_io.write_file = honest
     assert not (run_folder / "2").exists()
     # training goes on, and so does saving
-    train(engine, grid.rank, range(1, 2))
-    save(grid, engine, run_folder, step=3)
-    found = find(grid, save_root)
+    train(engine, mesh.rank, range(1, 2))
+    save(mesh, engine, run_folder, step=3)
+    found = find(mesh, save_root)
     assert found is not None
     assert found.step == 3
     return str(caught.value)
@@ -245,20 +245,20 @@ def test_one_rank_that_cannot_write_fails_the_save_on_all(
     assert "rank 1: zero_pp_rank_1_mp_rank_00_optim_states.pt: No space left on device" in messages[0]
 
 
-def _killed_in_a_save(grid: ProcessGrid, save_root: Path) -> None:
+def _killed_in_a_save(mesh: ProcessMesh, save_root: Path) -> None:
     from sat_train.checkpoint import engine_io
 
     engine = build_engine(zero_stage=2, dtype="fp32", lora=False)
-    run_folder = new_run(grid, save_root)
-    save(grid, engine, run_folder, step=1)
-    train(engine, grid.rank, range(1))
-    if grid.rank == 1:
+    run_folder = new_run(mesh, save_root)
+    save(mesh, engine, run_folder, step=1)
+    train(engine, mesh.rank, range(1))
+    if mesh.rank == 1:
         engine_io.write_file = lambda path, write: os.kill(os.getpid(), signal.SIGKILL)
-    save(grid, engine, run_folder, step=2)
+    save(mesh, engine, run_folder, step=2)
 
 
-def _resumed_step(grid: ProcessGrid, save_root: Path) -> int:
-    return int(load(grid, build_engine(zero_stage=2, dtype="fp32", lora=False), save_root).step)
+def _resumed_step(mesh: ProcessMesh, save_root: Path) -> int:
+    return int(load(mesh, build_engine(zero_stage=2, dtype="fp32", lora=False), save_root).step)
 
 
 def test_a_rank_killed_in_a_save_leaves_the_earlier_checkpoint(

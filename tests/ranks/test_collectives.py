@@ -1,4 +1,4 @@
-"""Laws of the process grid and its collectives, on real gloo processes."""
+"""Laws of the process mesh and its collectives, on real gloo processes."""
 
 import pytest
 import torch
@@ -11,18 +11,18 @@ from sat_train.distributed.collectives import (
     max_flags,
     sum_over_data,
 )
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import DataError, SatTrainError
 from tests.ranks.pool import RankFailure
 
 pytestmark = pytest.mark.ranks
 
 
-def _place(grid: ProcessGrid) -> tuple[int, ...]:
+def _place(mesh: ProcessMesh) -> tuple[int, ...]:
     ones = torch.ones(1)
-    dist.all_reduce(ones, group=grid.model_group)
-    summed = sum_over_data(grid, torch.tensor([float(grid.rank)]))
-    return grid.rank, grid.data_rank, grid.data_size, grid.model_rank, grid.model_size, int(ones), int(summed)
+    dist.all_reduce(ones, group=mesh.model_group)
+    summed = sum_over_data(mesh, torch.tensor([float(mesh.rank)]))
+    return mesh.rank, mesh.data_rank, mesh.data_size, mesh.model_rank, mesh.model_size, int(ones), int(summed)
 
 
 def test_the_model_axis_is_the_inner_one(rank_pool):
@@ -30,10 +30,10 @@ def test_the_model_axis_is_the_inner_one(rank_pool):
     assert rank_pool(2)(_place, model_parallel_size=2) == [(0, 0, 1, 0, 2, 2, 0), (1, 0, 1, 1, 2, 2, 1)]
 
 
-def _exchange(grid: ProcessGrid) -> tuple[object, ...]:
-    flags = torch.tensor([grid.rank, 1 - grid.rank])
-    name = broadcast_object(grid, {"name": "run"} if grid.rank == 0 else None)
-    return name, gather_objects(grid, grid.rank), max_flags(grid, flags).tolist()
+def _exchange(mesh: ProcessMesh) -> tuple[object, ...]:
+    flags = torch.tensor([mesh.rank, 1 - mesh.rank])
+    name = broadcast_object(mesh, {"name": "run"} if mesh.rank == 0 else None)
+    return name, gather_objects(mesh, mesh.rank), max_flags(mesh, flags).tolist()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -42,12 +42,12 @@ def test_every_rank_learns_the_same(rank_pool, world_size):
     assert results == [({"name": "run"}, list(range(world_size)), [world_size - 1, 1])] * world_size
 
 
-def _agree(grid: ProcessGrid) -> str:
-    error = DataError("no clip in /nowhere") if grid.rank == 1 else None
+def _agree(mesh: ProcessMesh) -> str:
+    error = DataError("no clip in /nowhere") if mesh.rank == 1 else None
     try:
-        check_all_ranks(grid, error)
+        check_all_ranks(mesh, error)
     except SatTrainError as raised:
-        check_all_ranks(grid, None)  # nobody is left waiting in the first one
+        check_all_ranks(mesh, None)  # nobody is left waiting in the first one
         return str(raised)
     return ""
 
@@ -56,8 +56,8 @@ def test_one_rank_s_error_is_raised_on_all(rank_pool):
     assert rank_pool(2)(_agree) == ["rank 1: no clip in /nowhere", "no clip in /nowhere"]
 
 
-def _fail_on_one(grid: ProcessGrid) -> None:
-    if grid.rank == 1:
+def _fail_on_one(mesh: ProcessMesh) -> None:
+    if mesh.rank == 1:
         raise ValueError("this rank is broken")
     dist.barrier()
 

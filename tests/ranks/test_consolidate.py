@@ -11,7 +11,7 @@ import torch
 
 from sat_train.checkpoint.consolidate import read_step, trained_dtype
 from sat_train.checkpoint.manifest import verify_checkpoint
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from tests.ranks.test_checkpoint import CASES, build_engine, new_run, save, train
 
 pytestmark = pytest.mark.ranks
@@ -27,18 +27,18 @@ def _trained_masters(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def _consolidated_is_what_was_trained(
-    grid: ProcessGrid, root: Path, zero_stage: int, dtype: str, exclude_frozen: bool
+    mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str, exclude_frozen: bool
 ) -> None:
     from sat_train.training.ema import WeightAverage
 
-    run_folder = new_run(grid, root / f"{zero_stage}-{dtype}-{exclude_frozen}")
+    run_folder = new_run(mesh, root / f"{zero_stage}-{dtype}-{exclude_frozen}")
     engine = build_engine(zero_stage=zero_stage, dtype=dtype, lora=True)
-    average = WeightAverage(engine, grid, 0.5)
+    average = WeightAverage(engine, mesh, 0.5)
     before = _trained_masters(engine)
-    train(engine, grid.rank, range(1))
+    train(engine, mesh.rank, range(1))
     average.update()
     masters = _trained_masters(engine)
-    folder = save(grid, engine, run_folder, step=1, lora=exclude_frozen, ema_state=average.state_dict())
+    folder = save(mesh, engine, run_folder, step=1, lora=exclude_frozen, ema_state=average.state_dict())
 
     manifest = verify_checkpoint(folder)
     weights = read_step(folder, manifest)

@@ -7,7 +7,7 @@ import pytest
 from sat_train.config import load_run_config
 from sat_train.data.batches import DataPosition
 from sat_train.data.build import build_train_loader, sum_bad_clips
-from sat_train.distributed.processes import ProcessGrid, start_single_process
+from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.errors import SatTrainError
 from tests.unit.data.videos import make_folder
 
@@ -24,17 +24,17 @@ def folder(tmp_path_factory):
     return str(root)
 
 
-def _loader(grid: ProcessGrid, folder: str, words: list[str], start: int = 0):
+def _loader(mesh: ProcessMesh, folder: str, words: list[str], start: int = 0):
     fixed = ["data.params.video_size=[32,32]", "data.params.max_num_frames=5", "data.params.fps=8"]
     fixed += ["args.train_iters=1", "args.num_workers=0", "data.params.max_upscale=8"]
     run = load_run_config([], [*fixed, f"args.train_data=[{folder}]", *words], check_paths=False)
-    return build_train_loader(run, grid, start=DataPosition(start))
+    return build_train_loader(run, mesh, start=DataPosition(start))
 
 
-def _take(grid: ProcessGrid, folder: str, batch_size: int, count: int, start: int):
+def _take(mesh: ProcessMesh, folder: str, batch_size: int, count: int, start: int):
     """Returns index, clip and a hash of the pixels of each sample that this rank takes."""
     words = [f"args.batch_size={batch_size}", "data.params.short_clip=skip"]
-    loader = _loader(grid, folder, words, start)
+    loader = _loader(mesh, folder, words, start)
     taken = []
     for _ in range(count):
         batch = next(loader)
@@ -60,9 +60,9 @@ def test_ranks_that_share_a_model_take_the_same_samples(rank_pool, folder):
     assert one == other
 
 
-def _refused(grid: ProcessGrid, folder: str) -> str:
+def _refused(mesh: ProcessMesh, folder: str) -> str:
     try:
-        _loader(grid, folder, [])
+        _loader(mesh, folder, [])
     except SatTrainError as error:
         return str(error)
     return ""
@@ -73,13 +73,13 @@ def test_a_set_without_clips_is_refused_on_all_ranks(rank_pool, tmp_path):
         assert "there is no clip in this folder" in text
 
 
-def _sum_bad(grid: ProcessGrid, folder: str, allowed: float) -> tuple[int, int, str]:
-    loader = _loader(grid, folder, ["args.batch_size=2", f"data.max_bad_fraction={allowed}"])
+def _sum_bad(mesh: ProcessMesh, folder: str, allowed: float) -> tuple[int, int, str]:
+    loader = _loader(mesh, folder, ["args.batch_size=2", f"data.max_bad_fraction={allowed}"])
     for _ in range(2):
         next(loader)
     own = len(loader.failures.by_clip)
     try:
-        return sum_bad_clips(grid, loader), own, ""
+        return sum_bad_clips(mesh, loader), own, ""
     except SatTrainError as error:
         return -1, own, str(error)
 

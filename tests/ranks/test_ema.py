@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.training.ema import WeightAverage, master_fragments
 from tests.ranks.toy import build_toy, toy_run
@@ -13,27 +13,27 @@ pytestmark = pytest.mark.ranks
 DECAY = 0.7
 
 
-def _parts(engine, grid: ProcessGrid) -> dict[tuple[str, int], torch.Tensor]:
-    return {(f.name, f.offset): f.master.float().clone() for f in master_fragments(engine, grid)}
+def _parts(engine, mesh: ProcessMesh) -> dict[tuple[str, int], torch.Tensor]:
+    return {(f.name, f.offset): f.master.float().clone() for f in master_fragments(engine, mesh)}
 
 
-def _average_three_steps(grid: ProcessGrid, options: dict) -> dict:
+def _average_three_steps(mesh: ProcessMesh, options: dict) -> dict:
     """Trains three steps; returns this rank's average and the one computed from the masters by hand."""
-    engine, stepper, _ = build_toy(grid, toy_run(**options))
+    engine, stepper, _ = build_toy(mesh, toy_run(**options))
     shapes = {
         n: tuple(getattr(p, "ds_shape", p.shape))
         for n, p in engine.module.named_parameters()
         if p.requires_grad
     }
-    average = WeightAverage(engine, grid, DECAY)
-    expected = _parts(engine, grid)
+    average = WeightAverage(engine, mesh, DECAY)
+    expected = _parts(engine, mesh)
     for number in (1, 2, 3):
         stepper.step(number, 0.1)
         average.update()
-        now = _parts(engine, grid)
+        now = _parts(engine, mesh)
         expected = {place: DECAY * old + (1 - DECAY) * now[place] for place, old in expected.items()}
     state = average.state_dict()
-    fresh = WeightAverage(engine, grid, DECAY)
+    fresh = WeightAverage(engine, mesh, DECAY)
     fresh.load_state_dict(state)
     return {
         "shapes": shapes,
@@ -81,9 +81,9 @@ def test_it_is_the_average_of_the_masters_and_the_parts_make_the_whole(
         assert not torch.equal(values, masters[name])
 
 
-def _load(grid: ProcessGrid, options: dict, state: dict) -> dict:
-    engine, _, _ = build_toy(grid, toy_run(**options))
-    average = WeightAverage(engine, grid, DECAY)
+def _load(mesh: ProcessMesh, options: dict, state: dict) -> dict:
+    engine, _, _ = build_toy(mesh, toy_run(**options))
+    average = WeightAverage(engine, mesh, DECAY)
     average.load_state_dict(state)
     shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
     return {"shapes": shapes, "state": average.state_dict()}
@@ -106,9 +106,9 @@ def test_another_number_of_ranks_takes_the_average_over(rank_pool, zero_stage, b
         assert torch.equal(values, second[name])
 
 
-def _load_half(grid: ProcessGrid, state: dict) -> str:
+def _load_half(mesh: ProcessMesh, state: dict) -> str:
     with pytest.raises(CheckpointError) as caught:
-        _load(grid, {"batch_size": 2}, state)
+        _load(mesh, {"batch_size": 2}, state)
     return str(caught.value)
 
 

@@ -15,7 +15,7 @@ from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.sources import hash_weights
 from sat_train.checkpoint.weights import load_weights, read_transformer_weights
 from sat_train.config import ModelConfig
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.models.lora import adapter_state_dict, load_updates
 
@@ -25,7 +25,7 @@ CASES = [("cogvideox_5b", 1), ("cogvideox_5b", 2), ("cogvideox_5b", 3), ("cogvid
 
 
 def _train_and_save(
-    grid: ProcessGrid, model: ModelConfig, base: Path, run_folder: Path, zero_stage: int, lr: float
+    mesh: ProcessMesh, model: ModelConfig, base: Path, run_folder: Path, zero_stage: int, lr: float
 ) -> None:
     """Two steps in bf16 from the weights of `base`, then a checkpoint of step 2."""
     from sat_train.checkpoint.agreement import on_rank_0
@@ -33,10 +33,10 @@ def _train_and_save(
     from sat_train.models.build import build_dit
     from sat_train.models.trainable import select_trainable
     from sat_train.training.ema import WeightAverage
-    from sat_train.training.engine import SatGrid, import_deepspeed
+    from sat_train.training.engine import SatMesh, import_deepspeed
 
     dit = build_dit(model, device="cpu", dtype=torch.bfloat16)
-    weights = read_transformer_weights(base, model_rank=grid.model_rank, model_size=grid.model_size)
+    weights = read_transformer_weights(base, model_rank=mesh.model_rank, model_size=mesh.model_size)
     load_weights(dit, weights, may_lack=adapter_state_dict(dit).keys())
     select_trainable(dit, not_trainable_prefixes=model.not_trainable_prefixes)
     trained = [parameter for parameter in dit.parameters() if parameter.requires_grad]
@@ -50,13 +50,13 @@ def _train_and_save(
         model=dit,
         optimizer=torch.optim.AdamW(trained, lr=lr, weight_decay=0.0),
         config=config,
-        mpu=SatGrid(grid) if grid.model_size > 1 else None,
+        mpu=SatMesh(mesh) if mesh.model_size > 1 else None,
         dist_init_required=False,
     )
-    average = WeightAverage(engine, grid, 0.5)
+    average = WeightAverage(engine, mesh, 0.5)
     network = model.network_config.params
     for step in range(2):
-        generator = torch.Generator().manual_seed(10 * step + grid.data_rank)
+        generator = torch.Generator().manual_seed(10 * step + mesh.data_rank)
         frames = (network.num_frames - 1) // 4 + 1
         latent = torch.randn(
             1, frames, network.in_channels, network.latent_height, network.latent_width, generator=generator
@@ -67,13 +67,13 @@ def _train_and_save(
         engine.step()
         average.update()
     has_lora = model.network_config.params.modules.lora_config is not None
-    on_rank_0(grid, lambda: run_folder.mkdir(parents=True))
+    on_rank_0(mesh, lambda: run_folder.mkdir(parents=True))
     save_training_checkpoint(
-        grid,
+        mesh,
         engine=engine,
         run_folder=run_folder,
         step=2,
-        samples_consumed=2 * grid.data_size,
+        samples_consumed=2 * mesh.data_size,
         client_state={},
         ema_state=average.state_dict(),
         exclude_frozen=has_lora,

@@ -7,19 +7,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from tests.ranks.pool import TIMEOUT_MINUTES
 from tests.ranks.toy import build_toy, toy_run
 
 pytestmark = pytest.mark.ranks
 
 
-def _timeouts(grid: ProcessGrid, zero_stage: int) -> list[timedelta]:
+def _timeouts(mesh: ProcessMesh, zero_stage: int) -> list[timedelta]:
     """Returns the timeouts of all groups once SAT, DeepSpeed and this function have made theirs."""
-    build_toy(grid, toy_run(batch_size=1, zero_stage=zero_stage))
+    build_toy(mesh, toy_run(batch_size=1, zero_stage=zero_stage))
     dist.new_group([0, 1])
     groups = list(distributed_c10d._world.pg_map)
-    assert {grid.data_group, grid.model_group} < set(groups)
+    assert {mesh.data_group, mesh.model_group} < set(groups)
     return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 

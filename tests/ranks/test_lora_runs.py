@@ -9,7 +9,7 @@ import torch
 
 from sat_train.checkpoint.adapters import read_lora
 from sat_train.checkpoint.manifest import read_manifest
-from sat_train.distributed.processes import ProcessGrid, stop_processes
+from sat_train.distributed.processes import ProcessMesh, stop_processes
 from sat_train.training.callbacks.metrics_file import read_metrics
 from tests.ranks.micro import train_micro, write_micro
 
@@ -122,7 +122,7 @@ def test_a_run_resumes_on_its_base_wherever_that_lies_now(rank_pool, folder, tmp
 
 
 @torch.no_grad()
-def _outputs(grid: ProcessGrid, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(mesh: ProcessMesh, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what a model with weights of noise computes without and with the adapters of a file."""
     from sat_train.models.dit.sharding import full_shape, tensor_parallel_slice
     from sat_train.models.lora import add_lora, load_updates
@@ -130,9 +130,9 @@ def _outputs(grid: ProcessGrid, folder: Path) -> tuple[torch.Tensor, torch.Tenso
 
     dit = build()
     for key, parameter in dit.named_parameters():
-        whole = full_shape(key, parameter.shape, grid.model_size)
+        whole = full_shape(key, parameter.shape, mesh.model_size)
         noise = 0.2 * torch.randn(whole, generator=torch.Generator().manual_seed(sum(map(ord, key))))
-        parameter.copy_(tensor_parallel_slice(key, noise, rank=grid.model_rank, size=grid.model_size))
+        parameter.copy_(tensor_parallel_slice(key, noise, rank=mesh.model_rank, size=mesh.model_size))
     plain = dit.eval()(*inputs())
     add_lora(dit, rank=6, alpha=2.0, targets=(r"query_key_value$", r"dense", r"mlp\."))
     load_updates(dit, read_lora(folder / "lora.pt"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from tests.ranks.test_checkpoint import build_engine, load, new_run, save, train
 
 pytestmark = pytest.mark.ranks
@@ -36,40 +36,40 @@ def _masters(engine: Any) -> dict[str, torch.Tensor]:
     return {name: whole(parameter).clone() for name, parameter in trained.items()}
 
 
-def _start(grid: ProcessGrid, root: Path, case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
+def _start(mesh: ProcessMesh, root: Path, case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
     from sat_train.training.ema import WeightAverage
 
     engine = _engine(case)
-    average = WeightAverage(engine, grid, 0.9)
-    train(engine, grid.rank, range(3))
+    average = WeightAverage(engine, mesh, 0.9)
+    train(engine, mesh.rank, range(3))
     average.update()
-    save(grid, engine, new_run(grid, root), step=3, lora=case[2], ema_state=average.state_dict())
-    return _masters(engine), train(engine, grid.rank, range(3, 6))
+    save(mesh, engine, new_run(mesh, root), step=3, lora=case[2], ema_state=average.state_dict())
+    return _masters(engine), train(engine, mesh.rank, range(3, 6))
 
 
-def _move(grid: ProcessGrid, source: Path, dest: Path, case: Case) -> dict[str, torch.Tensor]:
+def _move(mesh: ProcessMesh, source: Path, dest: Path, case: Case) -> dict[str, torch.Tensor]:
     """Loads with these ranks and saves at once."""
     from sat_train.training.ema import WeightAverage
 
     engine = _engine(case, seed=0 if case[2] else 1)
-    average = WeightAverage(engine, grid, 0.9)
-    state = load(grid, engine, source)
+    average = WeightAverage(engine, mesh, 0.9)
+    state = load(mesh, engine, source)
     average.load_state_dict(state.ema_state)
     assert (state.step, engine.global_steps) == (3, 3)
-    save(grid, engine, new_run(grid, dest), step=3, lora=case[2], ema_state=average.state_dict())
+    save(mesh, engine, new_run(mesh, dest), step=3, lora=case[2], ema_state=average.state_dict())
     return _masters(engine)
 
 
-def _go_on(grid: ProcessGrid, source: Path, case: Case) -> list[float]:
+def _go_on(mesh: ProcessMesh, source: Path, case: Case) -> list[float]:
     engine = _engine(case, seed=0 if case[2] else 1)
-    load(grid, engine, source)
-    return train(engine, grid.rank, range(3, 6))
+    load(mesh, engine, source)
+    return train(engine, mesh.rank, range(3, 6))
 
 
-def _go_on_alone(grid: ProcessGrid, source: Path, case: Case) -> list[float]:
+def _go_on_alone(mesh: ProcessMesh, source: Path, case: Case) -> list[float]:
     """One rank takes the samples of both."""
     engine = _engine(case, seed=1)
-    load(grid, engine, source)
+    load(mesh, engine, source)
     losses = []
     for step in range(3, 6):
         draw = [torch.randn(2, 8, generator=torch.Generator().manual_seed(100 * step + r)) for r in range(2)]

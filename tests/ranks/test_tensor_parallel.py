@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat_train.distributed.processes import ProcessGrid, start_single_process
+from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.errors import CheckpointError
 from sat_train.models.dit.sharding import tensor_parallel_cut, tensor_parallel_merge, tensor_parallel_slice
 from sat_train.models.lora import add_lora, lora_layers, merge_lora
@@ -29,7 +29,7 @@ def _noise_of(dit: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _run(
-    weights: dict[str, Tensor] | None, grid: ProcessGrid, positions: str, lora: bool
+    weights: dict[str, Tensor] | None, mesh: ProcessMesh, positions: str, lora: bool
 ) -> tuple[Tensor, dict]:
     """Returns the output and this rank's gradients; `weights` are whole, None takes fresh ones."""
     dit = build(positions=positions)
@@ -39,7 +39,7 @@ def _run(
         with torch.no_grad():
             for key, parameter in dit.named_parameters():
                 parameter.copy_(
-                    tensor_parallel_slice(key, weights[key], rank=grid.model_rank, size=grid.model_size)
+                    tensor_parallel_slice(key, weights[key], rank=mesh.model_rank, size=mesh.model_size)
                 )
     output = dit(*inputs())
     output.square().mean().backward()
@@ -53,20 +53,20 @@ def _run(
     return output.detach(), gradients, merged
 
 
-def _on_rank(grid: ProcessGrid, weights: dict[str, Tensor], positions: str, lora: bool):
-    return _run(weights, grid, positions, lora)
+def _on_rank(mesh: ProcessMesh, weights: dict[str, Tensor], positions: str, lora: bool):
+    return _run(weights, mesh, positions, lora)
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
 @pytest.mark.parametrize("positions", ["sincos", "rotary_learned"])
 def test_two_ranks_compute_what_one_does(rank_pool, positions, lora):
-    grid = start_single_process()
+    mesh = start_single_process()
     whole = build(positions=positions)
     if lora:
         add_lora(whole, rank=3, targets=TARGETS)
     weights = _noise_of(whole)
-    expected, gradients, merged = _run(weights, grid, positions, lora)
+    expected, gradients, merged = _run(weights, mesh, positions, lora)
     results = rank_pool(2)(_on_rank, weights, positions, lora, model_parallel_size=2)
     for output, _, merged_here in results:
         assert torch.allclose(output, expected, atol=TOLERANCE * expected.abs().max())
@@ -82,7 +82,7 @@ def test_two_ranks_compute_what_one_does(rank_pool, positions, lora):
         assert (actual - gradient).abs().max() < TOLERANCE * gradient.abs().max().clamp(min=floor), key
 
 
-def _initial(grid: ProcessGrid) -> dict[str, Tensor]:
+def _initial(mesh: ProcessMesh) -> dict[str, Tensor]:
     dit = build(init_seed=11)
     add_lora(dit, rank=3, targets=TARGETS, seed=11)
     assert len(list(lora_layers(dit))) == 10

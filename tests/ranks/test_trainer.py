@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.training.callbacks.callback import Callback
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
@@ -30,8 +30,8 @@ BATCH = 2
 class StopAt(Callback):
     """Asks one rank to stop after a step."""
 
-    def __init__(self, grid: ProcessGrid, stop_request, step: int) -> None:
-        self._asked = grid.rank == grid.world_size - 1
+    def __init__(self, mesh: ProcessMesh, stop_request, step: int) -> None:
+        self._asked = mesh.rank == mesh.world_size - 1
         self._stop_request, self._step = stop_request, step
 
     def step_done(self, trainer) -> None:
@@ -40,7 +40,7 @@ class StopAt(Callback):
 
 
 def _train(
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     folder: Path,
     *,
     steps: int = 10,
@@ -50,7 +50,7 @@ def _train(
     more: tuple[Callback, ...] = (),
 ) -> tuple[list[int], str]:
     """Trains the toy; returns the steps whose save was asked for, and the error that ended the run."""
-    _, stepper, stop_request = build_toy(grid, toy_run(batch_size=BATCH))
+    _, stepper, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
     asked = []
 
     def save(trainer: Trainer) -> Path:
@@ -59,27 +59,27 @@ def _train(
             raise CheckpointError(f"no room at step {trainer.state.step}")
         return folder
 
-    checkpointer = Checkpointer(grid, folder, save, interval=2, keep_last=0, keep_every=0)
-    reports = [MetricsFile(folder), TensorBoard(folder), PreemptedMarker(folder)] if grid.rank == 0 else []
+    checkpointer = Checkpointer(mesh, folder, save, interval=2, keep_last=0, keep_every=0)
+    reports = [MetricsFile(folder), TensorBoard(folder), PreemptedMarker(folder)] if mesh.rank == 0 else []
     trainer = Trainer(
         stepper=stepper,
-        meter=Meter(grid),
+        meter=Meter(mesh),
         learning_rate=RATE,
         train_iters=steps,
         log_interval=log_interval,
         state=TrainState(),
-        callbacks=[*more, *reports, checkpointer, StopAt(grid, stop_request, stop_at)],
+        callbacks=[*more, *reports, checkpointer, StopAt(mesh, stop_request, stop_at)],
     )
     try:
         trainer.run()
     except CheckpointError as error:
         return asked, str(error)
-    assert trainer.state.samples_consumed == trainer.state.step * BATCH * grid.data_size
+    assert trainer.state.samples_consumed == trainer.state.step * BATCH * mesh.data_size
     return asked, ""
 
 
-def _run(grid: ProcessGrid, folder: Path, options: dict) -> tuple[list[int], str]:
-    return _train(grid, folder, **options)
+def _run(mesh: ProcessMesh, folder: Path, options: dict) -> tuple[list[int], str]:
+    return _train(mesh, folder, **options)
 
 
 def test_every_entry_has_the_rate_of_its_step_and_all_that_people_ask_for(rank_pool, tmp_path):
@@ -152,9 +152,9 @@ class Failing(Callback):
         setattr(self, method, fail)
 
 
-def _train_with_failing_reporters(grid: ProcessGrid, folder: Path) -> tuple[list[int], str]:
+def _train_with_failing_reporters(mesh: ProcessMesh, folder: Path) -> tuple[list[int], str]:
     methods = ("started", "step_done", "reported", "finished", "closed")
-    return _train(grid, folder, more=tuple(map(Failing, methods)) if grid.rank == 1 else ())
+    return _train(mesh, folder, more=tuple(map(Failing, methods)) if mesh.rank == 1 else ())
 
 
 def test_a_run_whose_reporters_fail_everywhere_on_one_rank_is_the_run_without_them(rank_pool, tmp_path):
@@ -182,10 +182,10 @@ class InterruptedValidation(Validation):
 
 
 def _interrupted(
-    grid: ProcessGrid, folder: Path, step: int, at: int
+    mesh: ProcessMesh, folder: Path, step: int, at: int
 ) -> tuple[list[int], list[int], int, bool]:
     """Trains from a step until Ctrl-C; returns the steps saved and validated, and how the run ended."""
-    engine, stepper, stop_request = build_toy(grid, toy_run(batch_size=BATCH))
+    engine, stepper, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
     saved: list[int] = []
     measured: list[int] = []
 
@@ -195,14 +195,14 @@ def _interrupted(
 
     trainer = Trainer(
         stepper=stepper,
-        meter=Meter(grid),
+        meter=Meter(mesh),
         learning_rate=RATE,
         train_iters=8,
         log_interval=1,
         state=TrainState(step=step),
         callbacks=[
             MetricsFile(folder),
-            Checkpointer(grid, folder, save, interval=4, keep_last=0, keep_every=0),
+            Checkpointer(mesh, folder, save, interval=4, keep_last=0, keep_every=0),
             InterruptedValidation(engine, stop_request, folder, at=at, measured=measured),
         ],
     )
@@ -227,10 +227,10 @@ def test_ctrl_c_before_the_first_step_saves_nothing(rank_pool, tmp_path):
 
 
 def _sampled(
-    grid: ProcessGrid, folder: Path, step: int, ctrl_c_in: int, failing: int
+    mesh: ProcessMesh, folder: Path, step: int, ctrl_c_in: int, failing: int
 ) -> tuple[list[int], bool]:
     """Trains one step, or resumes at it; returns the videos made and whether the run was interrupted."""
-    engine, stepper, stop_request = build_toy(grid, toy_run(batch_size=BATCH))
+    engine, stepper, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
     made: list[int] = []
 
     def draw(number: int) -> torch.Tensor:
@@ -242,11 +242,11 @@ def _sampled(
         return torch.full((5, 3, 16, 16), 40 * number, dtype=torch.uint8)
 
     videos = SampleVideos(
-        grid, engine, folder, prompts=["a", "b", "c", "d"], draw=draw, fps=8, interval=1, lockstep=False
+        mesh, engine, folder, prompts=["a", "b", "c", "d"], draw=draw, fps=8, interval=1, lockstep=False
     )
     trainer = Trainer(
         stepper=stepper,
-        meter=Meter(grid),
+        meter=Meter(mesh),
         learning_rate=RATE,
         train_iters=1,
         log_interval=1,

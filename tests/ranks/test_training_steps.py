@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_train.distributed.collectives import sum_over_data
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import TrainingError
 from tests.ranks.pool import RankFailure
 from tests.ranks.toy import build_toy, toy_run
@@ -16,12 +16,12 @@ STEPS = 6
 TOLERANCE = 2e-5
 
 
-def _losses(grid: ProcessGrid, options: dict, steps: int = STEPS) -> tuple[list[float], list[float]]:
-    _, stepper, _ = build_toy(grid, toy_run(**options))
+def _losses(mesh: ProcessMesh, options: dict, steps: int = STEPS) -> tuple[list[float], list[float]]:
+    _, stepper, _ = build_toy(mesh, toy_run(**options))
     losses, norms = [], []
     for number in range(1, steps + 1):
         result = stepper.step(number, 1e-2)
-        losses.append(float(sum_over_data(grid, result.loss.clone())) / grid.data_size)
+        losses.append(float(sum_over_data(mesh, result.loss.clone())) / mesh.data_size)
         norms.append(stepper.grad_norm())
     return losses, norms
 
@@ -73,10 +73,10 @@ def test_bf16_follows_fp32(rank_pool, reference, zero_stage):
     assert rank_pool(2)(_losses, options)[0][0] == pytest.approx(losses, rel=0.02)
 
 
-def _poisoned(grid: ProcessGrid, zero_stage: int) -> tuple[str, bool, bool]:
+def _poisoned(mesh: ProcessMesh, zero_stage: int) -> tuple[str, bool, bool]:
     """Sample 5 is in the second half of the first global micro-batch of 8: rank 1 alone has it."""
     engine, stepper, _ = build_toy(
-        grid, toy_run(batch_size=4, accumulation=2, zero_stage=zero_stage), poison=5
+        mesh, toy_run(batch_size=4, accumulation=2, zero_stage=zero_stage), poison=5
     )
     before = _weights(engine)
     with pytest.raises(TrainingError) as caught:
@@ -100,10 +100,10 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(rank_pool, 
         assert agreed
 
 
-def _stopped(grid: ProcessGrid) -> list[int]:
-    _, stepper, stop_request = build_toy(grid, toy_run(batch_size=2))
+def _stopped(mesh: ProcessMesh) -> list[int]:
+    _, stepper, stop_request = build_toy(mesh, toy_run(batch_size=2))
     first = stepper.step(1, 1e-2).stop_level
-    stop_request.signal_name = "SIGINT" if grid.rank == 1 else "SIGTERM"
+    stop_request.signal_name = "SIGINT" if mesh.rank == 1 else "SIGTERM"
     return [first, stepper.step(2, 1e-2).stop_level, stepper.stop_level()]
 
 
@@ -111,13 +111,13 @@ def test_all_ranks_stop_after_the_same_step_and_know_that_a_person_asked_one_of_
     assert rank_pool(2)(_stopped) == [[0, 2, 2]] * 2
 
 
-def _overflowing(grid: ProcessGrid, zero_stage: int) -> tuple[list[bool], bool, int]:
+def _overflowing(mesh: ProcessMesh, zero_stage: int) -> tuple[list[bool], bool, int]:
     """On rank 1 the second backward pass overflows though the loss is finite."""
-    engine, stepper, _ = build_toy(grid, toy_run(batch_size=4, precision="bf16", zero_stage=zero_stage))
+    engine, stepper, _ = build_toy(mesh, toy_run(batch_size=4, precision="bf16", zero_stage=zero_stage))
     weight = next(engine.module.parameters())
     results = []
     for number in (1, 2, 3):
-        poison = number == 2 and grid.rank == 1
+        poison = number == 2 and mesh.rank == 1
         hook = weight.register_hook(
             lambda gradient, factor=float("inf") if poison else 1.0: gradient * factor
         )
@@ -131,8 +131,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(rank_pool, ze
     assert rank_pool(2)(_overflowing, zero_stage) == [([True, False, True], True, 1)] * 2
 
 
-def _build_fp16(grid: ProcessGrid) -> None:
-    build_toy(grid, toy_run(batch_size=4, precision="fp16", zero_stage=0))
+def _build_fp16(mesh: ProcessMesh) -> None:
+    build_toy(mesh, toy_run(batch_size=4, precision="fp16", zero_stage=0))
 
 
 def test_what_cannot_work_is_refused_at_once(rank_pool):

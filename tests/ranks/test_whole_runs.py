@@ -1,4 +1,4 @@
-"""Whole runs through `train(run, grid)`: resume, world size, what may change, what is left in the folder."""
+"""Whole runs through `train(run, mesh)`: resume, world size, what may change, what is left in the folder."""
 
 import io
 import logging
@@ -17,7 +17,7 @@ from PIL import Image
 from sat_train.checkpoint.engine_io import read_shard
 from sat_train.checkpoint.layout import CLIENT_STATE_KEY, committed_steps
 from sat_train.checkpoint.sources import find_weights
-from sat_train.distributed.processes import ProcessGrid, stop_processes
+from sat_train.distributed.processes import ProcessMesh, stop_processes
 from sat_train.errors import SatTrainError
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.resume import CONFIG_KEY, find_resumed
@@ -131,7 +131,7 @@ def test_the_loss_sequence_does_not_depend_on_the_world_size(rank_pool, folder, 
     assert {entry["step"] for entry in one if "valid_loss" in entry} == {0, 4, 6}
 
 
-def _train_and_stop(grid: ProcessGrid, folder: Path, words: list[str]) -> None:
+def _train_and_stop(mesh: ProcessMesh, folder: Path, words: list[str]) -> None:
     """Sends SIGUSR1 to this process once three steps are logged; the other ranks get none."""
 
     def stop() -> None:
@@ -142,9 +142,9 @@ def _train_and_stop(grid: ProcessGrid, folder: Path, words: list[str]) -> None:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    if grid.rank == 1:
+    if mesh.rank == 1:
         threading.Thread(target=stop, daemon=True).start()
-    train_micro(grid, folder, words)
+    train_micro(mesh, folder, words)
 
 
 def test_a_signal_to_one_rank_saves_leaves_a_marker_and_the_run_goes_on(rank_pool, folder):
@@ -243,9 +243,9 @@ def test_a_run_that_goes_on_takes_the_weight_decay_of_its_configuration(rank_poo
     assert _values(optimizers, "weight_decay") == {0.5, 0.0}
 
 
-def _refused(grid: ProcessGrid, folder: Path, words: list[str]) -> str:
+def _refused(mesh: ProcessMesh, folder: Path, words: list[str]) -> str:
     with pytest.raises(SatTrainError) as caught:
-        train_micro(grid, folder, words)
+        train_micro(mesh, folder, words)
     return str(caught.value)
 
 
@@ -297,7 +297,7 @@ def test_going_back_to_an_older_step_leaves_one_line_of_history(rank_pool, folde
     )
 
 
-def _finished(grid: ProcessGrid, folder: Path, words: list[str]) -> list[str]:
+def _finished(mesh: ProcessMesh, folder: Path, words: list[str]) -> list[str]:
     """Returns what is logged."""
     lines: list[str] = []
     handler = logging.Handler()
@@ -307,7 +307,7 @@ def _finished(grid: ProcessGrid, folder: Path, words: list[str]) -> list[str]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        train_micro(grid, folder, words)
+        train_micro(mesh, folder, words)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

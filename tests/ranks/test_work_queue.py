@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from sat_train.data.cache.prune import verify_entries
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import WorkQueue, gather_after_work
 from tests.ranks.encoded_runs import load_run, make_set, make_vae
 
@@ -19,22 +19,22 @@ pytestmark = pytest.mark.ranks
 TIMEOUT_S, LATE_S = 2, 4  # of a collective; how much later one rank comes
 
 
-def _limit(grid: ProcessGrid) -> None:
-    if grid.world_size > 1:
+def _limit(mesh: ProcessMesh) -> None:
+    if mesh.world_size > 1:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S))
 
 
-def _share(grid: ProcessGrid, late_rank: int) -> tuple[list[int], list[int]]:
-    _limit(grid)
-    queue = WorkQueue(grid, "numbers", 20)
-    if grid.data_rank == late_rank:
+def _share(mesh: ProcessMesh, late_rank: int) -> tuple[list[int], list[int]]:
+    _limit(mesh)
+    queue = WorkQueue(mesh, "numbers", 20)
+    if mesh.data_rank == late_rank:
         time.sleep(LATE_S)
     mine = []
     for number in queue:
         mine.append(number)
         queue.finish_one()
-    together = gather_after_work(grid, mine)
-    again = gather_after_work(grid, queue.num_finished())  # ranks meet more than once
+    together = gather_after_work(mesh, mine)
+    again = gather_after_work(mesh, queue.num_finished())  # ranks meet more than once
     return sorted(number for part in together for number in part), again
 
 
@@ -45,14 +45,14 @@ def test_a_rank_that_comes_later_than_a_collective_waits_ends_nothing(rank_pool,
         assert finished == [20] * world_size
 
 
-def _take(grid: ProcessGrid, close_after: int) -> list[int]:
-    queue = WorkQueue(grid, "numbers", 9)
+def _take(mesh: ProcessMesh, close_after: int) -> list[int]:
+    queue = WorkQueue(mesh, "numbers", 9)
     mine = []
     for number in queue:
         mine.append(number)
         if len(mine) == close_after:
             queue.close()
-    gather_after_work(grid, None)
+    gather_after_work(mesh, None)
     return mine
 
 
@@ -66,23 +66,23 @@ def test_a_queue_that_one_rank_closes_hands_out_nothing_more_to_any(rank_pool):
     assert any(taken)
 
 
-def _precompute(grid: ProcessGrid, words: list[str]) -> int:
+def _precompute(mesh: ProcessMesh, words: list[str]) -> int:
     from sat_train.pipeline.encode import SampleEncoder
     from sat_train.training.precompute import precompute
 
     keep, kept = SampleEncoder.keep, []
 
     def keep_slowly(self, batch):
-        if grid.rank == 1 and not kept:
-            _limit(grid)
+        if mesh.rank == 1 and not kept:
+            _limit(mesh)
             time.sleep(LATE_S)
-        _limit(grid)
+        _limit(mesh)
         kept.append(batch.clip_ids)
         return keep(self, batch)
 
     SampleEncoder.keep = keep_slowly
     try:
-        precompute(load_run(words, purpose="precompute"), grid)
+        precompute(load_run(words, purpose="precompute"), mesh)
     finally:
         SampleEncoder.keep = keep
     return len(kept)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sat_train.config import ArgsConfig, DeepSpeedConfig
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_generator
 from sat_train.training.engine import build_engine
 from sat_train.training.optim.build import build_optimizer
@@ -70,7 +70,7 @@ def toy_run(
 
 
 def toy_batches(
-    grid: ProcessGrid, batch_size: int, *, poison: int = -1, start: int = 0
+    mesh: ProcessMesh, batch_size: int, *, poison: int = -1, start: int = 0
 ) -> Iterator[ToyBatch]:
     """Sample `i` is a function of `i`; each global micro-batch is dealt over the data axis.
 
@@ -80,7 +80,7 @@ def toy_batches(
     """
     position = start
     while True:
-        indices = [position + grid.data_rank * batch_size + i for i in range(batch_size)]
+        indices = [position + mesh.data_rank * batch_size + i for i in range(batch_size)]
         inputs = torch.stack(
             [torch.randn(WIDTH, generator=derive_generator(1, "x", i % 24)) for i in indices]
         )
@@ -89,15 +89,15 @@ def toy_batches(
             if index == poison:
                 targets[row] = float("nan")
         yield ToyBatch(inputs, targets, tuple(f"clip{i}" for i in indices))
-        position += batch_size * grid.data_size
+        position += batch_size * mesh.data_size
 
 
 def build_toy(
-    grid: ProcessGrid, run: Any, *, poison: int = -1, start: int = 0
+    mesh: ProcessMesh, run: Any, *, poison: int = -1, start: int = 0
 ) -> tuple[Any, Stepper, StopRequest]:
     """Returns an engine over the toy model, a stepper over its batches, and its stop request."""
     model = toy_model()
-    engine = build_engine(run, model, build_optimizer(run, model), grid)
+    engine = build_engine(run, model, build_optimizer(run, model), mesh)
     dtype = next(model.parameters()).dtype
 
     def compute_loss(batch: ToyBatch) -> torch.Tensor:
@@ -107,8 +107,8 @@ def build_toy(
     stepper = Stepper(
         engine=engine,
         compute_loss=compute_loss,
-        batches=toy_batches(grid, run.args.batch_size, poison=poison, start=start),
-        grid=grid,
+        batches=toy_batches(mesh, run.args.batch_size, poison=poison, start=start),
+        mesh=mesh,
         stop_request=stop_request,
     )
     return engine, stepper, stop_request

@@ -17,7 +17,7 @@ import torch, torch.distributed as dist
 from types import SimpleNamespace
 from sat_train.cli.ranks import _join_and_work
 from sat_train.distributed.environment import RankEnv
-def work(run, grid):
+def work(run, mesh):
     exec(sys.argv[1])
 sys.modules["work"] = SimpleNamespace(work=work)
 args = SimpleNamespace(device="cpu", distributed_backend="auto", model_parallel_size=1,
@@ -51,7 +51,7 @@ def start_ranks(
 
 
 def start_work(body: str, *, world_size: int, minutes: float, logs: Path) -> list[subprocess.Popen[bytes]]:
-    """Starts ranks that run `body` with `grid`, `dist`, `torch` and `time` in scope."""
+    """Starts ranks that run `body` with `mesh`, `dist`, `torch` and `time` in scope."""
     return start_ranks(lambda rank: ["-c", WORK, body, str(minutes)], world_size=world_size, logs=logs)
 
 

@@ -18,7 +18,7 @@ STEPS = """
 import os
 for step in range(10 ** 6):
     dist.all_reduce(torch.ones(1))
-    open(f"{os.environ['HERE']}/{grid.rank}.step", "w").close()
+    open(f"{os.environ['HERE']}/{mesh.rank}.step", "w").close()
     time.sleep(0.05)
 """
 
@@ -62,11 +62,11 @@ def test_torchrun_ends_with_the_fault_of_rank_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "codes", "message"),
     [
-        ("if grid.rank == 1: raise ValueError('broken here')\ntime.sleep(999)", [1, 1], "broken here"),
+        ("if mesh.rank == 1: raise ValueError('broken here')\ntime.sleep(999)", [1, 1], "broken here"),
         (
             "from sat_train.errors import DataError\n"
             "from sat_train.distributed.collectives import check_all_ranks\n"
-            "check_all_ranks(grid, DataError('no clip here') if grid.rank == 1 else None)",
+            "check_all_ranks(mesh, DataError('no clip here') if mesh.rank == 1 else None)",
             [2, 2],
             "rank 1: no clip here",
         ),

@@ -1,4 +1,4 @@
-"""Initial weights: a pure function of the seed and the weight's name, whatever the device or grid."""
+"""Initial weights: a pure function of the seed and the weight's name, whatever the device or mesh."""
 
 from __future__ import annotations
 

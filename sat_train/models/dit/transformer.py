@@ -47,7 +47,7 @@ class DiffusionTransformer(BaseModel):
         activation_checkpointing: Keep only each block's input and compute the rest again in the backward.
         device: Where parameters live; `meta` costs neither time nor memory.
         dtype: Dtype of parameters and of computation.
-        init_seed: Seed of the initial weights, the same numbers on any device and grid. None leaves them as
+        init_seed: Seed of the initial weights, the same numbers on any device and mesh. None leaves them as
             the memory was, for loading over. Position tables are always filled.
 
     Ranks: builds this rank's slice when `sat.mpu` has a model axis; all of the axis call `forward` together.

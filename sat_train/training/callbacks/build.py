@@ -10,7 +10,7 @@ from sat_train.config import RunConfig
 from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.data.loader import VideoLoader
 from sat_train.distributed.collectives import broadcast_object
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
 from sat_train.log import get_logger
 from sat_train.pipeline.build import SamplingSettings, build_sampling
@@ -26,7 +26,7 @@ from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Measure, Validation
 from sat_train.training.callbacks.wandb import WeightsAndBiases
 from sat_train.training.entries import ValidationEntry
-from sat_train.training.validation import timestep_grid, validation_loss
+from sat_train.training.validation import validation_loss, validation_timesteps
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ _CLIPS_SHOWN = 2  # where neither prompts nor images are given
 
 def build_callbacks(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     run_folder: Path | None,
     *,
     valid: VideoLoader | None,
@@ -55,10 +55,10 @@ def build_callbacks(
 
     Ranks: all.
     """
-    callbacks = _reports(run, run_folder) if grid.rank == 0 else []
+    callbacks = _reports(run, run_folder) if mesh.rank == 0 else []
     if run_folder is not None:
         checkpointer = Checkpointer(
-            grid,
+            mesh,
             run_folder,
             save,
             interval=run.args.save_interval,
@@ -66,12 +66,12 @@ def build_callbacks(
             keep_every=run.args.keep_every or 0,
         )
         callbacks.append(checkpointer)
-        if grid.rank == 0:
+        if mesh.rank == 0:
             callbacks.append(PreemptedMarker(run_folder))
     if filler is not None:
         callbacks.append(filler)
     if run.args.eval_interval is not None:
-        callbacks += _validation(run, grid, run_folder, valid, filler, pipeline, engine)
+        callbacks += _validation(run, mesh, run_folder, valid, filler, pipeline, engine)
     return callbacks
 
 
@@ -90,7 +90,7 @@ def _reports(run: RunConfig, run_folder: Path | None) -> list[Callback]:
 
 def _validation(
     run: RunConfig,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     run_folder: Path | None,
     loader: VideoLoader | None,
     filler: CacheFiller | None,
@@ -103,10 +103,10 @@ def _validation(
         callbacks.append(
             Validation(
                 engine,
-                _measure(loader, grid, pipeline, engine, encode),
+                _measure(loader, mesh, pipeline, engine, encode),
                 interval=run.args.eval_interval,
                 is_measured=lambda step: broadcast_object(
-                    grid, _is_measured(run_folder if grid.rank == 0 else None, step)
+                    mesh, _is_measured(run_folder if mesh.rank == 0 else None, step)
                 ),
             )
         )
@@ -116,14 +116,14 @@ def _validation(
             prompts, draw = drawings
             callbacks.append(
                 SampleVideos(
-                    grid,
+                    mesh,
                     engine,
                     run_folder,
                     prompts=prompts,
                     draw=draw,
                     fps=run.sampling_fps,
                     interval=run.args.valid_video_interval,
-                    lockstep=grid.model_size > 1 or engine.zero_optimization_stage() == 3,
+                    lockstep=mesh.model_size > 1 or engine.zero_optimization_stage() == 3,
                 )
             )
     return callbacks
@@ -131,12 +131,12 @@ def _validation(
 
 def _measure(
     loader: VideoLoader,
-    grid: ProcessGrid,
+    mesh: ProcessMesh,
     pipeline: VideoDiffusion,
     engine: Any,
     encode: Callable[[VideoBatch], VideoBatch],
 ) -> Measure:
-    timesteps = timestep_grid(len(pipeline.alpha_bar))
+    timesteps = validation_timesteps(len(pipeline.alpha_bar))
 
     def measure(step: int, asked_to_stop: Callable[[], bool]) -> ValidationEntry | None:
         return validation_loss(
@@ -146,8 +146,8 @@ def _measure(
                 pipeline.validation_loss(encode(batch), timesteps_b=timesteps_b, network=engine).loss_b
             ),
             num_samples=loader.num_samples,
-            grid_of_timesteps=timesteps,
-            grid=grid,
+            timesteps=timesteps,
+            mesh=mesh,
             asked_to_stop=asked_to_stop,
         )
 

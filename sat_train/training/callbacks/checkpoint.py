@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sat_train.checkpoint.retention import prune_checkpoints
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.files import write_text
 from sat_train.log import get_logger
@@ -26,7 +26,7 @@ class Checkpointer(Callback):
     """Saves every `interval` steps, at the end, and where the run was stopped.
 
     Args:
-        grid: The process grid.
+        mesh: The process mesh.
         run_folder: The run's folder.
         save: Writes and commits one checkpoint of the trainer, on all ranks, and returns its folder.
         interval: Steps between checkpoints.
@@ -36,7 +36,7 @@ class Checkpointer(Callback):
 
     def __init__(
         self,
-        grid: ProcessGrid,
+        mesh: ProcessMesh,
         run_folder: Path,
         save: Callable[[Trainer], Path],
         *,
@@ -44,7 +44,7 @@ class Checkpointer(Callback):
         keep_last: int,
         keep_every: int,
     ) -> None:
-        self._grid = grid
+        self._mesh = mesh
         self._run_folder = run_folder
         self._save = save
         self._interval = interval
@@ -81,7 +81,7 @@ class Checkpointer(Callback):
         self._failures_in_a_row += 1
         if self._failures_in_a_row == _MOST_FAILURES_IN_A_ROW:
             raise error
-        if self._grid.rank == 0:
+        if self._mesh.rank == 0:
             log.error("not saved, training goes on: %s", error)
 
     def _save_once(self, trainer: Trainer) -> None:
@@ -91,7 +91,7 @@ class Checkpointer(Callback):
         folder = self._save(trainer)
         self._saved_step = trainer.state.step
         self._failures_in_a_row = 0
-        if self._grid.rank == 0:
+        if self._mesh.rank == 0:
             log.info("saved %s", folder)
             self._prune()
 

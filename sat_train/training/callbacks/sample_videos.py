@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sat_train.distributed.collectives import broadcast_object, gather_objects
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
 from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
@@ -33,7 +33,7 @@ class SampleVideos(Callback):
     and the videos are made first. Between two videos the run can be asked to stop.
 
     Args:
-        grid: The process grid.
+        mesh: The process mesh.
         engine: DeepSpeed engine, put into evaluation mode meanwhile.
         run_folder: The run's folder.
         prompts: One for each video.
@@ -48,7 +48,7 @@ class SampleVideos(Callback):
 
     def __init__(
         self,
-        grid: ProcessGrid,
+        mesh: ProcessMesh,
         engine: Any,
         run_folder: Path,
         *,
@@ -58,19 +58,19 @@ class SampleVideos(Callback):
         interval: int,
         lockstep: bool,
     ) -> None:
-        self._grid = grid
+        self._mesh = mesh
         self._engine = engine
         self._run_folder = run_folder
         self._prompts = tuple(prompts)
         self._draw = draw
         self._fps = fps
         self._interval = interval
-        self._lockstep = lockstep and grid.world_size > 1
+        self._lockstep = lockstep and mesh.world_size > 1
 
     def started(self, trainer: Trainer) -> None:
         """Makes the videos that a resumed run still owes."""
         sheet = contact_sheet(self._run_folder, trainer.state.step)
-        if trainer.state.step and self._is_due(trainer) and not broadcast_object(self._grid, sheet.exists()):
+        if trainer.state.step and self._is_due(trainer) and not broadcast_object(self._mesh, sheet.exists()):
             self._sample(trainer)
 
     def step_done(self, trainer: Trainer) -> None:
@@ -92,19 +92,19 @@ class SampleVideos(Callback):
             previews, problem = self._write_videos(trainer)
         finally:
             self._engine.train()
-        shares = gather_objects(self._grid, (previews, problem))
-        if self._grid.rank == 0 and not trainer.stopping:  # no collective comes after this
+        shares = gather_objects(self._mesh, (previews, problem))
+        if self._mesh.rank == 0 and not trainer.stopping:  # no collective comes after this
             self._finish(trainer, shares)
 
     def _write_videos(self, trainer: Trainer) -> tuple[dict[int, torch.Tensor], str]:
         """Writes this rank's videos; returns frames of them by number, and what went wrong first."""
         folder, previews, problem = self._folder(trainer.state.step), {}, ""
-        for number, counts in shared_numbers(len(self._prompts), self._grid):
+        for number, counts in shared_numbers(len(self._prompts), self._mesh):
             if trainer.asked_to_stop():
                 break
             try:
                 video = self._video(number)
-                if counts and self._grid.model_rank == 0:
+                if counts and self._mesh.model_rank == 0:
                     write_mp4(folder / f"{number:02d}.mp4", video, fps=self._fps)
                     previews[number] = spread_frames(video, _SHEET_COLUMNS)
             except TrainingError:
@@ -140,12 +140,12 @@ def contact_sheet(run_folder: Path, step: int) -> Path:
     return run_folder / SAMPLES / f"{step:06d}" / _SHEET
 
 
-def shared_numbers(count: int, grid: ProcessGrid) -> list[tuple[int, bool]]:
+def shared_numbers(count: int, mesh: ProcessMesh) -> list[tuple[int, bool]]:
     """Returns which of `count` items this rank takes, and whether each counts.
 
     Each rank takes as many, since ZeRO-3 and tensor parallelism need all ranks in every forward pass; what is
     too much repeats the last item and does not count.
     """
-    rounds = -(-count // grid.data_size)
-    numbers = [turn * grid.data_size + grid.data_rank for turn in range(rounds)]
+    rounds = -(-count // mesh.data_size)
+    numbers = [turn * mesh.data_size + mesh.data_rank for turn in range(rounds)]
     return [(min(number, count - 1), number < count) for number in numbers]

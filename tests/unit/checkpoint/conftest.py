@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from sat_train.distributed.processes import ProcessGrid, start_single_process
+from sat_train.distributed.processes import ProcessMesh, start_single_process
 
 
 @pytest.fixture(scope="session")
-def grid() -> ProcessGrid:
+def mesh() -> ProcessMesh:
     return start_single_process()

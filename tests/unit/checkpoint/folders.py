@@ -15,7 +15,7 @@ import torch
 from sat_train import files as files_module
 from sat_train.checkpoint.manifest import Manifest
 from sat_train.checkpoint.publish import RankReport, publish
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import FileRecord, HashingFile, write_file
 
 FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
@@ -59,9 +59,9 @@ def write_shards(folder: Path, step: int) -> RankReport:
     return RankReport(files=records)
 
 
-def commit(grid: ProcessGrid, run: Path, step: int, *, expected_bytes: int = 0) -> Path:
+def commit(mesh: ProcessMesh, run: Path, step: int, *, expected_bytes: int = 0) -> Path:
     return publish(
-        grid,
+        mesh,
         run_folder=run,
         step=step,
         expected_bytes=expected_bytes,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.publish import RankReport, publish
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import HashingFile, write_file
 from tests.unit.checkpoint.transformers import PREFIX
 
@@ -28,7 +28,7 @@ def adapters(seed: int = 3, *, rank: int = 2, alpha: float = 1.0, width: int = 3
 
 
 def commit_weights(
-    grid: ProcessGrid, run: Path, step: int, weights: object, *, base: BaseWeights | None = None
+    mesh: ProcessMesh, run: Path, step: int, weights: object, *, base: BaseWeights | None = None
 ) -> Path:
     """A step as a run without ZeRO leaves it: of a LoRA run, which names its base, or of all weights."""
     module = weights
@@ -57,4 +57,4 @@ def commit_weights(
         base_weights=base,
         versions={},
     )
-    return publish(grid, run_folder=run, step=step, expected_bytes=0, write=write, describe=describe)
+    return publish(mesh, run_folder=run, step=step, expected_bytes=0, write=write, describe=describe)

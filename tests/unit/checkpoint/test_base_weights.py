@@ -14,7 +14,7 @@ from sat_train.checkpoint.convert import Conversion, convert
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.weights import base_weights_at, locate_weights, read_transformer_weights
 from sat_train.config.paths import ASSETS
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from tests.unit.checkpoint.lora_runs import LAYER, adapters, commit_weights
 from tests.unit.checkpoint.transformers import random_weights, write_sat_folder
@@ -22,13 +22,13 @@ from tests.unit.checkpoint.transformers import random_weights, write_sat_folder
 KEY = f"{LAYER}.weight"
 
 
-def lora_run(grid: ProcessGrid, folder: Path, base: Path) -> Path:
-    commit_weights(grid, folder / "lora", 5, adapters(), base=base_weights_at(base))
+def lora_run(mesh: ProcessMesh, folder: Path, base: Path) -> Path:
+    commit_weights(mesh, folder / "lora", 5, adapters(), base=base_weights_at(base))
     return folder / "lora"
 
 
 @pytest.fixture
-def base(grid: ProcessGrid, tmp_path: Path) -> Path:
+def base(mesh: ProcessMesh, tmp_path: Path) -> Path:
     (tmp_path / "base").mkdir()
     save_file(random_weights(), tmp_path / "base" / "dit.safetensors")
     return tmp_path / "base" / "dit.safetensors"
@@ -53,9 +53,9 @@ def test_a_base_is_remembered_by_its_absolute_path_however_it_was_typed(
 
 
 def test_adapters_alone_are_exported_without_their_base(
-    grid: ProcessGrid, base: Path, tmp_path: Path
+    mesh: ProcessMesh, base: Path, tmp_path: Path
 ) -> None:
-    run = lora_run(grid, tmp_path, base)
+    run = lora_run(mesh, tmp_path, base)
     base.unlink()
     out = convert(Conversion(run, tmp_path / "out", "diffusers"))
     (part,), (trained,) = read_lora(out)[LAYER], read_lora(run)[LAYER]
@@ -63,9 +63,9 @@ def test_adapters_alone_are_exported_without_their_base(
 
 
 def test_a_base_that_has_moved_is_named_by_the_run_and_found_by_its_hash(
-    grid: ProcessGrid, base: Path, tmp_path: Path
+    mesh: ProcessMesh, base: Path, tmp_path: Path
 ) -> None:
-    run = lora_run(grid, tmp_path, base)
+    run = lora_run(mesh, tmp_path, base)
     expected = merged(run, tmp_path / "before")
     moved = base.rename(tmp_path / "moved.safetensors")
     message = rf"(?s){run}/5 is a LoRA run that stands on {base} .*no such file.*--load-base"
@@ -80,12 +80,12 @@ def test_a_base_that_has_moved_is_named_by_the_run_and_found_by_its_hash(
         read_transformer_weights(run)
 
 
-def test_a_base_that_is_a_run_means_the_step_that_was_read(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_base_that_is_a_run_means_the_step_that_was_read(mesh: ProcessMesh, tmp_path: Path) -> None:
     full = tmp_path / "full"
-    commit_weights(grid, full, 3, random_weights())
-    run = lora_run(grid, tmp_path, full)
+    commit_weights(mesh, full, 3, random_weights())
+    run = lora_run(mesh, tmp_path, full)
     expected = merged(run, tmp_path / "before")
-    commit_weights(grid, full, 7, random_weights(seed=9))
+    commit_weights(mesh, full, 7, random_weights(seed=9))
     assert torch.equal(merged(run, tmp_path / "after"), expected)
     assert locate_weights(run).base == BaseWeights(str(full / "3"), base_weights_at(full / "3").sha256)
     moved = full.rename(tmp_path / "archive")
@@ -93,34 +93,34 @@ def test_a_base_that_is_a_run_means_the_step_that_was_read(grid: ProcessGrid, tm
 
 
 def test_an_older_record_that_names_a_lora_run_still_reads(
-    grid: ProcessGrid, base: Path, tmp_path: Path
+    mesh: ProcessMesh, base: Path, tmp_path: Path
 ) -> None:
-    first = lora_run(grid, tmp_path, base)
+    first = lora_run(mesh, tmp_path, base)
     second = tmp_path / "second"
-    commit_weights(grid, second, 1, adapters(seed=4), base=base_weights_at(first))
+    commit_weights(mesh, second, 1, adapters(seed=4), base=base_weights_at(first))
     expected = random_weights()[KEY].double() + read_lora(second)[LAYER][0].delta(torch.float64)
     torch.testing.assert_close(merged(second, tmp_path / "out").double(), expected)
 
 
-def test_a_run_that_names_itself_as_its_base_is_refused(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_run_that_names_itself_as_its_base_is_refused(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = tmp_path / "lora"
-    commit_weights(grid, run, 5, adapters(), base=BaseWeights("x", "x"))
+    commit_weights(mesh, run, 5, adapters(), base=BaseWeights("x", "x"))
     same = base_weights_at(run / "5")
     shutil.rmtree(run)
-    commit_weights(grid, run, 5, adapters(), base=same)
+    commit_weights(mesh, run, 5, adapters(), base=same)
     with pytest.raises(CheckpointError, match="names itself as its base"):
         read_transformer_weights(run)
 
 
 @pytest.mark.parametrize("module", [7, [1], {}, {"a": 1}, {"a": torch.ones(1).expand(9**9)}], ids=str)
 def test_a_step_that_holds_something_else_is_one_error(
-    grid: ProcessGrid, tmp_path: Path, module: object
+    mesh: ProcessMesh, tmp_path: Path, module: object
 ) -> None:
-    commit_weights(grid, tmp_path / "run", 1, module)
+    commit_weights(mesh, tmp_path / "run", 1, module)
     with pytest.raises(CheckpointError, match="run/1"):
         convert(Conversion(tmp_path / "run", tmp_path / "out", "sat"))
 
 
-def test_a_full_run_needs_no_base(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_full_run_needs_no_base(mesh: ProcessMesh, tmp_path: Path) -> None:
     sat = write_sat_folder(tmp_path / "sat", random_weights())
     assert locate_weights(sat).base is None

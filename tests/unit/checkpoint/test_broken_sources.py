@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sat_train.checkpoint.convert import Conversion, convert
 from sat_train.checkpoint.lazy import from_tensors
 from sat_train.checkpoint.weights import load_weights, read_transformer_weights, read_vae_weights
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from tests.unit.checkpoint.transformers import (
     PREFIX,
@@ -262,7 +262,7 @@ BROKEN: list[tuple[Breaker, str]] = [
 
 @pytest.mark.parametrize(("break_it", "message"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_broken_source_is_one_clear_error(
-    grid: ProcessGrid, tmp_path: Path, break_it: Breaker, message: str
+    mesh: ProcessMesh, tmp_path: Path, break_it: Breaker, message: str
 ) -> None:
     (tmp_path / "in").mkdir()
     path = break_it(tmp_path / "in")
@@ -275,7 +275,7 @@ def test_a_broken_source_is_one_clear_error(
 
 
 @pytest.mark.parametrize("family", [{"patch_size": (2, 2, 2), "latent_size": (4, 4, 4)}, {"in_channels": 8}])
-def test_another_family_is_refused_by_names_and_shapes(grid: ProcessGrid, family: dict[str, object]) -> None:
+def test_another_family_is_refused_by_names_and_shapes(mesh: ProcessMesh, family: dict[str, object]) -> None:
     weights = from_tensors(random_weights(**family), where="other_family.pt")
     message = (
         r"other_family\.pt does not fit the model(?s:.*)mixins\.patch_embed\.proj\.weight: the model has"
@@ -284,12 +284,12 @@ def test_another_family_is_refused_by_names_and_shapes(grid: ProcessGrid, family
         load_weights(build_transformer(), weights)
 
 
-def test_a_transformer_for_a_vae_is_refused(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_transformer_for_a_vae_is_refused(mesh: ProcessMesh, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds other weights"):
         read_vae_weights(sat(tmp_path))
 
 
-def test_a_destination_that_is_taken_is_left_alone(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_destination_that_is_taken_is_left_alone(mesh: ProcessMesh, tmp_path: Path) -> None:
     dest = tmp_path / "dest"
     dest.mkdir()
     (dest / "mine.txt").write_text("keep")
@@ -299,7 +299,7 @@ def test_a_destination_that_is_taken_is_left_alone(grid: ProcessGrid, tmp_path: 
 
 
 def test_a_disk_that_fills_leaves_nothing(
-    grid: ProcessGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mesh: ProcessMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sat_train.checkpoint import convert as module
 
@@ -315,7 +315,7 @@ def test_a_disk_that_fills_leaves_nothing(
 
 
 def test_what_does_not_read_back_is_no_success(
-    grid: ProcessGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mesh: ProcessMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sat_train.checkpoint import convert as module
 
@@ -335,7 +335,7 @@ def test_what_does_not_read_back_is_no_success(
     assert not (tmp_path / "out").exists()
 
 
-def test_diffusers_needs_the_models_numbers(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_diffusers_needs_the_models_numbers(mesh: ProcessMesh, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not say which model it is"):
         convert(Conversion(sat(tmp_path), tmp_path / "out", "diffusers"))
     with pytest.raises(CheckpointError, match="--model-parallel-size is SAT's way"):

@@ -17,7 +17,7 @@ from sat_train.checkpoint.layout import MANIFEST, committed_steps
 from sat_train.checkpoint.manifest import read_manifest, verify_checkpoint
 from sat_train.checkpoint.retention import prune_checkpoints, remove_leftovers
 from sat_train.checkpoint.weights import read_transformer_weights
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from tests.unit.checkpoint.folders import FILES, commit, run_folder, signed, unsigned
 
@@ -35,7 +35,7 @@ def flip_one_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_kind_of_damage_is_found_and_named(grid: ProcessGrid, tmp_path: Path, name: str) -> None:
+def test_every_kind_of_damage_is_found_and_named(mesh: ProcessMesh, tmp_path: Path, name: str) -> None:
     run = run_folder(tmp_path)
 
     def truncate(path: Path) -> None:
@@ -43,14 +43,14 @@ def test_every_kind_of_damage_is_found_and_named(grid: ProcessGrid, tmp_path: Pa
 
     damages = {"contents changed": flip_one_bit, "bytes": truncate, "missing": Path.unlink}
     for step, (message, damage) in enumerate(damages.items()):
-        folder = commit(grid, run, step)
+        folder = commit(mesh, run, step)
         damage(folder / name)
         with pytest.raises(CheckpointError, match=rf"(?s){folder} is damaged.*{name}: .*{message}"):
             verify_checkpoint(folder)
 
 
-def test_a_manifest_that_was_edited_is_refused(grid: ProcessGrid, tmp_path: Path) -> None:
-    folder = commit(grid, run_folder(tmp_path), 5)
+def test_a_manifest_that_was_edited_is_refused(mesh: ProcessMesh, tmp_path: Path) -> None:
+    folder = commit(mesh, run_folder(tmp_path), 5)
     path = folder / MANIFEST
     body = json.loads(path.read_text())
     path.write_text(json.dumps({**body, "samples_consumed": body["samples_consumed"] + 1}))
@@ -64,17 +64,17 @@ def test_a_manifest_that_was_edited_is_refused(grid: ProcessGrid, tmp_path: Path
         read_manifest(folder)
 
 
-def test_a_damaged_step_is_set_aside_and_the_one_before_it_taken(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_damaged_step_is_set_aside_and_the_one_before_it_taken(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     for step in (10, 20, 30):
-        commit(grid, run, step)
+        commit(mesh, run, step)
     flip_one_bit(run / "30" / FILES[0])
     (run / "20" / FILES[1]).unlink()
     found = find(tmp_path)
     assert found is not None
     assert found.step == 10
     assert sorted(path.name for path in run.glob("*.corrupt")) == ["20.corrupt", "30.corrupt"]
-    commit(grid, run, 30)
+    commit(mesh, run, 30)
     flip_one_bit(run / "30" / FILES[0])
     again = newest_verified(run)
     assert again is not None
@@ -82,15 +82,15 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_it_taken(grid: ProcessGr
     assert (run / "30.corrupt.1").is_dir()
 
 
-def test_auto_takes_the_newest_stopped_run_of_that_name(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_auto_takes_the_newest_stopped_run_of_that_name(mesh: ProcessMesh, tmp_path: Path) -> None:
     assert find(tmp_path) is None
     old = run_folder(tmp_path, "20260101-000000")
     new = run_folder(tmp_path, "20260102-000000")
     empty = run_folder(tmp_path, "20260103-000000")
     other = run_folder(tmp_path, "20260104-000000", name="exp-large")
-    commit(grid, old, 900)
-    commit(grid, new, 100)
-    commit(grid, other, 500)
+    commit(mesh, old, 900)
+    commit(mesh, new, 100)
+    commit(mesh, other, 500)
     (empty / "7").mkdir()
 
     found = find(tmp_path)
@@ -102,19 +102,19 @@ def test_auto_takes_the_newest_stopped_run_of_that_name(grid: ProcessGrid, tmp_p
 
 
 def test_must_fails_when_there_is_nothing_and_none_looks_at_nothing(
-    grid: ProcessGrid, tmp_path: Path
+    mesh: ProcessMesh, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=r"resume = must: .* no complete checkpoint of a stopped 'exp'"):
         find(tmp_path, "must")
-    commit(grid, run_folder(tmp_path), 1)
+    commit(mesh, run_folder(tmp_path), 1)
     assert find(tmp_path, "must") is not None
     assert find(tmp_path, "none") is None
 
 
-def test_a_path_names_a_run_or_one_step_of_it(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_path_names_a_run_or_one_step_of_it(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     for step in (10, 20):
-        commit(grid, run, step)
+        commit(mesh, run, step)
     found = find(tmp_path, str(run))
     assert found is not None
     assert found.step == 20
@@ -146,9 +146,9 @@ ENTRANCES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_a_flipped_bit_is_named_at_every_entrance(
-    grid: ProcessGrid, tmp_path: Path, name: str, entrance: str
+    mesh: ProcessMesh, tmp_path: Path, name: str, entrance: str
 ) -> None:
-    folder = commit(grid, run_folder(tmp_path), 7)
+    folder = commit(mesh, run_folder(tmp_path), 7)
     flip_one_bit(folder / name)
     with pytest.raises(CheckpointError, match=rf"(?s)7 is damaged.*{name}: contents changed"):
         ENTRANCES[entrance](folder)
@@ -156,9 +156,9 @@ def test_a_flipped_bit_is_named_at_every_entrance(
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_a_file_that_nobody_committed_is_not_taken_for_a_part(
-    grid: ProcessGrid, tmp_path: Path, entrance: str
+    mesh: ProcessMesh, tmp_path: Path, entrance: str
 ) -> None:
-    folder = commit(grid, run_folder(tmp_path), 7)
+    folder = commit(mesh, run_folder(tmp_path), 7)
     (folder / "mp_rank_01_model_states.pt").write_bytes(b"x")
     with pytest.raises(
         CheckpointError, match=r"mp_rank_01_model_states\.pt does not belong to the checkpoint"
@@ -168,9 +168,9 @@ def test_a_file_that_nobody_committed_is_not_taken_for_a_part(
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_a_step_without_its_manifest_never_passes_for_a_folder_of_sat(
-    grid: ProcessGrid, tmp_path: Path, entrance: str
+    mesh: ProcessMesh, tmp_path: Path, entrance: str
 ) -> None:
-    folder = commit(grid, run_folder(tmp_path), 7)
+    folder = commit(mesh, run_folder(tmp_path), 7)
     (folder.parent / "resolved.yaml").touch()
     (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"no manifest|no complete checkpoint"):
@@ -181,11 +181,11 @@ def test_a_step_without_its_manifest_never_passes_for_a_folder_of_sat(
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("call", ["open", "stat"])
 def test_what_cannot_be_read_is_not_called_damaged(
-    grid: ProcessGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, name: str, number: int
+    mesh: ProcessMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, name: str, number: int
 ) -> None:
     run = run_folder(tmp_path)
     for step in (10, 20):
-        commit(grid, run, step)
+        commit(mesh, run, step)
     original = getattr(os, call)
 
     def fails(path: Any, *args: Any, **options: Any) -> Any:
@@ -204,10 +204,10 @@ def test_what_cannot_be_read_is_not_called_damaged(
     assert found.step == 20
 
 
-def test_the_manifest_of_a_newer_version_is_not_called_damaged(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_the_manifest_of_a_newer_version_is_not_called_damaged(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
-    commit(grid, run, 10)
-    path = commit(grid, run, 20) / MANIFEST
+    commit(mesh, run, 10)
+    path = commit(mesh, run, 20) / MANIFEST
     for change in ({"format": 2}, {"new_field": 1}):
         path.write_text(signed({**unsigned(path), **change}))
         with pytest.raises(CheckpointError, match=r"20/manifest\.json is not understood: "):
@@ -215,10 +215,10 @@ def test_the_manifest_of_a_newer_version_is_not_called_damaged(grid: ProcessGrid
     assert committed_steps(run) == [20, 10]
 
 
-def test_a_step_set_aside_is_refused_with_the_way_back(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_step_set_aside_is_refused_with_the_way_back(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     for step in (10, 20):
-        commit(grid, run, step)
+        commit(mesh, run, step)
     rewind(run, 10)
     with pytest.raises(
         CheckpointError, match=r"20\.abandoned: this step has been set aside(.|\n)*rename it to 20"
@@ -226,19 +226,19 @@ def test_a_step_set_aside_is_refused_with_the_way_back(grid: ProcessGrid, tmp_pa
         find(tmp_path, str(run / "20.abandoned"))
 
 
-def test_retention_keeps_the_newest_and_the_milestones(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_and_the_milestones(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     for step in range(10, 110, 10):
-        commit(grid, run, step)
+        commit(mesh, run, step)
     assert prune_checkpoints(run, keep_last=0) == []
     assert prune_checkpoints(run, keep_last=2, keep_every=40) == [70, 60, 50, 30, 20, 10]
     assert committed_steps(run) == [100, 90, 80, 40]
     assert not list(run.glob(".tmp-*"))
 
 
-def test_leftovers_are_removed_and_nothing_else(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_leftovers_are_removed_and_nothing_else(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
-    commit(grid, run, 1)
+    commit(mesh, run, 1)
     (run / ".tmp-2-abc").mkdir()
     (run / ".tmp-2-abc" / FILES[0]).touch()
     (run / "latest.0123abcd.part").touch()

@@ -13,7 +13,7 @@ from sat_train.checkpoint.history import read_latest, rewind
 from sat_train.checkpoint.layout import LATEST, committed_steps
 from sat_train.checkpoint.retention import prune_checkpoints
 from sat_train.checkpoint.sources import find_weights
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from tests.unit.checkpoint.folders import commit, holds_step, run_folder, run_killed
 
 SEEDS = 12
@@ -35,40 +35,40 @@ def all_saves(run: Path) -> set[int]:
 
 
 def test_going_back_sets_later_steps_aside_and_says_so(
-    grid: ProcessGrid, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mesh: ProcessMesh, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_folder(tmp_path)
     for step in (3, 6, 9, 12):
-        commit(grid, run, step)
+        commit(mesh, run, step)
     assert rewind(run, 3) == [12, 9, 6]
     assert newest_by_all(run) == {3}
     assert all(holds_step(run / f"{step}.abandoned", step) for step in (6, 9, 12))
     assert "going back to step 3: step 12 is set aside as" in caplog.text
     for step in (4, 5):
-        commit(grid, run, step)
+        commit(mesh, run, step)
         prune_checkpoints(run, keep_last=2, keep_every=3, resumed_step=3)
         assert newest_by_all(run) == {step}
     assert committed_steps(run) == [5, 4, 3]
-    commit(grid, run, 6)
+    commit(mesh, run, 6)
     rewind(run, 5)
     assert (run / "6.abandoned.1").is_dir(), "what was set aside before stays"
 
 
-def test_going_on_from_the_newest_step_touches_nothing(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_going_on_from_the_newest_step_touches_nothing(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     for step in (3, 6):
-        commit(grid, run, step)
+        commit(mesh, run, step)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert rewind(run, 6) == []
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_a_step_that_cannot_be_set_aside_stops_the_run(
-    grid: ProcessGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mesh: ProcessMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_folder(tmp_path)
     for step in (3, 6):
-        commit(grid, run, step)
+        commit(mesh, run, step)
 
     def refused(source: object, target: object) -> None:
         raise OSError(30, "Read-only file system", str(source))
@@ -80,13 +80,13 @@ def test_a_step_that_cannot_be_set_aside_stops_the_run(
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_any_order_of_saves_kills_and_returns_keeps_one_line(
-    grid: ProcessGrid, tmp_path: Path, seed: int
+    mesh: ProcessMesh, tmp_path: Path, seed: int
 ) -> None:
     """The model: `line` holds the steps of the current line that retention may not have deleted."""
     rng = random.Random(seed)
     run = run_folder(tmp_path)
     keep_last = rng.choice([1, 2, 3])
-    commit(grid, run, 1)
+    commit(mesh, run, 1)
     step, resumed, line = 1, 1, [1]
     for _ in range(OPERATIONS):
         kind = rng.choice(["save", "save", "killed save", "return", "killed return", "auto"])
@@ -94,7 +94,7 @@ def test_any_order_of_saves_kills_and_returns_keeps_one_line(
             step += rng.randint(1, 3)
 
             def save(step: int = step, resumed: int = resumed) -> None:
-                commit(grid, run, step)
+                commit(mesh, run, step)
                 prune_checkpoints(run, keep_last=keep_last, resumed_step=resumed)
 
             if kind == "save":

@@ -18,7 +18,7 @@ from sat_train.checkpoint.layout import MANIFEST
 from sat_train.checkpoint.manifest import read_manifest, verify_checkpoint
 from sat_train.checkpoint.sources import find_weights
 from sat_train.checkpoint.weights import read_transformer_weights
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError, SatTrainError
 from tests.unit.checkpoint.folders import FILES, commit, run_folder, signed, unsigned
 
@@ -78,9 +78,9 @@ def refused(step: Path) -> None:
         assert len(str(caught.value)) < 3000
 
 
-def test_a_manifest_that_is_wrong_in_one_field_is_refused(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_manifest_that_is_wrong_in_one_field_is_refused(mesh: ProcessMesh, tmp_path: Path) -> None:
     sys.set_int_max_str_digits(4300)
-    step = commit(grid, run_folder(tmp_path), 7)
+    step = commit(mesh, run_folder(tmp_path), 7)
     body = unsigned(step / MANIFEST)
     cases = changed_manifests()
     assert len(cases) >= 60
@@ -95,8 +95,8 @@ def test_a_manifest_that_is_wrong_in_one_field_is_refused(grid: ProcessGrid, tmp
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-def test_a_manifest_that_is_no_manifest_is_refused(grid: ProcessGrid, tmp_path: Path, kind: str) -> None:
-    step = commit(grid, run_folder(tmp_path), 7)
+def test_a_manifest_that_is_no_manifest_is_refused(mesh: ProcessMesh, tmp_path: Path, kind: str) -> None:
+    step = commit(mesh, run_folder(tmp_path), 7)
     (step / MANIFEST).write_bytes(TEXTS[kind])
     refused(step)
 
@@ -104,9 +104,9 @@ def test_a_manifest_that_is_no_manifest_is_refused(grid: ProcessGrid, tmp_path: 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 def test_a_file_that_is_no_file_is_refused_at_once(
-    grid: ProcessGrid, tmp_path: Path, name: str, kind: str
+    mesh: ProcessMesh, tmp_path: Path, name: str, kind: str
 ) -> None:
-    step = commit(grid, run_folder(tmp_path), 7)
+    step = commit(mesh, run_folder(tmp_path), 7)
     (step / name).unlink()
     if kind == "fifo":
         os.mkfifo(step / name)
@@ -118,9 +118,9 @@ def test_a_file_that_is_no_file_is_refused_at_once(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_manifest_of_random_damage_is_refused_or_read(grid: ProcessGrid, tmp_path: Path, seed: int) -> None:
+def test_a_manifest_of_random_damage_is_refused_or_read(mesh: ProcessMesh, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    step = commit(grid, run_folder(tmp_path), 7)
+    step = commit(mesh, run_folder(tmp_path), 7)
     original = (step / MANIFEST).read_bytes()
     for _ in range(10):
         data = bytearray(original)
@@ -135,10 +135,10 @@ def test_a_manifest_of_random_damage_is_refused_or_read(grid: ProcessGrid, tmp_p
 
 @pytest.mark.parametrize("name", ["²", "007", "1" * 200, "-1", "1e3", " 7"])
 def test_a_folder_whose_name_is_nearly_a_number_is_no_step(
-    grid: ProcessGrid, tmp_path: Path, name: str
+    mesh: ProcessMesh, tmp_path: Path, name: str
 ) -> None:
     run = run_folder(tmp_path)
-    commit(grid, run, 7)
+    commit(mesh, run, 7)
     (run / "7").rename(run / name)
     assert (
         find_resume_point("auto", save_root=tmp_path, experiment_name="exp", is_alive=lambda _: False) is None

@@ -20,7 +20,7 @@ from sat_train.checkpoint.convert import Conversion, convert
 from sat_train.checkpoint.weights import read_transformer_weights, read_vae_weights
 from sat_train.config import load_run_config
 from sat_train.config.paths import ASSETS
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError, DataError
 from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.pipeline.prompts import read_image, read_prompt_file
@@ -44,7 +44,7 @@ def check_one_error(read, path: Path) -> None:
     assert path.name[:50] in told or f"/{path.parent.name} " in told, "the file, or the folder that lacks one"
 
 
-def test_every_hostile_file_is_one_error_that_names_it(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_every_hostile_file_is_one_error_that_names_it(mesh: ProcessMesh, tmp_path: Path) -> None:
     before = peak_memory()
     assert len(CASES) >= 100
     for number, (name, make) in enumerate(CASES.items()):
@@ -60,7 +60,7 @@ def test_every_hostile_file_is_one_error_that_names_it(grid: ProcessGrid, tmp_pa
     assert peak_memory() - before < MOST_MEMORY
 
 
-def test_random_damage_is_read_as_what_is_there_or_one_error(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_random_damage_is_read_as_what_is_there_or_one_error(mesh: ProcessMesh, tmp_path: Path) -> None:
     errors = []
     for name, content in damaged_copies(tmp_path, count=60):
         (tmp_path / name).write_bytes(content)
@@ -215,7 +215,7 @@ def test_a_hostile_t5_folder_is_one_error(tmp_path: Path, change) -> None:
 
 
 def test_an_export_holds_known_files_of_t5_only_and_follows_no_link_out(
-    grid: ProcessGrid, tmp_path: Path
+    mesh: ProcessMesh, tmp_path: Path
 ) -> None:
     folder = t5(tmp_path / "t5", auto_map={"AutoModel": "evil--code.Model"})
     (tmp_path / "secret").write_text("secret")

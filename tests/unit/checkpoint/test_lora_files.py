@@ -22,7 +22,7 @@ from sat_train.checkpoint.convert import Conversion, convert
 from sat_train.checkpoint.lazy import from_tensors
 from sat_train.checkpoint.weights import load_weights, read_transformer_weights
 from sat_train.config import load_run_config
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.models.build import build_dit
 from sat_train.models.lora import add_lora, add_lora_for, load_updates
@@ -91,7 +91,7 @@ def check_sum(merged: dict[str, Tensor], base: dict[str, Tensor], deltas: dict[s
 @pytest.mark.parametrize("strength", [1.0, -0.6])
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_every_spelling_merges_to_weight_plus_strength_times_alpha_over_rank_times_b_a(
-    grid: ProcessGrid, tiny, tmp_path: Path, name: str, strength: float
+    mesh: ProcessMesh, tiny, tmp_path: Path, name: str, strength: float
 ) -> None:
     run, base = tiny
     out = convert(
@@ -120,7 +120,7 @@ def forward(dit) -> Tensor:
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_sampling_with_and_continuing_from_a_file_compute_what_merging_gives(
-    grid: ProcessGrid, tiny, name: str
+    mesh: ProcessMesh, tiny, name: str
 ) -> None:
     run, _ = tiny
     weights = read_transformer_weights(run.args.load)
@@ -171,7 +171,7 @@ def write_mixed(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return folder / "mixed.safetensors", deltas
 
 
-def test_mixed_ranks_and_q_and_k_alone_are_read_and_come_out_again(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_mixed_ranks_and_q_and_k_alone_are_read_and_come_out_again(mesh: ProcessMesh, tmp_path: Path) -> None:
     from sat_train.checkpoint.diffusers_keys import transformer_to_diffusers
 
     weights = random_weights()
@@ -201,7 +201,7 @@ def read_exported(updates, folder: Path):
     ],
 )
 def test_peft_s_settings_decide_the_scale_of_each_module(
-    grid: ProcessGrid, tmp_path: Path, settings: dict[str, object], scales: dict[str, float]
+    mesh: ProcessMesh, tmp_path: Path, settings: dict[str, object], scales: dict[str, float]
 ) -> None:
     tensors = {}
     for module, rank in {"to_q": 4, "to_k": 2}.items():
@@ -245,7 +245,7 @@ BAD = [
 
 @pytest.mark.parametrize(("shapes", "message"), BAD)
 def test_what_is_not_understood_is_named_and_nothing_is_dropped(
-    grid: ProcessGrid, tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str
+    mesh: ProcessMesh, tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str
 ) -> None:
     save_file({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match=message):
@@ -262,14 +262,14 @@ def test_other_adapters_than_lora_are_refused_by_name(tmp_path: Path, settings: 
         read_lora(tmp_path)
 
 
-def test_an_adapter_of_another_model_is_refused_with_both_shapes(grid: ProcessGrid) -> None:
+def test_an_adapter_of_another_model_is_refused_with_both_shapes(mesh: ProcessMesh) -> None:
     updates = read_lora(LORAS / "a_diffusers_plain")
     message = r"query_key_value is updated by \[128, 128\], and the weight there is \[32, 32\]"
     with pytest.raises(CheckpointError, match=message):
         merge_updates(from_tensors(random_weights(), where="base"), updates)
 
 
-def test_adapters_in_the_place_of_weights_say_where_they_belong(grid: ProcessGrid) -> None:
+def test_adapters_in_the_place_of_weights_say_where_they_belong(mesh: ProcessMesh) -> None:
     with pytest.raises(CheckpointError, match=r"(?s)holds LoRA adapters.*args\.load_lora"):
         read_transformer_weights(LORAS / "e_diffusers_with_alpha.safetensors")
 
@@ -292,7 +292,7 @@ def test_two_adapters_of_one_layer_add_up() -> None:
 @pytest.mark.parametrize("base_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, None])
 def test_a_merge_is_one_rounding_of_the_exact_sum_whatever_the_dtype_of_the_base(
-    grid: ProcessGrid, tmp_path: Path, base_dtype: torch.dtype, dtype: torch.dtype | None
+    mesh: ProcessMesh, tmp_path: Path, base_dtype: torch.dtype, dtype: torch.dtype | None
 ) -> None:
     weights, small = random_weights(dtype=base_dtype), random_weights(seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -319,7 +319,7 @@ def test_a_merge_is_one_rounding_of_the_exact_sum_whatever_the_dtype_of_the_base
             assert torch.equal(out[key], value.to(dtype or base_dtype)), key
 
 
-def test_a_merge_that_lost_the_update_is_not_verified(grid: ProcessGrid) -> None:
+def test_a_merge_that_lost_the_update_is_not_verified(mesh: ProcessMesh) -> None:
     updates = read_lora(LORAS / "a_diffusers_plain")
     run = load_run_config([TINY], purpose="check", check_paths=False)
     base = without_adapters(read_transformer_weights(run.args.load))
@@ -333,7 +333,7 @@ def test_a_merge_that_lost_the_update_is_not_verified(grid: ProcessGrid) -> None
             check_merged(written, base, updates)
 
 
-def test_values_beyond_the_range_of_the_dtype_are_an_error(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_values_beyond_the_range_of_the_dtype_are_an_error(mesh: ProcessMesh, tmp_path: Path) -> None:
     weights = random_weights()
     weights["time_embed.0.weight"][0, 0] = 1e6
     source = write_sat_folder(tmp_path / "sat", weights)

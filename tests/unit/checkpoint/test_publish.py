@@ -14,14 +14,14 @@ from sat_train.checkpoint.find import newest_verified
 from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps
 from sat_train.checkpoint.manifest import verify_checkpoint
 from sat_train.checkpoint.retention import prune_checkpoints, remove_leftovers
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from tests.unit.checkpoint.folders import FILES, commit, holds_step, run_folder, run_killed
 
 
-def test_a_published_folder_holds_the_files_and_their_hashes(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_published_folder_holds_the_files_and_their_hashes(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
-    target = commit(grid, run, 7)
+    target = commit(mesh, run, 7)
     assert target == run / "7"
     assert sorted(path.name for path in target.iterdir()) == sorted([*FILES, MANIFEST])
     assert (run / LATEST).read_text() == "7"
@@ -29,11 +29,11 @@ def test_a_published_folder_holds_the_files_and_their_hashes(grid: ProcessGrid, 
     assert not list(run.glob(".tmp-*"))
 
 
-def test_a_step_that_is_saved_again_replaces_the_old_one(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_step_that_is_saved_again_replaces_the_old_one(mesh: ProcessMesh, tmp_path: Path) -> None:
     run = run_folder(tmp_path)
-    commit(grid, run, 7)
+    commit(mesh, run, 7)
     (run / "7" / "stray").touch()
-    commit(grid, run, 7)
+    commit(mesh, run, 7)
     assert not (run / "7" / "stray").exists()
     assert holds_step(run / "7", 7)
     assert not list(run.glob(".tmp-*"))
@@ -42,16 +42,16 @@ def test_a_step_that_is_saved_again_replaces_the_old_one(grid: ProcessGrid, tmp_
 # --- killed at every point
 
 
-def test_a_save_killed_at_any_point_never_leaves_a_torn_checkpoint(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_save_killed_at_any_point_never_leaves_a_torn_checkpoint(mesh: ProcessMesh, tmp_path: Path) -> None:
     ended, number = signal.SIGKILL, 0
     seen = set()
     while ended:
         number += 1
         run = run_folder(tmp_path, name=f"exp{number}")
-        commit(grid, run, 1)
+        commit(mesh, run, 1)
 
         def save_and_prune(run: Path = run) -> None:
-            commit(grid, run, 2)
+            commit(mesh, run, 2)
             prune_checkpoints(run, keep_last=1)
 
         ended = run_killed(save_and_prune, number)
@@ -64,7 +64,7 @@ def test_a_save_killed_at_any_point_never_leaves_a_torn_checkpoint(grid: Process
 
         remove_leftovers(run)
         assert not list(run.glob(".tmp-*"))
-        commit(grid, run, 3)
+        commit(mesh, run, 3)
         assert (run / LATEST).read_text() == "3"
     assert seen == {1, 2}
     assert number > 20
@@ -88,48 +88,48 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_during_a_save_keeps_the_earlier_checkpoint(
-    grid: ProcessGrid, tiny_disk: Path
+    mesh: ProcessMesh, tiny_disk: Path
 ) -> None:
     run = run_folder(tiny_disk)
-    commit(grid, run, 1)
+    commit(mesh, run, 1)
     (tiny_disk / "other").write_bytes(b"x" * 50_000)
     with pytest.raises(
         CheckpointError, match=r"(?s)step 2 could not be written.*rank 0: .*No space left on device"
     ):
-        commit(grid, run, 2)
+        commit(mesh, run, 2)
     found = newest_verified(run)
     assert found is not None
     assert found.step == 1
     assert not list(run.glob(".tmp-*"))
     (tiny_disk / "other").unlink()
-    commit(grid, run, 2)
+    commit(mesh, run, 2)
     assert committed_steps(run) == [2, 1]
 
 
-def test_too_little_space_is_said_before_anything_is_written(grid: ProcessGrid, tiny_disk: Path) -> None:
+def test_too_little_space_is_said_before_anything_is_written(mesh: ProcessMesh, tiny_disk: Path) -> None:
     run = run_folder(tiny_disk)
     with pytest.raises(
         CheckpointError, match=r"(?s)no room for the checkpoint of step 1 .*expected: 120 MiB"
     ):
-        commit(grid, run, 1, expected_bytes=100 * 2**20)
+        commit(mesh, run, 1, expected_bytes=100 * 2**20)
     assert not list(run.iterdir())
 
 
-def test_a_write_that_fails_half_way_is_reported_with_its_cause(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_is_reported_with_its_cause(mesh: ProcessMesh, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stops a file where a quota would, without needing root."""
     run = run_folder(tmp_path)
-    commit(grid, run, 1)
+    commit(mesh, run, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
         with pytest.raises(CheckpointError, match=os.strerror(errno.EFBIG)):
-            commit(grid, run, 2)
+            commit(mesh, run, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert committed_steps(run) == [1]
     assert not list(run.glob(".tmp-*"))
 
 
-def test_a_run_folder_that_is_gone_is_one_clear_error(grid: ProcessGrid, tmp_path: Path) -> None:
+def test_a_run_folder_that_is_gone_is_one_clear_error(mesh: ProcessMesh, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere: No such file or directory"):
-        commit(grid, tmp_path / "nowhere", 1)
+        commit(mesh, tmp_path / "nowhere", 1)

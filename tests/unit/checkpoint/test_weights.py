@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sat_train.checkpoint.sources import hash_weights
 from sat_train.checkpoint.weights import load_weights, read_transformer_weights
-from sat_train.distributed.processes import ProcessGrid
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.models.dit.sharding import tensor_parallel_slice
 from tests.unit.checkpoint.transformers import (
@@ -82,7 +82,7 @@ FORMS: dict[str, Callable[[Path, Weights], Path]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_weights(
-    grid: ProcessGrid, tmp_path: Path, form: str, dtype: torch.dtype
+    mesh: ProcessMesh, tmp_path: Path, form: str, dtype: torch.dtype
 ) -> None:
     weights = random_weights(dtype=dtype)
     found = read_transformer_weights(FORMS[form](tmp_path, weights))
@@ -96,7 +96,7 @@ def test_every_form_gives_the_same_weights(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_rank_of_the_model_axis_reads_its_slice(grid: ProcessGrid, tmp_path: Path, form: str) -> None:
+def test_a_rank_of_the_model_axis_reads_its_slice(mesh: ProcessMesh, tmp_path: Path, form: str) -> None:
     weights = random_weights()
     path = FORMS[form](tmp_path, weights)
     for rank in range(2):
@@ -107,7 +107,7 @@ def test_a_rank_of_the_model_axis_reads_its_slice(grid: ProcessGrid, tmp_path: P
             assert torch.equal(found[key], expected)
 
 
-def test_what_does_not_fit_is_listed_with_both_shapes_and_nothing_is_copied(grid: ProcessGrid) -> None:
+def test_what_does_not_fit_is_listed_with_both_shapes_and_nothing_is_copied(mesh: ProcessMesh) -> None:
     from sat_train.checkpoint.lazy import from_tensors
 
     weights = random_weights(hidden_size=64)
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_listed_with_both_shapes_and_nothing_is_copied(grid
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_weights_may_lack_what_the_model_computes(grid: ProcessGrid) -> None:
+def test_weights_may_lack_what_the_model_computes(mesh: ProcessMesh) -> None:
     from sat_train.checkpoint.lazy import from_tensors
 
     model = build_transformer(positions="sincos")
@@ -137,7 +137,7 @@ def test_weights_may_lack_what_the_model_computes(grid: ProcessGrid) -> None:
     load_weights(model, from_tensors(weights, where="x"), may_lack=model.derived_keys())
 
 
-def test_a_patch_embedding_stored_as_a_linear_layer_is_the_same_weight(grid: ProcessGrid) -> None:
+def test_a_patch_embedding_stored_as_a_linear_layer_is_the_same_weight(mesh: ProcessMesh) -> None:
     """CogVideo's released 1.0 weights and what its later code saves differ in this one shape."""
     from sat_train.checkpoint.lazy import from_tensors
 

@@ -127,7 +127,7 @@ def test_a_signal_leaves_the_finished_videos_and_one_line(make_run, tmp_path, mo
     """It comes in the second of three videos: a person does not wait for its end, a scheduler does."""
     run = make_run("args.input_type=txt", f"args.input_file={tmp_path / 'prompts.txt'}")
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
-    grid = start_single_process()
+    mesh = start_single_process()
     begun = []
 
     def draw(*args):
@@ -139,7 +139,7 @@ def test_a_signal_leaves_the_finished_videos_and_one_line(make_run, tmp_path, mo
     monkeypatch.setattr(sample_videos, "draw_one", sample_videos.draw, raising=False)
     monkeypatch.setattr(sample_videos, "draw", draw)
     with pytest.raises(Stopped) as caught:
-        sample(run, grid)
+        sample(run, mesh)
     assert caught.value.exit_code == 128 + number
     assert str(caught.value) == f"stopped; {count} of 3 videos are in {tmp_path / 'out'}"
     assert len(list((tmp_path / "out").iterdir())) == count, "nothing half written"

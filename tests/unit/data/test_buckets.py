@@ -112,7 +112,7 @@ def test_shrinking_keeps_to_lengths_that_fill_patches_as_the_trained_one_does():
 
 
 @pytest.fixture(scope="module")
-def grid():
+def mesh():
     return start_single_process()
 
 
@@ -157,9 +157,9 @@ def shapes_of(loader, micro_steps):
     return seen
 
 
-def test_each_clip_is_seen_in_its_own_shape(grid, folder, caplog, tmp_path):
+def test_each_clip_is_seen_in_its_own_shape(mesh, folder, caplog, tmp_path):
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_train_loader(config(folder), grid, run_folder=tmp_path)
+        loader = build_train_loader(config(folder), mesh, run_folder=tmp_path)
     seen = shapes_of(loader, 30)
     expected = {f"wide{i}.mp4": {(13, 32, 64)} for i in range(4)}
     expected |= {f"high{i}.mp4": {(13, 64, 32)} for i in range(4)} | {"turned.mp4": {(13, 64, 32)}}
@@ -178,8 +178,8 @@ def test_each_clip_is_seen_in_its_own_shape(grid, folder, caplog, tmp_path):
     assert "blink.mp4" in left_out
 
 
-def test_frames_of_every_bucket_keep_the_wanted_pace(grid, folder):
-    loader = build_train_loader(config(folder), grid)
+def test_frames_of_every_bucket_keep_the_wanted_pace(mesh, folder):
+    loader = build_train_loader(config(folder), mesh)
     for index in range(20):
         sample = loader.dataset.item(index).sample
         if sample.clip_id.endswith("turned.mp4"):  # its numbers are on their side
@@ -190,27 +190,27 @@ def test_frames_of_every_bucket_keep_the_wanted_pace(grid, folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_is_each_sample_once_and_a_run_goes_on_in_its_middle(grid, folder, workers):
+def test_an_epoch_is_each_sample_once_and_a_run_goes_on_in_its_middle(mesh, folder, workers):
     run = config(folder, f"args.num_workers={workers}")
-    straight = build_train_loader(run, grid)
+    straight = build_train_loader(run, mesh)
     whole = [next(straight).sample_indices for _ in range(20)]
     taken = sorted(index for batch in whole for index in batch)
     position = straight.position
     assert taken == sorted(set(range(position.next)) - set(position.waiting))
     straight.close()
-    before = build_train_loader(run, grid)
+    before = build_train_loader(run, mesh)
     first = [next(before).sample_indices for _ in range(7)]
     stopped = before.position
     before.close()
-    after = build_train_loader(run, grid, start=DataPosition(stopped.next, stopped.waiting))
+    after = build_train_loader(run, mesh, start=DataPosition(stopped.next, stopped.waiting))
     assert first + [next(after).sample_indices for _ in range(13)] == whole
     after.close()
 
 
-def test_a_budget_of_tokens_gives_small_shapes_large_batches(grid, folder):
+def test_a_budget_of_tokens_gives_small_shapes_large_batches(mesh, folder):
     buckets = "{sizes: [[64,32],[32,32]], frames: [5], max_tokens: 100}"
     run = config(folder, buckets=buckets)
-    loader = build_train_loader(run, grid)
+    loader = build_train_loader(run, mesh)
     sizes = set()
     for _ in range(30):
         batch = next(loader)
@@ -221,10 +221,10 @@ def test_a_budget_of_tokens_gives_small_shapes_large_batches(grid, folder):
     assert len(sizes) > 1
 
 
-def test_validation_sees_each_clip_once_in_its_own_shape(grid, folder, caplog):
+def test_validation_sees_each_clip_once_in_its_own_shape(mesh, folder, caplog):
     run = config(folder, f"args.valid_data=[{folder}]", "args.eval_iters=50", "args.eval_batch_size=3")
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_valid_loader(run, grid)
+        loader = build_valid_loader(run, mesh)
     assert "6 clips, 3 in a micro-batch" in caplog.text
     for _ in range(2):
         seen = [index for batch in loader for index in batch.sample_indices]
@@ -232,30 +232,30 @@ def test_validation_sees_each_clip_once_in_its_own_shape(grid, folder, caplog):
         assert len(seen) == len(set(seen))
 
 
-def test_clips_too_short_for_every_bucket_are_named_before_the_first_sample(grid, folder):
+def test_clips_too_short_for_every_bucket_are_named_before_the_first_sample(mesh, folder):
     with pytest.raises(
         DataError, match=r"1 of 18 clips are too short:\n    set/videos/blink.mp4: it gives 1 of 5"
     ):
-        build_train_loader(config(folder, "data.params.short_clip=error"), grid)
+        build_train_loader(config(folder, "data.params.short_clip=error"), mesh)
 
 
-def test_padding_is_counted(grid, folder, caplog):
+def test_padding_is_counted(mesh, folder, caplog):
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_train_loader(config(folder, "data.params.short_clip=pad"), grid)
+        loader = build_train_loader(config(folder, "data.params.short_clip=pad"), mesh)
     assert "1 clips are padded: their last frame is repeated" in caplog.text
     assert shapes_of(loader, 40)["blink.mp4"] == {(5, 32, 32)}
 
 
-def test_shrinking_batches_clips_of_one_length(grid, folder, caplog):
+def test_shrinking_batches_clips_of_one_length(mesh, folder, caplog):
     run = config(folder, "data.params.short_clip=shrink", "data.max_bad_fraction=1", buckets="null")
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_train_loader(run, grid)
+        loader = build_train_loader(run, mesh)
     seen = shapes_of(loader, 40)
     assert seen["brief0.mp4"] == {(5, 32, 64)}
     assert seen["wide0.mp4"] == {(13, 32, 64)}
 
 
-def test_the_only_clip_of_a_bucket_is_replaced_by_one_of_another_in_its_shape(grid, folder, tmp_path):
+def test_the_only_clip_of_a_bucket_is_replaced_by_one_of_another_in_its_shape(mesh, folder, tmp_path):
     """Its batch needs its shape: a clip of another bucket is cut to it."""
     for number in range(4):
         write_numbered(tmp_path / "set/videos" / f"wide{number}.mp4", num_frames=60, height=32, width=64)
@@ -270,7 +270,7 @@ def test_the_only_clip_of_a_bucket_is_replaced_by_one_of_another_in_its_shape(gr
     run = config(
         tmp_path / "set", "args.batch_size=1", "data.params.max_upscale=4", "data.max_bad_fraction=1"
     )
-    loader = build_train_loader(run, grid)
+    loader = build_train_loader(run, mesh)
     seen = {tuple(next(loader).video_btchw.shape[3:]) for _ in range(10)}
     assert seen == {(32, 64), (64, 32)}
     assert [failure.cause for failure in loader.failures.by_clip.values()] == ["damaged"]
@@ -283,13 +283,13 @@ def test_a_turned_picture_counts_as_it_is_shown(tmp_path):
     assert look_into(record, with_turn=True).shown_size == (64, 32)
 
 
-def test_mixtures_keep_their_shares(grid, folder, tmp_path):
+def test_mixtures_keep_their_shares(mesh, folder, tmp_path):
     """Of the samples that are taken or wait, three quarters are of the first set."""
     other = tmp_path / "other"
     for number in range(3):
         write_numbered(other / "videos" / f"{number}.mp4", num_frames=60, height=64, width=32)
         (other / "videos" / f"{number}.txt").write_text("x")
-    loader = build_train_loader(config(f"{folder},{other}", "args.train_data_weights=[3,1]"), grid)
+    loader = build_train_loader(config(f"{folder},{other}", "args.train_data_weights=[3,1]"), mesh)
     position = loader.position
     for micro in itertools.islice(loader.batches.plan(position), 600):
         shapes = {loader.dataset.shape(index) for index in micro.indices}

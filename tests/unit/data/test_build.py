@@ -13,7 +13,7 @@ from tests.unit.data.videos import make_folder
 
 
 @pytest.fixture(scope="module")
-def grid():
+def mesh():
     return start_single_process()
 
 
@@ -30,20 +30,20 @@ def config(*words, train=None):
     return load_run_config([], [*size, *run, *data, *words], purpose="train", check_paths=False)
 
 
-def test_the_shipped_clips_train_at_once(grid):
+def test_the_shipped_clips_train_at_once(mesh):
     run = load_run_config(["configs/sft.yaml"], ["args.num_workers=0"], purpose="train", check_paths=False)
-    loader = build_train_loader(run, grid)
+    loader = build_train_loader(run, mesh)
     batch = next(loader)
     assert batch.video_btchw.shape == (run.args.batch_size, 17, 3, 64, 96)
     assert loader.epoch_length >= 42
     assert all(batch.captions)
-    valid = build_valid_loader(run, grid)
+    valid = build_valid_loader(run, mesh)
     assert valid.num_samples == min(run.args.eval_iters * run.args.eval_batch_size, valid.epoch_length)
 
 
-def test_settings_reach_the_data_set(grid, folder):
+def test_settings_reach_the_data_set(mesh, folder):
     words = ["data.params.window=head", "data.params.skip_frms_num=3", "args.seed=9"]
-    loader = build_train_loader(config(*words, train=folder), grid, start=DataPosition(4))
+    loader = build_train_loader(config(*words, train=folder), mesh, start=DataPosition(4))
     assert loader.position.consumed == 4
     batch = next(loader)
     assert batch.sample_indices == (4, 5)
@@ -51,51 +51,51 @@ def test_settings_reach_the_data_set(grid, folder):
     assert set(batch.clip_ids) < {f"six/videos/{name}.mp4" for name in "abcdef"}
 
 
-def test_a_share_of_the_training_data_can_be_kept_for_validation(grid, folder):
+def test_a_share_of_the_training_data_can_be_kept_for_validation(mesh, folder):
     run = config("args.split=1,1,0", train=folder)
-    train, valid = build_train_loader(run, grid), build_valid_loader(run, grid)
+    train, valid = build_train_loader(run, mesh), build_valid_loader(run, mesh)
     names = [
         {record.clip_id for source in loader.dataset.sources for record in source.records}
         for loader in (train, valid)
     ]
     assert not names[0] & names[1]
     assert len(names[0] | names[1]) == 6
-    assert build_valid_loader(config(train=folder), grid) is None
+    assert build_valid_loader(config(train=folder), mesh) is None
     assert train.fingerprint != valid.fingerprint
 
 
-def test_clips_of_sets_with_one_name_are_told_apart(grid, folder, tmp_path):
+def test_clips_of_sets_with_one_name_are_told_apart(mesh, folder, tmp_path):
     other = make_folder(tmp_path / "six", "ab", num_frames=30)
-    loader = build_train_loader(config(train=f"{folder},{other}"), grid)
+    loader = build_train_loader(config(train=f"{folder},{other}"), mesh)
     names = [record.clip_id for source in loader.dataset.sources for record in source.records]
     assert len(set(names)) == 8
     assert loader.epoch_length == 8
 
 
-def test_chunks_and_skipping_are_planned_before_the_first_sample(grid, folder, tmp_path, caplog):
+def test_chunks_and_skipping_are_planned_before_the_first_sample(mesh, folder, tmp_path, caplog):
     make_folder(tmp_path / "set", ["long"], num_frames=90)
     make_folder(tmp_path / "set", ["short"], num_frames=9)
     words = ["data.params.window=chunks", "data.params.short_clip=skip"]
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_train_loader(config(*words, train=f"{folder},{tmp_path / 'set'}"), grid)
+        loader = build_train_loader(config(*words, train=f"{folder},{tmp_path / 'set'}"), mesh)
     assert loader.epoch_length == 6 * 1 + 4
     assert "1 clips are left out (short): set/videos/short.mp4" in caplog.text
     assert "5x32x32              10 clips, 2 in a micro-batch, 40 tokens each" in caplog.text
 
 
-def test_what_cannot_be_trained_on_is_refused(grid, folder, tmp_path):
+def test_what_cannot_be_trained_on_is_refused(mesh, folder, tmp_path):
     with pytest.raises(DataError, match="there is no such folder or file"):
-        build_train_loader(config(train=tmp_path / "nothing"), grid)
+        build_train_loader(config(train=tmp_path / "nothing"), mesh)
     run = config("data.params.max_num_frames=49", "data.params.short_clip=skip", train=folder)
     with pytest.raises(DataError, match="no clip is left"):
-        build_train_loader(run, grid)
+        build_train_loader(run, mesh)
 
 
-def test_bad_clips_of_all_ranks_are_summed(grid, folder, tmp_path):
+def test_bad_clips_of_all_ranks_are_summed(mesh, folder, tmp_path):
     make_folder(tmp_path / "set", "ab", num_frames=30)
     (tmp_path / "set/videos/b.mp4").write_bytes(b"x" * 99)
     run = config("data.max_bad_fraction=0.5", train=tmp_path / "set")
-    loader = build_train_loader(run, grid, run_folder=tmp_path / "run")
+    loader = build_train_loader(run, mesh, run_folder=tmp_path / "run")
     next(loader)
-    assert sum_bad_clips(grid, loader) == 1
+    assert sum_bad_clips(mesh, loader) == 1
     assert (tmp_path / "run" / "quarantine.jsonl").read_text().count("\n") == 1

@@ -26,8 +26,8 @@ def draw_number(number: int, height: int = SIDE, width: int = SIDE) -> np.ndarra
 def read_number(picture: np.ndarray) -> int:
     """Reads the number back from a picture `[h, w, 3]` of any size."""
     height, width = picture.shape[0] // 4, picture.shape[1] // 4
-    grid = picture.mean(axis=2)[: 4 * height, : 4 * width].reshape(4, height, 4, width)
-    middle = grid[:, height // 4 : -(height // 4) or None, :, width // 4 : -(width // 4) or None]
+    blocks = picture.mean(axis=2)[: 4 * height, : 4 * width].reshape(4, height, 4, width)
+    middle = blocks[:, height // 4 : -(height // 4) or None, :, width // 4 : -(width // 4) or None]
     bits = (middle.mean(axis=(1, 3)) > 128).reshape(-1)
     return int(sum(1 << i for i, bit in enumerate(bits) if bit))
 

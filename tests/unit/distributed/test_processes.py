@@ -26,10 +26,10 @@ def _stopped():
 def test_a_single_process_needs_no_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    grid = start_single_process()
-    assert (grid.rank, grid.world_size, grid.data_size, grid.model_size) == (0, 1, 1, 1)
-    assert grid.device == torch.device("cpu")
-    assert start_single_process() is grid
+    mesh = start_single_process()
+    assert (mesh.rank, mesh.world_size, mesh.data_size, mesh.model_size) == (0, 1, 1, 1)
+    assert mesh.device == torch.device("cpu")
+    assert start_single_process() is mesh
     assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
@@ -41,13 +41,13 @@ def test_processes_can_be_started_again():
 
 
 def test_at_world_size_1_no_collective_touches_the_group(monkeypatch):
-    grid = start_single_process()
+    mesh = start_single_process()
     for name in ("all_reduce", "broadcast_object_list", "all_gather_object"):
         monkeypatch.setattr(dist, name, lambda *_, **__: pytest.fail("a collective was called"))
     flags = torch.tensor([1.0])
-    assert broadcast_object(grid, "a") == "a"
-    assert gather_objects(grid, 3) == [3]
-    assert max_flags(grid, flags) is flags
+    assert broadcast_object(mesh, "a") == "a"
+    assert gather_objects(mesh, 3) == [3]
+    assert max_flags(mesh, flags) is flags
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ def run(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_a_run_goes_on_with_the_next_sample_and_those_that_wait(run, caplog) -> None:
-    grid = start_single_process()
-    new = open_data(run, grid)
+    mesh = start_single_process()
+    new = open_data(run, mesh)
     taken = [next(new.train).sample_indices for _ in range(8)]
-    stopped = open_data(run, grid)
+    stopped = open_data(run, mesh)
     steps = 0
     while not stopped.train.position.waiting:
         next(stopped.train)
@@ -52,7 +52,7 @@ def test_a_run_goes_on_with_the_next_sample_and_those_that_wait(run, caplog) -> 
     position = stopped.train.position
     caplog.clear()
     saved = point(new.train.fingerprint, position.consumed, position.waiting)
-    resumed = open_data(run, grid, point=saved)
+    resumed = open_data(run, mesh, point=saved)
     assert [next(resumed.train).sample_indices for _ in range(8 - steps)] == taken[steps:]
     assert "are not those of the checkpoint" not in caplog.text
 

@@ -29,16 +29,16 @@ time.sleep(60)
 
 
 @pytest.fixture
-def grid():
+def mesh():
     return start_single_process()
 
 
-def _open(grid, save_root, resumed=lambda: None):
-    return open_run_folder(grid, save_root=save_root, experiment_name="demo", resumed=resumed)
+def _open(mesh, save_root, resumed=lambda: None):
+    return open_run_folder(mesh, save_root=save_root, experiment_name="demo", resumed=resumed)
 
 
-def test_a_new_folder_carries_name_and_time_and_no_two_are_the_same(grid, tmp_path):
-    opened = [_open(grid, tmp_path / "runs") for _ in range(2)]
+def test_a_new_folder_carries_name_and_time_and_no_two_are_the_same(mesh, tmp_path):
+    opened = [_open(mesh, tmp_path / "runs") for _ in range(2)]
     assert len({folder for folder, _ in opened}) == 2
     for folder, lock in opened:
         assert re.fullmatch(r"demo-\d{8}-\d{6}", folder.name)
@@ -73,23 +73,23 @@ def test_another_machine_s_run_is_alive_as_long_as_its_heart_beats(tmp_path, mon
     assert is_alive(tmp_path, watch_s=0.01)
 
 
-def test_when_another_run_was_faster_the_next_answer_counts(grid, tmp_path):
+def test_when_another_run_was_faster_the_next_answer_counts(mesh, tmp_path):
     taken, free = tmp_path / "taken", tmp_path / "free"
     taken.mkdir()
     free.mkdir()
     holder = RunLock(taken)
     answers = iter([taken, free])
-    folder, lock = _open(grid, tmp_path, lambda: next(answers))
+    folder, lock = _open(mesh, tmp_path, lambda: next(answers))
     assert folder == free
     lock.release()
     holder.release()
 
 
-def test_a_folder_that_cannot_be_made_is_a_clear_error(grid, tmp_path):
+def test_a_folder_that_cannot_be_made_is_a_clear_error(mesh, tmp_path):
     blocker = tmp_path / "runs"
     blocker.write_text("a file")
     with pytest.raises(SatTrainError, match=r"args\.save = .*runs: (File exists|Not a directory)"):
-        _open(grid, blocker)
+        _open(mesh, blocker)
 
 
 # --- where there are no file locks
@@ -218,7 +218,7 @@ OWN_ENTRIES = [
 
 @pytest.mark.parametrize("name", OWN_ENTRIES)
 def test_a_folder_with_a_link_out_of_it_is_refused_by_name_and_nothing_outside_is_touched(
-    grid, tmp_path, name
+    mesh, tmp_path, name
 ):
     outside, run = tmp_path / "outside", tmp_path / "demo-20260101-000000"
     outside.mkdir()
@@ -226,7 +226,7 @@ def test_a_folder_with_a_link_out_of_it_is_refused_by_name_and_nothing_outside_i
     (run / name).parent.mkdir(parents=True)
     (run / name).symlink_to(outside if "." not in name else outside / "file")
     with pytest.raises(LaunchError, match=re.escape(f"{run / name} is a link")):
-        _open(grid, tmp_path, lambda: run)
+        _open(mesh, tmp_path, lambda: run)
     assert [path.read_text() for path in outside.iterdir()] == ["precious"]
 
 
@@ -238,9 +238,9 @@ def test_links_that_stay_inside_the_folder_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples/1/00.mp4", "1/manifest.json", "quarantine.jsonl"])
-def test_a_pipe_in_a_run_folder_is_named_instead_of_waited_for(grid, tmp_path, name):
+def test_a_pipe_in_a_run_folder_is_named_instead_of_waited_for(mesh, tmp_path, name):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(tmp_path / name)
     with pytest.raises(LaunchError, match=re.escape(f"{tmp_path / name} is a pipe, socket or device")):
-        _open(grid, tmp_path, lambda: tmp_path)
+        _open(mesh, tmp_path, lambda: tmp_path)
     assert not list(tmp_path.glob("run.lock*"))
