@@ -132,75 +132,76 @@ class Need:
         return self.cached + self.encoders
 
 
-def training_need(run: RunConfig, *, gpus: int, passes: float) -> Need:
+def training_need(config: RunConfig, *, gpus: int, passes: float) -> Need:
     """Adds up what one training step needs.
 
     Args:
-        run: Model and recipe; the ZeRO stage is read from it.
+        config: Model and recipe; the ZeRO stage is read from it.
         gpus: Data ranks.
         passes: From `count_passes`.
     """
-    dit = _build_dit(run)
+    dit = _build_dit(config)
     total = sum(parameter.numel() for parameter in dit.parameters())
     trained = sum(parameter.numel() for parameter in dit.parameters() if parameter.requires_grad)
-    zero = run.deepspeed.zero_optimization
-    split = {0: (1, 1), 1: (1, gpus), 2: (gpus, gpus), 3: (gpus, gpus)}[run.args.zero_stage]
+    zero = config.deepspeed.zero_optimization
+    split = {0: (1, 1), 1: (1, gpus), 2: (gpus, gpus), 3: (gpus, gpus)}[config.args.zero_stage]
     gradients, states = 2 * trained / split[0], _STATES * trained / split[1]
     bucket = 2 * min(zero.reduce_bucket_size, trained)
     return Need(
-        weights=2 * total / (gpus if run.args.zero_stage == 3 else 1),
+        weights=2 * total / (gpus if config.args.zero_stage == 3 else 1),
         states=gradients + states + bucket,
         passes=passes,
         update=_UPDATE * trained / split[1],
-        encoders=2 * (T5_XXL_WEIGHTS + sum(parameter.numel() for parameter in _build_vae(run).parameters())),
+        encoders=2
+        * (T5_XXL_WEIGHTS + sum(parameter.numel() for parameter in _build_vae(config).parameters())),
     )
 
 
-def sampling_need(run: RunConfig) -> tuple[float, float]:
+def sampling_need(config: RunConfig) -> tuple[float, float]:
     """Counts sampling one video: all weights, and what denoising or decoding adds, whichever is more.
 
     Returns:
         Bytes as configured, and with the text encoder moved off the GPU.
     """
-    vae = _build_vae(run)
-    weights = 2 * sum(p.numel() for module in (vae, _build_dit(run)) for p in module.parameters())
-    latent = _latent(run, batch_size=1, channels=vae.z_channels)
+    vae = _build_vae(config)
+    weights = 2 * sum(p.numel() for module in (vae, _build_dit(config)) for p in module.parameters())
+    latent = _latent(config, batch_size=1, channels=vae.z_channels)
     with torch.no_grad(), _counting(vae) as decoding:
         vae.decode(latent)
-    denoising = _denoising(run)
+    denoising = _denoising(config)
     most = weights + max(decoding.peak, denoising)
     return most + 2 * T5_XXL_WEIGHTS, most
 
 
-def _build_dit(run: RunConfig) -> DiffusionTransformer:
+def _build_dit(config: RunConfig) -> DiffusionTransformer:
     dit = build_dit(
-        run.model,
+        config.model,
         device="meta",
         dtype=torch.bfloat16,
-        activation_checkpointing=run.args.checkpoint_activations,
+        activation_checkpointing=config.args.checkpoint_activations,
         initialize=False,
     )
-    select_trainable(dit, not_trainable_prefixes=run.model.not_trainable_prefixes)
+    select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     return dit
 
 
-def _build_vae(run: RunConfig) -> torch.nn.Module:
-    return build_vae(run.model.first_stage_config.params, device="meta", dtype=torch.bfloat16)
+def _build_vae(config: RunConfig) -> torch.nn.Module:
+    return build_vae(config.model.first_stage_config.params, device="meta", dtype=torch.bfloat16)
 
 
-def count_passes(run: RunConfig, *, batch_size: int) -> float:
+def count_passes(config: RunConfig, *, batch_size: int) -> float:
     """Counts what a forward and backward pass takes at the model's own size.
 
     Two depths are counted and the rest is extrapolated: all blocks keep and take the same.
     """
-    low, high = (_peak_of_step(run, batch_size, layers) for layers in (2, 4))
-    layers = run.model.network_config.params.num_layers
+    low, high = (_peak_of_step(config, batch_size, layers) for layers in (2, 4))
+    layers = config.model.network_config.params.num_layers
     return low + (high - low) / 2 * (layers - 2)
 
 
-def _peak_of_step(run: RunConfig, batch_size: int, num_layers: int) -> int:
-    dit = _build_dit(_with_layers(run, num_layers))
-    inputs = _inputs(run, batch_size)
+def _peak_of_step(config: RunConfig, batch_size: int, num_layers: int) -> int:
+    dit = _build_dit(_with_layers(config, num_layers))
+    inputs = _inputs(config, batch_size)
     for parameter in dit.parameters():
         if parameter.requires_grad:  # its gradient is counted with the states
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -213,36 +214,36 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _denoising(run: RunConfig) -> int:
+def _denoising(config: RunConfig) -> int:
     """Prediction with and without the prompt in one batch; blocks free what they took."""
-    dit = _build_dit(_with_layers(run, 2)).eval()
+    dit = _build_dit(_with_layers(config, 2)).eval()
     with torch.no_grad(), _counting(dit) as living:
-        dit(**_inputs(run, batch_size=2))
+        dit(**_inputs(config, batch_size=2))
     return living.peak
 
 
-def _with_layers(run: RunConfig, num_layers: int) -> RunConfig:
-    network = run.model.network_config
+def _with_layers(config: RunConfig, num_layers: int) -> RunConfig:
+    network = config.model.network_config
     params = network.params.model_copy(update={"num_layers": num_layers})
-    model = run.model.model_copy(update={"network_config": network.model_copy(update={"params": params})})
-    return replace(run, model=model)
+    model = config.model.model_copy(update={"network_config": network.model_copy(update={"params": params})})
+    return replace(config, model=model)
 
 
-def _latent(run: RunConfig, *, batch_size: int, channels: int) -> torch.Tensor:
-    height, width = (size // 8 for size in run.data.params.video_size)
-    frames = (run.data.params.max_num_frames - 1) // 4 + 1
-    patch = run.model.network_config.params.patch_size
+def _latent(config: RunConfig, *, batch_size: int, channels: int) -> torch.Tensor:
+    height, width = (size // 8 for size in config.data.params.video_size)
+    frames = (config.data.params.max_num_frames - 1) // 4 + 1
+    patch = config.model.network_config.params.patch_size
     patch_t = 1 if isinstance(patch, int) else patch[0]
     frames += -frames % patch_t
     return torch.empty(batch_size, frames, channels, height, width, device="meta", dtype=torch.bfloat16)
 
 
-def _inputs(run: RunConfig, batch_size: int) -> dict[str, torch.Tensor]:
-    params = run.model.network_config.params
-    text = run.model.conditioner_config.params.emb_models[0].params
+def _inputs(config: RunConfig, batch_size: int) -> dict[str, torch.Tensor]:
+    params = config.model.network_config.params
+    text = config.model.conditioner_config.params.emb_models[0].params
     width = params.modules.patch_embed_config.params.text_hidden_size
     inputs = {
-        "latent_btchw": _latent(run, batch_size=batch_size, channels=params.in_channels),
+        "latent_btchw": _latent(config, batch_size=batch_size, channels=params.in_channels),
         "timesteps_b": torch.empty(batch_size, dtype=torch.int64, device="meta"),
         "text_bld": torch.empty(batch_size, text.max_length, width, device="meta", dtype=torch.bfloat16),
     }
@@ -284,7 +285,7 @@ class Figures:
 def figures(model: Path) -> Figures:
     """Counts everything for one model file."""
     sft, lora = load(model, "sft"), load(model, "lora")
-    sft_passes, lora_passes = ([count_passes(run, batch_size=b) for b in (1, 2)] for run in (sft, lora))
+    sft_passes, lora_passes = ([count_passes(config, batch_size=b) for b in (1, 2)] for config in (sft, lora))
     on_8 = [training_need(sft, gpus=8, passes=passes) for passes in sft_passes]
     on_1 = training_need(sft, gpus=1, passes=sft_passes[0])
     adapters = [training_need(lora, gpus=1, passes=passes) for passes in lora_passes]

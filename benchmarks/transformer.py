@@ -41,16 +41,16 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[DiffusionT
     words = []
     if options.layers:
         words.append(f"model.network_config.params.num_layers={options.layers}")
-    run = load_run_config(options.base, words, purpose="check", check_paths=False)
-    params, dtype = run.model.network_config.params, torch.float32
+    config = load_run_config(options.base, words, purpose="check", check_paths=False)
+    params, dtype = config.model.network_config.params, torch.float32
     if device.type == "cuda":
         dtype = torch.bfloat16
-    dit = build_dit(run.model, device=device, dtype=dtype, activation_checkpointing=options.checkpoint)
-    select_trainable(dit, not_trainable_prefixes=run.model.not_trainable_prefixes)
+    dit = build_dit(config.model, device=device, dtype=dtype, activation_checkpointing=options.checkpoint)
+    select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     if options.compile:
         dit.compile_blocks()
-    height, width = (size // 8 for size in run.data.params.video_size)
-    frames = (run.data.params.max_num_frames - 1) // 4 + 1
+    height, width = (size // 8 for size in config.data.params.video_size)
+    frames = (config.data.params.max_num_frames - 1) // 4 + 1
     frames += -frames % params.patch_size[0]
     patch_embed, position = params.modules.patch_embed_config.params, params.modules.pos_embed_config.params
     where = {"device": device, "dtype": dtype}

@@ -58,11 +58,11 @@ def draw_batch(seeds: range, *, num_frames: int, size: tuple[int, int], fps: flo
     )
 
 
-def encode_clips(pipeline: VideoDiffusion, run: RunConfig, *, count: int, path: Path) -> dict[str, Tensor]:
+def encode_clips(pipeline: VideoDiffusion, config: RunConfig, *, count: int, path: Path) -> dict[str, Tensor]:
     """Returns posterior moments and text embeddings of `count` drawn clips, from `path` when it has them."""
     if path.exists():
         return load_file(path)
-    params, parts = run.data.params, []
+    params, parts = config.data.params, []
     for start in range(0, count, 8):
         seeds = range(FIRST_SEED + start, FIRST_SEED + start + 8)
         batch = draw_batch(seeds, num_frames=params.max_num_frames, size=params.video_size, fps=params.fps)
@@ -144,10 +144,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=1200, help="how many clips are drawn")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    run = load_run_config([ROOT / "configs" / "sft.yaml"], ["args.load=null", "args.mode=pretrain"])
+    config = load_run_config([ROOT / "configs" / "sft.yaml"], ["args.load=null", "args.mode=pretrain"])
     mesh = start_single_process()
-    pipeline = build_models(run, mesh, find_start_weights(run, mesh))
-    encoded = encode_clips(pipeline, run, count=options.clips, path=options.work / "clips.safetensors")
+    pipeline = build_models(config, mesh, find_start_weights(config, mesh))
+    encoded = encode_clips(pipeline, config, count=options.clips, path=options.work / "clips.safetensors")
     weights = train(pipeline, encoded, minutes=options.minutes, state_path=options.work / "state.pt")
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, OUTPUT)

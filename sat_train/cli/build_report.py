@@ -10,18 +10,18 @@ from sat_train.models.build import build_dit
 from sat_train.models.trainable import select_trainable
 
 
-def report_build(run: RunConfig) -> str:
+def report_build(config: RunConfig) -> str:
     """Builds the whole transformer on the meta device, without memory, and describes it.
 
     Args:
-        run: The configuration; the count is of the whole model, whatever its tensor parallelism.
+        config: The configuration; the count is of the whole model, whatever its tensor parallelism.
 
     Raises:
         ConfigError: A pattern of the configuration matches no weight.
     """
     start_single_process()
-    dit = build_dit(run.model, device="meta", dtype=torch.float32, initialize=False)
-    counts = select_trainable(dit, not_trainable_prefixes=run.model.not_trainable_prefixes)
+    dit = build_dit(config.model, device="meta", dtype=torch.float32, initialize=False)
+    counts = select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     width = max(map(len, dit.hook_origins))
     hooks = [f"{hook:{width}}  {origin}" for hook, origin in sorted(dit.hook_origins.items())]
     stop_processes()

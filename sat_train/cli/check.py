@@ -28,44 +28,44 @@ def main(argv: Sequence[str]) -> int:
     if options.explain and not base and not words:
         print(explain_key(options.explain, None))
         return 0
-    run = load_run_config(base, words, purpose="check", check_paths=not options.no_paths)
-    for note in run.notes:
+    config = load_run_config(base, words, purpose="check", check_paths=not options.no_paths)
+    for note in config.notes:
         print(note)
     if options.explain:
-        print(explain_key(options.explain, run))
+        print(explain_key(options.explain, config))
     elif options.build:
         from sat_train.cli.build_report import report_build  # imports torch
 
-        print(report_build(run))
+        print(report_build(config))
     else:
-        print(list_values(run, with_defaults=options.all))
-        print(f"\n{_sum_up(run, looks_at_data=not options.no_paths)}")
+        print(list_values(config, with_defaults=options.all))
+        print(f"\n{_sum_up(config, looks_at_data=not options.no_paths)}")
     return 0
 
 
-def _sum_up(run: RunConfig, *, looks_at_data: bool) -> str:
+def _sum_up(config: RunConfig, *, looks_at_data: bool) -> str:
     """Returns the summary and the verdict, after a look at the names of the clips.
 
     Raises:
         DataError: The data cannot be read.
     """
-    clips = _count_clips(run) if looks_at_data else None
-    summary = summarize(run, RunFacts(clips=clips))
-    verdict = f"incomplete: {run.needs}" if run.needs else "ready: this configuration has no fault"
+    clips = _count_clips(config) if looks_at_data else None
+    summary = summarize(config, RunFacts(clips=clips))
+    verdict = f"incomplete: {config.needs}" if config.needs else "ready: this configuration has no fault"
     return f"{summary}\n\n{verdict}"
 
 
-def _count_clips(run: RunConfig) -> ClipCounts | None:
+def _count_clips(config: RunConfig) -> ClipCounts | None:
     """Counts the clips of local sets; remote ones are looked at when a run starts."""
-    args = run.args
+    args = config.args
     entries = [*(args.train_data or ()), *(args.valid_data or ())]
     if not args.train_data or any("://" in entry for entry in entries):
         return None
     from sat_train.data.sources.count import count_clips  # imports PyAV
     from sat_train.data.sources.read import build_source_options
 
-    options = build_source_options(run.data)
-    return count_clips(args.train_data, args.valid_data, shares=run.data_shares(), options=options)
+    options = build_source_options(config.data)
+    return count_clips(args.train_data, args.valid_data, shares=config.data_shares(), options=options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     start_single_process()  # before DeepSpeed, whose shards are read, looks for an accelerator
     find_weights(options.source)  # or say that it is not there, before anything beside it is read
     needs_model = options.to == "diffusers" or options.base
-    run = read_run(options.source, options.base) if needs_model else None
+    config = read_run(options.source, options.base) if needs_model else None
     conversion = Conversion(
         source=options.source,
         dest=options.dest,
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         ema=options.ema,
         model_size=options.model_parallel_size,
         dtype=_DTYPES.get(options.dtype),
-        model=None if run is None else run.model,
+        model=None if config is None else config.model,
     )
     try:
         with _signals_raise():
@@ -63,9 +63,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"ended by {ended}: {options.dest} was not written, and nothing is left of it", file=sys.stderr)
         return ended.exit_code
     print(printable(f"wrote {dest}; every value was read back and compared"))
-    if run is not None and options.to == "diffusers":
+    if config is not None and options.to == "diffusers":
         is_lora = (dest / f"{LORA_FILE_STEM}.safetensors").is_file()
-        print(f"\nfor diffusers:\n\n{diffusers_snippet(run, dest, is_lora=is_lora)}")
+        print(f"\nfor diffusers:\n\n{diffusers_snippet(config, dest, is_lora=is_lora)}")
     return 0
 
 
@@ -81,14 +81,14 @@ def read_run(source: Path, base: Sequence[Path]) -> RunConfig | None:
     resolved = find_resolved(str(source))
     if resolved is None:
         return None
-    run = load_run_config([resolved], purpose="check", check_paths=False)
-    if run.sources["model.network_config.params.hidden_size"] == EMBEDDED:
+    config = load_run_config([resolved], purpose="check", check_paths=False)
+    if config.sources["model.network_config.params.hidden_size"] == EMBEDDED:
         raise CheckpointError(
             f"{resolved} says nothing of a model",
             expected="section model, as a run writes it",
             remedy="name the model's preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
-    return run
+    return config
 
 
 def _convert(conversion: Conversion) -> Path:

@@ -36,15 +36,15 @@ def main(argv: Sequence[str]) -> int:
     """
     options, rest = _parser().parse_known_args(argv)
     base, words = split_command_line(rest)
-    run = load_run_config(base, words, purpose="check", check_paths=False)
+    config = load_run_config(base, words, purpose="check", check_paths=False)
     configure_logging()
-    if not run.args.train_data:
+    if not config.args.train_data:
         raise DataError(
             "args.train_data is not set", remedy="--base configs/sft.yaml args.train_data=[my_clips]"
         )
     if options.what == "inspect":
-        return _inspect(run, options.output, options.processes, options.windows or None)
-    return _preview(run, options.output, options.count)
+        return _inspect(config, options.output, options.processes, options.windows or None)
+    return _preview(config, options.output, options.count)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,12 +80,12 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def _inspect(run: RunConfig, output: Path, num_processes: int, max_windows: int | None) -> int:
-    fit = build_fit(run)
+def _inspect(config: RunConfig, output: Path, num_processes: int, max_windows: int | None) -> int:
+    fit = build_fit(config)
     reports = []
-    for entry in dict.fromkeys((*run.args.train_data, *(run.args.valid_data or ()))):
-        source = read_source(entry, build_source_options(run.data))
-        report = _report(run, source, fit, num_processes, max_windows)
+    for entry in dict.fromkeys((*config.args.train_data, *(config.args.valid_data or ()))):
+        source = read_source(entry, build_source_options(config.data))
+        report = _report(config, source, fit, num_processes, max_windows)
         reports.append(report)
         _show("".join(f"{name:<13} {value}\n" for name, value in report.lines()))
     page = output / "index.html"
@@ -103,7 +103,7 @@ def _show(text: str) -> None:
 
 
 def _report(
-    run: RunConfig, source: ClipSource, fit: Fit, num_processes: int, max_windows: int | None
+    config: RunConfig, source: ClipSource, fit: Fit, num_processes: int, max_windows: int | None
 ) -> SetReport:
     columns = (TextColumn("looking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -113,10 +113,10 @@ def _report(
             fit,
             num_processes=num_processes,
             max_windows=max_windows,
-            timeout_s=run.data.worker_timeout_s,
+            timeout_s=config.data.worker_timeout_s,
             on_clip=lambda: progress.advance(task),
         )
-    encoder = run.model.conditioner_config.params.emb_models[0].params
+    encoder = config.model.conditioner_config.params.emb_models[0].params
     long_captions = _long_captions(source, Path(encoder.model_dir), encoder.max_length)
     return SetReport(
         source.name,
@@ -142,12 +142,12 @@ def _long_captions(source: ClipSource, folder: Path, max_length: int) -> tuple[t
     return tuple((caption, tokens) for caption, tokens in counted if tokens > max_length)
 
 
-def _preview(run: RunConfig, output: Path, count: int) -> int:
-    loader = build_train_loader(run, start_single_process())
+def _preview(config: RunConfig, output: Path, count: int) -> int:
+    loader = build_train_loader(config, start_single_process())
     samples = [loader.dataset.item(index, pixels=True).sample for index in range(count)]
     for sample in samples:
         path = output / f"{sample.sample_index:04d}.mp4"
-        write_mp4(path, sample.video_tchw, fps=run.data.params.fps)
+        write_mp4(path, sample.video_tchw, fps=config.data.params.fps)
         times = f"{sample.times[0]:.2f} to {sample.times[-1]:.2f} s"
         shape = "x".join(str(side) for side in (len(sample.video_tchw), *sample.video_tchw.shape[-2:]))
         _show(f"{path}  {shape}  {sample.clip_id}  {times}  {sample.caption}")

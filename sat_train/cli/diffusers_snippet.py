@@ -12,45 +12,45 @@ _DIFFUSERS_EXPONENT = 5.0
 _BASE = "{folder of the base model in diffusers' format}"
 
 
-def diffusers_snippet(run: RunConfig, dest: str | Path, *, is_lora: bool) -> str:
+def diffusers_snippet(config: RunConfig, dest: str | Path, *, is_lora: bool) -> str:
     """Returns a script with the numbers that a model needs.
 
     Args:
-        run: The model's configuration; its sampling settings count.
+        config: The model's configuration; its sampling settings count.
         dest: What was exported.
         is_lora: Adapters alone were, for `load_lora_weights`.
 
     Raises:
         ConfigError: Nothing says how large a video is.
     """
-    settings = build_sampling(run)
-    is_image = run.model.noised_image_input
+    settings = build_sampling(config)
+    is_image = config.model.noised_image_input
     pipeline = "CogVideoXImageToVideoPipeline" if is_image else "CogVideoXPipeline"
     loader = "export_to_video, load_image" if is_image else "export_to_video"
-    folder = _base_folder(run) if is_lora else dest
+    folder = _base_folder(config) if is_lora else dest
     lines = [
         "import torch",
         f"from diffusers import {pipeline}",
         f"from diffusers.utils import {loader}",
         "",
-        f'pipe = {pipeline}.from_pretrained("{folder}", torch_dtype={compute_dtype(run.args)})',
+        f'pipe = {pipeline}.from_pretrained("{folder}", torch_dtype={compute_dtype(config.args)})',
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
     ]
     if is_lora:
         lines.append(f'pipe.load_lora_weights("{dest}", adapter_name="lora")')
         lines.append('pipe.set_adapters("lora", 1.0)  # 1.0 is as trained, whatever lora_alpha was')
     return "\n".join(
-        [*lines, *_call(run, settings), f'export_to_video(video, "video.mp4", fps={settings.fps:g})']
+        [*lines, *_call(config, settings), f'export_to_video(video, "video.mp4", fps={settings.fps:g})']
     )
 
 
-def _call(run: RunConfig, settings: SamplingSettings) -> list[str]:
-    length = run.model.conditioner_config.params.emb_models[0].params.max_length
+def _call(config: RunConfig, settings: SamplingSettings) -> list[str]:
+    length = config.model.conditioner_config.params.emb_models[0].params.max_length
     guidance = settings.guidance
     is_dynamic = isinstance(guidance, DynamicGuidance)
-    image = ['    image=load_image("first_frame.png"),'] if run.model.noised_image_input else []
+    image = ['    image=load_image("first_frame.png"),'] if config.model.noised_image_input else []
     empty = '    negative_prompt_embeds=torch.zeros_like(text),  # trained so: no caption is zeros, not ""'
-    null = [empty] if run.model.null_condition == "zero" else ['    negative_prompt="",']
+    null = [empty] if config.model.null_condition == "zero" else ['    negative_prompt="",']
     note = ""
     if isinstance(guidance, DynamicGuidance) and guidance.exp != _DIFFUSERS_EXPONENT:
         note = f"  # the exponent of this model is {guidance.exp:g}; diffusers has 5"
@@ -68,12 +68,12 @@ def _call(run: RunConfig, settings: SamplingSettings) -> list[str]:
         f"    num_inference_steps={settings.steps},",
         f"    guidance_scale={guidance.scale:g},",
         f"    use_dynamic_cfg={is_dynamic},{note}",
-        f"    generator=torch.Generator().manual_seed({run.args.seed}),",
+        f"    generator=torch.Generator().manual_seed({config.args.seed}),",
         ").frames[0]",
     ]
 
 
-def _base_folder(run: RunConfig) -> str:
+def _base_folder(config: RunConfig) -> str:
     """Returns the diffusers folder that the run began with, or what a person must put there."""
-    load = Path(run.args.load or "")
+    load = Path(config.args.load or "")
     return next((str(f) for f in (load, load.parent) if (f / "model_index.json").is_file()), _BASE)

@@ -34,7 +34,7 @@ def run_on_ranks(
 
     Args:
         purpose: What the configuration is checked for.
-        work: Module and function (run, mesh) -> None. Imported once the configuration is known to be right,
+        work: Module and function (config, mesh) -> None. Imported once the configuration is known to be right,
             because torch and all that stands on it take seconds.
         words: Command line without the program's name; None takes this process's.
 
@@ -63,34 +63,34 @@ def _run_on_ranks(
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other, not who trains
     try:
         base, rest = split_command_line(sys.argv[1:] if words is None else words)
-        run = load_run_config(base, rest, purpose=purpose)
+        config = load_run_config(base, rest, purpose=purpose)
     except BaseException as error:
         return _end(env, partial(_report_before_meeting, error, env))
-    return _join_and_work(run, env, work)
+    return _join_and_work(config, env, work)
 
 
-def _join_and_work(run: RunConfig, env: RankEnv, work: tuple[str, str]) -> int:
+def _join_and_work(config: RunConfig, env: RankEnv, work: tuple[str, str]) -> int:
     from sat_train.distributed.failures import FailureBoard
     from sat_train.distributed.meeting import meet
     from sat_train.distributed.processes import start_processes, stop_processes
 
     board: FailureBoard | None = None
     try:
-        timeout = timedelta(minutes=run.args.distributed_timeout_minutes)
+        timeout = timedelta(minutes=config.args.distributed_timeout_minutes)
         store = meet(env, timeout)
         board = FailureBoard(store, env, timeout)
         board.watch()
         mesh = start_processes(
             env,
-            device=run.args.device,
-            backend=run.args.distributed_backend,
-            model_parallel_size=run.args.model_parallel_size,
-            timeout_minutes=run.args.distributed_timeout_minutes,
+            device=config.args.device,
+            backend=config.args.distributed_backend,
+            model_parallel_size=config.args.model_parallel_size,
+            timeout_minutes=config.args.distributed_timeout_minutes,
             store=store,
         )
         module, name = work  # imported after the start, which chooses DeepSpeed's accelerator
         do: Callable[[RunConfig, ProcessMesh], None] = getattr(import_module(module), name)
-        do(run, mesh)
+        do(config, mesh)
         board.close()
     except BaseException as error:
         return _end(env, partial(_report, error, env, board))

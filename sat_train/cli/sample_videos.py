@@ -38,7 +38,7 @@ log = get_logger(__name__)
 OnStep = Callable[[int, int], None]
 
 
-def sample(run: RunConfig, mesh: ProcessMesh) -> None:
+def sample(config: RunConfig, mesh: ProcessMesh) -> None:
     """Draws every prompt of a run; the ranks share the prompts.
 
     Raises:
@@ -46,13 +46,13 @@ def sample(run: RunConfig, mesh: ProcessMesh) -> None:
 
     Ranks: all.
     """
-    for note in run.notes:
+    for note in config.notes:
         log.info("%s", note)
     stop_request = StopRequest("stopped before the first video").listen()
-    requests, settings = read_requests(run), build_sampling(run)
-    folder = Path(run.args.output_dir)
+    requests, settings = read_requests(config), build_sampling(config)
+    folder = Path(config.args.output_dir)
     with explaining_lack_of_memory(SAMPLING_REMEDY):
-        pipeline = build_sampler(run, mesh)
+        pipeline = build_sampler(config, mesh)
         shape = (settings.num_frames, settings.height, settings.width)
         log.info("%d videos of %d frames, %dx%d", len(requests), *shape)
         try:
@@ -106,9 +106,9 @@ def write_videos(
     return previews, None
 
 
-def read_requests(run: RunConfig) -> list[SampleRequest]:
+def read_requests(config: RunConfig) -> list[SampleRequest]:
     """Returns what is to be drawn, from `args.prompt` or `args.input_file`."""
-    args = run.args
+    args = config.args
     if args.prompt is not None:
         lines = [("args.prompt", args.prompt)]
     else:
@@ -116,41 +116,41 @@ def read_requests(run: RunConfig) -> list[SampleRequest]:
         lines = read_prompt_file(Path(args.input_file))
     return build_requests(
         lines,
-        image_to_video=run.model.noised_image_input,
+        image_to_video=config.model.noised_image_input,
         image=None if args.image is None else Path(args.image),
         seed=args.seed,
     )
 
 
-def build_sampler(run: RunConfig, mesh: ProcessMesh) -> VideoDiffusion:
+def build_sampler(config: RunConfig, mesh: ProcessMesh) -> VideoDiffusion:
     """Builds the pipeline with the weights of `args.load`.
 
     Ranks: all.
     """
-    dtype = torch.float32 if compute_dtype(run.args) == torch.float32 else torch.bfloat16
-    text = run.model.conditioner_config.params.emb_models[0].params
+    dtype = torch.float32 if compute_dtype(config.args) == torch.float32 else torch.bfloat16
+    text = config.model.conditioner_config.params.emb_models[0].params
     return build_pipeline(
-        run,
-        dit=build_loaded_dit(run, mesh),
-        vae=build_loaded_vae(run, mesh.device, dtype),
+        config,
+        dit=build_loaded_dit(config, mesh),
+        vae=build_loaded_vae(config, mesh.device, dtype),
         text_encoder=build_text_encoder(text, device=mesh.device, dtype=dtype),
     )
 
 
-def build_loaded_dit(run: RunConfig, mesh: ProcessMesh) -> DiffusionTransformer:
+def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransformer:
     """Builds the transformer with the weights of `args.load`, averaged with `args.ema`, and their adapters.
 
     The weights say which adapters there are: rank, scale and layers are theirs, whatever a YAML says.
 
     Ranks: all; rank 0 looks and hashes.
     """
-    args = run.args
+    args = config.args
     assert args.load is not None, "the configuration sees to weights"
     located = on_rank_0(mesh, lambda: locate_weights(args.load, load_base=args.load_base))
     start = StartWeights(located, None, args.load_lora, args.lora_strength)
     base, updates = read_weights_and_updates(start, ema=args.ema)
     dit = build_dit(
-        run.model, device=mesh.device, dtype=compute_dtype(args), initialize=False, with_adapters=False
+        config.model, device=mesh.device, dtype=compute_dtype(args), initialize=False, with_adapters=False
     )
     weights = slice_weights(base, rank=mesh.model_rank, size=mesh.model_size)
     load_weights(dit, weights, may_lack=dit.derived_keys())

@@ -16,7 +16,7 @@ from sat_train.errors import ConfigError, Fault
 _MODEL_FILES = "configs/model/"
 
 
-def list_values(run: RunConfig, *, with_defaults: bool = True) -> str:
+def list_values(config: RunConfig, *, with_defaults: bool = True) -> str:
     """Returns one line for each value: key, value, source.
 
     Args:
@@ -24,26 +24,26 @@ def list_values(run: RunConfig, *, with_defaults: bool = True) -> str:
     """
     values = {
         path: _show(value)
-        for path, value in leaves(run.shown_tree()).items()
-        if with_defaults or not _is_untouched(run.sources[path])
+        for path, value in leaves(config.shown_tree()).items()
+        if with_defaults or not _is_untouched(config.sources[path])
     }
     if not values:
         return "everything is a default"
     key_width = max(map(len, values))
     value_width = min(max(map(len, values.values())), 40)
     lines = [
-        f"{path.ljust(key_width)}  {text.ljust(value_width)}  {run.sources[path]}"
+        f"{path.ljust(key_width)}  {text.ljust(value_width)}  {config.sources[path]}"
         for path, text in values.items()
     ]
     return "\n".join(lines)
 
 
-def explain_key(path: str, run: RunConfig | None) -> str:
+def explain_key(path: str, config: RunConfig | None) -> str:
     """Returns what a key does, what it may hold, its default, and its value and source in a run.
 
     Args:
         path: Dotted key, e.g. `args.lr`; a group lists its keys.
-        run: The run whose value is shown; None shows none.
+        config: The run whose value is shown; None shows none.
 
     Raises:
         ConfigError: There is no such key.
@@ -60,9 +60,9 @@ def explain_key(path: str, run: RunConfig | None) -> str:
         choices = sorted(slot_targets().get(pattern_of(path.removesuffix(".target")), {}))
         lines.append(f"  holds    {', '.join(choices) if path.endswith('.target') else key.expected}")
         lines.append(f"  default  {'none: it must be given' if key.required else _show(_plain(key.default))}")
-    if run is not None and path in run.sources:
-        lines.append(f"  value    {_show(leaves(run.shown_tree())[path])}")
-        lines.append(f"  from     {run.sources[path]}")
+    if config is not None and path in config.sources:
+        lines.append(f"  value    {_show(leaves(config.shown_tree())[path])}")
+        lines.append(f"  from     {config.sources[path]}")
     return "\n".join(lines)
 
 

@@ -16,13 +16,13 @@ _COMMENT_COLUMN = 56
 _NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
-def render_resolved(run: RunConfig) -> str:
+def render_resolved(config: RunConfig) -> str:
     """Returns the YAML text of a configuration, each value followed by its source as a comment."""
-    head = f"# Every value of this run and where it came from. Digest {run.digest()}\n"
-    return head + "\n".join(_render(run.tree(), run.sources, "", 0)) + "\n"
+    head = f"# Every value of this run and where it came from. Digest {config.digest()}\n"
+    return head + "\n".join(_render(config.tree(), config.sources, "", 0)) + "\n"
 
 
-def write_resolved(run: RunConfig, path: Path, *, notes: Sequence[str] = ()) -> None:
+def write_resolved(config: RunConfig, path: Path, *, notes: Sequence[str] = ()) -> None:
     """Writes `render_resolved` to a file, which is there whole or as it was.
 
     Where a URL in it has a password it is for its owner's eyes only.
@@ -36,8 +36,8 @@ def write_resolved(run: RunConfig, path: Path, *, notes: Sequence[str] = ()) -> 
     Ranks: rank 0 only.
     """
     comments = "".join(f"# {' '.join(note.split())}\n" for note in notes)
-    holds_secrets = run.shown_tree() != run.tree()
-    write_text(path, comments + render_resolved(run), mode=0o600 if holds_secrets else 0o666)
+    holds_secrets = config.shown_tree() != config.tree()
+    write_text(path, comments + render_resolved(config), mode=0o600 if holds_secrets else 0o666)
 
 
 def _render(value: Any, sources: Mapping[str, str], path: str, depth: int) -> Iterator[str]:

@@ -42,13 +42,13 @@ def use_model_of_run(layers: list[Layer], faults: list[Fault]) -> list[Layer]:
     path = find_resolved(load) if isinstance(load, str) else None
     if path is None:
         return layers
-    run = read_layer(path, faults)
-    tree: dict[str, Any] = {"model": run.tree.get("model", {})}
+    resolved = read_layer(path, faults)
+    tree: dict[str, Any] = {"model": resolved.tree.get("model", {})}
     for section, keys in (("args", _ARGS), ("data", _DATA)):
-        values = run.tree.get(section) or {}
+        values = resolved.tree.get(section) or {}
         tree[section] = {key: values[key] for key in keys if key in values}
     chosen = [layer for layer in layers if not layer.is_embedded]
-    return [Layer(run.name, {name: section for name, section in tree.items() if section}, {}), *chosen]
+    return [Layer(resolved.name, {name: section for name, section in tree.items() if section}, {}), *chosen]
 
 
 def find_resolved(load: str) -> Path | None:

@@ -33,16 +33,16 @@ _FIXED = {
 }
 
 
-def build_sat_args(run: RunConfig) -> argparse.Namespace:
+def build_sat_args(config: RunConfig) -> argparse.Namespace:
     """Returns the merged files as SAT knows them: one flat namespace with the sections `*_config` inside.
 
     Args:
-        run: The configuration of a run.
+        config: The configuration of a run.
 
     Source: zai-org/CogVideo@7a1af71 `sat/arguments.py` `process_config_to_args`.
     """
-    network = run.model.network_config.params
-    tree = run.shown_tree()
+    network = config.model.network_config.params
+    tree = config.shown_tree()
     return argparse.Namespace(
         **_FIXED,
         **tree["args"],
@@ -55,12 +55,12 @@ def build_sat_args(run: RunConfig) -> argparse.Namespace:
     )
 
 
-def write_model_config(run: RunConfig, path: Path) -> None:
+def write_model_config(config: RunConfig, path: Path) -> None:
     """Writes the namespace as `model_config.json`, which SAT keeps beside `latest`; whole, or as it was.
 
     Ranks: rank 0 only.
 
     Source: THUDM/SwissArmyTransformer@63dc23a `sat/training/model_io.py` `save_checkpoint`.
     """
-    named = {"model_class": "DiffusionTransformer", **vars(build_sat_args(run))}
+    named = {"model_class": "DiffusionTransformer", **vars(build_sat_args(config))}
     write_text(path, json.dumps(named, indent=2) + "\n")

@@ -43,49 +43,52 @@ class RunFacts:
     steps: int | None = None
 
 
-def summarize(run: RunConfig, facts: RunFacts) -> str:
+def summarize(config: RunConfig, facts: RunFacts) -> str:
     """Returns the summary, one line a subject, and a line for each thing that looks unintended."""
-    lines = [f"  {subject:<11} {text}" for subject, text in _subjects(run, facts)]
-    notes = [f"  note: {text}" for text in _doubts(run, facts)]
+    lines = [f"  {subject:<11} {text}" for subject, text in _subjects(config, facts)]
+    notes = [f"  note: {text}" for text in _doubts(config, facts)]
     return "\n".join([*lines, *notes])
 
 
-def _subjects(run: RunConfig, facts: RunFacts) -> Iterator[tuple[str, str]]:
-    yield "model", _model(run)
-    yield "weights", str(shorten_assets(run.args.load)) if run.args.load else "none: random"
-    if run.args.mode == "inference":
+def _subjects(config: RunConfig, facts: RunFacts) -> Iterator[tuple[str, str]]:
+    yield "model", _model(config)
+    yield "weights", str(shorten_assets(config.args.load)) if config.args.load else "none: random"
+    if config.args.mode == "inference":
         return
-    yield "trains", _trained(run)
-    if run.data is not None:
-        yield "data", _data(run, facts)
-        yield "samples", _samples(run.data)
-        yield "cache", "off" if run.data.cache == "off" else f"{run.data.cache}, {run.data.cache_dir}"
-    yield "batch", _batch(run, facts)
-    yield "length", _length(run, facts)
-    yield "optimizer", _optimizer(run)
-    yield "memory", _memory(run)
-    yield "validation", _validation(run)
-    yield "checkpoints", _checkpoints(run)
+    yield "trains", _trained(config)
+    if config.data is not None:
+        yield "data", _data(config, facts)
+        yield "samples", _samples(config.data)
+        yield (
+            "cache",
+            "off" if config.data.cache == "off" else f"{config.data.cache}, {config.data.cache_dir}",
+        )
+    yield "batch", _batch(config, facts)
+    yield "length", _length(config, facts)
+    yield "optimizer", _optimizer(config)
+    yield "memory", _memory(config)
+    yield "validation", _validation(config)
+    yield "checkpoints", _checkpoints(config)
 
 
-def _model(run: RunConfig) -> str:
-    network = run.model.network_config.params
-    task = "image to video" if run.model.noised_image_input else "text to video"
-    precision = "bf16" if run.args.bf16 else "fp16" if run.args.fp16 else "fp32"
+def _model(config: RunConfig) -> str:
+    network = config.model.network_config.params
+    task = "image to video" if config.model.noised_image_input else "text to video"
+    precision = "bf16" if config.args.bf16 else "fp16" if config.args.fp16 else "fp32"
     return f"{task}, {network.num_layers} layers of width {network.hidden_size}, {precision}"
 
 
-def _trained(run: RunConfig) -> str:
-    adapters = run.model.network_config.params.modules.lora_config
+def _trained(config: RunConfig) -> str:
+    adapters = config.model.network_config.params.modules.lora_config
     if adapters is None:
-        frozen = run.model.not_trainable_prefixes
+        frozen = config.model.not_trainable_prefixes
         return "all weights of the transformer" + (f" but {', '.join(frozen)}" if frozen else "")
     lora = adapters.params
     return f"LoRA of rank {lora.r}, alpha {lora.lora_alpha:g}: scale {lora.lora_alpha / lora.r:.3g}"
 
 
-def _data(run: RunConfig, facts: RunFacts) -> str:
-    sets = ", ".join(str(shorten_assets(path)) for path in run.args.train_data or ()) or "none"
+def _data(config: RunConfig, facts: RunFacts) -> str:
+    sets = ", ".join(str(shorten_assets(path)) for path in config.args.train_data or ()) or "none"
     if facts.clips is None:
         return sets
     return f"{facts.clips.train:,} clips, {facts.clips.valid:,} for validation: {sets}"
@@ -98,26 +101,26 @@ def _samples(data: DataConfig) -> str:
     return f"{shape}{' and buckets' if params.buckets is not None else ''}; window {params.window}"
 
 
-def _batch(run: RunConfig, facts: RunFacts) -> str:
-    args = run.args
+def _batch(config: RunConfig, facts: RunFacts) -> str:
+    args = config.args
     parts = f"{args.batch_size} a GPU x {args.gradient_accumulation_steps} accumulated"
     if facts.data_ranks is None:
         return f"{parts} x the number of GPUs"
-    return f"{parts} x {_count(facts.data_ranks, 'GPU')} = {_samples_a_step(run, facts.data_ranks)} a step"
+    return f"{parts} x {_count(facts.data_ranks, 'GPU')} = {_samples_a_step(config, facts.data_ranks)} a step"
 
 
-def _samples_a_step(run: RunConfig, data_ranks: int) -> int:
-    return run.args.batch_size * run.args.gradient_accumulation_steps * data_ranks
+def _samples_a_step(config: RunConfig, data_ranks: int) -> int:
+    return config.args.batch_size * config.args.gradient_accumulation_steps * data_ranks
 
 
-def _length(run: RunConfig, facts: RunFacts) -> str:
-    if run.args.epochs is not None:
-        told = _count(run.args.epochs, "epoch")
+def _length(config: RunConfig, facts: RunFacts) -> str:
+    if config.args.epochs is not None:
+        told = _count(config.args.epochs, "epoch")
         return told if facts.steps is None else f"{told} = {_count(facts.steps, 'step')}"
-    steps = _count(run.args.train_iters or 0, "step")
+    steps = _count(config.args.train_iters or 0, "step")
     if facts.clips is None or facts.data_ranks is None or not facts.clips.train:
         return steps
-    samples = (run.args.train_iters or 0) * _samples_a_step(run, facts.data_ranks)
+    samples = (config.args.train_iters or 0) * _samples_a_step(config, facts.data_ranks)
     return f"{steps} = {_count(samples, 'sample')} = {samples / facts.clips.train:,.1f} epochs"
 
 
@@ -125,55 +128,55 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _optimizer(run: RunConfig) -> str:
-    args = run.args
+def _optimizer(config: RunConfig) -> str:
+    args = config.args
     clipping = f"gradients clipped at {args.clip_grad:g}" if args.clip_grad else "no clipping"
     decay = (
         "constant"
         if args.lr_decay_style == "constant"
         else f"{args.lr_decay_style} to {args.lr_decay_ratio:g}x"
     )
-    return f"{run.deepspeed.optimizer.type}, lr {args.lr:g}, warm-up {args.warmup:g}, {decay}; {clipping}"
+    return f"{config.deepspeed.optimizer.type}, lr {args.lr:g}, warm-up {args.warmup:g}, {decay}; {clipping}"
 
 
-def _memory(run: RunConfig) -> str:
-    args = run.args
+def _memory(config: RunConfig) -> str:
+    args = config.args
     parts = [f"ZeRO-{args.zero_stage}"]
     parts += ["activations recomputed"] * args.checkpoint_activations
     parts += [f"tensor parallel over {args.model_parallel_size}"] * (args.model_parallel_size > 1)
     return ", ".join(parts)
 
 
-def _validation(run: RunConfig) -> str:
-    args = run.args
+def _validation(config: RunConfig) -> str:
+    args = config.args
     if args.eval_interval is None:
         return "none"
     videos = "" if args.valid_video_interval is None else f", videos every {args.valid_video_interval}"
     return f"every {args.eval_interval} steps{videos}"
 
 
-def _checkpoints(run: RunConfig) -> str:
-    args = run.args
+def _checkpoints(config: RunConfig) -> str:
+    args = config.args
     if args.save is None:
         return "none"
     kept = "all kept" if args.keep_last is None else f"last {args.keep_last} kept"
     return f"every {args.save_interval} steps in {args.save}/{args.experiment_name}-*, {kept}"
 
 
-def _doubts(run: RunConfig, facts: RunFacts) -> Iterator[str]:
-    adapters = run.model.network_config.params.modules.lora_config
+def _doubts(config: RunConfig, facts: RunFacts) -> Iterator[str]:
+    adapters = config.model.network_config.params.modules.lora_config
     if adapters is not None:
-        step = run.args.lr * adapters.params.lora_alpha / adapters.params.r
+        step = config.args.lr * adapters.params.lora_alpha / adapters.params.r
         if step > _BOLD_LORA_STEP:
             yield f"lr x alpha / r = {step:.1g} is high: lr 1e-3 is for alpha = 1, with alpha = r use 1e-4"
-    if run.data is not None and not math.isclose(run.data.params.fps, trained_fps(run)):
-        yield f"data.params.fps = {run.data.params.fps:g}, but this model was trained at {trained_fps(run)}"
+    if config.data is not None and not math.isclose(config.data.params.fps, trained_fps(config)):
+        yield f"data.params.fps = {config.data.params.fps:g}, but this model was trained at {trained_fps(config)}"
     if facts.clips is not None and facts.data_ranks is not None:
-        step_size = _samples_a_step(run, facts.data_ranks)
+        step_size = _samples_a_step(config, facts.data_ranks)
         if step_size > facts.clips.train:
             yield f"one step takes {step_size} samples and there are {_count(facts.clips.train, 'clip')}"
 
 
-def trained_fps(run: RunConfig) -> int:
+def trained_fps(config: RunConfig) -> int:
     """Returns the frame rate of the released weights: 16 a second for 1.5, which patches time, 8 before."""
-    return 16 if run.model.network_config.params.patch_size[0] > 1 else 8
+    return 16 if config.model.network_config.params.patch_size[0] > 1 else 8

@@ -62,7 +62,7 @@ class OrderedBatches:
     """Batches in global order, all samples of one from the same bucket.
 
     Samples are looked at in their order. Each waits until as many of its bucket have come as all ranks take
-    in a micro-step; then these are taken, rank r the r-th run of them. So every sample is taken once, those
+    in a micro-step; then these are taken, rank r the r-th slice of them. So every sample is taken once, those
     of one bucket in their order, all ranks have the same shape and as much work, and with one bucket the
     samples of a micro-step are consecutive. Which samples there are does not depend on the number of ranks
     or on the batch size, only when they come does.
@@ -115,8 +115,8 @@ class OrderedBatches:
         while step := list(itertools.islice(taken, self._accumulation)):
             size, place = sum(len(indices) for indices, _ in step), 0
             for indices, after in step:
-                run = len(indices) // self._num_ranks
-                mine = slice(self._rank * run, (self._rank + 1) * run)
+                share = len(indices) // self._num_ranks
+                mine = slice(self._rank * share, (self._rank + 1) * share)
                 positions = range(place, place + len(indices))[mine]
                 places = tuple(StepPlace(position.consumed // size, each, size) for each in positions)
                 yield MicroBatch(indices, indices[mine], after, places)

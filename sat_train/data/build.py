@@ -35,7 +35,7 @@ QUARANTINE = "quarantine.jsonl"
 
 
 def build_train_loader(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     *,
     start: DataPosition | None = None,
@@ -45,7 +45,7 @@ def build_train_loader(
     """Builds the endless loader of this rank.
 
     Args:
-        run: `args` and `data` are read.
+        config: `args` and `data` are read.
         mesh: Who this rank is.
         start: Where the run stands, from the checkpoint; None: at the beginning.
         run_folder: Gets `quarantine.jsonl`; None: bad clips are only logged.
@@ -56,45 +56,45 @@ def build_train_loader(
 
     Ranks: all.
     """
-    dataset = build_train_dataset(run, mesh, run_folder=run_folder, cache=cache)
-    batches = build_train_batches(run, mesh, dataset, start=start)
+    dataset = build_train_dataset(config, mesh, run_folder=run_folder, cache=cache)
+    batches = build_train_batches(config, mesh, dataset, start=start)
     if mesh.local_rank == 0 and not (cache is not None and cache.use == "require"):
         needed = bytes_in_flight(
             dataset.buckets.shapes,
-            batch_sizes(run, run.args.batch_size),
-            num_workers=run.args.num_workers,
-            prefetch_factor=run.args.prefetch_factor,
+            batch_sizes(config, config.args.batch_size),
+            num_workers=config.args.num_workers,
+            prefetch_factor=config.args.prefetch_factor,
         )
         warn_of_little_shared_memory(needed, local_ranks=RankEnv.read().local_world_size)
-    return build_loader(run, mesh, dataset, batches, run_folder)
+    return build_loader(config, mesh, dataset, batches, run_folder)
 
 
 def build_train_batches(
-    run: RunConfig, mesh: ProcessMesh, dataset: VideoDataset, *, start: DataPosition | None = None
+    config: RunConfig, mesh: ProcessMesh, dataset: VideoDataset, *, start: DataPosition | None = None
 ) -> OrderedBatches:
     """Builds what says which samples this rank trains on."""
-    epochs = run.args.epochs if run.args.train_iters is None else None
+    epochs = config.args.epochs if config.args.train_iters is None else None
     return OrderedBatches(
-        batch_sizes(run, run.args.batch_size),
+        batch_sizes(config, config.args.batch_size),
         bucket_of=dataset.bucket,
         rank=mesh.data_rank,
         num_ranks=mesh.data_size,
-        accumulation=run.args.gradient_accumulation_steps,
+        accumulation=config.args.gradient_accumulation_steps,
         start=start,
         goal=None if epochs is None else epochs * len(dataset),
     )
 
 
-def batch_sizes(run: RunConfig, batch_size: int) -> list[int]:
+def batch_sizes(config: RunConfig, batch_size: int) -> list[int]:
     """Returns the samples of one rank in a micro-batch for each shape: as many as the budget has room for."""
-    params = run.data.params
+    params = config.data.params
     budget = None if params.buckets is None else params.buckets.max_tokens
-    shapes = allowed_shapes(params, run.model)
-    return [budget // count_tokens(shape, run.model) if budget else batch_size for shape in shapes]
+    shapes = allowed_shapes(params, config.model)
+    return [budget // count_tokens(shape, config.model) if budget else batch_size for shape in shapes]
 
 
 def build_train_dataset(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     *,
     run_folder: Path | None = None,
@@ -104,7 +104,7 @@ def build_train_dataset(
     """Builds the training set.
 
     Args:
-        run: `args` and `data` are read.
+        config: `args` and `data` are read.
         mesh: Who this rank is.
         run_folder: Its `quarantine.jsonl` names the clips that are left out; None: only the log does.
         cache: Where encoded samples may be.
@@ -115,27 +115,27 @@ def build_train_dataset(
 
     Ranks: all.
     """
-    if not run.args.train_data:
+    if not config.args.train_data:
         raise DataError(
             "args.train_data is not set",
             expected="folders or manifests of clips",
             remedy="--base ... args.train_data=[my_clips]",
         )
-    sources = _read_sources(run, mesh, run.args.train_data, part=_TRAIN)
-    planned = _plan(run, mesh, sources, run.args.batch_size, run_folder, cache)
+    sources = _read_sources(config, mesh, config.args.train_data, part=_TRAIN)
+    planned = _plan(config, mesh, sources, config.args.batch_size, run_folder, cache)
     if each_view_once:
-        order = _listed_order(run, planned)
+        order = _listed_order(config, planned)
     else:
         order = GlobalOrder(
-            seed=run.args.seed,
+            seed=config.args.seed,
             clip_weights=[[record.weight for record in source.records] for source in planned.sources],
-            source_weights=run.args.train_data_weights,
+            source_weights=config.args.train_data_weights,
         )
-    return _build_dataset(run, planned, order, run.data.params.views, "noised", cache)
+    return _build_dataset(config, planned, order, config.data.params.views, "noised", cache)
 
 
 def build_valid_loader(
-    run: RunConfig, mesh: ProcessMesh, *, run_folder: Path | None = None, cache: OpenCache | None = None
+    config: RunConfig, mesh: ProcessMesh, *, run_folder: Path | None = None, cache: OpenCache | None = None
 ) -> VideoLoader | None:
     """Builds the loader of `args.eval_iters` validation batches of this rank, the same ones each time.
 
@@ -146,23 +146,23 @@ def build_valid_loader(
 
     Ranks: all.
     """
-    dataset = build_valid_dataset(run, mesh, run_folder=run_folder, cache=cache)
+    dataset = build_valid_dataset(config, mesh, run_folder=run_folder, cache=cache)
     if dataset is None:
         return None
-    batch_size = _valid_batch_size(run)
-    stop = min(len(dataset), run.args.eval_iters * batch_size * mesh.data_size)
+    batch_size = _valid_batch_size(config)
+    stop = min(len(dataset), config.args.eval_iters * batch_size * mesh.data_size)
     batches = OrderedBatches(
-        batch_sizes(run, batch_size),
+        batch_sizes(config, batch_size),
         bucket_of=dataset.bucket,
         rank=mesh.data_rank,
         num_ranks=mesh.data_size,
         stop=stop,
     )
-    return build_loader(run, mesh, dataset, batches, run_folder)
+    return build_loader(config, mesh, dataset, batches, run_folder)
 
 
 def build_valid_dataset(
-    run: RunConfig, mesh: ProcessMesh, *, run_folder: Path | None = None, cache: OpenCache | None = None
+    config: RunConfig, mesh: ProcessMesh, *, run_folder: Path | None = None, cache: OpenCache | None = None
 ) -> VideoDataset | None:
     """Builds the validation set: each clip in one view, the same in every run.
 
@@ -174,69 +174,69 @@ def build_valid_dataset(
 
     Ranks: all.
     """
-    entries = run.args.valid_data or run.args.train_data
-    if not entries or (not run.args.valid_data and not run.data_shares()[_VALID]):
+    entries = config.args.valid_data or config.args.train_data
+    if not entries or (not config.args.valid_data and not config.data_shares()[_VALID]):
         return None
-    sources = _read_sources(run, mesh, entries, part=_VALID)
-    planned = _plan(run, mesh, sources, _valid_batch_size(run), run_folder, cache)
-    return _build_dataset(run, planned, _listed_order(run, planned), 1, "plain", cache)
+    sources = _read_sources(config, mesh, entries, part=_VALID)
+    planned = _plan(config, mesh, sources, _valid_batch_size(config), run_folder, cache)
+    return _build_dataset(config, planned, _listed_order(config, planned), 1, "plain", cache)
 
 
-def _valid_batch_size(run: RunConfig) -> int:
-    return run.args.eval_batch_size or run.args.batch_size
+def _valid_batch_size(config: RunConfig) -> int:
+    return config.args.eval_batch_size or config.args.batch_size
 
 
-def _listed_order(run: RunConfig, planned: Planned) -> GlobalOrder:
+def _listed_order(config: RunConfig, planned: Planned) -> GlobalOrder:
     weights = [[1.0] * len(source) for source in planned.sources]
-    return GlobalOrder(seed=run.args.seed, clip_weights=weights, shuffle=False)
+    return GlobalOrder(seed=config.args.seed, clip_weights=weights, shuffle=False)
 
 
 def _build_dataset(
-    run: RunConfig,
+    config: RunConfig,
     planned: Planned,
     order: GlobalOrder,
     views: int | None,
     condition: Condition,
     cache: OpenCache | None,
 ) -> VideoDataset:
-    params = run.data.params
+    params = config.data.params
     samples = None
     if cache is not None:
-        image = condition if run.model.noised_image_input else None
+        image = condition if config.model.noised_image_input else None
         samples = SampleCache(cache, fps=params.fps, max_upscale=params.max_upscale, image=image)
     return VideoDataset(
         sources=planned.sources,
         order=order,
         buckets=planned.buckets,
         fps=params.fps,
-        seed=run.args.seed,
+        seed=config.args.seed,
         skip_frms_num=params.skip_frms_num,
         window=params.window,
         short_clip=params.short_clip,
         max_upscale=params.max_upscale,
-        timeout_s=run.data.worker_timeout_s,
+        timeout_s=config.data.worker_timeout_s,
         views=views,
-        images=run.model.noised_image_input,
+        images=config.model.noised_image_input,
         cache=samples,
     )
 
 
-def build_fit(run: RunConfig) -> Fit:
+def build_fit(config: RunConfig) -> Fit:
     """Returns what samples are to be."""
-    params = run.data.params
+    params = config.data.params
     return Fit(
-        shapes=allowed_shapes(params, run.model),
+        shapes=allowed_shapes(params, config.model),
         fps=params.fps,
         skip_frms_num=params.skip_frms_num,
         window=params.window,
         short_clip=params.short_clip,
         max_upscale=params.max_upscale,
-        images=run.model.noised_image_input,
+        images=config.model.noised_image_input,
     )
 
 
 def build_loader(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     dataset: VideoDataset,
     batches: OrderedBatches | QueuedBatches,
@@ -245,7 +245,7 @@ def build_loader(
     """Builds the loader of a data set, as `args` and `data` want it."""
     failures = FailureLog(
         num_clips=sum(len(source) for source in dataset.sources),
-        max_bad_fraction=run.data.max_bad_fraction,
+        max_bad_fraction=config.data.max_bad_fraction,
         path=run_folder and run_folder / QUARANTINE,
         rank=mesh.rank,
     )
@@ -253,17 +253,17 @@ def build_loader(
         dataset=dataset,
         batches=batches,
         failures=failures,
-        num_workers=run.args.num_workers,
-        prefetch_factor=run.args.prefetch_factor,
+        num_workers=config.args.num_workers,
+        prefetch_factor=config.args.prefetch_factor,
         pin_memory=mesh.device.type == "cuda",
-        worker_timeout_s=run.data.worker_timeout_s,
+        worker_timeout_s=config.data.worker_timeout_s,
         replaces_lost=mesh.model_size == 1,
         fingerprint=_fingerprint(dataset.sources),
     )
 
 
 def _read_sources(
-    run: RunConfig, mesh: ProcessMesh, entries: Sequence[str], *, part: int
+    config: RunConfig, mesh: ProcessMesh, entries: Sequence[str], *, part: int
 ) -> list[ClipSource]:
     """Reads the sets on rank 0 and tells the others, so that all ranks hold the same list.
 
@@ -272,12 +272,12 @@ def _read_sources(
 
     Ranks: all.
     """
-    is_divided = not run.args.valid_data
+    is_divided = not config.args.valid_data
     sources, error = None, None
     if mesh.rank == 0:
         try:
-            shares = run.data_shares() if is_divided else None
-            sources = read_sources(entries, build_source_options(run.data), shares=shares, part=part)
+            shares = config.data_shares() if is_divided else None
+            sources = read_sources(entries, build_source_options(config.data), shares=shares, part=part)
             sources = _name_apart(sources)
         except DataError as caught:
             error = caught
@@ -287,7 +287,7 @@ def _read_sources(
 
 
 def _plan(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     sources: Sequence[ClipSource],
     batch_size: int,
@@ -298,12 +298,12 @@ def _plan(
 
     Ranks: all.
     """
-    fit = build_fit(run)
+    fit = build_fit(config)
     look = functools.partial(
         look_at,
         book=None if cache is None else cache.book,
         with_turn=fit.needs_turn,
-        timeout_s=run.data.worker_timeout_s,
+        timeout_s=config.data.worker_timeout_s,
     )
     planned = plan_sources(mesh, sources, fit, look)
     for given, source in zip(sources, planned.sources, strict=True):
@@ -315,8 +315,8 @@ def _plan(
             log.info("%s: %s", source.name, note)
         if source.faults:
             log.warning("%s: %s", source.name, source.left_out())
-    tokens = [count_tokens(shape, run.model) for shape in fit.shapes]
-    sizes = [size * mesh.data_size for size in batch_sizes(run, batch_size)]
+    tokens = [count_tokens(shape, config.model) for shape in fit.shapes]
+    sizes = [size * mesh.data_size for size in batch_sizes(config, batch_size)]
     log.info("%s", describe_plan(planned, sizes, tokens))
     left_out = [*_left_out(sources), *planned.left_out]
     if left_out and run_folder is not None and mesh.rank == 0:

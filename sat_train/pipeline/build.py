@@ -49,7 +49,7 @@ class SamplingSettings:
 
 
 def build_pipeline(
-    run: RunConfig,
+    config: RunConfig,
     *,
     dit: DiffusionTransformer,
     vae: VideoVAE | None,
@@ -60,14 +60,14 @@ def build_pipeline(
     """Builds the pipeline around models that are on their device already.
 
     Args:
-        run: The configuration.
+        config: The configuration.
         dit: The transformer.
         vae: Frozen video autoencoder; None for a run from the cache that draws no samples.
         text_encoder: Frozen text encoder; None likewise.
         null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
         load_encoders: Loads both encoders where a batch needs them after all.
     """
-    model, args = run.model, run.args
+    model, args = config.model, config.args
     loss, conditioner = model.loss_fn_config.params, model.conditioner_config.params.emb_models[0]
     is_stratified = loss.sigma_sampler_config.params.uniform_sampling
     return VideoDiffusion(
@@ -108,25 +108,25 @@ def build_alpha_bar(model: ModelConfig) -> Tensor:
     )
 
 
-def build_sampling(run: RunConfig) -> SamplingSettings:
+def build_sampling(config: RunConfig) -> SamplingSettings:
     """Returns the settings of samples: those under `args` where given, else those of model and training.
 
     Raises:
         ConfigError: Nothing says how large a video is.
     """
-    args, model = run.args, run.model
+    args, model = config.args, config.model
     sampler = model.sampler_config
     if args.sampling_num_frames is None:
         num_frames = model.network_config.params.num_frames
-        if run.data is not None:
-            num_frames = run.data.params.max_num_frames
+        if config.data is not None:
+            num_frames = config.data.params.max_num_frames
     else:
         num_frames = pixel_frames(
             args.sampling_num_frames,
             compression=model.first_stage_config.params.encoder_config.params.temporal_compress_times,
             patch_t=model.network_config.params.patch_size[0],
         )
-    height, width = args.sampling_image_size or _trained_size(run)
+    height, width = args.sampling_image_size or _trained_size(config)
     return SamplingSettings(
         num_frames=num_frames,
         height=height,
@@ -134,15 +134,15 @@ def build_sampling(run: RunConfig) -> SamplingSettings:
         steps=args.sampling_steps or sampler.params.num_steps,
         guidance=build_guidance(model, scale=args.guidance_scale),
         sampler=args.sampler or sampler.target,
-        fps=run.sampling_fps,
+        fps=config.sampling_fps,
     )
 
 
-def _trained_size(run: RunConfig) -> tuple[int, int]:
-    if run.data is None:
+def _trained_size(config: RunConfig) -> tuple[int, int]:
+    if config.data is None:
         expected = "a height and width in pixels, because there is no data section to take them from"
         raise ConfigError([Fault("args.sampling_image_size", "null", expected)])
-    return run.data.params.video_size
+    return config.data.params.video_size
 
 
 def build_guidance(model: ModelConfig, *, scale: float | None = None) -> Guidance:

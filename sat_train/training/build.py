@@ -68,7 +68,7 @@ class Place:
 
 
 @explaining_lack_of_memory(TRAINING_REMEDY)
-def train(run: RunConfig, mesh: ProcessMesh) -> None:
+def train(config: RunConfig, mesh: ProcessMesh) -> None:
     """Builds a run, trains it and leaves its folder in order.
 
     Raises:
@@ -77,32 +77,34 @@ def train(run: RunConfig, mesh: ProcessMesh) -> None:
     Ranks: all.
     """
     stop_request = StopRequest().listen()
-    set_determinism(run.args.deterministic)
-    place = open_place(run, mesh)
+    set_determinism(config.args.deterministic)
+    place = open_place(config, mesh)
     try:
-        data = open_data(run, mesh, point=place.point, run_folder=place.folder)
+        data = open_data(config, mesh, point=place.point, run_folder=place.folder)
         finished = place.point is not None and place.point.step >= data.train_iters
-        if finished and not on_rank_0(mesh, lambda: say_finished(run, place, data)):
+        if finished and not on_rank_0(mesh, lambda: say_finished(config, place, data)):
             return
-        log.info("this run:\n%s", summarize(run, data.facts(mesh)))
-        start = find_start_weights(run, mesh, place.point)
+        log.info("this run:\n%s", summarize(config, data.facts(mesh)))
+        start = find_start_weights(config, mesh, place.point)
         pipeline = build_models(
-            run, mesh, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
+            config, mesh, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
         )
-        engine = build_engine(run, pipeline.dit, build_optimizer(run, pipeline.dit), mesh)
-        average = WeightAverage(engine, mesh, run.args.ema_decay) if run.args.ema_decay else None
-        trainer = build_trainer(run, mesh, place, data, pipeline, start.base, engine, average, stop_request)
+        engine = build_engine(config, pipeline.dit, build_optimizer(config, pipeline.dit), mesh)
+        average = WeightAverage(engine, mesh, config.args.ema_decay) if config.args.ema_decay else None
+        trainer = build_trainer(
+            config, mesh, place, data, pipeline, start.base, engine, average, stop_request
+        )
         if not finished:
-            on_rank_0(mesh, lambda: describe_run(run, place))
+            on_rank_0(mesh, lambda: describe_run(config, place))
         stop_request.defer()
         trainer.run()
-        say_where_stopped(run, trainer)
+        say_where_stopped(config, trainer)
     finally:
         if place.lock is not None:
             place.lock.release()
 
 
-def say_where_stopped(run: RunConfig, trainer: Trainer) -> None:
+def say_where_stopped(config: RunConfig, trainer: Trainer) -> None:
     """Says how a run that was stopped is resumed.
 
     Raises:
@@ -113,30 +115,30 @@ def say_where_stopped(run: RunConfig, trainer: Trainer) -> None:
     message = f"saved step {trainer.state.step}; resume with args.resume=auto"
     if not trainer.state.step:
         message = "stopped before the first step; there is nothing to save"
-    elif run.args.save is None:
+    elif config.args.save is None:
         message = f"stopped at step {trainer.state.step}; nothing is kept (args.save = null)"
     if trainer.interrupted:
         raise Stopped(signal.SIGINT, message, ranks_agree=True)
     log.info("%s", message)
 
 
-def open_place(run: RunConfig, mesh: ProcessMesh) -> Place:
+def open_place(config: RunConfig, mesh: ProcessMesh) -> Place:
     """Opens the run's folder and finds what the run resumes; writes nothing that a run before it left.
 
     Ranks: all.
     """
-    for note in run.notes:
+    for note in config.notes:
         log.info("%s", note)
-    if run.args.save is None:
+    if config.args.save is None:
         return Place(None, None, None)
     found: list[ResumePoint | None] = [None]
 
     def resumed() -> Path | None:
-        found[0] = find_resumed(run)
+        found[0] = find_resumed(config)
         return found[0] and found[0].run_folder
 
     folder, lock = open_run_folder(
-        mesh, save_root=Path(run.args.save), experiment_name=run.args.experiment_name, resumed=resumed
+        mesh, save_root=Path(config.args.save), experiment_name=config.args.experiment_name, resumed=resumed
     )
     point = broadcast_object(mesh, found[0])
     on_rank_0(mesh, lambda: prepare_folder(folder, point))
@@ -161,7 +163,7 @@ def prepare_folder(folder: Path, point: ResumePoint | None) -> None:
     remove_leftovers(folder)
 
 
-def describe_run(run: RunConfig, place: Place) -> None:
+def describe_run(config: RunConfig, place: Place) -> None:
     """Makes the resumed step the newest of the folder, and writes what the run is, for people and for SAT.
 
     Call it once everything has loaded: a resume that fails leaves the folder as it was.
@@ -176,14 +178,14 @@ def describe_run(run: RunConfig, place: Place) -> None:
         return
     changes: list[str] = []
     if place.point is not None:
-        changes = [f"resumed at step {place.point.step}", *changes_since(place.point, run)]
+        changes = [f"resumed at step {place.point.step}", *changes_since(place.point, config)]
         if rewind(place.folder, place.point.step):
             set_samples_aside(place.folder, place.point.step)
-    write_resolved(run, place.folder / RESOLVED, notes=changes)
-    write_model_config(run, place.folder / "model_config.json")
+    write_resolved(config, place.folder / RESOLVED, notes=changes)
+    write_model_config(config, place.folder / "model_config.json")
 
 
-def say_finished(run: RunConfig, place: Place, data: RunData) -> bool:
+def say_finished(config: RunConfig, place: Place, data: RunData) -> bool:
     """Says that there is nothing left to train. The folder stays as it is, but for the mark of a stopped run.
 
     Returns:
@@ -194,17 +196,17 @@ def say_finished(run: RunConfig, place: Place, data: RunData) -> bool:
     folder, point = place.folder, place.point
     assert folder is not None, "only what was saved can be finished"
     assert point is not None, "only what was saved can be finished"
-    length = "args.train_iters" if run.args.train_iters is not None else "args.epochs"
+    length = "args.train_iters" if config.args.train_iters is not None else "args.epochs"
     log.info("finished already: step %d of %d (raise %s to continue)", point.step, data.train_iters, length)
-    if changes := changes_since(point, run):
+    if changes := changes_since(point, config):
         log.warning("nothing is trained with the changed settings: %s", "; ".join(changes))
     (folder / PREEMPTED).unlink(missing_ok=True)
     is_newest = committed_steps(folder)[0] == point.step
-    return is_newest and owes_validation(run, folder, point.step, measures_loss=data.valid is not None)
+    return is_newest and owes_validation(config, folder, point.step, measures_loss=data.valid is not None)
 
 
 def build_trainer(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     place: Place,
     data: RunData,
@@ -218,15 +220,15 @@ def build_trainer(
 
     Ranks: all.
     """
-    state = restore(run, mesh, place, engine, average, base_weights)
+    state = restore(config, mesh, place, engine, average, base_weights)
     filler = None
-    if run.data.cache == "fill":
-        filler = CacheFiller(run, mesh, pipeline.frozen, data.cache)
+    if config.data.cache == "fill":
+        filler = CacheFiller(config, mesh, pipeline.frozen, data.cache)
     encode = filler.train() if filler is not None else lambda batch: batch
 
     def compute_loss(batch: VideoBatch) -> torch.Tensor:
         # dropout takes its numbers from torch's global generator
-        torch.manual_seed(derive_seed(run.args.seed, "dropout", batch.sample_indices[0]))
+        torch.manual_seed(derive_seed(config.args.seed, "dropout", batch.sample_indices[0]))
         return pipeline.training_loss(encode(batch), network=engine).loss
 
     return Trainer(
@@ -238,27 +240,27 @@ def build_trainer(
             stop_request=stop_request,
         ),
         meter=Meter(mesh),
-        learning_rate=build_learning_rate(run, data.train_iters),
+        learning_rate=build_learning_rate(config, data.train_iters),
         train_iters=data.train_iters,
-        log_interval=run.args.log_interval,
+        log_interval=config.args.log_interval,
         state=state,
         average=average,
         count_bad_clips=lambda: sum_bad_clips(mesh, data.train),
         callbacks=build_callbacks(
-            run,
+            config,
             mesh,
             place.folder,
             valid=data.valid,
             filler=filler,
             pipeline=pipeline,
             engine=engine,
-            save=build_save(run, mesh, place, data, engine, average, base_weights),
+            save=build_save(config, mesh, place, data, engine, average, base_weights),
         ),
     )
 
 
 def build_save(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     place: Place,
     data: RunData,
@@ -279,10 +281,10 @@ def build_save(
             step=trainer.state.step,
             samples_consumed=position.consumed,
             samples_waiting=position.waiting,
-            client_state={**trainer.state.client_state(), CONFIG_KEY: pack_config(run)},
+            client_state={**trainer.state.client_state(), CONFIG_KEY: pack_config(config)},
             ema_state=None if average is None else average.state_dict(),
             exclude_frozen=base_weights is not None,
-            config_digest=run.digest(),
+            config_digest=config.digest(),
             data_fingerprint=data.train.fingerprint,
             base_weights=base_weights,
         )
@@ -291,7 +293,7 @@ def build_save(
 
 
 def restore(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     place: Place,
     engine: Any,
@@ -317,9 +319,9 @@ def restore(
     return state
 
 
-def build_learning_rate(run: RunConfig, train_iters: int) -> LearningRate:
+def build_learning_rate(config: RunConfig, train_iters: int) -> LearningRate:
     """Returns the learning rate of a run of this length."""
-    args = run.args
+    args = config.args
     return LearningRate(
         peak=args.lr,
         warmup_steps=warmup_steps(args.warmup, train_iters),

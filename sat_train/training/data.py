@@ -66,12 +66,12 @@ class RunData:
 
 
 def open_data(
-    run: RunConfig, mesh: ProcessMesh, *, point: ResumePoint | None = None, run_folder: Path | None = None
+    config: RunConfig, mesh: ProcessMesh, *, point: ResumePoint | None = None, run_folder: Path | None = None
 ) -> RunData:
     """Builds the loaders, and looks whether all that the run will read is in the cache.
 
     Args:
-        run: The configuration.
+        config: The configuration.
         mesh: Who this rank is.
         point: The checkpoint that the run goes on from; None for a new run.
         run_folder: Gets the names of bad clips; None: they are only logged.
@@ -81,9 +81,9 @@ def open_data(
 
     Ranks: all.
     """
-    mode = run.data.cache
-    cache = None if mode == "off" else open_cache(run, mesh, "require" if mode == "require" else "read")
-    train = build_train_loader(run, mesh, start=position_of(point), run_folder=run_folder, cache=cache)
+    mode = config.data.cache
+    cache = None if mode == "off" else open_cache(config, mesh, "require" if mode == "require" else "read")
+    train = build_train_loader(config, mesh, start=position_of(point), run_folder=run_folder, cache=cache)
     if point is not None and point.manifest.data_fingerprint != train.fingerprint:
         log.warning(
             "the training data are not those of the checkpoint (fingerprint %s, was %s): the run goes on at "
@@ -91,18 +91,18 @@ def open_data(
             *(train.fingerprint, point.manifest.data_fingerprint, train.position.consumed),
         )
     valid = None
-    if run.args.eval_interval is not None:
-        valid = build_valid_loader(run, mesh, run_folder=run_folder, cache=cache)
-    train_iters = count_steps(run, train.batches, 0 if point is None else point.step)
+    if config.args.eval_interval is not None:
+        valid = build_valid_loader(config, mesh, run_folder=run_folder, cache=cache)
+    train_iters = count_steps(config, train.batches, 0 if point is None else point.step)
     needs_encoders = True
     if cache is not None:
         steps = train_iters - (point.step if point is not None else 0)
         samples = samples_of(
-            train.batches, train.position, max(0, steps) * run.args.gradient_accumulation_steps
+            train.batches, train.position, max(0, steps) * config.args.gradient_accumulation_steps
         )
-        is_complete = check_complete(run, mesh, cache, train, valid, samples)
-        needs_encoders = not is_complete or draws_videos(run)
-        log.info("%s", _told(run, is_complete))
+        is_complete = check_complete(config, mesh, cache, train, valid, samples)
+        needs_encoders = not is_complete or draws_videos(config)
+        log.info("%s", _told(config, is_complete))
     return RunData(train, valid, train_iters, needs_encoders, cache)
 
 
@@ -114,18 +114,18 @@ def position_of(point: ResumePoint | None) -> DataPosition:
     return DataPosition(point.manifest.samples_consumed + len(waiting), waiting)
 
 
-def count_steps(run: RunConfig, batches: OrderedBatches, steps_done: int = 0) -> int:
+def count_steps(config: RunConfig, batches: OrderedBatches, steps_done: int = 0) -> int:
     """Returns the steps of a run: `args.train_iters`, or those that `args.epochs` still needs and those done.
 
     Args:
-        run: The configuration.
+        config: The configuration.
         batches: What is left is counted by what plans it, from where it starts.
         steps_done: Optimizer steps before that.
     """
-    if run.args.train_iters is not None:
-        return run.args.train_iters
+    if config.args.train_iters is not None:
+        return config.args.train_iters
     micro_steps = batches.micro_steps_left(batches.start)
-    return steps_done + -(-micro_steps // run.args.gradient_accumulation_steps)
+    return steps_done + -(-micro_steps // config.args.gradient_accumulation_steps)
 
 
 def samples_of(batches: OrderedBatches, position: DataPosition, micro_steps: int | None = None) -> list[int]:
@@ -134,13 +134,13 @@ def samples_of(batches: OrderedBatches, position: DataPosition, micro_steps: int
     return sorted(index for batch in planned for index in batch.indices)
 
 
-def draws_videos(run: RunConfig) -> bool:
+def draws_videos(config: RunConfig) -> bool:
     """Tells whether validation draws videos, which takes both encoders' models."""
-    return run.args.eval_interval is not None and run.args.valid_video_interval is not None
+    return config.args.eval_interval is not None and config.args.valid_video_interval is not None
 
 
 def check_complete(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     cache: OpenCache,
     train: VideoLoader,
@@ -164,9 +164,9 @@ def check_complete(
     share_files(mesh, cache.book)
     shares = gather_objects(mesh, [sample.clip_id for sample in missing])
     clips = [clip for share in shares for clip in share]
-    has_null = run.model.null_condition == "zero" or _null_key(cache) in cache.index
+    has_null = config.model.null_condition == "zero" or _null_key(cache) in cache.index
     error = None
-    if run.data.cache == "require" and (clips or not has_null):
+    if config.data.cache == "require" and (clips or not has_null):
         error = DataError(
             f"data.cache = require, and {len(clips)} of {len(samples) + len(shown)} samples, validation's "
             f"included, are not in {cache.folder}"
@@ -183,7 +183,7 @@ class CacheFiller(Callback):
     """Encodes what is missing as training goes, and publishes it, also when the run ends early.
 
     Args:
-        run: The configuration.
+        config: The configuration.
         mesh: The process mesh; of ranks that see the same samples only the first one writes.
         frozen: The encoders.
         cache: The open cache.
@@ -191,13 +191,13 @@ class CacheFiller(Callback):
 
     optional = True  # what it fails to keep is encoded again
 
-    def __init__(self, run: RunConfig, mesh: ProcessMesh, frozen: FrozenModels, cache: OpenCache) -> None:
+    def __init__(self, config: RunConfig, mesh: ProcessMesh, frozen: FrozenModels, cache: OpenCache) -> None:
         self._frozen, self._cache = frozen, cache
-        self._image_to_video = run.model.noised_image_input
+        self._image_to_video = config.model.noised_image_input
         self._writes = mesh.model_rank == 0
-        self._writer = build_writer(run, mesh, waits=True)
+        self._writer = build_writer(config, mesh, waits=True)
         if (
-            run.model.null_condition == "empty_prompt"
+            config.model.null_condition == "empty_prompt"
             and self._writes
             and _null_key(cache) not in cache.index
         ):
@@ -225,10 +225,10 @@ class CacheFiller(Callback):
         )
 
 
-def build_writer(run: RunConfig, mesh: ProcessMesh, *, waits: bool = False) -> ShardWriter:
+def build_writer(config: RunConfig, mesh: ProcessMesh, *, waits: bool = False) -> ShardWriter:
     """Returns the writer of this rank into `data.cache_dir`; see `ShardWriter`."""
-    shard_bytes = int(run.data.cache_shard_mb * 1e6)
-    return ShardWriter(Path(run.data.cache_dir), rank=mesh.rank, shard_bytes=shard_bytes, waits=waits)
+    shard_bytes = int(config.data.cache_shard_mb * 1e6)
+    return ShardWriter(Path(config.data.cache_dir), rank=mesh.rank, shard_bytes=shard_bytes, waits=waits)
 
 
 def _count_clips(loader: VideoLoader) -> int:
@@ -239,11 +239,11 @@ def _null_key(cache: OpenCache) -> str:
     return text_key("", text=cache.encoders.text)
 
 
-def _told(run: RunConfig, is_complete: bool) -> str:
+def _told(config: RunConfig, is_complete: bool) -> str:
     if not is_complete:
-        told = "not all samples are there, the rest is encoded" + " and kept" * (run.data.cache == "fill")
-    elif draws_videos(run):
+        told = "not all samples are there, the rest is encoded" + " and kept" * (config.data.cache == "fill")
+    elif draws_videos(config):
         told = "all samples are there; T5 and the VAE are loaded because validation draws videos"
     else:
         told = "all samples are there; neither T5 nor the VAE is loaded"
-    return f"cache {run.data.cache_dir}: {told}"
+    return f"cache {config.data.cache_dir}: {told}"

@@ -27,7 +27,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-def open_cache(run: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
+def open_cache(config: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
     """Opens `data.cache_dir` for the encoders of this configuration.
 
     Raises:
@@ -36,12 +36,12 @@ def open_cache(run: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
 
     Ranks: all; rank 0 hashes the weights, once: the cache remembers what it found.
     """
-    folder = Path(run.data.cache_dir)
-    book = FileBook(folder, identity=run.data.cache_identity, timeout_s=run.data.worker_timeout_s)
+    folder = Path(config.data.cache_dir)
+    book = FileBook(folder, identity=config.data.cache_identity, timeout_s=config.data.worker_timeout_s)
     found, error = None, None
     if mesh.rank == 0:
         try:
-            found = digest_encoders(run, book)
+            found = digest_encoders(config, book)
             book.publish()
         except SatTrainError as caught:
             error = caught
@@ -60,17 +60,17 @@ def share_files(mesh: ProcessMesh, book: FileBook) -> None:
     book.publish()
 
 
-def digest_encoders(run: RunConfig, book: FileBook) -> EncoderDigests:
+def digest_encoders(config: RunConfig, book: FileBook) -> EncoderDigests:
     """Hashes weights, settings and dtype of the encoders.
 
     Raises:
         DataError: As `open_cache`.
         CheckpointError: Likewise.
     """
-    vae = run.model.first_stage_config.params
-    text = run.model.conditioner_config.params.emb_models[0].params
+    vae = config.model.first_stage_config.params
+    text = config.model.conditioner_config.params.emb_models[0].params
     settings = vae.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-    dtype = encoder_dtype(run)
+    dtype = encoder_dtype(config)
     return EncoderDigests(
         vae=digest(
             kind="vae",
@@ -82,7 +82,7 @@ def digest_encoders(run: RunConfig, book: FileBook) -> EncoderDigests:
             kind="text",
             weights=_weights(book, text.model_dir, lambda: _t5_files(Path(text.model_dir))),
             max_length=text.max_length,
-            dtype=[str(dtype), str(compute_dtype(run.args))],
+            dtype=[str(dtype), str(compute_dtype(config.args))],
         ),
     )
 

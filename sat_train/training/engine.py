@@ -14,7 +14,9 @@ from sat_train.config.rules import check_on_device
 from sat_train.distributed.processes import ProcessMesh
 
 
-def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh) -> Any:
+def build_engine(
+    config: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh
+) -> Any:
     """Hands the DiT and a torch optimizer to DeepSpeed.
 
     No learning-rate scheduler goes with them: `Trainer` sets the rate before each step.
@@ -27,13 +29,13 @@ def build_engine(run: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimize
 
     Ranks: all.
     """
-    check_on_device(run, mesh.device.type)
-    if run.args.compile == "blocks":
+    check_on_device(config, mesh.device.type)
+    if config.args.compile == "blocks":
         dit.compile_blocks()  # before DeepSpeed hooks the modules
     engine, _, _, _ = import_deepspeed().initialize(
         model=dit.to(mesh.device),
         optimizer=optimizer,
-        config=engine_config(run),
+        config=engine_config(config),
         mpu=SatMesh(mesh) if mesh.model_size > 1 else None,
         dist_init_required=False,
     )
@@ -68,9 +70,9 @@ def keep_deepspeed_from_nvml(visible_devices: str) -> None:
         cuda_accelerator.pynvml = None
 
 
-def engine_config(run: RunConfig) -> dict[str, Any]:
+def engine_config(config: RunConfig) -> dict[str, Any]:
     """Returns DeepSpeed's dictionary: the section, and what would otherwise compile or synchronise."""
-    section = run.deepspeed
+    section = config.deepspeed
     zero = section.zero_optimization.model_dump(exclude={"offload_optimizer", "offload_param"})
     for name in ("offload_optimizer", "offload_param"):
         offload = getattr(section.zero_optimization, name)

@@ -53,7 +53,7 @@ log = get_logger(__name__)
 
 
 def build_models(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     start: StartWeights,
     *,
@@ -63,7 +63,7 @@ def build_models(
     """Builds transformer, autoencoder and text encoder with their weights, and says what trains.
 
     Args:
-        run: The configuration.
+        config: The configuration.
         mesh: The process mesh.
         start: Where the transformer's weights come from.
         with_encoders: Off, all batches should come from the cache; the encoders are loaded if one does not.
@@ -76,31 +76,33 @@ def build_models(
     Ranks: all.
     """
     return build_pipeline(
-        run,
-        dit=build_trained_dit(run, mesh, start),
-        vae=build_loaded_vae(run, mesh.device, encoder_dtype(run)) if with_encoders else None,
-        text_encoder=build_loaded_text_encoder(run, mesh.device) if with_encoders else None,
+        config,
+        dit=build_trained_dit(config, mesh, start),
+        vae=build_loaded_vae(config, mesh.device, encoder_dtype(config)) if with_encoders else None,
+        text_encoder=build_loaded_text_encoder(config, mesh.device) if with_encoders else None,
         null_text_ld=null_text_ld,
-        load_encoders=None if with_encoders else lambda: load_encoders(run, mesh.device),
+        load_encoders=None if with_encoders else lambda: load_encoders(config, mesh.device),
     )
 
 
-def load_encoders(run: RunConfig, device: torch.device) -> tuple[VideoVAE, T5TextEncoder]:
+def load_encoders(config: RunConfig, device: torch.device) -> tuple[VideoVAE, T5TextEncoder]:
     """Loads both encoders in the middle of a run, whose random numbers stay as they are."""
     log.warning("a sample is not in the cache after all: loading T5 and the VAE")
     with torch.random.fork_rng():
-        return build_loaded_vae(run, device, encoder_dtype(run)), build_loaded_text_encoder(run, device)
+        return build_loaded_vae(config, device, encoder_dtype(config)), build_loaded_text_encoder(
+            config, device
+        )
 
 
-def encoder_dtype(run: RunConfig) -> torch.dtype:
+def encoder_dtype(config: RunConfig) -> torch.dtype:
     """Returns what the frozen encoders compute in: half precision wherever the transformer does."""
-    return torch.bfloat16 if run.args.bf16 or run.args.fp16 else torch.float32
+    return torch.bfloat16 if config.args.bf16 or config.args.fp16 else torch.float32
 
 
-def build_loaded_text_encoder(run: RunConfig, device: torch.device) -> T5TextEncoder:
+def build_loaded_text_encoder(config: RunConfig, device: torch.device) -> T5TextEncoder:
     """Builds the text encoder with its weights."""
-    params = run.model.conditioner_config.params.emb_models[0].params
-    return build_text_encoder(params, device=device, dtype=encoder_dtype(run))
+    params = config.model.conditioner_config.params.emb_models[0].params
+    return build_text_encoder(params, device=device, dtype=encoder_dtype(config))
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,16 @@ class StartWeights:
     strength: float = 1.0
 
 
-def find_start_weights(run: RunConfig, mesh: ProcessMesh, point: ResumePoint | None = None) -> StartWeights:
+def find_start_weights(
+    config: RunConfig, mesh: ProcessMesh, point: ResumePoint | None = None
+) -> StartWeights:
     """Finds the weights that a run begins with, by place and hash.
 
     A LoRA run that resumes takes the base weights that it recorded, wherever `args.load` leads by now, and
     its adapters from the checkpoint. One that begins with another LoRA run stands on that run's base.
 
     Args:
-        run: The configuration.
+        config: The configuration.
         mesh: The process mesh.
         point: The checkpoint that the run resumes from.
 
@@ -136,11 +140,11 @@ def find_start_weights(run: RunConfig, mesh: ProcessMesh, point: ResumePoint | N
 
     Ranks: all; rank 0 looks and hashes.
     """
-    return on_rank_0(mesh, lambda: _find_start_weights(run, point))
+    return on_rank_0(mesh, lambda: _find_start_weights(config, point))
 
 
-def _find_start_weights(run: RunConfig, point: ResumePoint | None) -> StartWeights:
-    args, has_lora = run.args, run.model.network_config.params.modules.lora_config is not None
+def _find_start_weights(config: RunConfig, point: ResumePoint | None) -> StartWeights:
+    args, has_lora = config.args, config.model.network_config.params.modules.lora_config is not None
     if point is not None and point.manifest.base_weights is not None:
         base = find_resumed_base(point, args.load_base, args.load)
         return StartWeights(Located(Path(expand_assets(base.source))), base)
@@ -163,20 +167,20 @@ def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | Non
         return find_base(folder, point.manifest, load_base=load)
 
 
-def build_trained_dit(run: RunConfig, mesh: ProcessMesh, start: StartWeights) -> DiffusionTransformer:
+def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights) -> DiffusionTransformer:
     """Builds the transformer with its first weights, or new ones; freezes what does not train."""
     dit = build_dit(
-        run.model,
+        config.model,
         device=mesh.device,
-        dtype=compute_dtype(run.args),
-        activation_checkpointing=run.args.checkpoint_activations,
-        seed=run.args.seed,
+        dtype=compute_dtype(config.args),
+        activation_checkpointing=config.args.checkpoint_activations,
+        seed=config.args.seed,
         initialize=start.located is None,
     )
     if start.located is not None:
-        has_adapters = run.model.network_config.params.modules.lora_config is not None
+        has_adapters = config.model.network_config.params.modules.lora_config is not None
         load_first_weights(dit, mesh, start, has_adapters=has_adapters)
-    summary = select_trainable(dit, not_trainable_prefixes=run.model.not_trainable_prefixes)
+    summary = select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     log.info("weights of the transformer%s:\n%s", _of_one_rank(mesh), summary)
     return dit
 
@@ -226,9 +230,9 @@ def _tell_of_adapters(dit: DiffusionTransformer, updates: Updates) -> None:
         log.info("ranks %d to %d of each adapter begin at zero", highest_rank(updates) + 1, rank)
 
 
-def build_loaded_vae(run: RunConfig, device: torch.device, dtype: torch.dtype) -> VideoVAE:
+def build_loaded_vae(config: RunConfig, device: torch.device, dtype: torch.dtype) -> VideoVAE:
     """Builds the autoencoder with the weights of `first_stage_config.params.ckpt_path`."""
-    params = run.model.first_stage_config.params
+    params = config.model.first_stage_config.params
     state_dict = read_vae_weights(params.ckpt_path)
     expected = build_vae(params, device="meta").state_dict()
     check_state_dict(

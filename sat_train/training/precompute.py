@@ -52,7 +52,7 @@ class _Work:
     queue: WorkQueue
 
 
-def precompute_until_stopped(run: RunConfig, mesh: ProcessMesh) -> None:
+def precompute_until_stopped(config: RunConfig, mesh: ProcessMesh) -> None:
     """As `precompute`; a signal ends it after the clip at which it is.
 
     Raises:
@@ -62,10 +62,10 @@ def precompute_until_stopped(run: RunConfig, mesh: ProcessMesh) -> None:
     Ranks: all.
     """
     request = StopRequest("stopped before the first clip was encoded; run it again", unit="clip")
-    precompute(run, mesh, stop_request=request.listen())
+    precompute(config, mesh, stop_request=request.listen())
 
 
-def precompute(run: RunConfig, mesh: ProcessMesh, *, stop_request: StopRequest | None = None) -> None:
+def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopRequest | None = None) -> None:
     """Encodes clips, first frames and captions of training and validation that are not in the cache yet.
 
     Raises:
@@ -74,11 +74,11 @@ def precompute(run: RunConfig, mesh: ProcessMesh, *, stop_request: StopRequest |
 
     Ranks: all.
     """
-    for note in run.notes:
+    for note in config.notes:
         log.info("%s", note)
-    cache = open_cache(run, mesh, "write")
-    works = [_plan(mesh, cache, *part) for part in _datasets(run, mesh, cache)]
-    captions = _captions(run, cache, works)
+    cache = open_cache(config, mesh, "write")
+    works = [_plan(mesh, cache, *part) for part in _datasets(config, mesh, cache)]
+    captions = _captions(config, cache, works)
     num_missing, num_samples = sum(len(w.indices) for w in works), sum(w.num_samples for w in works)
     log.info(
         "cache %s: %d of %d samples and %d captions are to be encoded",
@@ -86,7 +86,7 @@ def precompute(run: RunConfig, mesh: ProcessMesh, *, stop_request: StopRequest |
     )
     if stop_request is not None:
         stop_request.defer()
-    encoding = _Encoding(run, mesh, cache, works, captions, stop_request)
+    encoding = _Encoding(config, mesh, cache, works, captions, stop_request)
     with _bar(mesh) as bar:
         total = sum(len(queue) for queue in encoding.queues)
         task = None if bar is None or not total else bar.add_task("encoding", total=total)
@@ -109,22 +109,22 @@ def precompute(run: RunConfig, mesh: ProcessMesh, *, stop_request: StopRequest |
 
 
 def _datasets(
-    run: RunConfig, mesh: ProcessMesh, cache: OpenCache
+    config: RunConfig, mesh: ProcessMesh, cache: OpenCache
 ) -> list[tuple[str, VideoDataset, Sequence[int]]]:
     """Returns the data sets, each with a name and its samples that are encoded.
 
     Where clips have a limited number of views, that is each view of each clip, whatever the run's length and
     world size; else it is the samples that a run of this configuration on as many ranks will train on.
     """
-    is_limited = run.data.params.views is not None or (
-        run.data.params.window in ("head", "center") and not run.model.noised_image_input
+    is_limited = config.data.params.views is not None or (
+        config.data.params.window in ("head", "center") and not config.model.noised_image_input
     )
-    train = build_train_dataset(run, mesh, cache=cache, each_view_once=is_limited)
+    train = build_train_dataset(config, mesh, cache=cache, each_view_once=is_limited)
     if is_limited:
-        samples: Sequence[int] = range(len(train) * (run.data.params.views or 1))
+        samples: Sequence[int] = range(len(train) * (config.data.params.views or 1))
     else:
-        batches = build_train_batches(run, mesh, train)
-        micro_steps = count_steps(run, batches) * run.args.gradient_accumulation_steps
+        batches = build_train_batches(config, mesh, train)
+        micro_steps = count_steps(config, batches) * config.args.gradient_accumulation_steps
         samples = samples_of(batches, batches.start, micro_steps)
         log.info(
             "data.params.views is null, windows never repeat: each of the %d samples of a run on %d ranks "
@@ -132,8 +132,8 @@ def _datasets(
             *(len(samples), mesh.world_size, 4 * len(train)),
         )
     valid = None
-    if run.args.eval_interval is not None:
-        valid = build_valid_dataset(run, mesh, cache=cache)
+    if config.args.eval_interval is not None:
+        valid = build_valid_dataset(config, mesh, cache=cache)
     return [("train", train, samples), *([] if valid is None else [("valid", valid, range(len(valid)))])]
 
 
@@ -152,11 +152,11 @@ def _plan(
     return _Work(dataset, indices, len(samples), WorkQueue(mesh, f"encode {name}", len(indices)))
 
 
-def _captions(run: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> dict[str, str]:
+def _captions(config: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> dict[str, str]:
     """Returns the captions that are not in the cache, by key; each text once."""
     records = [record for work in works for source in work.dataset.sources for record in source.records]
     texts = {caption for record in records for caption in record.captions}
-    if run.model.null_condition == "empty_prompt":
+    if config.model.null_condition == "empty_prompt":
         texts.add("")
     by_key = {text_key(text, text=cache.encoders.text): text for text in texts}
     return {key: text for key, text in by_key.items() if key not in cache.index}
@@ -166,7 +166,7 @@ class _Encoding:
     """This rank's part: encodes and publishes what it gets from the queues, and counts what it did.
 
     Args:
-        run: The configuration.
+        config: The configuration.
         mesh: The process mesh.
         cache: The open cache.
         works: What is to be encoded of each data set.
@@ -176,18 +176,18 @@ class _Encoding:
 
     def __init__(
         self,
-        run: RunConfig,
+        config: RunConfig,
         mesh: ProcessMesh,
         cache: OpenCache,
         works: Sequence[_Work],
         captions: dict[str, str],
         stop_request: StopRequest | None,
     ) -> None:
-        self._run, self._mesh, self._cache = run, mesh, cache
+        self._config, self._mesh, self._cache = config, mesh, cache
         self._works, self._captions = works, sorted(captions.items())
         self._stop_request = stop_request
         self._caption_queue = WorkQueue(mesh, "encode captions", len(captions))
-        self._writer = build_writer(run, mesh)
+        self._writer = build_writer(config, mesh)
         self.queues = [*(work.queue for work in works), self._caption_queue]
         self.encoded = 0
         self.failed: set[str] = set()
@@ -206,7 +206,9 @@ class _Encoding:
     def _run_samples(self, frozen: FrozenModels, work: _Work) -> Iterator[None]:
         encoder = self._encoder(frozen, image=work.dataset.cache.image)
         batches = QueuedBatches(work.indices, work.queue.take)
-        loader = build_loader(self._run, self._mesh, work.dataset, batches, Path(self._run.data.cache_dir))
+        loader = build_loader(
+            self._config, self._mesh, work.dataset, batches, Path(self._config.data.cache_dir)
+        )
         for batch in loader:
             self.encoded += encoder.keep(batch)
             work.queue.finish_one()
@@ -252,13 +254,13 @@ class _Encoding:
         )
 
     def _load(self, *, with_vae: bool, with_text_encoder: bool) -> FrozenModels:
-        run, device = self._run, self._mesh.device
+        config, device = self._config, self._mesh.device
         return FrozenModels(
-            vae=build_loaded_vae(run, device, encoder_dtype(run)) if with_vae else None,
-            text_encoder=build_loaded_text_encoder(run, device) if with_text_encoder else None,
-            null_condition=run.model.null_condition,
+            vae=build_loaded_vae(config, device, encoder_dtype(config)) if with_vae else None,
+            text_encoder=build_loaded_text_encoder(config, device) if with_text_encoder else None,
+            null_condition=config.model.null_condition,
             null_text_ld=None,
-            dtype=compute_dtype(run.args),
+            dtype=compute_dtype(config.args),
             device=device,
         )
 

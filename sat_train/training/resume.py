@@ -42,7 +42,7 @@ _NOT_A_CHANGE = ("args.resume",)
 _FREE_WITHIN_FIXED = ("model.sampler_config",)
 
 
-def find_resumed(run: RunConfig) -> ResumePoint | None:
+def find_resumed(config: RunConfig) -> ResumePoint | None:
     """Returns the checkpoint that `args.resume` asks for, or None for a new run.
 
     Raises:
@@ -51,23 +51,23 @@ def find_resumed(run: RunConfig) -> ResumePoint | None:
 
     Ranks: one.
     """
-    assert run.args.save is not None, "a run that keeps nothing cannot go on"
+    assert config.args.save is not None, "a run that keeps nothing cannot go on"
     point = find_resume_point(
-        run.args.resume,
-        save_root=Path(run.args.save),
-        experiment_name=run.args.experiment_name,
+        config.args.resume,
+        save_root=Path(config.args.save),
+        experiment_name=config.args.experiment_name,
         is_alive=is_alive,
     )
     if point is not None:
-        check_config_unchanged(_saved_config(point), run)
+        check_config_unchanged(_saved_config(point), config)
     return point
 
 
-def changes_since(point: ResumePoint, run: RunConfig) -> list[str]:
+def changes_since(point: ResumePoint, config: RunConfig) -> list[str]:
     """Returns the settings that differ from those of a checkpoint, each with its old value."""
     return [
         f"{path} = {json.dumps(new)} (was {json.dumps(old)})"
-        for path, old, new in _changes(_saved_config(point), run.shown_tree())
+        for path, old, new in _changes(_saved_config(point), config.shown_tree())
     ]
 
 
@@ -84,18 +84,18 @@ def _saved_config(point: ResumePoint) -> dict[str, Any]:
     return config
 
 
-def pack_config(run: RunConfig) -> str:
+def pack_config(config: RunConfig) -> str:
     """Returns the configuration as a checkpoint keeps it."""
-    return json.dumps(run.shown_tree(), sort_keys=True)
+    return json.dumps(config.shown_tree(), sort_keys=True)
 
 
-def check_config_unchanged(saved: dict[str, Any], run: RunConfig) -> None:
+def check_config_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
     """Compares the configuration of a checkpoint with the one that resumes it.
 
     Raises:
         ConfigError: Names every setting that differs and may not.
     """
-    changes = list(_changes(saved, run.shown_tree()))
+    changes = list(_changes(saved, config.shown_tree()))
     faults = [
         Fault(path, str(new), f"{old}, as in the checkpoint (args.load starts another run from its weights)")
         for path, old, new in changes

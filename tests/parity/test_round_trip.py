@@ -116,11 +116,11 @@ def test_metadata_names_the_source(tmp_path: Path) -> None:
 def test_the_embedded_model_becomes_a_complete_pipeline(tmp_path: Path) -> None:
     """Scheduler, VAE, text encoder and tokenizer included: diffusers draws a video from the folder alone."""
     preset = "configs/model/cogvideox_tiny.yaml"
-    run = load_run_config([preset], purpose="check", check_paths=False)
+    config = load_run_config([preset], purpose="check", check_paths=False)
     out = tmp_path / "tiny"
-    assert main([str(run.args.load), str(out), "--to", "diffusers", "--base", preset]) == 0
+    assert main([str(config.args.load), str(out), "--to", "diffusers", "--base", preset]) == 0
     pipeline = CogVideoXPipeline.from_pretrained(out)
-    network = run.model.network_config.params
+    network = config.model.network_config.params
     video = pipeline(
         "a red ball",
         height=network.latent_height * 8,

@@ -24,10 +24,12 @@ TINY = "configs/model/cogvideox_tiny.yaml"
 WORDS = ("args.prompt=a prompt", "args.sampling_steps=3", "args.seed=7")
 
 
-def ours(run: RunConfig) -> np.ndarray:
-    pipeline = build_sampler(run, start_single_process())
-    request = SampleRequest("a prompt", None, run.args.seed, "video")
-    return draw(pipeline, request, build_sampling(run), lambda step, steps: None).permute(0, 2, 3, 1).numpy()
+def ours(config: RunConfig) -> np.ndarray:
+    pipeline = build_sampler(config, start_single_process())
+    request = SampleRequest("a prompt", None, config.args.seed, "video")
+    return (
+        draw(pipeline, request, build_sampling(config), lambda step, steps: None).permute(0, 2, 3, 1).numpy()
+    )
 
 
 def theirs(snippet: str) -> np.ndarray:
@@ -39,8 +41,8 @@ def theirs(snippet: str) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in names["video"]])  # type: ignore[union-attr]
 
 
-def check_same_video(snippet: str, run: RunConfig) -> None:
-    ours_tchw, theirs_tchw = ours(run), theirs(snippet)
+def check_same_video(snippet: str, config: RunConfig) -> None:
+    ours_tchw, theirs_tchw = ours(config), theirs(snippet)
     assert ours_tchw.shape == theirs_tchw.shape
     assert ours_tchw.std() > 5, "a flat picture would agree with anything"
     # fp32 sums in another order may round to the level beside
@@ -50,16 +52,18 @@ def check_same_video(snippet: str, run: RunConfig) -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("snippet") / "tiny"
-    run = load_run_config([TINY], purpose="check", check_paths=False)
+    config = load_run_config([TINY], purpose="check", check_paths=False)
     start_single_process()
-    return convert(Conversion(Path(run.args.load), out, "diffusers", dtype=torch.float32, model=run.model))
+    return convert(
+        Conversion(Path(config.args.load), out, "diffusers", dtype=torch.float32, model=config.model)
+    )
 
 
 @pytest.mark.parametrize("null_condition", ["zero", "empty_prompt"])
 def test_the_snippet_of_a_model_samples_our_video(exported: Path, null_condition: str) -> None:
     words = [*WORDS, f"model.null_condition={null_condition}"]
-    run = load_run_config([TINY], words, purpose="sample")
-    check_same_video(diffusers_snippet(run, exported, is_lora=False), run)
+    config = load_run_config([TINY], words, purpose="sample")
+    check_same_video(diffusers_snippet(config, exported, is_lora=False), config)
 
 
 def test_the_snippet_of_adapters_samples_our_video(
@@ -68,19 +72,19 @@ def test_the_snippet_of_adapters_samples_our_video(
     lora = LORAS / "b_kohya_underscores.safetensors"
     assert main([str(lora), str(tmp_path / "lora"), "--to", "diffusers", "--base", TINY]) == 0
     assert f'pipe.load_lora_weights("{tmp_path / "lora"}", adapter_name="lora")' in capsys.readouterr().out
-    run = load_run_config(
+    config = load_run_config(
         [TINY], [*WORDS, f"args.load={exported}", f"args.load_lora={lora}"], purpose="sample"
     )
-    snippet = diffusers_snippet(run, tmp_path / "lora", is_lora=True)
-    check_same_video(snippet, run)
+    snippet = diffusers_snippet(config, tmp_path / "lora", is_lora=True)
+    check_same_video(snippet, config)
     plain = load_run_config([TINY], [*WORDS, f"args.load={exported}"], purpose="sample")
-    assert np.abs(ours(run).astype(int) - ours(plain).astype(int)).max() > 1, "this adapter must matter"
+    assert np.abs(ours(config).astype(int) - ours(plain).astype(int)).max() > 1, "this adapter must matter"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_a_snippet_with_its_own_numbers(preset: str) -> None:
-    run = load_run_config([f"configs/model/{preset}.yaml"], purpose="check", check_paths=False)
-    snippet = diffusers_snippet(run, "out", is_lora=False)
+    config = load_run_config([f"configs/model/{preset}.yaml"], purpose="check", check_paths=False)
+    snippet = diffusers_snippet(config, "out", is_lora=False)
     compile(snippet, preset, "exec")
     length = 224 if "1.5" in preset else 226
     assert snippet.count(f"max_sequence_length={length}") == 2
@@ -89,6 +93,6 @@ def test_every_preset_has_a_snippet_with_its_own_numbers(preset: str) -> None:
 
 
 def test_the_docs_show_the_snippet_that_is_printed() -> None:
-    run = load_run_config(["configs/model/cogvideox_5b.yaml"], purpose="check", check_paths=False)
+    config = load_run_config(["configs/model/cogvideox_5b.yaml"], purpose="check", check_paths=False)
     docs = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-    assert diffusers_snippet(run, "out", is_lora=False) in docs.replace("\n    ", "\n")
+    assert diffusers_snippet(config, "out", is_lora=False) in docs.replace("\n    ", "\n")

@@ -50,9 +50,9 @@ def write_micro(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "micro.yaml").write_text(_MICRO.format(folder=folder))
     start_single_process()
-    run = micro_run(folder, check_paths=False)
-    dit = build_dit(run.model, device="cpu", dtype=torch.float32)
-    vae = build_vae(run.model.first_stage_config.params, device="meta")
+    config = micro_run(folder, check_paths=False)
+    dit = build_dit(config.model, device="cpu", dtype=torch.float32)
+    vae = build_vae(config.model.first_stage_config.params, device="meta")
     _save_random(dit, folder / "dit.safetensors")
     _save_random(vae, folder / "vae.safetensors")
 

@@ -27,8 +27,8 @@ def folder(tmp_path_factory):
 def _loader(mesh: ProcessMesh, folder: str, words: list[str], start: int = 0):
     fixed = ["data.params.video_size=[32,32]", "data.params.max_num_frames=5", "data.params.fps=8"]
     fixed += ["args.train_iters=1", "args.num_workers=0", "data.params.max_upscale=8"]
-    run = load_run_config([], [*fixed, f"args.train_data=[{folder}]", *words], check_paths=False)
-    return build_train_loader(run, mesh, start=DataPosition(start))
+    config = load_run_config([], [*fixed, f"args.train_data=[{folder}]", *words], check_paths=False)
+    return build_train_loader(config, mesh, start=DataPosition(start))
 
 
 def _take(mesh: ProcessMesh, folder: str, batch_size: int, count: int, start: int):

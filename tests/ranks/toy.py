@@ -93,11 +93,11 @@ def toy_batches(
 
 
 def build_toy(
-    mesh: ProcessMesh, run: Any, *, poison: int = -1, start: int = 0
+    mesh: ProcessMesh, config: Any, *, poison: int = -1, start: int = 0
 ) -> tuple[Any, Stepper, StopRequest]:
     """Returns an engine over the toy model, a stepper over its batches, and its stop request."""
     model = toy_model()
-    engine = build_engine(run, model, build_optimizer(run, model), mesh)
+    engine = build_engine(config, model, build_optimizer(config, model), mesh)
     dtype = next(model.parameters()).dtype
 
     def compute_loss(batch: ToyBatch) -> torch.Tensor:
@@ -107,7 +107,7 @@ def build_toy(
     stepper = Stepper(
         engine=engine,
         compute_loss=compute_loss,
-        batches=toy_batches(mesh, run.args.batch_size, poison=poison, start=start),
+        batches=toy_batches(mesh, config.args.batch_size, poison=poison, start=start),
         mesh=mesh,
         stop_request=stop_request,
     )

@@ -47,10 +47,10 @@ def test_loads_behind_sft(path: Path) -> None:
 @pytest.mark.parametrize("model", MODELS, ids=named)
 @pytest.mark.parametrize("what", ["sft", "lora"])
 def test_each_model_with_each_way_to_train(model: Path, what: str) -> None:
-    run = load(model, CONFIGS / f"{what}.yaml")
-    assert (run.model.network_config.params.modules.lora_config is not None) == (what == "lora")
-    assert run.args.fp16 == ("2b" in model.name)
-    assert run.args.bf16 == ("5b" in model.name)
+    config = load(model, CONFIGS / f"{what}.yaml")
+    assert (config.model.network_config.params.modules.lora_config is not None) == (what == "lora")
+    assert config.args.fp16 == ("2b" in model.name)
+    assert config.args.bf16 == ("5b" in model.name)
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
@@ -71,13 +71,13 @@ def test_says_where_the_schema_is(path: Path) -> None:
 
 
 def test_sft_is_as_promised() -> None:
-    run = load(CONFIGS / "sft.yaml")
-    optimizer = run.deepspeed.optimizer
-    assert (run.args.mode, run.args.train_iters, run.args.lr) == ("finetune", 1000, 1e-5)
+    config = load(CONFIGS / "sft.yaml")
+    optimizer = config.deepspeed.optimizer
+    assert (config.args.mode, config.args.train_iters, config.args.lr) == ("finetune", 1000, 1e-5)
     assert (optimizer.type, optimizer.params.betas, optimizer.params.eps) == ("Adam", (0.9, 0.95), 1e-8)
-    assert (run.args.weight_decay, run.args.clip_grad, run.args.zero_stage) == (1e-4, 0.1, 2)
-    assert run.args.eval_interval is not None
-    assert run.args.eval_interval % run.args.save_interval == 0
+    assert (config.args.weight_decay, config.args.clip_grad, config.args.zero_stage) == (1e-4, 0.1, 2)
+    assert config.args.eval_interval is not None
+    assert config.args.eval_interval % config.args.save_interval == 0
 
 
 def test_lora_is_sft_but_for_what_it_says() -> None:

@@ -17,7 +17,7 @@ import torch, torch.distributed as dist
 from types import SimpleNamespace
 from sat_train.cli.ranks import _join_and_work
 from sat_train.distributed.environment import RankEnv
-def work(run, mesh):
+def work(config, mesh):
     exec(sys.argv[1])
 sys.modules["work"] = SimpleNamespace(work=work)
 args = SimpleNamespace(device="cpu", distributed_backend="auto", model_parallel_size=1,

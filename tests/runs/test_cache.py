@@ -56,19 +56,19 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def losses(words: list[str]) -> tuple[list[float], bool]:
     """Returns the losses of three steps and of a validation, and whether the encoders were loaded."""
-    run, mesh = load_run(words), start_single_process()
-    data = open_data(run, mesh)
+    config, mesh = load_run(words), start_single_process()
+    data = open_data(config, mesh)
     pipeline = build_models(
-        run,
+        config,
         mesh,
-        find_start_weights(run, mesh),
+        find_start_weights(config, mesh),
         with_encoders=data.needs_encoders,
         null_text_ld=data.null_text(),
     )
     train = valid = lambda batch: batch
     filler = None
-    if run.data.cache == "fill":
-        filler = CacheFiller(run, mesh, pipeline.frozen, data.cache)
+    if config.data.cache == "fill":
+        filler = CacheFiller(config, mesh, pipeline.frozen, data.cache)
         train, valid = filler.train(), filler.valid()
     found = []
     with torch.no_grad():

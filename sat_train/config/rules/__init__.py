@@ -24,11 +24,11 @@ def check_rules(draft: Draft, rules: tuple[Rule, ...], faults: list[Fault]) -> N
             faults.extend(rule.check(draft))
 
 
-def check_on_device(run: RunConfig, device: str) -> None:
+def check_on_device(config: RunConfig, device: str) -> None:
     """Checks the rules on the engine again, once the device that `args.device: auto` finds is known.
 
     Args:
-        run: A valid configuration.
+        config: A valid configuration.
         device: `cpu` or `cuda`.
 
     Raises:
@@ -36,12 +36,12 @@ def check_on_device(run: RunConfig, device: str) -> None:
     """
     faults: list[Fault] = []
     draft = Draft(
-        args=run.args.model_copy(update={"device": device}),
-        model=run.model,
-        data=run.data,
-        deepspeed=run.deepspeed,
+        args=config.args.model_copy(update={"device": device}),
+        model=config.model,
+        data=config.data,
+        deepspeed=config.deepspeed,
         purpose="train",
-        source_of=lambda path: run.sources.get(path, ""),
+        source_of=lambda path: config.sources.get(path, ""),
     )
     check_rules(draft, run_rules.ENGINE_RULES, faults)
     if faults:

@@ -41,7 +41,7 @@ _CLIPS_SHOWN = 2  # where neither prompts nor images are given
 
 
 def build_callbacks(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     run_folder: Path | None,
     *,
@@ -55,41 +55,43 @@ def build_callbacks(
 
     Ranks: all.
     """
-    callbacks = _reports(run, run_folder) if mesh.rank == 0 else []
+    callbacks = _reports(config, run_folder) if mesh.rank == 0 else []
     if run_folder is not None:
         checkpointer = Checkpointer(
             mesh,
             run_folder,
             save,
-            interval=run.args.save_interval,
-            keep_last=run.args.keep_last or 0,
-            keep_every=run.args.keep_every or 0,
+            interval=config.args.save_interval,
+            keep_last=config.args.keep_last or 0,
+            keep_every=config.args.keep_every or 0,
         )
         callbacks.append(checkpointer)
         if mesh.rank == 0:
             callbacks.append(PreemptedMarker(run_folder))
     if filler is not None:
         callbacks.append(filler)
-    if run.args.eval_interval is not None:
-        callbacks += _validation(run, mesh, run_folder, valid, filler, pipeline, engine)
+    if config.args.eval_interval is not None:
+        callbacks += _validation(config, mesh, run_folder, valid, filler, pipeline, engine)
     return callbacks
 
 
-def _reports(run: RunConfig, run_folder: Path | None) -> list[Callback]:
+def _reports(config: RunConfig, run_folder: Path | None) -> list[Callback]:
     reports: list[Callback] = [build_progress()]
     if run_folder is not None:
         reports.append(MetricsFile(run_folder))
-        if run.args.tensorboard:
+        if config.args.tensorboard:
             reports.append(TensorBoard(run_folder))
-        if run.args.wandb:
+        if config.args.wandb:
             reports.append(
-                WeightsAndBiases(run_folder, project=run.args.wandb_project_name, config=run.shown_tree())
+                WeightsAndBiases(
+                    run_folder, project=config.args.wandb_project_name, config=config.shown_tree()
+                )
             )
     return reports
 
 
 def _validation(
-    run: RunConfig,
+    config: RunConfig,
     mesh: ProcessMesh,
     run_folder: Path | None,
     loader: VideoLoader | None,
@@ -104,14 +106,14 @@ def _validation(
             Validation(
                 engine,
                 _measure(loader, mesh, pipeline, engine, encode),
-                interval=run.args.eval_interval,
+                interval=config.args.eval_interval,
                 is_measured=lambda step: broadcast_object(
                     mesh, _is_measured(run_folder if mesh.rank == 0 else None, step)
                 ),
             )
         )
-    if run.args.valid_video_interval is not None and run_folder is not None:
-        drawings = _drawings(run, pipeline, engine, loader)
+    if config.args.valid_video_interval is not None and run_folder is not None:
+        drawings = _drawings(config, pipeline, engine, loader)
         if drawings is not None:
             prompts, draw = drawings
             callbacks.append(
@@ -121,8 +123,8 @@ def _validation(
                     run_folder,
                     prompts=prompts,
                     draw=draw,
-                    fps=run.sampling_fps,
-                    interval=run.args.valid_video_interval,
+                    fps=config.sampling_fps,
+                    interval=config.args.valid_video_interval,
                     lockstep=mesh.model_size > 1 or engine.zero_optimization_stage() == 3,
                 )
             )
@@ -154,22 +156,22 @@ def _measure(
     return measure
 
 
-def owes_validation(run: RunConfig, run_folder: Path, step: int, *, measures_loss: bool) -> bool:
+def owes_validation(config: RunConfig, run_folder: Path, step: int, *, measures_loss: bool) -> bool:
     """Tells whether a run ended before it had validated its last step.
 
     Args:
-        run: The configuration.
+        config: The configuration.
         run_folder: The run's folder.
         step: Its last step.
         measures_loss: There are validation data.
 
     Ranks: rank 0 only.
     """
-    if run.args.eval_interval is None:
+    if config.args.eval_interval is None:
         return False
     if measures_loss and not _is_measured(run_folder, step):
         return True
-    return run.args.valid_video_interval is not None and not contact_sheet(run_folder, step).exists()
+    return config.args.valid_video_interval is not None and not contact_sheet(run_folder, step).exists()
 
 
 def _is_measured(run_folder: Path | None, step: int) -> bool:
@@ -184,9 +186,9 @@ def _is_measured(run_folder: Path | None, step: int) -> bool:
     return any(entry["step"] == step and "valid_loss" in entry for entry in entries)
 
 
-def given_conditions(run: RunConfig, settings: SamplingSettings) -> tuple[list[str], list[torch.Tensor]]:
+def given_conditions(config: RunConfig, settings: SamplingSettings) -> tuple[list[str], list[torch.Tensor]]:
     """Returns `args.valid_prompts`, and the first frames that stand beside them."""
-    prompts, files = list(run.args.valid_prompts), run.args.valid_images
+    prompts, files = list(config.args.valid_prompts), config.args.valid_images
     if files:
         prompts = [f"{prompt}{IMAGE_SEPARATOR}{file}" for prompt, file in zip(prompts, files, strict=True)]
     if not any(IMAGE_SEPARATOR in prompt for prompt in prompts):
@@ -206,11 +208,11 @@ def _conditions_of_clips(loader: VideoLoader) -> tuple[list[str], list[torch.Ten
 
 
 def _drawings(
-    run: RunConfig, pipeline: VideoDiffusion, engine: Any, loader: VideoLoader | None
+    config: RunConfig, pipeline: VideoDiffusion, engine: Any, loader: VideoLoader | None
 ) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
     """Returns the prompts and how number `n` of them is drawn; None when there is nothing to draw."""
-    settings = build_sampling(run)
-    prompts, images = given_conditions(run, settings)
+    settings = build_sampling(config)
+    prompts, images = given_conditions(config, settings)
     if loader is not None and (not prompts or (pipeline.noised_image_input and not images)):
         if prompts:
             log.info("args.valid_prompts have no images: validation videos show the validation clips instead")
@@ -230,7 +232,7 @@ def _drawings(
             steps=settings.steps,
             guidance=settings.guidance,
             sampler=settings.sampler,
-            seeds=[derive_seed(run.args.seed, "validation_video", number)],
+            seeds=[derive_seed(config.args.seed, "validation_video", number)],
             network=engine,
         )[0]
 

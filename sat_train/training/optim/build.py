@@ -9,12 +9,12 @@ from sat_train.config import RunConfig
 from sat_train.models.trainable import group_parameters
 
 
-def build_optimizer(run: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
     """Returns the optimizer over the trainable parameters of `module`.
 
     `Adam` and `AdamW` both decouple the weight decay, as SAT's FusedEmaAdam does (`adam_w_mode`).
     """
-    params = run.deepspeed.optimizer.params
+    params = config.deepspeed.optimizer.params
     groups = [
         {"params": [parameter for _, parameter in group.parameters], "weight_decay": group.weight_decay}
         for group in group_parameters(module, weight_decay=params.weight_decay)

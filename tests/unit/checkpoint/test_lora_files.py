@@ -46,17 +46,17 @@ EVERYTHING = (r"query_key_value$", r"dense$", r"mlp\.", r"adaLN_modulations\.")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory):
-    run = load_run_config([TINY], purpose="check", check_paths=False)
+    config = load_run_config([TINY], purpose="check", check_paths=False)
     base = convert(
         Conversion(
-            Path(run.args.load),
+            Path(config.args.load),
             tmp_path_factory.mktemp("tiny") / "base",
             "diffusers",
             dtype=torch.float32,
-            model=run.model,
+            model=config.model,
         )
     )
-    return run, base
+    return config, base
 
 
 def pairs_of_spelling_a() -> dict[str, tuple[Tensor, Tensor]]:
@@ -93,16 +93,16 @@ def check_sum(merged: dict[str, Tensor], base: dict[str, Tensor], deltas: dict[s
 def test_every_spelling_merges_to_weight_plus_strength_times_alpha_over_rank_times_b_a(
     mesh: ProcessMesh, tiny, tmp_path: Path, name: str, strength: float
 ) -> None:
-    run, base = tiny
+    config, base = tiny
     out = convert(
         Conversion(
-            Path(run.args.load),
+            Path(config.args.load),
             tmp_path / "out",
             "diffusers",
             lora=LORAS / name,
             lora_strength=strength,
             dtype=torch.float32,
-            model=run.model,
+            model=config.model,
         )
     )
     scale = strength * SPELLINGS[name]
@@ -122,12 +122,12 @@ def forward(dit) -> Tensor:
 def test_sampling_with_and_continuing_from_a_file_compute_what_merging_gives(
     mesh: ProcessMesh, tiny, name: str
 ) -> None:
-    run, _ = tiny
-    weights = read_transformer_weights(run.args.load)
+    config, _ = tiny
+    weights = read_transformer_weights(config.args.load)
     updates = strengthened(read_lora(LORAS / name), 0.6)
 
     def built(change) -> Tensor:
-        dit = build_dit(run.model, device="cpu", dtype=torch.float32, initialize=False)
+        dit = build_dit(config.model, device="cpu", dtype=torch.float32, initialize=False)
         load_weights(dit, weights, may_lack=dit.derived_keys())
         change(dit)
         return forward(dit)
@@ -136,7 +136,7 @@ def test_sampling_with_and_continuing_from_a_file_compute_what_merging_gives(
         add_lora(dit, rank=16, alpha=1.0, targets=(*EVERYTHING, "final_layer.linear"))
         load_updates(dit, updates)
 
-    merged = build_dit(run.model, device="cpu", dtype=torch.float32, initialize=False)
+    merged = build_dit(config.model, device="cpu", dtype=torch.float32, initialize=False)
     load_weights(merged, merge_updates(weights, updates, dtype=torch.float32), may_lack=merged.derived_keys())
     expected = forward(merged)
     assert (expected - built(lambda dit: None)).abs().max() > 1e-3, "this adapter must matter"
@@ -321,8 +321,8 @@ def test_a_merge_is_one_rounding_of_the_exact_sum_whatever_the_dtype_of_the_base
 
 def test_a_merge_that_lost_the_update_is_not_verified(mesh: ProcessMesh) -> None:
     updates = read_lora(LORAS / "a_diffusers_plain")
-    run = load_run_config([TINY], purpose="check", check_paths=False)
-    base = without_adapters(read_transformer_weights(run.args.load))
+    config = load_run_config([TINY], purpose="check", check_paths=False)
+    base = without_adapters(read_transformer_weights(config.args.load))
     key = "transformer.layers.2.attention.dense.weight"
     merged = merge_updates(base, updates, dtype=torch.float32)
     check_merged(merged, base, updates)

@@ -53,14 +53,14 @@ def make_run(tmp_path: Path):
             "model.network_config.params.num_layers=1",
             *(model if image_to_video else []),
         ]
-        run = load_run_config([SAMPLE], [*shared, *words], purpose="sample", check_paths=False)
-        dit = build_dit(run.model, device="cpu", dtype=torch.float32)
+        config = load_run_config([SAMPLE], [*shared, *words], purpose="sample", check_paths=False)
+        dit = build_dit(config.model, device="cpu", dtype=torch.float32)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in dit.parameters():
                 parameter.normal_(std=0.05, generator=generator)
         save_file(dit.state_dict(), tmp_path / "dit.safetensors")
-        coder = run.model.first_stage_config.params.encoder_config.params
+        coder = config.model.first_stage_config.params.encoder_config.params
         with torch.random.fork_rng():
             torch.manual_seed(0)
             vae = VideoVAE(
@@ -71,7 +71,7 @@ def make_run(tmp_path: Path):
                 norm_num_groups=coder.norm_num_groups,
             )
         save_file(vae.state_dict(), tmp_path / "vae.safetensors")
-        return run
+        return config
 
     return make
 
@@ -99,8 +99,8 @@ def test_image_to_video_reads_the_image_of_each_line(make_run, tmp_path):
         Image.new("RGB", (60, 60), (colour,) * 3).save(tmp_path / f"{name}.png")
     lines = [f"a ball@@{tmp_path / 'black.png'}", f"a ball@@{tmp_path / 'white.png'}"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
-    run = make_run(f"args.input_file={tmp_path / 'prompts.txt'}", image_to_video=True)
-    sample(run, start_single_process())
+    config = make_run(f"args.input_file={tmp_path / 'prompts.txt'}", image_to_video=True)
+    sample(config, start_single_process())
     videos = [_frames(path) for path in sorted((tmp_path / "out").glob("*.mp4"))]
     assert [video.shape for video in videos] == [(5, 32, 48, 3)] * 2
 
@@ -108,24 +108,24 @@ def test_image_to_video_reads_the_image_of_each_line(make_run, tmp_path):
 def test_a_missing_image_is_named_and_what_was_drawn_before_is_kept(make_run, tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     (tmp_path / "prompts.txt").write_text(f"a@@{tmp_path / 'a.png'}\nb@@{tmp_path / 'b.png'}")
-    run = make_run(f"args.input_file={tmp_path / 'prompts.txt'}", image_to_video=True)
+    config = make_run(f"args.input_file={tmp_path / 'prompts.txt'}", image_to_video=True)
     with pytest.raises(DataError, match=r"b\.png cannot be read as an image"):
-        sample(run, start_single_process())
+        sample(config, start_single_process())
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000-a-seed5.mp4"]
 
 
 def test_weights_of_another_model_are_refused_by_name(make_run, tmp_path):
-    run = make_run("args.prompt=x")
+    config = make_run("args.prompt=x")
     weights = {"transformer.layers.0.attention.dense.weight": torch.zeros(3, 3)}
     save_file(weights, tmp_path / "dit.safetensors")
     with pytest.raises(CheckpointError, match=r"attention\.dense\.weight"):
-        sample(run, start_single_process())
+        sample(config, start_single_process())
 
 
 @pytest.mark.parametrize(("number", "count"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
 def test_a_signal_leaves_the_finished_videos_and_one_line(make_run, tmp_path, monkeypatch, number, count):
     """It comes in the second of three videos: a person does not wait for its end, a scheduler does."""
-    run = make_run("args.input_type=txt", f"args.input_file={tmp_path / 'prompts.txt'}")
+    config = make_run("args.input_type=txt", f"args.input_file={tmp_path / 'prompts.txt'}")
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     mesh = start_single_process()
     begun = []
@@ -139,7 +139,7 @@ def test_a_signal_leaves_the_finished_videos_and_one_line(make_run, tmp_path, mo
     monkeypatch.setattr(sample_videos, "draw_one", sample_videos.draw, raising=False)
     monkeypatch.setattr(sample_videos, "draw", draw)
     with pytest.raises(Stopped) as caught:
-        sample(run, mesh)
+        sample(config, mesh)
     assert caught.value.exit_code == 128 + number
     assert str(caught.value) == f"stopped; {count} of 3 videos are in {tmp_path / 'out'}"
     assert len(list((tmp_path / "out").iterdir())) == count, "nothing half written"

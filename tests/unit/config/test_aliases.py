@@ -33,10 +33,10 @@ PAIRS = [(first, second) for first, second in SAME.items()]
 @pytest.mark.parametrize("spelled", [0, 1])
 def test_both_spellings_hold_the_one_value(first: str, second: str, spelled: int, load: Load) -> None:
     value = OTHER_VALUES[first]
-    run = load("", f"{(first, second)[spelled]}={value}")
-    values = leaves(run.tree())
+    config = load("", f"{(first, second)[spelled]}={value}")
+    values = leaves(config.tree())
     assert values[first] == values[second] == value
-    assert run.sources[first] == run.sources[second] == "command line"
+    assert config.sources[first] == config.sources[second] == "command line"
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
@@ -57,17 +57,17 @@ def test_a_later_file_wins_whichever_spelling_it_uses(
         "old.yaml", json.dumps(nested(pair[earlier], not other if isinstance(other, bool) else other))
     )
     new = write("new.yaml", json.dumps(nested(pair[1 - earlier], OTHER_VALUES[first])))
-    run = load_run_config(["configs/sft.yaml", old, new], check_paths=False)
-    values = leaves(run.tree())
+    config = load_run_config(["configs/sft.yaml", old, new], check_paths=False)
+    values = leaves(config.tree())
     assert values[first] == values[second] == OTHER_VALUES[first]
-    assert run.sources[first] == run.sources[second] == new
+    assert config.sources[first] == config.sources[second] == new
 
 
 def test_words_win_over_the_other_spelling_in_the_last_file(load: Load) -> None:
-    run = load("deepspeed: {optimizer: {params: {lr: 0.3}}}", "args.lr=0.1")
-    assert (run.args.lr, run.deepspeed.optimizer.params.lr) == (0.1, 0.1)
-    run = load("args: {lr: 0.3}", "deepspeed.optimizer.params.lr=0.1")
-    assert (run.args.lr, run.sources["args.lr"]) == (0.1, "command line")
+    config = load("deepspeed: {optimizer: {params: {lr: 0.3}}}", "args.lr=0.1")
+    assert (config.args.lr, config.deepspeed.optimizer.params.lr) == (0.1, 0.1)
+    config = load("args: {lr: 0.3}", "deepspeed.optimizer.params.lr=0.1")
+    assert (config.args.lr, config.sources["args.lr"]) == (0.1, "command line")
 
 
 def test_only_a_file_that_contradicts_itself_is_a_fault(load: Load) -> None:
@@ -102,8 +102,8 @@ def test_equal_values_are_no_contradiction(load: Load) -> None:
 
 def test_a_later_model_file_wins_over_earlier_sampling_arguments(load: Load) -> None:
     first = "args: {sampling_steps: 20}"
-    run = load(first, "model.sampler_config.params.num_steps=7")
-    assert run.args.sampling_steps == run.model.sampler_config.params.num_steps == 7
+    config = load(first, "model.sampler_config.params.num_steps=7")
+    assert config.args.sampling_steps == config.model.sampler_config.params.num_steps == 7
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_a_later_model_file_wins_over_earlier_sampling_arguments(load: Load) -> 
 def test_sampling_arguments_win_over_the_model(
     words: list[str], path: str, value: object, load: Load
 ) -> None:
-    run = load("args: {sampling_steps: 20, sampler: DPMPP2M, guidance_scale: 5}", *words)
-    assert leaves(run.tree())[path] == value
+    config = load("args: {sampling_steps: 20, sampler: DPMPP2M, guidance_scale: 5}", *words)
+    assert leaves(config.tree())[path] == value
 
 
 def test_steps_from_the_command_line_are_guidances_too(load: Load) -> None:
     told = "model: {sampler_config: {params: {guider_config: {params: {num_steps: 50}}}}}"
-    run = load(told, "--sampling-steps", "10")
-    assert run.model.sampler_config.params.guider_config.params.num_steps == 10
+    config = load(told, "--sampling-steps", "10")
+    assert config.model.sampler_config.params.guider_config.params.num_steps == 10
 
 
 def test_values_in_lists_are_found() -> None:

@@ -24,9 +24,9 @@ def test_precompute_needs_a_folder() -> None:
 
 
 def test_off_without_quotes_is_off() -> None:
-    run = load_run_config([], [*WORDS, "data.cache=off", "args.compile=off"], check_paths=False)
-    assert (run.data.cache, run.args.compile) == ("off", "off")
-    assert run.data.params.views is None
+    config = load_run_config([], [*WORDS, "data.cache=off", "args.compile=off"], check_paths=False)
+    assert (config.data.cache, config.args.compile) == ("off", "off")
+    assert config.data.params.views is None
 
 
 def test_with_require_the_encoders_need_not_be_there() -> None:

@@ -23,29 +23,36 @@ def load_member(member: Member, write: Write, *words: str) -> RunConfig:
 
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
 def test_model_files_load_with_their_numbers(member: Member, write: Write) -> None:
-    run = load_member(member, write)
-    network = run.model.network_config.params
+    config = load_member(member, write)
+    network = config.model.network_config.params
     assert (network.num_layers, network.hidden_size) == (member.layers, member.width)
     assert network.patch_size == ((2, 2, 2) if member.is_1_5 else (1, 2, 2))
     position = network.modules.pos_embed_config
     assert position.target == ("Rotary3DPositionEmbedding" if member.rotary else "Sincos3DPositionEmbedding")
     lora = network.modules.lora_config
     assert (lora.params.r if lora else None, lora.params.lora_alpha if lora else 1) == (member.lora_rank, 1)
-    assert run.model.noised_image_input == member.image
-    assert run.model.denoiser_config.params.discretization_config.params.shift_scale == (member.shift or 1.0)
-    sampler = run.model.sampler_config
+    assert config.model.noised_image_input == member.image
+    assert config.model.denoiser_config.params.discretization_config.params.shift_scale == (
+        member.shift or 1.0
+    )
+    sampler = config.model.sampler_config
     assert (sampler.target, sampler.params.guider_config.target) == ("DPMPP2M", "DynamicGuidance")
 
 
 def test_training_file_has_its_effect(write: Write) -> None:
-    run = load_member(MEMBERS[2], write)
-    assert (run.args.bf16, run.args.fp16, run.args.zero_stage, run.args.batch_size) == (True, False, 2, 2)
-    assert (run.args.lr, run.args.weight_decay, run.args.clip_grad) == (1e-5, 1e-4, 0.1)
-    assert run.deepspeed.optimizer.type == "AdamW"
-    assert run.deepspeed.optimizer.params.betas == (0.9, 0.95)
-    assert run.args.checkpoint_activations
-    assert run.data is not None
-    assert (run.data.target, run.data.params.skip_frms_num) == ("VideoDataset", 3)
+    config = load_member(MEMBERS[2], write)
+    assert (config.args.bf16, config.args.fp16, config.args.zero_stage, config.args.batch_size) == (
+        True,
+        False,
+        2,
+        2,
+    )
+    assert (config.args.lr, config.args.weight_decay, config.args.clip_grad) == (1e-5, 1e-4, 0.1)
+    assert config.deepspeed.optimizer.type == "AdamW"
+    assert config.deepspeed.optimizer.params.betas == (0.9, 0.95)
+    assert config.args.checkpoint_activations
+    assert config.data is not None
+    assert (config.data.target, config.data.params.skip_frms_num) == ("VideoDataset", 3)
 
 
 def test_short_clips_are_padded_as_their_loader_does(write: Write) -> None:
@@ -77,9 +84,9 @@ def test_keys_without_effect_come_in_one_line(write: Write) -> None:
 
 def test_loss_scale_keys_have_an_effect_where_they_belong(write: Write) -> None:
     words = ["deepspeed.fp16={enabled: true, loss_scale_window: 7}", "deepspeed.bf16.enabled=false"]
-    run = load_member(MEMBERS[0], write, *words)
-    assert run.args.fp16
-    assert run.deepspeed.fp16.loss_scale_window == 7
+    config = load_member(MEMBERS[0], write, *words)
+    assert config.args.fp16
+    assert config.deepspeed.fp16.loss_scale_window == 7
 
 
 def test_sampling_file_needs_no_data(write: Write) -> None:
@@ -87,20 +94,20 @@ def test_sampling_file_needs_no_data(write: Write) -> None:
         write("m.yaml", json.dumps(model_file(MEMBERS[6]))),
         write("i.yaml", json.dumps(inference_file())),
     ]
-    run = load_run_config(files, ["args.load=x"], purpose="sample", check_paths=False)
-    assert run.data is None
-    assert (run.args.sampling_num_frames, run.args.sampling_image_size) == (22, (768, 1360))
+    config = load_run_config(files, ["args.load=x"], purpose="sample", check_paths=False)
+    assert config.data is None
+    assert (config.args.sampling_num_frames, config.args.sampling_image_size) == (22, (768, 1360))
 
 
 def test_lora_preset_works_behind_their_model_files(write: Write) -> None:
     files = [write("model.yaml", json.dumps(model_file(MEMBERS[2]))), "configs/lora.yaml"]
-    run = load_run_config(files, ["args.load=x"], check_paths=False, purpose="check")
-    assert run.model.network_config.params.modules.lora_config.params.r == 128
+    config = load_run_config(files, ["args.load=x"], check_paths=False, purpose="check")
+    assert config.model.network_config.params.modules.lora_config.params.r == 128
 
 
 def test_cpu_offload_becomes_offload_optimizer(write: Write) -> None:
-    run = load_member(MEMBERS[2], write, "deepspeed.zero_optimization.cpu_offload=true")
-    assert run.deepspeed.zero_optimization.offload_optimizer.device == "cpu"
+    config = load_member(MEMBERS[2], write, "deepspeed.zero_optimization.cpu_offload=true")
+    assert config.deepspeed.zero_optimization.offload_optimizer.device == "cpu"
 
 
 def test_legacy_names_lead_to_targets_that_exist() -> None:

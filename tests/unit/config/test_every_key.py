@@ -125,19 +125,19 @@ def test_null_takes_a_section_back_to_its_defaults(path: str, tree: dict[str, ob
 @pytest.mark.parametrize("section", ["args", "deepspeed"])
 def test_null_on_the_command_line_undoes_the_files_and_later_words_count(section: str) -> None:
     words = [f"{section}=null", "args.train_iters=3", "args.train_data=[x]"]
-    run = load_run_config(["configs/sft.yaml"], words, check_paths=False)
+    config = load_run_config(["configs/sft.yaml"], words, check_paths=False)
     if section == "args":
-        assert (run.args.train_iters, run.args.lr, run.sources["args.lr"]) == (3, 1e-4, "default")
+        assert (config.args.train_iters, config.args.lr, config.sources["args.lr"]) == (3, 1e-4, "default")
     else:
-        assert run.deepspeed.optimizer.type == "AdamW"
+        assert config.deepspeed.optimizer.type == "AdamW"
     with pytest.raises(ConfigError, match="a section with params"):
         load_run_config(["configs/sft.yaml"], ["data=null"], check_paths=False)
 
 
 def test_a_blank_section_in_a_file_changes_nothing(tmp_path) -> None:
     (tmp_path / "blank.yaml").write_text("args:\ndeepspeed:\n  optimizer:\ndata:\n  params:\n")
-    run = load_run_config(["configs/sft.yaml", tmp_path / "blank.yaml"], check_paths=False)
-    assert run.digest() == load_run_config(["configs/sft.yaml"], check_paths=False).digest()
+    config = load_run_config(["configs/sft.yaml", tmp_path / "blank.yaml"], check_paths=False)
+    assert config.digest() == load_run_config(["configs/sft.yaml"], check_paths=False).digest()
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLING_ONLY))
@@ -158,10 +158,10 @@ def test_sampling_refuses_words_that_only_training_reads() -> None:
         ConfigError, match=r"args\.lr = 0\.1: expected no such setting: sampling does not read it"
     ):
         load_run_config(["configs/sample.yaml"], words, purpose="sample", check_paths=False)
-    run = load_run_config(
+    config = load_run_config(
         ["configs/sft.yaml", "configs/sample.yaml"], words[:2], purpose="sample", check_paths=False
     )
-    assert run.args.lr == 1e-5, "a file may describe both"
+    assert config.args.lr == 1e-5, "a file may describe both"
 
 
 def test_every_pattern_of_a_path_knows_its_places() -> None:

@@ -50,9 +50,9 @@ def test_an_unknown_key_is_a_fault() -> None:
 
 
 def test_all_values_with_their_sources(load: Load) -> None:
-    run = load()
-    lines = list_values(run).splitlines()
-    assert len(lines) == len(run.sources)
+    config = load()
+    lines = list_values(config).splitlines()
+    assert len(lines) == len(config.sources)
     assert any(line.split() == ["args.train_iters", "1000", "configs/sft.yaml"] for line in lines)
 
 

@@ -30,10 +30,10 @@ def clips(tmp_path: Path) -> Path:
     return folder
 
 
-def encoders(run: RunConfig) -> tuple[str, str]:
+def encoders(config: RunConfig) -> tuple[str, str]:
     return (
-        run.model.conditioner_config.params.emb_models[0].params.model_dir,
-        run.model.first_stage_config.params.ckpt_path,
+        config.model.conditioner_config.params.emb_models[0].params.model_dir,
+        config.model.first_stage_config.params.ckpt_path,
     )
 
 
@@ -45,9 +45,9 @@ def test_one_folder_of_weights_gives_text_encoder_and_autoencoder(
 ) -> None:
     words = [f"args.load={weights / part}", f"args.train_data=[{clips}]"]
     for purpose in ("train", "precompute"):
-        run = load_run_config([model, preset], [*words, "data.cache_dir=cache"], purpose=purpose)  # type: ignore[arg-type]
-        assert encoders(run) == (str(weights), str(weights / "vae"))
-        assert "found beside args.load" in render_resolved(run)
+        config = load_run_config([model, preset], [*words, "data.cache_dir=cache"], purpose=purpose)  # type: ignore[arg-type]
+        assert encoders(config) == (str(weights), str(weights / "vae"))
+        assert "found beside args.load" in render_resolved(config)
 
 
 @pytest.mark.parametrize("model", REAL_MODELS, ids=lambda path: path.stem)
@@ -56,8 +56,8 @@ def test_sampling_takes_the_same_folder(model: Path, weights: Path, tmp_path: Pa
     image.touch()
     words = [f"args.load={weights}", "--prompt", "a cat", f"args.image={image}"]
     words = words if "i2v" in model.stem else words[:-1]
-    run = load_run_config([model, "configs/sample.yaml"], words, purpose="sample")
-    assert encoders(run) == (str(weights), str(weights / "vae"))
+    config = load_run_config([model, "configs/sample.yaml"], words, purpose="sample")
+    assert encoders(config) == (str(weights), str(weights / "vae"))
 
 
 def test_a_path_that_was_given_is_kept(weights: Path, clips: Path, tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_a_path_that_was_given_is_kept(weights: Path, clips: Path, tmp_path: Pat
     other.mkdir()
     words = [f"args.load={weights}", f"args.train_data=[{clips}]"]
     own = f"model.first_stage_config.params.ckpt_path={other}"
-    run = load_run_config(["configs/model/cogvideox_5b.yaml", "configs/lora.yaml"], [*words, own])
-    assert encoders(run) == (str(weights), str(other))
+    config = load_run_config(["configs/model/cogvideox_5b.yaml", "configs/lora.yaml"], [*words, own])
+    assert encoders(config) == (str(weights), str(other))
 
 
 def test_a_folder_that_lacks_a_part_says_which(weights: Path, clips: Path) -> None:
@@ -106,33 +106,33 @@ def test_training_on_from_a_run_takes_the_encoders_of_that_run(
     assert encoders(load_run_config(files, [f"args.load={folder}", data])) == encoders(earlier)
 
 
-def demo_paths(run: RunConfig) -> list[str]:
-    named = [*(run.args.train_data or ()), *(run.args.valid_data or ())]
+def demo_paths(config: RunConfig) -> list[str]:
+    named = [*(config.args.train_data or ()), *(config.args.valid_data or ())]
     return [path for path in named if "/demo/" in path]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("preset", ["configs/sft.yaml", "configs/lora.yaml"])
 def test_a_run_on_own_data_has_nothing_of_the_demo(model: Path, preset: str) -> None:
-    run = load_run_config([model, preset], ["args.train_data=[my_clips]"], check_paths=False)
-    assert not demo_paths(run)
-    assert run.args.valid_data is None
-    assert run.args.valid_prompts == ()
-    assert run.data_shares()[1] > 0
+    config = load_run_config([model, preset], ["args.train_data=[my_clips]"], check_paths=False)
+    assert not demo_paths(config)
+    assert config.args.valid_data is None
+    assert config.args.valid_prompts == ()
+    assert config.data_shares()[1] > 0
 
 
 def test_the_embedded_model_without_other_data_runs_the_demo() -> None:
-    run = load_run_config(["configs/sft.yaml"])
-    assert len(demo_paths(run)) == 2
-    assert run.args.valid_prompts
+    config = load_run_config(["configs/sft.yaml"])
+    assert len(demo_paths(config)) == 2
+    assert config.args.valid_prompts
 
 
 @pytest.mark.parametrize("key", ["valid_data=[mine]", "valid_prompts=[mine]"])
 def test_own_validation_is_kept_beside_own_data(key: str) -> None:
     words = ["args.train_data=[my_clips]", f"args.{key}"]
-    run = load_run_config(["configs/sft.yaml"], words, check_paths=False)
-    assert getattr(run.args, key.partition("=")[0]) == ("mine",)
-    assert not demo_paths(run)
+    config = load_run_config(["configs/sft.yaml"], words, check_paths=False)
+    assert getattr(config.args, key.partition("=")[0]) == ("mine",)
+    assert not demo_paths(config)
 
 
 @pytest.mark.parametrize("model", REAL_MODELS, ids=lambda path: path.stem)
@@ -143,11 +143,11 @@ def test_a_real_model_never_trains_on_the_demo_by_itself(model: Path) -> None:
 
 def test_without_validation_all_clips_train() -> None:
     words = ["args.train_data=[my_clips]", "args.eval_interval=null", "args.valid_video_interval=null"]
-    run = load_run_config(["configs/sft.yaml"], words, check_paths=False)
-    assert run.data_shares() == (1, 0, 0)
+    config = load_run_config(["configs/sft.yaml"], words, check_paths=False)
+    assert config.data_shares() == (1, 0, 0)
 
 
 def test_latent_frames_are_said_as_frames_of_video() -> None:
     words = ["--prompt", "a cat", "args.sampling_num_frames=49"]
-    run = load_run_config(["configs/sample.yaml"], words, purpose="sample")
-    assert "args.sampling_num_frames = 49 latent frames: 193 frames of video." in run.notes
+    config = load_run_config(["configs/sample.yaml"], words, purpose="sample")
+    assert "args.sampling_num_frames = 49 latent frames: 193 frames of video." in config.notes

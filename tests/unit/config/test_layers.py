@@ -19,12 +19,12 @@ Write = Callable[[str, str], str]
 def test_default_then_files_in_order_then_words(write: Write) -> None:
     first = write("first.yaml", "args: {seed: 1, log_interval: 5, num_workers: 2}")
     second = write("second.yaml", "args: {seed: 2, log_interval: 6}")
-    run = load_run_config(["configs/sft.yaml", first, second], ["args.seed=3"], check_paths=False)
-    assert (run.args.seed, run.sources["args.seed"]) == (3, "command line")
-    assert (run.args.log_interval, run.sources["args.log_interval"]) == (6, second)
-    assert (run.args.num_workers, run.sources["args.num_workers"]) == (2, first)
-    assert (run.args.train_iters, run.sources["args.train_iters"]) == (1000, "configs/sft.yaml")
-    assert (run.args.prefetch_factor, run.sources["args.prefetch_factor"]) == (4, "default")
+    config = load_run_config(["configs/sft.yaml", first, second], ["args.seed=3"], check_paths=False)
+    assert (config.args.seed, config.sources["args.seed"]) == (3, "command line")
+    assert (config.args.log_interval, config.sources["args.log_interval"]) == (6, second)
+    assert (config.args.num_workers, config.sources["args.num_workers"]) == (2, first)
+    assert (config.args.train_iters, config.sources["args.train_iters"]) == (1000, "configs/sft.yaml")
+    assert (config.args.prefetch_factor, config.sources["args.prefetch_factor"]) == (4, "default")
 
 
 @pytest.mark.parametrize("words", [("args.seed=7",), ("--seed", "7"), ("--seed=7",)])
@@ -33,17 +33,17 @@ def test_the_command_line_wins_whatever_its_notation(words: tuple[str, ...], loa
 
 
 def test_groups_merge_and_lists_are_replaced(load: Load) -> None:
-    run = load("args: {valid_prompts: [one]}\ndeepspeed: {optimizer: {params: {eps: 1e-6}}}")
-    assert run.args.valid_prompts == ("one",)
-    assert (run.deepspeed.optimizer.params.eps, run.deepspeed.optimizer.params.lr) == (1e-6, 1e-5)
+    config = load("args: {valid_prompts: [one]}\ndeepspeed: {optimizer: {params: {eps: 1e-6}}}")
+    assert config.args.valid_prompts == ("one",)
+    assert (config.deepspeed.optimizer.params.eps, config.deepspeed.optimizer.params.lr) == (1e-6, 1e-5)
 
 
 def test_each_file_once_at_its_first_mention(write: Write) -> None:
     write("parts/common.yaml", "args: {seed: 1}")
     middle = write("middle.yaml", "base: parts/common.yaml\nargs: {seed: 2}")
     last = write("last.yaml", "base: [middle.yaml, parts/common.yaml]\nargs: {log_interval: 3}")
-    run = load_run_config(["configs/sft.yaml", middle, last], check_paths=False)
-    assert (run.args.seed, run.args.log_interval) == (2, 3)
+    config = load_run_config(["configs/sft.yaml", middle, last], check_paths=False)
+    assert (config.args.seed, config.args.log_interval) == (2, 3)
 
 
 def test_files_that_name_each_other_end(write: Write) -> None:
@@ -53,31 +53,34 @@ def test_files_that_name_each_other_end(write: Write) -> None:
 
 
 def test_lora_behind_a_model_file_includes_sft_behind_it() -> None:
-    run = load_run_config(["configs/model/cogvideox_5b.yaml", "configs/lora.yaml"], purpose="check")
-    assert run.model.network_config.params.num_layers == 42
-    assert run.sources["args.train_iters"] == "configs/sft.yaml"
-    assert run.deepspeed.optimizer.params.lr == 1e-3
-    assert not any(note.startswith("No file chooses a network") for note in run.notes)
+    config = load_run_config(["configs/model/cogvideox_5b.yaml", "configs/lora.yaml"], purpose="check")
+    assert config.model.network_config.params.num_layers == 42
+    assert config.sources["args.train_iters"] == "configs/sft.yaml"
+    assert config.deepspeed.optimizer.params.lr == 1e-3
+    assert not any(note.startswith("No file chooses a network") for note in config.notes)
 
 
 def test_no_network_means_the_embedded_one(load: Load) -> None:
-    run = load()
-    assert run.model.network_config.params.hidden_size == 128
-    assert run.sources["model.network_config.params.hidden_size"] == EMBEDDED
-    assert run.notes[0] == f"No file chooses a network: the embedded tiny model is used ({EMBEDDED})."
+    config = load()
+    assert config.model.network_config.params.hidden_size == 128
+    assert config.sources["model.network_config.params.hidden_size"] == EMBEDDED
+    assert config.notes[0] == f"No file chooses a network: the embedded tiny model is used ({EMBEDDED})."
 
 
 def test_a_part_of_the_model_keeps_the_embedded_rest(load: Load) -> None:
-    run = load("model: {network_config: {params: {num_layers: 3}}}")
-    assert (run.model.network_config.params.num_layers, run.model.network_config.params.hidden_size) == (
+    config = load("model: {network_config: {params: {num_layers: 3}}}")
+    assert (
+        config.model.network_config.params.num_layers,
+        config.model.network_config.params.hidden_size,
+    ) == (
         3,
         128,
     )
 
 
 def test_no_files_at_all_trains_the_embedded_model() -> None:
-    run = load_run_config([], ["--train-iters", "5", "--train-data", "x"], check_paths=False)
-    assert run.model.network_config.params.num_layers == 6
+    config = load_run_config([], ["--train-iters", "5", "--train-data", "x"], check_paths=False)
+    assert config.model.network_config.params.num_layers == 6
 
 
 def test_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -95,17 +98,17 @@ def test_a_file_here_comes_before_one_of_the_package(monkeypatch: pytest.MonkeyP
 
 
 def test_references_to_other_keys(load: Load) -> None:
-    run = load(
+    config = load(
         "args: {experiment_name: 'lr-${deepspeed.optimizer.params.lr}', sampling_fps: '${data.params.fps}'}"
     )
-    assert run.args.experiment_name == "lr-1e-05"
-    assert run.args.sampling_fps == 8
+    assert config.args.experiment_name == "lr-1e-05"
+    assert config.args.sampling_fps == 8
 
 
 def test_a_new_target_keeps_only_what_it_knows(load: Load) -> None:
     position = "pos_embed_config: {target: Sincos3DPositionEmbedding}"
-    run = load(f"model: {{network_config: {{params: {{modules: {{{position}}}}}}}}}")
-    slot = run.model.network_config.params.modules.pos_embed_config
+    config = load(f"model: {{network_config: {{params: {{modules: {{{position}}}}}}}}}")
+    slot = config.model.network_config.params.modules.pos_embed_config
     assert slot.target == "Sincos3DPositionEmbedding"
     assert (
         slot.params.text_length == 32
@@ -125,16 +128,16 @@ def test_a_new_sampler_keeps_steps_and_guidance(load: Load) -> None:
 
 def test_null_takes_a_group_away(write: Write) -> None:
     words = ["model.network_config.params.modules.lora_config=null", "model.not_trainable_prefixes=[]"]
-    run = load_run_config(["configs/lora.yaml"], words, check_paths=False)
-    assert run.model.network_config.params.modules.lora_config is None
+    config = load_run_config(["configs/lora.yaml"], words, check_paths=False)
+    assert config.model.network_config.params.modules.lora_config is None
 
 
 def test_a_place_in_a_list_from_the_command_line(load: Load) -> None:
-    run = load("", "model.conditioner_config.params.emb_models.0.ucg_rate=0.25")
-    encoder = run.model.conditioner_config.params.emb_models[0]
+    config = load("", "model.conditioner_config.params.emb_models.0.ucg_rate=0.25")
+    encoder = config.model.conditioner_config.params.emb_models[0]
     assert (encoder.ucg_rate, encoder.params.max_length) == (0.25, 32)
-    assert run.sources["model.conditioner_config.params.emb_models.0.ucg_rate"] == "command line"
-    assert run.sources["model.conditioner_config.params.emb_models.0.params.max_length"] == EMBEDDED
+    assert config.sources["model.conditioner_config.params.emb_models.0.ucg_rate"] == "command line"
+    assert config.sources["model.conditioner_config.params.emb_models.0.params.max_length"] == EMBEDDED
 
 
 def test_a_place_outside_the_list_is_a_fault(load: Load) -> None:
@@ -156,14 +159,14 @@ def test_records_cannot_be_changed(load: Load) -> None:
 def test_sources_know_every_value(load: Load) -> None:
     from sat_train.config.loading import leaves
 
-    run = load()
-    assert set(leaves(run.tree())) == set(run.sources)
+    config = load()
+    assert set(leaves(config.tree())) == set(config.sources)
 
 
 def test_a_part_is_told_what_it_lacks() -> None:
-    run = load_run_config(["configs/model/cogvideox_5b.yaml"], purpose="check", check_paths=False)
-    line = run.needs
+    config = load_run_config(["configs/model/cogvideox_5b.yaml"], purpose="check", check_paths=False)
+    line = config.needs
     assert "to train it needs args.train_iters" in line
     assert "args.train_data" in line
-    run = load_run_config(["configs/sample.yaml"], purpose="check", check_paths=False)
-    assert "to sample it needs args.prompt" in run.needs
+    config = load_run_config(["configs/sample.yaml"], purpose="check", check_paths=False)
+    assert "to sample it needs args.prompt" in config.needs

@@ -120,8 +120,8 @@ def test_patterns_and_remote_places_are_data(tmp_path: Path) -> None:
     given = ["{008..010}.tar", "{008,010}.tar", "01*.tar"]
     entries = [f"{tmp_path}/shard-{name}" for name in given] + ["s3://b/{000..099}.tar", "https://h/*.tar"]
     files = ["configs/sft.yaml"]
-    run = load_run_config(files, [f"args.train_data={json.dumps(entries)}"], purpose="check")
-    assert list(run.args.train_data) == entries
+    config = load_run_config(files, [f"args.train_data={json.dumps(entries)}"], purpose="check")
+    assert list(config.args.train_data) == entries
     wrong = json.dumps([f"{tmp_path}/shard-{{008..011}}.tar", f"{tmp_path}/none-*.tar"])
     with pytest.raises(ConfigError) as caught:
         load_run_config(files, [f"args.valid_data={wrong}"], purpose="check")
@@ -132,7 +132,7 @@ def test_patterns_and_remote_places_are_data(tmp_path: Path) -> None:
 
 def test_placeholders_may_be_checked_but_not_trained() -> None:
     files = ["configs/model/cogvideox_5b.yaml", "configs/sft.yaml"]
-    run = load_run_config(files, purpose="check")
-    assert run.needs.endswith("args.load = {folder of CogVideoX-5b}, to be filled in")
+    config = load_run_config(files, purpose="check")
+    assert config.needs.endswith("args.load = {folder of CogVideoX-5b}, to be filled in")
     with pytest.raises(ConfigError, match="the diffusers folder of these weights"):
         load_run_config(files, purpose="train")

@@ -18,25 +18,25 @@ Write = Callable[[str, str], str]
 
 
 def test_round_trip(load: Load, tmp_path: Path) -> None:
-    run = load("args: {valid_prompts: ['a: \"b\" # c', 'ä']}", "--lr", "3e-7", "args.experiment_name=0123")
-    write_resolved(run, tmp_path / "resolved.yaml")
+    config = load("args: {valid_prompts: ['a: \"b\" # c', 'ä']}", "--lr", "3e-7", "args.experiment_name=0123")
+    write_resolved(config, tmp_path / "resolved.yaml")
     again = load_run_config([tmp_path / "resolved.yaml"], check_paths=False)
     assert (again.args, again.model, again.data, again.deepspeed) == (
-        run.args,
-        run.model,
-        run.data,
-        run.deepspeed,
+        config.args,
+        config.model,
+        config.data,
+        config.deepspeed,
     )
-    assert again.digest() == run.digest()
+    assert again.digest() == config.digest()
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
 def test_round_trip_of_older_files(member: object, write: Write, tmp_path: Path) -> None:
     files = [write("model.yaml", json.dumps(model_file(member))), write("sft.yaml", json.dumps(sft_file()))]
-    run = load_run_config(files, purpose="check", check_paths=False)
-    write_resolved(run, tmp_path / "resolved.yaml")
+    config = load_run_config(files, purpose="check", check_paths=False)
+    write_resolved(config, tmp_path / "resolved.yaml")
     again = load_run_config([tmp_path / "resolved.yaml"], purpose="check", check_paths=False)
-    assert again.tree() == run.tree()
+    assert again.tree() == config.tree()
     assert not [note for note in again.notes if note.startswith("Keys of older files")]
 
 

@@ -35,20 +35,20 @@ def _sample(load: Path, *words: str, base: tuple[Path, ...] = ()):
 
 @pytest.mark.parametrize("inside", ["", "2"])
 def test_model_size_and_precision_are_the_runs(run_folder, inside):
-    run = _sample(run_folder / inside)
-    network = run.model.network_config.params
+    config = _sample(run_folder / inside)
+    network = config.model.network_config.params
     assert (network.num_layers, network.modules.lora_config.params.r) == (42, 16)
-    assert run.data.params.video_size == (480, 720)
-    assert run.args.bf16
-    assert run.sources["model.scale_factor"].endswith("resolved.yaml")
-    assert not any("embedded" in note for note in run.notes)
+    assert config.data.params.video_size == (480, 720)
+    assert config.args.bf16
+    assert config.sources["model.scale_factor"].endswith("resolved.yaml")
+    assert not any("embedded" in note for note in config.notes)
 
 
 def test_what_belongs_to_the_training_is_not_taken(run_folder):
-    run = _sample(run_folder)
-    assert run.args.mode == "inference"
-    assert run.args.train_data is None
-    assert run.args.load == str(run_folder)
+    config = _sample(run_folder)
+    assert config.args.mode == "inference"
+    assert config.args.train_data is None
+    assert config.args.load == str(run_folder)
 
 
 def test_words_and_files_win(run_folder):
@@ -58,8 +58,8 @@ def test_words_and_files_win(run_folder):
 
 
 def test_other_weights_leave_the_embedded_model(tmp_path):
-    run = _sample(tmp_path)
-    assert any("embedded" in note for note in run.notes)
+    config = _sample(tmp_path)
+    assert any("embedded" in note for note in config.notes)
 
 
 def test_a_damaged_resolved_yaml_is_named(run_folder):

@@ -16,8 +16,8 @@ def load(*words: str, model: str = "cogvideox_5b"):
 
 
 def sizes(*words: str, model: str = "cogvideox_5b"):
-    run = load(*words, model=model)
-    return allowed_sizes(run.data.params, run.model)
+    config = load(*words, model=model)
+    return allowed_sizes(config.data.params, config.model)
 
 
 def test_sizes_are_those_given_beside_video_size_each_once() -> None:
@@ -30,18 +30,18 @@ def test_an_aspect_without_quotes_is_read_as_it_is_written(tmp_path) -> None:
     """YAML takes `16:9` for a number to base 60."""
     path = tmp_path / "a.yaml"
     path.write_text("data: {params: {buckets: {aspects: [16:9, 9:16, 1:1, 4:3, 21:9]}}}")
-    run = load_run_config(
+    config = load_run_config(
         ["configs/model/cogvideox_5b.yaml", "configs/sft.yaml", path],
         [],
         purpose="check",
         check_paths=False,
     )
-    assert run.data.params.buckets.aspects == ("16:9", "9:16", "1:1", "4:3", "21:9")
+    assert config.data.params.buckets.aspects == ("16:9", "9:16", "1:1", "4:3", "21:9")
 
 
 def test_lengths_are_falling() -> None:
-    run = load("data.params.buckets.frames=[1,33,17]")
-    assert allowed_frames(run.data.params, run.model) == (49, 33, 17, 1)
+    config = load("data.params.buckets.frames=[1,33,17]")
+    assert allowed_frames(config.data.params, config.model) == (49, 33, 17, 1)
 
 
 @pytest.mark.parametrize("model", ["cogvideox_2b", "cogvideox_5b_i2v"])

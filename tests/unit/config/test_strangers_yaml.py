@@ -120,11 +120,11 @@ def test_a_reference_leads_to_a_value_not_to_another_reference(text: str, load: 
 
 
 def test_a_reference_keeps_the_type_of_its_value(load: Load) -> None:
-    run = load(
+    config = load(
         "args: {sampling_image_size: '${data.params.video_size}', wandb_project_name: 'p${data.params.fps}'}"
     )
-    assert run.args.sampling_image_size == (64, 96)
-    assert run.args.wandb_project_name == "p8"
+    assert config.args.sampling_image_size == (64, 96)
+    assert config.args.wandb_project_name == "p8"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_what_a_run_keeps_names_no_other_file(tmp_path: Path, load: Load) -> Non
     kept = render_resolved(load("", "--sampler", "DDIM"))
     (tmp_path / "resolved.yaml").write_text(f"base: {private}\n{kept}")
     words = ["--prompt", "x", f"--load={tmp_path}"]
-    run = load_run_config([], words, purpose="sample", check_paths=False)
-    assert run.args.sampler == "DDIM"
+    config = load_run_config([], words, purpose="sample", check_paths=False)
+    assert config.args.sampler == "DDIM"
     with pytest.raises(ConfigError, match="no other file: what a run keeps is complete"):
         load_run_config([tmp_path / "resolved.yaml"], check_paths=False)
 
@@ -185,10 +185,10 @@ def test_no_secret_of_a_url_is_shown_or_counted(load: Load) -> None:
         f"https://user:{SECRET}@host/a.tar",
         f"https://bucket/b.tar?X-Amz-Signature={SECRET}&X-Amz-Date=1",
     ]
-    run = load("", f"args.train_data={json.dumps(urls)}")
-    assert SECRET not in list_values(run)
-    assert SECRET not in json.dumps(run.shown_tree())
-    assert "https://user:***@host/a.tar" in list_values(run)
+    config = load("", f"args.train_data={json.dumps(urls)}")
+    assert SECRET not in list_values(config)
+    assert SECRET not in json.dumps(config.shown_tree())
+    assert "https://user:***@host/a.tar" in list_values(config)
     with pytest.raises(ConfigError) as caught:
         load(
             "", f"args.train_data={json.dumps([*urls, 5])}", f"args.load={urls[0]}/{'x' * 300}", "args.nope=1"
@@ -198,14 +198,14 @@ def test_no_secret_of_a_url_is_shown_or_counted(load: Load) -> None:
 
 def test_what_a_run_keeps_still_works_and_is_its_owners_alone(load: Load, tmp_path: Path) -> None:
     urls = [f"https://user:{SECRET}@host/a.tar"]
-    run = load("", f"args.train_data={json.dumps(urls)}")
+    config = load("", f"args.train_data={json.dumps(urls)}")
     kept = tmp_path / "resolved.yaml"
-    write_resolved(run, kept)
+    write_resolved(config, kept)
     again = load_run_config([kept], check_paths=False)
     assert again.args.train_data == tuple(urls)
     assert (
         again.digest()
-        == run.digest()
+        == config.digest()
         == load("", "args.train_data=['https://user:other@host/a.tar']").digest()
     )
     assert kept.stat().st_mode & 0o077 == 0

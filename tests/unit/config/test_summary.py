@@ -19,8 +19,8 @@ def lora(*words: str) -> RunConfig:
     return load_run_config(files, ["args.train_data=[clips]", *words], purpose="check", check_paths=False)
 
 
-def notes(run: RunConfig, facts: RunFacts) -> list[str]:
-    return [line for line in summarize(run, facts).splitlines() if "note:" in line]
+def notes(config: RunConfig, facts: RunFacts) -> list[str]:
+    return [line for line in summarize(config, facts).splitlines() if "note:" in line]
 
 
 def test_the_summary_says_what_the_numbers_come_to() -> None:
@@ -42,8 +42,8 @@ def test_the_summary_says_what_the_numbers_come_to() -> None:
 @pytest.mark.parametrize("recipe", ["sft", "lora"])
 def test_the_presets_look_as_intended(model: Path, recipe: str) -> None:
     words = ["args.train_data=[clips]"]
-    run = load_run_config([model, f"configs/{recipe}.yaml"], words, purpose="check", check_paths=False)
-    assert not notes(run, FACTS)
+    config = load_run_config([model, f"configs/{recipe}.yaml"], words, purpose="check", check_paths=False)
+    assert not notes(config, FACTS)
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,9 @@ def test_small_clips_take_the_small_size_of_their_aspect():
 @pytest.mark.parametrize("preset", ["cogvideox_5b", "cogvideox1.5_5b", "cogvideox_tiny"])
 def test_sizes_of_aspects_fill_patches_and_cost_no_more(preset, aspect):
     words = [f"data.params.buckets.aspects=['{aspect}']"]
-    run = load_run_config([f"configs/model/{preset}.yaml"], words, purpose="check", check_paths=False)
-    base = run.data.params.video_size
-    height, width = size_of_aspect(aspect, base, run.model)
+    config = load_run_config([f"configs/model/{preset}.yaml"], words, purpose="check", check_paths=False)
+    base = config.data.params.video_size
+    height, width = size_of_aspect(aspect, base, config.model)
     assert height % 16 == width % 16 == 0
     assert height * width <= base[0] * base[1]
     ratio = int(aspect.split(":")[0]) / int(aspect.split(":")[1])
@@ -82,16 +82,16 @@ def test_sizes_of_aspects_fill_patches_and_cost_no_more(preset, aspect):
         return
     assert height <= math.sqrt(base[0] * base[1] / ratio) + 1e-6 < height + 16
     assert width <= math.sqrt(base[0] * base[1] * ratio) + 1e-6 < width + 16
-    shapes = allowed_shapes(run.data.params, run.model)
-    tokens = [count_tokens(shape, run.model) for shape in shapes]
+    shapes = allowed_shapes(config.data.params, config.model)
+    tokens = [count_tokens(shape, config.model) for shape in shapes]
     assert max(tokens) == tokens[0]
 
 
 def test_tokens_are_those_of_the_published_models():
     for preset, tokens in (("cogvideox_5b", 17_550 + 226), ("cogvideox1.5_5b", 44_880 + 224)):
-        run = load_run_config([f"configs/model/{preset}.yaml"], [], purpose="check", check_paths=False)
-        (shape,) = allowed_shapes(run.data.params, run.model)
-        assert count_tokens(shape, run.model) == tokens
+        config = load_run_config([f"configs/model/{preset}.yaml"], [], purpose="check", check_paths=False)
+        (shape,) = allowed_shapes(config.data.params, config.model)
+        assert count_tokens(shape, config.model) == tokens
 
 
 def test_shrinking_keeps_to_lengths_that_fill_patches_as_the_trained_one_does():
@@ -99,13 +99,13 @@ def test_shrinking_keeps_to_lengths_that_fill_patches_as_the_trained_one_does():
         ("cogvideox_tiny", (17, 13, 9, 5, 1)),
         ("cogvideox1.5_5b", (81, 73, 65, 57, 49, 41, 33, 25, 17, 9, 1)),
     ):
-        run = load_run_config(
+        config = load_run_config(
             [f"configs/model/{preset}.yaml"],
             ["data.params.short_clip=shrink"],
             purpose="check",
             check_paths=False,
         )
-        assert tuple(shape.frames for shape in allowed_shapes(run.data.params, run.model)) == lengths
+        assert tuple(shape.frames for shape in allowed_shapes(config.data.params, config.model)) == lengths
 
 
 # A set of clips of many shapes, read through loaders as a configuration describes them.
@@ -139,7 +139,7 @@ def folder(tmp_path_factory):
 BUCKETS = "{sizes: [[64,32],[32,32]], frames: [5]}"
 
 
-def config(folder, *words, buckets=BUCKETS):
+def load_config(folder, *words, buckets=BUCKETS):
     fixed = ["data.params.video_size=[32,64]", "data.params.max_num_frames=13", "data.params.fps=8"]
     fixed += ["args.train_iters=1", "args.num_workers=0", "args.batch_size=2", "data.max_bad_fraction=0.1"]
     fixed += ["data.params.short_clip=skip", f"args.train_data=[{folder}]", f"data.params.buckets={buckets}"]
@@ -159,7 +159,7 @@ def shapes_of(loader, micro_steps):
 
 def test_each_clip_is_seen_in_its_own_shape(mesh, folder, caplog, tmp_path):
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_train_loader(config(folder), mesh, run_folder=tmp_path)
+        loader = build_train_loader(load_config(folder), mesh, run_folder=tmp_path)
     seen = shapes_of(loader, 30)
     expected = {f"wide{i}.mp4": {(13, 32, 64)} for i in range(4)}
     expected |= {f"high{i}.mp4": {(13, 64, 32)} for i in range(4)} | {"turned.mp4": {(13, 64, 32)}}
@@ -179,7 +179,7 @@ def test_each_clip_is_seen_in_its_own_shape(mesh, folder, caplog, tmp_path):
 
 
 def test_frames_of_every_bucket_keep_the_wanted_pace(mesh, folder):
-    loader = build_train_loader(config(folder), mesh)
+    loader = build_train_loader(load_config(folder), mesh)
     for index in range(20):
         sample = loader.dataset.item(index).sample
         if sample.clip_id.endswith("turned.mp4"):  # its numbers are on their side
@@ -191,40 +191,42 @@ def test_frames_of_every_bucket_keep_the_wanted_pace(mesh, folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_is_each_sample_once_and_a_run_goes_on_in_its_middle(mesh, folder, workers):
-    run = config(folder, f"args.num_workers={workers}")
-    straight = build_train_loader(run, mesh)
+    config = load_config(folder, f"args.num_workers={workers}")
+    straight = build_train_loader(config, mesh)
     whole = [next(straight).sample_indices for _ in range(20)]
     taken = sorted(index for batch in whole for index in batch)
     position = straight.position
     assert taken == sorted(set(range(position.next)) - set(position.waiting))
     straight.close()
-    before = build_train_loader(run, mesh)
+    before = build_train_loader(config, mesh)
     first = [next(before).sample_indices for _ in range(7)]
     stopped = before.position
     before.close()
-    after = build_train_loader(run, mesh, start=DataPosition(stopped.next, stopped.waiting))
+    after = build_train_loader(config, mesh, start=DataPosition(stopped.next, stopped.waiting))
     assert first + [next(after).sample_indices for _ in range(13)] == whole
     after.close()
 
 
 def test_a_budget_of_tokens_gives_small_shapes_large_batches(mesh, folder):
     buckets = "{sizes: [[64,32],[32,32]], frames: [5], max_tokens: 100}"
-    run = config(folder, buckets=buckets)
-    loader = build_train_loader(run, mesh)
+    config = load_config(folder, buckets=buckets)
+    loader = build_train_loader(config, mesh)
     sizes = set()
     for _ in range(30):
         batch = next(loader)
         frames, _, height, width = batch.video_btchw.shape[1:]
-        tokens = count_tokens(ClipShape(frames, height, width), run.model)
+        tokens = count_tokens(ClipShape(frames, height, width), config.model)
         sizes.add(len(batch))
         assert len(batch) * tokens <= 100 < (len(batch) + 1) * tokens
     assert len(sizes) > 1
 
 
 def test_validation_sees_each_clip_once_in_its_own_shape(mesh, folder, caplog):
-    run = config(folder, f"args.valid_data=[{folder}]", "args.eval_iters=50", "args.eval_batch_size=3")
+    config = load_config(
+        folder, f"args.valid_data=[{folder}]", "args.eval_iters=50", "args.eval_batch_size=3"
+    )
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_valid_loader(run, mesh)
+        loader = build_valid_loader(config, mesh)
     assert "6 clips, 3 in a micro-batch" in caplog.text
     for _ in range(2):
         seen = [index for batch in loader for index in batch.sample_indices]
@@ -236,20 +238,20 @@ def test_clips_too_short_for_every_bucket_are_named_before_the_first_sample(mesh
     with pytest.raises(
         DataError, match=r"1 of 18 clips are too short:\n    set/videos/blink.mp4: it gives 1 of 5"
     ):
-        build_train_loader(config(folder, "data.params.short_clip=error"), mesh)
+        build_train_loader(load_config(folder, "data.params.short_clip=error"), mesh)
 
 
 def test_padding_is_counted(mesh, folder, caplog):
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_train_loader(config(folder, "data.params.short_clip=pad"), mesh)
+        loader = build_train_loader(load_config(folder, "data.params.short_clip=pad"), mesh)
     assert "1 clips are padded: their last frame is repeated" in caplog.text
     assert shapes_of(loader, 40)["blink.mp4"] == {(5, 32, 32)}
 
 
 def test_shrinking_batches_clips_of_one_length(mesh, folder, caplog):
-    run = config(folder, "data.params.short_clip=shrink", "data.max_bad_fraction=1", buckets="null")
+    config = load_config(folder, "data.params.short_clip=shrink", "data.max_bad_fraction=1", buckets="null")
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_train_loader(run, mesh)
+        loader = build_train_loader(config, mesh)
     seen = shapes_of(loader, 40)
     assert seen["brief0.mp4"] == {(5, 32, 64)}
     assert seen["wide0.mp4"] == {(13, 32, 64)}
@@ -267,10 +269,10 @@ def test_the_only_clip_of_a_bucket_is_replaced_by_one_of_another_in_its_shape(me
     middle = (data.index(b"mdat") + len(data)) // 2
     data[middle:] = bytes(len(data) - middle)  # the index is in front and stays
     path.write_bytes(data)
-    run = config(
+    config = load_config(
         tmp_path / "set", "args.batch_size=1", "data.params.max_upscale=4", "data.max_bad_fraction=1"
     )
-    loader = build_train_loader(run, mesh)
+    loader = build_train_loader(config, mesh)
     seen = {tuple(next(loader).video_btchw.shape[3:]) for _ in range(10)}
     assert seen == {(32, 64), (64, 32)}
     assert [failure.cause for failure in loader.failures.by_clip.values()] == ["damaged"]
@@ -289,7 +291,7 @@ def test_mixtures_keep_their_shares(mesh, folder, tmp_path):
     for number in range(3):
         write_numbered(other / "videos" / f"{number}.mp4", num_frames=60, height=64, width=32)
         (other / "videos" / f"{number}.txt").write_text("x")
-    loader = build_train_loader(config(f"{folder},{other}", "args.train_data_weights=[3,1]"), mesh)
+    loader = build_train_loader(load_config(f"{folder},{other}", "args.train_data_weights=[3,1]"), mesh)
     position = loader.position
     for micro in itertools.islice(loader.batches.plan(position), 600):
         shapes = {loader.dataset.shape(index) for index in micro.indices}

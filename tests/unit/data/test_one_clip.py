@@ -20,7 +20,7 @@ from sat_train.data.plan import Fit, cut_chunks, look_into
 from sat_train.data.sources.read import read_source
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import DataError
-from tests.unit.data.test_build import config
+from tests.unit.data.test_build import load_config
 from tests.unit.data.test_dataset import make
 from tests.unit.data.videos import make_folder, record_of, write_numbered
 
@@ -101,10 +101,10 @@ def test_all_short_clips_are_named_before_the_first_step(tmp_path):
     (folder / "videos" / "broken.mp4").write_bytes(b"no video")
     (folder / "labels" / "broken.txt").write_text("x")
     words = ("data.params.short_clip=error", "args.split=1,0,0", f"args.valid_data=[{folder}]")
-    run = config(*words, train=folder)
+    config = load_config(*words, train=folder)
     for build in (build_train_loader, build_valid_loader):
         with pytest.raises(DataError, match="2 of 7 clips are too short") as caught:
-            build(run, start_single_process())
+            build(config, start_single_process())
         assert "set/videos/short.mp4: it gives 4 of 5 frames" in str(caught.value)
         assert "shorter.mp4" in str(caught.value)
         assert "short_clip" in caught.value.remedy

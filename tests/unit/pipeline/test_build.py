@@ -35,10 +35,10 @@ def _load(name: str, *words: str):
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_numbers(name):
     scale_factor, image_scale, ofs, shift, dtype, frames, size = RELEASED[name]
-    run = _load(name)
+    config = _load(name)
     start_single_process()
-    dit = build_dit(run.model, device="meta", dtype=torch.float32)
-    pipeline = build_pipeline(run, dit=dit, vae=None, text_encoder=None)
+    dit = build_dit(config.model, device="meta", dtype=torch.float32)
+    pipeline = build_pipeline(config, dit=dit, vae=None, text_encoder=None)
     assert pipeline.scale_factor == scale_factor
     assert pipeline.noised_image_input == name.endswith("i2v")
     if image_scale is not None:
@@ -47,14 +47,14 @@ def test_released_numbers(name):
     assert pipeline.dtype == dtype
     snr = pipeline.alpha_bar / (1 - pipeline.alpha_bar)
     assert snr[0].item() == pytest.approx((1 / 0.00085 - 1) / shift, rel=1e-9)
-    settings = build_sampling(run)
+    settings = build_sampling(config)
     assert (settings.num_frames, (settings.height, settings.width)) == (frames, size)
     assert (settings.sampler, settings.steps) == ("DPMPP2M", 50)
     assert settings.guidance == DynamicGuidance(6.0, 5.0)
 
 
 def test_arguments_win_over_the_model():
-    run = _load(
+    config = _load(
         "cogvideox1.5_5b",
         "args.sampling_num_frames=22",
         "args.sampling_image_size=[96,64]",
@@ -62,17 +62,17 @@ def test_arguments_win_over_the_model():
         "args.guidance_scale=3",
         "args.sampler=DDIM",
     )
-    settings = build_sampling(run)
+    settings = build_sampling(config)
     assert (settings.num_frames, settings.height, settings.width) == (81, 96, 64)
     assert (settings.steps, settings.sampler, settings.guidance) == (7, "DDIM", DynamicGuidance(3.0, 5.0))
 
 
 def test_constant_guidance_and_an_odd_schedule():
-    run = _load(
+    config = _load(
         "cogvideox_2b",
         "model.sampler_config.params.guider_config.target=ConstantGuidance",
         "model.sampler_config.params.guider_config.params={scale: 2.5}",
         "model.denoiser_config.params.discretization_config.params.keep_start=true",
     )
-    assert build_sampling(run).guidance == ConstantGuidance(2.5)
-    assert build_alpha_bar(run.model)[0].item() == pytest.approx(1 - 0.00085, rel=1e-12)
+    assert build_sampling(config).guidance == ConstantGuidance(2.5)
+    assert build_alpha_bar(config.model)[0].item() == pytest.approx(1 - 0.00085, rel=1e-12)

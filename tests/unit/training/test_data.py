@@ -33,18 +33,18 @@ def point(fingerprint: str, consumed: int, waiting: tuple[int, ...] = ()) -> Res
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory):
+def config(tmp_path_factory: pytest.TempPathFactory):
     folder = make_set(tmp_path_factory.mktemp("data") / "set", "abc")
     words = [f"args.train_data=[{folder}]", "args.valid_data=null", "args.eval_interval=null"]
     buckets = "data.params.buckets={sizes: [[64,64]]}"
     return load_run([*words, "args.valid_video_interval=null", buckets, "args.batch_size=2"])
 
 
-def test_a_run_goes_on_with_the_next_sample_and_those_that_wait(run, caplog) -> None:
+def test_a_run_goes_on_with_the_next_sample_and_those_that_wait(config, caplog) -> None:
     mesh = start_single_process()
-    new = open_data(run, mesh)
+    new = open_data(config, mesh)
     taken = [next(new.train).sample_indices for _ in range(8)]
-    stopped = open_data(run, mesh)
+    stopped = open_data(config, mesh)
     steps = 0
     while not stopped.train.position.waiting:
         next(stopped.train)
@@ -52,13 +52,13 @@ def test_a_run_goes_on_with_the_next_sample_and_those_that_wait(run, caplog) -> 
     position = stopped.train.position
     caplog.clear()
     saved = point(new.train.fingerprint, position.consumed, position.waiting)
-    resumed = open_data(run, mesh, point=saved)
+    resumed = open_data(config, mesh, point=saved)
     assert [next(resumed.train).sample_indices for _ in range(8 - steps)] == taken[steps:]
     assert "are not those of the checkpoint" not in caplog.text
 
 
-def test_a_run_that_goes_on_over_other_data_says_so(run, caplog) -> None:
-    open_data(run, start_single_process(), point=point("another", 6))
+def test_a_run_that_goes_on_over_other_data_says_so(config, caplog) -> None:
+    open_data(config, start_single_process(), point=point("another", 6))
     assert "the training data are not those of the checkpoint (fingerprint " in caplog.text
     assert "was another): the run goes on at sample 6 of the new order" in caplog.text
 
@@ -70,6 +70,6 @@ def test_the_epochs_that_are_left_are_counted_from_the_samples_consumed(tmp_path
     fixed += ["args.valid_video_interval=null", "args.train_iters=null", "args.epochs=2"]
     for batch_size, accumulation, total in ((1, 1, 5), (2, 1, 4), (4, 1, 4), (1, 2, 4)):
         words = [f"args.batch_size={batch_size}", f"args.gradient_accumulation_steps={accumulation}"]
-        run = load_run([*fixed, *words])
-        assert open_data(run, start_single_process(), point=point("", 4)).train_iters == total
-        assert open_data(run, start_single_process()).train_iters == -(-6 // (batch_size * accumulation))
+        config = load_run([*fixed, *words])
+        assert open_data(config, start_single_process(), point=point("", 4)).train_iters == total
+        assert open_data(config, start_single_process()).train_iters == -(-6 // (batch_size * accumulation))

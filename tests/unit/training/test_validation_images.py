@@ -23,8 +23,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _conditions(words: list[str]) -> tuple[list[str], list[torch.Tensor]]:
-    run = load_run_config([str(path) for path in I2V], words, purpose="train")
-    return given_conditions(run, build_sampling(run))
+    config = load_run_config([str(path) for path in I2V], words, purpose="train")
+    return given_conditions(config, build_sampling(config))
 
 
 @pytest.mark.parametrize("named_in_prompts", [True, False])
