@@ -116,7 +116,7 @@ class ConfigError(SatTrainError):
 
 
 class LaunchError(SatTrainError):
-    """A run cannot start: lost processes, a run folder that cannot be written, a missing package."""
+    """A run cannot start: lost processes, a run directory that cannot be written, a missing package."""
 
 
 class DataError(SatTrainError):

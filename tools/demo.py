@@ -31,9 +31,9 @@ def run(command: list[str]) -> None:
         sys.exit(code)
 
 
-def validation_losses(run_folder: Path) -> list[float]:
+def validation_losses(run_directory: Path) -> list[float]:
     """Returns the validation losses of a run, oldest first."""
-    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [entry["valid_loss"] for entry in map(json.loads, lines) if "valid_loss" in entry]
 
 
@@ -44,17 +44,17 @@ def main() -> None:
         *("args.log_interval=20", f"deepspeed.optimizer.params.lr={LEARNING_RATE}"),
     ]
     run(["torchrun", "launch/train_video.py", *train_words])
-    run_folder = max(SAVE.iterdir(), key=lambda path: path.stat().st_mtime)
-    prompt_file = run_folder / "prompts.txt"
+    run_directory = max(SAVE.iterdir(), key=lambda path: path.stat().st_mtime)
+    prompt_file = run_directory / "prompts.txt"
     prompt_file.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     sample_words = [
-        *("--base", "configs/sample.yaml", f"args.load={run_folder}", f"args.output_dir={SAMPLES}"),
+        *("--base", "configs/sample.yaml", f"args.load={run_directory}", f"args.output_dir={SAMPLES}"),
         *("args.input_type=txt", f"args.input_file={prompt_file}"),
     ]
     run(["torchrun", "launch/sample_video.py", *sample_words])
-    losses = validation_losses(run_folder)
-    step = (run_folder / "latest").read_text(encoding="utf-8").strip()
-    print(f"\ncheckpoint       {run_folder / step}")
+    losses = validation_losses(run_directory)
+    step = (run_directory / "latest").read_text(encoding="utf-8").strip()
+    print(f"\ncheckpoint       {run_directory / step}")
     for video in sorted(SAMPLES.rglob("*.mp4")):
         print(f"sample           {video}")
     print(f"validation loss  {losses[0]:.4f} before -> {losses[-1]:.4f} after {STEPS} steps")

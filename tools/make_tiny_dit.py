@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sat_train.config import RunConfig, load_run_config
 from sat_train.data.batch import CachedSample, VideoBatch
-from sat_train.data.batches import StepPlace
+from sat_train.data.batches import StepPosition
 from sat_train.distributed.processes import start_single_process
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.models import build_models, find_start_weights
@@ -91,7 +91,7 @@ def cached_batch(encoded: dict[str, Tensor], step: int) -> VideoBatch:
         clip_ids=names,
         sample_indices=tuple(range(first, first + BATCH_SIZE)),
         cached=cached,
-        places=tuple(StepPlace(step, position, BATCH_SIZE) for position in range(BATCH_SIZE)),
+        step_positions=tuple(StepPosition(step, position, BATCH_SIZE) for position in range(BATCH_SIZE)),
     )
 
 

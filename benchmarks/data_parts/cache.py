@@ -65,7 +65,7 @@ def fill(folder: Path, dataset: VideoDataset, dtype: torch.dtype) -> None:
     """Writes encodings of all samples of one epoch."""
     writer = ShardWriter(folder)
     for index in range(CLIPS):
-        keys = dataset.keys(index, dataset.order.place(index))
+        keys = dataset.keys(index, dataset.order.clip_ref(index))
 
         def draw(*shape: int, seed: int = index) -> torch.Tensor:
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

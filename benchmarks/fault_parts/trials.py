@@ -105,20 +105,20 @@ class Place:
             shutil.copy(video, self.clips / "videos")
             shutil.copy(DEMO / "labels" / f"{video.stem}.txt", self.clips / "labels")
 
-    def run_folder(self) -> Path | None:
+    def run_directory(self) -> Path | None:
         """Returns the newest run directory: a run that was stopped before its first save is not resumed."""
         found = sorted(self.runs.glob("trial-*")) if self.runs.exists() else []
         return found[-1] if found else None
 
     def steps(self) -> list[int]:
         """Returns the steps that have a committed checkpoint."""
-        folder = self.run_folder()
+        folder = self.run_directory()
         manifests = folder.glob("*/manifest.json") if folder else []
         return sorted(int(path.parent.name) for path in manifests if path.parent.name.isdigit())
 
     def losses(self) -> dict[int, float]:
         """Returns the training loss of each step; where a step was done twice, the later one."""
-        folder = self.run_folder()
+        folder = self.run_directory()
         path = folder / "metrics.jsonl" if folder else None
         if path is None or not path.exists():
             return {}
@@ -128,7 +128,7 @@ class Place:
 
     def weights(self) -> dict[str, Any]:
         """Returns the weights of the last checkpoint."""
-        folder = self.run_folder()
+        folder = self.run_directory()
         assert folder is not None, "the run has no directory"
         weights = read_transformer_weights(folder / str(STEPS))
         return dict(weights)
@@ -209,7 +209,7 @@ def draw_fault(chance: random.Random) -> Fault:
     """Draws one thing that goes wrong, each kind as often."""
 
     def flip_in_checkpoint(place: Place) -> str:
-        steps, folder = place.steps(), place.run_folder()
+        steps, folder = place.steps(), place.run_directory()
         if not steps or folder is None:
             return ""
         _flip(chance.choice(sorted((folder / str(steps[-1])).iterdir())), chance)

@@ -41,5 +41,5 @@ def describe_os_error(error: OSError) -> CheckpointError:
     """Returns the error a person can act on."""
     return CheckpointError(
         f"{error.filename or 'checkpoint'}: {error.strerror or error}",
-        remedy="see that the disk has room and that the run folder may be written",
+        remedy="see that the disk has room and that the run directory may be written",
     )

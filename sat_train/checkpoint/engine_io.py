@@ -137,13 +137,13 @@ def save_engine(
 
 
 def load_engine(
-    engine: Any, *, run_folder: Path, step: int, exclude_frozen: bool, files: ShardFiles
+    engine: Any, *, run_directory: Path, step: int, exclude_frozen: bool, files: ShardFiles
 ) -> State:
     """Loads weights, masters, optimizer and schedule into a DeepSpeed engine.
 
     Args:
         engine: The engine.
-        run_folder: The run's folder.
+        run_directory: The run directory.
         step: A committed step in it.
         exclude_frozen: The step holds no frozen weights.
         files: What reads them.
@@ -159,18 +159,18 @@ def load_engine(
     engine.checkpoint_engine = files
     try:
         path, state = engine.load_checkpoint(
-            str(run_folder), tag=str(step), load_module_strict=not exclude_frozen
+            str(run_directory), tag=str(step), load_module_strict=not exclude_frozen
         )
     except SatTrainError:
         raise
     except Exception as error:  # whatever a stranger's file makes DeepSpeed stumble over
         raise CheckpointError(
-            f"step {step} of {run_folder} cannot be loaded: {type(error).__name__}: {printable(str(error))}",
+            f"step {step} of {run_directory} cannot be loaded: {type(error).__name__}: {printable(str(error))}",
             expected="the state of an optimizer, as sat_train writes it",
             remedy="resume from another step (args.resume=PATH/STEP), or begin from weights with args.load",
         ) from error
     assert path is not None, (
-        f"DeepSpeed found no checkpoint {step} in {run_folder}, though its manifest verified"
+        f"DeepSpeed found no checkpoint {step} in {run_directory}, though its manifest verified"
     )
     return cast(State, state[CLIENT_STATE_KEY])
 

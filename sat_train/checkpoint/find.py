@@ -32,13 +32,13 @@ class ResumePoint:
     """A checkpoint whose every byte has been verified.
 
     Args:
-        run_folder: Folder of the run that goes on.
+        run_directory: Folder of the run that goes on.
         step: The step it goes on from.
         manifest: Its manifest.
         steps: All committed steps of the run, newest first, after damaged ones were set aside.
     """
 
-    run_folder: Path
+    run_directory: Path
     step: int
     manifest: Manifest
     steps: tuple[int, ...]
@@ -52,10 +52,10 @@ def find_resume_point(
     Args:
         mode: `auto`: the newest run of this name that holds a complete checkpoint and that nobody writes to,
             else None. `must`: the same, and an error when there is none. `none`: None. Anything else is the
-            path of a run folder, or of one step inside it.
+            path of a run directory, or of one step inside it.
         save_root: `args.save`.
         experiment_name: `args.experiment_name`.
-        is_alive: Says whether a living run writes to a run folder.
+        is_alive: Says whether a living run writes to a run directory.
 
     Raises:
         CheckpointError: `must` found nothing; the path holds no complete checkpoint or belongs to a living
@@ -79,17 +79,17 @@ def find_resume_point(
 
 def find_resumable(save_root: Path, experiment_name: str, *, is_alive: IsAlive) -> ResumePoint | None:
     """Returns the newest verified checkpoint of the newest stopped run of that name, or None."""
-    for run_folder in run_folders(save_root, experiment_name):
-        if is_alive(run_folder):
-            log.info("%s is being written to by a living run; looking further", run_folder)
+    for run_directory in run_directories(save_root, experiment_name):
+        if is_alive(run_directory):
+            log.info("%s is being written to by a living run; looking further", run_directory)
             continue
-        found = newest_verified(run_folder)
+        found = newest_verified(run_directory)
         if found is not None:
             return found
     return None
 
 
-def run_folders(save_root: Path, experiment_name: str) -> list[Path]:
+def run_directories(save_root: Path, experiment_name: str) -> list[Path]:
     """Returns the folders `<experiment_name>-<YYYYmmdd-HHMMSS>`, newest first."""
     pattern = re.compile(re.escape(experiment_name) + r"-\d{8}-\d{6}")
     try:
@@ -102,7 +102,7 @@ def run_folders(save_root: Path, experiment_name: str) -> list[Path]:
     return [save_root / name for name in sorted(names, reverse=True)]
 
 
-def newest_verified(run_folder: Path) -> ResumePoint | None:
+def newest_verified(run_directory: Path) -> ResumePoint | None:
     """Returns the newest checkpoint of a run that verifies, or None.
 
     Those that are damaged are renamed to `<step>.corrupt`.
@@ -110,18 +110,18 @@ def newest_verified(run_folder: Path) -> ResumePoint | None:
     Raises:
         CheckpointError: One cannot be read. It may be whole, and going back from it would abandon it.
     """
-    for step in committed_steps(run_folder):
+    for step in committed_steps(run_directory):
         try:
-            return _verified(run_folder, step)
+            return _verified(run_directory, step)
         except DamagedCheckpoint as error:
             log.warning("%s\n  going back to the checkpoint before it", error)
-            _set_aside_damaged(step_folder(run_folder, step))
+            _set_aside_damaged(step_folder(run_directory, step))
     return None
 
 
-def _verified(run_folder: Path, step: int) -> ResumePoint:
-    steps = tuple(committed_steps(run_folder))  # before the long read: another run may begin meanwhile
-    return ResumePoint(run_folder, step, verify_checkpoint(step_folder(run_folder, step)), steps)
+def _verified(run_directory: Path, step: int) -> ResumePoint:
+    steps = tuple(committed_steps(run_directory))  # before the long read: another run may begin meanwhile
+    return ResumePoint(run_directory, step, verify_checkpoint(step_folder(run_directory, step)), steps)
 
 
 def _set_aside_damaged(folder: Path) -> None:
@@ -134,18 +134,18 @@ def _set_aside_damaged(folder: Path) -> None:
 def _find_at(path: Path, is_alive: IsAlive) -> ResumePoint:
     _check_folder(path)
     is_step = is_committed(path) or (parse_step(path.name) is not None and not committed_steps(path))
-    run_folder = path.parent if is_step else path
-    if is_alive(run_folder):
+    run_directory = path.parent if is_step else path
+    if is_alive(run_directory):
         raise CheckpointError(
-            f"args.resume = {path}: a living run writes to {run_folder}", remedy="stop it first"
+            f"args.resume = {path}: a living run writes to {run_directory}", remedy="stop it first"
         )
     if is_step:
         return _find_step(path)
-    found = newest_verified(run_folder)
+    found = newest_verified(run_directory)
     if found is None:
         raise CheckpointError(
             f"args.resume = {path}: no complete checkpoint inside",
-            expected="a run folder with a committed step",
+            expected="a run directory with a committed step",
             remedy="to start from weights alone, use args.load",
         )
     return found
@@ -174,5 +174,5 @@ def _check_folder(path: Path) -> None:
     if not is_folder:
         raise CheckpointError(
             f"args.resume = {path}: no such folder",
-            expected="auto, must, none, a run folder, or a step inside a run folder",
+            expected="auto, must, none, a run directory, or a step inside a run directory",
         )

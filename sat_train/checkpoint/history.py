@@ -1,4 +1,4 @@
-"""One run folder holds one line of history: its newest step is the one that was committed last.
+"""One run directory holds one line of history: its newest step is the one that was committed last.
 
 So all that takes "the newest" (`latest`, `args.resume`, sampling, conversion, retention) may take the largest
 number. Going back to an earlier step sets the later ones aside, under names that nobody takes for a step.
@@ -19,7 +19,7 @@ log = get_logger(__name__)
 _LATEST_BYTES = 1000
 
 
-def rewind(run_folder: Path, step: int) -> list[int]:
+def rewind(run_directory: Path, step: int) -> list[int]:
     """Makes a committed step the newest of its run; later ones are set aside, newest first.
 
     A kill in between leaves the line as it was, only shorter.
@@ -33,13 +33,13 @@ def rewind(run_folder: Path, step: int) -> list[int]:
 
     Ranks: one, which owns the folder.
     """
-    steps = [other for other in committed_steps(run_folder) if other > step]
+    steps = [other for other in committed_steps(run_directory) if other > step]
     for later, newest in itertools.pairwise([*steps, step]):
-        point_latest(run_folder, newest)
-        target = set_aside(step_folder(run_folder, later), ABANDONED_SUFFIX)
+        point_latest(run_directory, newest)
+        target = set_aside(step_folder(run_directory, later), ABANDONED_SUFFIX)
         log.warning("going back to step %d: step %d is set aside as %s", step, later, target)
-    if read_latest(run_folder) != step:
-        point_latest(run_folder, step)
+    if read_latest(run_directory) != step:
+        point_latest(run_directory, step)
     return steps
 
 
@@ -58,18 +58,18 @@ def set_aside(folder: Path, suffix: str) -> Path:
     return target
 
 
-def point_latest(run_folder: Path, step: int) -> None:
+def point_latest(run_directory: Path, step: int) -> None:
     """Writes `latest`, for SAT and for people.
 
     Raises:
         OSError: It cannot be written.
     """
-    write_text(run_folder / LATEST, str(step))
+    write_text(run_directory / LATEST, str(step))
 
 
-def read_latest(run_folder: Path) -> int | None:
+def read_latest(run_directory: Path) -> int | None:
     """Returns the step that `latest` names; None when there is no such file, or none that names a step."""
     try:
-        return parse_step(read_text(run_folder / LATEST, limit=_LATEST_BYTES).strip())
+        return parse_step(read_text(run_directory / LATEST, limit=_LATEST_BYTES).strip())
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Names inside a run folder. Nobody else spells them.
+"""Names inside a run directory. Nobody else spells them.
 
 <run>/latest                     text: the newest committed step, for SAT and for people; never the truth
 <run>/<step>/manifest.json       its presence means: committed
@@ -34,9 +34,9 @@ SAT_PREFIX = "model.diffusion_model."
 CLIENT_STATE_KEY = "sat_train"
 
 
-def step_folder(run_folder: Path, step: int) -> Path:
+def step_folder(run_directory: Path, step: int) -> Path:
     """Returns the folder of one step."""
-    return run_folder / str(step)
+    return run_directory / str(step)
 
 
 def ema_file_name(rank: int) -> str:
@@ -49,22 +49,22 @@ def parse_step(name: str) -> int | None:
     return int(name) if _STEP_NAME.fullmatch(name) else None
 
 
-def committed_steps(run_folder: Path) -> list[int]:
+def committed_steps(run_directory: Path) -> list[int]:
     """Returns the steps that have a manifest, newest first. Says nothing about their contents.
 
-    One run folder holds one line of history (`history.rewind`), so the largest step is the last committed.
+    One run directory holds one line of history (`history.rewind`), so the largest step is the last committed.
 
     Raises:
         CheckpointError: The folder cannot be looked into, so that nobody knows which is the newest.
     """
     try:
-        names = os.listdir(run_folder)
+        names = os.listdir(run_directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise cannot_read(run_folder, error) from error
+        raise cannot_read(run_directory, error) from error
     steps = [step for name in names if (step := parse_step(name)) is not None]
-    return sorted((step for step in steps if is_committed(step_folder(run_folder, step))), reverse=True)
+    return sorted((step for step in steps if is_committed(step_folder(run_directory, step))), reverse=True)
 
 
 def is_committed(folder: Path) -> bool:

@@ -61,7 +61,7 @@ class RankReport:
 def publish(
     mesh: ProcessMesh,
     *,
-    run_folder: Path,
+    run_directory: Path,
     step: int,
     expected_bytes: int,
     write: Callable[[Path], RankReport],
@@ -70,7 +70,7 @@ def publish(
     """Writes and commits the folder of one step.
 
     Args:
-        run_folder: Exists, on a file system that all ranks see.
+        run_directory: Exists, on a file system that all ranks see.
         step: Its name. A folder of that step that is there is set aside.
         expected_bytes: Estimate of the whole, for the check of free space.
         write: Writes this rank's files into the folder it is given. It reports a failure instead of raising.
@@ -85,38 +85,38 @@ def publish(
 
     Ranks: all.
     """
-    temporary = on_rank_0(mesh, lambda: _open_temporary(run_folder, step, expected_bytes))
+    temporary = on_rank_0(mesh, lambda: _open_temporary(run_directory, step, expected_bytes))
     reports = gather_objects(mesh, write(temporary))
-    return on_rank_0(mesh, lambda: _commit_or_clean(temporary, run_folder, step, reports, describe))
+    return on_rank_0(mesh, lambda: _commit_or_clean(temporary, run_directory, step, reports, describe))
 
 
-def expected_size(run_folder: Path, first_guess: int) -> int:
+def expected_size(run_directory: Path, first_guess: int) -> int:
     """Returns the bytes of the newest checkpoint in the folder, or `first_guess` when there is none."""
     try:
-        for step in committed_steps(run_folder):
-            return sum(record.size for record in read_manifest(step_folder(run_folder, step)).files)
+        for step in committed_steps(run_directory):
+            return sum(record.size for record in read_manifest(step_folder(run_directory, step)).files)
     except CheckpointError as error:
         log.warning("%s", error)
     return first_guess
 
 
-def _open_temporary(run_folder: Path, step: int, expected_bytes: int) -> Path:
+def _open_temporary(run_directory: Path, step: int, expected_bytes: int) -> Path:
     needed = int(expected_bytes * SPACE_MARGIN)
-    free = shutil.disk_usage(run_folder).free
+    free = shutil.disk_usage(run_directory).free
     if free < needed:
         raise CheckpointError(
-            f"no room for the checkpoint of step {step} in {run_folder}: {_mib(free)} free",
+            f"no room for the checkpoint of step {step} in {run_directory}: {_mib(free)} free",
             expected=f"{_mib(needed)}, which is {SPACE_MARGIN} times its size",
             remedy="free space, or keep fewer checkpoints (args.keep_last)",
         )
-    temporary = run_folder / f"{TEMPORARY_PREFIX}{step}-{uuid.uuid4().hex[:8]}"
+    temporary = run_directory / f"{TEMPORARY_PREFIX}{step}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     return temporary
 
 
 def _commit_or_clean(
     temporary: Path,
-    run_folder: Path,
+    run_directory: Path,
     step: int,
     reports: list[RankReport],
     describe: Describe,
@@ -127,11 +127,11 @@ def _commit_or_clean(
             sorted((file for report in reports for file in report.files), key=lambda file: file.name)
         )
         write_text(temporary / MANIFEST, describe(files=files).to_json())
-        target = _rename(temporary, run_folder, step)
+        target = _rename(temporary, run_directory, step)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _point_latest(run_folder, step)
+    _point_latest(run_directory, step)
     return target
 
 
@@ -148,25 +148,27 @@ def _check_reports(temporary: Path, step: int, reports: list[RankReport]) -> Non
             if not path.is_file() or path.stat().st_size != record.size:
                 raise CheckpointError(
                     f"rank 0 does not see {path}, which rank {rank} wrote",
-                    expected="a run folder (args.save) on a file system that all machines share",
+                    expected="a run directory (args.save) on a file system that all machines share",
                 )
 
 
-def _rename(temporary: Path, run_folder: Path, step: int) -> Path:
-    target = step_folder(run_folder, step)
+def _rename(temporary: Path, run_directory: Path, step: int) -> Path:
+    target = step_folder(run_directory, step)
     if os.path.lexists(target):
         aside = set_aside(target, ABANDONED_SUFFIX)
         log.warning("%s was there already and is set aside as %s", target, aside.name)
     os.rename(temporary, target)
-    sync_folder(run_folder)
+    sync_folder(run_directory)
     return target
 
 
-def _point_latest(run_folder: Path, step: int) -> None:
+def _point_latest(run_directory: Path, step: int) -> None:
     try:
-        point_latest(run_folder, step)
+        point_latest(run_directory, step)
     except OSError as error:
-        log.warning("step %d is saved, but %s/%s could not be updated: %s", step, run_folder, LATEST, error)
+        log.warning(
+            "step %d is saved, but %s/%s could not be updated: %s", step, run_directory, LATEST, error
+        )
 
 
 def _mib(count: int) -> str:

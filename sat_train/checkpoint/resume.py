@@ -64,10 +64,10 @@ def load_training_checkpoint(
     _check_same_layout(point, model_size=mesh.model_size, zero_stage=int(engine.zero_optimization_stage()))
     _check_same_base(point, base_weights)
     _check_same_parameters(mesh, engine, point)
-    folder = step_folder(point.run_folder, point.step)
+    folder = step_folder(point.run_directory, point.step)
     client_state = load_engine(
         engine,
-        run_folder=point.run_folder,
+        run_directory=point.run_directory,
         step=point.step,
         exclude_frozen=point.manifest.trainable_only,
         files=_files(mesh, engine, point),
@@ -87,7 +87,7 @@ def _files(mesh: ProcessMesh, engine: Any, point: ResumePoint) -> ShardFiles:
     log.info("cutting the optimizer's state of %d data ranks for %d", manifest.data_size, mesh.data_size)
     return ReshardedFiles(
         engine,
-        folder=step_folder(point.run_folder, point.step),
+        folder=step_folder(point.run_directory, point.step),
         manifest=manifest,
         data_rank=mesh.data_rank,
         data_size=mesh.data_size,
@@ -100,7 +100,7 @@ def _check_same_layout(point: ResumePoint, *, model_size: int, zero_stage: int) 
     saved, ours = _layout(manifest.model_size, manifest.zero_stage), _layout(model_size, zero_stage)
     if saved != ours:
         raise CheckpointError(
-            f"{step_folder(point.run_folder, point.step)} was written with {saved}, this run has {ours}",
+            f"{step_folder(point.run_directory, point.step)} was written with {saved}, this run has {ours}",
             expected="the same: only the number of data ranks may change",
             remedy="set both back, or begin from its weights with args.load",
         )
@@ -114,7 +114,7 @@ def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
     saved = point.manifest.base_weights
     if saved is not None and ours is not None and saved.sha256 != ours.sha256:
         raise CheckpointError(
-            f"step {point.step} of {point.run_folder} stands on base weights {saved.source} "
+            f"step {point.step} of {point.run_directory} stands on base weights {saved.source} "
             f"(sha256 {saved.sha256[:12]}), and {ours.source} (sha256 {ours.sha256[:12]}) is loaded",
             expected="the same frozen weights",
             remedy=f"set args.load: {saved.source}",
@@ -123,7 +123,7 @@ def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
 
 def _check_same_parameters(mesh: ProcessMesh, engine: Any, point: ResumePoint) -> None:
     """ZeRO's flat buffers carry no names: another order would load into wrong places without a word."""
-    folder = step_folder(point.run_folder, point.step)
+    folder = step_folder(point.run_directory, point.step)
     saved = saved_shapes(read_model_states(folder, point.manifest, mesh.model_rank)[0])
     problem = ""
     ours = optimized_shapes(engine, exclude_frozen=point.manifest.trainable_only)

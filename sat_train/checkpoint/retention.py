@@ -16,14 +16,14 @@ log = get_logger(__name__)
 
 
 def prune_checkpoints(
-    run_folder: Path, *, keep_last: int, keep_every: int = 0, resumed_step: int | None = None
+    run_directory: Path, *, keep_last: int, keep_every: int = 0, resumed_step: int | None = None
 ) -> list[int]:
     """Deletes what is too old. Call it after the new checkpoint is committed, never before.
 
     What `latest` names stays too: it may be older where the disk was too full to say what is newest.
 
     Args:
-        run_folder: The run's folder.
+        run_directory: The run directory.
         keep_last: How many of the newest stay; 0 keeps all.
         keep_every: Steps that are a multiple of this stay for ever; 0 for none.
         resumed_step: The step that the run was resumed from stays.
@@ -35,22 +35,22 @@ def prune_checkpoints(
     """
     if keep_last <= 0:
         return []
-    kept = {resumed_step, read_latest(run_folder)}
-    old = [step for step in committed_steps(run_folder)[keep_last:] if step not in kept]
+    kept = {resumed_step, read_latest(run_directory)}
+    old = [step for step in committed_steps(run_directory)[keep_last:] if step not in kept]
     doomed = [step for step in old if not (keep_every > 0 and step % keep_every == 0)]
     for step in doomed:
-        _delete(run_folder, step)
+        _delete(run_directory, step)
     return doomed
 
 
-def remove_leftovers(run_folder: Path) -> list[Path]:
+def remove_leftovers(run_directory: Path) -> list[Path]:
     """Deletes what writes that were killed left: temporary folders and files. Call it when this run owns the
     folder and is not saving.
 
     Ranks: one.
     """
-    folders = sorted(path for path in run_folder.glob(TEMPORARY_PREFIX + "*") if path.is_dir())
-    files = sorted(path for path in run_folder.glob("*" + PART_SUFFIX) if path.is_file())
+    folders = sorted(path for path in run_directory.glob(TEMPORARY_PREFIX + "*") if path.is_dir())
+    files = sorted(path for path in run_directory.glob("*" + PART_SUFFIX) if path.is_file())
     for path in folders + files:
         log.info("removing %s, left by a save that did not finish", path)
     for path in folders:
@@ -60,15 +60,15 @@ def remove_leftovers(run_folder: Path) -> list[Path]:
     return folders + files
 
 
-def _delete(run_folder: Path, step: int) -> None:
+def _delete(run_directory: Path, step: int) -> None:
     """Renames before deleting: a kill in between leaves a temporary folder, not half a checkpoint."""
-    grave = run_folder / f"{TEMPORARY_PREFIX}deleted-{step}-{uuid.uuid4().hex[:8]}"
+    grave = run_directory / f"{TEMPORARY_PREFIX}deleted-{step}-{uuid.uuid4().hex[:8]}"
     try:
-        os.rename(step_folder(run_folder, step), grave)
-        sync_folder(run_folder)
+        os.rename(step_folder(run_directory, step), grave)
+        sync_folder(run_directory)
     except OSError as error:
         log.warning(
-            "the old checkpoint %s could not be deleted: %s", step_folder(run_folder, step), error.strerror
+            "the old checkpoint %s could not be deleted: %s", step_folder(run_directory, step), error.strerror
         )
         return
     shutil.rmtree(grave, ignore_errors=True)

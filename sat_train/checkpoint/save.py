@@ -26,7 +26,7 @@ def save_training_checkpoint(
     mesh: ProcessMesh,
     *,
     engine: Any,
-    run_folder: Path,
+    run_directory: Path,
     step: int,
     samples_consumed: int,
     samples_waiting: Sequence[int] = (),
@@ -41,7 +41,7 @@ def save_training_checkpoint(
 
     Args:
         engine: DeepSpeed engine.
-        run_folder: The run's folder.
+        run_directory: The run directory.
         step: Optimizer steps done.
         samples_consumed: Samples that all ranks together have taken.
         samples_waiting: Samples that were passed over in the global order and are still to come.
@@ -78,9 +78,9 @@ def save_training_checkpoint(
         base_weights=base_weights,
         versions=library_versions(),
     )
-    size = expected_size(run_folder, _guess_bytes(engine.module, mesh.model_size, exclude_frozen))
+    size = expected_size(run_directory, _guess_bytes(engine.module, mesh.model_size, exclude_frozen))
     return publish(
-        mesh, run_folder=run_folder, step=step, expected_bytes=size, write=write, describe=manifest
+        mesh, run_directory=run_directory, step=step, expected_bytes=size, write=write, describe=manifest
     )
 
 

@@ -149,7 +149,7 @@ def find_base(folder: Path, manifest: Manifest, *, load_base: str | Path | None 
     Args:
         folder: The step, for messages.
         manifest: Its manifest.
-        load_base: Where they lie now; None: where the run recorded them. A run folder means that of its steps
+        load_base: Where they lie now; None: where the run recorded them. A run directory means that of its steps
             whose hash is the recorded one.
 
     Returns:
@@ -211,7 +211,7 @@ def _read_base(base: BaseWeights, above: frozenset[Path]) -> LazyWeights:
 
 
 def _steps_of(place: str | Path) -> list[str]:
-    """Returns the steps of a run folder, newest first, and any other place as it is."""
+    """Returns the steps of a run directory, newest first, and any other place as it is."""
     folder = Path(expand_assets(str(place))).expanduser()
     steps = [] if (folder / MANIFEST).is_file() else committed_steps(folder)
     return [str(step_folder(folder, step)) for step in steps] or [str(place)]

@@ -1,4 +1,4 @@
-"""Sampling from a run folder: the model is the one that the run trained, adapters included."""
+"""Sampling from a run directory: the model is the one that the run trained, adapters included."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def find_resolved(load: str) -> Path | None:
     """Returns the `resolved.yaml` of the run that a path to weights lies in, None for other weights.
 
     Args:
-        load: A run folder, or one of its steps.
+        load: A run directory, or one of its steps.
     """
     folder = Path(os.path.expanduser(load))
     candidates = (folder / RESOLVED, folder.parent / RESOLVED)

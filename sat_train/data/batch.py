@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from sat_train.data.batches import StepPlace
+from sat_train.data.batches import StepPosition
 from sat_train.data.cache.key import SampleKeys
 from sat_train.data.view import View
 
@@ -86,7 +86,7 @@ class VideoBatch:
         cached: Encoded tensors; None without the cache.
         views: Key of what is random about each sample's pixels; empty: the sample's index is.
         keys: Where each sample's encodings belong in the cache; empty without one.
-        places: Of each sample in the optimizer step that takes it; empty outside training.
+        step_positions: Of each sample in the optimizer step that takes it; empty outside training.
     """
 
     video_btchw: Tensor | None
@@ -98,7 +98,7 @@ class VideoBatch:
     cached: CachedSample | None = None
     views: tuple[View, ...] = ()
     keys: tuple[SampleKeys, ...] = ()
-    places: tuple[StepPlace, ...] = ()
+    step_positions: tuple[StepPosition, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sample_indices)

@@ -27,8 +27,8 @@ class DataPosition:
 
 
 @dataclass(frozen=True)
-class StepPlace:
-    """Identifies the place of a sample in the optimizer step that takes it, for what covers a step evenly.
+class StepPosition:
+    """Identifies the position of a sample in the optimizer step that takes it, for what covers a step evenly.
 
     Args:
         step: Tells steps apart: the samples consumed before this one, in units of its size.
@@ -49,13 +49,13 @@ class MicroBatch:
         indices: Global indices of its samples, of one bucket, rising.
         mine: Those of this rank.
         after: Where the run stands then.
-        places: Of the samples of this rank in their optimizer step; empty where there are no steps.
+        step_positions: Of the samples of this rank in their optimizer step; empty where there are no steps.
     """
 
     indices: tuple[int, ...]
     mine: tuple[int, ...]
     after: DataPosition
-    places: tuple[StepPlace, ...] = ()
+    step_positions: tuple[StepPosition, ...] = ()
 
 
 class OrderedBatches:
@@ -113,14 +113,16 @@ class OrderedBatches:
         """Yields the micro-batches that follow a position between two optimizer steps."""
         taken = self._take_from(position)
         while step := list(itertools.islice(taken, self._accumulation)):
-            size, place = sum(len(indices) for indices, _ in step), 0
+            size, first = sum(len(indices) for indices, _ in step), 0
             for indices, after in step:
                 share = len(indices) // self._num_ranks
                 mine = slice(self._rank * share, (self._rank + 1) * share)
-                positions = range(place, place + len(indices))[mine]
-                places = tuple(StepPlace(position.consumed // size, each, size) for each in positions)
-                yield MicroBatch(indices, indices[mine], after, places)
-                place += len(indices)
+                positions = range(first, first + len(indices))[mine]
+                step_positions = tuple(
+                    StepPosition(position.consumed // size, each, size) for each in positions
+                )
+                yield MicroBatch(indices, indices[mine], after, step_positions)
+                first += len(indices)
             position = step[-1][1]
 
     def micro_steps_left(self, position: DataPosition) -> int:
@@ -224,9 +226,9 @@ class QueuedBatches:
         """Yields the batches that follow a position: those that were taken before, then new ones."""
         for number in itertools.count(position.next):
             if number == len(self._taken):
-                place = self._take()
-                if place is None:
+                number = self._take()
+                if number is None:
                     return
-                self._taken.append(self._indices[place])
+                self._taken.append(self._indices[number])
             index = (self._taken[number],)
             yield MicroBatch(index, index, DataPosition(number + 1))

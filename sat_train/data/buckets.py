@@ -10,7 +10,7 @@ import numpy as np
 
 from sat_train.config.shapes import SAME_ASPECT, ClipShape
 from sat_train.data.failures import BadClip
-from sat_train.data.sampler import Place
+from sat_train.data.sampler import ClipRef
 from sat_train.data.sources.records import ClipSource
 from sat_train.data.window import ShortClip
 
@@ -27,13 +27,13 @@ class BucketPlan:
     shapes: tuple[ClipShape, ...]
     of_clips: tuple[np.ndarray, ...]
 
-    def bucket(self, place: Place) -> int:
+    def bucket(self, ref: ClipRef) -> int:
         """Returns the bucket of a clip."""
-        return int(self.of_clips[place.source][place.clip])
+        return int(self.of_clips[ref.source][ref.clip])
 
-    def shape(self, place: Place) -> ClipShape:
+    def shape(self, ref: ClipRef) -> ClipShape:
         """Returns the shape of a clip's samples."""
-        return self.shapes[self.bucket(place)]
+        return self.shapes[self.bucket(ref)]
 
     def counts(self) -> list[int]:
         """Returns how many clips each bucket has."""

@@ -39,7 +39,7 @@ def build_train_loader(
     mesh: ProcessMesh,
     *,
     start: DataPosition | None = None,
-    run_folder: Path | None = None,
+    run_directory: Path | None = None,
     cache: OpenCache | None = None,
 ) -> VideoLoader:
     """Builds the endless loader of this rank.
@@ -48,7 +48,7 @@ def build_train_loader(
         config: `args` and `data` are read.
         mesh: Who this rank is.
         start: Where the run stands, from the checkpoint; None: at the beginning.
-        run_folder: Gets `quarantine.jsonl`; None: bad clips are only logged.
+        run_directory: Gets `quarantine.jsonl`; None: bad clips are only logged.
         cache: Where encoded samples may be.
 
     Raises:
@@ -56,7 +56,7 @@ def build_train_loader(
 
     Ranks: all.
     """
-    dataset = build_train_dataset(config, mesh, run_folder=run_folder, cache=cache)
+    dataset = build_train_dataset(config, mesh, run_directory=run_directory, cache=cache)
     batches = build_train_batches(config, mesh, dataset, start=start)
     if mesh.local_rank == 0 and not (cache is not None and cache.use == "require"):
         needed = bytes_in_flight(
@@ -66,7 +66,7 @@ def build_train_loader(
             prefetch_factor=config.args.prefetch_factor,
         )
         warn_of_little_shared_memory(needed, local_ranks=RankEnv.read().local_world_size)
-    return build_loader(config, mesh, dataset, batches, run_folder)
+    return build_loader(config, mesh, dataset, batches, run_directory)
 
 
 def build_train_batches(
@@ -97,7 +97,7 @@ def build_train_dataset(
     config: RunConfig,
     mesh: ProcessMesh,
     *,
-    run_folder: Path | None = None,
+    run_directory: Path | None = None,
     cache: OpenCache | None = None,
     each_view_once: bool = False,
 ) -> VideoDataset:
@@ -106,7 +106,7 @@ def build_train_dataset(
     Args:
         config: `args` and `data` are read.
         mesh: Who this rank is.
-        run_folder: Its `quarantine.jsonl` names the clips that are left out; None: only the log does.
+        run_directory: Its `quarantine.jsonl` names the clips that are left out; None: only the log does.
         cache: Where encoded samples may be.
         each_view_once: Clips come as they are listed, all in their first view, then all in their second, ...
 
@@ -122,7 +122,7 @@ def build_train_dataset(
             remedy="--base ... args.train_data=[my_clips]",
         )
     sources = _read_sources(config, mesh, config.args.train_data, part=_TRAIN)
-    planned = _plan(config, mesh, sources, config.args.batch_size, run_folder, cache)
+    planned = _plan(config, mesh, sources, config.args.batch_size, run_directory, cache)
     if each_view_once:
         order = _listed_order(config, planned)
     else:
@@ -135,7 +135,7 @@ def build_train_dataset(
 
 
 def build_valid_loader(
-    config: RunConfig, mesh: ProcessMesh, *, run_folder: Path | None = None, cache: OpenCache | None = None
+    config: RunConfig, mesh: ProcessMesh, *, run_directory: Path | None = None, cache: OpenCache | None = None
 ) -> VideoLoader | None:
     """Builds the loader of `args.eval_iters` validation batches of this rank, the same ones each time.
 
@@ -146,7 +146,7 @@ def build_valid_loader(
 
     Ranks: all.
     """
-    dataset = build_valid_dataset(config, mesh, run_folder=run_folder, cache=cache)
+    dataset = build_valid_dataset(config, mesh, run_directory=run_directory, cache=cache)
     if dataset is None:
         return None
     batch_size = _valid_batch_size(config)
@@ -158,11 +158,11 @@ def build_valid_loader(
         num_ranks=mesh.data_size,
         stop=stop,
     )
-    return build_loader(config, mesh, dataset, batches, run_folder)
+    return build_loader(config, mesh, dataset, batches, run_directory)
 
 
 def build_valid_dataset(
-    config: RunConfig, mesh: ProcessMesh, *, run_folder: Path | None = None, cache: OpenCache | None = None
+    config: RunConfig, mesh: ProcessMesh, *, run_directory: Path | None = None, cache: OpenCache | None = None
 ) -> VideoDataset | None:
     """Builds the validation set: each clip in one view, the same in every run.
 
@@ -178,7 +178,7 @@ def build_valid_dataset(
     if not entries or (not config.args.valid_data and not config.data_shares()[_VALID]):
         return None
     sources = _read_sources(config, mesh, entries, part=_VALID)
-    planned = _plan(config, mesh, sources, _valid_batch_size(config), run_folder, cache)
+    planned = _plan(config, mesh, sources, _valid_batch_size(config), run_directory, cache)
     return _build_dataset(config, planned, _listed_order(config, planned), 1, "plain", cache)
 
 
@@ -240,13 +240,13 @@ def build_loader(
     mesh: ProcessMesh,
     dataset: VideoDataset,
     batches: OrderedBatches | QueuedBatches,
-    run_folder: Path | None,
+    run_directory: Path | None,
 ) -> VideoLoader:
     """Builds the loader of a data set, as `args` and `data` want it."""
     failures = FailureLog(
         num_clips=sum(len(source) for source in dataset.sources),
         max_bad_fraction=config.data.max_bad_fraction,
-        path=run_folder and run_folder / QUARANTINE,
+        path=run_directory and run_directory / QUARANTINE,
         rank=mesh.rank,
     )
     return VideoLoader(
@@ -291,7 +291,7 @@ def _plan(
     mesh: ProcessMesh,
     sources: Sequence[ClipSource],
     batch_size: int,
-    run_folder: Path | None,
+    run_directory: Path | None,
     cache: OpenCache | None,
 ) -> Planned:
     """Finds which clips are too short, which are cut, and the shape of each; says what came of it.
@@ -319,8 +319,8 @@ def _plan(
     sizes = [size * mesh.data_size for size in batch_sizes(config, batch_size)]
     log.info("%s", describe_plan(planned, sizes, tokens))
     left_out = [*_left_out(sources), *planned.left_out]
-    if left_out and run_folder is not None and mesh.rank == 0:
-        write_failures(run_folder / QUARANTINE, left_out, rank=mesh.rank)
+    if left_out and run_directory is not None and mesh.rank == 0:
+        write_failures(run_directory / QUARANTINE, left_out, rank=mesh.rank)
     return planned
 
 

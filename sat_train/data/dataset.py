@@ -22,7 +22,7 @@ from sat_train.data.clip_file import ClipInfo
 from sat_train.data.failures import BadClip, Failure, one_clip
 from sat_train.data.frames import Frames, open_frames
 from sat_train.data.resize import CropMode, plan_cover_crop
-from sat_train.data.sampler import GlobalOrder, Place
+from sat_train.data.sampler import ClipRef, GlobalOrder
 from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.data.view import View, limited_view
 from sat_train.data.window import (
@@ -101,21 +101,21 @@ class VideoDataset(Dataset[Item]):
         self.images = images
         self.cache = cache
         self.given_up: dict[str, BadClip] = {}  # clips that made a worker hang or die
-        self.on_attempt: Callable[[Place], None] | None = None  # told of each clip before it is opened
+        self.on_attempt: Callable[[ClipRef], None] | None = None  # told of each clip before it is opened
 
     def __len__(self) -> int:
         return self.order.epoch_length
 
     def bucket(self, index: int) -> int:
         """Returns the bucket of a sample. It has this bucket's shape whatever clip it shows in the end."""
-        return self.buckets.bucket(self.order.place(index))
+        return self.buckets.bucket(self.order.clip_ref(index))
 
     def shape(self, index: int) -> ClipShape:
         """Returns the shape of a sample."""
-        return self.buckets.shape(self.order.place(index))
+        return self.buckets.shape(self.order.clip_ref(index))
 
-    def record(self, place: Place) -> ClipRecord:
-        return self.sources[place.source].clip(place.clip)
+    def record(self, ref: ClipRef) -> ClipRecord:
+        return self.sources[ref.source].clip(ref.clip)
 
     def __getitem__(self, index: int) -> Item:
         """Returns a sample, encoded where the cache has it; see `item`."""
@@ -132,17 +132,17 @@ class VideoDataset(Dataset[Item]):
             DataError: No substitute is usable either.
         """
         failures: list[Failure] = []
-        for place in self.places(index):
-            clip_id = self.record(place).clip_id
+        for ref in self.clip_refs(index):
+            clip_id = self.record(ref).clip_id
             if self.on_attempt is not None:
-                self.on_attempt(place)
+                self.on_attempt(ref)
             try:
                 if clip_id in self.given_up:
                     raise self.given_up[clip_id]
                 with one_clip():
-                    return Item(self._find(index, place, pixels=pixels), tuple(failures))
+                    return Item(self._find(index, ref, pixels=pixels), tuple(failures))
             except BadClip as error:
-                keys = None if error.may_pass else self._key_of_bad(index, place)
+                keys = None if error.may_pass else self._key_of_bad(index, ref)
                 failures.append(Failure(index, clip_id, error.cause, error.detail, keys))
         tried = "".join(f"\n    {f.clip_id} ({f.cause}: {f.detail})" for f in failures[:10])
         raise DataError(
@@ -151,91 +151,91 @@ class VideoDataset(Dataset[Item]):
             remedy="check args.train_data with `sat-train data inspect`",
         )
 
-    def places(self, index: int) -> Iterator[Place]:
+    def clip_refs(self, index: int) -> Iterator[ClipRef]:
         """Yields the clip of a sample, then those that take its place, in turn, where it is bad.
 
         They are of the same bucket; only where few are found, as in a bucket of one clip, of any.
         """
-        own = self.order.place(index)
+        own = self.order.clip_ref(index)
         yield own
-        others: list[Place] = []
+        others: list[ClipRef] = []
         drawn = {(own.source, own.clip)}
         found = 1
         for attempt in range(1, _DRAWS):
             other = derive_seed(self.seed, "substitute", index, attempt) % self.order.epoch_length
-            place = self.order.place(other)
-            if (place.source, place.clip) in drawn:
+            ref = self.order.clip_ref(other)
+            if (ref.source, ref.clip) in drawn:
                 continue
-            drawn.add((place.source, place.clip))
-            if self.buckets.bucket(place) != self.buckets.bucket(own):
-                others.append(place)
+            drawn.add((ref.source, ref.clip))
+            if self.buckets.bucket(ref) != self.buckets.bucket(own):
+                others.append(ref)
                 continue
-            yield place
+            yield ref
             found += 1
             if found == _SUBSTITUTES:
                 return
         yield from others[: _SUBSTITUTES - found]
 
-    def view(self, index: int, place: Place) -> View:
+    def view(self, index: int, ref: ClipRef) -> View:
         """Returns which of the samples that a clip can give is shown.
 
         Raises:
             BadClip: The clip is missing.
         """
         if self.views is None:
-            return View(self.seed, index, place.visit)
-        record = self.record(place)
+            return View(self.seed, index, ref.visit)
+        record = self.record(ref)
         size = read_stamp(record.path)[0] if record.span is None else record.span.size
-        return limited_view(size, record.start, record.end, place.visit, self.views)
+        return limited_view(size, record.start, record.end, ref.visit, self.views)
 
-    def caption(self, index: int, place: Place) -> str:
+    def caption(self, index: int, ref: ClipRef) -> str:
         """Returns the caption that a sample takes."""
-        captions = self.record(place).captions
+        captions = self.record(ref).captions
         return captions[derive_seed(self.seed, "caption", index) % len(captions)]
 
-    def keys(self, index: int, place: Place) -> SampleKeys:
+    def keys(self, index: int, ref: ClipRef) -> SampleKeys:
         """Returns where the encodings of a sample belong in the cache.
 
         Raises:
             BadClip: The clip is missing, unreadable, or too short.
         """
         with one_clip():
-            return self._keys_and_window(index, place)[0]
+            return self._keys_and_window(index, ref)[0]
 
-    def _keys_and_window(self, index: int, place: Place) -> tuple[SampleKeys, Window]:
+    def _keys_and_window(self, index: int, ref: ClipRef) -> tuple[SampleKeys, Window]:
         assert self.cache is not None, "a data set without a cache has no keys"
-        record, view, shape = self.record(place), self.view(index, place), self.shape(index)
+        record, view, shape = self.record(ref), self.view(index, ref), self.shape(index)
         info = self.cache.book.info(record.path, record.span)
         window = self._window(info, record, view, shape.frames)
         size = (shape.height, shape.width)
-        return self.cache.keys(record, self.caption(index, place), window, view, self.crop, size), window
+        return self.cache.keys(record, self.caption(index, ref), window, view, self.crop, size), window
 
-    def _key_of_bad(self, index: int, place: Place) -> SampleKeys | None:
+    def _key_of_bad(self, index: int, ref: ClipRef) -> SampleKeys | None:
         """Returns where it belongs in the cache that a clip cannot be decoded."""
         try:
-            return None if self.cache is None else self.keys(index, place)
+            return None if self.cache is None else self.keys(index, ref)
         except BadClip:  # it cannot even be opened, which is found out anew each time
             return None
 
-    def _find(self, index: int, place: Place, *, pixels: bool) -> VideoSample:
+    def _find(self, index: int, ref: ClipRef, *, pixels: bool) -> VideoSample:
         if self.cache is None:
-            return self._sample(index, place)
-        (keys, window), clip_id = self._keys_and_window(index, place), self.record(place).clip_id
+            return self._sample(index, ref)
+        (keys, window), clip_id = self._keys_and_window(index, ref), self.record(ref).clip_id
         cached = None if pixels else self.cache.read(keys, clip_id)
         if cached is not None:
-            view, caption = self.view(index, place), self.caption(index, place)
+            view, caption = self.view(index, ref), self.caption(index, ref)
             return VideoSample(None, caption, None, clip_id, index, window.count, (), view, keys, cached)
-        sample = replace(self._sample(index, place), keys=keys)
-        if self.keys(index, place) != keys:
+        sample = replace(self._sample(index, ref), keys=keys)
+        if self.keys(index, ref) != keys:
             raise BadClip("changed", "the file was changed while it was read")
         return sample
 
-    def _sample(self, index: int, place: Place) -> VideoSample:
-        record, view, shape = self.record(place), self.view(index, place), self.shape(index)
+    def _sample(self, index: int, ref: ClipRef) -> VideoSample:
+        record, view, shape = self.record(ref), self.view(index, ref), self.shape(index)
         frames, num_shown = self._frames(record, view, shape)
         return VideoSample(
             video_tchw=_to_tensor(frames.video_thwc),
-            caption=self.caption(index, place),
+            caption=self.caption(index, ref),
             image_chw=self._image(record.image, view, shape) if self.images and record.image else None,
             clip_id=record.clip_id,
             sample_index=index,

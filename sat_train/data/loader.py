@@ -22,7 +22,7 @@ from sat_train.data.batches import DataPosition, ListedBatches, MicroBatch, Orde
 from sat_train.data.clip_pool import prepare_worker
 from sat_train.data.dataset import Item, VideoDataset
 from sat_train.data.failures import BadClip, Failure, FailureLog
-from sat_train.data.sampler import Place
+from sat_train.data.sampler import ClipRef
 from sat_train.data.shared_memory import REMEDY, describe_free
 from sat_train.errors import DataError, SatTrainError
 from sat_train.log import get_logger
@@ -68,7 +68,7 @@ class _Task(Dataset[Any]):
         finally:
             self._mark(None)
 
-    def _mark(self, place: Place | None) -> None:
+    def _mark(self, ref: ClipRef | None) -> None:
         info = get_worker_info()
         if info is None:
             return
@@ -76,9 +76,9 @@ class _Task(Dataset[Any]):
         row[_CLIP] = _IDLE
         row[_PID] = os.getpid()
         row[_SINCE_MS] = _now_ms()
-        if place is not None:
-            row[_SOURCE] = place.source
-            row[_CLIP] = place.clip
+        if ref is not None:
+            row[_SOURCE] = ref.source
+            row[_CLIP] = ref.clip
 
 
 class _Indices:
@@ -207,7 +207,7 @@ class VideoLoader:
         assert packed.batch is not None
         assert packed.batch.sample_indices == planned.mine, "the workers and the plan have parted"
         self._position = planned.after
-        return replace(packed.batch, places=planned.places)
+        return replace(packed.batch, step_positions=planned.step_positions)
 
     def _next_packed(self) -> _Packed:
         began = time.monotonic()
@@ -276,7 +276,7 @@ class VideoLoader:
                 f"data worker {row[_PID]} died while it read no clip",
                 remedy="often memory ran out: lower args.num_workers or args.prefetch_factor",
             )
-        record = self.dataset.record(Place(row[_SOURCE], row[_CLIP], 0))
+        record = self.dataset.record(ClipRef(row[_SOURCE], row[_CLIP], 0))
         self.close()
         if not self._replaces_lost:
             raise DataError(

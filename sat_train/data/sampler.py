@@ -14,7 +14,7 @@ _LONGEST_BLOCK = 10_000_000
 
 
 @dataclass(frozen=True)
-class Place:
+class ClipRef:
     """What a sample shows.
 
     Args:
@@ -71,16 +71,16 @@ class GlobalOrder:
         """Samples of one epoch: of a mixture, as many as all its sources' epochs hold together."""
         return sum(self._lengths)
 
-    def place(self, sample: int) -> Place:
+    def clip_ref(self, sample: int) -> ClipRef:
         """Returns what sample number `sample` (from 0) shows."""
         assert sample >= 0, sample
         pool, position = self._position(sample)
         epoch, offset = divmod(position, self._lengths[pool])
         clip = int(self._epoch_clips(pool, epoch)[offset])
         if len(self._pools) == len(self._sizes):
-            return Place(pool, clip, epoch)
+            return ClipRef(pool, clip, epoch)
         source = int(np.searchsorted(np.cumsum(self._sizes), clip, side="right"))
-        return Place(source, clip - sum(self._sizes[:source]), epoch)
+        return ClipRef(source, clip - sum(self._sizes[:source]), epoch)
 
     def _position(self, sample: int) -> tuple[int, int]:
         """Returns the pool a sample is drawn from and how many samples that pool gave before."""

@@ -24,7 +24,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from sat_train.distributed.environment import RankEnv, tell_torchrun
-from sat_train.distributed.meeting import announce, place_key, read_place
+from sat_train.distributed.meeting import announce, location_key, read_location
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -144,8 +144,10 @@ class FailureBoard:
         """Returns a sentence about ranks that have fallen silent."""
         named = []
         for rank in ranks:
-            place = read_place(self._store, rank) if self._announced([rank]) else None
-            named.append(f"rank {rank}" + (f" (process {place.pid} on {place.host})" if place else ""))
+            location = read_location(self._store, rank) if self._announced([rank]) else None
+            named.append(
+                f"rank {rank}" + (f" (process {location.pid} on {location.host})" if location else "")
+            )
         return (
             f"no sign of life from {', '.join(named)}\n"
             "  expected: a process that neither was stopped or killed nor lost its machine or network\n"
@@ -205,7 +207,7 @@ class FailureBoard:
             time.sleep(0.1)
 
     def _announced(self, ranks: Iterable[int]) -> bool:
-        return self._store.check([place_key(rank) for rank in ranks])
+        return self._store.check([location_key(rank) for rank in ranks])
 
     def _pulse(self, rank: int) -> bytes:
         key = f"alive/{rank}"

@@ -16,7 +16,7 @@ from sat_train.errors import LaunchError
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessLocation:
     """Where a rank runs.
 
     Args:
@@ -70,22 +70,22 @@ def _keys_of_this_run(env: RankEnv) -> str:
 
 def announce(store: dist.Store, env: RankEnv, gpu: str = "") -> None:
     """Tells the others where this rank runs."""
-    place = Place(socket.gethostname(), os.getpid(), gpu)
-    store.set(place_key(env.rank), json.dumps(asdict(place)))
+    location = ProcessLocation(socket.gethostname(), os.getpid(), gpu)
+    store.set(location_key(env.rank), json.dumps(asdict(location)))
 
 
-def call_the_roll(store: dist.Store, env: RankEnv, timeout: timedelta) -> list[Place]:
+def call_the_roll(store: dist.Store, env: RankEnv, timeout: timedelta) -> list[ProcessLocation]:
     """Waits until every rank has announced itself.
 
     Returns:
-        The place of each rank.
+        The location of each rank.
 
     Raises:
         LaunchError: Some did not come in time; they are named. Or two would share a GPU.
 
     Ranks: all.
     """
-    keys = [place_key(rank) for rank in range(env.world_size)]
+    keys = [location_key(rank) for rank in range(env.world_size)]
     try:
         store.wait(keys, timeout)
     except RuntimeError:
@@ -96,28 +96,28 @@ def call_the_roll(store: dist.Store, env: RankEnv, timeout: timedelta) -> list[P
             remedy="see that all machines started and reach "
             f"{env.master_addr}:{env.master_port}; args.distributed_timeout_minutes says how long to wait",
         ) from None
-    places = [read_place(store, rank) for rank in range(env.world_size)]
-    _check_gpus(places)
-    return places
+    locations = [read_location(store, rank) for rank in range(env.world_size)]
+    _check_gpus(locations)
+    return locations
 
 
-def place_key(rank: int) -> str:
+def location_key(rank: int) -> str:
     """Returns the key under which a rank has announced itself."""
-    return f"place/{rank}"
+    return f"location/{rank}"
 
 
-def read_place(store: dist.Store, rank: int) -> Place:
+def read_location(store: dist.Store, rank: int) -> ProcessLocation:
     """Returns where a rank runs, which must have announced itself."""
-    return Place(**json.loads(store.get(place_key(rank))))
+    return ProcessLocation(**json.loads(store.get(location_key(rank))))
 
 
-def _check_gpus(places: Sequence[Place]) -> None:
+def _check_gpus(locations: Sequence[ProcessLocation]) -> None:
     """Two processes on one GPU are refused, however each of them was given it."""
     first: dict[str, int] = {}
-    for rank, place in enumerate(places):
-        if place.gpu and first.setdefault(place.gpu, rank) != rank:
+    for rank, location in enumerate(locations):
+        if location.gpu and first.setdefault(location.gpu, rank) != rank:
             raise LaunchError(
-                f"ranks {first[place.gpu]} and {rank} have the same GPU ({place.gpu} on {place.host})",
+                f"ranks {first[location.gpu]} and {rank} have the same GPU ({location.gpu} on {location.host})",
                 expected="a GPU of its own for each process",
                 remedy="start as many processes as there are GPUs, or look at CUDA_VISIBLE_DEVICES",
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sat_train.data.batches import StepPlace
+from sat_train.data.batches import StepPosition
 from sat_train.distributed.seeds import derive_generator
 
 
@@ -16,7 +16,7 @@ from sat_train.distributed.seeds import derive_generator
 class SampleRandomness:
     """Draws for the samples of one batch, on the CPU, in full precision.
 
-    A sample's numbers depend on `(seed, purpose, its index)` alone, its stratum on its place in the step: not
+    A sample's numbers depend on `(seed, purpose, its index)` alone, its stratum on its position in the step: not
     on the world size, the micro-batch, the rank or the order of the draws. Ranks that hold the same sample
     draw the same numbers and need not exchange them.
 
@@ -47,26 +47,28 @@ class SampleRandomness:
         """Returns for each sample whether an event of this probability happens, bool, of shape (b,)."""
         return self.uniform(purpose) < probability
 
-    def strata(self, purpose: str, places: Sequence[StepPlace]) -> Tensor:
+    def strata(self, purpose: str, step_positions: Sequence[StepPosition]) -> Tensor:
         """Gives each sample of an optimizer step its own number below the step's size, shuffled from step to
         step.
 
-        A sample's number depends on its place in the step, not on its index: with buckets the samples of a
+        A sample's number depends on its position in the step, not on its index: with buckets the samples of a
         step have no consecutive indices, and each step is to be covered.
 
         Args:
             purpose: What the strata are for.
-            places: Of the samples of the batch in their step.
+            step_positions: Of the samples of the batch in their step.
 
         Returns:
             int64 of shape (b,).
         """
-        assert len(places) == len(self.sample_indices), "who takes strata must know the places in the step"
-        return torch.stack([self._shuffled(purpose, place) for place in places])
+        assert len(step_positions) == len(self.sample_indices), (
+            "who takes strata must know the positions in the step"
+        )
+        return torch.stack([self._shuffled(purpose, position) for position in step_positions])
 
-    def _shuffled(self, purpose: str, place: StepPlace) -> Tensor:
-        generator = derive_generator(self.seed, purpose, place.step)
-        return torch.randperm(place.size, generator=generator)[place.position]
+    def _shuffled(self, purpose: str, position: StepPosition) -> Tensor:
+        generator = derive_generator(self.seed, purpose, position.step)
+        return torch.randperm(position.size, generator=generator)[position.position]
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
         return [derive_generator(self.seed, purpose, index) for index in self.sample_indices]

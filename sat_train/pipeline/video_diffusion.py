@@ -243,14 +243,14 @@ class VideoDiffusion:
         """Calls the network in its own dtype and device; returns float32."""
         ofs_b = None if self.ofs is None else torch.full((len(x_t),), self.ofs)
         return network(
-            self._place(x_t),
+            self._to_network(x_t),
             timesteps_b.to(self.device),
-            self._place(text),
-            image_latent_btchw=self._place(image),
-            ofs_b=self._place(ofs_b),
+            self._to_network(text),
+            image_latent_btchw=self._to_network(image),
+            ofs_b=self._to_network(ofs_b),
         ).float()
 
-    def _place(self, tensor: Tensor | None) -> Tensor | None:
+    def _to_network(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.device, self.dtype)
 
     def _guided(
@@ -357,8 +357,8 @@ class VideoDiffusion:
         uniform_b, num_timesteps = random.uniform("timestep"), len(self.alpha_bar)
         if self.timestep_sampling == "uniform":
             return uniform_timesteps(uniform_b, num_timesteps)
-        strata_b = random.strata("timestep_strata", batch.places)
-        num_strata_b = torch.tensor([place.size for place in batch.places])
+        strata_b = random.strata("timestep_strata", batch.step_positions)
+        num_strata_b = torch.tensor([position.size for position in batch.step_positions])
         return stratified_timesteps(uniform_b, strata_b, num_strata_b, num_timesteps)
 
     def _draw(self, generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:

@@ -41,7 +41,7 @@ from sat_train.training.meter import Meter
 from sat_train.training.models import build_models, find_start_weights
 from sat_train.training.optim.build import build_optimizer
 from sat_train.training.resume import CONFIG_KEY, changes_since, find_resumed, pack_config
-from sat_train.training.run_folder import PREEMPTED, open_run_folder, set_samples_aside
+from sat_train.training.run_directory import PREEMPTED, claim_run_directory, set_samples_aside
 from sat_train.training.run_lock import RunLock
 from sat_train.training.schedule import LearningRate, warmup_steps
 from sat_train.training.signals import StopRequest
@@ -53,7 +53,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class RunDirectory:
     """Where a run writes and what it goes on from.
 
     Args:
@@ -78,30 +78,30 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
     """
     stop_request = StopRequest().listen()
     set_determinism(config.args.deterministic)
-    place = open_place(config, mesh)
+    run_directory = open_run_directory(config, mesh)
     try:
-        data = open_data(config, mesh, point=place.point, run_folder=place.folder)
-        finished = place.point is not None and place.point.step >= data.train_iters
-        if finished and not on_rank_0(mesh, lambda: say_finished(config, place, data)):
+        data = open_data(config, mesh, point=run_directory.point, run_directory=run_directory.folder)
+        finished = run_directory.point is not None and run_directory.point.step >= data.train_iters
+        if finished and not on_rank_0(mesh, lambda: say_finished(config, run_directory, data)):
             return
         log.info("this run:\n%s", summarize(config, data.facts(mesh)))
-        start = find_start_weights(config, mesh, place.point)
+        start = find_start_weights(config, mesh, run_directory.point)
         pipeline = build_models(
             config, mesh, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
         )
         engine = build_engine(config, pipeline.dit, build_optimizer(config, pipeline.dit), mesh)
         average = WeightAverage(engine, mesh, config.args.ema_decay) if config.args.ema_decay else None
         trainer = build_trainer(
-            config, mesh, place, data, pipeline, start.base, engine, average, stop_request
+            config, mesh, run_directory, data, pipeline, start.base, engine, average, stop_request
         )
         if not finished:
-            on_rank_0(mesh, lambda: describe_run(config, place))
+            on_rank_0(mesh, lambda: describe_run(config, run_directory))
         stop_request.defer()
         trainer.run()
         say_where_stopped(config, trainer)
     finally:
-        if place.lock is not None:
-            place.lock.release()
+        if run_directory.lock is not None:
+            run_directory.lock.release()
 
 
 def say_where_stopped(config: RunConfig, trainer: Trainer) -> None:
@@ -122,7 +122,7 @@ def say_where_stopped(config: RunConfig, trainer: Trainer) -> None:
     log.info("%s", message)
 
 
-def open_place(config: RunConfig, mesh: ProcessMesh) -> Place:
+def open_run_directory(config: RunConfig, mesh: ProcessMesh) -> RunDirectory:
     """Opens the run's folder and finds what the run resumes; writes nothing that a run before it left.
 
     Ranks: all.
@@ -130,20 +130,20 @@ def open_place(config: RunConfig, mesh: ProcessMesh) -> Place:
     for note in config.notes:
         log.info("%s", note)
     if config.args.save is None:
-        return Place(None, None, None)
+        return RunDirectory(None, None, None)
     found: list[ResumePoint | None] = [None]
 
     def resumed() -> Path | None:
         found[0] = find_resumed(config)
-        return found[0] and found[0].run_folder
+        return found[0] and found[0].run_directory
 
-    folder, lock = open_run_folder(
+    folder, lock = claim_run_directory(
         mesh, save_root=Path(config.args.save), experiment_name=config.args.experiment_name, resumed=resumed
     )
     point = broadcast_object(mesh, found[0])
     on_rank_0(mesh, lambda: prepare_folder(folder, point))
-    log.info("run folder %s%s", folder, f", going on from step {point.step}" if point else "")
-    return Place(folder, lock, point)
+    log.info("run directory %s%s", folder, f", going on from step {point.step}" if point else "")
+    return RunDirectory(folder, lock, point)
 
 
 def prepare_folder(folder: Path, point: ResumePoint | None) -> None:
@@ -157,13 +157,13 @@ def prepare_folder(folder: Path, point: ResumePoint | None) -> None:
     if point is not None and committed_steps(folder) != list(point.steps):
         raise LaunchError(
             f"{folder}: another run has written to it while this one started",
-            expected="one run at a time in a run folder",
+            expected="one run at a time in a run directory",
             remedy="start again, and the run is resumed at its newest step",
         )
     remove_leftovers(folder)
 
 
-def describe_run(config: RunConfig, place: Place) -> None:
+def describe_run(config: RunConfig, run_directory: RunDirectory) -> None:
     """Makes the resumed step the newest of the folder, and writes what the run is, for people and for SAT.
 
     Call it once everything has loaded: a resume that fails leaves the folder as it was.
@@ -174,18 +174,18 @@ def describe_run(config: RunConfig, place: Place) -> None:
 
     Ranks: rank 0 only.
     """
-    if place.folder is None:
+    if run_directory.folder is None:
         return
     changes: list[str] = []
-    if place.point is not None:
-        changes = [f"resumed at step {place.point.step}", *changes_since(place.point, config)]
-        if rewind(place.folder, place.point.step):
-            set_samples_aside(place.folder, place.point.step)
-    write_resolved(config, place.folder / RESOLVED, notes=changes)
-    write_model_config(config, place.folder / "model_config.json")
+    if run_directory.point is not None:
+        changes = [f"resumed at step {run_directory.point.step}", *changes_since(run_directory.point, config)]
+        if rewind(run_directory.folder, run_directory.point.step):
+            set_samples_aside(run_directory.folder, run_directory.point.step)
+    write_resolved(config, run_directory.folder / RESOLVED, notes=changes)
+    write_model_config(config, run_directory.folder / "model_config.json")
 
 
-def say_finished(config: RunConfig, place: Place, data: RunData) -> bool:
+def say_finished(config: RunConfig, run_directory: RunDirectory, data: RunData) -> bool:
     """Says that there is nothing left to train. The folder stays as it is, but for the mark of a stopped run.
 
     Returns:
@@ -193,7 +193,7 @@ def say_finished(config: RunConfig, place: Place, data: RunData) -> bool:
 
     Ranks: rank 0 only.
     """
-    folder, point = place.folder, place.point
+    folder, point = run_directory.folder, run_directory.point
     assert folder is not None, "only what was saved can be finished"
     assert point is not None, "only what was saved can be finished"
     length = "args.train_iters" if config.args.train_iters is not None else "args.epochs"
@@ -208,7 +208,7 @@ def say_finished(config: RunConfig, place: Place, data: RunData) -> bool:
 def build_trainer(
     config: RunConfig,
     mesh: ProcessMesh,
-    place: Place,
+    run_directory: RunDirectory,
     data: RunData,
     pipeline: VideoDiffusion,
     base_weights: BaseWeights | None,
@@ -220,7 +220,7 @@ def build_trainer(
 
     Ranks: all.
     """
-    state = restore(config, mesh, place, engine, average, base_weights)
+    state = restore(config, mesh, run_directory, engine, average, base_weights)
     filler = None
     if config.data.cache == "fill":
         filler = CacheFiller(config, mesh, pipeline.frozen, data.cache)
@@ -249,12 +249,12 @@ def build_trainer(
         callbacks=build_callbacks(
             config,
             mesh,
-            place.folder,
+            run_directory.folder,
             valid=data.valid,
             filler=filler,
             pipeline=pipeline,
             engine=engine,
-            save=build_save(config, mesh, place, data, engine, average, base_weights),
+            save=build_save(config, mesh, run_directory, data, engine, average, base_weights),
         ),
     )
 
@@ -262,7 +262,7 @@ def build_trainer(
 def build_save(
     config: RunConfig,
     mesh: ProcessMesh,
-    place: Place,
+    run_directory: RunDirectory,
     data: RunData,
     engine: Any,
     average: WeightAverage | None,
@@ -271,13 +271,13 @@ def build_save(
     """Returns what writes a checkpoint of a trainer and gives its folder; to be called on all ranks."""
 
     def save(trainer: Trainer) -> Path:
-        on_rank_0(mesh, lambda: None if place.lock is None else place.lock.check_held())
+        on_rank_0(mesh, lambda: None if run_directory.lock is None else run_directory.lock.check_held())
         position = data.train.position
         assert position.consumed == trainer.state.samples_consumed, "the loader and the loop have parted"
         return save_training_checkpoint(
             mesh,
             engine=engine,
-            run_folder=place.folder,
+            run_directory=run_directory.folder,
             step=trainer.state.step,
             samples_consumed=position.consumed,
             samples_waiting=position.waiting,
@@ -295,7 +295,7 @@ def build_save(
 def restore(
     config: RunConfig,
     mesh: ProcessMesh,
-    place: Place,
+    run_directory: RunDirectory,
     engine: Any,
     average: WeightAverage | None,
     base_weights: BaseWeights | None,
@@ -305,11 +305,13 @@ def restore(
     Ranks: all.
     """
     state = TrainState()
-    if place.point is None:
+    if run_directory.point is None:
         return state
     groups = engine.optimizer.param_groups
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    saved = load_training_checkpoint(mesh, engine=engine, point=place.point, base_weights=base_weights)
+    saved = load_training_checkpoint(
+        mesh, engine=engine, point=run_directory.point, base_weights=base_weights
+    )
     for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
         # the checkpoint brought its weight decay and betas back; those of the configuration count
         group.update(ours)

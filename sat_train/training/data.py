@@ -66,7 +66,11 @@ class RunData:
 
 
 def open_data(
-    config: RunConfig, mesh: ProcessMesh, *, point: ResumePoint | None = None, run_folder: Path | None = None
+    config: RunConfig,
+    mesh: ProcessMesh,
+    *,
+    point: ResumePoint | None = None,
+    run_directory: Path | None = None,
 ) -> RunData:
     """Builds the loaders, and looks whether all that the run will read is in the cache.
 
@@ -74,7 +78,7 @@ def open_data(
         config: The configuration.
         mesh: Who this rank is.
         point: The checkpoint that the run goes on from; None for a new run.
-        run_folder: Gets the names of bad clips; None: they are only logged.
+        run_directory: Gets the names of bad clips; None: they are only logged.
 
     Raises:
         DataError: No usable data, or `data.cache: require` and something is missing.
@@ -83,7 +87,9 @@ def open_data(
     """
     mode = config.data.cache
     cache = None if mode == "off" else open_cache(config, mesh, "require" if mode == "require" else "read")
-    train = build_train_loader(config, mesh, start=position_of(point), run_folder=run_folder, cache=cache)
+    train = build_train_loader(
+        config, mesh, start=position_of(point), run_directory=run_directory, cache=cache
+    )
     if point is not None and point.manifest.data_fingerprint != train.fingerprint:
         log.warning(
             "the training data are not those of the checkpoint (fingerprint %s, was %s): the run goes on at "
@@ -92,7 +98,7 @@ def open_data(
         )
     valid = None
     if config.args.eval_interval is not None:
-        valid = build_valid_loader(config, mesh, run_folder=run_folder, cache=cache)
+        valid = build_valid_loader(config, mesh, run_directory=run_directory, cache=cache)
     train_iters = count_steps(config, train.batches, 0 if point is None else point.step)
     needs_encoders = True
     if cache is not None:

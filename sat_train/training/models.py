@@ -158,7 +158,7 @@ def _find_start_weights(config: RunConfig, point: ResumePoint | None) -> StartWe
 
 def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | None) -> BaseWeights:
     """Returns the base weights of a resumed LoRA run: at `load_base`, else as recorded, else at `load`."""
-    folder = step_folder(point.run_folder, point.step)
+    folder = step_folder(point.run_directory, point.step)
     try:
         return find_base(folder, point.manifest, load_base=load_base)
     except CheckpointError:

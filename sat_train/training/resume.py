@@ -73,7 +73,7 @@ def changes_since(point: ResumePoint, config: RunConfig) -> list[str]:
 
 def _saved_config(point: ResumePoint) -> dict[str, Any]:
     """Returns the resolved configuration that a checkpoint was written under."""
-    folder = step_folder(point.run_folder, point.step)
+    folder = step_folder(point.run_directory, point.step)
     with reading(folder, error=CheckpointError, expected="a checkpoint of `sat-train train`"):
         name = min(
             name for record in point.manifest.files if (name := record.name).endswith("model_states.pt")

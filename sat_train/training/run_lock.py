@@ -1,4 +1,4 @@
-"""Which living run owns a run folder: a file lock where there are any, and a heartbeat everywhere."""
+"""Which living run owns a run directory: a file lock where there are any, and a heartbeat everywhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RunLock:
     """Held by rank 0 of a living run: a file lock, and a heartbeat for machines that do not share file locks.
 
     Args:
-        run_folder: The run's folder.
+        run_directory: The run directory.
         watch_s: Seconds to watch another run's heartbeat where the file system has no file locks.
 
     Raises:
@@ -41,8 +41,8 @@ class RunLock:
         LaunchError: `run.lock` is not an ordinary file.
     """
 
-    def __init__(self, run_folder: Path, *, watch_s: float = _WATCH_S) -> None:
-        self._path = run_folder / LOCK
+    def __init__(self, run_directory: Path, *, watch_s: float = _WATCH_S) -> None:
+        self._path = run_directory / LOCK
         self._token = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
         self._descriptor = _take(self._path, self._token, watch_s)
         self._released = threading.Event()
@@ -69,7 +69,7 @@ class RunLock:
         if os.path.lexists(self._path) and not _is_at(self._descriptor, self._path):
             raise LaunchError(
                 f"{self._path.parent} belongs to another run by now; nothing more is written to it",
-                expected="one run at a time in a run folder",
+                expected="one run at a time in a run directory",
                 remedy="look which of the two runs is to continue",
             )
 
@@ -86,7 +86,7 @@ class RunLock:
         os.pwrite(self._descriptor, f"{self._token} {self._beats:012d}\n".encode(), 0)
 
 
-def is_alive(run_folder: Path, *, watch_s: float = _WATCH_S) -> bool:
+def is_alive(run_directory: Path, *, watch_s: float = _WATCH_S) -> bool:
     """Says whether a living run writes to a folder.
 
     On this machine the file lock tells at once. A run of another machine may not share file locks with this
@@ -98,7 +98,7 @@ def is_alive(run_folder: Path, *, watch_s: float = _WATCH_S) -> bool:
     Raises:
         LaunchError: `run.lock` is not an ordinary file.
     """
-    path = run_folder / LOCK
+    path = run_directory / LOCK
     try:
         descriptor = _open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs.launching import ROOT, run, run_folders, training_lines
+from tests.runs.launching import ROOT, run, run_directories, training_lines
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def losses(save: Path, *words: str) -> list[float]:
     base = ["--base", str(ROOT / "configs" / "sft.yaml")]
     done = run("train_video.py", [*base, *FAST, f"args.save={save}", *words])
     assert done.returncode == 0, done.output
-    return [float(line["loss"]) for line in training_lines(run_folders(save)[0]).values()]  # type: ignore[arg-type]
+    return [float(line["loss"]) for line in training_lines(run_directories(save)[0]).values()]  # type: ignore[arg-type]
 
 
 def test_bf16_follows_fp32(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import chain
 
-from tests.hostile import caches, configurations, footage, malformed, run_folders, tables, weights
+from tests.hostile import caches, configurations, footage, malformed, run_directories, tables, weights
 from tests.hostile.case import Case
 
-FAMILIES = (configurations, malformed, weights, run_folders, footage, tables, caches)
+FAMILIES = (configurations, malformed, weights, run_directories, footage, tables, caches)
 
 
 def corpus() -> list[Case]:

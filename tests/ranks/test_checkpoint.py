@@ -72,14 +72,20 @@ def train(engine: Any, rank: int, steps: range) -> list[float]:
 
 
 def save(
-    mesh: ProcessMesh, engine: Any, run_folder: Path, *, step: int, lora: bool = False, ema_state: Any = None
+    mesh: ProcessMesh,
+    engine: Any,
+    run_directory: Path,
+    *,
+    step: int,
+    lora: bool = False,
+    ema_state: Any = None,
 ) -> Path:
     from sat_train.checkpoint.save import save_training_checkpoint
 
     return save_training_checkpoint(
         mesh,
         engine=engine,
-        run_folder=run_folder,
+        run_directory=run_directory,
         step=step,
         samples_consumed=2 * mesh.data_size * step,
         client_state={"smoothed_loss": 0.5, "names": ["a", "b"]},
@@ -109,18 +115,18 @@ def load(mesh: ProcessMesh, engine: Any, save_root: Path, base: BaseWeights = BA
 
 
 def new_run(mesh: ProcessMesh, save_root: Path) -> Path:
-    run_folder = save_root / "exp-20260101-000000"
-    on_rank_0(mesh, lambda: run_folder.mkdir(parents=True))
-    return run_folder
+    run_directory = save_root / "exp-20260101-000000"
+    on_rank_0(mesh, lambda: run_directory.mkdir(parents=True))
+    return run_directory
 
 
 def _resume_is_exact(mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str, lora: bool) -> int:
     save_root = root / f"{zero_stage}-{dtype}-{lora}"
-    run_folder = new_run(mesh, save_root)
+    run_directory = new_run(mesh, save_root)
     engine = build_engine(zero_stage=zero_stage, dtype=dtype, lora=lora)
     train(engine, mesh.rank, range(3))
     ema = {"0.weight": torch.full((2,), float(mesh.rank))}
-    folder = save(mesh, engine, run_folder, step=3, lora=lora, ema_state=ema)
+    folder = save(mesh, engine, run_directory, step=3, lora=lora, ema_state=ema)
     straight = train(engine, mesh.rank, range(3, 6))
 
     # frozen weights come from the base; all else must come from the checkpoint, whatever was there before
@@ -214,8 +220,8 @@ def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path) -> str:
     from sat_train.checkpoint import engine_io
 
     engine = build_engine(zero_stage=2, dtype="fp32", lora=False)
-    run_folder = new_run(mesh, save_root)
-    save(mesh, engine, run_folder, step=1)
+    run_directory = new_run(mesh, save_root)
+    save(mesh, engine, run_directory, step=1)
     train(engine, mesh.rank, range(1))
 
     def full_disk(path: Path, write: Any) -> Any:
@@ -225,12 +231,12 @@ def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path) -> str:
     if mesh.rank == 1:
         engine_io.write_file = full_disk
     with pytest.raises(CheckpointError) as caught:
-        save(mesh, engine, run_folder, step=2)
+        save(mesh, engine, run_directory, step=2)
     engine_io.write_file = honest
-    assert not (run_folder / "2").exists()
+    assert not (run_directory / "2").exists()
     # training goes on, and so does saving
     train(engine, mesh.rank, range(1, 2))
-    save(mesh, engine, run_folder, step=3)
+    save(mesh, engine, run_directory, step=3)
     found = find(mesh, save_root)
     assert found is not None
     assert found.step == 3
@@ -249,12 +255,12 @@ def _killed_in_a_save(mesh: ProcessMesh, save_root: Path) -> None:
     from sat_train.checkpoint import engine_io
 
     engine = build_engine(zero_stage=2, dtype="fp32", lora=False)
-    run_folder = new_run(mesh, save_root)
-    save(mesh, engine, run_folder, step=1)
+    run_directory = new_run(mesh, save_root)
+    save(mesh, engine, run_directory, step=1)
     train(engine, mesh.rank, range(1))
     if mesh.rank == 1:
         engine_io.write_file = lambda path, write: os.kill(os.getpid(), signal.SIGKILL)
-    save(mesh, engine, run_folder, step=2)
+    save(mesh, engine, run_directory, step=2)
 
 
 def _resumed_step(mesh: ProcessMesh, save_root: Path) -> int:

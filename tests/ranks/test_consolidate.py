@@ -31,14 +31,14 @@ def _consolidated_is_what_was_trained(
 ) -> None:
     from sat_train.training.ema import WeightAverage
 
-    run_folder = new_run(mesh, root / f"{zero_stage}-{dtype}-{exclude_frozen}")
+    run_directory = new_run(mesh, root / f"{zero_stage}-{dtype}-{exclude_frozen}")
     engine = build_engine(zero_stage=zero_stage, dtype=dtype, lora=True)
     average = WeightAverage(engine, mesh, 0.5)
     before = _trained_masters(engine)
     train(engine, mesh.rank, range(1))
     average.update()
     masters = _trained_masters(engine)
-    folder = save(mesh, engine, run_folder, step=1, lora=exclude_frozen, ema_state=average.state_dict())
+    folder = save(mesh, engine, run_directory, step=1, lora=exclude_frozen, ema_state=average.state_dict())
 
     manifest = verify_checkpoint(folder)
     weights = read_step(folder, manifest)

@@ -87,7 +87,7 @@ def _sum_bad(mesh: ProcessMesh, folder: str, allowed: float) -> tuple[int, int, 
 def test_bad_clips_are_counted_once_over_the_ranks_and_end_all_of_them(rank_pool, tmp_path):
     make_folder(tmp_path, "abcdefgh", num_frames=30)
     dataset = _loader(start_single_process(), str(tmp_path), []).dataset
-    bad = [dataset.record(dataset.order.place(index)).path for index in (1, 3)]  # one for each rank
+    bad = [dataset.record(dataset.order.clip_ref(index)).path for index in (1, 3)]  # one for each rank
     for path in bad:
         path.write_bytes(b"x" * 99)
     assert [found[:2] for found in rank_pool(2)(_sum_bad, str(tmp_path), 0.5)] == [(2, 1), (2, 1)]

@@ -25,7 +25,7 @@ CASES = [("cogvideox_5b", 1), ("cogvideox_5b", 2), ("cogvideox_5b", 3), ("cogvid
 
 
 def _train_and_save(
-    mesh: ProcessMesh, model: ModelConfig, base: Path, run_folder: Path, zero_stage: int, lr: float
+    mesh: ProcessMesh, model: ModelConfig, base: Path, run_directory: Path, zero_stage: int, lr: float
 ) -> None:
     """Two steps in bf16 from the weights of `base`, then a checkpoint of step 2."""
     from sat_train.checkpoint.agreement import on_rank_0
@@ -67,11 +67,11 @@ def _train_and_save(
         engine.step()
         average.update()
     has_lora = model.network_config.params.modules.lora_config is not None
-    on_rank_0(mesh, lambda: run_folder.mkdir(parents=True))
+    on_rank_0(mesh, lambda: run_directory.mkdir(parents=True))
     save_training_checkpoint(
         mesh,
         engine=engine,
-        run_folder=run_folder,
+        run_directory=run_directory,
         step=2,
         samples_consumed=2 * mesh.data_size,
         client_state={},

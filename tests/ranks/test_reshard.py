@@ -97,7 +97,7 @@ def test_there_and_back_is_bit_exact(rank_pool: Callable[..., Any], tmp_path: Pa
         assert rank_pool(2)(_go_on, root / "c", case) == [losses for _, losses in started], case
 
         points = [newest_verified(root / name / "exp-20260101-000000") for name in "abc"]
-        averages = [read_step(p.run_folder / "3", p.manifest, ema=True) for p in points if p is not None]
+        averages = [read_step(p.run_directory / "3", p.manifest, ema=True) for p in points if p is not None]
         for other in averages[1:]:
             assert all(torch.equal(other[key], averages[0][key]) for key in averages[0])
 

@@ -15,7 +15,7 @@ from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
 from sat_train.training.entries import ValidationEntry
 from sat_train.training.meter import Meter
-from sat_train.training.run_folder import PREEMPTED
+from sat_train.training.run_directory import PREEMPTED
 from sat_train.training.schedule import LearningRate
 from sat_train.training.state import TrainState
 from sat_train.training.trainer import Trainer

@@ -50,19 +50,19 @@ def _words(name: str, steps: int, *words: str, batch_size: int = 2) -> list[str]
     ]
 
 
-def _run_folder(folder: Path, name: str) -> Path:
+def _run_directory(folder: Path, name: str) -> Path:
     (found,) = (folder / "runs").glob(f"{name}-*")
     return found
 
 
 def _entries(folder: Path, name: str) -> list[dict]:
-    entries = read_metrics(_run_folder(folder, name) / "metrics.jsonl")
+    entries = read_metrics(_run_directory(folder, name) / "metrics.jsonl")
     return [{key: value for key, value in entry.items() if key not in TIMES} for entry in entries]
 
 
-def _shards(run_folder: Path, step: int) -> dict[str, Any]:
+def _shards(run_directory: Path, step: int) -> dict[str, Any]:
     """Returns everything that is saved but the configuration, which says how the run was started."""
-    shards = {path.name: read_shard(path) for path in (run_folder / str(step)).glob("*.pt")}
+    shards = {path.name: read_shard(path) for path in (run_directory / str(step)).glob("*.pt")}
     for shard in shards.values():
         shard.get(CLIENT_STATE_KEY, {}).pop(CONFIG_KEY, None)
     return shards
@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped_bit_for_bit(
     assert [entry["step"] for entry in resumed] == list(range(1, STEPS + 1))
     assert resumed == straight
     assert len({entry["loss"] for entry in straight}) == STEPS
-    shards = [_shards(_run_folder(folder, f"{kind}{name}"), STEPS) for kind in ("straight", "resumed")]
+    shards = [_shards(_run_directory(folder, f"{kind}{name}"), STEPS) for kind in ("straight", "resumed")]
     _check_equal(*shards)
     assert sum("ema" in shard for shard in shards[0]) == (world_size if "ema" in name else 0)
 
@@ -150,24 +150,24 @@ def _train_and_stop(mesh: ProcessMesh, folder: Path, words: list[str]) -> None:
 def test_a_signal_to_one_rank_saves_leaves_a_marker_and_the_run_goes_on(rank_pool, folder):
     words = _words("stopped", 300)
     rank_pool(2)(_train_and_stop, folder, words)
-    run_folder = _run_folder(folder, "stopped")
-    stopped_at = int((run_folder / "PREEMPTED").read_text())
+    run_directory = _run_directory(folder, "stopped")
+    stopped_at = int((run_directory / "PREEMPTED").read_text())
     assert 3 <= stopped_at < 300
-    assert (run_folder / str(stopped_at) / "manifest.json").exists()
-    assert not (run_folder / "run.lock").exists()
+    assert (run_directory / str(stopped_at) / "manifest.json").exists()
+    assert not (run_directory / "run.lock").exists()
     more = _words("stopped", stopped_at + 1, "args.resume=auto")
     rank_pool(2)(train_micro, folder, more)
-    assert not (run_folder / "PREEMPTED").exists()
+    assert not (run_directory / "PREEMPTED").exists()
     assert [entry["step"] for entry in _entries(folder, "stopped")] == list(range(1, stopped_at + 2))
 
 
 def test_old_checkpoints_go_and_the_folder_says_what_ran(rank_pool, folder):
     rank_pool(1)(train_micro, folder, _words("kept", 9, "args.keep_last=2", "args.keep_every=4"))
-    run_folder = _run_folder(folder, "kept")
-    steps = sorted(int(path.name) for path in run_folder.iterdir() if path.name.isdigit())
+    run_directory = _run_directory(folder, "kept")
+    steps = sorted(int(path.name) for path in run_directory.iterdir() if path.name.isdigit())
     assert steps == [4, 8, 9]
-    assert (run_folder / "latest").read_text() == "9"
-    assert "train_iters: 9" in (run_folder / "resolved.yaml").read_text()
+    assert (run_directory / "latest").read_text() == "9"
+    assert "train_iters: 9" in (run_directory / "resolved.yaml").read_text()
 
 
 VIDEOS = ["args.eval_interval=4", "args.valid_video_interval=4", "args.eval_iters=1", "args.sampling_steps=2"]
@@ -176,7 +176,7 @@ SAMPLE_FILES = ["00.mp4", "01.mp4", "02.mp4", "contact_sheet.png"]
 
 
 def _sample_files(folder: Path, name: str, step: int) -> list[str]:
-    return sorted(path.name for path in (_run_folder(folder, name) / "samples" / f"{step:06d}").iterdir())
+    return sorted(path.name for path in (_run_directory(folder, name) / "samples" / f"{step:06d}").iterdir())
 
 
 def test_samples_are_drawn_on_all_ranks_and_shown_in_tensorboard(rank_pool, folder):
@@ -185,11 +185,11 @@ def test_samples_are_drawn_on_all_ranks_and_shown_in_tensorboard(rank_pool, fold
     words = _words("drawn", 4, *VIDEOS, PROMPTS, "args.zero_stage=3", "args.tensorboard=true")
     rank_pool(2)(train_micro, folder, words)
     assert _sample_files(folder, "drawn", 4) == SAMPLE_FILES
-    run_folder = _run_folder(folder, "drawn")
-    events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
+    run_directory = _run_directory(folder, "drawn")
+    events = EventAccumulator(str(run_directory / "tensorboard")).Reload()
     (image,) = events.Images("valid/samples")
     assert image.step == 4
-    assert image.encoded_image_string == (run_folder / "samples/000004/contact_sheet.png").read_bytes()
+    assert image.encoded_image_string == (run_directory / "samples/000004/contact_sheet.png").read_bytes()
     width, height = Image.open(io.BytesIO(image.encoded_image_string)).size
     assert (image.width, image.height) == (width, height)
 
@@ -200,27 +200,27 @@ def test_what_validation_owed_when_a_run_was_killed_is_made_up_for(rank_pool, fo
     name = f"owed{steps}"
     words = [*VIDEOS, PROMPTS, "args.zero_stage=1"]
     rank_pool(1)(train_micro, folder, _words(name, 4, *words))
-    entries, run_folder = _entries(folder, name), _run_folder(folder, name)
-    videos = {path.name: path.read_bytes() for path in (run_folder / "samples/000004").iterdir()}
+    entries, run_directory = _entries(folder, name), _run_directory(folder, name)
+    videos = {path.name: path.read_bytes() for path in (run_directory / "samples/000004").iterdir()}
     for path in ("02.mp4", "contact_sheet.png"):
-        (run_folder / "samples/000004" / path).unlink()
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run_directory / "samples/000004" / path).unlink()
+    lines = (run_directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert "valid_loss" in lines[-1]
-    (run_folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    (run_directory / "metrics.jsonl").write_text("".join(lines[:-1]))
 
     rank_pool(1)(train_micro, folder, _words(name, steps, *words, "args.resume=must"))
     assert _entries(folder, name)[: len(entries)] == entries
-    made = {path.name: path.read_bytes() for path in (run_folder / "samples/000004").iterdir()}
+    made = {path.name: path.read_bytes() for path in (run_directory / "samples/000004").iterdir()}
     assert made == videos
 
 
 def test_videos_that_cannot_be_written_end_no_run(rank_pool, folder):
     rank_pool(2)(train_micro, folder, _words("unwritten", 3, "args.zero_stage=3"))
-    run_folder = _run_folder(folder, "unwritten")
-    (run_folder / "samples").write_text("in the way")
+    run_directory = _run_directory(folder, "unwritten")
+    (run_directory / "samples").write_text("in the way")
     words = _words("unwritten", 4, *VIDEOS, PROMPTS, "args.zero_stage=3", "args.resume=must")
     rank_pool(2)(train_micro, folder, words)
-    assert (run_folder / "4" / "manifest.json").exists()
+    assert (run_directory / "4" / "manifest.json").exists()
     assert [entry["step"] for entry in _entries(folder, "unwritten") if "loss" in entry] == [1, 2, 3, 4]
 
 
@@ -238,7 +238,7 @@ def test_a_run_that_goes_on_takes_the_weight_decay_of_its_configuration(rank_poo
     rank_pool(1)(train_micro, folder, _words(f"decay{zero_stage}", 3, *words))
     words += ["args.resume=must", "args.weight_decay=0.5"]
     rank_pool(1)(train_micro, folder, _words(f"decay{zero_stage}", 4, *words))
-    shards = _shards(_run_folder(folder, f"decay{zero_stage}"), 4)
+    shards = _shards(_run_directory(folder, f"decay{zero_stage}"), 4)
     optimizers = [value for shard in shards.values() for key, value in shard.items() if "optimizer" in key]
     assert _values(optimizers, "weight_decay") == {0.5, 0.0}
 
@@ -281,16 +281,16 @@ def test_a_learning_rate_that_explodes_stops_the_run_and_keeps_the_last_checkpoi
 def test_going_back_to_an_older_step_leaves_one_line_of_history(rank_pool, folder):
     name = "back"
     rank_pool(1)(train_micro, folder, _words(name, 6, "args.keep_last=2", "args.keep_every=2"))
-    run_folder = _run_folder(folder, name)
-    words = [f"args.resume={run_folder}/2", "args.keep_last=2", "args.save_interval=1", "args.lr=5e-3"]
+    run_directory = _run_directory(folder, name)
+    words = [f"args.resume={run_directory}/2", "args.keep_last=2", "args.save_interval=1", "args.lr=5e-3"]
     rank_pool(1)(train_micro, folder, _words(name, 5, *words))
-    assert committed_steps(run_folder) == [5, 4, 2]
-    assert sorted(path.name for path in run_folder.glob("*.abandoned")) == ["4.abandoned", "6.abandoned"]
-    assert (run_folder / "latest").read_text() == "5"
-    assert find_weights(run_folder).path.name == "5"
+    assert committed_steps(run_directory) == [5, 4, 2]
+    assert sorted(path.name for path in run_directory.glob("*.abandoned")) == ["4.abandoned", "6.abandoned"]
+    assert (run_directory / "latest").read_text() == "5"
+    assert find_weights(run_directory).path.name == "5"
     assert find_resumed(micro_run(folder, *_words(name, 6, "args.resume=auto", "args.lr=5e-3"))).step == 5
     assert [entry["step"] for entry in _entries(folder, name)] == [1, 2, 3, 4, 5]
-    head = (run_folder / "resolved.yaml").read_text()
+    head = (run_directory / "resolved.yaml").read_text()
     assert "# resumed at step 2\n" in head
     assert (
         "# deepspeed.optimizer.params.lr = 0.005 (was 0.01)" in head or "# args.lr = 0.005 (was 0.01)" in head
@@ -316,17 +316,17 @@ def _finished(mesh: ProcessMesh, folder: Path, words: list[str]) -> list[str]:
 
 def test_a_finished_run_says_so_and_is_left_as_it_is(rank_pool, folder):
     rank_pool(1)(train_micro, folder, _words("finished", 6))
-    run_folder = _run_folder(folder, "finished")
-    (run_folder / "PREEMPTED").write_text("4\n")
+    run_directory = _run_directory(folder, "finished")
+    (run_directory / "PREEMPTED").write_text("4\n")
 
     def contents():
-        return {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in run_directory.rglob("*") if path.is_file()}
 
     before = {path: data for path, data in contents().items() if path.name != "PREEMPTED"}
     for words in (
         ["args.resume=auto"],
         ["args.resume=auto", "args.lr=5e-3"],
-        [f"args.resume={run_folder}/4"],
+        [f"args.resume={run_directory}/4"],
     ):
         steps = 4 if "/" in words[0] else 6
         (lines,) = rank_pool(1)(_finished, folder, _words("finished", steps, *words))
@@ -339,8 +339,8 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(rank_pool, folder):
 
 def test_a_resume_that_fails_leaves_the_folder_byte_for_byte(rank_pool, folder):
     rank_pool(1)(train_micro, folder, _words("kept_whole", 4))
-    run_folder = _run_folder(folder, "kept_whole")
-    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    run_directory = _run_directory(folder, "kept_whole")
+    before = {path: path.read_bytes() for path in run_directory.rglob("*") if path.is_file()}
     for wrong in (["args.seed=5"], ["model.not_trainable_prefixes=[mixins]"], ["args.load=/nowhere.pt"]):
-        rank_pool(1)(_refused, folder, _words("kept_whole", 6, f"args.resume={run_folder}/2", *wrong))
-        assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+        rank_pool(1)(_refused, folder, _words("kept_whole", 6, f"args.resume={run_directory}/2", *wrong))
+        assert {path: path.read_bytes() for path in run_directory.rglob("*") if path.is_file()} == before

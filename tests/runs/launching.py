@@ -107,17 +107,17 @@ def wait_until(condition, *, timeout_s: float = 240, poll_s: float = 0.02) -> No
         time.sleep(poll_s)
 
 
-def run_folders(save: Path) -> list[Path]:
+def run_directories(save: Path) -> list[Path]:
     return sorted(path for path in save.glob("*") if path.is_dir()) if save.exists() else []
 
 
-def metrics(run_folder: Path) -> list[dict[str, object]]:
+def metrics(run_directory: Path) -> list[dict[str, object]]:
     """Returns the lines of `metrics.jsonl`; a line that a kill cut short is left out."""
-    path = run_folder / "metrics.jsonl"
+    path = run_directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def training_lines(run_folder: Path) -> dict[int, dict[str, object]]:
+def training_lines(run_directory: Path) -> dict[int, dict[str, object]]:
     """Returns the logged training steps; where a step was done twice, the later line."""
-    return {int(line["step"]): line for line in metrics(run_folder) if "grad_norm" in line}  # type: ignore[call-overload]
+    return {int(line["step"]): line for line in metrics(run_directory) if "grad_norm" in line}  # type: ignore[call-overload]

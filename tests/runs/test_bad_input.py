@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.runs.launching import ROOT, Finished, run, run_folders
+from tests.runs.launching import ROOT, Finished, run, run_directories
 
 DEMO = ROOT / "sat_train" / "assets" / "demo" / "train"
 DIT = ROOT / "sat_train" / "assets" / "tiny" / "dit.safetensors"
@@ -61,7 +61,7 @@ def test_every_clip_truncated(tmp_path: Path) -> None:
     check_refused(train(tmp_path, f"args.train_data=[{tmp_path / 'clips'}]"), ".mp4")
 
 
-def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be")
     check_refused(train(tmp_path), str(tmp_path / "runs"))
 
@@ -92,4 +92,4 @@ def test_faults_of_the_configuration_are_shown_once_for_all_ranks(processes: int
     assert done.output.count("did you mean 'train_iters'") == processes
     assert done.output.count("50 is not 4k+1") == processes
     assert "50 is not 4k+1" in done.output.splitlines()[-processes]
-    assert not run_folders(tmp_path)
+    assert not run_directories(tmp_path)

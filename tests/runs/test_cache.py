@@ -100,7 +100,7 @@ def test_a_damaged_entry_is_encoded_again_and_its_neighbours_are_read(words, tmp
     header = read_header(shard)
     key = next(key for key, about in header.entries.items() if about.kind == "clip" and "set/" in about.name)
     data = bytearray(shard.read_bytes())
-    data[header.places[key]["mean"].offset + 3] ^= 0x40
+    data[header.slots[key]["mean"].offset + 3] ^= 0x40
     shard.write_bytes(data)
     with pytest.raises(DataError, match=r"damaged in the cache[\s\S]*contents changed[\s\S]*prune --damaged"):
         losses([*words, "data.cache=require"])

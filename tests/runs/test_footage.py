@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs.launching import BIN, ROOT, environment, run, run_folders, training_lines
+from tests.runs.launching import BIN, ROOT, environment, run, run_directories, training_lines
 
 # Names as people give them: nested, in any case, with blanks, quotes, other scripts, signs that shells know.
 PLACES = {
@@ -96,7 +96,7 @@ def test_training_runs_on_it_and_two_processes_see_the_same(footage: Path, tmp_p
         done = run("train_video.py", [*words(footage), *fast, *share], processes=processes)
         assert done.returncode == 0, done.output
         assert "cannot be used" not in done.output
-        (folder,) = run_folders(save)
+        (folder,) = run_directories(save)
         assert not (folder / "quarantine.jsonl").exists()
         lines = training_lines(folder)
         assert sorted(lines) == list(range(1, STEPS + 1))

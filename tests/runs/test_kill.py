@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.launching import ROOT, kill, metrics, run, run_folders, start, training_lines, wait_until
+from tests.runs.launching import ROOT, kill, metrics, run, run_directories, start, training_lines, wait_until
 
 SAVE_INTERVAL = 4
 KILLS = 8
@@ -27,12 +27,12 @@ def words(save: Path, steps: int) -> list[str]:
 
 def logged_steps(save: Path) -> list[int]:
     """Returns the steps of all training lines, in the order they were written."""
-    folders = run_folders(save)
+    folders = run_directories(save)
     return [int(line["step"]) for line in metrics(folders[0]) if "grad_norm" in line] if folders else []
 
 
 def is_saving(save: Path) -> bool:
-    return any(any(folder.glob(".tmp-*")) for folder in run_folders(save))
+    return any(any(folder.glob(".tmp-*")) for folder in run_directories(save))
 
 
 def resumed_from(log: Path) -> int:
@@ -73,10 +73,10 @@ def test_kills_lose_at_most_one_save_interval_each(tmp_path: Path) -> None:
         reached = max(logged_steps(save))
     finished = run("train_video.py", words(save, STEPS))
     assert finished.returncode == 0, finished.output
-    assert len(run_folders(save)) == 1, "auto goes on in the one folder"
+    assert len(run_directories(save)) == 1, "auto goes on in the one folder"
 
     straight = run("train_video.py", words(tmp_path / "straight", STEPS))
     assert straight.returncode == 0, straight.output
-    killed_losses = {step: line["loss"] for step, line in training_lines(run_folders(save)[0]).items()}
-    straight_folder = run_folders(tmp_path / "straight")[0]
+    killed_losses = {step: line["loss"] for step, line in training_lines(run_directories(save)[0]).items()}
+    straight_folder = run_directories(tmp_path / "straight")[0]
     assert killed_losses == {step: line["loss"] for step, line in training_lines(straight_folder).items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.launching import BIN, ROOT, metrics, run_folders, run_words, start, wait_until
+from tests.runs.launching import BIN, ROOT, metrics, run_directories, run_words, start, wait_until
 from tests.runs.ranks_apart import WORK, end_all, start_ranks, start_work
 
 HOURS = 60  # far longer than any of these tests may take
@@ -111,10 +111,10 @@ def test_ranks_that_lose_torchrun_save_and_end(tmp_path: Path) -> None:
     words = ["--base", str(ROOT / "configs" / "sft.yaml"), f"args.save={tmp_path / 'runs'}"]
     words += ["args.log_interval=1", "args.eval_interval=null", "args.valid_video_interval=null"]
     torchrun = start("train_video.py", words, processes=2, log=tmp_path / "log.txt")
-    wait_until(lambda: any(metrics(folder) for folder in run_folders(tmp_path / "runs")))
+    wait_until(lambda: any(metrics(folder) for folder in run_directories(tmp_path / "runs")))
     os.kill(torchrun.pid, signal.SIGUSR1)
     torchrun.wait()
-    (folder,) = run_folders(tmp_path / "runs")
+    (folder,) = run_directories(tmp_path / "runs")
     try:
         wait_until(lambda: (folder / "PREEMPTED").exists(), timeout_s=60)
         wait_until(lambda: not (folder / "run.lock").exists(), timeout_s=60)

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.runs.launching import run, run_folders
+from tests.runs.launching import run, run_directories
 
 SHORT = ("args.sampling_steps=2", "args.sampling_num_frames=2")
 
@@ -55,7 +55,7 @@ def test_a_run_of_adapters_is_sampled_from_its_folder(tmp_path):
     strong = [f"{lora}.r=4", f"{lora}.lora_alpha=400", "args.lr=0.1", "args.warmup=0", "args.ema_decay=0.5"]
     done = run("train_video.py", [*train, *quiet, *strong])
     assert done.returncode == 0, done.output
-    (folder,) = run_folders(tmp_path / "runs")
+    (folder,) = run_directories(tmp_path / "runs")
     sample = ["--base", "configs/sample.yaml", "--prompt", "a red ball", *SHORT]
     for name, words in {
         "base": [],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.launching import ROOT, metrics, run, run_folders, start, training_lines, wait_until
+from tests.runs.launching import ROOT, metrics, run, run_directories, start, training_lines, wait_until
 
 FAST = [
     *("args.log_interval=1", "args.eval_interval=null", "args.valid_video_interval=null"),
@@ -34,7 +34,7 @@ def test_presets_train_save_validate_and_draw(preset: str, tmp_path: Path) -> No
     ]
     done = run("train_video.py", [*words, *short, "args.log_interval=1"])
     assert done.returncode == 0, done.output
-    (folder,) = run_folders(tmp_path)
+    (folder,) = run_directories(tmp_path)
     lines = training_lines(folder)
     assert sorted(lines) == [1, 2]
     assert set(lines[1]) >= LOGGED
@@ -59,7 +59,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     )
     assert two.returncode == 0, two.output
     losses = [
-        [line["loss"] for line in training_lines(run_folders(tmp_path / name)[0]).values()]
+        [line["loss"] for line in training_lines(run_directories(tmp_path / name)[0]).values()]
         for name in ("one", "two")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-5)
@@ -78,13 +78,14 @@ def test_a_signal_saves_and_ends_in_order(number: signal.Signals, code: int, tmp
     process = start("train_video.py", words, log=log)
     wait_until(
         lambda: (
-            (run_folders(tmp_path) and training_lines(run_folders(tmp_path)[0])) or process.poll() is not None
+            (run_directories(tmp_path) and training_lines(run_directories(tmp_path)[0]))
+            or process.poll() is not None
         )
     )
     assert process.poll() is None, log.read_text()
     process.send_signal(number)
     assert process.wait(timeout=120) == code, log.read_text()
-    (folder,) = run_folders(tmp_path)
+    (folder,) = run_directories(tmp_path)
     saved = int((folder / "latest").read_text())
     assert saved == max(training_lines(folder))
     assert "Traceback" not in log.read_text()
@@ -102,7 +103,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     assert "Traceback" not in done.output
     assert "not finite" in done.output
     assert "rank 0" in done.output
-    (folder,) = run_folders(tmp_path)
+    (folder,) = run_directories(tmp_path)
     last = int((folder / "latest").read_text())
     assert (folder / str(last) / "manifest.json").is_file()
 
@@ -115,7 +116,7 @@ def test_ctrl_c_on_two_ranks_saves_and_no_rank_shows_a_traceback(tmp_path: Path)
     wait_until(lambda: process.poll() is not None or " step 2/" in log.read_text())
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=120) != 0
-    (folder,) = run_folders(tmp_path)
+    (folder,) = run_directories(tmp_path)
     saved = int((folder / "latest").read_text())
     assert (folder / str(saved) / "manifest.json").is_file()
     shown = log.read_text()
@@ -127,7 +128,7 @@ def test_ctrl_c_on_two_ranks_saves_and_no_rank_shows_a_traceback(tmp_path: Path)
 def test_ctrl_c_before_the_first_step_ends_clearly(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     process = start("train_video.py", [*base("sft.yaml"), *FAST, f"args.save={tmp_path}"], log=log)
-    wait_until(lambda: process.poll() is not None or "run folder" in log.read_text())
+    wait_until(lambda: process.poll() is not None or "run directory" in log.read_text())
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=120) == 130
     assert "Traceback" not in log.read_text()

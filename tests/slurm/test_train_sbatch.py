@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.runs.launching import ROOT, run_folders, training_lines
+from tests.runs.launching import ROOT, run_directories, training_lines
 from tests.slurm.cluster import Cluster
 
 DEMO = ROOT / "sat_train" / "assets" / "demo" / "train"
@@ -91,7 +91,7 @@ def test_a_job_that_is_stopped_and_requeued_resumes_its_own_run_and_equals_one_t
     assert [stopped.wait(), straight.wait()] == ["COMPLETED"] * 2, stopped.output + straight.output
     assert cluster.starts(stopped.number) == 2
     assert cluster.starts(straight.number) == 0
-    first, second = run_folders(tmp_path / "kept here")
+    first, second = run_directories(tmp_path / "kept here")
     assert list(losses(first)) == list(losses(second)) == list(range(1, STEPS + 1))
     assert losses(first) == losses(second)
     assert not list(tmp_path.glob("slurm-*.run")), "a finished run leaves nothing of the script's behind"

@@ -28,7 +28,7 @@ class ArgsConfig(Record):
     experiment_name: FileName = Field(
         "sat_train",
         max_length=100,
-        description="Name of the run folder, before the date, and of the tracker run.",
+        description="Name of the run directory, before the date, and of the tracker run.",
     )
     mode: Literal["pretrain", "finetune", "inference"] = Field(
         "pretrain",
@@ -117,7 +117,7 @@ class ArgsConfig(Record):
         "none",
         description="auto: go on in the newest run of this name, or start. must: go on. none. A path.",
     )
-    save: Text | None = Field("runs", description="Folder of run folders. null: keep nothing.")
+    save: Text | None = Field("runs", description="Folder of run directories. null: keep nothing.")
     save_interval: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep_last: int | None = Field(3, ge=1, description="Newest checkpoints to keep; null keeps all.")
     keep_every: int | None = Field(
@@ -126,7 +126,7 @@ class ArgsConfig(Record):
 
     # Log and validation
     log_interval: int = Field(50, ge=1, description="Steps between log lines.")
-    tensorboard: bool = Field(True, description="Write TensorBoard files into the run folder.")
+    tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
     wandb: bool = Field(False, description="Report to Weights & Biases.")
     wandb_project_name: Text = Field("sat_train", description="Weights & Biases project.")
     eval_interval: int | None = Field(

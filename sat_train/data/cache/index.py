@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from sat_train.data.cache.shards import FOLDER, About, Place, find_fault, read_header, read_tensor
+from sat_train.data.cache.shards import FOLDER, About, TensorSlot, find_fault, read_header, read_tensor
 from sat_train.errors import DataError
 from sat_train.files import open_regular
 from sat_train.log import get_logger
@@ -25,7 +25,7 @@ class _Entry:
     """Where the tensors of an entry lie, and what they must be."""
 
     shard: str
-    places: dict[str, Place]
+    slots: dict[str, TensorSlot]
     about: About
 
 
@@ -105,7 +105,7 @@ class CacheIndex:
             entry = self._entries[key]
             try:
                 file = self._file(entry.shard)
-                tensors = {part: read_tensor(file.fileno(), place) for part, place in entry.places.items()}
+                tensors = {part: read_tensor(file.fileno(), slot) for part, slot in entry.slots.items()}
                 fault = "" if key in self._whole else find_fault(tensors, entry.about)
             except OSError as error:
                 tensors, fault = {}, error.strerror or str(error)
@@ -143,7 +143,7 @@ class CacheIndex:
             log.warning("%s is left out: %s", self._folder / name, error)
             return
         for key, about in header.entries.items():
-            entry = _Entry(name, header.places[key], about)
+            entry = _Entry(name, header.slots[key], about)
             if about.detail is not None:
                 self._failed[key] = about.detail
             elif key in self._entries:

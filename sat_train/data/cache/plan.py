@@ -56,9 +56,9 @@ def drop_repeated(missing: Sequence[Missing]) -> list[Missing]:
 def _missing_of(dataset: VideoDataset, index: int, retry_failed: bool) -> Missing | None:
     cache = dataset.cache
     assert cache is not None, "a data set without a cache"
-    for place in dataset.places(index):
+    for ref in dataset.clip_refs(index):
         try:
-            keys = dataset.keys(index, place)
+            keys = dataset.keys(index, ref)
         except BadClip:
             continue
         parts = cache.missing(keys)
@@ -67,5 +67,5 @@ def _missing_of(dataset: VideoDataset, index: int, retry_failed: bool) -> Missin
         if "clip" in parts and not retry_failed and cache.known_failure(keys) is not None:
             continue
         wanted = tuple(key for part in parts if part != "text" for key in [getattr(keys, part)])
-        return Missing(index, dataset.record(place).clip_id, wanted, "text" in parts)
+        return Missing(index, dataset.record(ref).clip_id, wanted, "text" in parts)
     return None  # no usable clip at all: the loader says so

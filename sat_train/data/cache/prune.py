@@ -16,8 +16,8 @@ from sat_train.data.cache.shards import (
     FOLDER,
     About,
     Header,
-    Place,
     ShardWriter,
+    TensorSlot,
     find_fault,
     read_header,
     read_tensor,
@@ -164,7 +164,7 @@ def list_entries(cache_dir: Path, staleness: Staleness) -> tuple[list[Line], lis
         for key, about in header.entries.items():
             group = (about.kind, about.encoder[:12])
             entries[group] += 1
-            sizes[group] += sum(place.num_bytes for place in header.places[key].values())
+            sizes[group] += sum(slot.num_bytes for slot in header.slots[key].values())
             reason = staleness.reason(key, about)
             if reason:
                 stale.setdefault(group, Counter())[reason] += 1
@@ -190,7 +190,7 @@ def verify_entries(cache_dir: Path) -> tuple[int, list[str]]:
             faults.append(f"{path.name}: {fault}")
             continue
         for key, about in header.entries.items():
-            found = _find_fault(path, header.places[key], about)
+            found = _find_fault(path, header.slots[key], about)
             whole += not found
             if found:
                 faults.append(f"{path.name}: {about.kind} of {about.name[:60]}: {found}")
@@ -225,7 +225,7 @@ def prune_entries(cache_dir: Path, staleness: Staleness, *, drop_damaged: bool =
             stale = {
                 key
                 for key, about in entries.items()
-                if ((drop_damaged or counts[key] > 1) and _find_fault(path, header.places[key], about))
+                if ((drop_damaged or counts[key] > 1) and _find_fault(path, header.slots[key], about))
                 or staleness.reason(key, about)
             }
             if header is None and not path.is_file():
@@ -250,7 +250,7 @@ def _rewrite(cache_dir: Path, path: Path, header: Header, kept: dict[str, About]
     """Writes entries of a shard into a new one; returns how many of them were whole."""
     writer, num_kept = ShardWriter(cache_dir, shard_bytes=1 << 62, interval_s=float("inf")), 0
     for key, about in kept.items():
-        tensors = _tensors(path, header.places[key])
+        tensors = _tensors(path, header.slots[key])
         if not find_fault(tensors, about):
             writer.add(key, tensors, about)
             num_kept += 1
@@ -258,16 +258,16 @@ def _rewrite(cache_dir: Path, path: Path, header: Header, kept: dict[str, About]
     return num_kept
 
 
-def _find_fault(path: Path, places: Mapping[str, Place], about: About) -> str:
+def _find_fault(path: Path, slots: Mapping[str, TensorSlot], about: About) -> str:
     try:
-        return find_fault(_tensors(path, places), about)
+        return find_fault(_tensors(path, slots), about)
     except OSError as error:
         return error.strerror or str(error)
 
 
-def _tensors(path: Path, places: Mapping[str, Place]) -> dict[str, Tensor]:
+def _tensors(path: Path, slots: Mapping[str, TensorSlot]) -> dict[str, Tensor]:
     with open_regular(path) as file:
-        return {part: read_tensor(file.fileno(), place) for part, place in places.items()}
+        return {part: read_tensor(file.fileno(), slot) for part, slot in slots.items()}
 
 
 def _size(folder: Path) -> int:

@@ -60,7 +60,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlot:
     """Where a tensor lies in its file: shape, dtype, and first byte."""
 
     shape: tuple[int, ...]
@@ -79,12 +79,12 @@ class Header:
 
     Args:
         entries: By key.
-        places: By key, then by the tensor's name.
+        slots: By key, then by the tensor's name.
         size: Bytes of the file.
     """
 
     entries: dict[str, About]
-    places: dict[str, dict[str, Place]]
+    slots: dict[str, dict[str, TensorSlot]]
     size: int
 
 
@@ -227,40 +227,40 @@ def _parse_header(text: bytes, size: int) -> Header:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
     start = 8 + len(text)
-    placed = {name: _place(spec, start) for name, spec in body.items()}
-    end = max((place.offset + place.num_bytes for place in placed.values()), default=start)
+    placed = {name: _slot(spec, start) for name, spec in body.items()}
+    end = max((slot.offset + slot.num_bytes for slot in placed.values()), default=start)
     if size != end:
         raise ValueError(f"{size} bytes, its header promises {end}")
     entries = {key: _about(told) for key, told in json.loads(metadata["entries"]).items()}
-    places: dict[str, dict[str, Place]] = {key: {} for key in entries}
-    for name, place in placed.items():
+    slots: dict[str, dict[str, TensorSlot]] = {key: {} for key in entries}
+    for name, slot in placed.items():
         key, _, part = name.rpartition("/")
-        places[key][part] = place
-    return Header(entries, places, size)
+        slots[key][part] = slot
+    return Header(entries, slots, size)
 
 
-def _place(spec: dict[str, Any], start: int) -> Place:
+def _slot(spec: dict[str, Any], start: int) -> TensorSlot:
     first, last = spec["data_offsets"]
     shape = tuple(spec["shape"])
     if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
         raise ValueError("shapes and offsets are whole numbers")
-    place = Place(shape, DTYPES[spec["dtype"]], start + first)
-    if place.num_bytes != last - first:
-        raise ValueError(f"a tensor of {place.num_bytes} bytes in {last - first}")
-    return place
+    slot = TensorSlot(shape, DTYPES[spec["dtype"]], start + first)
+    if slot.num_bytes != last - first:
+        raise ValueError(f"a tensor of {slot.num_bytes} bytes in {last - first}")
+    return slot
 
 
-def read_tensor(descriptor: int, place: Place) -> Tensor:
+def read_tensor(descriptor: int, slot: TensorSlot) -> Tensor:
     """Reads one tensor of an open shard into memory of its own.
 
     Raises:
         OSError: The file ends before the tensor does, or cannot be read.
     """
-    tensor = torch.empty(place.shape, dtype=place.dtype)
+    tensor = torch.empty(slot.shape, dtype=slot.dtype)
     view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
     at = 0
     while at < len(view):
-        count = os.preadv(descriptor, [view[at:]], place.offset + at)
+        count = os.preadv(descriptor, [view[at:]], slot.offset + at)
         if count == 0:
             raise OSError("the file ends inside a tensor")
         at += count

@@ -43,7 +43,7 @@ _CLIPS_SHOWN = 2  # where neither prompts nor images are given
 def build_callbacks(
     config: RunConfig,
     mesh: ProcessMesh,
-    run_folder: Path | None,
+    run_directory: Path | None,
     *,
     valid: VideoLoader | None,
     filler: CacheFiller | None,
@@ -55,11 +55,11 @@ def build_callbacks(
 
     Ranks: all.
     """
-    callbacks = _reports(config, run_folder) if mesh.rank == 0 else []
-    if run_folder is not None:
+    callbacks = _reports(config, run_directory) if mesh.rank == 0 else []
+    if run_directory is not None:
         checkpointer = Checkpointer(
             mesh,
-            run_folder,
+            run_directory,
             save,
             interval=config.args.save_interval,
             keep_last=config.args.keep_last or 0,
@@ -67,24 +67,24 @@ def build_callbacks(
         )
         callbacks.append(checkpointer)
         if mesh.rank == 0:
-            callbacks.append(PreemptedMarker(run_folder))
+            callbacks.append(PreemptedMarker(run_directory))
     if filler is not None:
         callbacks.append(filler)
     if config.args.eval_interval is not None:
-        callbacks += _validation(config, mesh, run_folder, valid, filler, pipeline, engine)
+        callbacks += _validation(config, mesh, run_directory, valid, filler, pipeline, engine)
     return callbacks
 
 
-def _reports(config: RunConfig, run_folder: Path | None) -> list[Callback]:
+def _reports(config: RunConfig, run_directory: Path | None) -> list[Callback]:
     reports: list[Callback] = [build_progress()]
-    if run_folder is not None:
-        reports.append(MetricsFile(run_folder))
+    if run_directory is not None:
+        reports.append(MetricsFile(run_directory))
         if config.args.tensorboard:
-            reports.append(TensorBoard(run_folder))
+            reports.append(TensorBoard(run_directory))
         if config.args.wandb:
             reports.append(
                 WeightsAndBiases(
-                    run_folder, project=config.args.wandb_project_name, config=config.shown_tree()
+                    run_directory, project=config.args.wandb_project_name, config=config.shown_tree()
                 )
             )
     return reports
@@ -93,7 +93,7 @@ def _reports(config: RunConfig, run_folder: Path | None) -> list[Callback]:
 def _validation(
     config: RunConfig,
     mesh: ProcessMesh,
-    run_folder: Path | None,
+    run_directory: Path | None,
     loader: VideoLoader | None,
     filler: CacheFiller | None,
     pipeline: VideoDiffusion,
@@ -108,11 +108,11 @@ def _validation(
                 _measure(loader, mesh, pipeline, engine, encode),
                 interval=config.args.eval_interval,
                 is_measured=lambda step: broadcast_object(
-                    mesh, _is_measured(run_folder if mesh.rank == 0 else None, step)
+                    mesh, _is_measured(run_directory if mesh.rank == 0 else None, step)
                 ),
             )
         )
-    if config.args.valid_video_interval is not None and run_folder is not None:
+    if config.args.valid_video_interval is not None and run_directory is not None:
         drawings = _drawings(config, pipeline, engine, loader)
         if drawings is not None:
             prompts, draw = drawings
@@ -120,7 +120,7 @@ def _validation(
                 SampleVideos(
                     mesh,
                     engine,
-                    run_folder,
+                    run_directory,
                     prompts=prompts,
                     draw=draw,
                     fps=config.sampling_fps,
@@ -156,12 +156,12 @@ def _measure(
     return measure
 
 
-def owes_validation(config: RunConfig, run_folder: Path, step: int, *, measures_loss: bool) -> bool:
+def owes_validation(config: RunConfig, run_directory: Path, step: int, *, measures_loss: bool) -> bool:
     """Tells whether a run ended before it had validated its last step.
 
     Args:
         config: The configuration.
-        run_folder: The run's folder.
+        run_directory: The run directory.
         step: Its last step.
         measures_loss: There are validation data.
 
@@ -169,19 +169,21 @@ def owes_validation(config: RunConfig, run_folder: Path, step: int, *, measures_
     """
     if config.args.eval_interval is None:
         return False
-    if measures_loss and not _is_measured(run_folder, step):
+    if measures_loss and not _is_measured(run_directory, step):
         return True
-    return config.args.valid_video_interval is not None and not contact_sheet(run_folder, step).exists()
+    return config.args.valid_video_interval is not None and not contact_sheet(run_directory, step).exists()
 
 
-def _is_measured(run_folder: Path | None, step: int) -> bool:
+def _is_measured(run_directory: Path | None, step: int) -> bool:
     """Tells whether `metrics.jsonl` has the validation loss of a step."""
-    if run_folder is None:
+    if run_directory is None:
         return False
     try:
-        entries = read_metrics(run_folder / METRICS)
+        entries = read_metrics(run_directory / METRICS)
     except OSError as error:
-        log.warning("%s cannot be read, so the validation loss is measured: %s", run_folder / METRICS, error)
+        log.warning(
+            "%s cannot be read, so the validation loss is measured: %s", run_directory / METRICS, error
+        )
         return False
     return any(entry["step"] == step and "valid_loss" in entry for entry in entries)
 

@@ -12,7 +12,7 @@ from sat_train.errors import CheckpointError
 from sat_train.files import write_text
 from sat_train.log import get_logger
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.run_folder import PREEMPTED
+from sat_train.training.run_directory import PREEMPTED
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
@@ -27,7 +27,7 @@ class Checkpointer(Callback):
 
     Args:
         mesh: The process mesh.
-        run_folder: The run's folder.
+        run_directory: The run directory.
         save: Writes and commits one checkpoint of the trainer, on all ranks, and returns its folder.
         interval: Steps between checkpoints.
         keep_last: Newest checkpoints that stay; 0 keeps all.
@@ -37,7 +37,7 @@ class Checkpointer(Callback):
     def __init__(
         self,
         mesh: ProcessMesh,
-        run_folder: Path,
+        run_directory: Path,
         save: Callable[[Trainer], Path],
         *,
         interval: int,
@@ -45,7 +45,7 @@ class Checkpointer(Callback):
         keep_every: int,
     ) -> None:
         self._mesh = mesh
-        self._run_folder = run_folder
+        self._run_directory = run_directory
         self._save = save
         self._interval = interval
         self._keep_last, self._keep_every = keep_last, keep_every
@@ -98,7 +98,7 @@ class Checkpointer(Callback):
     def _prune(self) -> None:
         try:
             prune_checkpoints(
-                self._run_folder,
+                self._run_directory,
                 keep_last=self._keep_last,
                 keep_every=self._keep_every,
                 resumed_step=self._resumed_step,
@@ -112,13 +112,13 @@ class PreemptedMarker(Callback):
     rank 0.
 
     Args:
-        run_folder: The run's folder.
+        run_directory: The run directory.
     """
 
     optional = True
 
-    def __init__(self, run_folder: Path) -> None:
-        self._path = run_folder / PREEMPTED
+    def __init__(self, run_directory: Path) -> None:
+        self._path = run_directory / PREEMPTED
 
     def started(self, trainer: Trainer) -> None:
         """Takes away the marker of the start before."""

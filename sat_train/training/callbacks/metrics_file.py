@@ -23,13 +23,13 @@ class MetricsFile(Callback):
     """Appends to `metrics.jsonl`. A run that resumes at step k first drops the entries after k. For rank 0.
 
     Args:
-        run_folder: Where the file is.
+        run_directory: Where the file is.
     """
 
     optional = True
 
-    def __init__(self, run_folder: Path) -> None:
-        self._path = run_folder / NAME
+    def __init__(self, run_directory: Path) -> None:
+        self._path = run_directory / NAME
         self._file = AppendedFile(self._path)
         self._resumed_step: int | None = None
 

@@ -15,7 +15,7 @@ from sat_train.log import get_logger
 from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
 from sat_train.training.callbacks.callback import Callback, cause_of
 from sat_train.training.entries import SamplesEntry
-from sat_train.training.run_folder import SAMPLES
+from sat_train.training.run_directory import SAMPLES
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
@@ -35,7 +35,7 @@ class SampleVideos(Callback):
     Args:
         mesh: The process mesh.
         engine: DeepSpeed engine, put into evaluation mode meanwhile.
-        run_folder: The run's folder.
+        run_directory: The run directory.
         prompts: One for each video.
         draw: Number of a prompt -> uint8 video_tchw on the CPU; its seed does not depend on the rank.
         fps: Of the files.
@@ -50,7 +50,7 @@ class SampleVideos(Callback):
         self,
         mesh: ProcessMesh,
         engine: Any,
-        run_folder: Path,
+        run_directory: Path,
         *,
         prompts: Sequence[str],
         draw: Callable[[int], torch.Tensor],
@@ -60,7 +60,7 @@ class SampleVideos(Callback):
     ) -> None:
         self._mesh = mesh
         self._engine = engine
-        self._run_folder = run_folder
+        self._run_directory = run_directory
         self._prompts = tuple(prompts)
         self._draw = draw
         self._fps = fps
@@ -69,7 +69,7 @@ class SampleVideos(Callback):
 
     def started(self, trainer: Trainer) -> None:
         """Makes the videos that a resumed run still owes."""
-        sheet = contact_sheet(self._run_folder, trainer.state.step)
+        sheet = contact_sheet(self._run_directory, trainer.state.step)
         if trainer.state.step and self._is_due(trainer) and not broadcast_object(self._mesh, sheet.exists()):
             self._sample(trainer)
 
@@ -82,7 +82,7 @@ class SampleVideos(Callback):
         return trainer.state.step % self._interval == 0 or trainer.complete
 
     def _folder(self, step: int) -> Path:
-        return contact_sheet(self._run_folder, step).parent
+        return contact_sheet(self._run_directory, step).parent
 
     def _sample(self, trainer: Trainer) -> None:
         if trainer.stopping:
@@ -135,9 +135,9 @@ class SampleVideos(Callback):
         trainer.report(SamplesEntry(trainer.state.step, folder / _SHEET, paths, self._prompts))
 
 
-def contact_sheet(run_folder: Path, step: int) -> Path:
+def contact_sheet(run_directory: Path, step: int) -> Path:
     """Returns where the contact sheet of a step is, beside its videos."""
-    return run_folder / SAMPLES / f"{step:06d}" / _SHEET
+    return run_directory / SAMPLES / f"{step:06d}" / _SHEET
 
 
 def shared_numbers(count: int, mesh: ProcessMesh) -> list[tuple[int, bool]]:

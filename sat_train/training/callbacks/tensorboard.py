@@ -1,4 +1,4 @@
-"""TensorBoard files in the run folder.
+"""TensorBoard files in the run directory.
 
 The events are written here and not by TensorBoard's own writer: that one writes in a thread of its own,
 which a full disk ends for good, with a traceback.
@@ -30,13 +30,13 @@ class TensorBoard(Callback):
     """Writes scalars, and the contact sheets of validation videos, under `<run>/tensorboard`. For rank 0.
 
     Args:
-        run_folder: The run's folder.
+        run_directory: The run directory.
     """
 
     optional = True
 
-    def __init__(self, run_folder: Path) -> None:
-        self._folder = run_folder / "tensorboard"
+    def __init__(self, run_directory: Path) -> None:
+        self._folder = run_directory / "tensorboard"
         # TensorBoard reads the files of a folder in the order of their names
         name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
         self._file = AppendedFile(self._folder / name)

@@ -23,7 +23,7 @@ class WeightsAndBiases(Callback):
     0.
 
     Args:
-        run_folder: The run's folder; its name is the run's name.
+        run_directory: The run directory; its name is the run's name.
         project: `args.wandb_project_name`.
         config: The resolved configuration.
 
@@ -33,26 +33,26 @@ class WeightsAndBiases(Callback):
 
     optional = True
 
-    def __init__(self, run_folder: Path, *, project: str, config: dict[str, Any]) -> None:
+    def __init__(self, run_directory: Path, *, project: str, config: dict[str, Any]) -> None:
         if importlib.util.find_spec("wandb") is None:
             raise LaunchError(
                 "args.wandb = true, but the package wandb is not installed",
                 remedy="pip install 'sat_train[wandb]', or set args.wandb: false",
             )
-        self._run_folder, self._project, self._config = run_folder, project, config
+        self._run_directory, self._project, self._config = run_directory, project, config
         self._run: Any = None
 
     def started(self, trainer: Trainer) -> None:
         """Opens the page."""
         import wandb
 
-        id_file = self._run_folder / _ID_FILE
+        id_file = self._run_directory / _ID_FILE
         self._run = wandb.init(
             project=self._project,
-            name=self._run_folder.name,
+            name=self._run_directory.name,
             id=read_text(id_file, limit=_MOST_ID_BYTES) if id_file.exists() else None,
             resume="allow",
-            dir=str(self._run_folder),
+            dir=str(self._run_directory),
             config=self._config,
         )
         write_text(id_file, self._run.id)

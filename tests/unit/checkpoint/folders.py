@@ -21,7 +21,7 @@ from sat_train.files import FileRecord, HashingFile, write_file
 FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
 
-def run_folder(root: Path, stamp: str = "20260101-000000", name: str = "exp") -> Path:
+def run_directory(root: Path, stamp: str = "20260101-000000", name: str = "exp") -> Path:
     folder = root / f"{name}-{stamp}"
     folder.mkdir(parents=True)
     return folder
@@ -62,7 +62,7 @@ def write_shards(folder: Path, step: int) -> RankReport:
 def commit(mesh: ProcessMesh, run: Path, step: int, *, expected_bytes: int = 0) -> Path:
     return publish(
         mesh,
-        run_folder=run,
+        run_directory=run,
         step=step,
         expected_bytes=expected_bytes,
         write=lambda folder: write_shards(folder, step),

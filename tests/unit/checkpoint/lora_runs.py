@@ -57,4 +57,4 @@ def commit_weights(
         base_weights=base,
         versions={},
     )
-    return publish(mesh, run_folder=run, step=step, expected_bytes=0, write=write, describe=describe)
+    return publish(mesh, run_directory=run, step=step, expected_bytes=0, write=write, describe=describe)

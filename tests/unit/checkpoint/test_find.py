@@ -19,7 +19,7 @@ from sat_train.checkpoint.retention import prune_checkpoints, remove_leftovers
 from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
-from tests.unit.checkpoint.folders import FILES, commit, run_folder, signed, unsigned
+from tests.unit.checkpoint.folders import FILES, commit, run_directory, signed, unsigned
 
 
 def find(root: Path, mode: str = "auto", *, alive: tuple[Path, ...] = ()) -> ResumePoint | None:
@@ -36,7 +36,7 @@ def flip_one_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_damage_is_found_and_named(mesh: ProcessMesh, tmp_path: Path, name: str) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
 
     def truncate(path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-1])
@@ -50,7 +50,7 @@ def test_every_kind_of_damage_is_found_and_named(mesh: ProcessMesh, tmp_path: Pa
 
 
 def test_a_manifest_that_was_edited_is_refused(mesh: ProcessMesh, tmp_path: Path) -> None:
-    folder = commit(mesh, run_folder(tmp_path), 5)
+    folder = commit(mesh, run_directory(tmp_path), 5)
     path = folder / MANIFEST
     body = json.loads(path.read_text())
     path.write_text(json.dumps({**body, "samples_consumed": body["samples_consumed"] + 1}))
@@ -65,7 +65,7 @@ def test_a_manifest_that_was_edited_is_refused(mesh: ProcessMesh, tmp_path: Path
 
 
 def test_a_damaged_step_is_set_aside_and_the_one_before_it_taken(mesh: ProcessMesh, tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     for step in (10, 20, 30):
         commit(mesh, run, step)
     flip_one_bit(run / "30" / FILES[0])
@@ -84,10 +84,10 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_it_taken(mesh: ProcessMe
 
 def test_auto_takes_the_newest_stopped_run_of_that_name(mesh: ProcessMesh, tmp_path: Path) -> None:
     assert find(tmp_path) is None
-    old = run_folder(tmp_path, "20260101-000000")
-    new = run_folder(tmp_path, "20260102-000000")
-    empty = run_folder(tmp_path, "20260103-000000")
-    other = run_folder(tmp_path, "20260104-000000", name="exp-large")
+    old = run_directory(tmp_path, "20260101-000000")
+    new = run_directory(tmp_path, "20260102-000000")
+    empty = run_directory(tmp_path, "20260103-000000")
+    other = run_directory(tmp_path, "20260104-000000", name="exp-large")
     commit(mesh, old, 900)
     commit(mesh, new, 100)
     commit(mesh, other, 500)
@@ -95,10 +95,10 @@ def test_auto_takes_the_newest_stopped_run_of_that_name(mesh: ProcessMesh, tmp_p
 
     found = find(tmp_path)
     assert found is not None
-    assert (found.run_folder, found.step) == (new, 100)
+    assert (found.run_directory, found.step) == (new, 100)
     found = find(tmp_path, alive=(new,))
     assert found is not None
-    assert found.run_folder == old
+    assert found.run_directory == old
 
 
 def test_must_fails_when_there_is_nothing_and_none_looks_at_nothing(
@@ -106,13 +106,13 @@ def test_must_fails_when_there_is_nothing_and_none_looks_at_nothing(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"resume = must: .* no complete checkpoint of a stopped 'exp'"):
         find(tmp_path, "must")
-    commit(mesh, run_folder(tmp_path), 1)
+    commit(mesh, run_directory(tmp_path), 1)
     assert find(tmp_path, "must") is not None
     assert find(tmp_path, "none") is None
 
 
 def test_a_path_names_a_run_or_one_step_of_it(mesh: ProcessMesh, tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     for step in (10, 20):
         commit(mesh, run, step)
     found = find(tmp_path, str(run))
@@ -120,7 +120,7 @@ def test_a_path_names_a_run_or_one_step_of_it(mesh: ProcessMesh, tmp_path: Path)
     assert found.step == 20
     found = find(tmp_path, str(run / "10"))
     assert found is not None
-    assert (found.run_folder, found.step) == (run, 10)
+    assert (found.run_directory, found.step) == (run, 10)
 
     flip_one_bit(run / "10" / FILES[0])
     with pytest.raises(CheckpointError, match="10 is damaged"):
@@ -131,7 +131,7 @@ def test_a_path_names_a_run_or_one_step_of_it(mesh: ProcessMesh, tmp_path: Path)
     with pytest.raises(CheckpointError, match="a living run writes to"):
         find(tmp_path, str(run), alive=(run,))
     with pytest.raises(CheckpointError, match="no complete checkpoint inside"):
-        find(tmp_path, str(run_folder(tmp_path, "20260109-000000")))
+        find(tmp_path, str(run_directory(tmp_path, "20260109-000000")))
 
 
 ENTRANCES: dict[str, Callable[[Path], object]] = {
@@ -148,7 +148,7 @@ ENTRANCES: dict[str, Callable[[Path], object]] = {
 def test_a_flipped_bit_is_named_at_every_entrance(
     mesh: ProcessMesh, tmp_path: Path, name: str, entrance: str
 ) -> None:
-    folder = commit(mesh, run_folder(tmp_path), 7)
+    folder = commit(mesh, run_directory(tmp_path), 7)
     flip_one_bit(folder / name)
     with pytest.raises(CheckpointError, match=rf"(?s)7 is damaged.*{name}: contents changed"):
         ENTRANCES[entrance](folder)
@@ -158,7 +158,7 @@ def test_a_flipped_bit_is_named_at_every_entrance(
 def test_a_file_that_nobody_committed_is_not_taken_for_a_part(
     mesh: ProcessMesh, tmp_path: Path, entrance: str
 ) -> None:
-    folder = commit(mesh, run_folder(tmp_path), 7)
+    folder = commit(mesh, run_directory(tmp_path), 7)
     (folder / "mp_rank_01_model_states.pt").write_bytes(b"x")
     with pytest.raises(
         CheckpointError, match=r"mp_rank_01_model_states\.pt does not belong to the checkpoint"
@@ -170,7 +170,7 @@ def test_a_file_that_nobody_committed_is_not_taken_for_a_part(
 def test_a_step_without_its_manifest_never_passes_for_a_folder_of_sat(
     mesh: ProcessMesh, tmp_path: Path, entrance: str
 ) -> None:
-    folder = commit(mesh, run_folder(tmp_path), 7)
+    folder = commit(mesh, run_directory(tmp_path), 7)
     (folder.parent / "resolved.yaml").touch()
     (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"no manifest|no complete checkpoint"):
@@ -183,7 +183,7 @@ def test_a_step_without_its_manifest_never_passes_for_a_folder_of_sat(
 def test_what_cannot_be_read_is_not_called_damaged(
     mesh: ProcessMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, name: str, number: int
 ) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     for step in (10, 20):
         commit(mesh, run, step)
     original = getattr(os, call)
@@ -205,7 +205,7 @@ def test_what_cannot_be_read_is_not_called_damaged(
 
 
 def test_the_manifest_of_a_newer_version_is_not_called_damaged(mesh: ProcessMesh, tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     commit(mesh, run, 10)
     path = commit(mesh, run, 20) / MANIFEST
     for change in ({"format": 2}, {"new_field": 1}):
@@ -216,7 +216,7 @@ def test_the_manifest_of_a_newer_version_is_not_called_damaged(mesh: ProcessMesh
 
 
 def test_a_step_set_aside_is_refused_with_the_way_back(mesh: ProcessMesh, tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     for step in (10, 20):
         commit(mesh, run, step)
     rewind(run, 10)
@@ -227,7 +227,7 @@ def test_a_step_set_aside_is_refused_with_the_way_back(mesh: ProcessMesh, tmp_pa
 
 
 def test_retention_keeps_the_newest_and_the_milestones(mesh: ProcessMesh, tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     for step in range(10, 110, 10):
         commit(mesh, run, step)
     assert prune_checkpoints(run, keep_last=0) == []
@@ -237,7 +237,7 @@ def test_retention_keeps_the_newest_and_the_milestones(mesh: ProcessMesh, tmp_pa
 
 
 def test_leftovers_are_removed_and_nothing_else(mesh: ProcessMesh, tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     commit(mesh, run, 1)
     (run / ".tmp-2-abc").mkdir()
     (run / ".tmp-2-abc" / FILES[0]).touch()

@@ -1,4 +1,4 @@
-"""One run folder holds one line of history, whatever is trained, saved, killed and resumed in it."""
+"""One run directory holds one line of history, whatever is trained, saved, killed and resumed in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sat_train.checkpoint.layout import LATEST, committed_steps
 from sat_train.checkpoint.retention import prune_checkpoints
 from sat_train.checkpoint.sources import find_weights
 from sat_train.distributed.processes import ProcessMesh
-from tests.unit.checkpoint.folders import commit, holds_step, run_folder, run_killed
+from tests.unit.checkpoint.folders import commit, holds_step, run_directory, run_killed
 
 SEEDS = 12
 OPERATIONS = 12
@@ -37,7 +37,7 @@ def all_saves(run: Path) -> set[int]:
 def test_going_back_sets_later_steps_aside_and_says_so(
     mesh: ProcessMesh, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     for step in (3, 6, 9, 12):
         commit(mesh, run, step)
     assert rewind(run, 3) == [12, 9, 6]
@@ -55,7 +55,7 @@ def test_going_back_sets_later_steps_aside_and_says_so(
 
 
 def test_going_on_from_the_newest_step_touches_nothing(mesh: ProcessMesh, tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     for step in (3, 6):
         commit(mesh, run, step)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -66,7 +66,7 @@ def test_going_on_from_the_newest_step_touches_nothing(mesh: ProcessMesh, tmp_pa
 def test_a_step_that_cannot_be_set_aside_stops_the_run(
     mesh: ProcessMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     for step in (3, 6):
         commit(mesh, run, step)
 
@@ -84,7 +84,7 @@ def test_any_order_of_saves_kills_and_returns_keeps_one_line(
 ) -> None:
     """The model: `line` holds the steps of the current line that retention may not have deleted."""
     rng = random.Random(seed)
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     keep_last = rng.choice([1, 2, 3])
     commit(mesh, run, 1)
     step, resumed, line = 1, 1, [1]

@@ -1,4 +1,4 @@
-"""A run folder that a stranger made is one clear error, soon; never a traceback or a file outside it."""
+"""A run directory that a stranger made is one clear error, soon; never a traceback or a file outside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sat_train.checkpoint.sources import find_weights
 from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError, SatTrainError
-from tests.unit.checkpoint.folders import FILES, commit, run_folder, signed, unsigned
+from tests.unit.checkpoint.folders import FILES, commit, run_directory, signed, unsigned
 
 NAMES: list[Any] = [
     *("../../etc/passwd", "/etc/passwd", "/dev/zero", "..", ".", "", "a/b", "a\0b", "x" * 300, MANIFEST),
@@ -80,7 +80,7 @@ def refused(step: Path) -> None:
 
 def test_a_manifest_that_is_wrong_in_one_field_is_refused(mesh: ProcessMesh, tmp_path: Path) -> None:
     sys.set_int_max_str_digits(4300)
-    step = commit(mesh, run_folder(tmp_path), 7)
+    step = commit(mesh, run_directory(tmp_path), 7)
     body = unsigned(step / MANIFEST)
     cases = changed_manifests()
     assert len(cases) >= 60
@@ -96,7 +96,7 @@ def test_a_manifest_that_is_wrong_in_one_field_is_refused(mesh: ProcessMesh, tmp
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_a_manifest_that_is_no_manifest_is_refused(mesh: ProcessMesh, tmp_path: Path, kind: str) -> None:
-    step = commit(mesh, run_folder(tmp_path), 7)
+    step = commit(mesh, run_directory(tmp_path), 7)
     (step / MANIFEST).write_bytes(TEXTS[kind])
     refused(step)
 
@@ -106,7 +106,7 @@ def test_a_manifest_that_is_no_manifest_is_refused(mesh: ProcessMesh, tmp_path: 
 def test_a_file_that_is_no_file_is_refused_at_once(
     mesh: ProcessMesh, tmp_path: Path, name: str, kind: str
 ) -> None:
-    step = commit(mesh, run_folder(tmp_path), 7)
+    step = commit(mesh, run_directory(tmp_path), 7)
     (step / name).unlink()
     if kind == "fifo":
         os.mkfifo(step / name)
@@ -120,7 +120,7 @@ def test_a_file_that_is_no_file_is_refused_at_once(
 @pytest.mark.parametrize("seed", range(20))
 def test_a_manifest_of_random_damage_is_refused_or_read(mesh: ProcessMesh, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    step = commit(mesh, run_folder(tmp_path), 7)
+    step = commit(mesh, run_directory(tmp_path), 7)
     original = (step / MANIFEST).read_bytes()
     for _ in range(10):
         data = bytearray(original)
@@ -137,7 +137,7 @@ def test_a_manifest_of_random_damage_is_refused_or_read(mesh: ProcessMesh, tmp_p
 def test_a_folder_whose_name_is_nearly_a_number_is_no_step(
     mesh: ProcessMesh, tmp_path: Path, name: str
 ) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     commit(mesh, run, 7)
     (run / "7").rename(run / name)
     assert (

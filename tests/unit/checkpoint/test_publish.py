@@ -16,11 +16,11 @@ from sat_train.checkpoint.manifest import verify_checkpoint
 from sat_train.checkpoint.retention import prune_checkpoints, remove_leftovers
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
-from tests.unit.checkpoint.folders import FILES, commit, holds_step, run_folder, run_killed
+from tests.unit.checkpoint.folders import FILES, commit, holds_step, run_directory, run_killed
 
 
 def test_a_published_folder_holds_the_files_and_their_hashes(mesh: ProcessMesh, tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     target = commit(mesh, run, 7)
     assert target == run / "7"
     assert sorted(path.name for path in target.iterdir()) == sorted([*FILES, MANIFEST])
@@ -30,7 +30,7 @@ def test_a_published_folder_holds_the_files_and_their_hashes(mesh: ProcessMesh, 
 
 
 def test_a_step_that_is_saved_again_replaces_the_old_one(mesh: ProcessMesh, tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     commit(mesh, run, 7)
     (run / "7" / "stray").touch()
     commit(mesh, run, 7)
@@ -47,7 +47,7 @@ def test_a_save_killed_at_any_point_never_leaves_a_torn_checkpoint(mesh: Process
     seen = set()
     while ended:
         number += 1
-        run = run_folder(tmp_path, name=f"exp{number}")
+        run = run_directory(tmp_path, name=f"exp{number}")
         commit(mesh, run, 1)
 
         def save_and_prune(run: Path = run) -> None:
@@ -90,7 +90,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_during_a_save_keeps_the_earlier_checkpoint(
     mesh: ProcessMesh, tiny_disk: Path
 ) -> None:
-    run = run_folder(tiny_disk)
+    run = run_directory(tiny_disk)
     commit(mesh, run, 1)
     (tiny_disk / "other").write_bytes(b"x" * 50_000)
     with pytest.raises(
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_during_a_save_keeps_the_earlier_checkpoint(
 
 
 def test_too_little_space_is_said_before_anything_is_written(mesh: ProcessMesh, tiny_disk: Path) -> None:
-    run = run_folder(tiny_disk)
+    run = run_directory(tiny_disk)
     with pytest.raises(
         CheckpointError, match=r"(?s)no room for the checkpoint of step 1 .*expected: 120 MiB"
     ):
@@ -117,7 +117,7 @@ def test_too_little_space_is_said_before_anything_is_written(mesh: ProcessMesh, 
 
 def test_a_write_that_fails_half_way_is_reported_with_its_cause(mesh: ProcessMesh, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stops a file where a quota would, without needing root."""
-    run = run_folder(tmp_path)
+    run = run_directory(tmp_path)
     commit(mesh, run, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
@@ -130,6 +130,6 @@ def test_a_write_that_fails_half_way_is_reported_with_its_cause(mesh: ProcessMes
     assert not list(run.glob(".tmp-*"))
 
 
-def test_a_run_folder_that_is_gone_is_one_clear_error(mesh: ProcessMesh, tmp_path: Path) -> None:
+def test_a_run_directory_that_is_gone_is_one_clear_error(mesh: ProcessMesh, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere: No such file or directory"):
         commit(mesh, tmp_path / "nowhere", 1)

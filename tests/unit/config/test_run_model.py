@@ -1,4 +1,4 @@
-"""Sampling from a run folder takes the model that the run trained."""
+"""Sampling from a run directory takes the model that the run trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
+def run_directory(tmp_path: Path) -> Path:
     """A run of LoRA on a 5B model, without its checkpoints."""
     base = [CONFIGS / "model" / "cogvideox_5b.yaml", CONFIGS / "lora.yaml"]
     words = ["model.network_config.params.modules.lora_config.params.r=16", "args.train_data=[x]"]
@@ -34,8 +34,8 @@ def _sample(load: Path, *words: str, base: tuple[Path, ...] = ()):
 
 
 @pytest.mark.parametrize("inside", ["", "2"])
-def test_model_size_and_precision_are_the_runs(run_folder, inside):
-    config = _sample(run_folder / inside)
+def test_model_size_and_precision_are_the_runs(run_directory, inside):
+    config = _sample(run_directory / inside)
     network = config.model.network_config.params
     assert (network.num_layers, network.modules.lora_config.params.r) == (42, 16)
     assert config.data.params.video_size == (480, 720)
@@ -44,16 +44,16 @@ def test_model_size_and_precision_are_the_runs(run_folder, inside):
     assert not any("embedded" in note for note in config.notes)
 
 
-def test_what_belongs_to_the_training_is_not_taken(run_folder):
-    config = _sample(run_folder)
+def test_what_belongs_to_the_training_is_not_taken(run_directory):
+    config = _sample(run_directory)
     assert config.args.mode == "inference"
     assert config.args.train_data is None
-    assert config.args.load == str(run_folder)
+    assert config.args.load == str(run_directory)
 
 
-def test_words_and_files_win(run_folder):
-    assert _sample(run_folder, "--sampling-steps", "7").args.sampling_steps == 7
-    chosen = _sample(run_folder, base=(CONFIGS / "model" / "cogvideox_tiny.yaml",))
+def test_words_and_files_win(run_directory):
+    assert _sample(run_directory, "--sampling-steps", "7").args.sampling_steps == 7
+    chosen = _sample(run_directory, base=(CONFIGS / "model" / "cogvideox_tiny.yaml",))
     assert chosen.model.network_config.params.num_layers == 6
 
 
@@ -62,7 +62,7 @@ def test_other_weights_leave_the_embedded_model(tmp_path):
     assert any("embedded" in note for note in config.notes)
 
 
-def test_a_damaged_resolved_yaml_is_named(run_folder):
-    (run_folder / "resolved.yaml").write_text("model: [")
+def test_a_damaged_resolved_yaml_is_named(run_directory):
+    (run_directory / "resolved.yaml").write_text("model: [")
     with pytest.raises(ConfigError, match=r"resolved\.yaml.*readable YAML"):
-        _sample(run_folder)
+        _sample(run_directory)

@@ -159,7 +159,7 @@ def shapes_of(loader, micro_steps):
 
 def test_each_clip_is_seen_in_its_own_shape(mesh, folder, caplog, tmp_path):
     with caplog.at_level("INFO", logger="sat_train"):
-        loader = build_train_loader(load_config(folder), mesh, run_folder=tmp_path)
+        loader = build_train_loader(load_config(folder), mesh, run_directory=tmp_path)
     seen = shapes_of(loader, 30)
     expected = {f"wide{i}.mp4": {(13, 32, 64)} for i in range(4)}
     expected |= {f"high{i}.mp4": {(13, 64, 32)} for i in range(4)} | {"turned.mp4": {(13, 64, 32)}}
@@ -297,5 +297,5 @@ def test_mixtures_keep_their_shares(mesh, folder, tmp_path):
         shapes = {loader.dataset.shape(index) for index in micro.indices}
         assert len(shapes) == 1
         position = micro.after
-    sources = [loader.dataset.order.place(index).source for index in range(position.next)]
+    sources = [loader.dataset.order.clip_ref(index).source for index in range(position.next)]
     assert sources[:1000].count(0) == 750

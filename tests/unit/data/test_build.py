@@ -95,7 +95,7 @@ def test_bad_clips_of_all_ranks_are_summed(mesh, folder, tmp_path):
     make_folder(tmp_path / "set", "ab", num_frames=30)
     (tmp_path / "set/videos/b.mp4").write_bytes(b"x" * 99)
     config = load_config("data.max_bad_fraction=0.5", train=tmp_path / "set")
-    loader = build_train_loader(config, mesh, run_folder=tmp_path / "run")
+    loader = build_train_loader(config, mesh, run_directory=tmp_path / "run")
     next(loader)
     assert sum_bad_clips(mesh, loader) == 1
     assert (tmp_path / "run" / "quarantine.jsonl").read_text().count("\n") == 1

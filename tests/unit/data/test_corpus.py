@@ -15,7 +15,7 @@ from sat_train.config.shapes import ClipShape
 from sat_train.data.failures import BadClip
 from sat_train.data.inspect import inspect_clips
 from sat_train.data.plan import Fit, cut_chunks, look_into
-from sat_train.data.sampler import Place
+from sat_train.data.sampler import ClipRef
 from sat_train.data.sources.read import read_source
 from tests.unit.data.corpus import ANY, GOOD, NUM_FRAMES, RATE, make_corpus, make_pipe
 from tests.unit.data.test_loader import make_dataset, make_loader, take
@@ -155,7 +155,7 @@ def problem_in_training(record) -> tuple[int, str | None]:
         FIT.bucket(info, record)
         dataset = windows_of(record, info)
         for clip in range(len(dataset)):
-            dataset._sample(0, Place(0, clip, 0))
+            dataset._sample(0, ClipRef(0, clip, 0))
     except BadClip as error:
         return 0, error.cause
     return len(dataset), None

@@ -56,7 +56,7 @@ def test_whatever_ranks_accumulation_and_batches_a_run_had_it_takes_each_sample_
     order = GlobalOrder(seed=seed, clip_weights=[[1.0] * length])
 
     def bucket_of(index: int) -> int:
-        return of_clip[order.place(index).clip]
+        return of_clip[order.clip_ref(index).clip]
 
     goal, position, taken = epochs * length, DataPosition(), []
     for is_last in (False, False, True):
@@ -68,7 +68,7 @@ def test_whatever_ranks_accumulation_and_batches_a_run_had_it_takes_each_sample_
         assert steps_left(sides, accumulation, position) == left - steps
     assert len(taken) == len(set(taken)), "a sample came twice"
     assert set(range(goal)) <= set(taken), "a sample of the epochs was not shown"
-    shown = Counter(order.place(index).clip for index in taken if index < goal)
+    shown = Counter(order.clip_ref(index).clip for index in taken if index < goal)
     assert shown == dict.fromkeys(range(length), epochs)
     assert position.consumed == len(taken)
 
@@ -89,9 +89,9 @@ def test_on_one_rank_an_epoch_is_exactly_its_clips_rare_shapes_included() -> Non
     """400 clips in three buckets, one of them of 3 clips: 400 samples, each clip once."""
     of_clip = [0] * 260 + [1] * 137 + [2] * 3
     order = GlobalOrder(seed=5, clip_weights=[[1.0] * 400])
-    batches = OrderedBatches([4, 4, 16], bucket_of=lambda i: of_clip[order.place(i).clip], goal=400)
+    batches = OrderedBatches([4, 4, 16], bucket_of=lambda i: of_clip[order.clip_ref(i).clip], goal=400)
     taken, position = take_steps([batches], 1, DataPosition(), batches.micro_steps_left(DataPosition()))
-    assert sorted(order.place(index).clip for index in taken) == list(range(400))
+    assert sorted(order.clip_ref(index).clip for index in taken) == list(range(400))
     assert position == DataPosition(400)
 
 
@@ -101,7 +101,7 @@ def test_what_completes_the_last_micro_batches_is_less_than_a_rank_each(num_rank
     order = GlobalOrder(seed=5, clip_weights=[[1.0] * 400])
 
     def bucket_of(index: int) -> int:
-        return of_clip[order.place(index).clip]
+        return of_clip[order.clip_ref(index).clip]
 
     batches = OrderedBatches([4, 4, 16], bucket_of=bucket_of, num_ranks=num_ranks, goal=400)
     steps = batches.micro_steps_left(DataPosition())
@@ -121,11 +121,11 @@ def test_the_places_of_a_step_are_all_of_it_once_whatever_the_mode(seed: int) ->
     plans = [side.plan(DataPosition()) for side in sides]
     for _ in range(12):
         micros = [micro for plan in plans for micro in itertools.islice(plan, accumulation)]
-        places = [place for micro in micros for place in micro.places]
-        assert all(len(micro.places) == len(micro.mine) for micro in micros)
-        assert sorted(place.position for place in places) == list(range(len(places)))
-        assert {place.size for place in places} == {len(places)}
-        assert len({place.step for place in places}) == 1
+        step_positions = [position for micro in micros for position in micro.step_positions]
+        assert all(len(micro.step_positions) == len(micro.mine) for micro in micros)
+        assert sorted(each.position for each in step_positions) == list(range(len(step_positions)))
+        assert {each.size for each in step_positions} == {len(step_positions)}
+        assert len({each.step for each in step_positions}) == 1
 
 
 def test_with_one_shape_a_sample_has_the_place_that_its_index_says() -> None:
@@ -134,5 +134,5 @@ def test_with_one_shape_a_sample_has_the_place_that_its_index_says() -> None:
         for rank in range(num_ranks):
             batches = OrderedBatches([size], rank=rank, num_ranks=num_ranks, accumulation=accumulation)
             for micro in itertools.islice(batches.plan(DataPosition(24)), 8):
-                found = [(place.step, place.position, place.size) for place in micro.places]
+                found = [(each.step, each.position, each.size) for each in micro.step_positions]
                 assert found == [(index // 12, index % 12, 12) for index in micro.mine]

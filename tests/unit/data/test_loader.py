@@ -68,7 +68,7 @@ def test_an_epoch_is_each_sample_once_at_any_number_of_ranks_and_workers(clips, 
             taken.update(zip(batch.sample_indices, batch.clip_ids, strict=True))
     assert sorted(taken) == list(range(12))
     order = GlobalOrder(seed=5, clip_weights=[[1.0] * 12])
-    assert [taken[i] for i in range(12)] == [f"{order.place(i).clip:02d}.mp4" for i in range(12)]
+    assert [taken[i] for i in range(12)] == [f"{order.clip_ref(i).clip:02d}.mp4" for i in range(12)]
     assert len(set(taken.values())) == 12
 
 
@@ -157,12 +157,12 @@ def test_an_error_in_a_worker_ends_the_run_in_its_own_words(clips):
 class Deadly(VideoDataset):
     """Meets a clip that kills or stops whoever decodes it."""
 
-    def _sample(self, index, place):
-        if self.record(place).clip_id == "07.mp4":
+    def _sample(self, index, ref):
+        if self.record(ref).clip_id == "07.mp4":
             if self.skip_frms_num == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(1000)
-        return super()._sample(index, place)
+        return super()._sample(index, ref)
 
 
 @pytest.mark.parametrize(("how", "cause"), [(1, "worker died"), (0, "timeout")])

@@ -164,7 +164,7 @@ def sampled(clip: Clip, window: str, fps: int, **part) -> list[tuple[int, int, l
         records = [part for r in records for part in cut_chunks(r, look_into(r), fit, NUM_FRAMES)]
     dataset = make(records, window=window, fps=fps, max_num_frames=NUM_FRAMES, skip_frms_num=skip)
     return [
-        (dataset.order.place(index).clip, len(records), numbers_of(dataset[index].sample.video_tchw))
+        (dataset.order.clip_ref(index).clip, len(records), numbers_of(dataset[index].sample.video_tchw))
         for index in range(max(len(SPREAD), len(records)))
     ]
 

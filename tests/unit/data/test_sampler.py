@@ -16,7 +16,7 @@ def order_of(*sizes, seed=7, **options):
 
 
 def clips(order, positions):
-    return [(place.source, place.clip) for place in map(order.place, positions)]
+    return [(ref.source, ref.clip) for ref in map(order.clip_ref, positions)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 54, 1000])
@@ -28,7 +28,7 @@ def test_each_epoch_takes_each_clip_once_in_another_order(size):
         assert sorted(epoch) == [(0, i) for i in range(size)]
     if size > 5:
         assert epochs[0] != epochs[1] != epochs[2]
-    assert [order.place(e * size).visit for e in range(3)] == [0, 1, 2]
+    assert [order.clip_ref(e * size).visit for e in range(3)] == [0, 1, 2]
 
 
 def test_order_depends_on_the_seed_and_on_nothing_asked_before():
@@ -74,7 +74,7 @@ def test_weights_of_clips_are_how_often_an_epoch_takes_them():
     assert order.epoch_length == 6
     counts = np.zeros(6)
     for epoch in range(400):
-        once = Counter(order.place(epoch * 6 + i).clip for i in range(6))
+        once = Counter(order.clip_ref(epoch * 6 + i).clip for i in range(6))
         for clip, weight in enumerate(weights):
             assert np.floor(weight) <= once[clip] <= np.ceil(weight)
             counts[clip] += once[clip]
@@ -97,5 +97,5 @@ def test_every_share_is_drawn_exactly_however_small(shares, block):
 
 def test_sources_of_a_mixture_go_through_their_own_epochs_in_every_block():
     order = order_of(7, 7, source_weights=[1, 2500])
-    seen = [place for place in map(order.place, range(20_000)) if place.source == 1]
-    assert [place.visit for place in seen] == [i // 7 for i in range(len(seen))]
+    seen = [ref for ref in map(order.clip_ref, range(20_000)) if ref.source == 1]
+    assert [ref.visit for ref in seen] == [i // 7 for i in range(len(seen))]

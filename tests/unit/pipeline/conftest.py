@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sat_train.data.batch import VideoBatch
-from sat_train.data.batches import StepPlace
+from sat_train.data.batches import StepPosition
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.dit.transformer import DiffusionTransformer
@@ -92,7 +92,9 @@ def make_batch() -> Callable[..., VideoBatch]:
             clip_ids=tuple(f"{index}.mp4" for index in indices),
             sample_indices=tuple(indices),
             num_shown=(frames,) * len(indices),
-            places=tuple(StepPlace(index // step_size, index % step_size, step_size) for index in indices),
+            step_positions=tuple(
+                StepPosition(index // step_size, index % step_size, step_size) for index in indices
+            ),
         )
 
     return make

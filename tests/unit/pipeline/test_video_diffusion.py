@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sat_train.data.batch import CachedSample
-from sat_train.data.batches import StepPlace
+from sat_train.data.batches import StepPosition
 from sat_train.diffusion.loss import min_snr_weight
 from sat_train.errors import SatTrainError
 from sat_train.pipeline.frozen_models import pixels_to_unit
@@ -151,10 +151,10 @@ def test_stratified_timesteps_cover_each_global_batch(make_pipeline, make_batch)
 def test_stratified_timesteps_cover_a_step_whose_samples_are_not_consecutive(make_pipeline, make_batch):
     """As with buckets; another rank count that gives the same samples the same places draws the same."""
     pipeline = make_pipeline(timestep_sampling="stratified")
-    indices, places = [3, 17, 4, 5, 41, 2, 90, 8], tuple(StepPlace(5, i, 8) for i in range(8))
+    indices, step_positions = [3, 17, 4, 5, 41, 2, 90, 8], tuple(StepPosition(5, i, 8) for i in range(8))
 
     def draw(part: slice):
-        batch = replace(make_batch(indices[part], frames=1), places=places[part])
+        batch = replace(make_batch(indices[part], frames=1), step_positions=step_positions[part])
         return pipeline.training_inputs(batch).timesteps_b.tolist()
 
     whole = draw(slice(0, 8))

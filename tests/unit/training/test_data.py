@@ -29,7 +29,7 @@ def point(fingerprint: str, consumed: int, waiting: tuple[int, ...] = ()) -> Res
         versions={},
         files=(),
     )
-    return ResumePoint(run_folder=Path("run"), step=3, manifest=manifest, steps=(3,))
+    return ResumePoint(run_directory=Path("run"), step=3, manifest=manifest, steps=(3,))
 
 
 @pytest.fixture(scope="module")

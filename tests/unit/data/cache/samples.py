@@ -52,7 +52,7 @@ def open_dataset(
 
 
 def keys_of(dataset: VideoDataset, index: int = 0) -> SampleKeys:
-    return dataset.keys(index, dataset.order.place(index))
+    return dataset.keys(index, dataset.order.clip_ref(index))
 
 
 def tensors_of(number: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -151,7 +151,7 @@ def test_parts_of_a_file_and_files_of_other_lengths_have_views_of_their_own(tmp_
     write_numbered(longer, num_frames=91)
     records = [record_of(clip), replace(record_of(clip), start=0.5), record_of(longer)]
     dataset = open_dataset(tmp_path, records, views=2)
-    views = [dataset.view(index, dataset.order.place(index)) for index in range(6)]
+    views = [dataset.view(index, dataset.order.clip_ref(index)) for index in range(6)]
     assert len({view.number for view in views}) == 6
 
 

@@ -92,9 +92,9 @@ def test_damage_is_found_by_verify_and_removed_by_prune(cache, capsys):
 def test_a_damaged_entry_goes_with_a_flag_and_never_gets_a_new_hash(cache, capsys):
     first, _ = sorted((cache / FOLDER).glob("*.safetensors"))
     data = bytearray(first.read_bytes())
-    place = read_header(first).places["text"]["text"]
-    data[place.offset] ^= 1
-    whole = read_header(first).places["good"]["mean"]
+    slot = read_header(first).slots["text"]["text"]
+    data[slot.offset] ^= 1
+    whole = read_header(first).slots["good"]["mean"]
     data[whole.offset] ^= 1  # the entry that comes first of the two that are there
     first.write_bytes(data)
     assert main(["cache", "prune", "--cache-dir", str(cache)]) == 0
@@ -104,7 +104,7 @@ def test_a_damaged_entry_goes_with_a_flag_and_never_gets_a_new_hash(cache, capsy
     assert verify_entries(cache)[1] == []
     (path,) = [path for path in (cache / FOLDER).iterdir() if "moved" in read_header(path).entries]
     data = bytearray(path.read_bytes())
-    data[read_header(path).places["moved"]["mean"].offset] ^= 1
+    data[read_header(path).slots["moved"]["mean"].offset] ^= 1
     path.write_bytes(data)
     assert main(["cache", "prune", "--cache-dir", str(cache)]) == 0
     assert "moved: contents changed" in "".join(verify_entries(cache)[1])

@@ -107,9 +107,9 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, records, mon
     dataset = open_dataset(tmp_path, [record_of(path), records[0]], use="write")
     decode = type(dataset)._sample
 
-    def decode_and_edit(self, index, place):
-        sample = decode(self, index, place)
-        if place.clip == 0:
+    def decode_and_edit(self, index, ref):
+        sample = decode(self, index, ref)
+        if ref.clip == 0:
             write_numbered(path, num_frames=31)
         return sample
 

@@ -1,4 +1,4 @@
-"""Hostile run folders: resumed, sampled from, converted, trained from."""
+"""Hostile run directories: resumed, sampled from, converted, trained from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COMMANDS: dict[str, list[str]] = {
     "sample": [*SAMPLE, "args.prompt=x", "args.load=run"],
     "convert": ["convert", "run", "out", "--to", "diffusers"],
 }
-# Whatever a run may write; a run folder from somebody else may hold it already.
+# Whatever a run may write; a run directory from somebody else may hold it already.
 _FILES = (
     "run.lock",
     "resolved.yaml",
@@ -43,7 +43,7 @@ _IN_STEP = ("manifest.json", "mp_rank_00_model_states.pt")
 
 
 def cases() -> Iterator[Case]:
-    """Gives all hostile run folders."""
+    """Gives all hostile run directories."""
     yield from _link_cases()
     yield from _manifest_cases()
     yield from _shard_cases()

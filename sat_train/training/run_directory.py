@@ -25,7 +25,7 @@ PREEMPTED = "PREEMPTED"
 SAMPLES = "samples"
 
 
-def open_run_folder(
+def claim_run_directory(
     mesh: ProcessMesh, *, save_root: Path, experiment_name: str, resumed: Callable[[], Path | None]
 ) -> tuple[Path, RunLock | None]:
     """Gives the run its folder: the one it goes on in, or a new `<experiment_name>-<YYYYmmdd-HHMMSS>`.
@@ -72,25 +72,25 @@ def _open_on_rank_0(
     return folder, RunLock(folder)
 
 
-def check_own_entries(run_folder: Path) -> None:
+def check_own_entries(run_directory: Path) -> None:
     """Looks whether all that a run writes is a file inside its folder, which may come from a stranger.
 
     Raises:
         LaunchError: A link leads out of it, or there is a pipe or a device; the message names it.
     """
-    inside = os.path.realpath(run_folder)
-    for folder, folders, files in os.walk(run_folder):
+    inside = os.path.realpath(run_directory)
+    for folder, folders, files in os.walk(run_directory):
         for path in (os.path.join(folder, name) for name in folders + files):
             if os.path.islink(path):
                 wrong = not os.path.realpath(path).startswith(inside + os.sep)
-                what = "a link that leads out of the run folder"
+                what = "a link that leads out of the run directory"
             else:
                 mode = os.lstat(path).st_mode
                 wrong, what = not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)), "a pipe, socket or device"
             if wrong:
                 raise LaunchError(
                     f"{path} is {what}",
-                    expected="a run folder whose files are its own, for a resumed run writes to them",
+                    expected="a run directory whose files are its own, for a resumed run writes to them",
                     remedy="replace it by a file of its own, or remove it",
                 )
 
@@ -121,12 +121,12 @@ def _not_shared(folder: Path) -> LaunchError:
     )
 
 
-def set_samples_aside(run_folder: Path, step: int) -> None:
+def set_samples_aside(run_directory: Path, step: int) -> None:
     """Renames the validation videos of steps after the one that a person went back to.
 
     Raises:
         OSError: They cannot be renamed.
     """
-    for path in sorted((run_folder / SAMPLES).glob("*")):
+    for path in sorted((run_directory / SAMPLES).glob("*")):
         if path.name.isascii() and path.name.isdecimal() and int(path.name) > step:
             set_aside(path, ABANDONED_SUFFIX)

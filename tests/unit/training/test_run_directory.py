@@ -1,4 +1,4 @@
-"""A run folder has one name and one living owner."""
+"""A run directory has one name and one living owner."""
 
 import errno
 import fcntl
@@ -15,7 +15,7 @@ import pytest
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import LaunchError, SatTrainError
 from sat_train.training import run_lock
-from sat_train.training.run_folder import check_own_entries, open_run_folder
+from sat_train.training.run_directory import check_own_entries, claim_run_directory
 from sat_train.training.run_lock import LOCK, RunLock, is_alive
 
 HOLD = """
@@ -34,7 +34,7 @@ def mesh():
 
 
 def _open(mesh, save_root, resumed=lambda: None):
-    return open_run_folder(mesh, save_root=save_root, experiment_name="demo", resumed=resumed)
+    return claim_run_directory(mesh, save_root=save_root, experiment_name="demo", resumed=resumed)
 
 
 def test_a_new_folder_carries_name_and_time_and_no_two_are_the_same(mesh, tmp_path):
@@ -238,7 +238,7 @@ def test_links_that_stay_inside_the_folder_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples/1/00.mp4", "1/manifest.json", "quarantine.jsonl"])
-def test_a_pipe_in_a_run_folder_is_named_instead_of_waited_for(mesh, tmp_path, name):
+def test_a_pipe_in_a_run_directory_is_named_instead_of_waited_for(mesh, tmp_path, name):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(tmp_path / name)
     with pytest.raises(LaunchError, match=re.escape(f"{tmp_path / name} is a pipe, socket or device")):
