@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from sat_train.checkpoint.diffusers_folder import STEM, to_diffusers
-from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, cut_tensor
+from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
 from sat_train.checkpoint.safetensors_out import write_safetensors
 from sat_train.config import load_run_config
 from sat_train.distributed.processes import start_single_process
@@ -39,19 +39,19 @@ def random_weights(words: list[str]) -> LazyWeights:
     start_single_process()
     model = load_run_config([PRESET], words, purpose="check", check_paths=False).model
     shapes = build_dit(model, device="meta", dtype=torch.bfloat16).state_dict()
-    entries = {}
+    lazy_tensors = {}
     for seed, (key, tensor) in enumerate(shapes.items()):
         read = partial(_draw, tuple(tensor.shape), seed)
-        entries[key] = Entry(tuple(tensor.shape), torch.bfloat16, read)
-    return LazyWeights(entries, where="random weights")
+        lazy_tensors[key] = LazyTensor(tuple(tensor.shape), torch.bfloat16, read)
+    return LazyWeights(lazy_tensors, where="random weights")
 
 
-def _draw(shape: tuple[int, ...], seed: int, cut: Cut | None) -> torch.Tensor:
+def _draw(shape: tuple[int, ...], seed: int, shard: Shard | None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     count = math.prod(shape)
     noise = torch.randint(0, 2**15, (count,), generator=generator, dtype=torch.int16)
     # bits below the exponent of 2: every value is finite
-    return cut_tensor(noise.bitwise_and(0x3FFF).view(torch.bfloat16).view(shape), cut)
+    return shard_tensor(noise.bitwise_and(0x3FFF).view(torch.bfloat16).view(shape), shard)
 
 
 def convert(*words: str) -> tuple[float, float]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sat_train.checkpoint.diffusers_keys import Part, part_of_diffusers_key, parts_of_sat_key
-from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, cut_tensor
+from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
 from sat_train.checkpoint.lora_files import PEFT_METADATA_KEY, holds_lora, read_lora_modules
 from sat_train.checkpoint.manifest import verify_checkpoint
 from sat_train.checkpoint.readers import read_metadata, read_weight_files
@@ -260,19 +260,21 @@ def merge_updates(weights: LazyWeights, updates: Updates, *, dtype: torch.dtype 
             ),
             expected="an adapter of these weights",
         )
-    entries = dict(weights.entries)
+    lazy_tensors = dict(weights.tensors)
     for layer, parts in updates.items():
-        entry = weights.entries[f"{layer}.weight"]
-        target = dtype or entry.dtype
-        entries[f"{layer}.weight"] = Entry(entry.shape, target, partial(_read_merged, entry, parts, target))
-    return LazyWeights(entries, where=weights.where)
+        lazy = weights.tensors[f"{layer}.weight"]
+        target = dtype or lazy.dtype
+        lazy_tensors[f"{layer}.weight"] = LazyTensor(
+            lazy.shape, target, partial(_read_merged, lazy, parts, target)
+        )
+    return LazyWeights(lazy_tensors, where=weights.where)
 
 
 def _read_merged(
-    weight: Entry, parts: tuple[LowRank | None, ...], dtype: torch.dtype, cut: Cut | None
+    weight: LazyTensor, parts: tuple[LowRank | None, ...], dtype: torch.dtype, shard: Shard | None
 ) -> Tensor:
     merged = weight.read(None).float() + whole_delta(parts, weight.shape[0], torch.float32)
-    return cut_tensor(merged.to(dtype), cut)
+    return shard_tensor(merged.to(dtype), shard)
 
 
 def check_merged(written: LazyWeights, base: LazyWeights, updates: Updates) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sat_train.checkpoint.layout import SAT_PREFIX, ema_file_name
-from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, cut_tensor, tensor_entry
+from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, lazy_tensor, shard_tensor
 from sat_train.checkpoint.manifest import Manifest
 from sat_train.checkpoint.names import Shape
 from sat_train.checkpoint.readers import check_all_plain, load_torch_file
@@ -67,30 +67,30 @@ def _read_model_rank(folder: Path, manifest: Manifest, model_rank: int, *, ema: 
     with reading(
         folder, error=CheckpointError, expected="a step as sat_train wrote it", remedy="use another"
     ):
-        return LazyWeights(_entries(folder, manifest, model_rank, ema=ema), where=str(folder))
+        return LazyWeights(_lazy_tensors(folder, manifest, model_rank, ema=ema), where=str(folder))
 
 
-def _entries(folder: Path, manifest: Manifest, model_rank: int, *, ema: bool) -> dict[str, Entry]:
+def _lazy_tensors(folder: Path, manifest: Manifest, model_rank: int, *, ema: bool) -> dict[str, LazyTensor]:
     weights = read_model_states(folder, manifest, model_rank)
     module = {key.removeprefix(SAT_PREFIX): tensor for key, tensor in weights[0]["module"].items()}
     groups = weights[0].get("param_shapes") or []
     trained = {name: tuple(shape) for group in groups for name, shape in group.items()}
     if manifest.zero_stage == 0:
-        entries = {name: tensor_entry(tensor) for name, tensor in module.items()}
+        lazy_tensors = {name: lazy_tensor(tensor) for name, tensor in module.items()}
         trained = {name: tuple(tensor.shape) for name, tensor in module.items()}
     elif manifest.zero_stage == 3:
-        entries = {
+        lazy_tensors = {
             **_buffers(weights[0], module),
             **_frozen_stage_3(weights),
             **_stage_3(folder, manifest, model_rank, trained),
         }
     else:
         # all of the module is here in half precision; the trained ones are replaced by their masters
-        entries = {name: tensor_entry(tensor) for name, tensor in module.items()}
-        entries.update(_stage_1_2(folder, manifest, model_rank, groups))
+        lazy_tensors = {name: lazy_tensor(tensor) for name, tensor in module.items()}
+        lazy_tensors.update(_stage_1_2(folder, manifest, model_rank, groups))
     if ema:
-        entries.update(_averages(folder, manifest, model_rank, trained))
-    return entries
+        lazy_tensors.update(_averages(folder, manifest, model_rank, trained))
+    return lazy_tensors
 
 
 def read_model_states(folder: Path, manifest: Manifest, model_rank: int) -> list[State]:
@@ -121,48 +121,52 @@ def _load(path: Path) -> State:
     return state
 
 
-def _buffers(state: State, module: dict[str, Tensor]) -> dict[str, Entry]:
-    return {name: tensor_entry(module[name]) for name in state["buffer_names"] if name in module}
+def _buffers(state: State, module: dict[str, Tensor]) -> dict[str, LazyTensor]:
+    return {name: lazy_tensor(module[name]) for name in state["buffer_names"] if name in module}
 
 
 def _stage_1_2(
     folder: Path, manifest: Manifest, model_rank: int, groups: Sequence[dict[str, Shape]]
-) -> dict[str, Entry]:
-    """Each group is one flat vector in the order of its parameters, cut into one partition a rank."""
+) -> dict[str, LazyTensor]:
+    """Each group is one flat vector in the order of its parameters, split into one partition a rank."""
     shards = read_optimizer_states(folder, manifest, model_rank)
     gaps = shards[0].get("param_alignment_paddings")
-    entries = {}
+    lazy_tensors = {}
     for index, group in enumerate(groups):
         partitions = [shard["single_partition_of_fp32_groups"][index] for shard in shards]
         offset = 0
         for position, (name, shape) in enumerate(group.items()):
-            entries[name] = _spanned(partitions, offset, tuple(shape))
+            lazy_tensors[name] = _spanned(partitions, offset, tuple(shape))
             offset += math.prod(shape) + (gaps[index][position] if gaps else 0)
-    return entries
+    return lazy_tensors
 
 
-def _stage_3(folder: Path, manifest: Manifest, model_rank: int, shapes: dict[str, Shape]) -> dict[str, Entry]:
-    """Every parameter is cut over the ranks; a rank's pieces follow each other in its flat vectors."""
+def _stage_3(
+    folder: Path, manifest: Manifest, model_rank: int, shapes: dict[str, Shape]
+) -> dict[str, LazyTensor]:
+    """Every parameter is split over the ranks; a rank's pieces follow each other in its flat vectors."""
     flats = [shard["fp32_flat_groups"] for shard in read_optimizer_states(folder, manifest, model_rank)]
-    entries, offset = {}, 0
+    lazy_tensors, offset = {}, 0
     for name, shape in shapes.items():
         length = math.ceil(math.prod(shape) / len(flats))
-        entries[name] = Entry(shape, torch.float32, partial(_read_pieces, flats, offset, length, shape))
+        lazy_tensors[name] = LazyTensor(
+            shape, torch.float32, partial(_read_pieces, flats, offset, length, shape)
+        )
         offset += length
-    return entries
+    return lazy_tensors
 
 
-def _frozen_stage_3(states: Sequence[State]) -> dict[str, Entry]:
-    entries = {}
+def _frozen_stage_3(states: Sequence[State]) -> dict[str, LazyTensor]:
+    lazy_tensors = {}
     for name, shape in (states[0].get("frozen_param_shapes") or {}).items():
         fragments = [state["frozen_param_fragments"][name].flatten() for state in states]
-        entries[name] = _spanned(fragments, 0, tuple(shape))
-    return entries
+        lazy_tensors[name] = _spanned(fragments, 0, tuple(shape))
+    return lazy_tensors
 
 
 def _averages(
     folder: Path, manifest: Manifest, model_rank: int, trained: dict[str, Shape]
-) -> dict[str, Entry]:
+) -> dict[str, LazyTensor]:
     names = [
         ema_file_name(data_rank * manifest.model_size + model_rank) for data_rank in range(manifest.data_size)
     ]
@@ -176,23 +180,23 @@ def _averages(
     for name in names:
         for fragment in _load(folder / name)["fragments"]:
             fragments.setdefault(fragment["name"], []).append((fragment["offset"], fragment["values"]))
-    entries = {}
+    lazy_tensors = {}
     for name, pieces in fragments.items():
         ordered = [values for _, values in sorted(pieces, key=lambda piece: piece[0])]
         held = sum(values.numel() for values in ordered)
         if held != math.prod(trained.get(name, (0,))):
             raise CheckpointError(f"{folder}: the average of {name} has {held} values", expected="its shape")
-        entries[name] = _spanned(ordered, 0, trained[name])
-    return entries
+        lazy_tensors[name] = _spanned(ordered, 0, trained[name])
+    return lazy_tensors
 
 
-def _spanned(partitions: Sequence[Tensor], offset: int, shape: Shape) -> Entry:
-    """The entry of a tensor that lies at `offset` in the concatenation of 1-D `partitions`."""
+def _spanned(partitions: Sequence[Tensor], offset: int, shape: Shape) -> LazyTensor:
+    """A lazy tensor that lies at `offset` in the concatenation of 1-D `partitions`."""
 
-    def read(cut: Cut | None) -> Tensor:
-        return cut_tensor(read_span(partitions, offset, math.prod(shape)).view(shape), cut)
+    def read(shard: Shard | None) -> Tensor:
+        return shard_tensor(read_span(partitions, offset, math.prod(shape)).view(shape), shard)
 
-    return Entry(shape, partitions[0].dtype, read)
+    return LazyTensor(shape, partitions[0].dtype, read)
 
 
 def read_span(partitions: Sequence[Tensor], offset: int, length: int) -> Tensor:
@@ -213,7 +217,7 @@ def read_span(partitions: Sequence[Tensor], offset: int, length: int) -> Tensor:
 
 
 def _read_pieces(
-    flats: Sequence[Sequence[Tensor]], offset: int, length: int, shape: Shape, cut: Cut | None
+    flats: Sequence[Sequence[Tensor]], offset: int, length: int, shape: Shape, shard: Shard | None
 ) -> Tensor:
     whole = torch.cat([read_span(groups, offset, length) for groups in flats])
-    return cut_tensor(whole[: math.prod(shape)].view(shape), cut)
+    return shard_tensor(whole[: math.prod(shape)].view(shape), shard)

@@ -22,7 +22,7 @@ from sat_train.checkpoint.diffusers_config import (
 )
 from sat_train.checkpoint.diffusers_keys import parts_of_sat_key, transformer_to_diffusers
 from sat_train.checkpoint.diffusers_vae_keys import vae_state_to_diffusers
-from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, check_same, cut_tensor, from_tensors
+from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, check_same, from_tensors, shard_tensor
 from sat_train.checkpoint.safetensors_out import Progress, write_safetensors
 from sat_train.checkpoint.weights import (
     check_state_dict,
@@ -154,7 +154,7 @@ def to_diffusers(weights: LazyWeights, *, learned_positions: bool) -> LazyWeight
     Raises:
         CheckpointError: A key that diffusers does not have.
     """
-    meta = {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in weights.entries.items()}
+    meta = {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in weights.tensors.items()}
     shapes = transformer_to_diffusers(meta, learned_positions=learned_positions)
 
     @lru_cache(maxsize=1)
@@ -162,17 +162,17 @@ def to_diffusers(weights: LazyWeights, *, learned_positions: bool) -> LazyWeight
         """Neighbours come from one tensor, which is read once for them all."""
         return transformer_to_diffusers({sat_key: weights[sat_key]}, learned_positions=learned_positions)
 
-    def read(sat_key: str, key: str, cut: Cut | None) -> Tensor:
-        return cut_tensor(split(sat_key)[key], cut)
+    def read(sat_key: str, key: str, shard: Shard | None) -> Tensor:
+        return shard_tensor(split(sat_key)[key], shard)
 
-    entries = {}
+    lazy_tensors = {}
     for sat_key in weights:
         for part in parts_of_sat_key(sat_key):
             if part.diffusers_key in shapes:
                 found = shapes[part.diffusers_key]
                 reading = partial(read, sat_key, part.diffusers_key)
-                entries[part.diffusers_key] = Entry(tuple(found.shape), found.dtype, reading)
-    return LazyWeights(entries, where=weights.where)
+                lazy_tensors[part.diffusers_key] = LazyTensor(tuple(found.shape), found.dtype, reading)
+    return LazyWeights(lazy_tensors, where=weights.where)
 
 
 def _check_written(folder: Path, weights: LazyWeights, theirs: LazyWeights) -> None:

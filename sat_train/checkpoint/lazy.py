@@ -15,12 +15,12 @@ from sat_train.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A slice for one rank of the model axis.
+class Shard:
+    """The part of a tensor that one rank of the model axis holds.
 
     Args:
-        dim: Dim that is cut.
-        parts: Equal parts of that dim, each of which is cut by itself.
+        dim: Dim that is sharded.
+        parts: Equal parts of that dim, each of which is sharded by itself.
         rank: Rank on the model axis.
         size: Ranks on the model axis.
     """
@@ -31,101 +31,103 @@ class Cut:
     size: int
 
     def spans(self, length: int) -> list[tuple[int, int]]:
-        """Returns the (start, stop) of each part's slice along a dim of `length`."""
+        """Returns the (start, stop) of each part's share along a dim of `length`."""
         step = length // (self.parts * self.size)
         starts = [(part * self.size + self.rank) * step for part in range(self.parts)]
         return [(start, start + step) for start in starts]
 
 
 @dataclass(frozen=True)
-class Entry:
+class LazyTensor:
     """One tensor that has not been read.
 
     Args:
         shape: Its whole shape.
         dtype: Its dtype.
-        read: Reads it: the whole, or one rank's slice.
+        read: Reads it: the whole, or one rank's shard.
     """
 
     shape: Shape
     dtype: torch.dtype
-    read: Callable[[Cut | None], Tensor]
+    read: Callable[[Shard | None], Tensor]
 
 
 class LazyWeights(Mapping[str, Tensor]):
     """A state dict whose tensors are read at each access. Do not hold on to more than are needed.
 
     Args:
-        entries: What there is, by name.
+        tensors: What there is, by name.
         where: Where it comes from, for messages.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], *, where: str) -> None:
-        self.entries = dict(entries)
+    def __init__(self, tensors: Mapping[str, LazyTensor], *, where: str) -> None:
+        self.tensors = dict(tensors)
         self.where = where
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.entries[key].read(None)
+        return self.tensors[key].read(None)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.tensors)
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """Returns the shape of every tensor, without reading any."""
-        return {key: entry.shape for key, entry in self.entries.items()}
+        return {key: lazy.shape for key, lazy in self.tensors.items()}
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in self.entries.values())
+        return sum(math.prod(lazy.shape) * lazy.dtype.itemsize for lazy in self.tensors.values())
 
     def select(self, rename: Callable[[str], str | None]) -> LazyWeights:
         """Returns those that `rename` gives a name, under that name."""
-        names = {key: rename(key) for key in self.entries}
-        chosen = {name: self.entries[key] for key, name in names.items() if name is not None}
+        names = {key: rename(key) for key in self.tensors}
+        chosen = {name: self.tensors[key] for key, name in names.items() if name is not None}
         return LazyWeights(chosen, where=self.where)
 
     def cast(self, dtype: torch.dtype | None) -> LazyWeights:
         """Returns these in another dtype, counters as they are; None leaves all as they are."""
         if dtype is None:
             return self
-        entries = {
-            key: replace(entry, dtype=dtype, read=partial(_read_cast, key, entry, dtype))
-            if entry.dtype.is_floating_point
-            else entry
-            for key, entry in self.entries.items()
+        tensors = {
+            key: replace(lazy, dtype=dtype, read=partial(_read_cast, key, lazy, dtype))
+            if lazy.dtype.is_floating_point
+            else lazy
+            for key, lazy in self.tensors.items()
         }
-        return LazyWeights(entries, where=self.where)
+        return LazyWeights(tensors, where=self.where)
 
     def overlaid(self, other: LazyWeights) -> LazyWeights:
         """Returns these and the other's; the other's where both have a name."""
-        return LazyWeights({**self.entries, **other.entries}, where=f"{self.where} with {other.where}")
+        return LazyWeights({**self.tensors, **other.tensors}, where=f"{self.where} with {other.where}")
 
 
-def tensor_entry(tensor: Tensor) -> Entry:
-    """Returns the entry of a tensor that is in memory, or mapped from a file."""
-    return Entry(tuple(tensor.shape), tensor.dtype, lambda cut: cut_tensor(tensor, cut))
+def lazy_tensor(tensor: Tensor) -> LazyTensor:
+    """Returns a lazy tensor for one that is in memory, or mapped from a file."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda shard: shard_tensor(tensor, shard))
 
 
 def from_tensors(tensors: Mapping[str, Tensor], *, where: str) -> LazyWeights:
     """Returns a state dict as lazy weights."""
-    return LazyWeights({key: tensor_entry(tensor) for key, tensor in tensors.items()}, where=where)
+    return LazyWeights({key: lazy_tensor(tensor) for key, tensor in tensors.items()}, where=where)
 
 
-def cut_tensor(tensor: Tensor, cut: Cut | None) -> Tensor:
-    """Returns one rank's slice: a view where one suffices."""
-    if cut is None:
+def shard_tensor(tensor: Tensor, shard: Shard | None) -> Tensor:
+    """Returns one rank's shard: a view where one suffices."""
+    if shard is None:
         return tensor
-    slices = [tensor.narrow(cut.dim, start, stop - start) for start, stop in cut.spans(tensor.shape[cut.dim])]
-    return slices[0] if len(slices) == 1 else torch.cat(slices, cut.dim)
+    slices = [
+        tensor.narrow(shard.dim, start, stop - start) for start, stop in shard.spans(tensor.shape[shard.dim])
+    ]
+    return slices[0] if len(slices) == 1 else torch.cat(slices, shard.dim)
 
 
-def _read_cast(key: str, entry: Entry, dtype: torch.dtype, cut: Cut | None) -> Tensor:
-    tensor = entry.read(cut)
+def _read_cast(key: str, lazy: LazyTensor, dtype: torch.dtype, shard: Shard | None) -> Tensor:
+    tensor = lazy.read(shard)
     result = tensor.to(dtype)
     is_narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if is_narrower and not torch.equal(result.isinf(), tensor.isinf()):
@@ -137,11 +139,11 @@ def _read_cast(key: str, entry: Entry, dtype: torch.dtype, cut: Cut | None) -> T
     return result
 
 
-def sliced(entry: Entry, cut: Cut) -> Entry:
-    """Returns the entry of one rank's slice."""
-    shape = list(entry.shape)
-    shape[cut.dim] //= cut.size
-    return replace(entry, shape=tuple(shape), read=lambda again: cut_tensor(entry.read(cut), again))
+def shard_lazily(lazy: LazyTensor, shard: Shard) -> LazyTensor:
+    """Returns one rank's shard, unread."""
+    shape = list(lazy.shape)
+    shape[shard.dim] //= shard.size
+    return replace(lazy, shape=tuple(shape), read=lambda again: shard_tensor(lazy.read(shard), again))
 
 
 def check_same(ours: LazyWeights, written: LazyWeights) -> None:

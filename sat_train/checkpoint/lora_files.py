@@ -84,18 +84,18 @@ def _sort(key: str, weights: LazyWeights, found: dict[str, _Found]) -> bool:
     match = side or alpha
     if match is None:
         return False
-    entry = found.setdefault(_module(match["module"]), _Found())
-    entry.keys.append(key)
+    update = found.setdefault(_module(match["module"]), _Found())
+    update.keys.append(key)
     tensor = weights[key]
     if side is None:
-        if tensor.numel() != 1 or entry.alpha is not None:
+        if tensor.numel() != 1 or update.alpha is not None:
             return False
-        entry.alpha = float(tensor)
+        update.alpha = float(tensor)
         return True
     name = "down" if side["side"] in _DOWN else "up"
-    if tensor.dim() != 2 or getattr(entry, name) is not None:
+    if tensor.dim() != 2 or getattr(update, name) is not None:
         return False
-    setattr(entry, name, tensor)
+    setattr(update, name, tensor)
     return True
 
 

@@ -175,7 +175,7 @@ def _decode(body: dict[str, Any]) -> Manifest:
     waiting = body.get("samples_waiting", [])
     _check(type(waiting) is list and all(_is_count(sample, _MOST) for sample in waiting), "samples_waiting")
     base = body["base_weights"]
-    files = tuple(_record(entry) for entry in body["files"])
+    files = tuple(_record(values) for values in body["files"])
     _check(len({record.name for record in files}) == len(files), "a file is listed twice")
     return Manifest(
         **{
@@ -187,16 +187,16 @@ def _decode(body: dict[str, Any]) -> Manifest:
     )
 
 
-def _record(entry: dict[str, Any]) -> FileRecord:
-    record = FileRecord(**entry)
+def _record(values: dict[str, Any]) -> FileRecord:
+    record = FileRecord(**values)
     _check(is_plain_name(record.name), f"a file is called {record.name!r:.80}")
     _check(_is_count(record.size, _MOST), f"{record.name} has {record.size!r:.40} bytes")
     _check(_is_sha256(record.sha256), f"{record.name} has the hash {record.sha256!r:.80}")
     return record
 
 
-def _base_weights(entry: dict[str, Any]) -> BaseWeights:
-    base = BaseWeights(**entry)
+def _base_weights(values: dict[str, Any]) -> BaseWeights:
+    base = BaseWeights(**values)
     _check(type(base.source) is str and bool(base.source), "base_weights name no source")
     _check(_is_sha256(base.sha256), f"base_weights have the hash {base.sha256!r:.80}")
     return base

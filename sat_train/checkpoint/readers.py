@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, tensor_entry
+from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, lazy_tensor
 from sat_train.errors import CheckpointError
 from sat_train.files import open_regular, read_text, refuse_packed
 
@@ -56,19 +56,19 @@ def read_weight_files(paths: Sequence[Path]) -> LazyWeights:
         CheckpointError: A file is damaged, holds code or quantised tensors, or two hold the
             same name.
     """
-    entries: dict[str, Entry] = {}
+    lazy_tensors: dict[str, LazyTensor] = {}
     for path in paths:
         found = _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
-        doubled = entries.keys() & found.keys()
+        doubled = lazy_tensors.keys() & found.keys()
         if doubled:
             raise CheckpointError(
                 f"{path} holds {sorted(doubled)[0]}, which another file of its set holds too"
             )
-        entries.update(found)
+        lazy_tensors.update(found)
     where = str(paths[0] if len(paths) == 1 else paths[0].parent)
-    if not entries:
+    if not lazy_tensors:
         raise CheckpointError(f"{where} holds no tensors", expected="weights", remedy="give another path")
-    return LazyWeights(entries, where=where)
+    return LazyWeights(lazy_tensors, where=where)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -114,7 +114,7 @@ def _understanding(path: Path) -> Iterator[None]:
         raise damaged(path, error) from error
 
 
-def _read_safetensors(path: Path) -> dict[str, Entry]:
+def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
     with _understanding(path):
         _check_names(path)
         with safe_open(path, framework="pt") as file:
@@ -124,7 +124,7 @@ def _read_safetensors(path: Path) -> dict[str, Entry]:
         if dtype not in _DTYPES:
             raise _wrong_dtype(path, key, dtype)
     return {
-        key: Entry(shape, _DTYPES[dtype], partial(_read_safetensor, path, key, shape))
+        key: LazyTensor(shape, _DTYPES[dtype], partial(_read_safetensor, path, key, shape))
         for key, (shape, dtype) in kinds.items()
     }
 
@@ -145,18 +145,18 @@ def _check_names(path: Path) -> None:
         json.loads(file.read(length), object_pairs_hook=unique)
 
 
-def _read_safetensor(path: Path, key: str, shape: tuple[int, ...], cut: Cut | None) -> Tensor:
+def _read_safetensor(path: Path, key: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
     """Opens the file for this one tensor, so that what the system mapped for it goes when the tensor goes."""
     with _understanding(path), safe_open(path, framework="pt") as file:
-        if cut is None:
+        if shard is None:
             return cast(Tensor, file.get_tensor(key))
         part = file.get_slice(key)
-        places = [(*[slice(None)] * cut.dim, slice(*span)) for span in cut.spans(shape[cut.dim])]
+        places = [(*[slice(None)] * shard.dim, slice(*span)) for span in shard.spans(shape[shard.dim])]
         pieces = [part[place] for place in places]
-    return torch.cat(pieces, cut.dim)
+    return torch.cat(pieces, shard.dim)
 
 
-def _read_torch(path: Path) -> dict[str, Entry]:
+def _read_torch(path: Path) -> dict[str, LazyTensor]:
     tensors = _find_tensors(load_torch_file(path))
     if tensors is None:
         raise CheckpointError(
@@ -167,7 +167,7 @@ def _read_torch(path: Path) -> dict[str, Entry]:
         if tensor.dtype not in _DTYPES.values():
             raise _wrong_dtype(path, key, str(tensor.dtype).removeprefix("torch."))
         check_plain(path, key, tensor)
-    return {key: tensor_entry(tensor) for key, tensor in tensors.items()}
+    return {key: lazy_tensor(tensor) for key, tensor in tensors.items()}
 
 
 def check_plain(path: Path, key: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Going on with another number of data ranks: each rank's shard is cut anew from those of the ranks that
+"""Going on with another number of data ranks: each rank's shard is made from those of the ranks that
 saved.
 
 DeepSpeed asks its checkpoint engine for this rank's files and loads what it is given. So the files of the new
@@ -67,8 +67,8 @@ class ReshardedFiles(ShardFiles):
         if Path(path).name.endswith("_model_states.pt"):
             return self._model_states()
         shards = read_optimizer_states(self._folder, self._manifest, self._model_rank)
-        cut = self._cut_stage_3 if self._manifest.zero_stage == 3 else self._cut_stage_1_2
-        return {"optimizer_state_dict": cut(shards)}
+        reshard = self._reshard_stage_3 if self._manifest.zero_stage == 3 else self._reshard_stage_1_2
+        return {"optimizer_state_dict": reshard(shards)}
 
     def _model_states(self) -> State:
         states = read_model_states(self._folder, self._manifest, self._model_rank)
@@ -84,15 +84,15 @@ class ReshardedFiles(ShardFiles):
             }
         return state
 
-    def _cut_stage_1_2(self, shards: Sequence[State]) -> State:
-        """A group is one vector, cut evenly; the masters are saved without its padding, the moments with."""
+    def _reshard_stage_1_2(self, shards: Sequence[State]) -> State:
+        """A group is one vector, split evenly; the masters are saved without its padding, the moments with."""
         live = [group.numel() for group in self._engine.optimizer.single_partition_of_fp32_groups]
         assert not any(any(gaps) for gaps in shards[0].get("param_alignment_paddings") or []), (
             "aligned parameters"
         )
         totals = [sum(shard[_MASTERS_1_2][group].numel() for shard in shards) for group in range(len(live))]
 
-        def cut(pieces: Sequence[Tensor], group: int) -> Tensor:
+        def split(pieces: Sequence[Tensor], group: int) -> Tensor:
             return self._slice(pieces, totals[group], live[group])
 
         base = shards[0]["base_optimizer_state"]
@@ -101,27 +101,29 @@ class ReshardedFiles(ShardFiles):
             key = settings["params"][0]
             padded = shards[0][_MASTERS_1_2][group].numel() + shards[0]["group_paddings"][group]
             state[key] = {
-                name: cut([shard["base_optimizer_state"]["state"][key][name] for shard in shards], group)
+                name: split([shard["base_optimizer_state"]["state"][key][name] for shard in shards], group)
                 if _is_per_element(value, padded)
                 else value
                 for name, value in base["state"].get(key, {}).items()
             }
-        masters = [cut([shard[_MASTERS_1_2][group] for shard in shards], group) for group in range(len(live))]
+        masters = [
+            split([shard[_MASTERS_1_2][group] for shard in shards], group) for group in range(len(live))
+        ]
         return {**shards[0], _MASTERS_1_2: masters, "base_optimizer_state": {**base, "state": state}}
 
-    def _cut_stage_3(self, shards: Sequence[State]) -> State:
-        """Every parameter is cut by itself; a rank's pieces follow each other in several vectors."""
+    def _reshard_stage_3(self, shards: Sequence[State]) -> State:
+        """Every parameter is split by itself; a rank's pieces follow each other in several vectors."""
         optimizer, names = self._engine.optimizer, self._engine.param_names
         vectors = [[names[parameter] for parameter in group] for group in optimizer.fp16_groups]
 
-        def cut(streams: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        def split(streams: Sequence[Sequence[Tensor]]) -> list[Tensor]:
             pieces = self._pieces(streams)
             return [torch.cat([pieces[name] for name in vector]) for vector in vectors]
 
         base = shards[0]["optimizer_state_dict"]
         first, length = base["state"].get(0, {}), shards[0][_MASTERS_3][0].numel()
         moments = {
-            name: cut([_moments(shard, name) for shard in shards])
+            name: split([_moments(shard, name) for shard in shards])
             if _is_per_element(value, length)
             else [_copy(value) for _ in vectors]
             for name, value in first.items()
@@ -133,7 +135,7 @@ class ReshardedFiles(ShardFiles):
             for index, settings in enumerate(base["param_groups"])
         ]
         state = {key: {name: values[key] for name, values in moments.items()} for key in range(len(vectors))}
-        masters = cut([shard[_MASTERS_3] for shard in shards])
+        masters = split([shard[_MASTERS_3] for shard in shards])
         return {
             **shards[0],
             _MASTERS_3: masters,

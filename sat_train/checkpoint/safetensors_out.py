@@ -85,11 +85,11 @@ def _write_file(
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for key in keys:
-        entry = weights.entries[key]
+        lazy = weights.tensors[key]
         end = offset + _size(weights, key)
         header[key] = {
-            "dtype": _DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
+            "dtype": _DTYPE_NAMES[lazy.dtype],
+            "shape": list(lazy.shape),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -115,8 +115,8 @@ def _write(file: HashingFile, data: bytes) -> None:
 
 
 def _size(weights: LazyWeights, key: str) -> int:
-    entry = weights.entries[key]
-    return math.prod(entry.shape) * entry.dtype.itemsize
+    lazy = weights.tensors[key]
+    return math.prod(lazy.shape) * lazy.dtype.itemsize
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,6 +1,6 @@
 """Weights between sizes of the model axis, lazily.
 
-The rules of which weight is cut how are the model's (`models.dit.sharding`).
+The rules of which weight is sharded how are the model's (`models.dit.sharding`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from functools import partial
 
 from torch import Tensor
 
-from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights, cut_tensor, sliced
+from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, shard_lazily, shard_tensor
 from sat_train.errors import CheckpointError
 from sat_train.models.dit.sharding import (
     check_divisible,
     full_shape,
-    tensor_parallel_cut,
-    tensor_parallel_merge,
+    merge_shards,
+    tensor_parallel_layout,
 )
 
 
@@ -32,35 +32,35 @@ def merge_slices(slices: Sequence[LazyWeights], *, where: str) -> LazyWeights:
         if other.keys() != slices[0].keys():
             differing = sorted(other.keys() ^ slices[0].keys())
             raise CheckpointError(f"{where}: ranks 0 and {rank} of the model axis differ in {differing[:5]}")
-    entries = {}
-    for key, entry in slices[0].entries.items():
-        whole = full_shape(key, entry.shape, len(slices))
-        entries[key] = Entry(
-            whole, entry.dtype, partial(_read_merged, key, [part.entries[key] for part in slices])
+    lazy_tensors = {}
+    for key, lazy in slices[0].tensors.items():
+        whole = full_shape(key, lazy.shape, len(slices))
+        lazy_tensors[key] = LazyTensor(
+            whole, lazy.dtype, partial(_read_merged, key, [part.tensors[key] for part in slices])
         )
-    return LazyWeights(entries, where=where)
+    return LazyWeights(lazy_tensors, where=where)
 
 
 def slice_weights(weights: LazyWeights, *, rank: int, size: int) -> LazyWeights:
     """Returns the slice of every weight that one rank of the model axis holds; only that is read.
 
     Raises:
-        CheckpointError: A weight cannot be cut into `size` equal slices.
+        CheckpointError: A weight cannot be split into `size` equal shards.
     """
     if size == 1:
         return weights
-    entries = {key: _slice_entry(key, entry, rank, size) for key, entry in weights.entries.items()}
-    return LazyWeights(entries, where=weights.where)
+    lazy_tensors = {key: _shard_lazily(key, lazy, rank, size) for key, lazy in weights.tensors.items()}
+    return LazyWeights(lazy_tensors, where=weights.where)
 
 
-def _slice_entry(key: str, entry: Entry, rank: int, size: int) -> Entry:
-    rule = tensor_parallel_cut(key)
+def _shard_lazily(key: str, lazy: LazyTensor, rank: int, size: int) -> LazyTensor:
+    rule = tensor_parallel_layout(key)
     if rule is None:
-        return entry
+        return lazy
     dim, parts = rule
-    check_divisible(key, tuple(entry.shape), dim=dim, parts=parts, size=size)
-    return sliced(entry, Cut(dim, parts, rank, size))
+    check_divisible(key, tuple(lazy.shape), dim=dim, parts=parts, size=size)
+    return shard_lazily(lazy, Shard(dim, parts, rank, size))
 
 
-def _read_merged(key: str, entries: Sequence[Entry], cut: Cut | None) -> Tensor:
-    return cut_tensor(tensor_parallel_merge(key, [entry.read(None) for entry in entries]), cut)
+def _read_merged(key: str, lazy_tensors: Sequence[LazyTensor], shard: Shard | None) -> Tensor:
+    return shard_tensor(merge_shards(key, [lazy.read(None) for lazy in lazy_tensors]), shard)

@@ -25,7 +25,7 @@ from sat_train.checkpoint.diffusers_keys import (
 )
 from sat_train.checkpoint.diffusers_vae_keys import is_diffusers_vae, vae_state_from_diffusers
 from sat_train.checkpoint.layout import MANIFEST, SAT_PREFIX, committed_steps, step_folder
-from sat_train.checkpoint.lazy import Cut, Entry, LazyWeights
+from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard
 from sat_train.checkpoint.manifest import BaseWeights, Manifest, read_manifest, verify_checkpoint
 from sat_train.checkpoint.names import Shape, check_names_and_shapes
 from sat_train.checkpoint.readers import read_weight_files
@@ -314,29 +314,35 @@ def _fused(weights: LazyWeights) -> LazyWeights:
     if unknown:
         transformer_from_diffusers({key: torch.empty(0) for key in unknown})  # raises, naming them
     sat_keys = {part.sat_key: None for key in weights if (part := part_of_diffusers_key(key))}
-    return LazyWeights({key: _fused_entry(weights, key) for key in sat_keys}, where=weights.where)
+    return LazyWeights({key: _fuse(weights, key) for key in sat_keys}, where=weights.where)
 
 
-def _fused_entry(weights: LazyWeights, sat_key: str) -> Entry:
+def _fuse(weights: LazyWeights, sat_key: str) -> LazyTensor:
     parts = parts_of_sat_key(sat_key)
-    missing = [part.diffusers_key for part in parts if part.diffusers_key not in weights.entries]
+    missing = [part.diffusers_key for part in parts if part.diffusers_key not in weights.tensors]
     if missing:
         raise CheckpointError(
             f"{weights.where} lacks {', '.join(missing)}, which {sat_key} is made of",
             remedy="download the folder again, all shards of it",
         )
-    entries = [weights.entries[part.diffusers_key] for part in parts]
-    first = entries[0].shape
+    lazy_tensors = [weights.tensors[part.diffusers_key] for part in parts]
+    first = lazy_tensors[0].shape
     total = first[0] // len(parts[0].chunks) * parts[0].pieces
-    return Entry((total, *first[1:]), entries[0].dtype, partial(_read_fused, sat_key, parts, entries))
+    return LazyTensor(
+        (total, *first[1:]), lazy_tensors[0].dtype, partial(_read_fused, sat_key, parts, lazy_tensors)
+    )
 
 
-def _read_fused(sat_key: str, parts: Sequence[Part], entries: Sequence[Entry], cut: Cut | None) -> Tensor:
-    if cut is not None and len(parts) > 1:
-        # each of diffusers' tensors is one of the parts that are cut by themselves
-        assert cut.parts == len(parts), f"{sat_key} is cut in {cut.parts} parts and made of {len(parts)}"
-        cut = Cut(cut.dim, 1, cut.rank, cut.size)
-    tensors = {part.diffusers_key: entry.read(cut) for part, entry in zip(parts, entries, strict=True)}
+def _read_fused(
+    sat_key: str, parts: Sequence[Part], lazy_tensors: Sequence[LazyTensor], shard: Shard | None
+) -> Tensor:
+    if shard is not None and len(parts) > 1:
+        # each of diffusers' tensors is one of the parts that are sharded by themselves
+        assert shard.parts == len(parts), (
+            f"{sat_key} is sharded in {shard.parts} parts and made of {len(parts)}"
+        )
+        shard = Shard(shard.dim, 1, shard.rank, shard.size)
+    tensors = {part.diffusers_key: lazy.read(shard) for part, lazy in zip(parts, lazy_tensors, strict=True)}
     return transformer_from_diffusers(tensors)[sat_key]
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sat_train.errors import CheckpointError, ConfigError, Fault
 from sat_train.models.dit.initialization import initialize_parameter
-from sat_train.models.dit.sharding import full_shape, tensor_parallel_slice
+from sat_train.models.dit.sharding import full_shape, shard_weight
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.low_rank import LowRank, Updates, common_scale, highest_rank, misfits
 
@@ -103,7 +103,7 @@ class LoraLinear(_LowRank, nn.Linear):
 
 
 class LoraColumnParallelLinear(_LowRank, ColumnParallelLinear):
-    """An adapted layer whose output is cut: A is whole on every rank, B cut; A's gradient is summed."""
+    """An adapted layer whose output is sharded: A is whole on every rank, B sharded; A's gradient is summed."""
 
     @staticmethod
     def _between(h: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class LoraColumnParallelLinear(_LowRank, ColumnParallelLinear):
 
 
 class LoraRowParallelLinear(_LowRank, RowParallelLinear):
-    """An adapted layer whose input is cut: A is cut, B whole on every rank; the parts are summed between."""
+    """An adapted layer whose input is sharded: A is sharded, B whole on every rank; the parts are summed between."""
 
     @staticmethod
     def _between(h: Tensor) -> Tensor:
@@ -207,8 +207,8 @@ def _adapt(name: str, layer: nn.Module, *, rank: int, scale: float, dropout: flo
     layer.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
     layer.lora_scale, layer.lora_merged = scale, False
     # SAT's mark of a slice, by which DeepSpeed counts it once on each rank in the gradient's norm
-    cut = {ColumnParallelLinear: layer.matrix_B, RowParallelLinear: layer.matrix_A}.get(type(layer))
-    for matrix in cut.parameters() if cut else ():
+    sharded = {ColumnParallelLinear: layer.matrix_B, RowParallelLinear: layer.matrix_A}.get(type(layer))
+    for matrix in sharded.parameters() if sharded else ():
         matrix.model_parallel = True
     # the layer stays the object it is, so its weight, its key and whoever holds it stay too
     layer.__class__ = _ADAPTED[type(layer)]
@@ -297,7 +297,7 @@ def _load_update(name: str, index: int, layer: _LowRank, update: LowRank) -> Non
     for side, matrix in (("matrix_A", update.down.float()), ("matrix_B", update.scaled_up(layer.lora_scale))):
         target = getattr(layer, side).get_parameter(str(index))
         key = f"{name}.{side}.{index}"
-        given = tensor_parallel_slice(key, matrix, rank=mpu.get_model_parallel_rank(), size=_model_size())
+        given = shard_weight(key, matrix, rank=mpu.get_model_parallel_rank(), size=_model_size())
         if side == "matrix_A":
             target[: update.rank].copy_(given)
         else:

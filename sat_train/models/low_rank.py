@@ -54,7 +54,7 @@ def stacked(first: Updates, second: Updates) -> Updates:
     result = dict(first)
     for layer, parts in second.items():
         before = result.get(layer, (None,) * len(parts))
-        assert len(before) == len(parts), f"{layer} is cut in {len(before)} and in {len(parts)} parts"
+        assert len(before) == len(parts), f"{layer} is split in {len(before)} and in {len(parts)} parts"
         result[layer] = tuple(map(_sum, before, parts))
     return result
 

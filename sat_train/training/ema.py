@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights, beside the optimizer and cut like its fp32 masters.
+"""An exponential moving average of the trained weights, next to the optimizer and sharded like its fp32 masters.
 
 It is kept by parameter name and offset, not by rank, so any optimizer and ZeRO stage carries it and a
 checkpoint of it can be put together for another number of ranks.
@@ -97,7 +97,7 @@ class WeightAverage:
         return {"decay": self.decay, "fragments": fragments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes this rank's part out of the parts that are given, however they are cut.
+        """Takes this rank's part out of the parts that are given, however they are sharded.
 
         Args:
             state: From `state_dict`: of this rank, or with the fragments of all ranks of another number.
@@ -106,8 +106,8 @@ class WeightAverage:
             CheckpointError: They belong to other parameters, or elements are missing.
         """
         saved: dict[str, list[tuple[int, torch.Tensor]]] = {}
-        for entry in state["fragments"]:
-            saved.setdefault(entry["name"], []).append((entry["offset"], entry["values"]))
+        for fragment in state["fragments"]:
+            saved.setdefault(fragment["name"], []).append((fragment["offset"], fragment["values"]))
         trained = {name for name, p in self._engine.module.named_parameters() if p.requires_grad}
         if unknown := sorted(saved.keys() - trained):
             raise CheckpointError(f"the weight average has parts of other parameters: {unknown[:5]}")

@@ -12,7 +12,7 @@ import torch
 
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.training.entries import TrainEntry
+from sat_train.training.metrics import TrainMetrics
 from sat_train.training.state import TrainState
 from sat_train.training.step import StepResult
 
@@ -66,17 +66,17 @@ class Meter:
             state.take_loss(loss)
             self._last_loss = loss
 
-    def entry(
+    def read(
         self, state: TrainState, *, lr: float, grad_norm: float | None, bad_clips: int = 0
-    ) -> TrainEntry:
-        """Reads everything since the last entry. Call `fold_losses` before.
+    ) -> TrainMetrics:
+        """Reads everything since the last call. Call `fold_losses` before.
 
         Returns:
             The record of the step that has just ended.
         """
         seconds = time.perf_counter() - self._since
         steps = max(1, self._steps)
-        return TrainEntry(
+        return TrainMetrics(
             step=state.step,
             loss=self._last_loss,
             loss_smoothed=state.loss_smoothed,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from sat_train.errors import TrainingError
 from sat_train.training.callbacks.callback import Callback, Callbacks
 from sat_train.training.ema import WeightAverage
-from sat_train.training.entries import Entry
 from sat_train.training.meter import Meter
+from sat_train.training.metrics import Metrics
 from sat_train.training.schedule import LearningRate
 from sat_train.training.state import TrainState
 from sat_train.training.step import Stepper
@@ -25,10 +25,10 @@ class Trainer:
         meter: Collects what they leave.
         learning_rate: Rate by step.
         train_iters: Step at which the run is complete.
-        log_interval: Steps between entries.
+        log_interval: Steps between reports.
         state: Where the run stands; moved on by `run`.
         average: Moving average of the weights, if one is kept.
-        count_bad_clips: Says at each entry how many clips could not be used; ends the run when these are too
+        count_bad_clips: Says at each report how many clips could not be used; ends the run when these are too
             many. Called on all ranks.
         callbacks: Called in this order.
 
@@ -89,9 +89,9 @@ class Trainer:
             raise
         self._callbacks.closed()
 
-    def report(self, entry: Entry) -> None:
-        """Hands an entry to all callbacks."""
-        self._callbacks.reported(entry)
+    def report(self, metrics: Metrics) -> None:
+        """Hands metrics to all callbacks."""
+        self._callbacks.reported(metrics)
 
     def asked_to_stop(self) -> bool:
         """Looks whether any rank was asked to stop while a callback worked: `stopping` and `interrupted`
@@ -126,10 +126,10 @@ class Trainer:
         self._take_stop_level(result.stop_level)
         if state.step % self._log_interval == 0 or state.step == 1 or self.complete or self.stopping:
             self.settle()
-            entry = self._meter.entry(
+            metrics = self._meter.read(
                 state, lr=lr, grad_norm=self._stepper.grad_norm(), bad_clips=self._count_bad_clips()
             )
-            self.report(entry)
+            self.report(metrics)
             self._meter.restart()
 
     def _count_skip(self, applied: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.training.entries import ValidationEntry
+from sat_train.training.metrics import ValidationMetrics
 
 NUM_TIMESTEPS = 8
 
@@ -35,7 +35,7 @@ def validation_loss(
     timesteps: Sequence[int],
     mesh: ProcessMesh,
     asked_to_stop: Callable[[], bool] = lambda: False,
-) -> ValidationEntry | None:
+) -> ValidationMetrics | None:
     """Measures the loss over the validation clips; sample `i` is seen at timestep `i mod len(timesteps)`.
 
     Args:
@@ -70,7 +70,7 @@ def validation_loss(
         if count
     }
     assert bool(seen.any()), "no clip was validated"
-    return ValidationEntry(
+    return ValidationMetrics(
         step=step,
         valid_loss=float(sums[:, 0].sum() / sums[:, 1].sum()),
         valid_loss_by_timestep=by_timestep,

@@ -98,7 +98,7 @@ def test_the_command_converts_and_says_where_it_came_from(
     assert main([str(sat), str(tmp_path / "out"), "--to", "sat", "--dtype", "bf16"]) == 0
     assert "every value was read back and compared" in capsys.readouterr().out
     found = read_transformer_weights(tmp_path / "out")
-    assert {entry.dtype for entry in found.entries.values()} == {torch.bfloat16}
+    assert {lazy.dtype for lazy in found.tensors.values()} == {torch.bfloat16}
     state = torch.load(tmp_path / "out" / "1" / "mp_rank_00_model_states.pt", weights_only=True)
     assert len(state["sat_train"]["sat_train.source_sha256"]) == 64
 

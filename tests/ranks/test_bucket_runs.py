@@ -44,10 +44,10 @@ def _words(folder: Path, name: str, steps: int, *words: str) -> list[str]:
     ]
 
 
-def _entries(folder: Path, name: str) -> list[dict]:
+def _records(folder: Path, name: str) -> list[dict]:
     (found,) = (folder / "runs").glob(f"{name}-*")
-    entries = read_metrics(found / "metrics.jsonl")
-    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in entries]
+    records = read_metrics(found / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -56,8 +56,8 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped_bit_for_bit(rank_pool,
     pool(train_micro, folder, _words(folder, names[0], 6))
     pool(train_micro, folder, _words(folder, names[1], 3))
     pool(train_micro, folder, _words(folder, names[1], 6, "args.resume=must"))
-    straight, resumed = (_entries(folder, name) for name in names)
-    assert [entry["step"] for entry in resumed] == list(range(1, 7))
+    straight, resumed = (_records(folder, name) for name in names)
+    assert [record["step"] for record in resumed] == list(range(1, 7))
     assert resumed == straight
 
 
@@ -66,8 +66,8 @@ def test_a_run_may_go_on_with_another_number_of_ranks(rank_pool, folder):
     rank_pool(2)(train_micro, folder, _words(folder, "two", 6))
     rank_pool(2)(train_micro, folder, _words(folder, "mixed", 3))
     rank_pool(1)(train_micro, folder, _words(folder, "mixed", 6, "args.batch_size=4", "args.resume=must"))
-    two, mixed = _entries(folder, "two"), _entries(folder, "mixed")
-    assert [entry["step"] for entry in mixed] == list(range(1, 7))
+    two, mixed = _records(folder, "two"), _records(folder, "mixed")
+    assert [record["step"] for record in mixed] == list(range(1, 7))
     for one, other in zip(two, mixed, strict=True):
         # sums of the same fp32 numbers in another order, amplified by Adam over six steps
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -77,7 +77,7 @@ def test_validation_and_batches_by_tokens_run_too(rank_pool, folder):
     words = ["args.split=3,1,0", "args.eval_interval=2", "args.eval_iters=4", "args.epochs=2"]
     words += ["args.train_iters=null", "data.params.buckets.max_tokens=120"]
     rank_pool(2)(train_micro, folder, _words(folder, "tokens", 4, *words))
-    entries = _entries(folder, "tokens")
-    seen = [entry for entry in entries if "valid_loss" in entry]
-    assert len({entry["valid_samples"] for entry in seen}) == 1
-    assert all(entry["loss"] > 0 for entry in entries if "loss" in entry)
+    records = _records(folder, "tokens")
+    seen = [record for record in records if "valid_loss" in record]
+    assert len({record["valid_samples"] for record in seen}) == 1
+    assert all(record["loss"] > 0 for record in records if "loss" in record)

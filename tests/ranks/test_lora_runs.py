@@ -116,7 +116,9 @@ def test_a_run_resumes_on_its_base_wherever_that_lies_now(rank_pool, folder, tmp
         f"args.load_base={moved}",
     )
     (straight,) = (folder / "runs").glob("straight-*")
-    losses = [[entry["loss"] for entry in read_metrics(run / "metrics.jsonl")] for run in (straight, resumed)]
+    losses = [
+        [record["loss"] for record in read_metrics(run / "metrics.jsonl")] for run in (straight, resumed)
+    ]
     assert losses[0] == losses[1]
     assert read_manifest(resumed / "4").base_weights.source == str(moved)
 
@@ -124,7 +126,7 @@ def test_a_run_resumes_on_its_base_wherever_that_lies_now(rank_pool, folder, tmp
 @torch.no_grad()
 def _outputs(mesh: ProcessMesh, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what a model with weights of noise computes without and with the adapters of a file."""
-    from sat_train.models.dit.sharding import full_shape, tensor_parallel_slice
+    from sat_train.models.dit.sharding import full_shape, shard_weight
     from sat_train.models.lora import add_lora, load_updates
     from tests.unit.models.narrow import build, inputs
 
@@ -132,7 +134,7 @@ def _outputs(mesh: ProcessMesh, folder: Path) -> tuple[torch.Tensor, torch.Tenso
     for key, parameter in dit.named_parameters():
         whole = full_shape(key, parameter.shape, mesh.model_size)
         noise = 0.2 * torch.randn(whole, generator=torch.Generator().manual_seed(sum(map(ord, key))))
-        parameter.copy_(tensor_parallel_slice(key, noise, rank=mesh.model_rank, size=mesh.model_size))
+        parameter.copy_(shard_weight(key, noise, rank=mesh.model_rank, size=mesh.model_size))
     plain = dit.eval()(*inputs())
     add_lora(dit, rank=6, alpha=2.0, targets=(r"query_key_value$", r"dense", r"mlp\."))
     load_updates(dit, read_lora(folder / "lora.pt"))

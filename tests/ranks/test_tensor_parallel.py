@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.errors import CheckpointError
-from sat_train.models.dit.sharding import tensor_parallel_cut, tensor_parallel_merge, tensor_parallel_slice
+from sat_train.models.dit.sharding import merge_shards, shard_weight, tensor_parallel_layout
 from sat_train.models.lora import add_lora, lora_layers, merge_lora
 from tests.unit.models.narrow import build, inputs
 
@@ -38,13 +38,11 @@ def _run(
     if weights is not None:
         with torch.no_grad():
             for key, parameter in dit.named_parameters():
-                parameter.copy_(
-                    tensor_parallel_slice(key, weights[key], rank=mesh.model_rank, size=mesh.model_size)
-                )
+                parameter.copy_(shard_weight(key, weights[key], rank=mesh.model_rank, size=mesh.model_size))
     output = dit(*inputs())
     output.square().mean().backward()
     marked = {key for key, parameter in dit.named_parameters() if getattr(parameter, "model_parallel", False)}
-    assert marked == {key for key, _ in dit.named_parameters() if tensor_parallel_cut(key)}
+    assert marked == {key for key, _ in dit.named_parameters() if tensor_parallel_layout(key)}
     merged = None
     if lora:
         merge_lora(dit.eval())
@@ -76,9 +74,9 @@ def test_two_ranks_compute_what_one_does(rank_pool, positions, lora):
     floor = 1e-3 * max(gradient.abs().max() for gradient in gradients.values())
     for key, gradient in gradients.items():
         slices = [result[1][key] for result in results]
-        if tensor_parallel_cut(key) is None:
+        if tensor_parallel_layout(key) is None:
             assert torch.equal(*slices), f"{key} differs between the ranks and would drift apart"
-        actual = tensor_parallel_merge(key, slices)
+        actual = merge_shards(key, slices)
         assert (actual - gradient).abs().max() < TOLERANCE * gradient.abs().max().clamp(min=floor), key
 
 
@@ -94,29 +92,27 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks(rank_pool):
     expected = _initial(start_single_process())
     first, second = rank_pool(2)(_initial, model_parallel_size=2)
     for key, weight in expected.items():
-        assert torch.equal(tensor_parallel_merge(key, [first[key], second[key]]), weight), key
+        assert torch.equal(merge_shards(key, [first[key], second[key]]), weight), key
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_slices_merge_to_the_whole(size):
     whole = {key: torch.randn(parameter.shape) for key, parameter in _adapted().named_parameters()}
     for key, tensor in whole.items():
-        slices = [
-            tensor_parallel_slice(f"module.{key}", tensor, rank=rank, size=size) for rank in range(size)
-        ]
-        assert torch.equal(tensor_parallel_merge(f"module.{key}", slices), tensor), key
+        slices = [shard_weight(f"module.{key}", tensor, rank=rank, size=size) for rank in range(size)]
+        assert torch.equal(merge_shards(f"module.{key}", slices), tensor), key
 
 
 def test_a_slice_of_the_fused_weight_has_its_heads_of_q_and_k_and_v():
     rows = torch.arange(12.0)[:, None]
     key = "transformer.layers.0.attention.query_key_value.weight"
-    assert tensor_parallel_slice(key, rows, rank=1, size=2).flatten().tolist() == [2, 3, 6, 7, 10, 11]
+    assert shard_weight(key, rows, rank=1, size=2).flatten().tolist() == [2, 3, 6, 7, 10, 11]
 
 
 def test_a_weight_that_cannot_be_cut_is_an_error():
     key = "transformer.layers.0.attention.query_key_value.weight"
-    with pytest.raises(CheckpointError, match=r"\(12, 1\) cannot be cut for model_parallel_size = 8"):
-        tensor_parallel_slice(key, torch.zeros(12, 1), rank=0, size=8)
+    with pytest.raises(CheckpointError, match=r"\(12, 1\) cannot be sharded for model_parallel_size = 8"):
+        shard_weight(key, torch.zeros(12, 1), rank=0, size=8)
 
 
 def _adapted():

@@ -13,8 +13,8 @@ from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.sample_videos import SampleVideos
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
-from sat_train.training.entries import ValidationEntry
 from sat_train.training.meter import Meter
+from sat_train.training.metrics import ValidationMetrics
 from sat_train.training.run_directory import PREEMPTED
 from sat_train.training.schedule import LearningRate
 from sat_train.training.state import TrainState
@@ -84,16 +84,16 @@ def _run(mesh: ProcessMesh, folder: Path, options: dict) -> tuple[list[int], str
 
 def test_every_entry_has_the_rate_of_its_step_and_all_that_people_ask_for(rank_pool, tmp_path):
     rank_pool(2)(_run, tmp_path, {})
-    entries = read_metrics(tmp_path / "metrics.jsonl")
-    assert [entry["step"] for entry in entries] == list(range(1, 11))
-    assert [entry["lr"] for entry in entries] == [RATE.at(step) for step in range(10)]
-    for entry in entries:
-        assert entry["loss"] > 0
-        assert entry["grad_norm"] > 0
-        assert entry["samples_per_s"] > 0
-        assert 0 <= entry["data_wait_s"] <= entry["step_time_s"]
-        assert entry["peak_memory_gib"] > 0.01
-        assert entry["skipped"] == 0
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert [record["lr"] for record in records] == [RATE.at(step) for step in range(10)]
+    for record in records:
+        assert record["loss"] > 0
+        assert record["grad_norm"] > 0
+        assert record["samples_per_s"] > 0
+        assert 0 <= record["data_wait_s"] <= record["step_time_s"]
+        assert record["peak_memory_gib"] > 0.01
+        assert record["skipped"] == 0
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
@@ -103,11 +103,11 @@ def test_how_often_a_run_is_logged_changes_neither_its_losses_nor_their_smoothin
         folder = tmp_path / str(interval)
         folder.mkdir()
         rank_pool(1)(_run, folder, {"log_interval": interval})
-        found[interval] = {entry["step"]: entry for entry in read_metrics(folder / "metrics.jsonl")}
+        found[interval] = {record["step"]: record for record in read_metrics(folder / "metrics.jsonl")}
     assert sorted(found[4]) == [1, 4, 8, 10]
-    for step, entry in found[4].items():
-        assert entry["loss"] == found[1][step]["loss"]
-        assert entry["loss_smoothed"] == found[1][step]["loss_smoothed"]
+    for step, record in found[4].items():
+        assert record["loss"] == found[1][step]["loss"]
+        assert record["loss_smoothed"] == found[1][step]["loss_smoothed"]
 
 
 def test_the_smoothed_loss_is_a_mean_of_all_losses_from_the_first_step_on():
@@ -162,7 +162,7 @@ def test_a_run_whose_reporters_fail_everywhere_on_one_rank_is_the_run_without_th
     for name, function, args in (("plain", _run, ({},)), ("failing", _train_with_failing_reporters, ())):
         (tmp_path / name).mkdir()
         assert rank_pool(2)(function, tmp_path / name, *args) == [([2, 4, 6, 8, 10], "")] * 2
-        losses.append([entry["loss"] for entry in read_metrics(tmp_path / name / "metrics.jsonl")])
+        losses.append([record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert losses[0] == losses[1]
 
 
@@ -174,10 +174,10 @@ class InterruptedValidation(Validation):
             measured.append(step)
             if step == at:
                 stop_request.signal_name = "SIGINT"
-            return None if asked_to_stop() else ValidationEntry(step, 0.5, {}, 1)
+            return None if asked_to_stop() else ValidationMetrics(step, 0.5, {}, 1)
 
-        entries = read_metrics(folder / "metrics.jsonl")
-        known = {entry["step"] for entry in entries if "valid_loss" in entry}
+        records = read_metrics(folder / "metrics.jsonl")
+        known = {record["step"] for record in records if "valid_loss" in record}
         super().__init__(engine, measure, interval=3, is_measured=known.__contains__)
 
 
@@ -218,7 +218,9 @@ def test_ctrl_c_in_a_validation_saves_that_step_and_what_is_owed_is_measured_aft
     assert pool(_interrupted, tmp_path, 3, 8) == [([4, 8], [3, 6, 8], 8, True)], "the last one too"
     assert pool(_interrupted, tmp_path, 8, -1) == [([], [8], 8, False)]
     assert pool(_interrupted, tmp_path, 8, -1) == [([], [], 8, False)]
-    measured = [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl") if "valid_loss" in entry]
+    measured = [
+        record["step"] for record in read_metrics(tmp_path / "metrics.jsonl") if "valid_loss" in record
+    ]
     assert measured == [0, 3, 6, 8]
 
 

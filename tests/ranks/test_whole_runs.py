@@ -55,9 +55,9 @@ def _run_directory(folder: Path, name: str) -> Path:
     return found
 
 
-def _entries(folder: Path, name: str) -> list[dict]:
-    entries = read_metrics(_run_directory(folder, name) / "metrics.jsonl")
-    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in entries]
+def _records(folder: Path, name: str) -> list[dict]:
+    records = read_metrics(_run_directory(folder, name) / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 
 
 def _shards(run_directory: Path, step: int) -> dict[str, Any]:
@@ -105,10 +105,10 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped_bit_for_bit(
     pool(train_micro, folder, _words(f"straight{name}", STEPS, *words), preset)
     pool(train_micro, folder, _words(f"resumed{name}", 3, *words), preset)
     pool(train_micro, folder, _words(f"resumed{name}", STEPS, *words, "args.resume=must"), preset)
-    straight, resumed = _entries(folder, f"straight{name}"), _entries(folder, f"resumed{name}")
-    assert [entry["step"] for entry in resumed] == list(range(1, STEPS + 1))
+    straight, resumed = _records(folder, f"straight{name}"), _records(folder, f"resumed{name}")
+    assert [record["step"] for record in resumed] == list(range(1, STEPS + 1))
     assert resumed == straight
-    assert len({entry["loss"] for entry in straight}) == STEPS
+    assert len({record["loss"] for record in straight}) == STEPS
     shards = [_shards(_run_directory(folder, f"{kind}{name}"), STEPS) for kind in ("straight", "resumed")]
     _check_equal(*shards)
     assert sum("ema" in shard for shard in shards[0]) == (world_size if "ema" in name else 0)
@@ -120,15 +120,15 @@ def test_the_loss_sequence_does_not_depend_on_the_world_size(rank_pool, folder, 
     names = [f"{preset}world{world_size}" for world_size in (1, 2)]
     rank_pool(1)(train_micro, folder, _words(names[0], STEPS, *words, batch_size=4), preset)
     rank_pool(2)(train_micro, folder, _words(names[1], STEPS, *words, batch_size=2), preset)
-    one, two = (_entries(folder, name) for name in names)
-    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    one, two = (_records(folder, name) for name in names)
+    assert [record["step"] for record in one] == [record["step"] for record in two]
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for key in first.keys() & {"loss", "grad_norm", "lr", "valid_loss", "valid_samples"}:
             # sums of the same fp32 numbers in another order, amplified by Adam over six steps
             assert second[key] == pytest.approx(first[key], rel=1e-3 if key == "grad_norm" else 1e-4)
     assert one[0]["step"] == 0, "a run begins with a validation"
-    assert {entry["step"] for entry in one if "valid_loss" in entry} == {0, 4, 6}
+    assert {record["step"] for record in one if "valid_loss" in record} == {0, 4, 6}
 
 
 def _train_and_stop(mesh: ProcessMesh, folder: Path, words: list[str]) -> None:
@@ -158,7 +158,7 @@ def test_a_signal_to_one_rank_saves_leaves_a_marker_and_the_run_goes_on(rank_poo
     more = _words("stopped", stopped_at + 1, "args.resume=auto")
     rank_pool(2)(train_micro, folder, more)
     assert not (run_directory / "PREEMPTED").exists()
-    assert [entry["step"] for entry in _entries(folder, "stopped")] == list(range(1, stopped_at + 2))
+    assert [record["step"] for record in _records(folder, "stopped")] == list(range(1, stopped_at + 2))
 
 
 def test_old_checkpoints_go_and_the_folder_says_what_ran(rank_pool, folder):
@@ -200,7 +200,7 @@ def test_what_validation_owed_when_a_run_was_killed_is_made_up_for(rank_pool, fo
     name = f"owed{steps}"
     words = [*VIDEOS, PROMPTS, "args.zero_stage=1"]
     rank_pool(1)(train_micro, folder, _words(name, 4, *words))
-    entries, run_directory = _entries(folder, name), _run_directory(folder, name)
+    records, run_directory = _records(folder, name), _run_directory(folder, name)
     videos = {path.name: path.read_bytes() for path in (run_directory / "samples/000004").iterdir()}
     for path in ("02.mp4", "contact_sheet.png"):
         (run_directory / "samples/000004" / path).unlink()
@@ -209,7 +209,7 @@ def test_what_validation_owed_when_a_run_was_killed_is_made_up_for(rank_pool, fo
     (run_directory / "metrics.jsonl").write_text("".join(lines[:-1]))
 
     rank_pool(1)(train_micro, folder, _words(name, steps, *words, "args.resume=must"))
-    assert _entries(folder, name)[: len(entries)] == entries
+    assert _records(folder, name)[: len(records)] == records
     made = {path.name: path.read_bytes() for path in (run_directory / "samples/000004").iterdir()}
     assert made == videos
 
@@ -221,7 +221,7 @@ def test_videos_that_cannot_be_written_end_no_run(rank_pool, folder):
     words = _words("unwritten", 4, *VIDEOS, PROMPTS, "args.zero_stage=3", "args.resume=must")
     rank_pool(2)(train_micro, folder, words)
     assert (run_directory / "4" / "manifest.json").exists()
-    assert [entry["step"] for entry in _entries(folder, "unwritten") if "loss" in entry] == [1, 2, 3, 4]
+    assert [record["step"] for record in _records(folder, "unwritten") if "loss" in record] == [1, 2, 3, 4]
 
 
 def _values(tree: Any, key: str) -> set[Any]:
@@ -289,7 +289,7 @@ def test_going_back_to_an_older_step_leaves_one_line_of_history(rank_pool, folde
     assert (run_directory / "latest").read_text() == "5"
     assert find_weights(run_directory).path.name == "5"
     assert find_resumed(micro_run(folder, *_words(name, 6, "args.resume=auto", "args.lr=5e-3"))).step == 5
-    assert [entry["step"] for entry in _entries(folder, name)] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in _records(folder, name)] == [1, 2, 3, 4, 5]
     head = (run_directory / "resolved.yaml").read_text()
     assert "# resumed at step 2\n" in head
     assert (

@@ -38,7 +38,7 @@ def test_presets_train_save_validate_and_draw(preset: str, tmp_path: Path) -> No
     lines = training_lines(folder)
     assert sorted(lines) == [1, 2]
     assert set(lines[1]) >= LOGGED
-    assert [entry for entry in metrics(folder) if "valid_loss" in entry]
+    assert [record for record in metrics(folder) if "valid_loss" in record]
     assert (folder / "resolved.yaml").is_file()
     assert json.loads((folder / "model_config.json").read_text())["num_layers"] == 6
     assert (folder / "latest").read_text().strip() == "2"

@@ -10,7 +10,7 @@ from sat import mpu
 from torch import Tensor, nn
 
 from sat_train.distributed.seeds import derive_generator
-from sat_train.models.dit.sharding import full_shape, tensor_parallel_slice
+from sat_train.models.dit.sharding import full_shape, shard_weight
 
 _STD = 0.02
 
@@ -63,7 +63,7 @@ def initialize_parameter(
     rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), "linear")
     full = torch.empty(full_shape(name, parameter.shape, _model_size()))
     _fill(full, rule, fan_in, num_layers, derive_generator(seed, f"initial weight {name}"))
-    parameter.copy_(tensor_parallel_slice(name, full, rank=mpu.get_model_parallel_rank(), size=_model_size()))
+    parameter.copy_(shard_weight(name, full, rank=mpu.get_model_parallel_rank(), size=_model_size()))
 
 
 def _model_size() -> int:

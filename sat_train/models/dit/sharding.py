@@ -1,4 +1,4 @@
-"""How each weight is cut for tensor parallelism; pure functions of a key and a tensor."""
+"""How each weight is sharded for tensor parallelism; pure functions of a key and a tensor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sat_train.errors import CheckpointError
 
-# (key pattern, dim that is cut, equal parts of it that are each cut by themselves); every rank holds what no
-# pattern matches. SAT cuts q, k and v of the fused weight each by heads: a rank has its heads of all three.
-_CUTS = (
+# (key pattern, dim that is sharded, equal parts of it that are each sharded by themselves); every rank holds what no
+# pattern matches. SAT shards q, k and v of the fused weight each by heads: a rank has its heads of all three.
+_LAYOUTS = (
     (r"attention\.query_key_value\.(weight|bias)$", 0, 3),
     (r"mlp\.dense_h_to_4h\.(weight|bias)$", 0, 1),
     (r"(attention\.query_key_value|mlp\.dense_h_to_4h)\.matrix_B\.\d+$", 0, 1),
@@ -20,19 +20,19 @@ _CUTS = (
 )
 
 
-def tensor_parallel_cut(key: str) -> tuple[int, int] | None:
-    """Returns (dim, parts) for a weight that is cut, None for one that every rank holds whole."""
-    return next(((dim, parts) for pattern, dim, parts in _CUTS if re.search(pattern, key)), None)
+def tensor_parallel_layout(key: str) -> tuple[int, int] | None:
+    """Returns (dim, parts) for a weight that is sharded, None for one that every rank holds whole."""
+    return next(((dim, parts) for pattern, dim, parts in _LAYOUTS if re.search(pattern, key)), None)
 
 
 def full_shape(key: str, shape: Sequence[int], size: int) -> tuple[int, ...]:
-    """Returns the shape of the whole weight, given that of one of `size` slices."""
-    cut = tensor_parallel_cut(key)
-    return tuple(length * size if cut and dim == cut[0] else length for dim, length in enumerate(shape))
+    """Returns the shape of the whole weight, given that of one of `size` shards."""
+    layout = tensor_parallel_layout(key)
+    return tuple(length * size if layout and dim == layout[0] else length for dim, length in enumerate(shape))
 
 
-def tensor_parallel_slice(key: str, tensor: Tensor, *, rank: int, size: int) -> Tensor:
-    """Returns the slice that one rank of the model axis holds.
+def shard_weight(key: str, tensor: Tensor, *, rank: int, size: int) -> Tensor:
+    """Returns the shard that one rank of the model axis holds.
 
     Args:
         key: SAT key, with or without a prefix.
@@ -44,35 +44,35 @@ def tensor_parallel_slice(key: str, tensor: Tensor, *, rank: int, size: int) -> 
         A view where one suffices, else a copy.
 
     Raises:
-        CheckpointError: The weight cannot be cut into `size` equal slices.
+        CheckpointError: The weight cannot be split into `size` equal shards.
     """
-    cut = tensor_parallel_cut(key)
-    if cut is None or size == 1:
+    layout = tensor_parallel_layout(key)
+    if layout is None or size == 1:
         return tensor
-    dim, parts = cut
+    dim, parts = layout
     check_divisible(key, tuple(tensor.shape), dim=dim, parts=parts, size=size)
     slices = [part.chunk(size, dim)[rank] for part in tensor.chunk(parts, dim)]
     return slices[0] if parts == 1 else torch.cat(slices, dim)
 
 
-def tensor_parallel_merge(key: str, slices: Sequence[Tensor]) -> Tensor:
-    """Returns the whole weight, given every rank's slice in rank order: undoes `tensor_parallel_slice`."""
-    cut = tensor_parallel_cut(key)
-    if cut is None or len(slices) == 1:
+def merge_shards(key: str, slices: Sequence[Tensor]) -> Tensor:
+    """Returns the whole weight, given every rank's shard in rank order: undoes `shard_weight`."""
+    layout = tensor_parallel_layout(key)
+    if layout is None or len(slices) == 1:
         return slices[0]
-    dim, parts = cut
+    dim, parts = layout
     pieces = [part.chunk(parts, dim) for part in slices]
     return torch.cat([piece[index] for index in range(parts) for piece in pieces], dim)
 
 
 def check_divisible(key: str, shape: tuple[int, ...], *, dim: int, parts: int, size: int) -> None:
-    """Checks that a weight can be cut into `size` equal slices.
+    """Checks that a weight can be split into `size` equal shards.
 
     Raises:
         CheckpointError: It cannot.
     """
     if shape[dim] % (parts * size):
         raise CheckpointError(
-            f"{key} of shape {shape} cannot be cut for model_parallel_size = {size}",
+            f"{key} of shape {shape} cannot be sharded for model_parallel_size = {size}",
             expected=f"dim {dim} divisible by {parts * size}",
         )

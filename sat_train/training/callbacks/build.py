@@ -25,7 +25,7 @@ from sat_train.training.callbacks.sample_videos import SampleVideos, contact_she
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Measure, Validation
 from sat_train.training.callbacks.wandb import WeightsAndBiases
-from sat_train.training.entries import ValidationEntry
+from sat_train.training.metrics import ValidationMetrics
 from sat_train.training.validation import validation_loss, validation_timesteps
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _measure(
 ) -> Measure:
     timesteps = validation_timesteps(len(pipeline.alpha_bar))
 
-    def measure(step: int, asked_to_stop: Callable[[], bool]) -> ValidationEntry | None:
+    def measure(step: int, asked_to_stop: Callable[[], bool]) -> ValidationMetrics | None:
         return validation_loss(
             step=step,
             batches=loader,
@@ -179,13 +179,13 @@ def _is_measured(run_directory: Path | None, step: int) -> bool:
     if run_directory is None:
         return False
     try:
-        entries = read_metrics(run_directory / METRICS)
+        records = read_metrics(run_directory / METRICS)
     except OSError as error:
         log.warning(
             "%s cannot be read, so the validation loss is measured: %s", run_directory / METRICS, error
         )
         return False
-    return any(entry["step"] == step and "valid_loss" in entry for entry in entries)
+    return any(record["step"] == step and "valid_loss" in record for record in records)
 
 
 def given_conditions(config: RunConfig, settings: SamplingSettings) -> tuple[list[str], list[torch.Tensor]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
-from sat_train.training.entries import Entry
+from sat_train.training.metrics import Metrics
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
@@ -28,8 +28,8 @@ class Callback:
     def step_done(self, trainer: Trainer) -> None:
         """After each step."""
 
-    def reported(self, entry: Entry) -> None:
-        """There is a new entry."""
+    def reported(self, metrics: Metrics) -> None:
+        """There is a new metrics."""
 
     def finished(self, trainer: Trainer) -> None:
         """After the last step, whether the run is complete or was asked to stop. Not after an error."""
@@ -61,10 +61,10 @@ class Callbacks:
         for callback in self._callbacks:
             self._call(callback, "step_done", trainer)
 
-    def reported(self, entry: Entry) -> None:
-        """There is a new entry."""
+    def reported(self, metrics: Metrics) -> None:
+        """There is a new metrics."""
         for callback in self._callbacks:
-            self._call(callback, "reported", entry)
+            self._call(callback, "reported", metrics)
 
     def finished(self, trainer: Trainer) -> None:
         """After the last step, not after an error."""

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object an entry, for programs."""
+"""`metrics.jsonl`: one JSON object a report, for programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sat_train.files import read_bytes, write_text
 from sat_train.training.callbacks.appended_file import AppendedFile
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.entries import Entry, SamplesEntry, as_json
+from sat_train.training.metrics import Metrics, VideoMetrics, as_json
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
@@ -20,7 +20,7 @@ _MOST_BYTES = 2**29  # two million steps, each of them logged
 
 
 class MetricsFile(Callback):
-    """Appends to `metrics.jsonl`. A run that resumes at step k first drops the entries after k. For rank 0.
+    """Appends to `metrics.jsonl`. A run that resumes at step k first drops the records after k. For rank 0.
 
     Args:
         run_directory: Where the file is.
@@ -36,37 +36,37 @@ class MetricsFile(Callback):
     def started(self, trainer: Trainer) -> None:
         """Drops what was written after the checkpoint that the run resumes."""
         self._resumed_step = trainer.state.step
-        self._drop_later_entries()
+        self._drop_later_records()
 
-    def reported(self, entry: Entry) -> None:
+    def reported(self, metrics: Metrics) -> None:
         """Appends one line."""
-        if isinstance(entry, SamplesEntry):
+        if isinstance(metrics, VideoMetrics):
             return  # its files say it
-        values = {name: _finite_or_none(value) for name, value in as_json(entry).items()}
+        values = {name: _finite_or_none(value) for name, value in as_json(metrics).items()}
         self._file.add((json.dumps(values) + "\n").encode())
         if self._resumed_step is not None:
-            self._drop_later_entries()  # the disk was full at the start
+            self._drop_later_records()  # the disk was full at the start
         self._file.write()
 
-    def _drop_later_entries(self) -> None:
-        kept = [entry for entry in read_metrics(self._path) if entry["step"] <= self._resumed_step]
-        write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    def _drop_later_records(self) -> None:
+        kept = [record for record in read_metrics(self._path) if record["step"] <= self._resumed_step]
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._resumed_step = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a file; none when there is no file. A line torn by a kill is left out."""
+    """Returns the records of a file; none when there is no file. A line torn by a kill is left out."""
     if not path.exists():
         return []
-    entries = []
+    records = []
     for line in read_bytes(path, limit=_MOST_BYTES).splitlines():
         try:
-            entry = json.loads(line)
+            record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
-    return entries
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
 
 
 def _finite_or_none(value: object) -> object:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeR
 
 from sat_train.log import console, get_logger
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.entries import Entry, SamplesEntry, TrainEntry, ValidationEntry
+from sat_train.training.metrics import Metrics, TrainMetrics, ValidationMetrics, VideoMetrics
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
@@ -24,7 +24,7 @@ _SLOW_DATA = 0.1  # share of the step time from which waiting for data is worth 
 
 
 class PlainProgress(Callback):
-    """Lines for each entry, with the time that is left."""
+    """Lines for each report, with the time that is left."""
 
     optional = True
 
@@ -45,19 +45,22 @@ class PlainProgress(Callback):
             *map(short, (rate.at(first), rate.peak, rate.at(last))),
         )
 
-    def reported(self, entry: Entry) -> None:
+    def reported(self, metrics: Metrics) -> None:
         """Writes one line; now and then, and when something was left out, a second one with the rest."""
-        if isinstance(entry, SamplesEntry):
+        if isinstance(metrics, VideoMetrics):
             return  # said when they were written
-        if isinstance(entry, ValidationEntry):
+        if isinstance(metrics, ValidationMetrics):
             log.info(
-                "step %d: validation loss %.5f on %d clips", entry.step, entry.valid_loss, entry.valid_samples
+                "step %d: validation loss %.5f on %d clips",
+                metrics.step,
+                metrics.valid_loss,
+                metrics.valid_samples,
             )
             return
-        counts = (entry.skipped, entry.bad_clips)
+        counts = (metrics.skipped, metrics.bad_clips)
         with_details = self._lines % _DETAILS_EVERY == 0 or counts != self._counts
         self._lines, self._counts = self._lines + 1, counts
-        for line in describe(entry, self._train_iters, with_details=with_details):
+        for line in describe(metrics, self._train_iters, with_details=with_details):
             log.info("%s", line)
 
 
@@ -87,30 +90,30 @@ class BarProgress(PlainProgress):
             self._bar.stop()
 
 
-def describe(entry: TrainEntry, train_iters: int, *, with_details: bool) -> list[str]:
+def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> list[str]:
     """Returns lines for a person, none of which is too long for a terminal of 80 columns.
 
     Args:
         with_details: Add what changes slowly: memory, speed, what was left out.
     """
-    left_s = max(0, train_iters - entry.step) * entry.step_time_s
-    waits = entry.step_time_s > 0 and entry.data_wait_s > _SLOW_DATA * entry.step_time_s
-    lr = f"lr {short(entry.lr)}"
+    left_s = max(0, train_iters - metrics.step) * metrics.step_time_s
+    waits = metrics.step_time_s > 0 and metrics.data_wait_s > _SLOW_DATA * metrics.step_time_s
+    lr = f"lr {short(metrics.lr)}"
     parts = [
-        f"step {entry.step}/{train_iters}",
-        f"loss {_loss(entry.loss)}",
-        f"avg {_loss(entry.loss_smoothed)}",
+        f"step {metrics.step}/{train_iters}",
+        f"loss {_loss(metrics.loss)}",
+        f"avg {_loss(metrics.loss_smoothed)}",
         lr,
-        f"grad {entry.grad_norm:.2g}" if entry.grad_norm is not None else "",
-        f"{_three_digits(entry.step_time_s)} s/step",
+        f"grad {metrics.grad_norm:.2g}" if metrics.grad_norm is not None else "",
+        f"{_three_digits(metrics.step_time_s)} s/step",
         f"eta {duration(left_s)}",
     ]
     details = [
-        f"skipped {entry.skipped}" if entry.skipped else "",
-        f"bad clips {entry.bad_clips}" if entry.bad_clips else "",
-        f"waiting for data {entry.data_wait_s / entry.step_time_s:.0%}" if waits else "",
-        f"{_three_digits(entry.samples_per_s)} samples/s",
-        f"peak {entry.peak_memory_gib:.1f} GiB",
+        f"skipped {metrics.skipped}" if metrics.skipped else "",
+        f"bad clips {metrics.bad_clips}" if metrics.bad_clips else "",
+        f"waiting for data {metrics.data_wait_s / metrics.step_time_s:.0%}" if waits else "",
+        f"{_three_digits(metrics.samples_per_s)} samples/s",
+        f"peak {metrics.peak_memory_gib:.1f} GiB",
     ]
     if len(" ".join(filter(None, parts))) > _COLUMNS:
         parts.remove(lr)

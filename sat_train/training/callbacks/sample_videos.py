@@ -14,7 +14,7 @@ from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
 from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
 from sat_train.training.callbacks.callback import Callback, cause_of
-from sat_train.training.entries import SamplesEntry
+from sat_train.training.metrics import VideoMetrics
 from sat_train.training.run_directory import SAMPLES
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class SampleVideos(Callback):
         write_contact_sheet(folder / _SHEET, videos, self._prompts, columns=_SHEET_COLUMNS)
         log.info("samples in %s", folder)
         paths = tuple(folder / f"{number:02d}.mp4" for number in sorted(frames))
-        trainer.report(SamplesEntry(trainer.state.step, folder / _SHEET, paths, self._prompts))
+        trainer.report(VideoMetrics(trainer.state.step, folder / _SHEET, paths, self._prompts))
 
 
 def contact_sheet(run_directory: Path, step: int) -> Path:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sat_train.files import read_bytes
 from sat_train.training.callbacks.appended_file import AppendedFile
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.entries import Entry, SamplesEntry, scalars
+from sat_train.training.metrics import Metrics, VideoMetrics, scalars
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
@@ -50,16 +50,16 @@ class TensorBoard(Callback):
         version = _event(first, file_version="brain.Event:2")
         self._file.append(version + _event(first, session_log=SessionLog(status=SessionLog.START)))
 
-    def reported(self, entry: Entry) -> None:
-        """Writes the entry's numbers, or its picture."""
+    def reported(self, metrics: Metrics) -> None:
+        """Writes the numbers, or the contact sheet."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        if isinstance(entry, SamplesEntry):
-            values = [Summary.Value(tag="valid/samples", image=_image(entry.contact_sheet))]
+        if isinstance(metrics, VideoMetrics):
+            values = [Summary.Value(tag="valid/samples", image=_image(metrics.contact_sheet))]
         else:
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(entry).items()]
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(metrics).items()]
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file.append(_event(entry.step, summary=Summary(value=values)))
+        self._file.append(_event(metrics.step, summary=Summary(value=values)))
 
 
 def _event(step: int, **content: Any) -> bytes:

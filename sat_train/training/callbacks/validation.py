@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.entries import ValidationEntry
+from sat_train.training.metrics import ValidationMetrics
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
 
-Measure = Callable[[int, Callable[[], bool]], ValidationEntry | None]
+Measure = Callable[[int, Callable[[], bool]], ValidationMetrics | None]
 
 
 class Validation(Callback):
@@ -22,7 +22,7 @@ class Validation(Callback):
 
     Args:
         engine: DeepSpeed engine, put into evaluation mode meanwhile.
-        measure: (step, asked to stop) -> entry, or None when it was interrupted; on all ranks.
+        measure: (step, asked to stop) -> metrics, or None when it was interrupted; on all ranks.
         interval: Steps between validations.
         is_measured: Whether the loss at a step is known already; on all ranks.
     """
@@ -53,8 +53,8 @@ class Validation(Callback):
             return
         self._engine.eval()
         try:
-            entry = self._measure(trainer.state.step, trainer.asked_to_stop)
+            metrics = self._measure(trainer.state.step, trainer.asked_to_stop)
         finally:
             self._engine.train()
-        if entry is not None:
-            trainer.report(entry)
+        if metrics is not None:
+            trainer.report(metrics)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sat_train.errors import LaunchError
 from sat_train.files import read_text, write_text
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.entries import Entry, SamplesEntry, scalars
+from sat_train.training.metrics import Metrics, VideoMetrics, scalars
 
 if TYPE_CHECKING:
     from sat_train.training.trainer import Trainer
@@ -56,17 +56,17 @@ class WeightsAndBiases(Callback):
             config=self._config,
         )
         write_text(id_file, self._run.id)
-        # entries of one step may come one after another; an own step axis keeps them all
+        # reports of one step may come one after another; an own step axis keeps them all
         self._run.define_metric("*", step_metric="step")
 
-    def reported(self, entry: Entry) -> None:
-        """Sends the entry's numbers, or its videos."""
+    def reported(self, metrics: Metrics) -> None:
+        """Sends the numbers, or the videos."""
         if self._run is None:
             return  # the page could not be opened, which has been said
-        if isinstance(entry, SamplesEntry):
-            self._run.log({"step": entry.step, **_media(entry)})
+        if isinstance(metrics, VideoMetrics):
+            self._run.log({"step": metrics.step, **_media(metrics)})
         else:
-            self._run.log({"step": entry.step, **scalars(entry)})
+            self._run.log({"step": metrics.step, **scalars(metrics)})
 
     def finished(self, trainer: Trainer) -> None:
         """Closes the page."""
@@ -74,11 +74,11 @@ class WeightsAndBiases(Callback):
             self._run.finish()
 
 
-def _media(entry: SamplesEntry) -> dict[str, Any]:
+def _media(metrics: VideoMetrics) -> dict[str, Any]:
     import wandb
 
     videos = [
         wandb.Video(str(path), caption=caption, format="mp4")
-        for path, caption in zip(entry.videos, entry.captions, strict=True)
+        for path, caption in zip(metrics.videos, metrics.captions, strict=True)
     ]
-    return {"valid/videos": videos, "valid/samples": wandb.Image(str(entry.contact_sheet))}
+    return {"valid/videos": videos, "valid/samples": wandb.Image(str(metrics.contact_sheet))}

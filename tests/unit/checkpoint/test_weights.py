@@ -14,7 +14,7 @@ from sat_train.checkpoint.sources import hash_weights
 from sat_train.checkpoint.weights import load_weights, read_transformer_weights
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
-from sat_train.models.dit.sharding import tensor_parallel_slice
+from sat_train.models.dit.sharding import shard_weight
 from tests.unit.checkpoint.transformers import (
     PREFIX,
     build_transformer,
@@ -102,7 +102,7 @@ def test_a_rank_of_the_model_axis_reads_its_slice(mesh: ProcessMesh, tmp_path: P
     for rank in range(2):
         found = read_transformer_weights(path, model_rank=rank, model_size=2)
         for key, value in weights.items():
-            expected = tensor_parallel_slice(key, value, rank=rank, size=2)
+            expected = shard_weight(key, value, rank=rank, size=2)
             assert found.shapes[key] == tuple(expected.shape)
             assert torch.equal(found[key], expected)
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sat_train.checkpoint.diffusers_keys import transformer_to_diffusers
-from sat_train.models.dit.sharding import tensor_parallel_slice
+from sat_train.models.dit.sharding import shard_weight
 from sat_train.models.dit.transformer import DiffusionTransformer
 
 PREFIX = "model.diffusion_model."
@@ -48,7 +48,7 @@ def write_sat_folder(
     (folder / "latest").write_text("1000")
     for rank in range(model_size):
         module = {
-            PREFIX + key: tensor_parallel_slice(key, value, rank=rank, size=model_size).clone()
+            PREFIX + key: shard_weight(key, value, rank=rank, size=model_size).clone()
             for key, value in weights.items()
         }
         torch.save(

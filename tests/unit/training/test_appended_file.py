@@ -11,7 +11,7 @@ import pytest
 from sat_train.training.callbacks.appended_file import AppendedFile
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.tensorboard import TensorBoard
-from sat_train.training.entries import ValidationEntry
+from sat_train.training.metrics import ValidationMetrics
 
 
 @contextmanager
@@ -37,8 +37,8 @@ def test_records_that_found_no_room_follow_whole_and_in_order(tmp_path):
     assert (tmp_path / "log").read_bytes() == b"first\nsecond\nthird\nfourth\n"
 
 
-def _entry(step: int) -> ValidationEntry:
-    return ValidationEntry(
+def _metrics(step: int) -> ValidationMetrics:
+    return ValidationMetrics(
         step=step, valid_loss=0.5, valid_loss_by_timestep={62: float("nan")}, valid_samples=8
     )
 
@@ -54,13 +54,13 @@ def test_a_full_disk_costs_no_metrics_not_even_at_the_start_of_a_resumed_run(tmp
     with room_for(10):
         for call, argument in (
             (metrics.started, _at(2)),
-            (metrics.reported, _entry(3)),
-            (metrics.reported, _entry(4)),
+            (metrics.reported, _metrics(3)),
+            (metrics.reported, _metrics(4)),
         ):
             with pytest.raises(OSError, match="File too large"):
                 call(argument)
-    metrics.reported(_entry(5))
-    assert [(entry["step"], entry["valid_loss"]) for entry in read_metrics(path)] == [
+    metrics.reported(_metrics(5))
+    assert [(record["step"], record["valid_loss"]) for record in read_metrics(path)] == [
         (1, 0.1),
         (2, 0.1),
         (3, 0.5),
@@ -76,9 +76,9 @@ def test_a_full_disk_costs_no_event(tmp_path):
 
     board = TensorBoard(tmp_path)
     with room_for(10):
-        for call, argument in ((board.started, _at(0)), (board.reported, _entry(1))):
+        for call, argument in ((board.started, _at(0)), (board.reported, _metrics(1))):
             with pytest.raises(OSError, match="File too large"):
                 call(argument)
-    board.reported(_entry(2))
+    board.reported(_metrics(2))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("valid/loss")] == [1, 2]

@@ -19,10 +19,10 @@ from sat_train.errors import LaunchError
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.progress import describe, duration
 from sat_train.training.callbacks.wandb import WeightsAndBiases
-from sat_train.training.entries import TrainEntry, ValidationEntry, scalars
+from sat_train.training.metrics import TrainMetrics, ValidationMetrics, scalars
 
 
-def _entry(step: int, **changes) -> TrainEntry:
+def _metrics(step: int, **changes) -> TrainMetrics:
     values = {
         "loss": 0.5,
         "loss_smoothed": 0.25,
@@ -34,10 +34,10 @@ def _entry(step: int, **changes) -> TrainEntry:
         "peak_memory_gib": 1.5,
         "skipped": 0,
     }
-    return TrainEntry(step=step, **{**values, **changes})
+    return TrainMetrics(step=step, **{**values, **changes})
 
 
-VALIDATION = ValidationEntry(step=2, valid_loss=0.75, valid_loss_by_timestep={62: 1.0}, valid_samples=8)
+VALIDATION = ValidationMetrics(step=2, valid_loss=0.75, valid_loss_by_timestep={62: 1.0}, valid_samples=8)
 
 
 def _at(step: int) -> SimpleNamespace:
@@ -45,10 +45,10 @@ def _at(step: int) -> SimpleNamespace:
 
 
 def test_a_line_names_what_people_look_at_and_the_time_left():
-    (line,) = describe(_entry(10), 40, with_details=False)
+    (line,) = describe(_metrics(10), 40, with_details=False)
     assert line == "step 10/40 loss 0.500 avg 0.250 lr 1e-5 grad 0.1 2 s/step eta 1m"
-    assert "grad" not in describe(_entry(10, grad_norm=None), 40, with_details=False)[0]
-    details = describe(_entry(10, skipped=2, bad_clips=3, data_wait_s=1.0), 40, with_details=True)[1]
+    assert "grad" not in describe(_metrics(10, grad_norm=None), 40, with_details=False)[0]
+    details = describe(_metrics(10, skipped=2, bad_clips=3, data_wait_s=1.0), 40, with_details=True)[1]
     assert details == "skipped 2 bad clips 3 waiting for data 50% 4 samples/s peak 1.5 GiB"
 
 
@@ -68,17 +68,17 @@ def test_no_metric_line_is_wider_than_a_terminal_whatever_the_numbers():
             )
         }
         steps = 10 ** rng.randint(0, 9)
-        entry = _entry(rng.randint(0, steps), skipped=steps, bad_clips=steps, **wild)
-        for line in describe(entry, steps, with_details=True):
+        report = _metrics(rng.randint(0, steps), skipped=steps, bad_clips=steps, **wild)
+        for line in describe(report, steps, with_details=True):
             assert len("10:59:02 I " + line) <= 80, line
 
 
-def test_real_runs_have_one_line_an_entry():
+def test_real_runs_have_one_line_a_report():
     for steps in (1000, 20_000):
-        entry = _entry(
+        report = _metrics(
             steps - 1, loss=0.1234, loss_smoothed=0.1357, lr=9.87e-6, grad_norm=0.823, step_time_s=12.3
         )
-        assert len(describe(entry, steps, with_details=False)) == 1
+        assert len(describe(report, steps, with_details=False)) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_on_a_terminal_of_80_columns_no_line_is_torn_and_none_is_glued_to_the_ba
         """
         for step in range(1, 31):
             trainer.state.step = step
-            progress.reported(entry(step))
+            progress.reported(metrics_of(step))
             progress.step_done(trainer)
             log.info("saved /a/folder/of/a/run/%d", step)
         log.warning("one long line " + "x" * 100)
-        progress.reported(ValidationEntry(30, 0.5, {}, 8))
+        progress.reported(ValidationMetrics(30, 0.5, {}, 8))
         progress.closed()
         log.info("the end")
         """
@@ -122,14 +122,14 @@ import sys
 from types import SimpleNamespace
 from sat_train.log import configure_logging, get_logger
 from sat_train.training.callbacks.progress import BarProgress, build_progress
-from sat_train.training.entries import TrainEntry, ValidationEntry
+from sat_train.training.metrics import TrainMetrics, ValidationMetrics
 from sat_train.training.schedule import LearningRate
 configure_logging()
 log = get_logger("sat_train.test")
 rate = LearningRate(peak=1e-3, warmup_steps=3, style="linear", decay_end=100, floor_ratio=0.1)
 trainer = SimpleNamespace(state=SimpleNamespace(step=0), train_iters=1000, learning_rate=rate)
-def entry(step):
-    return TrainEntry(step, 0.1234, 0.2345, 9.87e-6, 0.823, 0.22, 0.01, 4.2, 12.3, 0)
+def metrics_of(step):
+    return TrainMetrics(step, 0.1234, 0.2345, 9.87e-6, 0.823, 0.22, 0.01, 4.2, 12.3, 0)
 progress = build_progress()
 assert isinstance(progress, BarProgress)
 progress.started(trainer)
@@ -184,7 +184,7 @@ def _rows(written: str) -> list[list[str]]:
 def test_every_line_of_the_file_is_json_even_when_a_number_is_not_finite(tmp_path):
     metrics = MetricsFile(tmp_path)
     metrics.started(_at(0))
-    metrics.reported(_entry(1, grad_norm=float("inf")))
+    metrics.reported(_metrics(1, grad_norm=float("inf")))
     metrics.reported(VALIDATION)
     first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert first["grad_norm"] is None
@@ -203,7 +203,7 @@ def test_the_recipe_finds_the_step_with_the_lowest_validation_loss(tmp_path):
     metrics = MetricsFile(tmp_path)
     metrics.started(_at(0))
     for step, loss in ((2, 0.75), (4, 0.095), (6, 0.11), (8, 1e-1)):
-        metrics.reported(_entry(step, loss=0.01))
+        metrics.reported(_metrics(step, loss=0.01))
         metrics.reported(replace(VALIDATION, step=step, valid_loss=loss))
     found = subprocess.run(
         line.replace("runs/NAME", str(tmp_path)), shell=True, stdout=subprocess.PIPE, check=True
@@ -215,15 +215,15 @@ def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path):
     metrics = MetricsFile(tmp_path)
     metrics.started(_at(0))
     for step in (1, 2, 3):
-        metrics.reported(_entry(step))
+        metrics.reported(_metrics(step))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # torn by a kill
     MetricsFile(tmp_path).started(_at(2))
-    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_trackers_get_numbers_only():
-    assert scalars(_entry(3, grad_norm=None)).keys() == {
+    assert scalars(_metrics(3, grad_norm=None)).keys() == {
         f"train/{name}"
         for name in (
             "loss",

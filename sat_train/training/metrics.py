@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class TrainEntry:
+class TrainMetrics:
     """One logged step.
 
     Args:
@@ -17,7 +17,7 @@ class TrainEntry:
         loss_smoothed: Exponentially weighted mean of the losses of all steps.
         lr: Learning rate of this step.
         grad_norm: Norm of the whole gradient before clipping; None when the engine gave none.
-        step_time_s: Seconds of one step, mean since the last entry, without saving and validating.
+        step_time_s: Seconds of one step, mean since the last report, without saving and validating.
         data_wait_s: Seconds of it in which this rank waited for the loader.
         samples_per_s: Samples of all ranks together.
         peak_memory_gib: Most memory since start: of the device, or of the process on the CPU.
@@ -39,7 +39,7 @@ class TrainEntry:
 
 
 @dataclass(frozen=True)
-class ValidationEntry:
+class ValidationMetrics:
     """One validation.
 
     Args:
@@ -56,7 +56,7 @@ class ValidationEntry:
 
 
 @dataclass(frozen=True)
-class SamplesEntry:
+class VideoMetrics:
     """Validation videos that have been written.
 
     Args:
@@ -72,19 +72,19 @@ class SamplesEntry:
     captions: tuple[str, ...]
 
 
-Entry = TrainEntry | ValidationEntry | SamplesEntry
+Metrics = TrainMetrics | ValidationMetrics | VideoMetrics
 
 
-def as_json(entry: TrainEntry | ValidationEntry) -> dict[str, Any]:
-    """Returns the entry as a plain dictionary."""
-    return asdict(entry)
+def as_json(metrics: TrainMetrics | ValidationMetrics) -> dict[str, Any]:
+    """Returns metrics as a plain dictionary."""
+    return asdict(metrics)
 
 
-def scalars(entry: TrainEntry | ValidationEntry) -> dict[str, float]:
-    """Returns the numbers of an entry by tracker name, e.g. `train/loss`."""
-    if isinstance(entry, TrainEntry):
-        values = {f"train/{name}": value for name, value in asdict(entry).items() if name != "step"}
+def scalars(metrics: TrainMetrics | ValidationMetrics) -> dict[str, float]:
+    """Returns the numbers of metrics by tracker name, e.g. `train/loss`."""
+    if isinstance(metrics, TrainMetrics):
+        values = {f"train/{name}": value for name, value in asdict(metrics).items() if name != "step"}
     else:
-        values = {"valid/loss": entry.valid_loss}
-        values |= {f"valid/loss_at_{t}": loss for t, loss in entry.valid_loss_by_timestep.items()}
+        values = {"valid/loss": metrics.valid_loss}
+        values |= {f"valid/loss_at_{t}": loss for t, loss in metrics.valid_loss_by_timestep.items()}
     return {name: value for name, value in values.items() if value is not None}
