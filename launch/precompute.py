@@ -2,7 +2,7 @@
 
 import sys
 
-from sat_train.cli.precompute import main
+from sat_train.cli.precompute_cache import main
 
 if __name__ == "__main__":
     sys.exit(main())

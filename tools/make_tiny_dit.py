@@ -67,8 +67,8 @@ def encode_clips(pipeline: VideoDiffusion, config: RunConfig, *, count: int, pat
         seeds = range(FIRST_SEED + start, FIRST_SEED + start + 8)
         batch = draw_batch(seeds, num_frames=params.max_num_frames, size=params.video_size, fps=params.fps)
         with torch.no_grad():
-            mean, logvar = pipeline.frozen.video_moments(batch.video_btchw, subject="drawn clips")
-            parts.append((mean, logvar, pipeline.frozen.text(batch.captions)))
+            mean, logvar = pipeline.encoders.video_moments(batch.video_btchw, subject="drawn clips")
+            parts.append((mean, logvar, pipeline.encoders.text(batch.captions)))
         if start % 400 == 0:
             print(f"encoded {start}/{count} clips", flush=True)
     names = ("mean", "logvar", "text")

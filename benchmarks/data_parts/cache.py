@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from sat_train.config.shapes import ClipShape
+from sat_train.data.bad_clips import FailureLog
 from sat_train.data.batches import OrderedBatches
 from sat_train.data.buckets import one_bucket
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests
 from sat_train.data.cache.samples import OpenCache, SampleCache
-from sat_train.data.cache.shards import About, ShardWriter
+from sat_train.data.cache.shards import EntryInfo, ShardWriter
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.failures import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources.records import ClipRecord, ClipSource
@@ -45,7 +45,7 @@ def open_dataset(folder: Path, image: bool) -> VideoDataset:
     """Returns a set whose clips begin at different moments of one file."""
     path = (folder / "clip.mp4").absolute()
     records = [ClipRecord(f"{i}", path, (f"caption {i}",), start=i * 0.2) for i in range(CLIPS)]
-    cache = OpenCache(folder, CacheIndex(folder), FileBook(folder), ENCODERS, "require")
+    cache = OpenCache(folder, CacheIndex(folder), FileMetadata(folder), ENCODERS, "require")
     shape = {"fps": 8, "max_upscale": 16.0}
     samples = SampleCache(cache, image="noised" if image else None, **shape)
     sources = [ClipSource("benchmark", tuple(records), "")]
@@ -71,11 +71,11 @@ def fill(folder: Path, dataset: VideoDataset, dtype: torch.dtype) -> None:
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
         moments = {"mean": draw(*MOMENTS), "logvar": draw(*MOMENTS)}
-        writer.add(keys.clip, moments, About("clip", f"{index}", ENCODERS.vae, keys.clip_origin))
-        writer.add(keys.text, {"text": draw(*TEXT)}, About("text", f"{index}", ENCODERS.text))
+        writer.add(keys.clip, moments, EntryInfo("clip", f"{index}", ENCODERS.vae, keys.clip_origin))
+        writer.add(keys.text, {"text": draw(*TEXT)}, EntryInfo("text", f"{index}", ENCODERS.text))
         if keys.image is not None:
             moments = {"mean": draw(*IMAGE), "logvar": draw(*IMAGE)}
-            writer.add(keys.image, moments, About("image", f"{index}", ENCODERS.vae, keys.image_origin))
+            writer.add(keys.image, moments, EntryInfo("image", f"{index}", ENCODERS.vae, keys.image_origin))
     writer.publish()
 
 

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from sat_train.data.clip_file import open_clip
 from sat_train.data.frames import FrameReader
-from sat_train.data.resize import plan_cover_crop
+from sat_train.data.resize import cover_crop
 
 FPS, NUM_FRAMES, SIZE, RATE = 8, 49, (480, 720), 30
 SPAN = int(NUM_FRAMES / FPS * RATE)  # source frames that CogVideo reads for a sample
@@ -75,12 +75,14 @@ def repeat(path: Path, source: Path, times: int) -> None:
 def ours(path: Path, first: int) -> Found:
     """Seeks, decodes what is needed, scales and converts only the frames that are used."""
 
-    def plan(height: int, width: int):
-        return plan_cover_crop(source=(height, width), target=SIZE, max_upscale=4)
+    def choose_crop(height: int, width: int):
+        return cover_crop(source=(height, width), target=SIZE, max_upscale=4)
 
     with open_clip(path) as (container, stream):
         reader = FrameReader(container, stream)
-        read = reader.read([reader.info.first + first / RATE + i / FPS for i in range(NUM_FRAMES)], plan)
+        read = reader.read(
+            [reader.info.first + first / RATE + i / FPS for i in range(NUM_FRAMES)], choose_crop
+        )
     return read.video_thwc, [round(moment * RATE) for moment in read.times]
 
 

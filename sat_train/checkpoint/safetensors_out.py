@@ -51,7 +51,7 @@ def write_safetensors(
     Raises:
         OSError: The disk is full or cannot be written.
     """
-    shards = _plan(weights, max_shard_bytes)
+    shards = _split_into_files(weights, max_shard_bytes)
     if len(shards) == 1:
         _write_file(folder / f"{stem}.safetensors", weights, shards[0], metadata, progress)
         return
@@ -66,7 +66,7 @@ def write_safetensors(
     write_file(folder / f"{stem}.safetensors.index.json", lambda file: _write(file, text))
 
 
-def _plan(weights: LazyWeights, max_shard_bytes: int) -> list[list[str]]:
+def _split_into_files(weights: LazyWeights, max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for key in weights:

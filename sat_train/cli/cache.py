@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from sat_train.config import load_run_config, split_command_line
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.key import EncoderDigests
-from sat_train.data.cache.prune import Line, Staleness, list_entries, prune_entries, verify_entries
+from sat_train.data.cache.prune import CacheStats, Staleness, list_entries, prune_entries, verify_entries
 from sat_train.errors import printable
 from sat_train.log import configure_logging
 
@@ -34,10 +34,10 @@ def main(argv: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(argv)
     if options.what == "verify":
         return _verify(options.cache_dir)
-    book = FileBook(options.cache_dir)
+    file_metadata = FileMetadata(options.cache_dir)
     staleness = Staleness(
-        book,
-        encoders=_encoders(rest, book),
+        file_metadata,
+        encoder_digests=_encoder_digests(rest, file_metadata),
         drop_gone=options.gone,
         drop_failed=options.failed,
         asks_remote=options.remote,
@@ -59,22 +59,22 @@ def _verify(cache_dir: Path) -> int:
     return 1 if faults else 0
 
 
-def _encoders(rest: Sequence[str], book: FileBook) -> EncoderDigests | None:
+def _encoder_digests(rest: Sequence[str], file_metadata: FileMetadata) -> EncoderDigests | None:
     """Returns the encoders of the configuration on the command line, if there is one."""
     base, words = split_command_line(rest)
     if not base and not words:
         return None
-    from sat_train.training.encoders import digest_encoders  # imports torch's and transformers' models
+    from sat_train.training.shared_cache import digest_encoders  # imports torch's and transformers' models
 
-    return digest_encoders(load_run_config(base, words, purpose="check"), book)
+    return digest_encoders(load_run_config(base, words, purpose="check"), file_metadata)
 
 
-def _show(lines: Sequence[Line], damaged: Sequence[str]) -> None:
+def _show(lines: Sequence[CacheStats], damaged: Sequence[str]) -> None:
     table = Table("kind", "encoder", "entries", "size", "stale")
-    for line in lines:
-        stale = ", ".join(f"{count} {reason}" for reason, count in line.stale) or "-"
-        encoder = escape(printable(line.encoder)) or "-"
-        table.add_row(line.kind, encoder, str(line.entries), _mb(line.size), stale)
+    for stats in lines:
+        stale = ", ".join(f"{count} {reason}" for reason, count in stats.stale) or "-"
+        encoder = escape(printable(stats.encoder)) or "-"
+        table.add_row(stats.kind, encoder, str(stats.entries), _mb(stats.size), stale)
     console = Console()
     console.print(table)
     for fault in damaged:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sat_train.checkpoint.convert import LORA_FILE_STEM, Conversion, convert
+from sat_train.checkpoint.conversion import LORA_FILE_STEM, Conversion, convert
 from sat_train.checkpoint.sources import find_weights
 from sat_train.cli.diffusers_snippet import diffusers_snippet
 from sat_train.config import RunConfig, load_run_config

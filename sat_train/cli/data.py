@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
-from sat_train.data.build import build_fit, build_train_loader
+from sat_train.data.build import build_sample_spec, build_train_loader
 from sat_train.data.inspect import MAX_WINDOWS, SetReport, inspect_clips
-from sat_train.data.plan import Fit
+from sat_train.data.prepass import SampleSpec
 from sat_train.data.report import render_page
 from sat_train.data.sources.read import build_source_options, read_source
 from sat_train.data.sources.records import ClipSource
@@ -81,11 +81,11 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _inspect(config: RunConfig, output: Path, num_processes: int, max_windows: int | None) -> int:
-    fit = build_fit(config)
+    spec = build_sample_spec(config)
     reports = []
     for entry in dict.fromkeys((*config.args.train_data, *(config.args.valid_data or ()))):
         source = read_source(entry, build_source_options(config.data))
-        report = _report(config, source, fit, num_processes, max_windows)
+        report = _report(config, source, spec, num_processes, max_windows)
         reports.append(report)
         _show("".join(f"{name:<13} {value}\n" for name, value in report.lines()))
     page = output / "index.html"
@@ -103,14 +103,14 @@ def _show(text: str) -> None:
 
 
 def _report(
-    config: RunConfig, source: ClipSource, fit: Fit, num_processes: int, max_windows: int | None
+    config: RunConfig, source: ClipSource, spec: SampleSpec, num_processes: int, max_windows: int | None
 ) -> SetReport:
     columns = (TextColumn("looking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(source))
         clips = inspect_clips(
             source.records,
-            fit,
+            spec,
             num_processes=num_processes,
             max_windows=max_windows,
             timeout_s=config.data.worker_timeout_s,
@@ -122,7 +122,7 @@ def _report(
         source.name,
         source.fingerprint,
         source.ignored,
-        fit,
+        spec,
         tuple(clips),
         long_captions,
         encoder.max_length,

@@ -13,7 +13,7 @@ from sat_train.errors import SatTrainError
 COMMANDS = {
     "train": ("sat_train.cli.train", "train a model (with torchrun: launch/train_video.py)"),
     "sample": ("sat_train.cli.sample", "draw videos from prompts (with torchrun: launch/sample_video.py)"),
-    "precompute": ("sat_train.cli.precompute", "encode data into a cache (launch/precompute.py)"),
+    "precompute": ("sat_train.cli.precompute_cache", "encode data into a cache (launch/precompute.py)"),
     "cache": ("sat_train.cli.cache", "list, verify or prune a cache of encoded samples"),
     "convert": ("sat_train.cli.convert", "weights of a run, of SAT or of diffusers to diffusers or SAT"),
     "data": ("sat_train.cli.data", "look at a data set: what it holds, and what the model will see of it"),

@@ -95,7 +95,7 @@ def write_videos(
                 raise Stopped(signal.Signals[stop_request.signal_name], "")
             bar.begin(f"{request.name}.mp4", settings.steps)
             try:
-                video = draw(pipeline, request, settings, bar.step)
+                video = generate(pipeline, request, settings, bar.step)
                 if mesh.model_rank == 0:
                     write_mp4(folder / f"{request.name}.mp4", video, fps=settings.fps)
             except SatTrainError as error:
@@ -107,7 +107,7 @@ def write_videos(
 
 
 def read_requests(config: RunConfig) -> list[SampleRequest]:
-    """Returns what is to be drawn, from `args.prompt` or `args.input_file`."""
+    """Returns what is to be sampled, from `args.prompt` or `args.input_file`."""
     args = config.args
     if args.prompt is not None:
         lines = [("args.prompt", args.prompt)]
@@ -162,7 +162,7 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
     return dit
 
 
-def draw(
+def generate(
     pipeline: VideoDiffusion, request: SampleRequest, settings: SamplingSettings, progress: OnStep
 ) -> Tensor:
     """Draws one video, uint8 video_tchw."""
@@ -184,10 +184,10 @@ def draw(
 
 
 class StepBar:
-    """A bar over the steps of the video that is being drawn; nothing where there is no terminal.
+    """A bar over the steps of the video that is being sampled; nothing where there is no terminal.
 
     Args:
-        shown: Whether this process draws it.
+        shown: Whether this process samples it.
     """
 
     def __init__(self, *, shown: bool) -> None:

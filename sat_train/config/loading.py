@@ -24,12 +24,12 @@ from sat_train.config.legacy import NO_EFFECT
 from sat_train.config.paths import PACKAGE, expand_assets
 from sat_train.config.references import resolve_references
 from sat_train.config.rules import PATH_RULES, RULES, check_rules
-from sat_train.config.rules.paths import placeholders
+from sat_train.config.rules.path_rules import placeholders
 from sat_train.config.rules.rule import Draft, Purpose
 from sat_train.config.run import RunConfig, Sections
 from sat_train.config.run_model import use_model_of_run
 from sat_train.config.schema.record import Record
-from sat_train.config.validation import validate
+from sat_train.config.section_check import validate
 from sat_train.config.weights_folder import fill_frozen_models
 from sat_train.errors import ConfigError, Fault
 

@@ -12,9 +12,9 @@ from pydantic import Field
 
 from sat_train.config.paths import shorten_assets
 from sat_train.config.schema.args import ArgsConfig
-from sat_train.config.schema.data import DataConfig
+from sat_train.config.schema.data_section import DataConfig
 from sat_train.config.schema.deepspeed import DeepSpeedConfig
-from sat_train.config.schema.model import ModelConfig
+from sat_train.config.schema.model_section import ModelConfig
 from sat_train.config.schema.record import Record
 from sat_train.errors import without_secrets
 

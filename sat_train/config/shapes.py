@@ -6,8 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from sat_train.config.schema.data import VideoDatasetParams
-from sat_train.config.schema.model import ModelConfig
+from sat_train.config.schema.data_section import VideoDatasetParams
+from sat_train.config.schema.model_section import ModelConfig
 
 ASPECT = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})", re.ASCII)
 SAME_ASPECT = 0.03  # sizes of one aspect differ by this much, as they are rounded to whole patches

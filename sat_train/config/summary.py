@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sat_train.config.paths import shorten_assets
 from sat_train.config.run import RunConfig
-from sat_train.config.schema.data import DataConfig
+from sat_train.config.schema.data_section import DataConfig
 
 # Above this, what Adam does to an adapted weight in a step, lr * alpha / r, tends to destroy the model: it is
 # three times the 1e-4 that is usual with alpha = r.

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from sat_train.data.augmentation_key import AugmentationKey
 from sat_train.data.batches import StepPosition
 from sat_train.data.cache.key import SampleKeys
-from sat_train.data.view import View
 
 _ALIGNMENT = 64  # bytes: any dtype and vector instruction
 
@@ -84,7 +84,7 @@ class VideoBatch:
         sample_indices: Global positions. Key of all randomness.
         num_shown: Frames that each clip gave; the rest of a sample repeats the last of them.
         cached: Encoded tensors; None without the cache.
-        views: Key of what is random about each sample's pixels; empty: the sample's index is.
+        augmentations: Key of what is random about each sample's pixels; empty: the sample's index is.
         keys: Where each sample's encodings belong in the cache; empty without one.
         step_positions: Of each sample in the optimizer step that takes it; empty outside training.
     """
@@ -96,7 +96,7 @@ class VideoBatch:
     sample_indices: tuple[int, ...]
     num_shown: tuple[int, ...]
     cached: CachedSample | None = None
-    views: tuple[View, ...] = ()
+    augmentations: tuple[AugmentationKey, ...] = ()
     keys: tuple[SampleKeys, ...] = ()
     step_positions: tuple[StepPosition, ...] = ()
 
@@ -136,7 +136,7 @@ class VideoSample:
         sample_index: Global position.
         num_shown: Frames that the clip gave; the rest repeats the last of them.
         times: When each frame is shown in its file, in seconds; empty when no pixels were read.
-        view: Key of what is random about its pixels.
+        augmentation: Key of what is random about its pixels.
         keys: Where its encodings belong in the cache; None without one.
         cached: Its encodings, as a batch of one; None without the cache.
     """
@@ -148,7 +148,7 @@ class VideoSample:
     sample_index: int
     num_shown: int
     times: tuple[float, ...]
-    view: View
+    augmentation: AugmentationKey
     keys: SampleKeys | None = None
     cached: CachedSample | None = None
 
@@ -169,7 +169,7 @@ def collate(samples: Sequence[VideoSample]) -> VideoBatch:
         sample_indices=tuple(sample.sample_index for sample in samples),
         num_shown=tuple(sample.num_shown for sample in samples),
         cached=cat_cached(encoded) if encoded else None,
-        views=tuple(sample.view for sample in samples),
+        augmentations=tuple(sample.augmentation for sample in samples),
         keys=tuple(sample.keys for sample in samples if sample.keys is not None),
     )
 

@@ -109,7 +109,7 @@ class OrderedBatches:
         assert self.stop is not None, "the training order has no end"
         return self.micro_steps_left(self.start)
 
-    def plan(self, position: DataPosition) -> Iterator[MicroBatch]:
+    def micro_batches(self, position: DataPosition) -> Iterator[MicroBatch]:
         """Yields the micro-batches that follow a position between two optimizer steps."""
         taken = self._take_from(position)
         while step := list(itertools.islice(taken, self._accumulation)):
@@ -197,7 +197,7 @@ class ListedBatches:
     def __len__(self) -> int:
         return -(-self.stop // self._batch_size)
 
-    def plan(self, position: DataPosition) -> Iterator[MicroBatch]:
+    def micro_batches(self, position: DataPosition) -> Iterator[MicroBatch]:
         """Yields the batches that follow a position in the list."""
         for first in range(position.next, self.stop, self._batch_size):
             taken = self._indices[first : first + self._batch_size]
@@ -222,7 +222,7 @@ class QueuedBatches:
     def __len__(self) -> int:
         return self.stop
 
-    def plan(self, position: DataPosition) -> Iterator[MicroBatch]:
+    def micro_batches(self, position: DataPosition) -> Iterator[MicroBatch]:
         """Yields the batches that follow a position: those that were taken before, then new ones."""
         for number in itertools.count(position.next):
             if number == len(self._taken):

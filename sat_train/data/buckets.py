@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from sat_train.config.shapes import SAME_ASPECT, ClipShape
-from sat_train.data.failures import BadClip
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.sampler import ClipRef
 from sat_train.data.sources.records import ClipSource
 from sat_train.data.window import ShortClip
 
 
 @dataclass(frozen=True)
-class BucketPlan:
+class BucketAssignment:
     """The shape of each clip of a set.
 
     Args:
@@ -41,9 +41,9 @@ class BucketPlan:
         return np.bincount(clips, minlength=len(self.shapes)).tolist()
 
 
-def one_bucket(shape: ClipShape, sources: Sequence[ClipSource]) -> BucketPlan:
-    """Returns the plan of a set all of whose samples have one shape."""
-    return BucketPlan((shape,), tuple(np.zeros(len(source), np.int64) for source in sources))
+def one_bucket(shape: ClipShape, sources: Sequence[ClipSource]) -> BucketAssignment:
+    """Returns the buckets of a set all of whose samples have one shape."""
+    return BucketAssignment((shape,), tuple(np.zeros(len(source), np.int64) for source in sources))
 
 
 def choose_bucket(

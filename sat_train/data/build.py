@@ -10,12 +10,12 @@ from pathlib import Path
 
 from sat_train.config import RunConfig
 from sat_train.config.shapes import allowed_shapes, count_tokens
+from sat_train.data.bad_clips import Failure, FailureLog, write_failures
 from sat_train.data.batches import DataPosition, OrderedBatches, QueuedBatches
 from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.failures import Failure, FailureLog, write_failures
 from sat_train.data.loader import VideoLoader
-from sat_train.data.plan import Fit, Planned, describe_plan, look_at, plan_sources
+from sat_train.data.prepass import ClipSet, SampleSpec, assign_clips, describe_clip_set, look_at
 from sat_train.data.remote import file_name
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.shared_memory import bytes_in_flight, warn_of_little_shared_memory
@@ -122,16 +122,16 @@ def build_train_dataset(
             remedy="--base ... args.train_data=[my_clips]",
         )
     sources = _read_sources(config, mesh, config.args.train_data, part=_TRAIN)
-    planned = _plan(config, mesh, sources, config.args.batch_size, run_directory, cache)
+    clip_set = _prepass(config, mesh, sources, config.args.batch_size, run_directory, cache)
     if each_view_once:
-        order = _listed_order(config, planned)
+        order = _listed_order(config, clip_set)
     else:
         order = GlobalOrder(
             seed=config.args.seed,
-            clip_weights=[[record.weight for record in source.records] for source in planned.sources],
+            clip_weights=[[record.weight for record in source.records] for source in clip_set.sources],
             source_weights=config.args.train_data_weights,
         )
-    return _build_dataset(config, planned, order, config.data.params.views, "noised", cache)
+    return _build_dataset(config, clip_set, order, config.data.params.views, "noised", cache)
 
 
 def build_valid_loader(
@@ -178,22 +178,22 @@ def build_valid_dataset(
     if not entries or (not config.args.valid_data and not config.data_shares()[_VALID]):
         return None
     sources = _read_sources(config, mesh, entries, part=_VALID)
-    planned = _plan(config, mesh, sources, _valid_batch_size(config), run_directory, cache)
-    return _build_dataset(config, planned, _listed_order(config, planned), 1, "plain", cache)
+    clip_set = _prepass(config, mesh, sources, _valid_batch_size(config), run_directory, cache)
+    return _build_dataset(config, clip_set, _listed_order(config, clip_set), 1, "plain", cache)
 
 
 def _valid_batch_size(config: RunConfig) -> int:
     return config.args.eval_batch_size or config.args.batch_size
 
 
-def _listed_order(config: RunConfig, planned: Planned) -> GlobalOrder:
-    weights = [[1.0] * len(source) for source in planned.sources]
+def _listed_order(config: RunConfig, clip_set: ClipSet) -> GlobalOrder:
+    weights = [[1.0] * len(source) for source in clip_set.sources]
     return GlobalOrder(seed=config.args.seed, clip_weights=weights, shuffle=False)
 
 
 def _build_dataset(
     config: RunConfig,
-    planned: Planned,
+    clip_set: ClipSet,
     order: GlobalOrder,
     views: int | None,
     condition: Condition,
@@ -205,9 +205,9 @@ def _build_dataset(
         image = condition if config.model.noised_image_input else None
         samples = SampleCache(cache, fps=params.fps, max_upscale=params.max_upscale, image=image)
     return VideoDataset(
-        sources=planned.sources,
+        sources=clip_set.sources,
         order=order,
-        buckets=planned.buckets,
+        buckets=clip_set.buckets,
         fps=params.fps,
         seed=config.args.seed,
         skip_frms_num=params.skip_frms_num,
@@ -221,10 +221,10 @@ def _build_dataset(
     )
 
 
-def build_fit(config: RunConfig) -> Fit:
+def build_sample_spec(config: RunConfig) -> SampleSpec:
     """Returns what samples are to be."""
     params = config.data.params
-    return Fit(
+    return SampleSpec(
         shapes=allowed_shapes(params, config.model),
         fps=params.fps,
         skip_frms_num=params.skip_frms_num,
@@ -286,28 +286,28 @@ def _read_sources(
     return broadcast_object(mesh, sources)
 
 
-def _plan(
+def _prepass(
     config: RunConfig,
     mesh: ProcessMesh,
     sources: Sequence[ClipSource],
     batch_size: int,
     run_directory: Path | None,
     cache: OpenCache | None,
-) -> Planned:
+) -> ClipSet:
     """Finds which clips are too short, which are cut, and the shape of each; says what came of it.
 
     Ranks: all.
     """
-    fit = build_fit(config)
+    spec = build_sample_spec(config)
     look = functools.partial(
         look_at,
-        book=None if cache is None else cache.book,
-        with_turn=fit.needs_turn,
+        file_metadata=None if cache is None else cache.file_metadata,
+        with_turn=spec.needs_turn,
         timeout_s=config.data.worker_timeout_s,
     )
-    planned = plan_sources(mesh, sources, fit, look)
-    for given, source in zip(sources, planned.sources, strict=True):
-        _check_not_empty(source, given, fit)
+    clip_set = assign_clips(mesh, sources, spec, look)
+    for given, source in zip(sources, clip_set.sources, strict=True):
+        _check_not_empty(source, given, spec)
         part = f" ({source.part})" if source.part else ""
         log.info("%s: %d clips%s, fingerprint %s", source.name, len(source), part, source.fingerprint)
         others = ", ".join(f"{count} {suffix}" for suffix, count in source.ignored)
@@ -315,13 +315,13 @@ def _plan(
             log.info("%s: %s", source.name, note)
         if source.faults:
             log.warning("%s: %s", source.name, source.left_out())
-    tokens = [count_tokens(shape, config.model) for shape in fit.shapes]
+    tokens = [count_tokens(shape, config.model) for shape in spec.shapes]
     sizes = [size * mesh.data_size for size in batch_sizes(config, batch_size)]
-    log.info("%s", describe_plan(planned, sizes, tokens))
-    left_out = [*_left_out(sources), *planned.left_out]
+    log.info("%s", describe_clip_set(clip_set, sizes, tokens))
+    left_out = [*_left_out(sources), *clip_set.left_out]
     if left_out and run_directory is not None and mesh.rank == 0:
         write_failures(run_directory / QUARANTINE, left_out, rank=mesh.rank)
-    return planned
+    return clip_set
 
 
 def _left_out(sources: Sequence[ClipSource]) -> list[Failure]:
@@ -340,13 +340,13 @@ def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
     return named
 
 
-def _check_not_empty(source: ClipSource, given: ClipSource, fit: Fit) -> None:
+def _check_not_empty(source: ClipSource, given: ClipSource, spec: SampleSpec) -> None:
     if len(source):
         return
     of = f" of {given.part}" if given.part else ""
     raise DataError(
         f"{source.name}: no clip is left{of}: none of {len(given)} gives a sample",
-        expected=f"clips of {fit.least_frames} frames at {fit.fps:g} a second",
+        expected=f"clips of {spec.least_frames} frames at {spec.fps:g} a second",
         remedy="lower data.params.max_num_frames, or set data.params.short_clip: pad",
     )
 

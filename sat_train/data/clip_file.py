@@ -13,8 +13,8 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.clip_times import DECODER_ERRORS, first_and_last
-from sat_train.data.failures import BadClip
 from sat_train.data.orientation import Orientation, frame_orientation, read_exif
 from sat_train.data.part_reader import PartReader
 from sat_train.data.remote import RemoteFile, is_remote, shown

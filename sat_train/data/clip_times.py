@@ -10,7 +10,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from sat_train.data.failures import BadClip
+from sat_train.data.bad_clips import BadClip
 
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers
 _EDGE = 34  # index entries looked at: twice the frames that a codec reorders, and the gaps between them

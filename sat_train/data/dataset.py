@@ -13,18 +13,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sat_train.config.shapes import ClipShape
+from sat_train.data.augmentation_key import AugmentationKey, limited_augmentation_key
+from sat_train.data.bad_clips import BadClip, Failure, one_clip
 from sat_train.data.batch import VideoSample
-from sat_train.data.buckets import BucketPlan
-from sat_train.data.cache.files import read_stamp
+from sat_train.data.buckets import BucketAssignment
+from sat_train.data.cache.file_metadata import read_stamp
 from sat_train.data.cache.key import SampleKeys
 from sat_train.data.cache.samples import SampleCache
 from sat_train.data.clip_file import ClipInfo
-from sat_train.data.failures import BadClip, Failure, one_clip
 from sat_train.data.frames import Frames, open_frames
-from sat_train.data.resize import CropMode, plan_cover_crop
+from sat_train.data.resize import CropMode, cover_crop
 from sat_train.data.sampler import ClipRef, GlobalOrder
 from sat_train.data.sources.records import ClipRecord, ClipSource
-from sat_train.data.view import View, limited_view
 from sat_train.data.window import (
     ShortClip,
     Window,
@@ -41,14 +41,14 @@ _DRAWS = 1024  # of other samples, for those in the same bucket
 
 
 @dataclass(frozen=True)
-class Item:
+class SampleResult:
     """A sample, and the clips that failed before one could give it."""
 
     sample: VideoSample
     failures: tuple[Failure, ...]
 
 
-class VideoDataset(Dataset[Item]):
+class VideoDataset(Dataset[SampleResult]):
     """Samples by global index. The same index gives the same sample on any rank, worker and restart.
 
     Args:
@@ -73,7 +73,7 @@ class VideoDataset(Dataset[Item]):
         *,
         sources: Sequence[ClipSource],
         order: GlobalOrder,
-        buckets: BucketPlan,
+        buckets: BucketAssignment,
         fps: float,
         seed: int,
         skip_frms_num: int = 0,
@@ -117,11 +117,11 @@ class VideoDataset(Dataset[Item]):
     def record(self, ref: ClipRef) -> ClipRecord:
         return self.sources[ref.source].clip(ref.clip)
 
-    def __getitem__(self, index: int) -> Item:
-        """Returns a sample, encoded where the cache has it; see `item`."""
-        return self.item(index)
+    def __getitem__(self, index: int) -> SampleResult:
+        """Returns a sample, encoded where the cache has it; see `read`."""
+        return self.read(index)
 
-    def item(self, index: int, *, pixels: bool = False) -> Item:
+    def read(self, index: int, *, pixels: bool = False) -> SampleResult:
         """Returns a sample; where its clip is bad, that of another clip, chosen by the index alone.
 
         Args:
@@ -140,7 +140,7 @@ class VideoDataset(Dataset[Item]):
                 if clip_id in self.given_up:
                     raise self.given_up[clip_id]
                 with one_clip():
-                    return Item(self._find(index, ref, pixels=pixels), tuple(failures))
+                    return SampleResult(self._find(index, ref, pixels=pixels), tuple(failures))
             except BadClip as error:
                 keys = None if error.may_pass else self._key_of_bad(index, ref)
                 failures.append(Failure(index, clip_id, error.cause, error.detail, keys))
@@ -176,17 +176,17 @@ class VideoDataset(Dataset[Item]):
                 return
         yield from others[: _SUBSTITUTES - found]
 
-    def view(self, index: int, ref: ClipRef) -> View:
+    def augmentation_key(self, index: int, ref: ClipRef) -> AugmentationKey:
         """Returns which of the samples that a clip can give is shown.
 
         Raises:
             BadClip: The clip is missing.
         """
         if self.views is None:
-            return View(self.seed, index, ref.visit)
+            return AugmentationKey(self.seed, index, ref.visit)
         record = self.record(ref)
         size = read_stamp(record.path)[0] if record.span is None else record.span.size
-        return limited_view(size, record.start, record.end, ref.visit, self.views)
+        return limited_augmentation_key(size, record.start, record.end, ref.visit, self.views)
 
     def caption(self, index: int, ref: ClipRef) -> str:
         """Returns the caption that a sample takes."""
@@ -204,11 +204,13 @@ class VideoDataset(Dataset[Item]):
 
     def _keys_and_window(self, index: int, ref: ClipRef) -> tuple[SampleKeys, Window]:
         assert self.cache is not None, "a data set without a cache has no keys"
-        record, view, shape = self.record(ref), self.view(index, ref), self.shape(index)
-        info = self.cache.book.info(record.path, record.span)
-        window = self._window(info, record, view, shape.frames)
+        record, augmentation, shape = self.record(ref), self.augmentation_key(index, ref), self.shape(index)
+        info = self.cache.file_metadata.info(record.path, record.span)
+        window = self._window(info, record, augmentation, shape.frames)
         size = (shape.height, shape.width)
-        return self.cache.keys(record, self.caption(index, ref), window, view, self.crop, size), window
+        return self.cache.keys(
+            record, self.caption(index, ref), window, augmentation, self.crop, size
+        ), window
 
     def _key_of_bad(self, index: int, ref: ClipRef) -> SampleKeys | None:
         """Returns where it belongs in the cache that a clip cannot be decoded."""
@@ -223,36 +225,44 @@ class VideoDataset(Dataset[Item]):
         (keys, window), clip_id = self._keys_and_window(index, ref), self.record(ref).clip_id
         cached = None if pixels else self.cache.read(keys, clip_id)
         if cached is not None:
-            view, caption = self.view(index, ref), self.caption(index, ref)
-            return VideoSample(None, caption, None, clip_id, index, window.count, (), view, keys, cached)
+            augmentation, caption = self.augmentation_key(index, ref), self.caption(index, ref)
+            return VideoSample(
+                None, caption, None, clip_id, index, window.count, (), augmentation, keys, cached
+            )
         sample = replace(self._sample(index, ref), keys=keys)
         if self.keys(index, ref) != keys:
             raise BadClip("changed", "the file was changed while it was read")
         return sample
 
     def _sample(self, index: int, ref: ClipRef) -> VideoSample:
-        record, view, shape = self.record(ref), self.view(index, ref), self.shape(index)
-        frames, num_shown = self._frames(record, view, shape)
+        record, augmentation, shape = self.record(ref), self.augmentation_key(index, ref), self.shape(index)
+        frames, num_shown = self._frames(record, augmentation, shape)
         return VideoSample(
             video_tchw=_to_tensor(frames.video_thwc),
             caption=self.caption(index, ref),
-            image_chw=self._image(record.image, view, shape) if self.images and record.image else None,
+            image_chw=self._image(record.image, augmentation, shape)
+            if self.images and record.image
+            else None,
             clip_id=record.clip_id,
             sample_index=index,
             num_shown=num_shown,
             times=frames.times,
-            view=view,
+            augmentation=augmentation,
         )
 
-    def _frames(self, record: ClipRecord, view: View, shape: ClipShape) -> tuple[Frames, int]:
+    def _frames(
+        self, record: ClipRecord, augmentation: AugmentationKey, shape: ClipShape
+    ) -> tuple[Frames, int]:
         """Returns the frames of a sample, and how many of them the clip gave."""
         with open_frames(record.path, span=record.span, timeout_s=self.timeout_s) as reader:
-            window = self._window(reader.info, record, view, shape.frames)
+            window = self._window(reader.info, record, augmentation, shape.frames)
             times = [window.start + i / self.fps for i in range(window.count)]
-            frames = reader.read(times, self._plan(view, shape))
+            frames = reader.read(times, self._crop_chooser(augmentation, shape))
         return _repeat_last(frames, window.total), window.count
 
-    def _window(self, info: ClipInfo, record: ClipRecord, view: View, num_frames: int) -> Window:
+    def _window(
+        self, info: ClipInfo, record: ClipRecord, augmentation: AugmentationKey, num_frames: int
+    ) -> Window:
         first, last = usable_part(info, record, self.skip_frms_num)
         available = count_frames(first=first, last=last, rate=info.rate, fps=self.fps)
         count, total = fit_frames(available, num_frames=num_frames, policy=self.short_clip)
@@ -261,29 +271,29 @@ class VideoDataset(Dataset[Item]):
             first=first,
             last=last,
             length=(count - 1) / self.fps,
-            generator=view.generator("window"),
-            visit=view.turn,
+            generator=augmentation.generator("window"),
+            visit=augmentation.turn,
         )
         return Window(start, count, total)
 
-    def _image(self, path: Path, view: View, shape: ClipShape) -> Tensor:
+    def _image(self, path: Path, augmentation: AugmentationKey, shape: ClipShape) -> Tensor:
         with naming_image(path), open_frames(path, timeout_s=self.timeout_s) as reader:
-            frames = reader.read([reader.info.first], self._plan(view, shape))
+            frames = reader.read([reader.info.first], self._crop_chooser(augmentation, shape))
         return _to_tensor(frames.video_thwc)[0]
 
-    def _plan(self, view: View, shape: ClipShape):
+    def _crop_chooser(self, augmentation: AugmentationKey, shape: ClipShape):
         """Returns what `FrameReader.read` asks for the crop; video and image of a sample are cut alike."""
 
-        def plan(height: int, width: int):
-            return plan_cover_crop(
+        def choose_crop(height: int, width: int):
+            return cover_crop(
                 source=(height, width),
                 target=(shape.height, shape.width),
                 max_upscale=self.max_upscale,
                 crop=self.crop,
-                generator=view.generator("crop"),
+                generator=augmentation.generator("crop"),
             )
 
-        return plan
+        return choose_crop
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.clip_file import Span, open_clip, read_info, read_orientation
 from sat_train.data.clip_times import DECODER_ERRORS, is_avi, is_program_stream, settled
-from sat_train.data.failures import BadClip
 from sat_train.data.orientation import Orientation
 from sat_train.data.resize import CoverCrop
 from sat_train.data.shaper import Shaper
@@ -87,17 +87,17 @@ class FrameReader:
         self._context = _decoder(stream)
         self._context.thread_count = 1  # many workers decode side by side; one thread each is fastest
 
-    def read(self, targets: Sequence[float], plan: Callable[[int, int], CoverCrop]) -> Frames:
+    def read(self, targets: Sequence[float], choose_crop: Callable[[int, int], CoverCrop]) -> Frames:
         """Reads the frame nearest to each moment.
 
         Args:
             targets: Moments in seconds of the file's clock, rising.
-            plan: Gives scaling and cropping for a picture's height and width as shown; asked once.
+            choose_crop: Gives scaling and cropping for a picture's height and width as shown; asked once.
 
         Raises:
-            BadClip: The file is damaged or ends inside the window, or `plan` refuses its size.
+            BadClip: The file is damaged or ends inside the window, or `choose_crop` refuses its size.
         """
-        shape = Shaper((self.info.height, self.info.width), plan, self.orientation)
+        shape = Shaper((self.info.height, self.info.width), choose_crop, self.orientation)
         nearest = self._nearest_slots if is_avi(self._container) else self._nearest
         found = list(nearest(targets, shape))
         times = tuple(moment - self.info.first for moment, _ in found)

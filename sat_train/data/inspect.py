@@ -14,13 +14,13 @@ from typing import Any
 
 from PIL import Image
 
+from sat_train.data.bad_clips import BadClip, one_clip
 from sat_train.data.clip_file import ClipInfo, open_part
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.dataset import naming_image, usable_part
-from sat_train.data.failures import BadClip, one_clip
 from sat_train.data.frames import FrameReader, open_frames
-from sat_train.data.plan import Fit
-from sat_train.data.resize import CoverCrop, plan_cover_crop
+from sat_train.data.prepass import SampleSpec
+from sat_train.data.resize import CoverCrop, cover_crop
 from sat_train.data.sources.records import ClipRecord
 from sat_train.data.window import count_windows, split_chunks
 
@@ -57,7 +57,7 @@ class ClipFacts:
 
 def inspect_clips(
     records: Sequence[ClipRecord],
-    fit: Fit,
+    spec: SampleSpec,
     *,
     num_processes: int,
     max_windows: int | None = MAX_WINDOWS,
@@ -68,7 +68,7 @@ def inspect_clips(
 
     Args:
         records: Clips.
-        fit: What samples are to be.
+        spec: What samples are to be.
         num_processes: Clips that are read at once.
         max_windows: Windows of one clip that are decoded, spread over it; None: all.
         timeout_s: A window that takes longer is given up.
@@ -76,7 +76,7 @@ def inspect_clips(
     """
     found = look_into_clips(
         records,
-        lambda record: Inspection(record, fit, max_windows, timeout_s).run(),
+        lambda record: Inspection(record, spec, max_windows, timeout_s).run(),
         num_processes=num_processes,
         timeout_s=timeout_s and timeout_s * ((max_windows or _MANY_WINDOWS) + 2),
         on_clip=on_clip,
@@ -92,15 +92,15 @@ class Inspection:
 
     Args:
         record: The clip.
-        fit: What samples are to be.
+        spec: What samples are to be.
         max_windows: Windows to decode; None: all.
         timeout_s: Of one window.
     """
 
     def __init__(
-        self, record: ClipRecord, fit: Fit, max_windows: int | None, timeout_s: float | None
+        self, record: ClipRecord, spec: SampleSpec, max_windows: int | None, timeout_s: float | None
     ) -> None:
-        self._fit, self._max_windows = fit, max_windows
+        self._spec, self._max_windows = spec, max_windows
         self._timeout_s = timeout_s
         self._facts = ClipFacts(record)
 
@@ -126,19 +126,19 @@ class Inspection:
         Raises:
             BadClip: It cannot be read, or training would leave it out or refuse it.
         """
-        record, fit = self._facts.record, self._fit
+        record, spec = self._facts.record, self._spec
         with self._open() as reader:
             self._learn(info=reader.info)
-            first, last = usable_part(reader.info, record, fit.skip_frms_num)
-            available = fit.available(reader.info, record)
+            first, last = usable_part(reader.info, record, spec.skip_frms_num)
+            available = spec.available(reader.info, record)
             if not available:
                 raise BadClip("short", "it gives no frame")
             shown, thumbnail = _thumbnail(reader, (first + last) / 2)
         info = replace(reader.info, is_turned=shown != (reader.info.height, reader.info.width))
         self._learn(info=info, thumbnail=thumbnail)
-        bucket = fit.bucket(info, record)
-        self._plan(bucket, info.shown_size)
-        self._learn(bucket=bucket, windows=count_windows(available, fit.shapes[bucket].frames))
+        bucket = spec.bucket(info, record)
+        self._crop(bucket, info.shown_size)
+        self._learn(bucket=bucket, windows=count_windows(available, spec.shapes[bucket].frames))
 
     def _read_windows(self) -> None:
         """Decodes the frames of windows from the clip's begin to its end.
@@ -146,15 +146,15 @@ class Inspection:
         Raises:
             BadClip: One of them does not give its frames.
         """
-        facts, fit = self._facts, self._fit
+        facts, spec = self._facts, self._spec
         assert facts.info is not None, "the clip has not been looked at"
         assert facts.bucket is not None, "the clip has not been looked at"
-        first, last = usable_part(facts.info, facts.record, fit.skip_frms_num)
-        frames = min(fit.shapes[facts.bucket].frames, fit.available(facts.info, facts.record))
+        first, last = usable_part(facts.info, facts.record, spec.skip_frms_num)
+        frames = min(spec.shapes[facts.bucket].frames, spec.available(facts.info, facts.record))
         parts = split_chunks(first=first, last=last, count=facts.windows)
         for number, part in enumerate(_spread_over(parts, self._max_windows), 1):
             with self._open() as reader:
-                reader.read([part[0] + i / fit.fps for i in range(frames)], _small)
+                reader.read([part[0] + i / spec.fps for i in range(frames)], _small)
             self._learn(decoded=number)
 
     def _read_image(self) -> None:
@@ -164,20 +164,20 @@ class Inspection:
             BadClip: Training would refuse it.
         """
         record, bucket = self._facts.record, self._facts.bucket
-        if not self._fit.images or record.image is None:
+        if not self._spec.images or record.image is None:
             return
         assert bucket is not None, "the clip has not been looked at"
         with naming_image(record.image), open_frames(record.image, timeout_s=self._timeout_s) as reader:
-            reader.read([reader.info.first], lambda *size: self._plan(bucket, size))
+            reader.read([reader.info.first], lambda *size: self._crop(bucket, size))
 
     def _open(self) -> AbstractContextManager[FrameReader]:
         record = self._facts.record
         return open_frames(record.path, span=record.span, timeout_s=self._timeout_s)
 
-    def _plan(self, bucket: int, size: tuple[int, int]) -> CoverCrop:
-        shape = self._fit.shapes[bucket]
+    def _crop(self, bucket: int, size: tuple[int, int]) -> CoverCrop:
+        shape = self._spec.shapes[bucket]
         target = (shape.height, shape.width)
-        return plan_cover_crop(source=size, target=target, max_upscale=self._fit.max_upscale)
+        return cover_crop(source=size, target=target, max_upscale=self._spec.max_upscale)
 
 
 def _spread_over(parts: Sequence[tuple[float, float]], limit: int | None) -> list[tuple[float, float]]:
@@ -188,20 +188,20 @@ def _spread_over(parts: Sequence[tuple[float, float]], limit: int | None) -> lis
 
 
 def _small(height: int, width: int) -> CoverCrop:
-    """Plans a thumbnail: all of the picture, unless it is a stripe."""
+    """Crops a thumbnail: all of the picture, unless it is a stripe."""
     shown = min(max(1, round(width * _THUMBNAIL_HEIGHT / height)), 4 * _THUMBNAIL_HEIGHT)
-    return plan_cover_crop(source=(height, width), target=(_THUMBNAIL_HEIGHT, shown), max_upscale=math.inf)
+    return cover_crop(source=(height, width), target=(_THUMBNAIL_HEIGHT, shown), max_upscale=math.inf)
 
 
 def _thumbnail(reader: FrameReader, moment: float) -> tuple[tuple[int, int], bytes]:
     """Returns a clip's height and width as shown, and the frame at a moment as a small JPEG file."""
     sizes: list[tuple[int, int]] = []
 
-    def plan(height: int, width: int) -> CoverCrop:
+    def choose_crop(height: int, width: int) -> CoverCrop:
         sizes.append((height, width))
         return _small(height, width)
 
-    picture = reader.read([moment], plan).video_thwc[0]
+    picture = reader.read([moment], choose_crop).video_thwc[0]
     return sizes[0], _jpeg(picture)
 
 
@@ -233,7 +233,7 @@ class SetReport:
         name: The set.
         fingerprint: See `ClipSource`.
         ignored: Files that are no clips, by suffix.
-        fit: What samples are to be.
+        spec: What samples are to be.
         clips: Facts of every clip.
         long_captions: Captions that the text encoder cuts, with their tokens; None: not counted.
         max_tokens: Tokens that the text encoder takes.
@@ -244,7 +244,7 @@ class SetReport:
     name: str
     fingerprint: str
     ignored: tuple[tuple[str, int], ...]
-    fit: Fit
+    spec: SampleSpec
     clips: tuple[ClipFacts, ...]
     long_captions: tuple[tuple[str, int], ...] | None
     max_tokens: int
@@ -277,10 +277,10 @@ class SetReport:
         usable = len(self.clips) - sum(map(len, self.problems().values()))
         yield "set", f"{self.name} (fingerprint {self.fingerprint})"
         found = Counter(clip.bucket for clip in self.clips)
-        empty = sum(bucket not in found for bucket in range(len(self.fit.shapes)))
+        empty = sum(bucket not in found for bucket in range(len(self.spec.shapes)))
         others = f" ({empty} other shapes have no clip)" if empty else ""
-        yield "samples", f"{self.fit.fps:g} frames a second; frames x height x width{others}:"
-        for bucket, shape in enumerate(self.fit.shapes):
+        yield "samples", f"{self.spec.fps:g} frames a second; frames x height x width{others}:"
+        for bucket, shape in enumerate(self.spec.shapes):
             if bucket in found:
                 yield f"  {shape}", f"{found[bucket]} clips"
         yield "clips", f"{len(self.clips)}, of which {usable} usable"

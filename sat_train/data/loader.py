@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from sat_train.data.bad_clips import BadClip, Failure, FailureLog
 from sat_train.data.batch import VideoBatch, collate
 from sat_train.data.batches import DataPosition, ListedBatches, MicroBatch, OrderedBatches, QueuedBatches
 from sat_train.data.clip_pool import prepare_worker
-from sat_train.data.dataset import Item, VideoDataset
-from sat_train.data.failures import BadClip, Failure, FailureLog
+from sat_train.data.dataset import SampleResult, VideoDataset
 from sat_train.data.sampler import ClipRef
 from sat_train.data.shared_memory import REMEDY, describe_free
 from sat_train.errors import DataError, SatTrainError
@@ -53,16 +53,18 @@ class _Task(Dataset[Any]):
         self._dataset = dataset
         self._board_wf = board_wf
 
-    def __getitems__(self, indices: list[int]) -> list[Item | SatTrainError]:
+    def __getitems__(self, indices: list[int]) -> list[SampleResult | SatTrainError]:
         """Reads a batch; one of which some samples are not in the cache is decoded as a whole."""
-        items = [self._read(index, pixels=False) for index in indices]
-        are_cached = {item.sample.cached is not None for item in items if isinstance(item, Item)}
-        return items if len(are_cached) < 2 else [self._read(index, pixels=True) for index in indices]
+        results = [self._read(index, pixels=False) for index in indices]
+        are_cached = {
+            result.sample.cached is not None for result in results if isinstance(result, SampleResult)
+        }
+        return results if len(are_cached) < 2 else [self._read(index, pixels=True) for index in indices]
 
-    def _read(self, index: int, *, pixels: bool) -> Item | SatTrainError:
+    def _read(self, index: int, *, pixels: bool) -> SampleResult | SatTrainError:
         self._dataset.on_attempt = self._mark
         try:
-            return self._dataset.item(index, pixels=pixels)
+            return self._dataset.read(index, pixels=pixels)
         except SatTrainError as error:
             return error
         finally:
@@ -84,19 +86,19 @@ class _Task(Dataset[Any]):
 class _Indices:
     """The samples of this rank's batches, as PyTorch's loader asks for them."""
 
-    def __init__(self, planned: Iterator[MicroBatch]) -> None:
-        self._planned = planned
+    def __init__(self, micro_batches: Iterator[MicroBatch]) -> None:
+        self._micro_batches = micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (list(batch.mine) for batch in self._planned)
+        return (list(batch.mine) for batch in self._micro_batches)
 
 
-def _pack(items: list[Item | SatTrainError]) -> _Packed:
-    for item in items:
-        if isinstance(item, SatTrainError):
-            return _Packed(None, (), item)
-    failures = tuple(failure for item in items for failure in item.failures)
-    return _Packed(collate([item.sample for item in items]), failures)
+def _pack(results: list[SampleResult | SatTrainError]) -> _Packed:
+    for result in results:
+        if isinstance(result, SatTrainError):
+            return _Packed(None, (), result)
+    failures = tuple(failure for result in results for failure in result.failures)
+    return _Packed(collate([result.sample for result in results]), failures)
 
 
 def _now_ms() -> int:
@@ -143,7 +145,7 @@ class VideoLoader:
         self._worker_timeout_s = worker_timeout_s
         self._replaces_lost = replaces_lost
         self._position = batches.start
-        self._planned = batches.plan(batches.start)
+        self._micro_batches = batches.micro_batches(batches.start)
         self._iterator: Iterator[_Packed] | None = None
         self._board_wf = torch.full((max(1, num_workers), 4), _IDLE, dtype=torch.int64).share_memory_()
         self._end = weakref.finalize(self, _kill_workers, self._board_wf)
@@ -176,7 +178,7 @@ class VideoLoader:
         if self._batches.stop is not None:
             self.close()
             self._position = self._batches.start
-            self._planned = self._batches.plan(self._position)
+            self._micro_batches = self._batches.micro_batches(self._position)
         return self
 
     def __next__(self) -> VideoBatch:
@@ -203,11 +205,11 @@ class VideoLoader:
         _kill_workers(self._board_wf)
 
     def _move(self, packed: _Packed) -> VideoBatch:
-        planned = next(self._planned)
+        micro_batch = next(self._micro_batches)
         assert packed.batch is not None
-        assert packed.batch.sample_indices == planned.mine, "the workers and the plan have parted"
-        self._position = planned.after
-        return replace(packed.batch, step_positions=planned.step_positions)
+        assert packed.batch.sample_indices == micro_batch.mine, "the workers and the loader have parted"
+        self._position = micro_batch.after
+        return replace(packed.batch, step_positions=micro_batch.step_positions)
 
     def _next_packed(self) -> _Packed:
         began = time.monotonic()
@@ -228,7 +230,7 @@ class VideoLoader:
         self._board_wf.fill_(_IDLE)
         loader = DataLoader(
             _Task(self.dataset, self._board_wf),
-            batch_sampler=_Indices(self._batches.plan(self._position)),
+            batch_sampler=_Indices(self._batches.micro_batches(self._position)),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_factor,
             collate_fn=_pack,

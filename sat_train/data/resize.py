@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from sat_train.data.failures import BadClip
+from sat_train.data.bad_clips import BadClip
 
 MAX_SCALED_PIXELS = 1 << 26  # as many as a picture may have; a stripe that is enlarged could have more
 CropMode = Literal["center", "random"]
@@ -35,7 +35,7 @@ class CoverCrop:
     width: int
 
 
-def plan_cover_crop(
+def cover_crop(
     *,
     source: tuple[int, int],
     target: tuple[int, int],

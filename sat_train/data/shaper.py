@@ -17,19 +17,19 @@ class Shaper:
 
     Args:
         size: Height and width of a frame as stored, in square pixels.
-        plan: Gives scaling and cropping for a picture's height and width as shown; asked once.
+        choose_crop: Gives scaling and cropping for a picture's height and width as shown; asked once.
         orientation: How frames are shown; None: the first one says it.
     """
 
     def __init__(
         self,
         size: tuple[int, int],
-        plan: Callable[[int, int], CoverCrop],
+        choose_crop: Callable[[int, int], CoverCrop],
         orientation: Orientation | None = None,
     ) -> None:
         self._size = size
-        self._make_plan = plan
-        self._plan: CoverCrop | None = None
+        self._choose_crop = choose_crop
+        self._crop: CoverCrop | None = None
         self._orientation = orientation
         self._scaler, self._converter = VideoReformatter(), VideoReformatter()  # they keep their tables
 
@@ -37,12 +37,12 @@ class Shaper:
         """Returns the picture, uint8 RGB `[height, width, 3]`."""
         if self._orientation is None:
             self._orientation = frame_orientation(frame)
-        if self._plan is None:
-            self._plan = self._make_plan(*self._orientation.size(*self._size))
-        plan = self._plan
-        height, width = self._orientation.size(plan.scaled_height, plan.scaled_width)
+        if self._crop is None:
+            self._crop = self._choose_crop(*self._orientation.size(*self._size))
+        crop = self._crop
+        height, width = self._orientation.size(crop.scaled_height, crop.scaled_width)
         picture = self._orientation.apply(self._scaled(frame, height, width))
-        return picture[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
+        return picture[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
 
     def _scaled(self, frame: VideoFrame, height: int, width: int) -> np.ndarray:
         """Scales and turns into RGB.

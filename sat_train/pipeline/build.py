@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sat_train.models.dit.transformer import DiffusionTransformer
     from sat_train.models.text.t5 import T5TextEncoder
     from sat_train.models.vae.video_vae import VideoVAE
-    from sat_train.pipeline.frozen_models import LoadEncoders
+    from sat_train.pipeline.encoders import LoadEncoders
 
 # what diffusers' pipeline and CogVideo's sampling give to CogVideoX1.5-I2V
 _OFS = 2.0

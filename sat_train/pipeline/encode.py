@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sat_train.data.batch import CachedSample, VideoBatch, cat_cached
 from sat_train.data.cache.key import EncoderDigests
-from sat_train.data.cache.shards import About, ShardWriter
-from sat_train.pipeline.frozen_models import FrozenModels, conditioning_image
+from sat_train.data.cache.shards import EntryInfo, ShardWriter
+from sat_train.pipeline.encoders import Encoders, conditioning_image
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Part:
     """One of the encodings of a sample, not yet made."""
 
     key: str
-    about: About
+    info: EntryInfo
     encode: Callable[[], dict[str, Tensor]]
 
 
@@ -32,23 +32,23 @@ class SampleEncoder:
     """Encodes batches and hands what is new to the writer.
 
     Args:
-        frozen: The encoders.
+        encoders: The encoders.
         writer: Gets the entries.
-        encoders: What the encoders are.
+        encoder_digests: What the encoders are.
         is_there: Whether an entry is in the cache already.
         image: The image condition: None for text-to-video, `noised` in training, `plain` in validation.
     """
 
     def __init__(
         self,
-        frozen: FrozenModels,
+        encoders: Encoders,
         *,
         writer: ShardWriter,
-        encoders: EncoderDigests,
+        encoder_digests: EncoderDigests,
         is_there: Callable[[str], bool],
         image: Literal["noised", "plain"] | None,
     ) -> None:
-        self._frozen, self._writer, self._encoders = frozen, writer, encoders
+        self._encoders, self._writer, self._encoder_digests = encoders, writer, encoder_digests
         self._is_there, self._image = is_there, image
 
     def complete(self, batch: VideoBatch) -> VideoBatch:
@@ -63,20 +63,20 @@ class SampleEncoder:
         parts = [part for row in range(len(batch)) for part in self._of_pixels(batch, row)]
         new = [part for part in parts if self._is_new(part.key)]
         for part in new:
-            self._writer.add(part.key, part.encode(), part.about)
+            self._writer.add(part.key, part.encode(), part.info)
         return len(new)
 
     def keep_text(self, key: str, caption: str) -> None:
         """Encodes one caption and keeps it."""
         part = self._of_text(key, caption)
-        self._writer.add(key, part.encode(), part.about)
+        self._writer.add(key, part.encode(), part.info)
 
     def _complete(self, batch: VideoBatch, row: int) -> CachedSample:
         text = self._of_text(batch.keys[row].text, batch.captions[row])
-        made = {part.about.kind: part.encode() for part in (*self._of_pixels(batch, row), text)}
+        made = {part.info.kind: part.encode() for part in (*self._of_pixels(batch, row), text)}
         for part in (*self._of_pixels(batch, row), text):
             if self._is_new(part.key):
-                self._writer.add(part.key, made[part.about.kind], part.about)
+                self._writer.add(part.key, made[part.info.kind], part.info)
         image = made.get("image", {})
         encodings = CachedSample(
             mean_btchw=made["clip"]["mean"],
@@ -91,30 +91,30 @@ class SampleEncoder:
         return key not in self._writer and not self._is_there(key)
 
     def _of_pixels(self, batch: VideoBatch, row: int) -> list[_Part]:
-        keys, name, vae = batch.keys[row], batch.clip_ids[row], self._encoders.vae
-        about = About("clip", name, vae, keys.clip_origin)
-        parts = [_Part(keys.clip, about, lambda: self._clip(batch, row))]
+        keys, name, vae = batch.keys[row], batch.clip_ids[row], self._encoder_digests.vae
+        info = EntryInfo("clip", name, vae, keys.clip_origin)
+        parts = [_Part(keys.clip, info, lambda: self._clip(batch, row))]
         if keys.image is not None:
-            about = About("image", name, vae, keys.image_origin)
-            parts.append(_Part(keys.image, about, lambda: self._condition(batch, row)))
+            info = EntryInfo("image", name, vae, keys.image_origin)
+            parts.append(_Part(keys.image, info, lambda: self._condition(batch, row)))
         return parts
 
     def _of_text(self, key: str, caption: str) -> _Part:
-        about = About("text", caption, self._encoders.text)
-        return _Part(key, about, lambda: {"text": self._frozen.text([caption])[0]})
+        info = EntryInfo("text", caption, self._encoder_digests.text)
+        return _Part(key, info, lambda: {"text": self._encoders.text([caption])[0]})
 
     def _clip(self, batch: VideoBatch, row: int) -> dict[str, Tensor]:
         assert batch.video_btchw is not None, "a batch has pixels or encodings"
         pixels = batch.video_btchw[row : row + 1]
-        return self._moments(self._frozen.video_moments(pixels, subject=batch.clip_ids[row]))
+        return self._moments(self._encoders.video_moments(pixels, subject=batch.clip_ids[row]))
 
     def _condition(self, batch: VideoBatch, row: int) -> dict[str, Tensor]:
-        views = batch.views if self._image == "noised" else ()
-        image = conditioning_image(batch, views, self._frozen.device)
-        return self._moments(self._frozen.image_moments(image[row : row + 1]))
+        augmentations = batch.augmentations if self._image == "noised" else ()
+        image = conditioning_image(batch, augmentations, self._encoders.device)
+        return self._moments(self._encoders.image_moments(image[row : row + 1]))
 
     def _moments(self, moments: Sequence[Tensor]) -> dict[str, Tensor]:
-        dtype = self._frozen.vae_dtype
+        dtype = self._encoders.vae_dtype
         kept = [tensor[0].to(dtype) for tensor in moments]
         for tensor, exact in zip(kept, moments, strict=True):
             assert torch.equal(tensor.to(exact.dtype), exact[0]), f"moments do not fit {dtype}"

@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from sat_train.data.view import View
+from sat_train.data.augmentation_key import AugmentationKey
 from sat_train.diffusion.guidance import Guidance
 from sat_train.diffusion.loss import min_snr_weight, offset_noise, v_mse_per_sample
 from sat_train.diffusion.parameterization import add_noise, v_target
 from sat_train.diffusion.samplers import OnStep, sample_ddim, sample_dpmpp_2m
 from sat_train.diffusion.timesteps import Spacing, stratified_timesteps, uniform_timesteps
 from sat_train.distributed.seeds import derive_seed
-from sat_train.pipeline.frozen_models import FrozenModels, conditioning_image, pixels_to_unit
+from sat_train.pipeline.encoders import Encoders, conditioning_image, pixels_to_unit
 from sat_train.pipeline.geometry import check_size, counted_frames, latent_frames, pad_in_time, padding_frames
 from sat_train.pipeline.image_latent import image_condition, sample_posterior
 from sat_train.pipeline.randomness import SampleRandomness
-from sat_train.pipeline.records import LossOutput, TrainingInputs
+from sat_train.pipeline.training_inputs import LossOutput, TrainingInputs
 
 if TYPE_CHECKING:
     from sat_train.data.batch import VideoBatch
     from sat_train.models.dit.transformer import DiffusionTransformer
     from sat_train.models.text.t5 import T5TextEncoder
     from sat_train.models.vae.video_vae import VideoVAE
-    from sat_train.pipeline.frozen_models import LoadEncoders
+    from sat_train.pipeline.encoders import LoadEncoders
 
 Network = Callable[..., Tensor]
 Sampler = Literal["DDIM", "DPMPP2M"]
@@ -63,7 +63,7 @@ class VideoDiffusion:
         seed: The run's seed.
         dtype: What the transformer computes in.
         device: Where everything is computed. The encoders must be there already.
-        load_encoders: As `load` of `FrozenModels`.
+        load_encoders: As `load` of `Encoders`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class VideoDiffusion:
     ) -> None:
         assert alpha_bar.dtype == torch.float64, f"alpha_bar is {alpha_bar.dtype}, not float64"
         self.dit = dit
-        self.frozen = FrozenModels(
+        self.encoders = Encoders(
             vae=vae,
             text_encoder=text_encoder,
             null_condition=null_condition,
@@ -141,7 +141,7 @@ class VideoDiffusion:
         random = SampleRandomness(self.seed, batch.sample_indices)
         text = self._batch_text(batch)
         dropped = random.chance("caption_drop", self.caption_dropout).to(self.device)
-        text = torch.where(dropped[:, None, None], self.frozen.null_text_like(text), text)
+        text = torch.where(dropped[:, None, None], self.encoders.null_text_like(text), text)
         x0 = self._clip_latent(batch, random)
         image = None
         if self.noised_image_input:
@@ -226,14 +226,14 @@ class VideoDiffusion:
         image = self._sampled_image_condition(image_bchw, generators, num_latent_frames=latent_shape[0])
         with self._evaluation_mode():
             latent = SAMPLERS[sampler](
-                self._guided(network or self.dit, self.frozen.text(prompts), image, guidance, steps),
+                self._guided(network or self.dit, self.encoders.text(prompts), image, guidance, steps),
                 lambda: self._draw(generators, latent_shape),
                 alpha_bar=self.alpha_bar,
                 steps=steps,
                 spacing=spacing,
                 on_step=progress,
             )
-        return self.frozen.decode(latent[:, -frames:] / self.scale_factor)
+        return self.encoders.decode(latent[:, -frames:] / self.scale_factor)
 
     # Parts of the above
 
@@ -258,7 +258,7 @@ class VideoDiffusion:
     ) -> Callable[[Tensor, int], Tensor]:
         """Returns (latent, timestep) -> guided v; with guidance both predictions are made in one batch."""
         if guidance.needs_null:
-            text = torch.cat([self.frozen.null_text_like(text), text])
+            text = torch.cat([self.encoders.null_text_like(text), text])
             image = None if image is None else torch.cat([image, image])
 
         def denoise(latent: Tensor, timestep: int) -> Tensor:
@@ -273,7 +273,7 @@ class VideoDiffusion:
 
     def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, tuple[int, ...]]:
         """Returns the latent frames of a video, and the shape of its latent with the padding in front."""
-        vae, (patch_t, patch_h, patch_w) = self.frozen.vae, self.dit.patch_size
+        vae, (patch_t, patch_h, patch_w) = self.encoders.vae, self.dit.patch_size
         ratio = vae.spatial_compression
         check_size(height, width, multiple=(ratio * patch_h, ratio * patch_w), subject="sample")
         frames = latent_frames(num_frames, compression=vae.temporal_compression, subject="sample")
@@ -287,14 +287,14 @@ class VideoDiffusion:
         assert (image_bchw is not None) == self.noised_image_input, "an image goes with image-to-video alone"
         if image_bchw is None:
             return None
-        mean, logvar = self.frozen.image_moments(pixels_to_unit(image_bchw, self.device))
+        mean, logvar = self.encoders.image_moments(pixels_to_unit(image_bchw, self.device))
         latent = sample_posterior(mean, logvar, self._draw(generators, tuple(mean.shape[1:])))
         return image_condition(latent, scale=self.image_latent_scale, num_latent_frames=num_latent_frames)
 
     def _batch_text(self, batch: VideoBatch) -> Tensor:
         if batch.cached is not None:
             return batch.cached.text_bld.to(self.device, self.dtype)
-        return self.frozen.text(batch.captions)
+        return self.encoders.text(batch.captions)
 
     def _clip_latent(self, batch: VideoBatch, random: SampleRandomness) -> Tensor:
         """Returns the scaled latent of the clips, padded in time, float32."""
@@ -302,7 +302,7 @@ class VideoDiffusion:
             mean, logvar = batch.cached.mean_btchw, batch.cached.logvar_btchw
         else:
             assert batch.video_btchw is not None, "a batch has pixels or encodings"
-            mean, logvar = self.frozen.video_moments(batch.video_btchw, subject=", ".join(batch.clip_ids))
+            mean, logvar = self.encoders.video_moments(batch.video_btchw, subject=", ".join(batch.clip_ids))
         return pad_in_time(
             self.scale_factor * self._posterior(mean, logvar, random, "posterior"), self.patch_t
         )
@@ -334,8 +334,12 @@ class VideoDiffusion:
         return image_condition(latent, scale=self.image_latent_scale, num_latent_frames=num_latent_frames)
 
     def _image_moments(self, batch: VideoBatch, *, noised: bool) -> tuple[Tensor, Tensor]:
-        views = batch.views or tuple(View(self.seed, index) for index in batch.sample_indices)
-        return self.frozen.image_moments(conditioning_image(batch, views if noised else (), self.device))
+        augmentations = batch.augmentations or tuple(
+            AugmentationKey(self.seed, index) for index in batch.sample_indices
+        )
+        return self.encoders.image_moments(
+            conditioning_image(batch, augmentations if noised else (), self.device)
+        )
 
     def _posterior(
         self, mean: Tensor, logvar: Tensor | None, random: SampleRandomness, purpose: str

@@ -15,8 +15,8 @@ from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.history import rewind
 from sat_train.checkpoint.layout import committed_steps
+from sat_train.checkpoint.load import load_training_checkpoint
 from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.checkpoint.resume import load_training_checkpoint
 from sat_train.checkpoint.retention import remove_leftovers
 from sat_train.checkpoint.save import save_training_checkpoint
 from sat_train.config import RunConfig
@@ -33,20 +33,20 @@ from sat_train.errors import LaunchError, Stopped
 from sat_train.log import get_logger
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, owes_validation
-from sat_train.training.data import CacheFiller, RunData, open_data
-from sat_train.training.ema import WeightAverage
+from sat_train.training.ema import ExponentialMovingAverage
 from sat_train.training.engine import build_engine
+from sat_train.training.learning_rate import LearningRate, warmup_steps
 from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
 from sat_train.training.meter import Meter
 from sat_train.training.models import build_models, find_start_weights
 from sat_train.training.optim.build import build_optimizer
 from sat_train.training.resume import CONFIG_KEY, changes_since, find_resumed, pack_config
+from sat_train.training.run_data import CacheFiller, RunData, open_data
 from sat_train.training.run_directory import PREEMPTED, claim_run_directory, set_samples_aside
 from sat_train.training.run_lock import RunLock
-from sat_train.training.schedule import LearningRate, warmup_steps
 from sat_train.training.signals import StopRequest
 from sat_train.training.state import TrainState
-from sat_train.training.step import Stepper
+from sat_train.training.step import TrainStep
 from sat_train.training.trainer import Trainer
 
 log = get_logger(__name__)
@@ -90,7 +90,9 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
             config, mesh, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
         )
         engine = build_engine(config, pipeline.dit, build_optimizer(config, pipeline.dit), mesh)
-        average = WeightAverage(engine, mesh, config.args.ema_decay) if config.args.ema_decay else None
+        average = (
+            ExponentialMovingAverage(engine, mesh, config.args.ema_decay) if config.args.ema_decay else None
+        )
         trainer = build_trainer(
             config, mesh, run_directory, data, pipeline, start.base, engine, average, stop_request
         )
@@ -213,17 +215,17 @@ def build_trainer(
     pipeline: VideoDiffusion,
     base_weights: BaseWeights | None,
     engine: Any,
-    average: WeightAverage | None,
+    average: ExponentialMovingAverage | None,
     stop_request: StopRequest,
 ) -> Trainer:
-    """Restores what the run goes on from and puts stepper and callbacks around the engine.
+    """Restores what the run goes on from and puts step and callbacks around the engine.
 
     Ranks: all.
     """
     state = restore(config, mesh, run_directory, engine, average, base_weights)
     filler = None
     if config.data.cache == "fill":
-        filler = CacheFiller(config, mesh, pipeline.frozen, data.cache)
+        filler = CacheFiller(config, mesh, pipeline.encoders, data.cache)
     encode = filler.train() if filler is not None else lambda batch: batch
 
     def compute_loss(batch: VideoBatch) -> torch.Tensor:
@@ -232,7 +234,7 @@ def build_trainer(
         return pipeline.training_loss(encode(batch), network=engine).loss
 
     return Trainer(
-        stepper=Stepper(
+        train_step=TrainStep(
             engine=engine,
             compute_loss=compute_loss,
             batches=iter(data.train),
@@ -265,7 +267,7 @@ def build_save(
     run_directory: RunDirectory,
     data: RunData,
     engine: Any,
-    average: WeightAverage | None,
+    average: ExponentialMovingAverage | None,
     base_weights: BaseWeights | None,
 ) -> Callable[[Trainer], Path]:
     """Returns what writes a checkpoint of a trainer and gives its folder; to be called on all ranks."""
@@ -297,7 +299,7 @@ def restore(
     mesh: ProcessMesh,
     run_directory: RunDirectory,
     engine: Any,
-    average: WeightAverage | None,
+    average: ExponentialMovingAverage | None,
     base_weights: BaseWeights | None,
 ) -> TrainState:
     """Returns where the run stands, with engine and average brought there.

@@ -65,7 +65,7 @@ def _partitioned_fragment(name: str, parameter: torch.nn.Parameter, mesh: Proces
     return Fragment(name, start, padded[:used])
 
 
-class WeightAverage:
+class ExponentialMovingAverage:
     """`average <- decay * average + (1 - decay) * weights`, after every optimizer step.
 
     Args:

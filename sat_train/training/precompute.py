@@ -11,14 +11,14 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig
+from sat_train.data.bad_clips import Failure
 from sat_train.data.batches import QueuedBatches
 from sat_train.data.build import build_loader, build_train_batches, build_train_dataset, build_valid_dataset
 from sat_train.data.cache.key import text_key
-from sat_train.data.cache.plan import Missing, drop_repeated, find_missing
+from sat_train.data.cache.missing import MissingEncodings, drop_repeated, find_missing
 from sat_train.data.cache.samples import Condition, OpenCache
-from sat_train.data.cache.shards import About
+from sat_train.data.cache.shards import EntryInfo
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.failures import Failure
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import WorkQueue, gather_after_work
@@ -26,10 +26,10 @@ from sat_train.errors import Stopped
 from sat_train.log import console, get_logger
 from sat_train.pipeline.build import compute_dtype
 from sat_train.pipeline.encode import SampleEncoder
-from sat_train.pipeline.frozen_models import FrozenModels
-from sat_train.training.data import build_writer, count_steps, samples_of
-from sat_train.training.encoders import open_cache, share_files
+from sat_train.pipeline.encoders import Encoders
 from sat_train.training.models import build_loaded_text_encoder, build_loaded_vae, encoder_dtype
+from sat_train.training.run_data import build_writer, count_steps, samples_of
+from sat_train.training.shared_cache import open_cache, share_files
 from sat_train.training.signals import StopRequest
 
 log = get_logger(__name__)
@@ -77,7 +77,7 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
     for note in config.notes:
         log.info("%s", note)
     cache = open_cache(config, mesh, "write")
-    works = [_plan(mesh, cache, *part) for part in _datasets(config, mesh, cache)]
+    works = [_find_work(mesh, cache, *part) for part in _datasets(config, mesh, cache)]
     captions = _captions(config, cache, works)
     num_missing, num_samples = sum(len(w.indices) for w in works), sum(w.num_samples for w in works)
     log.info(
@@ -137,7 +137,7 @@ def _datasets(
     return [("train", train, samples), *([] if valid is None else [("valid", valid, range(len(valid)))])]
 
 
-def _plan(
+def _find_work(
     mesh: ProcessMesh, cache: OpenCache, name: str, dataset: VideoDataset, samples: Sequence[int]
 ) -> _Work:
     """Finds what is missing, each rank in its share of the samples.
@@ -145,8 +145,10 @@ def _plan(
     Ranks: all.
     """
     share = find_missing(dataset, samples[mesh.rank :: mesh.world_size], retry_failed=True)
-    share_files(mesh, cache.book)
-    found: list[Missing] = [sample for part in gather_objects(mesh, share) for sample in part if sample.keys]
+    share_files(mesh, cache.file_metadata)
+    found: list[MissingEncodings] = [
+        sample for part in gather_objects(mesh, share) for sample in part if sample.keys
+    ]
     work = drop_repeated(sorted(found, key=lambda sample: sample.index))
     indices = tuple(sample.index for sample in work)
     return _Work(dataset, indices, len(samples), WorkQueue(mesh, f"encode {name}", len(indices)))
@@ -158,7 +160,7 @@ def _captions(config: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> di
     texts = {caption for record in records for caption in record.captions}
     if config.model.null_condition == "empty_prompt":
         texts.add("")
-    by_key = {text_key(text, text=cache.encoders.text): text for text in texts}
+    by_key = {text_key(text, text=cache.encoder_digests.text): text for text in texts}
     return {key: text for key, text in by_key.items() if key not in cache.index}
 
 
@@ -195,16 +197,16 @@ class _Encoding:
     def run(self) -> Iterator[None]:
         """Does the work and yields after each sample and caption; what is done is always published."""
         with_vae = any(work.indices for work in self._works)
-        frozen = self._load(with_vae=with_vae, with_text_encoder=bool(self._captions))
+        encoders = self._load(with_vae=with_vae, with_text_encoder=bool(self._captions))
         try:
             for work in self._works:
-                yield from self._run_samples(frozen, work)
-            yield from self._run_captions(frozen)
+                yield from self._run_samples(encoders, work)
+            yield from self._run_captions(encoders)
         finally:
             self._writer.publish()
 
-    def _run_samples(self, frozen: FrozenModels, work: _Work) -> Iterator[None]:
-        encoder = self._encoder(frozen, image=work.dataset.cache.image)
+    def _run_samples(self, encoders: Encoders, work: _Work) -> Iterator[None]:
+        encoder = self._encoder(encoders, image=work.dataset.cache.image)
         batches = QueuedBatches(work.indices, work.queue.take)
         loader = build_loader(
             self._config, self._mesh, work.dataset, batches, Path(self._config.data.cache_dir)
@@ -220,8 +222,8 @@ class _Encoding:
             self.failed.add(failure.clip_id)
             self._keep_failure(failure)
 
-    def _run_captions(self, frozen: FrozenModels) -> Iterator[None]:
-        encoder = self._encoder(frozen, image=None)
+    def _run_captions(self, encoders: Encoders) -> Iterator[None]:
+        encoder = self._encoder(encoders, image=None)
         for number in self._caption_queue:
             encoder.keep_text(*self._captions[number])
             self.encoded += 1
@@ -241,21 +243,21 @@ class _Encoding:
         """Keeps that a clip cannot be decoded: a run that reads the cache takes the same substitute."""
         if failure.keys is not None:
             detail = (failure.cause, failure.detail)
-            about = About("failed", failure.clip_id, "", failure.keys.clip_origin, detail)
-            self._writer.add(failure.keys.clip, {}, about)
+            info = EntryInfo("failed", failure.clip_id, "", failure.keys.clip_origin, detail)
+            self._writer.add(failure.keys.clip, {}, info)
 
-    def _encoder(self, frozen: FrozenModels, *, image: Condition | None) -> SampleEncoder:
+    def _encoder(self, encoders: Encoders, *, image: Condition | None) -> SampleEncoder:
         return SampleEncoder(
-            frozen,
+            encoders,
             writer=self._writer,
-            encoders=self._cache.encoders,
+            encoder_digests=self._cache.encoder_digests,
             is_there=self._cache.index.__contains__,
             image=image,
         )
 
-    def _load(self, *, with_vae: bool, with_text_encoder: bool) -> FrozenModels:
+    def _load(self, *, with_vae: bool, with_text_encoder: bool) -> Encoders:
         config, device = self._config, self._mesh.device
-        return FrozenModels(
+        return Encoders(
             vae=build_loaded_vae(config, device, encoder_dtype(config)) if with_vae else None,
             text_encoder=build_loaded_text_encoder(config, device) if with_text_encoder else None,
             null_condition=config.model.null_condition,

@@ -41,7 +41,7 @@ class StepResult:
     num_samples: int
 
 
-class Stepper:
+class TrainStep:
     """Makes optimizer steps.
 
     Args:
@@ -91,9 +91,9 @@ class Stepper:
             self._engine.backward(self._pending)
             self._engine.step()
         waited += self._micro_step(losses, seen)
-        answer = self._ask_ranks(losses)  # on its way while the backward pass runs
+        flags = self._ask_ranks(losses)  # on its way while the backward pass runs
         self._engine.backward(self._pending)
-        not_finite, stop_level = answer.read()
+        not_finite, stop_level = flags.read()
         if not_finite:
             self._raise_not_finite(number, losses, seen)
         self._update(number)
@@ -123,10 +123,10 @@ class Stepper:
         seen.append(batch.clip_ids)
         return waited
 
-    def _ask_ranks(self, losses: list[torch.Tensor]) -> _Answer:
+    def _ask_ranks(self, losses: list[torch.Tensor]) -> _PendingFlags:
         finite = torch.stack(losses).isfinite().all()
         stop_level = torch.tensor(float(self._stop_request.level), device=finite.device)
-        return _Answer(max_flags(self._mesh, torch.stack([(~finite).float(), stop_level])))
+        return _PendingFlags(max_flags(self._mesh, torch.stack([(~finite).float(), stop_level])))
 
     def _raise_not_finite(self, number: int, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> None:
         ours = [
@@ -161,7 +161,7 @@ class Stepper:
             raise error
 
 
-class _Answer:
+class _PendingFlags:
     """Flags on their way from the device: reading them waits for what was queued before, not after."""
 
     def __init__(self, flags: torch.Tensor) -> None:

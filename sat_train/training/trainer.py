@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from sat_train.errors import TrainingError
 from sat_train.training.callbacks.callback import Callback, Callbacks
-from sat_train.training.ema import WeightAverage
+from sat_train.training.ema import ExponentialMovingAverage
+from sat_train.training.learning_rate import LearningRate
 from sat_train.training.meter import Meter
 from sat_train.training.metrics import Metrics
-from sat_train.training.schedule import LearningRate
 from sat_train.training.state import TrainState
-from sat_train.training.step import Stepper
+from sat_train.training.step import TrainStep
 
 # A dynamic fp16 loss scale comes down from 2**16 in fewer steps than this.
 _MOST_SKIPS_IN_A_ROW = 40
@@ -21,7 +21,7 @@ class Trainer:
     """Steps until the run is complete or was asked to stop, and tells its callbacks.
 
     Args:
-        stepper: Makes the steps.
+        train_step: Makes the steps.
         meter: Collects what they leave.
         learning_rate: Rate by step.
         train_iters: Step at which the run is complete.
@@ -40,13 +40,13 @@ class Trainer:
     def __init__(
         self,
         *,
-        stepper: Stepper,
+        train_step: TrainStep,
         meter: Meter,
         learning_rate: LearningRate,
         train_iters: int,
         log_interval: int,
         state: TrainState,
-        average: WeightAverage | None = None,
+        average: ExponentialMovingAverage | None = None,
         count_bad_clips: Callable[[], int] = lambda: 0,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -56,7 +56,7 @@ class Trainer:
         self.average = average
         self.stopping = False
         self.interrupted = False
-        self._stepper = stepper
+        self._train_step = train_step
         self._meter = meter
         self._log_interval = log_interval
         self._count_bad_clips = count_bad_clips
@@ -99,7 +99,7 @@ class Trainer:
 
         Ranks: all.
         """
-        self._take_stop_level(self._stepper.stop_level())
+        self._take_stop_level(self._train_step.stop_level())
         return self.stopping
 
     def _take_stop_level(self, level: int) -> None:
@@ -116,7 +116,7 @@ class Trainer:
     def _step(self) -> None:
         state = self.state
         lr = self.learning_rate.at(state.step)
-        result = self._stepper.step(state.step + 1, lr)
+        result = self._train_step.step(state.step + 1, lr)
         state.step += 1
         state.samples_consumed += result.num_samples
         self._count_skip(result.applied)
@@ -127,7 +127,7 @@ class Trainer:
         if state.step % self._log_interval == 0 or state.step == 1 or self.complete or self.stopping:
             self.settle()
             metrics = self._meter.read(
-                state, lr=lr, grad_norm=self._stepper.grad_norm(), bad_clips=self._count_bad_clips()
+                state, lr=lr, grad_norm=self._train_step.grad_norm(), bad_clips=self._count_bad_clips()
             )
             self.report(metrics)
             self._meter.restart()

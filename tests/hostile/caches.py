@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from sat_train.data.cache.shards import FOLDER, About, Origin, ShardWriter
+from sat_train.data.cache.shards import FOLDER, EntryInfo, Origin, ShardWriter
 from tests.hostile.case import Case, Field
 from tests.hostile.clips import good_set
 from tests.hostile.words import PRECOMPUTE, TRAIN
@@ -70,7 +70,7 @@ def _looked_at(change: Callable[[Path], None], look: list[str]) -> Callable[[Fie
         clip.write_bytes(b"a clip")
         origin = Origin(str(clip), clip.stat().st_size, clip.stat().st_mtime_ns, "sha")
         writer = ShardWriter(root)
-        writer.add("clip", tensors_of(1)["clip"], About("clip", "clip", "vae", origin))
+        writer.add("clip", tensors_of(1)["clip"], EntryInfo("clip", "clip", "vae", origin))
         writer.publish()
         (root / "files").mkdir()
         (shard,) = (root / FOLDER).glob("*.safetensors")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sat_train.checkpoint.adapters import is_adapter_key, read_given_lora, read_lora
-from sat_train.checkpoint.convert import Conversion, convert
+from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.config import ModelConfig
 from sat_train.distributed.processes import start_single_process

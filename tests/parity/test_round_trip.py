@@ -10,7 +10,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors import safe_open
 
-from sat_train.checkpoint.convert import Conversion, convert
+from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.cli.convert import main
 from sat_train.config import load_run_config

@@ -89,9 +89,9 @@ def _compare(family, monkeypatch, *, sampler, guidance, spacing="trailing") -> N
     pipeline, transformer, vae = pipeline_pair(family.narrow())
     family = family.narrow()
     options = {"sampler": sampler, "guidance": guidance, "spacing": spacing}
-    their_latent, their_video = _theirs(family, transformer, vae, pipeline.frozen.text, **options)
-    decode, seen = pipeline.frozen.decode, []
-    monkeypatch.setattr(pipeline.frozen, "decode", lambda latent: seen.append(latent) or decode(latent))
+    their_latent, their_video = _theirs(family, transformer, vae, pipeline.encoders.text, **options)
+    decode, seen = pipeline.encoders.decode, []
+    monkeypatch.setattr(pipeline.encoders, "decode", lambda latent: seen.append(latent) or decode(latent))
     video = pipeline.generate(
         PROMPTS, image_bchw=_images(family), steps=STEPS, seeds=SEEDS, **_size(family), **options
     )

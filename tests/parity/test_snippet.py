@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sat_train.checkpoint.convert import Conversion, convert
+from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.cli.convert import main
 from sat_train.cli.diffusers_snippet import diffusers_snippet
-from sat_train.cli.sample_videos import build_sampler, draw
+from sat_train.cli.sample_videos import build_sampler, generate
 from sat_train.config import RunConfig, load_run_config
 from sat_train.distributed.processes import start_single_process
 from sat_train.pipeline.build import build_sampling
@@ -28,7 +28,9 @@ def ours(config: RunConfig) -> np.ndarray:
     pipeline = build_sampler(config, start_single_process())
     request = SampleRequest("a prompt", None, config.args.seed, "video")
     return (
-        draw(pipeline, request, build_sampling(config), lambda step, steps: None).permute(0, 2, 3, 1).numpy()
+        generate(pipeline, request, build_sampling(config), lambda step, steps: None)
+        .permute(0, 2, 3, 1)
+        .numpy()
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
 from sat_train.distributed.processes import ProcessMesh
@@ -22,7 +22,7 @@ def _precompute(mesh: ProcessMesh, words: list[str]) -> None:
 
 
 def _missing(mesh: ProcessMesh, words: list[str]) -> bool:
-    from sat_train.training.data import open_data
+    from sat_train.training.run_data import open_data
 
     return open_data(load_run(words), mesh).needs_encoders
 
@@ -35,7 +35,7 @@ def test_two_ranks_share_the_work_and_any_number_reads_it(rank_pool, tmp_path: P
         *("args.eval_interval=null", "args.valid_video_interval=null", "args.train_iters=4"),
     ]
     rank_pool(2)(_precompute, words)
-    lines, damaged = list_entries(tmp_path / "cache", Staleness(FileBook(tmp_path / "cache")))
+    lines, damaged = list_entries(tmp_path / "cache", Staleness(FileMetadata(tmp_path / "cache")))
     assert {line.kind: line.entries for line in lines} == {"clip": 6, "text": 3}
     assert not any(line.stale for line in lines), "an entry was made twice"
     assert (verify_entries(tmp_path / "cache")[1], damaged) == ([], [])

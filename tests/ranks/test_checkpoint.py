@@ -107,7 +107,7 @@ def find(mesh: ProcessMesh, save_root: Path) -> ResumePoint | None:
 
 
 def load(mesh: ProcessMesh, engine: Any, save_root: Path, base: BaseWeights = BASE) -> Any:
-    from sat_train.checkpoint.resume import load_training_checkpoint
+    from sat_train.checkpoint.load import load_training_checkpoint
 
     point = find(mesh, save_root)
     assert point is not None
@@ -192,7 +192,7 @@ def _load_state_of_another_make(mesh: ProcessMesh, save_root: Path, zero_stage: 
 
 
 def _load_point(mesh: ProcessMesh, engine: Any, point: ResumePoint) -> object:
-    from sat_train.checkpoint.resume import load_training_checkpoint
+    from sat_train.checkpoint.load import load_training_checkpoint
 
     return load_training_checkpoint(mesh, engine=engine, point=point, base_weights=BASE)
 

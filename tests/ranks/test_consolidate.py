@@ -29,11 +29,11 @@ def _trained_masters(engine: Any) -> dict[str, torch.Tensor]:
 def _consolidated_is_what_was_trained(
     mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str, exclude_frozen: bool
 ) -> None:
-    from sat_train.training.ema import WeightAverage
+    from sat_train.training.ema import ExponentialMovingAverage
 
     run_directory = new_run(mesh, root / f"{zero_stage}-{dtype}-{exclude_frozen}")
     engine = build_engine(zero_stage=zero_stage, dtype=dtype, lora=True)
-    average = WeightAverage(engine, mesh, 0.5)
+    average = ExponentialMovingAverage(engine, mesh, 0.5)
     before = _trained_masters(engine)
     train(engine, mesh.rank, range(1))
     average.update()

@@ -5,7 +5,7 @@ import torch
 
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
-from sat_train.training.ema import WeightAverage, master_fragments
+from sat_train.training.ema import ExponentialMovingAverage, master_fragments
 from tests.ranks.toy import build_toy, toy_run
 
 pytestmark = pytest.mark.ranks
@@ -19,21 +19,21 @@ def _parts(engine, mesh: ProcessMesh) -> dict[tuple[str, int], torch.Tensor]:
 
 def _average_three_steps(mesh: ProcessMesh, options: dict) -> dict:
     """Trains three steps; returns this rank's average and the one computed from the masters by hand."""
-    engine, stepper, _ = build_toy(mesh, toy_run(**options))
+    engine, train_step, _ = build_toy(mesh, toy_run(**options))
     shapes = {
         n: tuple(getattr(p, "ds_shape", p.shape))
         for n, p in engine.module.named_parameters()
         if p.requires_grad
     }
-    average = WeightAverage(engine, mesh, DECAY)
+    average = ExponentialMovingAverage(engine, mesh, DECAY)
     expected = _parts(engine, mesh)
     for number in (1, 2, 3):
-        stepper.step(number, 0.1)
+        train_step.step(number, 0.1)
         average.update()
         now = _parts(engine, mesh)
         expected = {place: DECAY * old + (1 - DECAY) * now[place] for place, old in expected.items()}
     state = average.state_dict()
-    fresh = WeightAverage(engine, mesh, DECAY)
+    fresh = ExponentialMovingAverage(engine, mesh, DECAY)
     fresh.load_state_dict(state)
     return {
         "shapes": shapes,
@@ -83,7 +83,7 @@ def test_it_is_the_average_of_the_masters_and_the_parts_make_the_whole(
 
 def _load(mesh: ProcessMesh, options: dict, state: dict) -> dict:
     engine, _, _ = build_toy(mesh, toy_run(**options))
-    average = WeightAverage(engine, mesh, DECAY)
+    average = ExponentialMovingAverage(engine, mesh, DECAY)
     average.load_state_dict(state)
     shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
     return {"shapes": shapes, "state": average.state_dict()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sat_train.checkpoint.adapters import is_adapter_key, read_lora
-from sat_train.checkpoint.convert import Conversion, convert
+from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.sources import hash_weights
 from sat_train.checkpoint.weights import load_weights, read_transformer_weights
@@ -32,7 +32,7 @@ def _train_and_save(
     from sat_train.checkpoint.save import save_training_checkpoint
     from sat_train.models.build import build_dit
     from sat_train.models.trainable import select_trainable
-    from sat_train.training.ema import WeightAverage
+    from sat_train.training.ema import ExponentialMovingAverage
     from sat_train.training.engine import SatMesh, import_deepspeed
 
     dit = build_dit(model, device="cpu", dtype=torch.bfloat16)
@@ -53,7 +53,7 @@ def _train_and_save(
         mpu=SatMesh(mesh) if mesh.model_size > 1 else None,
         dist_init_required=False,
     )
-    average = WeightAverage(engine, mesh, 0.5)
+    average = ExponentialMovingAverage(engine, mesh, 0.5)
     network = model.network_config.params
     for step in range(2):
         generator = torch.Generator().manual_seed(10 * step + mesh.data_rank)

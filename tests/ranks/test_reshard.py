@@ -37,10 +37,10 @@ def _masters(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def _start(mesh: ProcessMesh, root: Path, case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
-    from sat_train.training.ema import WeightAverage
+    from sat_train.training.ema import ExponentialMovingAverage
 
     engine = _engine(case)
-    average = WeightAverage(engine, mesh, 0.9)
+    average = ExponentialMovingAverage(engine, mesh, 0.9)
     train(engine, mesh.rank, range(3))
     average.update()
     save(mesh, engine, new_run(mesh, root), step=3, lora=case[2], ema_state=average.state_dict())
@@ -49,10 +49,10 @@ def _start(mesh: ProcessMesh, root: Path, case: Case) -> tuple[dict[str, torch.T
 
 def _move(mesh: ProcessMesh, source: Path, dest: Path, case: Case) -> dict[str, torch.Tensor]:
     """Loads with these ranks and saves at once."""
-    from sat_train.training.ema import WeightAverage
+    from sat_train.training.ema import ExponentialMovingAverage
 
     engine = _engine(case, seed=0 if case[2] else 1)
-    average = WeightAverage(engine, mesh, 0.9)
+    average = ExponentialMovingAverage(engine, mesh, 0.9)
     state = load(mesh, engine, source)
     average.load_state_dict(state.ema_state)
     assert (state.step, engine.global_steps) == (3, 3)

@@ -10,13 +10,13 @@ from sat_train.errors import CheckpointError
 from sat_train.training.callbacks.callback import Callback
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
-from sat_train.training.callbacks.sample_videos import SampleVideos
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
+from sat_train.training.callbacks.validation_videos import SampleVideos
+from sat_train.training.learning_rate import LearningRate
 from sat_train.training.meter import Meter
 from sat_train.training.metrics import ValidationMetrics
 from sat_train.training.run_directory import PREEMPTED
-from sat_train.training.schedule import LearningRate
 from sat_train.training.state import TrainState
 from sat_train.training.trainer import Trainer
 from tests.ranks.toy import build_toy, toy_run
@@ -50,7 +50,7 @@ def _train(
     more: tuple[Callback, ...] = (),
 ) -> tuple[list[int], str]:
     """Trains the toy; returns the steps whose save was asked for, and the error that ended the run."""
-    _, stepper, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
+    _, train_step, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
     asked = []
 
     def save(trainer: Trainer) -> Path:
@@ -62,7 +62,7 @@ def _train(
     checkpointer = Checkpointer(mesh, folder, save, interval=2, keep_last=0, keep_every=0)
     reports = [MetricsFile(folder), TensorBoard(folder), PreemptedMarker(folder)] if mesh.rank == 0 else []
     trainer = Trainer(
-        stepper=stepper,
+        train_step=train_step,
         meter=Meter(mesh),
         learning_rate=RATE,
         train_iters=steps,
@@ -185,7 +185,7 @@ def _interrupted(
     mesh: ProcessMesh, folder: Path, step: int, at: int
 ) -> tuple[list[int], list[int], int, bool]:
     """Trains from a step until Ctrl-C; returns the steps saved and validated, and how the run ended."""
-    engine, stepper, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
+    engine, train_step, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
     saved: list[int] = []
     measured: list[int] = []
 
@@ -194,7 +194,7 @@ def _interrupted(
         return folder
 
     trainer = Trainer(
-        stepper=stepper,
+        train_step=train_step,
         meter=Meter(mesh),
         learning_rate=RATE,
         train_iters=8,
@@ -232,10 +232,10 @@ def _sampled(
     mesh: ProcessMesh, folder: Path, step: int, ctrl_c_in: int, failing: int
 ) -> tuple[list[int], bool]:
     """Trains one step, or resumes at it; returns the videos made and whether the run was interrupted."""
-    engine, stepper, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
+    engine, train_step, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
     made: list[int] = []
 
-    def draw(number: int) -> torch.Tensor:
+    def generate(number: int) -> torch.Tensor:
         made.append(number)
         if number == ctrl_c_in:
             stop_request.signal_name = "SIGINT"
@@ -244,10 +244,17 @@ def _sampled(
         return torch.full((5, 3, 16, 16), 40 * number, dtype=torch.uint8)
 
     videos = SampleVideos(
-        mesh, engine, folder, prompts=["a", "b", "c", "d"], draw=draw, fps=8, interval=1, lockstep=False
+        mesh,
+        engine,
+        folder,
+        prompts=["a", "b", "c", "d"],
+        generate=generate,
+        fps=8,
+        interval=1,
+        lockstep=False,
     )
     trainer = Trainer(
-        stepper=stepper,
+        train_step=train_step,
         meter=Meter(mesh),
         learning_rate=RATE,
         train_iters=1,

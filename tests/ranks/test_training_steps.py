@@ -17,12 +17,12 @@ TOLERANCE = 2e-5
 
 
 def _losses(mesh: ProcessMesh, options: dict, steps: int = STEPS) -> tuple[list[float], list[float]]:
-    _, stepper, _ = build_toy(mesh, toy_run(**options))
+    _, train_step, _ = build_toy(mesh, toy_run(**options))
     losses, norms = [], []
     for number in range(1, steps + 1):
-        result = stepper.step(number, 1e-2)
+        result = train_step.step(number, 1e-2)
         losses.append(float(sum_over_data(mesh, result.loss.clone())) / mesh.data_size)
-        norms.append(stepper.grad_norm())
+        norms.append(train_step.grad_norm())
     return losses, norms
 
 
@@ -75,12 +75,12 @@ def test_bf16_follows_fp32(rank_pool, reference, zero_stage):
 
 def _poisoned(mesh: ProcessMesh, zero_stage: int) -> tuple[str, bool, bool]:
     """Sample 5 is in the second half of the first global micro-batch of 8: rank 1 alone has it."""
-    engine, stepper, _ = build_toy(
+    engine, train_step, _ = build_toy(
         mesh, toy_run(batch_size=4, accumulation=2, zero_stage=zero_stage), poison=5
     )
     before = _weights(engine)
     with pytest.raises(TrainingError) as caught:
-        stepper.step(1, 1e-2)
+        train_step.step(1, 1e-2)
     return str(caught.value), torch.equal(before, _weights(engine)), caught.value.ranks_agree
 
 
@@ -101,10 +101,10 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(rank_pool, 
 
 
 def _stopped(mesh: ProcessMesh) -> list[int]:
-    _, stepper, stop_request = build_toy(mesh, toy_run(batch_size=2))
-    first = stepper.step(1, 1e-2).stop_level
+    _, train_step, stop_request = build_toy(mesh, toy_run(batch_size=2))
+    first = train_step.step(1, 1e-2).stop_level
     stop_request.signal_name = "SIGINT" if mesh.rank == 1 else "SIGTERM"
-    return [first, stepper.step(2, 1e-2).stop_level, stepper.stop_level()]
+    return [first, train_step.step(2, 1e-2).stop_level, train_step.stop_level()]
 
 
 def test_all_ranks_stop_after_the_same_step_and_know_that_a_person_asked_one_of_them(rank_pool):
@@ -113,7 +113,7 @@ def test_all_ranks_stop_after_the_same_step_and_know_that_a_person_asked_one_of_
 
 def _overflowing(mesh: ProcessMesh, zero_stage: int) -> tuple[list[bool], bool, int]:
     """On rank 1 the second backward pass overflows though the loss is finite."""
-    engine, stepper, _ = build_toy(mesh, toy_run(batch_size=4, precision="bf16", zero_stage=zero_stage))
+    engine, train_step, _ = build_toy(mesh, toy_run(batch_size=4, precision="bf16", zero_stage=zero_stage))
     weight = next(engine.module.parameters())
     results = []
     for number in (1, 2, 3):
@@ -121,7 +121,7 @@ def _overflowing(mesh: ProcessMesh, zero_stage: int) -> tuple[list[bool], bool, 
         hook = weight.register_hook(
             lambda gradient, factor=float("inf") if poison else 1.0: gradient * factor
         )
-        results.append(stepper.step(number, 1e-2).applied)
+        results.append(train_step.step(number, 1e-2).applied)
         hook.remove()
     return results, bool(_weights(engine).isfinite().all()), engine.skipped_steps
 

@@ -14,10 +14,10 @@ from sat_train.config import ArgsConfig, DeepSpeedConfig
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_generator
 from sat_train.training.engine import build_engine
+from sat_train.training.learning_rate import LearningRate
 from sat_train.training.optim.build import build_optimizer
-from sat_train.training.schedule import LearningRate
 from sat_train.training.signals import StopRequest
-from sat_train.training.step import Stepper
+from sat_train.training.step import TrainStep
 
 WIDTH = 6
 
@@ -94,8 +94,8 @@ def toy_batches(
 
 def build_toy(
     mesh: ProcessMesh, config: Any, *, poison: int = -1, start: int = 0
-) -> tuple[Any, Stepper, StopRequest]:
-    """Returns an engine over the toy model, a stepper over its batches, and its stop request."""
+) -> tuple[Any, TrainStep, StopRequest]:
+    """Returns an engine over the toy model, a train_step over its batches, and its stop request."""
     model = toy_model()
     engine = build_engine(config, model, build_optimizer(config, model), mesh)
     dtype = next(model.parameters()).dtype
@@ -104,14 +104,14 @@ def build_toy(
         return (engine(batch.inputs.to(dtype)).float() - batch.targets).square().mean()
 
     stop_request = StopRequest()
-    stepper = Stepper(
+    train_step = TrainStep(
         engine=engine,
         compute_loss=compute_loss,
         batches=toy_batches(mesh, config.args.batch_size, poison=poison, start=start),
         mesh=mesh,
         stop_request=stop_request,
     )
-    return engine, stepper, stop_request
+    return engine, train_step, stop_request
 
 
 CONSTANT = LearningRate(peak=1e-2, warmup_steps=0, style="constant", decay_end=100, floor_ratio=0.0)

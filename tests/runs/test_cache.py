@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
 from sat_train.data.cache.shards import read_header
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import DataError, Stopped
-from sat_train.training.data import CacheFiller, open_data
 from sat_train.training.models import build_models, find_start_weights
 from sat_train.training.precompute import precompute, precompute_until_stopped
+from sat_train.training.run_data import CacheFiller, open_data
 from tests.ranks.encoded_runs import load_run, make_set, make_vae
 from tests.runs.launching import wait_until
 
@@ -68,7 +68,7 @@ def losses(words: list[str]) -> tuple[list[float], bool]:
     train = valid = lambda batch: batch
     filler = None
     if config.data.cache == "fill":
-        filler = CacheFiller(config, mesh, pipeline.frozen, data.cache)
+        filler = CacheFiller(config, mesh, pipeline.encoders, data.cache)
         train, valid = filler.train(), filler.valid()
     found = []
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_damaged_entry_is_encoded_again_and_its_neighbours_are_read(words, tmp
     without, _ = losses([*words, "data.cache=fill"])
     (shard,) = (tmp_path / "shards").iterdir()
     header = read_header(shard)
-    key = next(key for key, about in header.entries.items() if about.kind == "clip" and "set/" in about.name)
+    key = next(key for key, info in header.entries.items() if info.kind == "clip" and "set/" in info.name)
     data = bytearray(shard.read_bytes())
     data[header.slots[key]["mean"].offset + 3] ^= 0x40
     shard.write_bytes(data)
@@ -194,7 +194,7 @@ def test_a_signal_ends_precompute_after_the_clip_and_it_continues_there(
     assert 0 < whole < 3 * 40
     words = [*words, "data.params.views=1"]
     encode(words)
-    lines, _ = list_entries(cache, Staleness(FileBook(cache)))
+    lines, _ = list_entries(cache, Staleness(FileMetadata(cache)))
     assert not any(line.stale for line in lines), "nothing is encoded again"
 
 
@@ -224,7 +224,7 @@ def test_twenty_kills_leave_no_torn_entry_and_cost_no_published_work(words, tmp_
             reached = whole
     assert reached > 0
     encode(words)
-    lines, damaged = list_entries(cache, Staleness(FileBook(cache)))
+    lines, damaged = list_entries(cache, Staleness(FileMetadata(cache)))
     assert not damaged
     assert not any(line.stale for line in lines), "nothing was encoded again that was published"
     encode([*words[:-3], f"data.cache_dir={tmp_path / 'straight'}", *words[-2:]])

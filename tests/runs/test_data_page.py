@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_train.config.schema.data import BucketsConfig, DataConfig, VideoDatasetParams
+from sat_train.config.schema.data_section import BucketsConfig, DataConfig, VideoDatasetParams
 from tests.runs.launching import ROOT, run_words
 from tests.unit.data.videos import make_folder
 

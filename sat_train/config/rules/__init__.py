@@ -1,13 +1,12 @@
 """Rules between settings: what each single value cannot know."""
 
-from sat_train.config.rules import model, paths
-from sat_train.config.rules import run as run_rules
+from sat_train.config.rules import model_rules, path_rules, run_rules
 from sat_train.config.rules.rule import Draft, Rule
 from sat_train.config.run import RunConfig
 from sat_train.errors import ConfigError, Fault
 
-RULES: tuple[Rule, ...] = (*run_rules.RULES, *model.RULES)
-PATH_RULES: tuple[Rule, ...] = paths.RULES
+RULES: tuple[Rule, ...] = (*run_rules.RULES, *model_rules.RULES)
+PATH_RULES: tuple[Rule, ...] = path_rules.RULES
 
 
 def check_rules(draft: Draft, rules: tuple[Rule, ...], faults: list[Fault]) -> None:

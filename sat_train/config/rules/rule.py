@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sat_train.config.schema.args import ArgsConfig
-from sat_train.config.schema.data import DataConfig
+from sat_train.config.schema.data_section import DataConfig
 from sat_train.config.schema.deepspeed import DeepSpeedConfig
-from sat_train.config.schema.model import ModelConfig
+from sat_train.config.schema.model_section import ModelConfig
 from sat_train.errors import Fault
 
 Purpose = Literal["train", "sample", "precompute", "check"]

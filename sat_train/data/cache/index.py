@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from sat_train.data.cache.shards import FOLDER, About, TensorSlot, find_fault, read_header, read_tensor
+from sat_train.data.cache.shards import FOLDER, EntryInfo, TensorSlot, find_fault, read_header, read_tensor
 from sat_train.errors import DataError
 from sat_train.files import open_regular
 from sat_train.log import get_logger
@@ -26,7 +26,7 @@ class _Entry:
 
     shard: str
     slots: dict[str, TensorSlot]
-    about: About
+    info: EntryInfo
 
 
 class CacheIndex:
@@ -106,7 +106,7 @@ class CacheIndex:
             try:
                 file = self._file(entry.shard)
                 tensors = {part: read_tensor(file.fileno(), slot) for part, slot in entry.slots.items()}
-                fault = "" if key in self._whole else find_fault(tensors, entry.about)
+                fault = "" if key in self._whole else find_fault(tensors, entry.info)
             except OSError as error:
                 tensors, fault = {}, error.strerror or str(error)
             if not fault:
@@ -122,8 +122,8 @@ class CacheIndex:
     def drop(self, key: str, fault: str) -> None:
         """Takes an entry as missing from now on, and says why."""
         entry = self._entries.pop(key)
-        about = entry.about
-        self._faults[key] = f"{self._folder / entry.shard}: the {about.kind} of {about.name[:80]}: {fault}"
+        info = entry.info
+        self._faults[key] = f"{self._folder / entry.shard}: the {info.kind} of {info.name[:80]}: {fault}"
         self._whole.discard(key)
         others = self._others.pop(key, [])
         if others:
@@ -142,10 +142,10 @@ class CacheIndex:
         except (OSError, ValueError) as error:
             log.warning("%s is left out: %s", self._folder / name, error)
             return
-        for key, about in header.entries.items():
-            entry = _Entry(name, header.slots[key], about)
-            if about.detail is not None:
-                self._failed[key] = about.detail
+        for key, info in header.entries.items():
+            entry = _Entry(name, header.slots[key], info)
+            if info.detail is not None:
+                self._failed[key] = info.detail
             elif key in self._entries:
                 self._others.setdefault(key, []).append(entry)
             else:

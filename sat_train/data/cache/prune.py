@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sat_train.data.cache.files import FileBook, read_stamp
+from sat_train.data.bad_clips import BadClip
+from sat_train.data.cache.file_metadata import FileMetadata, read_stamp
 from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
 from sat_train.data.cache.shards import (
     FOLDER,
-    About,
+    EntryInfo,
     Header,
     ShardWriter,
     TensorSlot,
@@ -23,7 +24,6 @@ from sat_train.data.cache.shards import (
     read_tensor,
 )
 from sat_train.data.clip_file import Span
-from sat_train.data.failures import BadClip
 from sat_train.data.remote import is_remote, make_path
 from sat_train.errors import DataError
 from sat_train.files import PART_SUFFIX, open_regular, sync_folder
@@ -31,11 +31,11 @@ from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-IsStale = Callable[[str, About], str]
+IsStale = Callable[[str, EntryInfo], str]
 
 
 @dataclass(frozen=True)
-class Line:
+class CacheStats:
     """One kind of entries of one encoder.
 
     Args:
@@ -81,7 +81,7 @@ class Staleness:
     contents, so entries without a file are kept unless that is asked for.
 
     Args:
-        book: What is known of files.
+        file_metadata: What is known of files.
         encoders: The encoders in use; None: any may be.
         drop_gone: Entries whose file is not where it was are stale too.
         drop_failed: Known failures are stale too.
@@ -91,33 +91,33 @@ class Staleness:
 
     def __init__(
         self,
-        book: FileBook,
+        file_metadata: FileMetadata,
         *,
-        encoders: EncoderDigests | None = None,
+        encoder_digests: EncoderDigests | None = None,
         drop_gone: bool = False,
         drop_failed: bool = False,
         asks_remote: bool = False,
     ) -> None:
-        self._book, self._encoders = book, encoders
+        self._file_metadata, self._encoder_digests = file_metadata, encoder_digests
         self._drop_gone, self._drop_failed, self._asks_remote = drop_gone, drop_failed, asks_remote
         self._seen: set[tuple[str, bool]] = set()
         self._origins: dict[Origin, str] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
 
-    def reason(self, key: str, about: About) -> str:
+    def reason(self, key: str, info: EntryInfo) -> str:
         """Returns why an entry is stale, nothing when it is not."""
-        met = (key, about.kind == "failed")
+        met = (key, info.kind == "failed")
         if met in self._seen:
             return "repeated"
         self._seen.add(met)
-        if about.code_version != CODE_VERSION:
+        if info.code_version != CODE_VERSION:
             return "older code"
-        if about.kind == "failed" and self._drop_failed:
+        if info.kind == "failed" and self._drop_failed:
             return "failed"
-        encoders = self._encoders
-        if encoders and about.encoder and about.encoder not in (encoders.vae, encoders.text):
+        encoders = self._encoder_digests
+        if encoders and info.encoder and info.encoder not in (encoders.vae, encoders.text):
             return "other encoder"
-        return "" if about.origin is None else self._origin(about.origin)
+        return "" if info.origin is None else self._origin(info.origin)
 
     def _origin(self, origin: Origin) -> str:
         if origin not in self._origins:
@@ -135,7 +135,7 @@ class Staleness:
             if is_remote(path) or (origin.part is None and stamp[0] != origin.size):
                 return "file changed"  # without its hash, which would cost the whole file
             span = None if origin.part is None else Span(*origin.part)
-            return "" if self._book.sha256(path, span) == origin.identity else "file changed"
+            return "" if self._file_metadata.sha256(path, span) == origin.identity else "file changed"
         except BadClip as error:
             return "file gone" if self._drop_gone and not error.may_pass else ""
 
@@ -146,7 +146,7 @@ class Staleness:
         return self._stamps[path]
 
 
-def list_entries(cache_dir: Path, staleness: Staleness) -> tuple[list[Line], list[str]]:
+def list_entries(cache_dir: Path, staleness: Staleness) -> tuple[list[CacheStats], list[str]]:
     """Counts what a cache holds.
 
     Returns:
@@ -161,15 +161,15 @@ def list_entries(cache_dir: Path, staleness: Staleness) -> tuple[list[Line], lis
         if header is None:
             damaged.append(f"{path.name}: {fault}")
             continue
-        for key, about in header.entries.items():
-            group = (about.kind, about.encoder[:12])
+        for key, info in header.entries.items():
+            group = (info.kind, info.encoder[:12])
             entries[group] += 1
             sizes[group] += sum(slot.num_bytes for slot in header.slots[key].values())
-            reason = staleness.reason(key, about)
+            reason = staleness.reason(key, info)
             if reason:
                 stale.setdefault(group, Counter())[reason] += 1
     lines = [
-        Line(*group, entries[group], sizes[group], tuple(sorted(stale.get(group, Counter()).items())))
+        CacheStats(*group, entries[group], sizes[group], tuple(sorted(stale.get(group, Counter()).items())))
         for group in sorted(entries)
     ]
     return lines, damaged
@@ -189,11 +189,11 @@ def verify_entries(cache_dir: Path) -> tuple[int, list[str]]:
         if header is None:
             faults.append(f"{path.name}: {fault}")
             continue
-        for key, about in header.entries.items():
-            found = _find_fault(path, header.slots[key], about)
+        for key, info in header.entries.items():
+            found = _find_fault(path, header.slots[key], info)
             whole += not found
             if found:
-                faults.append(f"{path.name}: {about.kind} of {about.name[:60]}: {found}")
+                faults.append(f"{path.name}: {info.kind} of {info.name[:60]}: {found}")
     return whole, faults
 
 
@@ -224,16 +224,16 @@ def prune_entries(cache_dir: Path, staleness: Staleness, *, drop_damaged: bool =
             entries = {} if header is None else header.entries
             stale = {
                 key
-                for key, about in entries.items()
-                if ((drop_damaged or counts[key] > 1) and _find_fault(path, header.slots[key], about))
-                or staleness.reason(key, about)
+                for key, info in entries.items()
+                if ((drop_damaged or counts[key] > 1) and _find_fault(path, header.slots[key], info))
+                or staleness.reason(key, info)
             }
             if header is None and not path.is_file():
                 log.warning("%s is left as it is: %s", path, fault)
                 continue
             if header is not None and not stale:
                 continue
-            kept = {key: about for key, about in entries.items() if key not in stale}
+            kept = {key: info for key, info in entries.items() if key not in stale}
             num_removed += len(entries) - (_rewrite(cache_dir, path, header, kept) if kept else 0)
             path.unlink()
         for part in folder.glob(f"*{PART_SUFFIX}"):
@@ -246,21 +246,21 @@ def prune_entries(cache_dir: Path, staleness: Staleness, *, drop_damaged: bool =
     return num_removed, before - _size(folder)
 
 
-def _rewrite(cache_dir: Path, path: Path, header: Header, kept: dict[str, About]) -> int:
+def _rewrite(cache_dir: Path, path: Path, header: Header, kept: dict[str, EntryInfo]) -> int:
     """Writes entries of a shard into a new one; returns how many of them were whole."""
     writer, num_kept = ShardWriter(cache_dir, shard_bytes=1 << 62, interval_s=float("inf")), 0
-    for key, about in kept.items():
+    for key, info in kept.items():
         tensors = _tensors(path, header.slots[key])
-        if not find_fault(tensors, about):
-            writer.add(key, tensors, about)
+        if not find_fault(tensors, info):
+            writer.add(key, tensors, info)
             num_kept += 1
     writer.publish()
     return num_kept
 
 
-def _find_fault(path: Path, slots: Mapping[str, TensorSlot], about: About) -> str:
+def _find_fault(path: Path, slots: Mapping[str, TensorSlot], info: EntryInfo) -> str:
     try:
-        return find_fault(_tensors(path, slots), about)
+        return find_fault(_tensors(path, slots), info)
     except OSError as error:
         return error.strerror or str(error)
 

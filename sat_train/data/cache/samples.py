@@ -8,13 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from sat_train.data.augmentation_key import AugmentationKey
+from sat_train.data.bad_clips import PASSING_CAUSES, BadClip
 from sat_train.data.batch import CachedSample
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests, SampleKeys, clip_key, image_key, text_key
-from sat_train.data.failures import PASSING_CAUSES, BadClip
 from sat_train.data.sources.records import ClipRecord
-from sat_train.data.view import View
 from sat_train.data.window import Window
 from sat_train.errors import DataError
 
@@ -30,16 +30,16 @@ class OpenCache:
     Args:
         folder: The folder.
         index: What it holds.
-        book: What is known of the files.
-        encoders: What the encoders are.
+        file_metadata: What is known of the files.
+        encoder_digests: What the encoders are.
         use: `require`: what is missing is an error. `read`: it is not. `write`: nothing is read, samples get
             their keys only.
     """
 
     folder: Path
     index: CacheIndex
-    book: FileBook
-    encoders: EncoderDigests
+    file_metadata: FileMetadata
+    encoder_digests: EncoderDigests
     use: Use
 
 
@@ -61,12 +61,22 @@ class SampleCache:
         max_upscale: float,
         image: Condition | None,
     ) -> None:
-        self.index, self.book, self.encoders = cache.index, cache.book, cache.encoders
+        self.index, self.file_metadata, self.encoder_digests = (
+            cache.index,
+            cache.file_metadata,
+            cache.encoder_digests,
+        )
         self.use, self.image = cache.use, image
         self._fps, self._max_upscale = fps, max_upscale
 
     def keys(
-        self, record: ClipRecord, caption: str, window: Window, view: View, crop: str, size: tuple[int, int]
+        self,
+        record: ClipRecord,
+        caption: str,
+        window: Window,
+        augmentation: AugmentationKey,
+        crop: str,
+        size: tuple[int, int],
     ) -> SampleKeys:
         """Returns the keys of a sample.
 
@@ -74,15 +84,15 @@ class SampleCache:
             record: Its clip.
             caption: Its caption.
             window: Its moments.
-            view: What is random about its pixels.
+            augmentation: What is random about its pixels.
             crop: Which part of the picture is kept.
             size: Its height and width.
 
         Raises:
             BadClip: The clip or its image is missing or unreadable.
         """
-        origin = image_origin = self.book.origin(record.path, record.span)
-        random = (view.seed, view.number)
+        origin = image_origin = self.file_metadata.origin(record.path, record.span)
+        random = (augmentation.seed, augmentation.number)
         shape = {"size": size, "max_upscale": self._max_upscale}
         clip = pixels = clip_key(
             identity=origin.identity,
@@ -91,11 +101,11 @@ class SampleCache:
             total=window.total,
             fps=self._fps,
             crop=(crop, *random) if crop == "random" else (crop,),
-            vae=self.encoders.vae,
+            vae=self.encoder_digests.vae,
             **shape,
         )
         if self.image is not None and record.image is not None:
-            image_origin = self.book.origin(record.image)
+            image_origin = self.file_metadata.origin(record.image)
             pixels = clip_key(
                 identity=image_origin.identity,
                 start=0.0,
@@ -103,16 +113,16 @@ class SampleCache:
                 total=1,
                 fps=0.0,
                 crop=(crop, *random) if crop == "random" else (crop,),
-                vae=self.encoders.vae,
+                vae=self.encoder_digests.vae,
                 **shape,
             )
         noise = random if self.image == "noised" else None
         return SampleKeys(
             clip=clip,
-            text=text_key(caption, text=self.encoders.text),
+            text=text_key(caption, text=self.encoder_digests.text),
             image=None
             if self.image is None
-            else image_key(pixels=pixels, noise=noise, vae=self.encoders.vae),
+            else image_key(pixels=pixels, noise=noise, vae=self.encoder_digests.vae),
             clip_origin=origin,
             image_origin=image_origin,
         )

@@ -37,7 +37,7 @@ _KINDS = ("clip", "image", "text", "failed")
 
 
 @dataclass(frozen=True)
-class About:
+class EntryInfo:
     """What an entry is, beside its tensors.
 
     Args:
@@ -83,7 +83,7 @@ class Header:
         size: Bytes of the file.
     """
 
-    entries: dict[str, About]
+    entries: dict[str, EntryInfo]
     slots: dict[str, dict[str, TensorSlot]]
     size: int
 
@@ -118,14 +118,14 @@ class ShardWriter:
         self._waits = waits
         self._retry_at: float | None = None
         self._tensors: dict[str, Tensor] = {}
-        self._entries: dict[str, About] = {}
+        self._entries: dict[str, EntryInfo] = {}
         self._bytes = 0
         self._since = 0.0
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
-    def add(self, key: str, tensors: Mapping[str, Tensor], about: About) -> None:
+    def add(self, key: str, tensors: Mapping[str, Tensor], info: EntryInfo) -> None:
         """Adds one entry; one that waits under this key already is kept instead.
 
         An entry that is not finite is not kept: it would spoil every run that reads it.
@@ -133,7 +133,7 @@ class ShardWriter:
         Args:
             key: What it is found by.
             tensors: By name; copied to the CPU.
-            about: Its `sha256` is filled in.
+            info: Its `sha256` is filled in.
 
         Raises:
             DataError: A full shard cannot be written.
@@ -142,14 +142,14 @@ class ShardWriter:
             return
         if not are_finite(tensors):
             log.warning(
-                "%s: the encoded %s is not finite, and is not kept in the cache", about.name, about.kind
+                "%s: the encoded %s is not finite, and is not kept in the cache", info.name, info.kind
             )
             return
         if not self._entries:
             self._since = time.monotonic()
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         self._tensors.update({f"{key}/{name}": tensor for name, tensor in held.items()})
-        self._entries[key] = replace(about, sha256=hash_tensors(held))
+        self._entries[key] = replace(info, sha256=hash_tensors(held))
         self._bytes += sum(tensor.nbytes for tensor in held.values())
         is_old = time.monotonic() - self._since >= self._interval_s
         if self._bytes >= self._shard_bytes or len(self._entries) >= _MOST_ENTRIES or is_old:
@@ -184,7 +184,7 @@ class ShardWriter:
         """
         if not self._entries:
             return
-        body = {key: asdict(about) for key, about in self._entries.items()}
+        body = {key: asdict(info) for key, info in self._entries.items()}
         data = save(self._tensors, metadata={"format": FORMAT, "entries": json.dumps(body)})
         name = f"{time.time_ns():020d}-{self._rank:05d}-{secrets.token_hex(4)}.safetensors"
         try:
@@ -231,7 +231,7 @@ def _parse_header(text: bytes, size: int) -> Header:
     end = max((slot.offset + slot.num_bytes for slot in placed.values()), default=start)
     if size != end:
         raise ValueError(f"{size} bytes, its header promises {end}")
-    entries = {key: _about(told) for key, told in json.loads(metadata["entries"]).items()}
+    entries = {key: _entry_info(told) for key, told in json.loads(metadata["entries"]).items()}
     slots: dict[str, dict[str, TensorSlot]] = {key: {} for key in entries}
     for name, slot in placed.items():
         key, _, part = name.rpartition("/")
@@ -282,14 +282,14 @@ def are_finite(tensors: Mapping[str, Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
-def find_fault(tensors: Mapping[str, Tensor], about: About) -> str:
+def find_fault(tensors: Mapping[str, Tensor], info: EntryInfo) -> str:
     """Returns why the tensors of an entry must not be used; nothing when they are what was written."""
-    if hash_tensors(tensors) != about.sha256:
+    if hash_tensors(tensors) != info.sha256:
         return "contents changed (SHA-256 differs)"
     return "" if are_finite(tensors) else "holds values that are not finite"
 
 
-def _about(told: dict[str, Any]) -> About:
+def _entry_info(told: dict[str, Any]) -> EntryInfo:
     origin, detail = told["origin"], told["detail"]
     if origin is not None:
         part = origin.get("part")
@@ -301,11 +301,11 @@ def _about(told: dict[str, Any]) -> About:
         detail = tuple(detail)
         if [type(text) for text in detail] != [str, str]:
             raise ValueError("a failure is two texts")
-    about = About(**{**told, "origin": origin, "detail": detail})
-    _check_types(about, {"name": str, "encoder": str, "code_version": int, "sha256": str})
-    if about.kind not in _KINDS or (about.kind == "failed") != (detail is not None):
+    info = EntryInfo(**{**told, "origin": origin, "detail": detail})
+    _check_types(info, {"name": str, "encoder": str, "code_version": int, "sha256": str})
+    if info.kind not in _KINDS or (info.kind == "failed") != (detail is not None):
         raise ValueError("an entry of no known kind")
-    return about
+    return info
 
 
 def _check_types(record: Any, types: Mapping[str, type]) -> None:

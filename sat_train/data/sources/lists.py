@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sat_train.data.clip_file import IMAGE_SUFFIXES
+from sat_train.data.sources.clip_manifest import make_record
 from sat_train.data.sources.listing import Found, Listing, describe
-from sat_train.data.sources.manifest import make_record
 from sat_train.data.sources.records import ClipRecord, ClipSource, SourceOptions, check_faults, make_source
 from sat_train.data.sources.tables import read_lines as read_lines_of
 from sat_train.errors import DataError

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sat_train.config.schema.data import DataConfig
+from sat_train.config.schema.data_section import DataConfig
 from sat_train.data.remote import find_remote, make_path, shown
 from sat_train.data.sources.archives import read_archives
+from sat_train.data.sources.clip_manifest import read_manifest
 from sat_train.data.sources.columns import KINDS
 from sat_train.data.sources.folder import read_folder
 from sat_train.data.sources.hf_dataset import is_hf_dataset, read_hf_dataset
 from sat_train.data.sources.links import check_links
 from sat_train.data.sources.lists import ALL_LISTS
-from sat_train.data.sources.manifest import read_manifest
 from sat_train.data.sources.records import DEFAULT_OPTIONS, ClipRecord, ClipSource, SourceOptions
 from sat_train.errors import DataError
 from sat_train.patterns import expand_braces, find_local

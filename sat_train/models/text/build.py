@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sat_train.config.schema.encoders import T5TextEncoderParams
+from sat_train.config.schema.encoder_slots import T5TextEncoderParams
 from sat_train.models.text.t5 import T5TextEncoder
 
 

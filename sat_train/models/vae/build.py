@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sat_train.config.schema.encoders import VideoVAEParams
+from sat_train.config.schema.encoder_slots import VideoVAEParams
 from sat_train.log import get_logger
 from sat_train.models.vae.tiling import Tiling
 from sat_train.models.vae.video_vae import VideoVAE

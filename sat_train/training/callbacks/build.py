@@ -21,18 +21,18 @@ from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarke
 from sat_train.training.callbacks.metrics_file import NAME as METRICS
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.progress import build_progress
-from sat_train.training.callbacks.sample_videos import SampleVideos, contact_sheet
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Measure, Validation
+from sat_train.training.callbacks.validation_videos import SampleVideos, contact_sheet
 from sat_train.training.callbacks.wandb import WeightsAndBiases
 from sat_train.training.metrics import ValidationMetrics
-from sat_train.training.validation import validation_loss, validation_timesteps
+from sat_train.training.validation_loss import validation_loss, validation_timesteps
 
 if TYPE_CHECKING:
     import torch
 
     from sat_train.data.batch import VideoBatch
-    from sat_train.training.data import CacheFiller
+    from sat_train.training.run_data import CacheFiller
     from sat_train.training.trainer import Trainer
 
 log = get_logger(__name__)
@@ -113,16 +113,16 @@ def _validation(
             )
         )
     if config.args.valid_video_interval is not None and run_directory is not None:
-        drawings = _drawings(config, pipeline, engine, loader)
-        if drawings is not None:
-            prompts, draw = drawings
+        sampling = _video_sampling(config, pipeline, engine, loader)
+        if sampling is not None:
+            prompts, generate = sampling
             callbacks.append(
                 SampleVideos(
                     mesh,
                     engine,
                     run_directory,
                     prompts=prompts,
-                    draw=draw,
+                    generate=generate,
                     fps=config.sampling_fps,
                     interval=config.args.valid_video_interval,
                     lockstep=mesh.model_size > 1 or engine.zero_optimization_stage() == 3,
@@ -209,7 +209,7 @@ def _conditions_of_clips(loader: VideoLoader) -> tuple[list[str], list[torch.Ten
     return [clip.caption for clip in clips], images
 
 
-def _drawings(
+def _video_sampling(
     config: RunConfig, pipeline: VideoDiffusion, engine: Any, loader: VideoLoader | None
 ) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
     """Returns the prompts and how number `n` of them is drawn; None when there is nothing to draw."""
@@ -222,7 +222,7 @@ def _drawings(
     if not prompts or (pipeline.noised_image_input and not images):
         return None
 
-    def draw(number: int) -> torch.Tensor:
+    def generate(number: int) -> torch.Tensor:
         image = images[number][None] if pipeline.noised_image_input else None
         height, width = (settings.height, settings.width) if image is None else image.shape[-2:]
         return pipeline.generate(
@@ -238,4 +238,4 @@ def _drawings(
             network=engine,
         )[0]
 
-    return prompts, draw
+    return prompts, generate

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sat_train.checkpoint.adapters import read_lora
-from sat_train.checkpoint.convert import Conversion, convert
+from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.weights import base_weights_at, locate_weights, read_transformer_weights
 from sat_train.config.paths import ASSETS

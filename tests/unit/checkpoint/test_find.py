@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sat_train.checkpoint.adapters import read_given_lora
-from sat_train.checkpoint.convert import Conversion, open_source
+from sat_train.checkpoint.conversion import Conversion, open_source
 from sat_train.checkpoint.find import ResumePoint, find_resume_point, newest_verified
 from sat_train.checkpoint.history import rewind
 from sat_train.checkpoint.layout import MANIFEST, committed_steps

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sat_train.checkpoint.adapters import read_lora
-from sat_train.checkpoint.convert import Conversion, convert
+from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.checkpoint.weights import read_transformer_weights, read_vae_weights
 from sat_train.config import load_run_config
 from sat_train.config.paths import ASSETS

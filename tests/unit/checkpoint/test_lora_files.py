@@ -18,7 +18,7 @@ from sat_train.checkpoint.adapters import (
     updates_to_peft,
     without_adapters,
 )
-from sat_train.checkpoint.convert import Conversion, convert
+from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.checkpoint.lazy import from_tensors
 from sat_train.checkpoint.weights import load_weights, read_transformer_weights
 from sat_train.config import load_run_config

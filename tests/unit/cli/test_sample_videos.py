@@ -130,14 +130,14 @@ def test_a_signal_leaves_the_finished_videos_and_one_line(make_run, tmp_path, mo
     mesh = start_single_process()
     begun = []
 
-    def draw(*args):
+    def generate(*args):
         begun.append(args[1].prompt)
         if len(begun) == 2:
             os.kill(os.getpid(), number)
-        return sample_videos.draw_one(*args)
+        return sample_videos.generate_one(*args)
 
-    monkeypatch.setattr(sample_videos, "draw_one", sample_videos.draw, raising=False)
-    monkeypatch.setattr(sample_videos, "draw", draw)
+    monkeypatch.setattr(sample_videos, "generate_one", sample_videos.generate, raising=False)
+    monkeypatch.setattr(sample_videos, "generate", generate)
     with pytest.raises(Stopped) as caught:
         sample(config, mesh)
     assert caught.value.exit_code == 128 + number

@@ -11,7 +11,7 @@ from sat_train.data.batches import DataPosition, OrderedBatches
 
 def taken_by(rank, size, batch, **options):
     batches = OrderedBatches([batch], rank=rank, num_ranks=size, **options)
-    return (micro.mine for micro in batches.plan(batches.start))
+    return (micro.mine for micro in batches.micro_batches(batches.start))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def of_ranks(num_ranks, start=None, **options):
 
 
 def plans(batches, position=None):
-    return [each.plan(position or each.start) for each in batches]
+    return [each.micro_batches(position or each.start) for each in batches]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
@@ -130,5 +130,5 @@ def test_the_micro_steps_of_so_many_samples_are_counted():
 
 
 def test_with_one_bucket_nothing_ever_waits():
-    for micro in itertools.islice(OrderedBatches([2], num_ranks=2).plan(DataPosition()), 20):
+    for micro in itertools.islice(OrderedBatches([2], num_ranks=2).micro_batches(DataPosition()), 20):
         assert micro.after.waiting == ()

@@ -9,11 +9,11 @@ import pytest
 
 from sat_train.config import load_run_config
 from sat_train.config.shapes import ClipShape, allowed_shapes, count_tokens, size_of_aspect
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.batches import DataPosition
 from sat_train.data.buckets import choose_bucket
 from sat_train.data.build import build_train_loader, build_valid_loader
-from sat_train.data.failures import BadClip
-from sat_train.data.plan import look_into
+from sat_train.data.prepass import look_into
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import DataError
 from tests.unit.data.videos import numbers_of, record_of, write_numbered
@@ -181,7 +181,7 @@ def test_each_clip_is_seen_in_its_own_shape(mesh, folder, caplog, tmp_path):
 def test_frames_of_every_bucket_keep_the_wanted_pace(mesh, folder):
     loader = build_train_loader(load_config(folder), mesh)
     for index in range(20):
-        sample = loader.dataset.item(index).sample
+        sample = loader.dataset.read(index).sample
         if sample.clip_id.endswith("turned.mp4"):  # its numbers are on their side
             continue
         assert numbers_of(sample.video_tchw) == [round(time * 30) for time in sample.times]
@@ -293,7 +293,7 @@ def test_mixtures_keep_their_shares(mesh, folder, tmp_path):
         (other / "videos" / f"{number}.txt").write_text("x")
     loader = build_train_loader(load_config(f"{folder},{other}", "args.train_data_weights=[3,1]"), mesh)
     position = loader.position
-    for micro in itertools.islice(loader.batches.plan(position), 600):
+    for micro in itertools.islice(loader.batches.micro_batches(position), 600):
         shapes = {loader.dataset.shape(index) for index in micro.indices}
         assert len(shapes) == 1
         position = micro.after

@@ -12,9 +12,9 @@ import pytest
 
 from sat_train.cli.main import main
 from sat_train.config.shapes import ClipShape
-from sat_train.data.failures import BadClip
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.inspect import inspect_clips
-from sat_train.data.plan import Fit, cut_chunks, look_into
+from sat_train.data.prepass import SampleSpec, chunk_records, look_into
 from sat_train.data.sampler import ClipRef
 from sat_train.data.sources.read import read_source
 from tests.unit.data.corpus import ANY, GOOD, NUM_FRAMES, RATE, make_corpus, make_pipe
@@ -24,7 +24,7 @@ from tests.unit.data.videos import SIDE, numbers_of, record_of
 FPS, WANTED_FRAMES = 8, 5
 FILES = Path(__file__).parent / "files"
 TIMEOUT_S = 60  # for one clip; nothing here needs it
-FIT = Fit((ClipShape(WANTED_FRAMES, SIDE, SIDE),), FPS, max_upscale=1)
+SPEC = SampleSpec((ClipShape(WANTED_FRAMES, SIDE, SIDE),), FPS, max_upscale=1)
 CAUSES = {"missing", "unreadable", "no video", "truncated", "damaged", "no times", "short", "too small"}
 CAUSES |= {"too large"}  # docs/data.md; no clip here may take too long or end its worker
 AT_ONCE = {"missing", "unreadable", "no video", "too large"}  # seen whichever frame is asked for
@@ -126,7 +126,7 @@ def test_what_is_left_of_a_cut_file_is_shown_at_its_pace(epochs):
 @pytest.mark.parametrize("processes", [1, 4])
 def test_inspect_names_what_training_would_refuse(corpus, epochs, processes):
     records = read_source(corpus[0]).records
-    facts = inspect_clips(records, FIT, num_processes=processes, timeout_s=TIMEOUT_S)
+    facts = inspect_clips(records, SPEC, num_processes=processes, timeout_s=TIMEOUT_S)
     problems = {fact.record.clip_id: fact.problem.cause for fact in facts if fact.problem is not None}
     assert [fact.record.clip_id for fact in facts] == [record.clip_id for record in records]
     assert len(facts) == len(corpus[1])
@@ -140,7 +140,7 @@ def test_inspect_names_what_training_would_refuse(corpus, epochs, processes):
 def windows_of(record, info):
     """Returns the windows of a clip as `window: chunks` cuts them, each from its part's begin."""
     return make_dataset(
-        cut_chunks(record, info, FIT, WANTED_FRAMES),
+        chunk_records(record, info, SPEC, WANTED_FRAMES),
         max_num_frames=WANTED_FRAMES,
         window="head",
         max_upscale=1,
@@ -152,7 +152,7 @@ def problem_in_training(record) -> tuple[int, str | None]:
     """Returns the windows of a clip, and the first cause for which training refuses it or one of them."""
     try:
         info = look_into(record, with_turn=True)
-        FIT.bucket(info, record)
+        SPEC.bucket(info, record)
         dataset = windows_of(record, info)
         for clip in range(len(dataset)):
             dataset._sample(0, ClipRef(0, clip, 0))
@@ -169,7 +169,7 @@ def test_inspect_counts_the_windows_that_training_reads_and_no_others(corpus, tm
     records = [*read_source(corpus[0]).records, *others, record_of(cut)]
     costly = ("videos/jump.mkv", "videos/8k.mp4", *(f"videos/good/{i:02d}.mp4" for i in range(2, 30)))
     records = [record for record in records if record.clip_id not in costly]
-    facts = inspect_clips(records, FIT, num_processes=2, max_windows=None, timeout_s=TIMEOUT_S)
+    facts = inspect_clips(records, SPEC, num_processes=2, max_windows=None, timeout_s=TIMEOUT_S)
     found = {fact.record.clip_id: (fact.windows, fact.problem and fact.problem.cause) for fact in facts}
     trained = {record.clip_id: problem_in_training(record) for record in records}
     wrong = {
@@ -202,7 +202,7 @@ def test_inspect_does_not_wait_for_a_pipe(tmp_path):
     records = read_source(tmp_path / "set").records
     found = []
     thread = threading.Thread(
-        target=lambda: found.extend(inspect_clips(records, FIT, num_processes=1)), daemon=True
+        target=lambda: found.extend(inspect_clips(records, SPEC, num_processes=1)), daemon=True
     )
     thread.start()
     thread.join(5)

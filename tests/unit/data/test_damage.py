@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.clip_file import open_clip
-from sat_train.data.failures import BadClip
 from sat_train.data.sources.read import read_source
 from sat_train.errors import DataError
 from tests.unit.data.test_dataset import make
@@ -150,9 +150,9 @@ def test_the_counts_add_up(tmp_path):
     (tmp_path / "videos" / "notes.md").write_text("x")
     source = read_source(tmp_path)
     dataset = make(source.records)
-    items = [dataset[i] for i in range(6)]
-    bad = {failure.clip_id for item in items for failure in item.failures}
-    good = {item.sample.clip_id for item in items}
+    results = [dataset[i] for i in range(6)]
+    bad = {failure.clip_id for result in results for failure in result.failures}
+    good = {result.sample.clip_id for result in results}
     assert bad == {"videos/1.mp4", "videos/4.mp4"}
     assert good | bad == {record.clip_id for record in source.records}
     assert source.ignored == ((".md", 1),)

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from sat_train.config.shapes import ClipShape
+from sat_train.data.augmentation_key import AugmentationKey
 from sat_train.data.buckets import one_bucket
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.plan import Fit, cut_chunks, look_into
+from sat_train.data.prepass import SampleSpec, chunk_records, look_into
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources.records import ClipSource
-from sat_train.data.view import View
 from sat_train.errors import DataError
 from tests.unit.data.videos import SIDE, numbers_of, record_of, write_numbered
 
@@ -55,7 +55,7 @@ def test_frames_keep_the_wanted_pace_in_all_windows(long_clip, window):
 def test_every_frame_of_a_long_clip_is_reachable(long_clip, window):
     records = [record_of(long_clip)]
     if window == "chunks":
-        records = cut_chunks(records[0], look_into(records[0]), Fit((), fps=8), 5)
+        records = chunk_records(records[0], look_into(records[0]), SampleSpec((), fps=8), 5)
         assert len(records) == 9
     dataset = make(records, window=window)
     seen = {n for index in range(600) for n in numbers_of(dataset[index].sample.video_tchw)}
@@ -64,10 +64,10 @@ def test_every_frame_of_a_long_clip_is_reachable(long_clip, window):
 
 def test_chunks_lie_in_their_own_part(long_clip):
     clip = record_of(long_clip)
-    records = cut_chunks(clip, look_into(clip), Fit((), fps=8), 5)
+    records = chunk_records(clip, look_into(clip), SampleSpec((), fps=8), 5)
     dataset = make(records, window="chunks")
     for record in records:
-        frames, _ = dataset._frames(record, View(1, 3), ClipShape(5, SIDE, SIDE))
+        frames, _ = dataset._frames(record, AugmentationKey(1, 3), ClipShape(5, SIDE, SIDE))
         assert record.start - 1 / 60 <= frames.times[0]
         assert frames.times[-1] <= record.end + 1 / 60
 
@@ -109,9 +109,9 @@ def test_a_given_image_is_cut_as_the_clip(long_clip, tmp_path):
 def test_text_to_video_opens_no_image(tmp_path, long_clip):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     record = record_of(long_clip, image=tmp_path / "bad.png")
-    item = make([record])[0]
-    assert not item.failures
-    assert item.sample.image_chw is None
+    result = make([record])[0]
+    assert not result.failures
+    assert result.sample.image_chw is None
     with pytest.raises(DataError, match=r"long.mp4 \(unreadable: its image bad.png: "):
         make([record], images=True)[0]
 
@@ -136,9 +136,9 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path):
 def test_too_small_pictures_are_replaced_by_other_clips(tmp_path, long_clip):
     write_numbered(tmp_path / "small.mp4", num_frames=30, rate=30, side=16)
     dataset = make([record_of(tmp_path / "small.mp4"), record_of(long_clip)], max_upscale=1.5)
-    items = [dataset[i] for i in range(4)]
-    assert {item.sample.clip_id for item in items} == {"long.mp4"}
-    failures = [failure for item in items for failure in item.failures]
+    results = [dataset[i] for i in range(4)]
+    assert {result.sample.clip_id for result in results} == {"long.mp4"}
+    failures = [failure for result in results for failure in result.failures]
     assert {failure.cause for failure in failures} == {"too small"}
     assert len({failure.sample_index for failure in failures}) == 2
     assert "16x16 (height x width) must be enlarged 2.00 times to cover 32x32" in failures[0].detail

@@ -31,7 +31,7 @@ def make_sides(rng: random.Random, bucket_of, num_buckets: int, **options):
 
 def take_steps(sides, accumulation: int, position: DataPosition, steps: int) -> tuple[list, DataPosition]:
     """Returns the samples that all ranks take in so many optimizer steps, and where the run stands then."""
-    plans = [side.plan(position) for side in sides]
+    plans = [side.micro_batches(position) for side in sides]
     taken = []
     for micros in itertools.islice(zip(*plans, strict=True), steps * accumulation):
         assert len({len(micro.mine) for micro in micros}) == 1
@@ -106,7 +106,9 @@ def test_what_completes_the_last_micro_batches_is_less_than_a_rank_each(num_rank
     batches = OrderedBatches([4, 4, 16], bucket_of=bucket_of, num_ranks=num_ranks, goal=400)
     steps = batches.micro_steps_left(DataPosition())
     taken = [
-        index for micro in itertools.islice(batches.plan(DataPosition()), steps) for index in micro.indices
+        index
+        for micro in itertools.islice(batches.micro_batches(DataPosition()), steps)
+        for index in micro.indices
     ]
     later = Counter(bucket_of(index) for index in taken if index >= 400)
     assert sorted(index for index in taken if index < 400) == list(range(400))
@@ -118,7 +120,7 @@ def test_the_places_of_a_step_are_all_of_it_once_whatever_the_mode(seed: int) ->
     rng = random.Random(seed)
     of_index = [rng.randrange(4) for _ in range(60)]
     sides, accumulation = make_sides(rng, lambda index: of_index[index % 60], 4, goal=rng.choice([None, 70]))
-    plans = [side.plan(DataPosition()) for side in sides]
+    plans = [side.micro_batches(DataPosition()) for side in sides]
     for _ in range(12):
         micros = [micro for plan in plans for micro in itertools.islice(plan, accumulation)]
         step_positions = [position for micro in micros for position in micro.step_positions]
@@ -133,6 +135,6 @@ def test_with_one_shape_a_sample_has_the_place_that_its_index_says() -> None:
     for num_ranks, size, accumulation in ((1, 12, 1), (2, 3, 2), (3, 2, 2), (4, 3, 1)):
         for rank in range(num_ranks):
             batches = OrderedBatches([size], rank=rank, num_ranks=num_ranks, accumulation=accumulation)
-            for micro in itertools.islice(batches.plan(DataPosition(24)), 8):
+            for micro in itertools.islice(batches.micro_batches(DataPosition(24)), 8):
                 found = [(each.step, each.position, each.size) for each in micro.step_positions]
                 assert found == [(index // 12, index % 12, 12) for index in micro.mine]

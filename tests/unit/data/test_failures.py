@@ -2,7 +2,7 @@
 
 import logging
 
-from sat_train.data.failures import Failure, FailureLog
+from sat_train.data.bad_clips import Failure, FailureLog
 
 
 def test_a_list_that_cannot_be_written_ends_nothing_and_is_named(tmp_path, caplog, monkeypatch):

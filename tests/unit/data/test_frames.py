@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.clip_file import open_clip
-from sat_train.data.failures import BadClip
 from sat_train.data.frames import FrameReader
-from sat_train.data.resize import plan_cover_crop
+from sat_train.data.resize import cover_crop
 from tests.unit.data.videos import SIDE, read_number, write_numbered
 
 RATES = [6, 7, 8, 10, 12, 15, Fraction(24000, 1001), 24, 25, Fraction(30000, 1001), 30, 48, 50]
@@ -23,12 +23,12 @@ RATES += [Fraction(60000, 1001), 60]
 
 
 def read(path, targets, size=(SIDE, SIDE), **options):
-    def plan(height, width):
-        return plan_cover_crop(source=(height, width), target=size, max_upscale=100)
+    def choose_crop(height, width):
+        return cover_crop(source=(height, width), target=size, max_upscale=100)
 
     with open_clip(path) as (container, stream):
         reader = FrameReader(container, stream, **options)
-        return reader.info, reader.read([reader.info.first + t for t in targets], plan)
+        return reader.info, reader.read([reader.info.first + t for t in targets], choose_crop)
 
 
 def nearest_errors(shown, targets, times):

@@ -10,12 +10,12 @@ import pytest
 from sat_train.cli.main import main
 from sat_train.config.shapes import ClipShape
 from sat_train.data.inspect import SetReport, inspect_clips
-from sat_train.data.plan import Fit
+from sat_train.data.prepass import SampleSpec
 from sat_train.data.report import render_page
 from sat_train.data.sources.read import read_source
 from tests.unit.data.videos import make_folder, write_numbered
 
-FIT = Fit((ClipShape(9, 32, 32),), fps=8, max_upscale=1.5)
+SPEC = SampleSpec((ClipShape(9, 32, 32),), fps=8, max_upscale=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def folder(tmp_path_factory):
 def report(folder):
     source = read_source(folder)
     seen = []
-    clips = inspect_clips(source.records, FIT, num_processes=2, on_clip=lambda: seen.append(1))
+    clips = inspect_clips(source.records, SPEC, num_processes=2, on_clip=lambda: seen.append(1))
     assert len(seen) == len(source) == 8
-    return SetReport(source.name, source.fingerprint, source.ignored, FIT, tuple(clips), (), 32)
+    return SetReport(source.name, source.fingerprint, source.ignored, SPEC, tuple(clips), (), 32)
 
 
 def test_every_clip_is_counted_once(report):
@@ -157,8 +157,8 @@ def test_images_are_looked_at_where_the_model_takes_them(tmp_path):
     (root / "images" / "a.png").write_bytes(b"no picture")
     records = read_source(root).records
     for images, expected in ((False, []), (True, ["videos/a.mp4"])):
-        fit = Fit((ClipShape(9, 32, 32),), fps=8, max_upscale=1.5, images=images)
-        facts = inspect_clips(records, fit, num_processes=1)
+        spec = SampleSpec((ClipShape(9, 32, 32),), fps=8, max_upscale=1.5, images=images)
+        facts = inspect_clips(records, spec, num_processes=1)
         bad = [fact for fact in facts if fact.problem is not None]
         assert [fact.record.clip_id for fact in bad] == expected
         assert all("its image a.png" in fact.problem.detail for fact in bad)
@@ -166,11 +166,11 @@ def test_images_are_looked_at_where_the_model_takes_them(tmp_path):
 
 def test_windows_are_decoded_spread_over_a_long_clip(tmp_path):
     root = make_folder(tmp_path / "set", "a", num_frames=600, rate=30)
-    (facts,) = inspect_clips(read_source(root).records, FIT, num_processes=1, max_windows=3)
+    (facts,) = inspect_clips(read_source(root).records, SPEC, num_processes=1, max_windows=3)
     assert (facts.windows, facts.decoded) == (17, 3)
     damaged = bytearray((root / "videos" / "a.mp4").read_bytes())
     middle = damaged.index(b"mdat") + (damaged.index(b"moov") - damaged.index(b"mdat")) // 2
     damaged[middle - 400 : middle + 400] = bytes(800)
     (root / "videos" / "a.mp4").write_bytes(damaged)
-    (facts,) = inspect_clips(read_source(root).records, FIT, num_processes=1, max_windows=3)
+    (facts,) = inspect_clips(read_source(root).records, SPEC, num_processes=1, max_windows=3)
     assert (facts.problem.cause, facts.windows) == ("damaged", 0)

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from sat_train.config.shapes import ClipShape
+from sat_train.data.augmentation_key import AugmentationKey
+from sat_train.data.bad_clips import BadClip, Failure, FailureLog
 from sat_train.data.batch import CachedSample, VideoBatch, VideoSample, collate
 from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.buckets import one_bucket
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.failures import BadClip, Failure, FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources.records import ClipSource
-from sat_train.data.view import View
 from sat_train.errors import DataError
 from tests.unit.data.videos import SIDE, make_folder, record_of
 
@@ -200,7 +200,7 @@ def test_the_wait_for_data_is_measured(clips):
 def sample(index, *, image=None, size=4):
     video = torch.full((2, 3, size, size), index, dtype=torch.uint8)
     return VideoSample(
-        video, f"caption {index}", image, f"clip {index}", index, 2, (0.0, 0.1), View(1, index)
+        video, f"caption {index}", image, f"clip {index}", index, 2, (0.0, 0.1), AugmentationKey(1, index)
     )
 
 

@@ -12,11 +12,11 @@ from fractions import Fraction
 
 import pytest
 
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.build import build_train_loader, build_valid_loader
 from sat_train.data.clip_file import open_clip
 from sat_train.data.clip_pool import look_into_clips
-from sat_train.data.failures import BadClip
-from sat_train.data.plan import Fit, cut_chunks, look_into
+from sat_train.data.prepass import SampleSpec, chunk_records, look_into
 from sat_train.data.sources.read import read_source
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import DataError
@@ -47,11 +47,11 @@ def test_any_error_while_a_clip_is_read_is_a_bad_clip_with_its_name(mp4, monkeyp
         return opened(record, *rest)
 
     monkeypatch.setattr(dataset, "_frames", fail)
-    items = [dataset[i] for i in range(4)]
-    assert {item.sample.clip_id for item in items} == {"b.mp4"}
-    failures = {(f.clip_id, f.cause) for item in items for f in item.failures}
+    results = [dataset[i] for i in range(4)]
+    assert {result.sample.clip_id for result in results} == {"b.mp4"}
+    failures = {(f.clip_id, f.cause) for result in results for f in result.failures}
     assert failures == {("a.mp4", "unreadable")}
-    assert type(error).__name__ in next(f.detail for item in items for f in item.failures)
+    assert type(error).__name__ in next(f.detail for result in results for f in result.failures)
 
 
 def test_any_error_while_headers_are_looked_at_is_a_bad_clip(mp4):
@@ -80,7 +80,7 @@ def test_every_number_of_an_mp4_header_may_be_absurd(mp4):
         mp4.write_bytes(odd)
         record = record_of(mp4)
         with contextlib.suppress(BadClip):
-            cut_chunks(record, look_into(record, with_turn=True), Fit((), fps=8), 5)
+            chunk_records(record, look_into(record, with_turn=True), SampleSpec((), fps=8), 5)
             dataset = make([record], timeout_s=20)
             dataset._sample(0, dataset.order.clip_ref(0))
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from sat_train.data.clip_file import read_headers
 from sat_train.data.frames import open_frames
-from sat_train.data.resize import plan_cover_crop
+from sat_train.data.resize import cover_crop
 from sat_train.pipeline.prompts import read_image
 
 HEIGHT, WIDTH = 32, 64
@@ -29,12 +29,12 @@ def four_colours() -> np.ndarray:
 
 
 def shown(path, height, width):
-    def plan(*size):
+    def choose_crop(*size):
         assert size == (height, width)
-        return plan_cover_crop(source=size, target=size, max_upscale=1)
+        return cover_crop(source=size, target=size, max_upscale=1)
 
     with open_frames(path) as reader:
-        return reader.read([reader.info.first], plan).video_thwc[0].astype(int)
+        return reader.read([reader.info.first], choose_crop).video_thwc[0].astype(int)
 
 
 def assert_alike(picture, expected):
@@ -119,7 +119,7 @@ def test_transparent_parts_of_webm_are_black(tmp_path, codec):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     with open_frames(tmp_path / "a.webm") as reader:
-        frames = reader.read([0.0, 0.3], lambda *s: plan_cover_crop(source=s, target=s, max_upscale=1))
+        frames = reader.read([0.0, 0.3], lambda *s: cover_crop(source=s, target=s, max_upscale=1))
     for shown_picture in frames.video_thwc:
         assert shown_picture[:, WIDTH // 2 + 4 :].max() <= 4
         assert np.abs(shown_picture[:, : WIDTH // 2 - 4].astype(int) - (200, 120, 40)).max() <= 16

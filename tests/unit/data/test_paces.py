@@ -17,7 +17,7 @@ from pathlib import Path
 import av
 import pytest
 
-from sat_train.data.plan import Fit, cut_chunks, look_into
+from sat_train.data.prepass import SampleSpec, chunk_records, look_into
 from tests.unit.data.test_dataset import make
 from tests.unit.data.videos import numbers_of, record_of, write_numbered
 
@@ -160,8 +160,8 @@ def sampled(clip: Clip, window: str, fps: int, **part) -> list[tuple[int, int, l
     skip = part.pop("skip_frms_num", 0)
     records = [record_of(clip.path, **part)]
     if window == "chunks":
-        fit = Fit((), fps=fps, skip_frms_num=skip)
-        records = [part for r in records for part in cut_chunks(r, look_into(r), fit, NUM_FRAMES)]
+        spec = SampleSpec((), fps=fps, skip_frms_num=skip)
+        records = [part for r in records for part in chunk_records(r, look_into(r), spec, NUM_FRAMES)]
     dataset = make(records, window=window, fps=fps, max_num_frames=NUM_FRAMES, skip_frms_num=skip)
     return [
         (dataset.order.clip_ref(index).clip, len(records), numbers_of(dataset[index].sample.video_tchw))
@@ -242,7 +242,9 @@ def unseen(path: Path, count: int, window: str, most: int = 1500) -> set[int]:
     """Returns which of a file's frames are in none of many samples."""
     records = [record_of(path)]
     if window == "chunks":
-        records = [part for r in records for part in cut_chunks(r, look_into(r), Fit((), 16), NUM_FRAMES)]
+        records = [
+            part for r in records for part in chunk_records(r, look_into(r), SampleSpec((), 16), NUM_FRAMES)
+        ]
     dataset = make(records, window=window, fps=16, max_num_frames=NUM_FRAMES)
     left = set(range(count))
     for index in range(most):

@@ -11,9 +11,9 @@ import av
 import numpy as np
 import pytest
 
-from sat_train.data.failures import BadClip
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.frames import open_frames
-from sat_train.data.resize import plan_cover_crop
+from sat_train.data.resize import cover_crop
 from tests.unit.data.videos import SIDE, draw_number, read_number, write_numbered
 
 FILES = Path(__file__).parent / "files"
@@ -21,15 +21,15 @@ RATE, LARGE = 25, 256
 CASES = [("a.avi", "mpeg4", {"bf": "2"}), ("b.avi", "mjpeg", {}), ("a.mpg", "mpeg2video", {"bf": "2"})]
 
 
-def plan(height, width):
-    return plan_cover_crop(source=(height, width), target=(SIDE, SIDE), max_upscale=4)
+def choose_crop(height, width):
+    return cover_crop(source=(height, width), target=(SIDE, SIDE), max_upscale=4)
 
 
 def read(path, start, count=5, fps=8):
     """Returns the numbers of a window's frames, their times, and those that were asked for."""
     with open_frames(path) as reader:
         targets = [reader.info.first + start + i / fps for i in range(count)]
-        frames = reader.read(targets, plan)
+        frames = reader.read(targets, choose_crop)
     numbers = [read_number(picture) for picture in frames.video_thwc]
     return numbers, frames.times, [start + i / fps for i in range(count)]
 
@@ -118,7 +118,7 @@ def test_packed_b_frames_are_all_found():
 
 
 def whole(height, width):
-    return plan_cover_crop(source=(height, width), target=(height, width), max_upscale=1)
+    return cover_crop(source=(height, width), target=(height, width), max_upscale=1)
 
 
 def test_reordered_h264_in_avi_is_refused_whichever_window_is_wanted(tmp_path):
@@ -139,7 +139,7 @@ def test_a_recording_that_begins_between_keyframes_begins_at_its_first_keyframe(
     cut.write_bytes(data[len(data) // 3 // block * block :])
     with open_frames(cut) as reader:
         info = reader.info
-        frames = reader.read([info.first + i / 8 for i in range(5)], plan)
+        frames = reader.read([info.first + i / 8 for i in range(5)], choose_crop)
     numbers = [read_number(picture) for picture in frames.video_thwc]
     assert numbers[0] % 20 == 0
     assert frames.times[0] == 0

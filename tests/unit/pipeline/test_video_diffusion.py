@@ -11,7 +11,7 @@ from sat_train.data.batch import CachedSample
 from sat_train.data.batches import StepPosition
 from sat_train.diffusion.loss import min_snr_weight
 from sat_train.errors import SatTrainError
-from sat_train.pipeline.frozen_models import pixels_to_unit
+from sat_train.pipeline.encoders import pixels_to_unit
 from sat_train.pipeline.image_latent import noise_image
 from sat_train.pipeline.randomness import SampleRandomness
 
@@ -57,17 +57,17 @@ def test_other_seeds_and_other_samples_draw_other_numbers(make_pipeline, make_ba
 def test_cached_encodings_give_the_same_bits(make_pipeline, make_batch, image_to_video):
     pipeline = make_pipeline(image_to_video=image_to_video, **EVERYTHING)
     batch = make_batch([0, 1, 2], images=True)
-    mean, logvar = pipeline.frozen.video_moments(batch.video_btchw)
+    mean, logvar = pipeline.encoders.video_moments(batch.video_btchw)
     image_mean = image_logvar = None
     if image_to_video:
         random = SampleRandomness(3, batch.sample_indices)
         image = pixels_to_unit(batch.image_bchw, "cpu")
         noise = random.normal("image_noise", (3, 16, 16)), random.normal("image_noise_level", ())
-        image_mean, image_logvar = pipeline.frozen.image_moments(noise_image(image, *noise))
-    cached = CachedSample(mean, logvar, pipeline.frozen.text(batch.captions), image_mean, image_logvar)
+        image_mean, image_logvar = pipeline.encoders.image_moments(noise_image(image, *noise))
+    cached = CachedSample(mean, logvar, pipeline.encoders.text(batch.captions), image_mean, image_logvar)
     without_pixels = replace(batch, video_btchw=None, image_bchw=None, cached=cached)
     without_models = make_pipeline(image_to_video=image_to_video, text_encoder=None, **EVERYTHING)
-    without_models.frozen._vae = None
+    without_models.encoders._vae = None
     expected = pipeline.training_loss(batch)
     actual = without_models.training_loss(without_pixels)
     assert torch.equal(actual.loss_b, expected.loss_b)
@@ -76,7 +76,7 @@ def test_cached_encodings_give_the_same_bits(make_pipeline, make_batch, image_to
 def test_posteriors_are_sampled_or_their_mean_is_taken(make_pipeline, make_batch):
     batch = make_batch([0])
     pipeline = make_pipeline(posterior_sampling=False)
-    mean, logvar = pipeline.frozen.video_moments(batch.video_btchw)
+    mean, logvar = pipeline.encoders.video_moments(batch.video_btchw)
     assert torch.equal(pipeline.training_inputs(batch).x0_btchw, 0.7 * mean)
     eps = SampleRandomness(3, (0,)).normal("posterior", tuple(mean.shape[1:]))
     sampled = make_pipeline().training_inputs(batch).x0_btchw
@@ -88,20 +88,22 @@ def test_a_dropped_caption_is_the_null_condition_of_guidance(make_pipeline, make
     for null_condition in ("zero", "empty_prompt"):
         pipeline = make_pipeline(caption_dropout=0.3, null_condition=null_condition)
         text = pipeline.training_inputs(batch).text_bld
-        full = pipeline.frozen.text(batch.captions)
-        null = pipeline.frozen.null_text_like(full)
+        full = pipeline.encoders.text(batch.captions)
+        null = pipeline.encoders.null_text_like(full)
         dropped = (text == null).flatten(1).all(1)
         kept = (text == full).flatten(1).all(1)
         assert bool((dropped ^ kept).all())
         assert 4 <= int(dropped.sum()) <= 22  # 12 expected, standard deviation 2.9
-        expected = {"zero": torch.zeros(3, 8), "empty_prompt": pipeline.frozen.text([""])[0]}[null_condition]
+        expected = {"zero": torch.zeros(3, 8), "empty_prompt": pipeline.encoders.text([""])[0]}[
+            null_condition
+        ]
         assert torch.equal(null[0], expected)
 
 
 def test_a_given_embedding_stands_for_the_empty_prompt(make_pipeline):
     null = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     pipeline = make_pipeline(null_condition="empty_prompt", null_text_ld=null, text_encoder=None)
-    assert torch.equal(pipeline.frozen.null_text_like(torch.zeros(2, 3, 8)), null.expand(2, 3, 8))
+    assert torch.equal(pipeline.encoders.null_text_like(torch.zeros(2, 3, 8)), null.expand(2, 3, 8))
 
 
 def test_the_image_condition_is_the_scaled_latent_in_the_first_frame(make_pipeline, make_batch):
@@ -110,7 +112,7 @@ def test_the_image_condition_is_the_scaled_latent_in_the_first_frame(make_pipeli
     for images in (False, True):
         batch = make_batch([0, 1], images=images)
         image = batch.image_bchw if images else batch.video_btchw[:, 0]
-        mean, _ = pipeline.frozen.image_moments(pixels_to_unit(image, "cpu"))
+        mean, _ = pipeline.encoders.image_moments(pixels_to_unit(image, "cpu"))
         condition = pipeline.validation_inputs(batch, timesteps).image_latent_btchw
         torch.testing.assert_close(condition[:, :1], 0.5 * mean)
         assert not condition[:, 1:].any()
@@ -169,7 +171,7 @@ def test_validation_repeats_itself_and_drops_nothing(make_pipeline, make_batch):
     assert torch.equal(first.loss_b, pipeline.validation_loss(batch, timesteps_b=timesteps).loss_b)
     assert torch.equal(first.timesteps_b, timesteps)
     inputs = pipeline.validation_inputs(batch, timesteps)
-    assert torch.equal(inputs.text_bld, pipeline.frozen.text(batch.captions))
+    assert torch.equal(inputs.text_bld, pipeline.encoders.text(batch.captions))
     assert not torch.equal(inputs.eps_btchw, pipeline.training_inputs(batch).eps_btchw)
 
 

@@ -9,7 +9,7 @@ import pytest
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.manifest import Manifest
 from sat_train.distributed.processes import start_single_process
-from sat_train.training.data import open_data
+from sat_train.training.run_data import open_data
 from tests.ranks.encoded_runs import load_run, make_set
 
 

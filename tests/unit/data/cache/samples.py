@@ -9,11 +9,11 @@ import torch
 from sat_train.config.shapes import ClipShape
 from sat_train.data.batch import VideoSample
 from sat_train.data.buckets import one_bucket
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests, SampleKeys
 from sat_train.data.cache.samples import OpenCache, SampleCache
-from sat_train.data.cache.shards import About, ShardWriter
+from sat_train.data.cache.shards import EntryInfo, ShardWriter
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources.records import ClipSource
@@ -27,14 +27,16 @@ def open_dataset(
     records,
     *,
     use="read",
-    encoders=ENCODERS,
+    encoder_digests=ENCODERS,
     image=None,
     identity="content",
     shape=None,
     **options,
 ) -> VideoDataset:
     """Returns a data set with a cache in `folder`; each epoch takes the clips as they are listed."""
-    cache = OpenCache(folder, CacheIndex(folder), FileBook(folder, identity=identity), encoders, use)
+    cache = OpenCache(
+        folder, CacheIndex(folder), FileMetadata(folder, identity=identity), encoder_digests, use
+    )
     shape = {"fps": 8, "max_upscale": 4.0, **(shape or {})}
     size = options.pop("video_size", (SIDE, SIDE))
     sources = [ClipSource("test", tuple(records), "")]
@@ -71,7 +73,9 @@ def tensors_of(number: int) -> dict[str, dict[str, torch.Tensor]]:
 def keep(writer: ShardWriter, sample: VideoSample, number: int) -> None:
     """Adds the encodings of a sample that was read without the cache."""
     keys, made = sample.keys, tensors_of(number)
-    writer.add(keys.clip, made["clip"], About("clip", sample.clip_id, ENCODERS.vae, keys.clip_origin))
-    writer.add(keys.text, made["text"], About("text", sample.caption, ENCODERS.text))
+    writer.add(keys.clip, made["clip"], EntryInfo("clip", sample.clip_id, ENCODERS.vae, keys.clip_origin))
+    writer.add(keys.text, made["text"], EntryInfo("text", sample.caption, ENCODERS.text))
     if keys.image is not None:
-        writer.add(keys.image, made["image"], About("image", sample.clip_id, ENCODERS.vae, keys.image_origin))
+        writer.add(
+            keys.image, made["image"], EntryInfo("image", sample.clip_id, ENCODERS.vae, keys.image_origin)
+        )

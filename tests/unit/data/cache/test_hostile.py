@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from sat_train.cli.main import main
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.index import CacheIndex
-from sat_train.data.cache.shards import FOLDER, About, Origin, ShardWriter
+from sat_train.data.cache.shards import FOLDER, EntryInfo, Origin, ShardWriter
 from sat_train.errors import SatTrainError
 from tests.unit.data.cache.samples import tensors_of
 
@@ -170,7 +170,7 @@ def cache(tmp_path: Path) -> Path:
     origin = Origin(str(clip), clip.stat().st_size, clip.stat().st_mtime_ns, "sha")
     for key in ("clip", "whole"):
         writer = ShardWriter(root)
-        writer.add(key, tensors_of(1)["clip"], About("clip", key, "vae", origin))
+        writer.add(key, tensors_of(1)["clip"], EntryInfo("clip", key, "vae", origin))
         writer.publish()
     (root / "files").mkdir()
     return root
@@ -195,7 +195,7 @@ def test_a_strangers_cache_is_looked_at_without_harm(
     index = CacheIndex(cache)
     assert index.read("whole") is not None, "one bad shard spoils no other"
     index.read("clip")
-    FileBook(cache)
+    FileMetadata(cache)
     shown = "".join(capfd.readouterr())
     assert "Traceback" not in shown
     assert "\x1b" not in shown
@@ -205,9 +205,9 @@ def test_a_strangers_cache_is_looked_at_without_harm(
 def test_headers_and_books_changed_at_random_are_read_or_left_out(cache: Path, capfd) -> None:
     rng = random.Random(4)
     shard = sorted((cache / FOLDER).glob("*.safetensors"))[0]
-    book = FileBook(cache)
-    book.remember("a", "b")
-    book.publish()
+    file_metadata = FileMetadata(cache)
+    file_metadata.remember("a", "b")
+    file_metadata.publish()
     (known,) = (cache / "files").glob("*.json")
     whole, remembered = shard.read_bytes(), known.read_bytes()
     header = len(whole) - 2 * 384
@@ -221,7 +221,7 @@ def test_headers_and_books_changed_at_random_are_read_or_left_out(cache: Path, c
         known.write_bytes(lines)
         try:
             index = CacheIndex(cache)
-            FileBook(cache)
+            FileMetadata(cache)
             read = index.read("clip")
         except SatTrainError:
             continue

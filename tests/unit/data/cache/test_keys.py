@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.cache import key as key_module
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.key import EncoderDigests
 from sat_train.data.clip_file import Span
-from sat_train.data.failures import BadClip
 from tests.unit.data.cache.samples import ENCODERS, keys_of, open_dataset
 from tests.unit.data.videos import record_of, write_numbered
 
@@ -91,7 +91,7 @@ def test_a_changed_caption_changes_the_text_alone(tmp_path, clip, base):
     assert (changed.clip, changed.image) == (base.clip, base.image)
     assert changed.text != base.text
     other_t5 = EncoderDigests(ENCODERS.vae, "other")
-    assert keys_of(open_dataset(tmp_path, [record_of(clip)], encoders=other_t5)).text != base.text
+    assert keys_of(open_dataset(tmp_path, [record_of(clip)], encoder_digests=other_t5)).text != base.text
 
 
 def test_older_code_misses(tmp_path, clip, base, monkeypatch):
@@ -151,7 +151,7 @@ def test_parts_of_a_file_and_files_of_other_lengths_have_views_of_their_own(tmp_
     write_numbered(longer, num_frames=91)
     records = [record_of(clip), replace(record_of(clip), start=0.5), record_of(longer)]
     dataset = open_dataset(tmp_path, records, views=2)
-    views = [dataset.view(index, dataset.order.clip_ref(index)) for index in range(6)]
+    views = [dataset.augmentation_key(index, dataset.order.clip_ref(index)) for index in range(6)]
     assert len({view.number for view in views}) == 6
 
 
@@ -175,17 +175,17 @@ def test_an_image_of_its_own_conditions_by_its_contents(tmp_path, clip):
 
 def test_files_are_hashed_once_over_runs(tmp_path, clip, monkeypatch):
     os.utime(clip, ns=(1, 1))
-    monkeypatch.setattr("sat_train.data.cache.files._RACY_NS", 0)
-    book = FileBook(tmp_path)
-    assert book.info(clip).is_turned is None
-    identity, info = book.origin(clip).identity, book.info(clip, with_turn=True)
+    monkeypatch.setattr("sat_train.data.cache.file_metadata._RACY_NS", 0)
+    file_metadata = FileMetadata(tmp_path)
+    assert file_metadata.info(clip).is_turned is None
+    identity, info = file_metadata.origin(clip).identity, file_metadata.info(clip, with_turn=True)
     assert info.is_turned is False
-    book.publish()
-    monkeypatch.setattr("sat_train.data.cache.files._hash", lambda *_: pytest.fail("hashed again"))
+    file_metadata.publish()
+    monkeypatch.setattr("sat_train.data.cache.file_metadata._hash", lambda *_: pytest.fail("hashed again"))
     monkeypatch.setattr(
-        "sat_train.data.cache.files.read_headers", lambda *_, **__: pytest.fail("opened again")
+        "sat_train.data.cache.file_metadata.read_headers", lambda *_, **__: pytest.fail("opened again")
     )
-    again = FileBook(tmp_path)
+    again = FileMetadata(tmp_path)
     assert (again.origin(clip).identity, again.info(clip)) == (identity, info)
 
 
@@ -193,11 +193,11 @@ def test_what_was_just_written_is_not_remembered(tmp_path, clip):
     """A second change within one tick of the file system's clock would leave no trace."""
     path = tmp_path / "clip.mp4"
     shutil.copyfile(clip, path)
-    book = FileBook(tmp_path)
-    book.origin(path)
-    assert not book.learnt()
+    file_metadata = FileMetadata(tmp_path)
+    file_metadata.origin(path)
+    assert not file_metadata.learnt()
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(BadClip, match="missing"):
-        FileBook(tmp_path).origin(tmp_path / "nothing.mp4")
+        FileMetadata(tmp_path).origin(tmp_path / "nothing.mp4")

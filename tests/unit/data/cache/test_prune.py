@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sat_train.cli.main import main
-from sat_train.data.cache.files import FileBook
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
 from sat_train.data.cache.prune import Staleness, list_entries, prune_entries, verify_entries
-from sat_train.data.cache.shards import FOLDER, About, ShardWriter, read_header
+from sat_train.data.cache.shards import FOLDER, EntryInfo, ShardWriter, read_header
 from sat_train.data.clip_file import Span
 from sat_train.errors import DataError
 from tests.unit.data.cache.samples import tensors_of
@@ -28,15 +28,15 @@ def cache(tmp_path):
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(name.encode())
         found = path.stat()
-        sha256 = FileBook(folder).sha256(path)
+        sha256 = FileMetadata(folder).sha256(path)
         origins[name] = Origin(str(path), found.st_size, found.st_mtime_ns, sha256)
-        writer.add(name, tensors_of(1)["clip"], About("clip", name, "vae", origins[name]))
-    writer.add("old", tensors_of(2)["clip"], About("clip", "old", "vae", code_version=CODE_VERSION - 1))
-    writer.add("failed", {}, About("failed", "failed", "", origins["good"], ("damaged", "x")))
-    writer.add("text", tensors_of(3)["text"], About("text", "a caption", "t5"))
+        writer.add(name, tensors_of(1)["clip"], EntryInfo("clip", name, "vae", origins[name]))
+    writer.add("old", tensors_of(2)["clip"], EntryInfo("clip", "old", "vae", code_version=CODE_VERSION - 1))
+    writer.add("failed", {}, EntryInfo("failed", "failed", "", origins["good"], ("damaged", "x")))
+    writer.add("text", tensors_of(3)["text"], EntryInfo("text", "a caption", "t5"))
     writer.publish()
     again = ShardWriter(folder)
-    again.add("good", tensors_of(1)["clip"], About("clip", "good", "vae", origins["good"]))
+    again.add("good", tensors_of(1)["clip"], EntryInfo("clip", "good", "vae", origins["good"]))
     again.publish()
     (tmp_path / "edited.mp4").write_bytes(b"edited since")
     (tmp_path / "gone.mp4").unlink()
@@ -46,7 +46,7 @@ def cache(tmp_path):
 
 
 def reasons(folder, **options):
-    lines, damaged = list_entries(folder, Staleness(FileBook(folder), **options))
+    lines, damaged = list_entries(folder, Staleness(FileMetadata(folder), **options))
     assert not damaged
     return {reason: count for line in lines for reason, count in line.stale}
 
@@ -55,12 +55,12 @@ def test_each_stale_entry_has_its_reason(cache):
     always = {"file changed": 1, "older code": 1, "repeated": 1}
     assert reasons(cache) == always
     assert reasons(cache, drop_gone=True, drop_failed=True) == {**always, "file gone": 1, "failed": 1}
-    other = reasons(cache, encoders=EncoderDigests("another vae", "t5"))
+    other = reasons(cache, encoder_digests=EncoderDigests("another vae", "t5"))
     assert other == {"older code": 1, "repeated": 1, "other encoder": 4}
 
 
 def test_stale_entries_go_and_the_others_keep_their_bits(cache):
-    removed, size = prune_entries(cache, Staleness(FileBook(cache)))
+    removed, size = prune_entries(cache, Staleness(FileMetadata(cache)))
     assert removed == 3
     assert size > 0
     index = CacheIndex(cache)
@@ -71,7 +71,7 @@ def test_stale_entries_go_and_the_others_keep_their_bits(cache):
     assert index.failure("failed") == ("damaged", "x")
     assert verify_entries(cache)[1] == []
     assert not list((cache / FOLDER).glob("*.part"))
-    assert prune_entries(cache, Staleness(FileBook(cache)))[0] == 0
+    assert prune_entries(cache, Staleness(FileMetadata(cache)))[0] == 0
 
 
 def test_damage_is_found_by_verify_and_removed_by_prune(cache, capsys):
@@ -115,25 +115,25 @@ def test_a_damaged_entry_goes_with_a_flag_and_never_gets_a_new_hash(cache, capsy
 
 def test_a_folder_without_a_cache_is_refused(tmp_path):
     with pytest.raises(DataError, match="there is no cache in this folder"):
-        list_entries(tmp_path, Staleness(FileBook(tmp_path)))
+        list_entries(tmp_path, Staleness(FileMetadata(tmp_path)))
     assert main(["cache", "list", "--cache-dir", str(tmp_path)]) == 2
 
 
 def test_a_moved_file_keeps_its_entry(cache, tmp_path):
     shutil.move(tmp_path / "moved.mp4", tmp_path / "elsewhere.mp4")
-    prune_entries(cache, Staleness(FileBook(cache)))
+    prune_entries(cache, Staleness(FileMetadata(cache)))
     assert "moved" in CacheIndex(cache)
 
 
 def test_an_archive_that_grew_or_was_touched_keeps_the_entries_of_its_clips(tmp_path):
     path, folder = tmp_path / "a.tar", tmp_path / "cache"
     path.write_bytes(b"headONEtailTWO")
-    book, writer = FileBook(folder), ShardWriter(folder)
+    file_metadata, writer = FileMetadata(folder), ShardWriter(folder)
     for name, offset in (("one", 4), ("two", 11)):
-        about = About("clip", name, "vae", book.origin(path, Span(offset, 3)))
-        writer.add(name, tensors_of(1)["clip"], about)
+        info = EntryInfo("clip", name, "vae", file_metadata.origin(path, Span(offset, 3)))
+        writer.add(name, tensors_of(1)["clip"], info)
     writer.publish()
     path.write_bytes(b"headONEtailtwo and more")
     assert reasons(folder) == {"file changed": 1}
-    assert prune_entries(folder, Staleness(FileBook(folder)))[0] == 1
+    assert prune_entries(folder, Staleness(FileMetadata(folder)))[0] == 1
     assert "one" in CacheIndex(folder)

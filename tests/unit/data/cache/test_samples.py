@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sat_train.data.bad_clips import FailureLog
 from sat_train.data.batches import ListedBatches
-from sat_train.data.cache.plan import drop_repeated, find_missing
-from sat_train.data.cache.shards import About, ShardWriter
-from sat_train.data.failures import FailureLog
+from sat_train.data.cache.missing import drop_repeated, find_missing
+from sat_train.data.cache.shards import EntryInfo, ShardWriter
 from sat_train.data.loader import VideoLoader
 from sat_train.errors import DataError
 from tests.unit.data.cache.samples import keep, open_dataset, tensors_of
@@ -40,7 +40,7 @@ def test_samples_come_from_the_cache(tmp_path, records, image):
         assert torch.equal(sample.cached.mean_btchw, made["clip"]["mean"][None])
         assert torch.equal(sample.cached.logvar_btchw, made["clip"]["logvar"][None])
         assert (sample.cached.image_latent_btchw is None) == (image is None)
-    decoded = dataset.item(1, pixels=True).sample
+    decoded = dataset.read(1, pixels=True).sample
     assert decoded.video_tchw is not None
     assert decoded.cached is None
 
@@ -81,12 +81,12 @@ def test_a_batch_is_from_the_cache_as_a_whole_or_not_at_all(tmp_path, records, n
 def test_a_clip_known_to_be_undecodable_is_replaced_as_without_a_cache(tmp_path, records):
     keys = open_dataset(tmp_path, records, use="write")[1].sample.keys
     writer = ShardWriter(tmp_path)
-    writer.add(keys.clip, {}, About("failed", "b.mp4", "", keys.clip_origin, ("damaged", "at 1 s")))
+    writer.add(keys.clip, {}, EntryInfo("failed", "b.mp4", "", keys.clip_origin, ("damaged", "at 1 s")))
     writer.publish()
     fill(tmp_path, records, [0, 2, 3])
-    item = open_dataset(tmp_path, records, use="require")[1]
-    assert (item.failures[0].clip_id, item.failures[0].cause) == ("b.mp4", "damaged")
-    assert item.sample.clip_id != "b.mp4"
+    result = open_dataset(tmp_path, records, use="require")[1]
+    assert (result.failures[0].clip_id, result.failures[0].cause) == ("b.mp4", "damaged")
+    assert result.sample.clip_id != "b.mp4"
     dataset = open_dataset(tmp_path, records)
     assert find_missing(dataset, range(4)) == []
     assert [m.clip_id for m in find_missing(dataset, range(4), retry_failed=True)] == ["b.mp4"]
@@ -114,6 +114,6 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, records, mon
         return sample
 
     monkeypatch.setattr(type(dataset), "_sample", decode_and_edit)
-    item = dataset[0]
-    assert item.failures[0].cause == "changed"
-    assert item.sample.clip_id == "a.mp4"
+    result = dataset[0]
+    assert result.failures[0].cause == "changed"
+    assert result.sample.clip_id == "a.mp4"

@@ -13,11 +13,11 @@ import torch
 
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.prune import verify_entries
-from sat_train.data.cache.shards import FOLDER, About, ShardWriter
+from sat_train.data.cache.shards import FOLDER, EntryInfo, ShardWriter
 from sat_train.errors import DataError
 from tests.unit.data.cache.samples import tensors_of
 
-ABOUT = About("clip", "a clip", "vae")
+ABOUT = EntryInfo("clip", "a clip", "vae")
 
 
 def write(folder, numbers, **options):
@@ -191,7 +191,7 @@ def test_a_full_disk_is_named_and_what_was_published_is_kept(tmp_path, monkeypat
 
 def test_known_failures_are_told_and_a_later_success_wins(tmp_path):
     writer = ShardWriter(tmp_path)
-    writer.add("key 1", {}, About("failed", "a clip", "", None, ("damaged", "at 3 s")))
+    writer.add("key 1", {}, EntryInfo("failed", "a clip", "", None, ("damaged", "at 3 s")))
     writer.publish()
     index = CacheIndex(tmp_path)
     assert ("key 1" in index, index.failure("key 1")) == (False, ("damaged", "at 3 s"))

@@ -34,9 +34,9 @@ def read_right(source):
     """Reads every clip of a source and compares numbers with times."""
     dataset = make(source.records)
     for index in range(len(source)):
-        item = dataset[index]
-        assert item.failures == ()
-        assert numbers_of(item.sample.video_tchw) == [round(time * 30) for time in item.sample.times]
+        result = dataset[index]
+        assert result.failures == ()
+        assert numbers_of(result.sample.video_tchw) == [round(time * 30) for time in result.sample.times]
 
 
 def test_members_of_archives_are_clips(tmp_path, clip):

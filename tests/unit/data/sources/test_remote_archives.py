@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.cache.files import FileBook
+from sat_train.data.bad_clips import BadClip
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.key import Origin
 from sat_train.data.cache.prune import Staleness
-from sat_train.data.cache.shards import About
+from sat_train.data.cache.shards import EntryInfo
 from sat_train.data.clip_file import open_clip, open_part
-from sat_train.data.failures import BadClip
 from sat_train.data.inspect import inspect_clips
-from sat_train.data.plan import Fit, look_at
+from sat_train.data.prepass import SampleSpec, look_at
 from sat_train.data.remote import make_path, shown
 from sat_train.data.sources.archive_index import index_archives
 from sat_train.data.sources.read import read_source
@@ -266,7 +266,7 @@ def test_an_error_in_the_middle_of_a_clip_is_no_damage(tmp_path, web):
     web.broken = {"a.tar": range(begin + (2 << 20), begin + len(data))}
     options = {"identity": "stat", "window": "center", "max_num_frames": 13}
     dataset = open_dataset(tmp_path / "cache", source.records, **options)
-    failures = {(f.clip_id, f.cause, f.keys) for index in range(2) for f in dataset.item(index).failures}
+    failures = {(f.clip_id, f.cause, f.keys) for index in range(2) for f in dataset.read(index).failures}
     # Without a key it is not kept in the cache as a clip that cannot be decoded.
     assert failures == {("a.tar/a.mov", "unreadable", None)}
     with (
@@ -330,30 +330,30 @@ def test_the_cache_knows_a_remote_file_that_changed(tmp_path, clip, web, identit
     other = clip[:-1] + bytes([clip[-1] ^ 1])
     web.files = {"a.tar": packed(members(clip, "a", "b"))}
     record = read_source(f"{web.url}/a.tar").clip(0)
-    book = FileBook(tmp_path / "cache", identity=identity)
-    before = book.origin(record.path, record.span)
-    info = book.info(record.path, record.span)
+    file_metadata = FileMetadata(tmp_path / "cache", identity=identity)
+    before = file_metadata.origin(record.path, record.span)
+    info = file_metadata.info(record.path, record.span)
     web.take()
-    assert book.origin(record.path, record.span) == before
-    assert book.info(record.path, record.span) == info
+    assert file_metadata.origin(record.path, record.span) == before
+    assert file_metadata.info(record.path, record.span) == info
     assert web.take() == (0, 0)
-    book.publish()
-    assert FileBook(tmp_path / "cache", identity=identity).origin(record.path, record.span) == before
+    file_metadata.publish()
+    assert FileMetadata(tmp_path / "cache", identity=identity).origin(record.path, record.span) == before
     assert web.take() == (0, 0)
     web.files = {"a.tar": packed({**members(other, "a"), **members(clip, "b")})}
-    assert book.origin(record.path, record.span).identity != before.identity
+    assert file_metadata.origin(record.path, record.span).identity != before.identity
 
 
 def test_what_was_made_of_a_remote_file_is_stale_when_that_changes(tmp_path, clip, web):
     web.files = {"a.tar": packed(members(clip, "a"))}
     record = read_source(f"{web.url}/a.tar").clip(0)
-    book = FileBook(tmp_path / "cache")
-    origin = book.origin(record.path, record.span)
+    file_metadata = FileMetadata(tmp_path / "cache")
+    origin = file_metadata.origin(record.path, record.span)
     assert isinstance(origin, Origin)
 
     def reason():
-        about = About("clip", "a", "", origin)
-        return Staleness(book, drop_gone=True, asks_remote=True).reason("key", about)
+        info = EntryInfo("clip", "a", "", origin)
+        return Staleness(file_metadata, drop_gone=True, asks_remote=True).reason("key", info)
 
     assert reason() == ""
     web.num_failures = 1000
@@ -367,7 +367,7 @@ def test_what_was_made_of_a_remote_file_is_stale_when_that_changes(tmp_path, cli
 
 def test_remote_clips_are_inspected(tmp_path, clip, web):
     web.files = {"a.tar": packed(members(clip, "a", "b"))}
-    wanted = Fit((ClipShape(5, 32, 32),), fps=8, max_upscale=4)
+    wanted = SampleSpec((ClipShape(5, 32, 32),), fps=8, max_upscale=4)
     put(tmp_path / "set", web.files)
     remote = inspect_clips(read_source(f"{web.url}/a.tar").records, wanted, num_processes=2)
     local = inspect_clips(read_source(tmp_path / "set").records, wanted, num_processes=1)
@@ -380,10 +380,10 @@ def test_remote_clips_are_inspected(tmp_path, clip, web):
 def test_an_archive_is_asked_about_once_for_all_its_clips(tmp_path, clip, web):
     web.files = {"a.tar": packed(members(clip, "a", "b", "c"))}
     records = read_source(f"{web.url}/a.tar").records
-    book = FileBook(tmp_path / "cache")
-    first = look_at(records, book, with_turn=False, timeout_s=60)
+    file_metadata = FileMetadata(tmp_path / "cache")
+    first = look_at(records, file_metadata, with_turn=False, timeout_s=60)
     web.requests.clear()
-    assert look_at(records, book, with_turn=False, timeout_s=60) == first
+    assert look_at(records, file_metadata, with_turn=False, timeout_s=60) == first
     assert [method for method, _, _ in web.requests] == ["HEAD"]
 
 

@@ -10,7 +10,7 @@ from sat_train.distributed.seeds import derive_generator, derive_seed
 
 
 @dataclass(frozen=True)
-class View:
+class AugmentationKey:
     """Key of everything that is random about a sample's pixels: window, crop, noise on its first frame.
 
     Args:
@@ -28,7 +28,9 @@ class View:
         return derive_generator(self.seed, purpose, self.number)
 
 
-def limited_view(size: int, start: float | None, end: float | None, visit: int, views: int) -> View:
+def limited_augmentation_key(
+    size: int, start: float | None, end: float | None, visit: int, views: int
+) -> AugmentationKey:
     """Returns the view that a clip shows at its `visit`-th turn when it has `views` of them.
 
     They follow each other, so that every one is shown equally often, and depend on the clip alone: another
@@ -43,4 +45,4 @@ def limited_view(size: int, start: float | None, end: float | None, visit: int, 
         views: How many views it has.
     """
     turn = visit % views
-    return View(0, derive_seed(turn, f"view of {size} bytes, {start} to {end}"), turn)
+    return AugmentationKey(0, derive_seed(turn, f"view of {size} bytes, {start} to {end}"), turn)

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.buckets import BucketPlan, choose_bucket
-from sat_train.data.cache.files import FileBook, read_stamp
+from sat_train.data.bad_clips import BadClip, Failure, one_clip
+from sat_train.data.buckets import BucketAssignment, choose_bucket
+from sat_train.data.cache.file_metadata import FileMetadata, read_stamp
 from sat_train.data.clip_file import ClipInfo, read_headers
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.dataset import usable_part
-from sat_train.data.failures import BadClip, Failure, one_clip
 from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults
 from sat_train.data.window import (
     SHORT_REMEDY,
@@ -40,7 +40,7 @@ Look = Callable[[Sequence[ClipRecord]], list[ClipInfo | BadClip]]
 
 
 @dataclass(frozen=True)
-class Fit:
+class SampleSpec:
     """What samples are to be, and what happens to clips that do not give them.
 
     Args:
@@ -92,7 +92,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class FittedClip:
+class ClipAssignment:
     """A clip with what was found out about it.
 
     Args:
@@ -111,7 +111,7 @@ class FittedClip:
 
 
 @dataclass(frozen=True)
-class Planned:
+class ClipSet:
     """A set as it is trained on.
 
     Args:
@@ -122,18 +122,18 @@ class Planned:
     """
 
     sources: tuple[ClipSource, ...]
-    buckets: BucketPlan
+    buckets: BucketAssignment
     left_out: tuple[Failure, ...] = ()
     num_padded: int = 0
 
 
-def plan_sources(mesh: ProcessMesh, sources: Sequence[ClipSource], fit: Fit, look: Look) -> Planned:
+def assign_clips(mesh: ProcessMesh, sources: Sequence[ClipSource], spec: SampleSpec, look: Look) -> ClipSet:
     """Looks into all clips, each rank into its share.
 
     Args:
         mesh: The process mesh.
         sources: The clips, the same on all ranks.
-        fit: What samples are to be.
+        spec: What samples are to be.
         look: Reads the headers of clips.
 
     Raises:
@@ -144,40 +144,44 @@ def plan_sources(mesh: ProcessMesh, sources: Sequence[ClipSource], fit: Fit, loo
     records = [record for source in sources for record in source.records]
     shares = gather_after_work(mesh, look(records[mesh.rank :: mesh.world_size]))
     infos = (shares[i % mesh.world_size][i // mesh.world_size] for i in range(len(records)))
-    clips = [_fit_clip(record, info, fit) for record, info in zip(records, infos, strict=True)]
-    if fit.short_clip == "error":
-        _check_lengths(clips, fit)
+    clips = [_assign_clip(record, info, spec) for record, info in zip(records, infos, strict=True)]
+    if spec.short_clip == "error":
+        _check_lengths(clips, spec)
     left_out = [clip for clip in clips if clip.info is not None and clip.problem is not None]
-    return Planned(
-        *_arrange(sources, clips, fit),
+    return ClipSet(
+        *_arrange(sources, clips, spec),
         tuple(Failure(None, c.record.clip_id, c.problem.cause, c.problem.detail) for c in left_out),
-        sum(clip.bucket is not None and clip.available < fit.shapes[clip.bucket].frames for clip in clips),
+        sum(clip.bucket is not None and clip.available < spec.shapes[clip.bucket].frames for clip in clips),
     )
 
 
-def _fit_clip(record: ClipRecord, info: ClipInfo | BadClip, fit: Fit) -> FittedClip:
+def _assign_clip(record: ClipRecord, info: ClipInfo | BadClip, spec: SampleSpec) -> ClipAssignment:
     if isinstance(info, BadClip):
-        return FittedClip(record, problem=info)
-    available = fit.available(info, record)
+        return ClipAssignment(record, problem=info)
+    available = spec.available(info, record)
     try:
-        return FittedClip(record, info, available, fit.bucket(info, record))
+        return ClipAssignment(record, info, available, spec.bucket(info, record))
     except BadClip as error:
-        return FittedClip(record, info, available, problem=error)
+        return ClipAssignment(record, info, available, problem=error)
 
 
 def look_at(
-    records: Sequence[ClipRecord], book: FileBook | None, *, with_turn: bool, timeout_s: float | None
+    records: Sequence[ClipRecord],
+    file_metadata: FileMetadata | None,
+    *,
+    with_turn: bool,
+    timeout_s: float | None,
 ) -> list[ClipInfo | BadClip]:
     """Reads the headers of many clips, several at once; one that cannot be read gives its reason.
 
     Args:
         records: The clips.
-        book: What is known of files, where there is a cache: only the others are opened.
+        file_metadata: What is known of files, where there is a cache: only the others are opened.
         with_turn: As for `look_into`.
         timeout_s: A clip that takes longer is given up; None: never.
     """
     look = functools.partial(look_into, with_turn=with_turn, timeout_s=timeout_s)
-    if book is None:
+    if file_metadata is None:
         return _look_into_all(records, look, timeout_s)
     stamps = _read_stamps(records)
     found: list[ClipInfo | BadClip | None] = []
@@ -185,7 +189,7 @@ def look_at(
         stamp = stamps[record.path]
         known = stamp
         if not isinstance(stamp, BadClip):
-            known = book.recall_info(record.path, record.span, stamp, with_turn=with_turn)
+            known = file_metadata.recall_info(record.path, record.span, stamp, with_turn=with_turn)
         found.append(known)
     missing = [i for i, info in enumerate(found) if info is None]
     unknown = [records[i] for i in missing]
@@ -193,7 +197,7 @@ def look_at(
     for i, info in zip(missing, seen, strict=True):
         found[i] = info
         if isinstance(info, ClipInfo):
-            book.learn_info(records[i].path, records[i].span, stamps[records[i].path], info)
+            file_metadata.learn_info(records[i].path, records[i].span, stamps[records[i].path], info)
     return found
 
 
@@ -224,38 +228,38 @@ def look_into(record: ClipRecord, *, with_turn: bool = False, timeout_s: float |
     return read_headers(record.path, span=record.span, with_turn=with_turn, timeout_s=timeout_s)
 
 
-def describe_plan(planned: Planned, batch_sizes: Sequence[int], tokens: Sequence[int]) -> str:
+def describe_clip_set(clip_set: ClipSet, batch_sizes: Sequence[int], tokens: Sequence[int]) -> str:
     """Returns a table of the buckets, and what is left out or padded.
 
     Args:
-        planned: The plan.
+        clip_set: The set.
         batch_sizes: Samples of all ranks in a micro-batch of each bucket.
         tokens: Tokens of one sample of each bucket.
     """
     lines = ["samples are (frames x height x width)"]
     for shape, clips, size, cost in zip(
-        planned.buckets.shapes, planned.buckets.counts(), batch_sizes, tokens, strict=True
+        clip_set.buckets.shapes, clip_set.buckets.counts(), batch_sizes, tokens, strict=True
     ):
         if clips:
             rare = f", a batch in {size / clips:.1f} epochs" if clips < size else ""
             lines.append(
                 f"  {shape!s:<14} {clips:>8} clips, {size} in a micro-batch, {cost} tokens each{rare}"
             )
-    if planned.num_padded:
-        lines.append(f"{planned.num_padded} clips are padded: their last frame is repeated")
-    causes = Counter(failure.cause for failure in planned.left_out)
+    if clip_set.num_padded:
+        lines.append(f"{clip_set.num_padded} clips are padded: their last frame is repeated")
+    causes = Counter(failure.cause for failure in clip_set.left_out)
     for cause, count in causes.most_common():
-        names = [failure.clip_id for failure in planned.left_out if failure.cause == cause][:_SHOWN]
+        names = [failure.clip_id for failure in clip_set.left_out if failure.cause == cause][:_SHOWN]
         lines.append(f"{count} clips are left out ({cause}): {', '.join(names)}{' ...' * (count > _SHOWN)}")
     return "\n".join(lines)
 
 
-def cut_chunks(record: ClipRecord, info: ClipInfo, fit: Fit, num_frames: int) -> list[ClipRecord]:
+def chunk_records(record: ClipRecord, info: ClipInfo, spec: SampleSpec, num_frames: int) -> list[ClipRecord]:
     """Turns a long clip into several records of equal length, one for each window that fits."""
-    count = count_windows(fit.available(info, record), num_frames)
+    count = count_windows(spec.available(info, record), num_frames)
     if count == 1:
         return [record]
-    first, last = usable_part(info, record, fit.skip_frms_num)
+    first, last = usable_part(info, record, spec.skip_frms_num)
     parts = []
     for begin, end in split_chunks(first=first, last=last, count=count):
         start, stop = begin - info.first, end - info.first
@@ -264,7 +268,7 @@ def cut_chunks(record: ClipRecord, info: ClipInfo, fit: Fit, num_frames: int) ->
     return parts
 
 
-def _check_lengths(clips: Sequence[FittedClip], fit: Fit) -> None:
+def _check_lengths(clips: Sequence[ClipAssignment], spec: SampleSpec) -> None:
     short = [
         (clip.record.clip_id, clip.problem.detail)
         for clip in clips
@@ -273,14 +277,14 @@ def _check_lengths(clips: Sequence[FittedClip], fit: Fit) -> None:
     check_faults(
         short,
         f"{len(short)} of {len(clips)} clips are too short",
-        expected=f"{fit.least_frames} frames at {fit.fps:g} frames a second",
+        expected=f"{spec.least_frames} frames at {spec.fps:g} frames a second",
         remedy=SHORT_REMEDY,
     )
 
 
 def _arrange(
-    sources: Sequence[ClipSource], clips: Sequence[FittedClip], fit: Fit
-) -> tuple[tuple[ClipSource, ...], BucketPlan]:
+    sources: Sequence[ClipSource], clips: Sequence[ClipAssignment], spec: SampleSpec
+) -> tuple[tuple[ClipSource, ...], BucketAssignment]:
     """Returns the sources with the clips that stay, and the bucket of each of these.
 
     A clip that cannot be read stays, in the bucket that most clips have: it is counted and replaced when its
@@ -296,15 +300,15 @@ def _arrange(
         for clip in itertools.islice(left, len(source)):
             bucket = usual if clip.info is None else clip.bucket
             if bucket is not None:
-                parts = _parts(clip, fit, fit.shapes[bucket].frames)
+                parts = _parts(clip, spec, spec.shapes[bucket].frames)
                 records += parts
                 buckets += [bucket] * len(parts)
         arranged.append(source.with_records(records))
         of_clips.append(np.array(buckets, np.int64))
-    return tuple(arranged), BucketPlan(fit.shapes, tuple(of_clips))
+    return tuple(arranged), BucketAssignment(spec.shapes, tuple(of_clips))
 
 
-def _parts(clip: FittedClip, fit: Fit, num_frames: int) -> list[ClipRecord]:
-    if fit.window != "chunks" or clip.info is None or clip.info.is_image:
+def _parts(clip: ClipAssignment, spec: SampleSpec, num_frames: int) -> list[ClipRecord]:
+    if spec.window != "chunks" or clip.info is None or clip.info.is_image:
         return [clip.record]
-    return cut_chunks(clip.record, clip.info, fit, num_frames)
+    return chunk_records(clip.record, clip.info, spec, num_frames)

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.cache.key import Origin, digest
 from sat_train.data.clip_file import READER, ClipInfo, Span, open_part, read_headers
-from sat_train.data.failures import BadClip
 from sat_train.data.remote import is_remote, read_state
 from sat_train.files import open_regular, read_text, write_text
 from sat_train.log import get_logger
@@ -39,7 +39,7 @@ class _Known:
     info: ClipInfo | None
 
 
-class FileBook:
+class FileMetadata:
     """Remembers the hash and the headers of files, for as long as size, times and inode stay the same.
 
     A file is hashed once, not once a run: what was learnt goes to `<cache_dir>/files/` and is read at the

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sat_train.data.bad_clips import BadClip
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.failures import BadClip
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingEncodings:
     """A sample that is not all there.
 
     Args:
@@ -28,7 +28,7 @@ class Missing:
 
 def find_missing(
     dataset: VideoDataset, indices: Iterable[int], *, retry_failed: bool = False
-) -> list[Missing]:
+) -> list[MissingEncodings]:
     """Returns which samples are not all in the cache.
 
     A clip that cannot be opened, or is known to be undecodable, counts as the clip that takes its place.
@@ -42,7 +42,7 @@ def find_missing(
     return [found for found in missing if found is not None]
 
 
-def drop_repeated(missing: Sequence[Missing]) -> list[Missing]:
+def drop_repeated(missing: Sequence[MissingEncodings]) -> list[MissingEncodings]:
     """Keeps of the samples that lack the same encodings only the first."""
     seen: set[str] = set()
     kept = []
@@ -53,7 +53,7 @@ def drop_repeated(missing: Sequence[Missing]) -> list[Missing]:
     return kept
 
 
-def _missing_of(dataset: VideoDataset, index: int, retry_failed: bool) -> Missing | None:
+def _missing_of(dataset: VideoDataset, index: int, retry_failed: bool) -> MissingEncodings | None:
     cache = dataset.cache
     assert cache is not None, "a data set without a cache"
     for ref in dataset.clip_refs(index):
@@ -67,5 +67,5 @@ def _missing_of(dataset: VideoDataset, index: int, retry_failed: bool) -> Missin
         if "clip" in parts and not retry_failed and cache.known_failure(keys) is not None:
             continue
         wanted = tuple(key for part in parts if part != "text" for key in [getattr(keys, part)])
-        return Missing(index, dataset.record(ref).clip_id, wanted, "text" in parts)
+        return MissingEncodings(index, dataset.record(ref).clip_id, wanted, "text" in parts)
     return None  # no usable clip at all: the loader says so

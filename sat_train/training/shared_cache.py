@@ -7,11 +7,11 @@ from pathlib import Path
 
 from sat_train.checkpoint.sources import find_weights
 from sat_train.config import RunConfig
-from sat_train.data.cache.files import FileBook
+from sat_train.data.bad_clips import BadClip
+from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests, digest
 from sat_train.data.cache.samples import OpenCache, Use
-from sat_train.data.failures import BadClip
 from sat_train.distributed.collectives import broadcast_object, check_all_ranks
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import gather_after_work, wait_for_ranks
@@ -37,30 +37,32 @@ def open_cache(config: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
     Ranks: all; rank 0 hashes the weights, once: the cache remembers what it found.
     """
     folder = Path(config.data.cache_dir)
-    book = FileBook(folder, identity=config.data.cache_identity, timeout_s=config.data.worker_timeout_s)
+    file_metadata = FileMetadata(
+        folder, identity=config.data.cache_identity, timeout_s=config.data.worker_timeout_s
+    )
     found, error = None, None
     if mesh.rank == 0:
         try:
-            found = digest_encoders(config, book)
-            book.publish()
+            found = digest_encoders(config, file_metadata)
+            file_metadata.publish()
         except SatTrainError as caught:
             error = caught
     wait_for_ranks(mesh)  # hashing weights of 10 GB takes rank 0 long
     check_all_ranks(mesh, error)
-    return OpenCache(folder, CacheIndex(folder), book, broadcast_object(mesh, found), use)
+    return OpenCache(folder, CacheIndex(folder), file_metadata, broadcast_object(mesh, found), use)
 
 
-def share_files(mesh: ProcessMesh, book: FileBook) -> None:
+def share_files(mesh: ProcessMesh, file_metadata: FileMetadata) -> None:
     """Writes down what each rank has hashed, and tells it to the others.
 
     Ranks: all.
     """
-    for learnt in gather_after_work(mesh, book.learnt()):
-        book.merge(learnt)
-    book.publish()
+    for learnt in gather_after_work(mesh, file_metadata.learnt()):
+        file_metadata.merge(learnt)
+    file_metadata.publish()
 
 
-def digest_encoders(config: RunConfig, book: FileBook) -> EncoderDigests:
+def digest_encoders(config: RunConfig, file_metadata: FileMetadata) -> EncoderDigests:
     """Hashes weights, settings and dtype of the encoders.
 
     Raises:
@@ -74,29 +76,31 @@ def digest_encoders(config: RunConfig, book: FileBook) -> EncoderDigests:
     return EncoderDigests(
         vae=digest(
             kind="vae",
-            weights=_weights(book, vae.ckpt_path, lambda: find_weights(vae.ckpt_path, part="vae").files),
+            weights=_weights(
+                file_metadata, vae.ckpt_path, lambda: find_weights(vae.ckpt_path, part="vae").files
+            ),
             settings=settings,
             dtype=str(dtype),
         ),
         text=digest(
             kind="text",
-            weights=_weights(book, text.model_dir, lambda: _t5_files(Path(text.model_dir))),
+            weights=_weights(file_metadata, text.model_dir, lambda: _t5_files(Path(text.model_dir))),
             max_length=text.max_length,
             dtype=[str(dtype), str(compute_dtype(config.args))],
         ),
     )
 
 
-def _weights(book: FileBook, path: str, files: Callable[[], Sequence[Path]]) -> str:
+def _weights(file_metadata: FileMetadata, path: str, files: Callable[[], Sequence[Path]]) -> str:
     """Hashes files, or takes what the cache knows of this path where the encoder is not on this machine."""
     if Path(path).exists():
         try:
-            found = digest(files=[book.sha256(file.absolute()) for file in files()])
+            found = digest(files=[file_metadata.sha256(file.absolute()) for file in files()])
         except BadClip as error:
             raise DataError(f"{path}: {error.detail}") from None
-        book.remember(path, found)
+        file_metadata.remember(path, found)
         return found
-    known = book.named(path)
+    known = file_metadata.named(path)
     if known is None:
         raise DataError(
             f"{path} does not exist, and the cache has nothing that was encoded with it",

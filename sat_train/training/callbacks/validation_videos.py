@@ -37,7 +37,7 @@ class SampleVideos(Callback):
         engine: DeepSpeed engine, put into evaluation mode meanwhile.
         run_directory: The run directory.
         prompts: One for each video.
-        draw: Number of a prompt -> uint8 video_tchw on the CPU; its seed does not depend on the rank.
+        generate: Number of a prompt -> uint8 video_tchw on the CPU; its seed does not depend on the rank.
         fps: Of the files.
         interval: Steps between samples.
         lockstep: Each forward pass takes all ranks (ZeRO-3, tensor parallelism): one that fails alone would
@@ -53,7 +53,7 @@ class SampleVideos(Callback):
         run_directory: Path,
         *,
         prompts: Sequence[str],
-        draw: Callable[[int], torch.Tensor],
+        generate: Callable[[int], torch.Tensor],
         fps: float,
         interval: int,
         lockstep: bool,
@@ -62,7 +62,7 @@ class SampleVideos(Callback):
         self._engine = engine
         self._run_directory = run_directory
         self._prompts = tuple(prompts)
-        self._draw = draw
+        self._generate = generate
         self._fps = fps
         self._interval = interval
         self._lockstep = lockstep and mesh.world_size > 1
@@ -115,7 +115,7 @@ class SampleVideos(Callback):
 
     def _video(self, number: int) -> torch.Tensor:
         try:
-            return self._draw(number)
+            return self._generate(number)
         except Exception as error:
             if not self._lockstep:
                 raise

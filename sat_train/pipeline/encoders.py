@@ -13,8 +13,8 @@ from sat_train.pipeline.geometry import latent_frames
 from sat_train.pipeline.image_latent import noise_image
 
 if TYPE_CHECKING:
+    from sat_train.data.augmentation_key import AugmentationKey
     from sat_train.data.batch import VideoBatch
-    from sat_train.data.view import View
     from sat_train.models.text.t5 import T5TextEncoder
     from sat_train.models.vae.video_vae import VideoVAE
 
@@ -32,12 +32,14 @@ def unit_to_pixels(video: Tensor) -> Tensor:
     return ((video.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def conditioning_image(batch: VideoBatch, views: Sequence[View], device: torch.device | str) -> Tensor:
+def conditioning_image(
+    batch: VideoBatch, augmentations: Sequence[AugmentationKey], device: torch.device | str
+) -> Tensor:
     """Returns the first frames that condition a batch, float32 in [-1, 1], (b, c, h, w).
 
     Args:
         batch: With pixels; the clips' own first frames serve where it has no images.
-        views: Key of the noise on each sample's image, one a sample; empty for no noise.
+        augmentations: Key of the noise on each sample's image, one a sample; empty for no noise.
         device: Where they go. The noise is drawn on the CPU.
     """
     pixels = batch.image_bchw
@@ -45,14 +47,14 @@ def conditioning_image(batch: VideoBatch, views: Sequence[View], device: torch.d
         assert batch.video_btchw is not None, "a batch has pixels or encodings"
         pixels = batch.video_btchw[:, 0]
     image = pixels_to_unit(pixels, device)
-    if not views:
+    if not augmentations:
         return image
-    eps = [torch.randn(image.shape[1:], generator=view.generator("image_noise")) for view in views]
-    log_sigma_eps = [torch.randn((), generator=view.generator("image_noise_level")) for view in views]
+    eps = [torch.randn(image.shape[1:], generator=key.generator("image_noise")) for key in augmentations]
+    log_sigma_eps = [torch.randn((), generator=key.generator("image_noise_level")) for key in augmentations]
     return noise_image(image, torch.stack(eps).to(device), torch.stack(log_sigma_eps).to(device))
 
 
-class FrozenModels:
+class Encoders:
     """Video autoencoder and text encoder, used without gradients, on one sample at a time.
 
     Batched convolutions round differently: so a sample's encoding would depend on what is beside it.

@@ -12,7 +12,7 @@ from sat_train.config.schema.diffusion import (
     SamplerSlot,
     VideoDiffusionLossSlot,
 )
-from sat_train.config.schema.encoders import GeneralConditionerSlot, VideoVAESlot
+from sat_train.config.schema.encoder_slots import GeneralConditionerSlot, VideoVAESlot
 from sat_train.config.schema.network import DiffusionTransformerSlot
 from sat_train.config.schema.record import No, Record, Texts
 

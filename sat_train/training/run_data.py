@@ -16,7 +16,7 @@ from sat_train.data.batch import VideoBatch
 from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.build import build_train_loader, build_valid_loader
 from sat_train.data.cache.key import text_key
-from sat_train.data.cache.plan import find_missing
+from sat_train.data.cache.missing import find_missing
 from sat_train.data.cache.samples import OpenCache
 from sat_train.data.cache.shards import ShardWriter
 from sat_train.data.loader import VideoLoader
@@ -25,9 +25,9 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import DataError
 from sat_train.log import get_logger
 from sat_train.pipeline.encode import SampleEncoder
-from sat_train.pipeline.frozen_models import FrozenModels
+from sat_train.pipeline.encoders import Encoders
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.encoders import open_cache, share_files
+from sat_train.training.shared_cache import open_cache, share_files
 
 log = get_logger(__name__)
 
@@ -61,7 +61,7 @@ class RunData:
         """Returns the embedding of the empty prompt from the cache, if it is there."""
         if self.cache is None:
             return None
-        entry = self.cache.index.read(text_key("", text=self.cache.encoders.text))
+        entry = self.cache.index.read(text_key("", text=self.cache.encoder_digests.text))
         return entry and entry["text"]
 
 
@@ -107,7 +107,7 @@ def open_data(
             train.batches, train.position, max(0, steps) * config.args.gradient_accumulation_steps
         )
         is_complete = check_complete(config, mesh, cache, train, valid, samples)
-        needs_encoders = not is_complete or draws_videos(config)
+        needs_encoders = not is_complete or samples_videos(config)
         log.info("%s", _told(config, is_complete))
     return RunData(train, valid, train_iters, needs_encoders, cache)
 
@@ -136,12 +136,12 @@ def count_steps(config: RunConfig, batches: OrderedBatches, steps_done: int = 0)
 
 def samples_of(batches: OrderedBatches, position: DataPosition, micro_steps: int | None = None) -> list[int]:
     """Returns the samples that all ranks take after a position, in so many micro-steps or to the end."""
-    planned = itertools.islice(batches.plan(position), micro_steps)
-    return sorted(index for batch in planned for index in batch.indices)
+    micro_batches = itertools.islice(batches.micro_batches(position), micro_steps)
+    return sorted(index for batch in micro_batches for index in batch.indices)
 
 
-def draws_videos(config: RunConfig) -> bool:
-    """Tells whether validation draws videos, which takes both encoders' models."""
+def samples_videos(config: RunConfig) -> bool:
+    """Tells whether validation samples videos, which takes both encoders' models."""
     return config.args.eval_interval is not None and config.args.valid_video_interval is not None
 
 
@@ -167,7 +167,7 @@ def check_complete(
     missing = find_missing(train.dataset, samples[mesh.rank :: mesh.world_size])
     if valid is not None:
         missing += find_missing(valid.dataset, shown[mesh.rank :: mesh.world_size])
-    share_files(mesh, cache.book)
+    share_files(mesh, cache.file_metadata)
     shares = gather_objects(mesh, [sample.clip_id for sample in missing])
     clips = [clip for share in shares for clip in share]
     has_null = config.model.null_condition == "zero" or _null_key(cache) in cache.index
@@ -191,14 +191,14 @@ class CacheFiller(Callback):
     Args:
         config: The configuration.
         mesh: The process mesh; of ranks that see the same samples only the first one writes.
-        frozen: The encoders.
+        encoders: The encoders.
         cache: The open cache.
     """
 
     optional = True  # what it fails to keep is encoded again
 
-    def __init__(self, config: RunConfig, mesh: ProcessMesh, frozen: FrozenModels, cache: OpenCache) -> None:
-        self._frozen, self._cache = frozen, cache
+    def __init__(self, config: RunConfig, mesh: ProcessMesh, encoders: Encoders, cache: OpenCache) -> None:
+        self._encoders, self._cache = encoders, cache
         self._image_to_video = config.model.noised_image_input
         self._writes = mesh.model_rank == 0
         self._writer = build_writer(config, mesh, waits=True)
@@ -223,9 +223,9 @@ class CacheFiller(Callback):
 
     def _encoder(self, image: str) -> SampleEncoder:
         return SampleEncoder(
-            self._frozen,
+            self._encoders,
             writer=self._writer,
-            encoders=self._cache.encoders,
+            encoder_digests=self._cache.encoder_digests,
             is_there=lambda key: not self._writes or self._cache.index.is_whole(key),
             image=image if self._image_to_video else None,
         )
@@ -242,14 +242,14 @@ def _count_clips(loader: VideoLoader) -> int:
 
 
 def _null_key(cache: OpenCache) -> str:
-    return text_key("", text=cache.encoders.text)
+    return text_key("", text=cache.encoder_digests.text)
 
 
 def _told(config: RunConfig, is_complete: bool) -> str:
     if not is_complete:
         told = "not all samples are there, the rest is encoded" + " and kept" * (config.data.cache == "fill")
-    elif draws_videos(config):
-        told = "all samples are there; T5 and the VAE are loaded because validation draws videos"
+    elif samples_videos(config):
+        told = "all samples are there; T5 and the VAE are loaded because validation samples videos"
     else:
         told = "all samples are there; neither T5 nor the VAE is loaded"
     return f"cache {config.data.cache_dir}: {told}"
