@@ -165,7 +165,8 @@ def load_engine(
         raise
     except Exception as error:  # whatever a stranger's file makes DeepSpeed stumble over
         raise CheckpointError(
-            f"step {step} of {run_directory} cannot be loaded: {type(error).__name__}: {printable(str(error))}",
+            f"step {step} of {run_directory} cannot be loaded: "
+            f"{type(error).__name__}: {printable(str(error))}",
             expected="the state of an optimizer, as sat_train writes it",
             remedy="resume from another step (args.resume=PATH/STEP), or begin from weights with args.load",
         ) from error

@@ -85,7 +85,7 @@ class ReshardedFiles(ShardFiles):
         return state
 
     def _reshard_stage_1_2(self, shards: Sequence[State]) -> State:
-        """A group is one vector, split evenly; the masters are saved without its padding, the moments with."""
+        """A group is one vector, split evenly; masters are saved without its padding, moments with it."""
         live = [group.numel() for group in self._engine.optimizer.single_partition_of_fp32_groups]
         assert not any(any(gaps) for gaps in shards[0].get("param_alignment_paddings") or []), (
             "aligned parameters"

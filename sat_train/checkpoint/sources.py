@@ -43,8 +43,8 @@ def find_weights(path: str | Path, *, part: str = "transformer") -> WeightSource
     """Finds the weights that a path means.
 
     Args:
-        path: A file; a SAT folder or one of its steps; a run directory of ours or one of its steps; a diffusers
-            model folder, or the folder of one of its parts. `asset:` paths are shipped files.
+        path: A file; a SAT folder or one of its steps; a run directory of ours or one of its steps; a
+            diffusers model folder, or the folder of one of its parts. `asset:` paths are shipped files.
         part: Folder to take from a diffusers model folder.
 
     Raises:

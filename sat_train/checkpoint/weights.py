@@ -149,8 +149,8 @@ def find_base(folder: Path, manifest: Manifest, *, load_base: str | Path | None 
     Args:
         folder: The step, for messages.
         manifest: Its manifest.
-        load_base: Where they lie now; None: where the run recorded them. A run directory means that of its steps
-            whose hash is the recorded one.
+        load_base: Where they lie now; None: where the run recorded them. A run directory means that of its
+            steps whose hash is the recorded one.
 
     Returns:
         Where they are, absolute, and their hash.

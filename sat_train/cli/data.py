@@ -144,7 +144,7 @@ def _long_captions(source: ClipSource, folder: Path, max_length: int) -> tuple[t
 
 def _preview(config: RunConfig, output: Path, count: int) -> int:
     loader = build_train_loader(config, start_single_process())
-    samples = [loader.dataset.item(index, pixels=True).sample for index in range(count)]
+    samples = [loader.dataset.read(index, pixels=True).sample for index in range(count)]
     for sample in samples:
         path = output / f"{sample.sample_index:04d}.mp4"
         write_mp4(path, sample.video_tchw, fps=config.data.params.fps)

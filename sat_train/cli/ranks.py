@@ -34,8 +34,8 @@ def run_on_ranks(
 
     Args:
         purpose: What the configuration is checked for.
-        work: Module and function (config, mesh) -> None. Imported once the configuration is known to be right,
-            because torch and all that stands on it take seconds.
+        work: Module and function (config, mesh) -> None. Imported once the configuration is known to be
+            right, because torch and all that stands on it take seconds.
         words: Command line without the program's name; None takes this process's.
 
     Returns:

@@ -25,7 +25,7 @@ from sat_train.config.paths import PACKAGE, expand_assets
 from sat_train.config.references import resolve_references
 from sat_train.config.rules import PATH_RULES, RULES, check_rules
 from sat_train.config.rules.path_rules import placeholders
-from sat_train.config.rules.rule import Draft, Purpose
+from sat_train.config.rules.rule import ParsedConfig, Purpose
 from sat_train.config.run import RunConfig, Sections
 from sat_train.config.run_model import use_model_of_run
 from sat_train.config.schema.record import Record
@@ -69,7 +69,7 @@ def load_run_config(
     sections = validate(merged, _embedded_tree, faults, is_whole=is_whole)
     if sections is None or not is_whole:  # what a file that cannot be read would have said, nobody knows
         raise ConfigError(faults)
-    draft = Draft(
+    parsed_config = ParsedConfig(
         args=sections.args,
         model=sections.model,
         data=sections.data,
@@ -77,9 +77,9 @@ def load_run_config(
         purpose=purpose,
         source_of=partial(_source_of_given, merged),
     )
-    check_rules(draft, RULES, faults)
+    check_rules(parsed_config, RULES, faults)
     if check_paths:
-        check_rules(draft, PATH_RULES, faults)
+        check_rules(parsed_config, PATH_RULES, faults)
     if faults:
         raise ConfigError(faults)
     return RunConfig(
@@ -88,8 +88,8 @@ def load_run_config(
         data=sections.data,
         deepspeed=sections.deepspeed,
         sources=_sources(sections, merged),
-        notes=tuple(_notes(layers, draft)),
-        needs=_missing_for_use(draft) if purpose == "check" else "",
+        notes=tuple(_notes(layers, parsed_config)),
+        needs=_missing_for_use(parsed_config) if purpose == "check" else "",
     )
 
 
@@ -138,7 +138,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def _notes(layers: Sequence[Layer], draft: Draft) -> list[str]:
+def _notes(layers: Sequence[Layer], config: ParsedConfig) -> list[str]:
     notes = []
     if any(layer.is_embedded for layer in layers):
         notes.append(f"No file chooses a network: the embedded tiny model is used ({EMBEDDED}).")
@@ -146,21 +146,21 @@ def _notes(layers: Sequence[Layer], draft: Draft) -> list[str]:
     if dropped:
         listed = ", ".join(path if why == NO_EFFECT else f"{path} ({why})" for path, why in dropped.items())
         notes.append(f"Keys of older files that have no effect: {listed}.")
-    written, trained = draft.args.sampling_fps, draft.data.params.fps if draft.data is not None else None
+    written, trained = config.args.sampling_fps, config.data.params.fps if config.data is not None else None
     if written is not None and trained is not None and written != trained:
         notes.append(
             f"Videos are written at args.sampling_fps = {written:g}, but data.params.fps = {trained:g}."
         )
-    if draft.purpose == "sample" and (latent := draft.args.sampling_num_frames) is not None:
+    if config.purpose == "sample" and (latent := config.args.sampling_num_frames) is not None:
         notes.append(f"args.sampling_num_frames = {latent} latent frames: {4 * latent - 3} frames of video.")
     return notes
 
 
-def _missing_for_use(draft: Draft) -> str:
+def _missing_for_use(config: ParsedConfig) -> str:
     """Returns what a configuration that may be a part still needs before it trains, or samples."""
-    verb: Purpose = "sample" if draft.args.mode == "inference" else "train"
+    verb: Purpose = "sample" if config.args.mode == "inference" else "train"
     faults: list[Fault] = []
-    check_rules(replace(draft, purpose=verb), RULES, faults)
+    check_rules(replace(config, purpose=verb), RULES, faults)
     needs = [f"{fault.path}: {fault.expected}" for fault in faults]
-    needs += [f"{path}, to be filled in" for path in placeholders(draft)]
+    needs += [f"{path}, to be filled in" for path in placeholders(config)]
     return f"to {verb} it needs {'; '.join(needs)}" if needs else ""

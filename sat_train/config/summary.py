@@ -170,7 +170,8 @@ def _doubts(config: RunConfig, facts: RunFacts) -> Iterator[str]:
         if step > _BOLD_LORA_STEP:
             yield f"lr x alpha / r = {step:.1g} is high: lr 1e-3 is for alpha = 1, with alpha = r use 1e-4"
     if config.data is not None and not math.isclose(config.data.params.fps, trained_fps(config)):
-        yield f"data.params.fps = {config.data.params.fps:g}, but this model was trained at {trained_fps(config)}"
+        fps = config.data.params.fps
+        yield f"data.params.fps = {fps:g}, but this model was trained at {trained_fps(config)}"
     if facts.clips is not None and facts.data_ranks is not None:
         step_size = _samples_a_step(config, facts.data_ranks)
         if step_size > facts.clips.train:

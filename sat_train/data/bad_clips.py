@@ -65,7 +65,7 @@ def _bad_clip(cause: str, detail: str, may_pass: bool) -> BadClip:
 
 
 @dataclass(frozen=True)
-class Failure:
+class ClipFailure:
     """A sample whose clip was bad.
 
     Args:
@@ -100,10 +100,10 @@ class FailureLog:
         self.max_bad_fraction = max_bad_fraction
         self.path = path
         self.rank = rank
-        self.by_clip: dict[str, Failure] = {}
+        self.by_clip: dict[str, ClipFailure] = {}
         self.num_samples = 0
 
-    def add(self, failure: Failure) -> None:
+    def add(self, failure: ClipFailure) -> None:
         """Counts one failure; the first one of a clip is also logged and written to the file."""
         self.num_samples += 1
         if failure.clip_id in self.by_clip:
@@ -120,7 +120,7 @@ class FailureLog:
             counts[failure.cause] = counts.get(failure.cause, 0) + 1
         return counts
 
-    def check(self, found: Mapping[str, Failure] | None = None) -> None:
+    def check(self, found: Mapping[str, ClipFailure] | None = None) -> None:
         """Ends the run when more clips are bad than allowed.
 
         Args:
@@ -144,7 +144,7 @@ class FailureLog:
         )
 
 
-def write_failures(path: Path, failures: Sequence[Failure], *, rank: int) -> None:
+def write_failures(path: Path, failures: Sequence[ClipFailure], *, rank: int) -> None:
     """Appends one JSON object for each clip to a file; no training ends because it cannot be written."""
     try:
         _append_failures(path, failures, rank=rank)
@@ -152,7 +152,7 @@ def write_failures(path: Path, failures: Sequence[Failure], *, rank: int) -> Non
         log.error("%s cannot be written, training continues: %s", path, error.strerror or error)
 
 
-def _append_failures(path: Path, failures: Sequence[Failure], *, rank: int) -> None:
+def _append_failures(path: Path, failures: Sequence[ClipFailure], *, rank: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
@@ -165,5 +165,5 @@ def _append_failures(path: Path, failures: Sequence[Failure], *, rank: int) -> N
         os.close(descriptor)
 
 
-def _words(failure: Failure) -> tuple[str, str, str]:
+def _words(failure: ClipFailure) -> tuple[str, str, str]:
     return failure.clip_id, failure.cause, failure.detail

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sat_train.config import RunConfig
 from sat_train.config.shapes import allowed_shapes, count_tokens
-from sat_train.data.bad_clips import Failure, FailureLog, write_failures
+from sat_train.data.bad_clips import ClipFailure, FailureLog, write_failures
 from sat_train.data.batches import DataPosition, OrderedBatches, QueuedBatches
 from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
 from sat_train.data.dataset import VideoDataset
@@ -324,9 +324,9 @@ def _prepass(
     return clip_set
 
 
-def _left_out(sources: Sequence[ClipSource]) -> list[Failure]:
+def _left_out(sources: Sequence[ClipSource]) -> list[ClipFailure]:
     """Returns the clips that their sources could not give."""
-    return [Failure(None, name, "unusable", why) for source in sources for name, why in source.faults]
+    return [ClipFailure(None, name, "unusable", why) for source in sources for name, why in source.faults]
 
 
 def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
@@ -368,7 +368,7 @@ def sum_bad_clips(mesh: ProcessMesh, loader: VideoLoader) -> int:
     Ranks: all.
     """
     ours = {clip: replace(failure, keys=None) for clip, failure in loader.failures.by_clip.items()}
-    found: dict[str, Failure] = {}
+    found: dict[str, ClipFailure] = {}
     for theirs in gather_objects(mesh, ours):
         found.update(theirs)
     try:

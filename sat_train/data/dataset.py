@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data.augmentation_key import AugmentationKey, limited_augmentation_key
-from sat_train.data.bad_clips import BadClip, Failure, one_clip
+from sat_train.data.bad_clips import BadClip, ClipFailure, one_clip
 from sat_train.data.batch import VideoSample
 from sat_train.data.buckets import BucketAssignment
 from sat_train.data.cache.file_metadata import read_stamp
@@ -45,7 +45,7 @@ class SampleResult:
     """A sample, and the clips that failed before one could give it."""
 
     sample: VideoSample
-    failures: tuple[Failure, ...]
+    failures: tuple[ClipFailure, ...]
 
 
 class VideoDataset(Dataset[SampleResult]):
@@ -131,7 +131,7 @@ class VideoDataset(Dataset[SampleResult]):
         Raises:
             DataError: No substitute is usable either.
         """
-        failures: list[Failure] = []
+        failures: list[ClipFailure] = []
         for ref in self.clip_refs(index):
             clip_id = self.record(ref).clip_id
             if self.on_attempt is not None:
@@ -143,7 +143,7 @@ class VideoDataset(Dataset[SampleResult]):
                     return SampleResult(self._find(index, ref, pixels=pixels), tuple(failures))
             except BadClip as error:
                 keys = None if error.may_pass else self._key_of_bad(index, ref)
-                failures.append(Failure(index, clip_id, error.cause, error.detail, keys))
+                failures.append(ClipFailure(index, clip_id, error.cause, error.detail, keys))
         tried = "".join(f"\n    {f.clip_id} ({f.cause}: {f.detail})" for f in failures[:10])
         raise DataError(
             f"sample {index}: none of {len(failures)} clips can be used:{tried}",

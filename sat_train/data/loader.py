@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from sat_train.data.bad_clips import BadClip, Failure, FailureLog
+from sat_train.data.bad_clips import BadClip, ClipFailure, FailureLog
 from sat_train.data.batch import VideoBatch, collate
 from sat_train.data.batches import DataPosition, ListedBatches, MicroBatch, OrderedBatches, QueuedBatches
 from sat_train.data.clip_pool import prepare_worker
@@ -39,7 +39,7 @@ class _Packed:
     """What a worker sends: a batch and the clips that failed on the way, or the error that ends the run."""
 
     batch: VideoBatch | None
-    failures: tuple[Failure, ...]
+    failures: tuple[ClipFailure, ...]
     error: SatTrainError | None = None
 
     def pin_memory(self) -> _Packed:

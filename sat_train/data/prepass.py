@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.bad_clips import BadClip, Failure, one_clip
+from sat_train.data.bad_clips import BadClip, ClipFailure, one_clip
 from sat_train.data.buckets import BucketAssignment, choose_bucket
 from sat_train.data.cache.file_metadata import FileMetadata, read_stamp
 from sat_train.data.clip_file import ClipInfo, read_headers
@@ -123,7 +123,7 @@ class ClipSet:
 
     sources: tuple[ClipSource, ...]
     buckets: BucketAssignment
-    left_out: tuple[Failure, ...] = ()
+    left_out: tuple[ClipFailure, ...] = ()
     num_padded: int = 0
 
 
@@ -150,7 +150,7 @@ def assign_clips(mesh: ProcessMesh, sources: Sequence[ClipSource], spec: SampleS
     left_out = [clip for clip in clips if clip.info is not None and clip.problem is not None]
     return ClipSet(
         *_arrange(sources, clips, spec),
-        tuple(Failure(None, c.record.clip_id, c.problem.cause, c.problem.detail) for c in left_out),
+        tuple(ClipFailure(None, c.record.clip_id, c.problem.cause, c.problem.detail) for c in left_out),
         sum(clip.bucket is not None and clip.available < spec.shapes[clip.bucket].frames for clip in clips),
     )
 

@@ -40,7 +40,7 @@ _LAST_SAVE_S = 300.0
 
 
 @dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """The first failure of a run, as all ranks show it.
 
     Args:
@@ -91,7 +91,7 @@ class FailureBoard:
             self._meet_again(_ENDED, limit_s=None)
         self._left.set()
 
-    def report(self, message: str, exit_code: int, *, agreed: bool = False) -> Failure:
+    def report(self, message: str, exit_code: int, *, agreed: bool = False) -> RankFailure:
         """Reports a failure of this rank, and shows the first failure of all ranks, once on each machine.
 
         Returns when all ranks know it, or after a while: the launcher ends all of them when one has ended.
@@ -103,8 +103,8 @@ class FailureBoard:
             The first failure.
         """
         self._failing.set()
-        mine = Failure(f"rank {self._env.rank}: {message}", exit_code, int(time.time()))
-        told: list[Failure] = []
+        mine = RankFailure(f"rank {self._env.rank}: {message}", exit_code, int(time.time()))
+        told: list[RankFailure] = []
 
         def tell() -> None:
             told.append(self._tell(mine, message, agreed))
@@ -154,7 +154,7 @@ class FailureBoard:
             "  remedy:   look at that machine; `dmesg` there names a process killed as memory ran out"
         )
 
-    def _tell(self, mine: Failure, message: str, agreed: bool) -> Failure:
+    def _tell(self, mine: RankFailure, message: str, agreed: bool) -> RankFailure:
         try:
             was_called = self._announced([self._env.rank])
             limit_s = _STAY_S if was_called else _STAY_FOR_LATE_ONES_S
@@ -162,7 +162,7 @@ class FailureBoard:
             if agreed or not was_called:
                 mine = self._speak_for_all(mine, message, limit_s)
             text = json.dumps(asdict(mine))
-            first = Failure(**json.loads(self._store.compare_set(_FIRST, "", text)))
+            first = RankFailure(**json.loads(self._store.compare_set(_FIRST, "", text)))
             announce(self._store, self._env)
         except RuntimeError:
             _show(f"{mine.message}\n({self._store_has_gone()})")
@@ -170,7 +170,7 @@ class FailureBoard:
         self._pass_on(first, limit_s)
         return first
 
-    def _pass_on(self, first: Failure, limit_s: float) -> None:
+    def _pass_on(self, first: RankFailure, limit_s: float) -> None:
         """Shows the failure unless this machine has shown it, and stays until all ranks have read it."""
         try:
             if self._store.add(f"{_SHOWN}/{socket.gethostname()}", 1) == 1:
@@ -182,7 +182,7 @@ class FailureBoard:
         except RuntimeError:  # rank 0 has read it and has left with the store
             pass
 
-    def _speak_for_all(self, mine: Failure, message: str, limit_s: float) -> Failure:
+    def _speak_for_all(self, mine: RankFailure, message: str, limit_s: float) -> RankFailure:
         """On rank 0, leaves the rank out; elsewhere, lets rank 0 speak first if it has a failure."""
         if self._env.rank == 0:
             return replace(mine, message=message)
@@ -221,7 +221,7 @@ class FailureBoard:
                 self._beats += 1
                 self._store.set(f"alive/{self._env.rank}", str(self._beats))
                 if not self._failing.is_set() and self._store.check([_FIRST]):
-                    self._follow(Failure(**json.loads(self._store.get(_FIRST))))
+                    self._follow(RankFailure(**json.loads(self._store.get(_FIRST))))
                 pulse = self._pulse(following)
             except RuntimeError:
                 return self._lose_the_store()
@@ -234,7 +234,7 @@ class FailureBoard:
             self._left.wait(self._every_s)
         return None
 
-    def _follow(self, first: Failure) -> None:
+    def _follow(self, first: RankFailure) -> None:
         self._left.set()
         self._pass_on(first, _STAY_S)
         if not self._failing.is_set():

@@ -117,7 +117,8 @@ def _check_gpus(locations: Sequence[ProcessLocation]) -> None:
     for rank, location in enumerate(locations):
         if location.gpu and first.setdefault(location.gpu, rank) != rank:
             raise LaunchError(
-                f"ranks {first[location.gpu]} and {rank} have the same GPU ({location.gpu} on {location.host})",
+                f"ranks {first[location.gpu]} and {rank} have the same GPU "
+                f"({location.gpu} on {location.host})",
                 expected="a GPU of its own for each process",
                 remedy="start as many processes as there are GPUs, or look at CUDA_VISIBLE_DEVICES",
             )

@@ -103,7 +103,7 @@ class LoraLinear(_LowRank, nn.Linear):
 
 
 class LoraColumnParallelLinear(_LowRank, ColumnParallelLinear):
-    """An adapted layer whose output is sharded: A is whole on every rank, B sharded; A's gradient is summed."""
+    """An adapted layer whose output is sharded: A whole on every rank, B sharded; A's gradient is summed."""
 
     @staticmethod
     def _between(h: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class LoraColumnParallelLinear(_LowRank, ColumnParallelLinear):
 
 
 class LoraRowParallelLinear(_LowRank, RowParallelLinear):
-    """An adapted layer whose input is sharded: A is sharded, B whole on every rank; the parts are summed between."""
+    """An adapted layer whose input is sharded: A sharded, B whole on every rank; partial sums are added."""
 
     @staticmethod
     def _between(h: Tensor) -> Tensor:

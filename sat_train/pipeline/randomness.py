@@ -16,9 +16,9 @@ from sat_train.distributed.seeds import derive_generator
 class SampleRandomness:
     """Draws for the samples of one batch, on the CPU, in full precision.
 
-    A sample's numbers depend on `(seed, purpose, its index)` alone, its stratum on its position in the step: not
-    on the world size, the micro-batch, the rank or the order of the draws. Ranks that hold the same sample
-    draw the same numbers and need not exchange them.
+    A sample's numbers depend on `(seed, purpose, its index)` alone, its stratum on its position in the
+    step: not on the world size, the micro-batch, the rank or the order of the draws. Ranks that hold the same
+    sample draw the same numbers and need not exchange them.
 
     Args:
         seed: The run's seed.

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights, next to the optimizer and sharded like its fp32 masters.
+"""An exponential moving average of the trained weights, sharded like the optimizer's fp32 masters.
 
 It is kept by parameter name and offset, not by rank, so any optimizer and ZeRO stage carries it and a
 checkpoint of it can be put together for another number of ranks.
@@ -79,7 +79,7 @@ class ExponentialMovingAverage:
         self._engine = engine
         self._mesh = mesh
         fragments = self._fragments()
-        self._places = [(fragment.name, fragment.offset) for fragment in fragments]
+        self._keys = [(fragment.name, fragment.offset) for fragment in fragments]
         self._averages = [fragment.master.float().clone() for fragment in fragments]
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class ExponentialMovingAverage:
         """Returns this rank's part: `{"decay": d, "fragments": [{"name", "offset", "values"}]}`."""
         fragments = [
             {"name": name, "offset": offset, "values": average}
-            for (name, offset), average in zip(self._places, self._averages, strict=True)
+            for (name, offset), average in zip(self._keys, self._averages, strict=True)
         ]
         return {"decay": self.decay, "fragments": fragments}
 
@@ -111,7 +111,7 @@ class ExponentialMovingAverage:
         trained = {name for name, p in self._engine.module.named_parameters() if p.requires_grad}
         if unknown := sorted(saved.keys() - trained):
             raise CheckpointError(f"the weight average has parts of other parameters: {unknown[:5]}")
-        for (name, offset), average in zip(self._places, self._averages, strict=True):
+        for (name, offset), average in zip(self._keys, self._averages, strict=True):
             copied = sum(
                 _copy_overlap(average, offset, values, start) for start, values in saved.get(name, [])
             )

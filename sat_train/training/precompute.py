@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig
-from sat_train.data.bad_clips import Failure
+from sat_train.data.bad_clips import ClipFailure
 from sat_train.data.batches import QueuedBatches
 from sat_train.data.build import build_loader, build_train_batches, build_train_dataset, build_valid_dataset
 from sat_train.data.cache.key import text_key
@@ -239,7 +239,7 @@ class _Encoding:
                 queue.close()
         return bool(self._stop_request)
 
-    def _keep_failure(self, failure: Failure) -> None:
+    def _keep_failure(self, failure: ClipFailure) -> None:
         """Keeps that a clip cannot be decoded: a run that reads the cache takes the same substitute."""
         if failure.keys is not None:
             detail = (failure.cause, failure.detail)

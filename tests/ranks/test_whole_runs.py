@@ -1,4 +1,4 @@
-"""Whole runs through `train(config, mesh)`: resume, world size, what may change, what is left in the folder."""
+"""Whole runs through `train(config, mesh)`: resume, world size, what may change, what a run leaves."""
 
 import io
 import logging

@@ -1,7 +1,7 @@
 """Rules between settings: what each single value cannot know."""
 
 from sat_train.config.rules import model_rules, path_rules, run_rules
-from sat_train.config.rules.rule import Draft, Rule
+from sat_train.config.rules.rule import ParsedConfig, Rule
 from sat_train.config.run import RunConfig
 from sat_train.errors import ConfigError, Fault
 
@@ -9,18 +9,18 @@ RULES: tuple[Rule, ...] = (*run_rules.RULES, *model_rules.RULES)
 PATH_RULES: tuple[Rule, ...] = path_rules.RULES
 
 
-def check_rules(draft: Draft, rules: tuple[Rule, ...], faults: list[Fault]) -> None:
+def check_rules(config: ParsedConfig, rules: tuple[Rule, ...], faults: list[Fault]) -> None:
     """Adds what the rules find; those that read a key with a fault are left out.
 
     Args:
-        draft: Settings that are each right by themselves.
+        config: Settings that are each right by themselves.
         rules: The rules to check.
         faults: Known faults, to which the new ones are added.
     """
     faulty = {fault.path for fault in faults}
     for rule in rules:
         if rule.can_be_checked(faulty):
-            faults.extend(rule.check(draft))
+            faults.extend(rule.check(config))
 
 
 def check_on_device(config: RunConfig, device: str) -> None:
@@ -34,7 +34,7 @@ def check_on_device(config: RunConfig, device: str) -> None:
         ConfigError: With every combination that DeepSpeed accepts and does wrong.
     """
     faults: list[Fault] = []
-    draft = Draft(
+    parsed_config = ParsedConfig(
         args=config.args.model_copy(update={"device": device}),
         model=config.model,
         data=config.data,
@@ -42,6 +42,6 @@ def check_on_device(config: RunConfig, device: str) -> None:
         purpose="train",
         source_of=lambda path: config.sources.get(path, ""),
     )
-    check_rules(draft, run_rules.ENGINE_RULES, faults)
+    check_rules(parsed_config, run_rules.ENGINE_RULES, faults)
     if faults:
         raise ConfigError(faults)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from sat_train.config.other_trainers import LORA_TARGETS
-from sat_train.config.rules.rule import Draft, rule
+from sat_train.config.rules.rule import ParsedConfig, rule
 from sat_train.config.schema.network import Rotary3DPositionEmbeddingSlot
 from sat_train.config.shapes import (
     ASPECT,
@@ -31,48 +31,48 @@ _ROTARY_MULTIPLE = 16  # time takes 1/4 of a head, height and width 3/8 each, al
 
 
 @rule("data.params.max_num_frames", "data.params.buckets.frames")
-def frames_are_4k_plus_1(draft: Draft) -> Iterator[Fault]:
-    if draft.data is None:
+def frames_are_4k_plus_1(config: ParsedConfig) -> Iterator[Fault]:
+    if config.data is None:
         return
-    params = draft.data.params
+    params = config.data.params
     given = [("data.params.max_num_frames", params.max_num_frames)]
     if params.buckets is not None:
         given += [(f"{_BUCKETS}.frames.{i}", frames) for i, frames in enumerate(params.buckets.frames)]
     for path, frames in given:
         if frames < 1 or (frames - 1) % 4:
             below = max(1, frames - (frames - 1) % 4)
-            yield draft.fault(
+            yield config.fault(
                 path, frames, f"4k+1 frames: {frames} is not 4k+1, nearest {below} or {below + 4}"
             )
         elif frames > params.max_num_frames:
-            yield draft.fault(path, frames, f"at most data.params.max_num_frames = {params.max_num_frames}")
+            yield config.fault(path, frames, f"at most data.params.max_num_frames = {params.max_num_frames}")
 
 
 @rule("data.params.buckets.aspects")
-def aspects_are_ratios(draft: Draft) -> Iterator[Fault]:
-    if draft.data is None or draft.data.params.buckets is None:
+def aspects_are_ratios(config: ParsedConfig) -> Iterator[Fault]:
+    if config.data is None or config.data.params.buckets is None:
         return
-    for i, aspect in enumerate(draft.data.params.buckets.aspects):
+    for i, aspect in enumerate(config.data.params.buckets.aspects):
         if not ASPECT.fullmatch(aspect):
-            yield draft.fault(f"{_BUCKETS}.aspects.{i}", aspect, "width:height, e.g. 16:9")
+            yield config.fault(f"{_BUCKETS}.aspects.{i}", aspect, "width:height, e.g. 16:9")
 
 
 @rule("data.params", f"{_NETWORK}.patch_size", f"{_VAE}.encoder_config", "model.conditioner_config")
-def budget_holds_one_sample(draft: Draft) -> Iterator[Fault]:
-    if draft.data is None or draft.data.params.buckets is None:
+def budget_holds_one_sample(config: ParsedConfig) -> Iterator[Fault]:
+    if config.data is None or config.data.params.buckets is None:
         return
-    budget = draft.data.params.buckets.max_tokens
-    shapes = allowed_shapes(draft.data.params, draft.model)
-    tokens, shape = max((count_tokens(shape, draft.model), shape) for shape in shapes)
+    budget = config.data.params.buckets.max_tokens
+    shapes = allowed_shapes(config.data.params, config.model)
+    tokens, shape = max((count_tokens(shape, config.model), shape) for shape in shapes)
     if budget is not None and budget < tokens:
-        yield draft.fault(f"{_BUCKETS}.max_tokens", budget, f"at least {tokens}, one sample of {shape}")
+        yield config.fault(f"{_BUCKETS}.max_tokens", budget, f"at least {tokens}, one sample of {shape}")
 
 
 @rule("args.sampling_num_frames", f"{_NETWORK}.patch_size")
-def sampled_latents_fill_patches(draft: Draft) -> Iterator[Fault]:
-    frames, patch = draft.args.sampling_num_frames, draft.model.network_config.params.patch_size[0]
+def sampled_latents_fill_patches(config: ParsedConfig) -> Iterator[Fault]:
+    frames, patch = config.args.sampling_num_frames, config.model.network_config.params.patch_size[0]
     if frames is not None and frames % patch:
-        yield draft.fault(
+        yield config.fault(
             "args.sampling_num_frames",
             frames,
             f"latent frames divisible by the patch's {patch} frames: {frames + 1}",
@@ -86,59 +86,59 @@ def sampled_latents_fill_patches(draft: Draft) -> Iterator[Fault]:
     f"{_NETWORK}.patch_size",
     f"{_VAE}.encoder_config",
 )
-def sizes_fill_patches(draft: Draft) -> Iterator[Fault]:
-    multiples = size_multiples(draft.model)
-    sizes = {"args.sampling_image_size": draft.args.sampling_image_size}
-    if draft.data is not None:
-        sizes["data.params.video_size"] = draft.data.params.video_size
-        if draft.data.params.buckets is not None:
-            sizes |= {f"{_BUCKETS}.sizes.{i}": s for i, s in enumerate(draft.data.params.buckets.sizes)}
+def sizes_fill_patches(config: ParsedConfig) -> Iterator[Fault]:
+    multiples = size_multiples(config.model)
+    sizes = {"args.sampling_image_size": config.args.sampling_image_size}
+    if config.data is not None:
+        sizes["data.params.video_size"] = config.data.params.video_size
+        if config.data.params.buckets is not None:
+            sizes |= {f"{_BUCKETS}.sizes.{i}": s for i, s in enumerate(config.data.params.buckets.sizes)}
     for path, size in sizes.items():
         if size is not None and any(side <= 0 or side % by for side, by in zip(size, multiples, strict=True)):
             nearest = [max(round(side / by), 1) * by for side, by in zip(size, multiples, strict=True)]
-            yield draft.fault(
+            yield config.fault(
                 path, size, f"height and width divisible by {multiples[0]} and {multiples[1]}: {nearest}"
             )
 
 
 @rule("data.params", _NETWORK, f"{_VAE}.encoder_config")
-def fixed_positions_fit_size(draft: Draft) -> Iterator[Fault]:
-    network = draft.model.network_config.params
+def fixed_positions_fit_size(config: ParsedConfig) -> Iterator[Fault]:
+    network = config.model.network_config.params
     position = network.modules.pos_embed_config
     is_table = not isinstance(position, Rotary3DPositionEmbeddingSlot) or position.params.learnable_pos_embed
-    if draft.data is None or not is_table or position.params.size_policy == "interpolate":
+    if config.data is None or not is_table or position.params.size_policy == "interpolate":
         return
-    side = pixels_per_latent(draft.model)
+    side = pixels_per_latent(config.model)
     trained = (network.latent_height * side, network.latent_width * side)
     remedy = f"or {_POSITION}.params.size_policy: interpolate"
-    if draft.data.params.video_size != trained:
+    if config.data.params.video_size != trained:
         expected = f"{list(trained)}, the size of this model's positions, {remedy}"
-        yield draft.fault("data.params.video_size", draft.data.params.video_size, expected)
-    elif any(size != trained for size in allowed_sizes(draft.data.params, draft.model)):
-        others = draft.data.params.buckets.sizes + draft.data.params.buckets.aspects  # type: ignore[union-attr]
+        yield config.fault("data.params.video_size", config.data.params.video_size, expected)
+    elif any(size != trained for size in allowed_sizes(config.data.params, config.model)):
+        others = config.data.params.buckets.sizes + config.data.params.buckets.aspects  # type: ignore[union-attr]
         expected = f"no other size: this model's positions are those of {list(trained)} alone; {remedy}"
-        yield draft.fault(_BUCKETS, [str(other) for other in others], expected)
-    if draft.data.params.max_num_frames > network.num_frames:
-        frames = draft.data.params.max_num_frames
-        yield draft.fault(
+        yield config.fault(_BUCKETS, [str(other) for other in others], expected)
+    if config.data.params.max_num_frames > network.num_frames:
+        frames = config.data.params.max_num_frames
+        yield config.fault(
             "data.params.max_num_frames", frames, f"at most the {network.num_frames} of this model"
         )
 
 
 @rule(_NETWORK, f"{_VAE}.encoder_config.params.z_channels", "model.noised_image_input")
-def channels_fit(draft: Draft) -> Iterator[Fault]:
-    network = draft.model.network_config.params
-    latent = draft.model.first_stage_config.params.encoder_config.params.z_channels
+def channels_fit(config: ParsedConfig) -> Iterator[Fault]:
+    network = config.model.network_config.params
+    latent = config.model.first_stage_config.params.encoder_config.params.z_channels
     if network.out_channels != latent:
-        yield draft.fault(
+        yield config.fault(
             f"{_NETWORK}.out_channels", network.out_channels, f"{latent}, the autoencoder's z_channels"
         )
     kind = "text-to-video (noised_image_input: false)"
     wanted = latent
-    if draft.model.noised_image_input:
+    if config.model.noised_image_input:
         kind, wanted = "image-to-video (noised_image_input: true)", 2 * latent
     if network.in_channels != wanted:
-        yield draft.fault(f"{_NETWORK}.in_channels", network.in_channels, f"{wanted} for {kind}")
+        yield config.fault(f"{_NETWORK}.in_channels", network.in_channels, f"{wanted} for {kind}")
 
 
 @rule(
@@ -147,50 +147,50 @@ def channels_fit(draft: Draft) -> Iterator[Fault]:
     f"{_NETWORK}.modules",
     "args.model_parallel_size",
 )
-def heads_fit(draft: Draft) -> Iterator[Fault]:
-    network = draft.model.network_config.params
+def heads_fit(config: ParsedConfig) -> Iterator[Fault]:
+    network = config.model.network_config.params
     heads, width = network.num_attention_heads, network.hidden_size
     if width % heads:
-        yield draft.fault(f"{_NETWORK}.hidden_size", width, f"divisible by num_attention_heads = {heads}")
+        yield config.fault(f"{_NETWORK}.hidden_size", width, f"divisible by num_attention_heads = {heads}")
         return
     position = network.modules.pos_embed_config
     if isinstance(position, Rotary3DPositionEmbeddingSlot):
         if (width // heads) % _ROTARY_MULTIPLE:
-            yield draft.fault(
+            yield config.fault(
                 f"{_NETWORK}.num_attention_heads",
                 heads,
                 f"heads of a width divisible by 16; now {width // heads}",
             )
         elif position.params.hidden_size_head not in (None, width // heads):
             given = position.params.hidden_size_head
-            yield draft.fault(
+            yield config.fault(
                 f"{_POSITION}.params.hidden_size_head", given, f"{width // heads}: hidden_size / heads"
             )
-    ranks = draft.args.model_parallel_size
+    ranks = config.args.model_parallel_size
     if heads % ranks:
-        yield draft.fault("args.model_parallel_size", ranks, f"a divisor of num_attention_heads = {heads}")
+        yield config.fault("args.model_parallel_size", ranks, f"a divisor of num_attention_heads = {heads}")
 
 
 @rule(f"{_NETWORK}.ofs_embed_dim", f"{_NETWORK}.time_embed_dim", f"{_NETWORK}.hidden_size")
-def ofs_adds_to_time(draft: Draft) -> Iterator[Fault]:
-    network = draft.model.network_config.params
+def ofs_adds_to_time(config: ParsedConfig) -> Iterator[Fault]:
+    network = config.model.network_config.params
     time = network.time_embed_dim or network.hidden_size
     if network.ofs_embed_dim not in (None, time):
-        yield draft.fault(f"{_NETWORK}.ofs_embed_dim", network.ofs_embed_dim, f"{time}, as time_embed_dim")
+        yield config.fault(f"{_NETWORK}.ofs_embed_dim", network.ofs_embed_dim, f"{time}, as time_embed_dim")
 
 
 @rule(f"{_POSITION}.params.text_length", "model.conditioner_config")
-def text_lengths_agree(draft: Draft) -> Iterator[Fault]:
-    tokens = draft.model.network_config.params.modules.pos_embed_config.params.text_length
-    encoder = draft.model.conditioner_config.params.emb_models[0].params.max_length
+def text_lengths_agree(config: ParsedConfig) -> Iterator[Fault]:
+    tokens = config.model.network_config.params.modules.pos_embed_config.params.text_length
+    encoder = config.model.conditioner_config.params.emb_models[0].params.max_length
     if tokens != encoder:
         path = "model.conditioner_config.params.emb_models.0.params.max_length"
-        yield draft.fault(path, encoder, f"{tokens}, as {_POSITION}.params.text_length")
+        yield config.fault(path, encoder, f"{tokens}, as {_POSITION}.params.text_length")
 
 
 @rule(_VAE)
-def coders_agree(draft: Draft) -> Iterator[Fault]:
-    vae = draft.model.first_stage_config.params
+def coders_agree(config: ParsedConfig) -> Iterator[Fault]:
+    vae = config.model.first_stage_config.params
     for name in (
         "ch",
         "ch_mult",
@@ -202,72 +202,72 @@ def coders_agree(draft: Draft) -> Iterator[Fault]:
         encoder, decoder = (getattr(half.params, name) for half in (vae.encoder_config, vae.decoder_config))
         if encoder != decoder:
             path = f"{_VAE}.decoder_config.params.{name}"
-            yield draft.fault(path, decoder, f"{encoder}, as the encoder's")
+            yield config.fault(path, decoder, f"{encoder}, as the encoder's")
 
 
 @rule(_VAE)
-def autoencoder_divides_evenly(draft: Draft) -> Iterator[Fault]:
-    vae = draft.model.first_stage_config.params
+def autoencoder_divides_evenly(config: ParsedConfig) -> Iterator[Fault]:
+    vae = config.model.first_stage_config.params
     coder, coder_path = vae.encoder_config.params, f"{_VAE}.encoder_config.params"
-    time, side = coder.temporal_compress_times, pixels_per_latent(draft.model)
+    time, side = coder.temporal_compress_times, pixels_per_latent(config.model)
     if time & (time - 1) or time > side:
-        yield draft.fault(f"{coder_path}.temporal_compress_times", time, f"a power of two up to {side}")
+        yield config.fault(f"{coder_path}.temporal_compress_times", time, f"a power of two up to {side}")
     if any(coder.ch * factor % coder.norm_num_groups for factor in (1, *coder.ch_mult)):
-        yield draft.fault(f"{coder_path}.norm_num_groups", coder.norm_num_groups, "a divisor of all widths")
+        yield config.fault(f"{coder_path}.norm_num_groups", coder.norm_num_groups, "a divisor of all widths")
     if (vae.encode_chunk_frames or 0) % time:
-        yield draft.fault(f"{_VAE}.encode_chunk_frames", vae.encode_chunk_frames, f"a multiple of {time}")
+        yield config.fault(f"{_VAE}.encode_chunk_frames", vae.encode_chunk_frames, f"a multiple of {time}")
     if any(size <= 0 or size % side for size in vae.tile_size):
-        yield draft.fault(f"{_VAE}.tile_size", vae.tile_size, f"multiples of {side} pixels")
+        yield config.fault(f"{_VAE}.tile_size", vae.tile_size, f"multiples of {side} pixels")
     if any(o % side or not 0 <= o < size for o, size in zip(vae.tile_overlap, vae.tile_size, strict=True)):
         expected = f"multiples of {side} pixels below tile_size = {list(vae.tile_size)}"
-        yield draft.fault(f"{_VAE}.tile_overlap", vae.tile_overlap, expected)
+        yield config.fault(f"{_VAE}.tile_overlap", vae.tile_overlap, expected)
 
 
 @rule("model.denoiser_config", "model.loss_fn_config", "model.sampler_config")
-def one_noise_schedule(draft: Draft) -> Iterator[Fault]:
-    denoiser = draft.model.denoiser_config.params
+def one_noise_schedule(config: ParsedConfig) -> Iterator[Fault]:
+    denoiser = config.model.denoiser_config.params
     schedule = denoiser.discretization_config
     sigma_path = "model.loss_fn_config.params.sigma_sampler_config.params"
     others = {
-        sigma_path: draft.model.loss_fn_config.params.sigma_sampler_config.params.discretization_config,
-        "model.sampler_config.params": draft.model.sampler_config.params.discretization_config,
+        sigma_path: config.model.loss_fn_config.params.sigma_sampler_config.params.discretization_config,
+        "model.sampler_config.params": config.model.sampler_config.params.discretization_config,
     }
     for path, other in others.items():
         for name in type(schedule.params).model_fields if other is not None else ():
             here, there = getattr(other.params, name), getattr(schedule.params, name)  # type: ignore[union-attr]
             if here != there:
                 key = f"{path}.discretization_config.params.{name}"
-                yield draft.fault(key, here, f"{there}, as model.denoiser_config says")
+                yield config.fault(key, here, f"{there}, as model.denoiser_config says")
     steps = schedule.params.num_timesteps
     for path, num_idx in {
         "model.denoiser_config.params.num_idx": denoiser.num_idx,
-        f"{sigma_path}.num_idx": draft.model.loss_fn_config.params.sigma_sampler_config.params.num_idx,
+        f"{sigma_path}.num_idx": config.model.loss_fn_config.params.sigma_sampler_config.params.num_idx,
     }.items():
         if num_idx != steps:
-            yield draft.fault(path, num_idx, f"{steps}, the steps of the noise schedule")
+            yield config.fault(path, num_idx, f"{steps}, the steps of the noise schedule")
 
 
 @rule("model.sampler_config")
-def guidance_grows_over_all_steps(draft: Draft) -> Iterator[Fault]:
-    sampler = draft.model.sampler_config.params
+def guidance_grows_over_all_steps(config: ParsedConfig) -> Iterator[Fault]:
+    sampler = config.model.sampler_config.params
     steps = getattr(sampler.guider_config.params, "num_steps", None)
     if steps not in (None, sampler.num_steps):
         path = "model.sampler_config.params.guider_config.params.num_steps"
-        yield draft.fault(path, steps, f"null, or the sampler's {sampler.num_steps}")
-    if sampler.num_steps > draft.model.denoiser_config.params.num_idx:
-        yield draft.fault(
+        yield config.fault(path, steps, f"null, or the sampler's {sampler.num_steps}")
+    if sampler.num_steps > config.model.denoiser_config.params.num_idx:
+        yield config.fault(
             "model.sampler_config.params.num_steps", sampler.num_steps, "at most the schedule's steps"
         )
 
 
 @rule(f"{_NETWORK}.modules.lora_config", "model.not_trainable_prefixes")
-def adapters_have_a_frozen_base(draft: Draft) -> Iterator[Fault]:
-    has_adapters = draft.model.network_config.params.modules.lora_config is not None
-    frozen = draft.model.not_trainable_prefixes
+def adapters_have_a_frozen_base(config: ParsedConfig) -> Iterator[Fault]:
+    has_adapters = config.model.network_config.params.modules.lora_config is not None
+    frozen = config.model.not_trainable_prefixes
     if has_adapters and "all" not in frozen:
-        yield draft.fault("model.not_trainable_prefixes", frozen, "['all'], because lora_config is given")
-    if "all" in frozen and not has_adapters and draft.purpose == "train":
-        yield draft.fault(
+        yield config.fault("model.not_trainable_prefixes", frozen, "['all'], because lora_config is given")
+    if "all" in frozen and not has_adapters and config.purpose == "train":
+        yield config.fault(
             "model.not_trainable_prefixes",
             frozen,
             f"[], or {_NETWORK}.modules.lora_config: nothing is left to train",
@@ -275,8 +275,8 @@ def adapters_have_a_frozen_base(draft: Draft) -> Iterator[Fault]:
 
 
 @rule(f"{_NETWORK}.modules.lora_config", f"{_NETWORK}.num_layers", f"{_NETWORK}.ofs_embed_dim")
-def adapters_find_their_layers(draft: Draft) -> Iterator[Fault]:
-    network = draft.model.network_config.params
+def adapters_find_their_layers(config: ParsedConfig) -> Iterator[Fault]:
+    network = config.model.network_config.params
     slot = network.modules.lora_config
     names = linear_layers(network.num_layers, has_ofs=network.ofs_embed_dim is not None)
     for index, target in enumerate(slot.params.targets if slot is not None else ()):
@@ -284,7 +284,7 @@ def adapters_find_their_layers(draft: Draft) -> Iterator[Fault]:
         if expected:
             ours = LORA_TARGETS.get(target.rpartition("attn1.")[2], "")
             path = f"{_NETWORK}.modules.lora_config.params.targets.{index}"
-            yield draft.fault(path, target, expected, ours)
+            yield config.fault(path, target, expected, ours)
 
 
 def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:

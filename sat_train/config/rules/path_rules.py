@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from sat_train.config.paths import exists, is_placeholder
-from sat_train.config.rules.rule import Draft, rule
+from sat_train.config.rules.rule import ParsedConfig, rule
 from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.config.weights_folder import AUTOENCODER, TEXT_ENCODER
 from sat_train.errors import Fault
@@ -20,27 +20,27 @@ _RESUME_ALIASES |= dict.fromkeys(("never", "false", "no", "off"), "none")
 _DATA = ("args.train_data.", "args.valid_data.")
 
 
-def placeholders(draft: Draft) -> list[str]:
+def placeholders(config: ParsedConfig) -> list[str]:
     """Returns the paths that are still to be filled in, as `key = value`."""
     return [
         f"{key} = {path}"
-        for key, path in _needed_paths(draft)
-        if is_placeholder(path) and not _follows_from_load(draft, key)
+        for key, path in _needed_paths(config)
+        if is_placeholder(path) and not _follows_from_load(config, key)
     ]
 
 
 @rule()
-def needed_paths_exist(draft: Draft) -> Iterator[Fault]:
-    for key, path in _needed_paths(draft):
+def needed_paths_exist(config: ParsedConfig) -> Iterator[Fault]:
+    for key, path in _needed_paths(config):
         if is_placeholder(path):
-            if draft.purpose != "check" and not _follows_from_load(draft, key):
-                yield draft.fault(key, path, _wanted_in_place_of_braces(draft, key))
+            if config.purpose != "check" and not _follows_from_load(config, key):
+                yield config.fault(key, path, _wanted_in_place_of_braces(config, key))
         elif key.startswith(_DATA):
             absent = _absent(path)
             if absent is not None:
-                yield draft.fault(key, absent, _wanted_path(key, absent))
+                yield config.fault(key, absent, _wanted_path(key, absent))
         elif not exists(path) and not (key.endswith("model_dir") and _HUB_NAME.match(path)):
-            yield draft.fault(key, path, _wanted_path(key, path), _RESUME_ALIASES.get(path.lower(), ""))
+            yield config.fault(key, path, _wanted_path(key, path), _RESUME_ALIASES.get(path.lower(), ""))
 
 
 def _wanted_path(key: str, path: str) -> str:
@@ -50,17 +50,17 @@ def _wanted_path(key: str, path: str) -> str:
     return f"{wanted}; folders are parted by `/` here" if "\\" in path else wanted
 
 
-def _follows_from_load(draft: Draft, key: str) -> bool:
+def _follows_from_load(config: ParsedConfig, key: str) -> bool:
     """Tells whether a folder for `args.load`, which is missing too, is all that this key needs."""
-    load_is_missing = draft.args.load is not None and is_placeholder(draft.args.load)
-    return key in (TEXT_ENCODER, AUTOENCODER) and load_is_missing and draft.purpose != "precompute"
+    load_is_missing = config.args.load is not None and is_placeholder(config.args.load)
+    return key in (TEXT_ENCODER, AUTOENCODER) and load_is_missing and config.purpose != "precompute"
 
 
-def _wanted_in_place_of_braces(draft: Draft, key: str) -> str:
+def _wanted_in_place_of_braces(config: ParsedConfig, key: str) -> str:
     if key == "args.load":
         return "the diffusers folder of these weights: text encoder and autoencoder are taken from it too"
     if key in (TEXT_ENCODER, AUTOENCODER):
-        return f"a path in place of the braces, since args.load = {draft.args.load} is no diffusers folder"
+        return f"a path in place of the braces, since args.load = {config.args.load} is no diffusers folder"
     return "a path in place of the part in braces"
 
 
@@ -81,17 +81,17 @@ def _is_found(pattern: str) -> bool:
         return False
 
 
-def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:
-    args, is_sampling = draft.args, draft.purpose == "sample"
+def _needed_paths(config: ParsedConfig) -> Iterator[tuple[str, str]]:
+    args, is_sampling = config.args, config.purpose == "sample"
     if not is_sampling:
         for name in ("train_data", "valid_data"):
             for index, path in enumerate(getattr(args, name) or ()):
                 yield f"args.{name}.{index}", path
-    if draft.purpose != "precompute":
-        yield from _weight_paths(draft)
+    if config.purpose != "precompute":
+        yield from _weight_paths(config)
     if args.resume not in _RESUME_WORDS:
         yield "args.resume", args.resume
-    if draft.purpose in ("train", "check"):
+    if config.purpose in ("train", "check"):
         for index, image in enumerate(args.valid_images):
             yield f"args.valid_images.{index}", image
         for index, prompt in enumerate(args.valid_prompts):
@@ -100,17 +100,17 @@ def _needed_paths(draft: Draft) -> Iterator[tuple[str, str]]:
     for name in ("input_file", "image"):
         if is_sampling and getattr(args, name) is not None:
             yield f"args.{name}", getattr(args, name)
-    if draft.data is not None and draft.data.cache == "require" and draft.purpose == "train":
+    if config.data is not None and config.data.cache == "require" and config.purpose == "train":
         return  # neither the text encoder nor the autoencoder need be on this machine
-    encoder = draft.model.conditioner_config.params.emb_models[0].params
+    encoder = config.model.conditioner_config.params.emb_models[0].params
     yield TEXT_ENCODER, encoder.model_dir
-    yield AUTOENCODER, draft.model.first_stage_config.params.ckpt_path
+    yield AUTOENCODER, config.model.first_stage_config.params.ckpt_path
 
 
-def _weight_paths(draft: Draft) -> Iterator[tuple[str, str]]:
+def _weight_paths(config: ParsedConfig) -> Iterator[tuple[str, str]]:
     """Yields the paths of the transformer's weights; a run that resumes has its adapters already."""
-    args = draft.args
-    if args.load is not None and (args.load_base is None or draft.purpose == "sample"):
+    args = config.args
+    if args.load is not None and (args.load_base is None or config.purpose == "sample"):
         yield "args.load", args.load
     if args.load_base is not None:
         yield "args.load_base", args.load_base

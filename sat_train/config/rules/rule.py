@@ -16,7 +16,7 @@ Purpose = Literal["train", "sample", "precompute", "check"]
 
 
 @dataclass(frozen=True)
-class Draft:
+class ParsedConfig:
     """Settings that are each right by themselves.
 
     Args:
@@ -52,7 +52,7 @@ class Rule:
     """
 
     reads: tuple[str, ...]
-    check: Callable[[Draft], Iterator[Fault]]
+    check: Callable[[ParsedConfig], Iterator[Fault]]
 
     def can_be_checked(self, faulty: set[str]) -> bool:
         """Tells whether nothing that the rule reads is a fault already."""
@@ -63,6 +63,6 @@ class Rule:
         )
 
 
-def rule(*reads: str) -> Callable[[Callable[[Draft], Iterator[Fault]]], Rule]:
+def rule(*reads: str) -> Callable[[Callable[[ParsedConfig], Iterator[Fault]]], Rule]:
     """Makes a rule of a function; the arguments are the keys it reads."""
     return lambda check: Rule(reads, check)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from sat_train.config.rules.rule import Draft, rule
+from sat_train.config.rules.rule import ParsedConfig, rule
 from sat_train.config.schema.args import IMAGE_SEPARATOR, ArgsConfig
 from sat_train.config.words import COMMAND_LINE
 from sat_train.errors import Fault
@@ -29,35 +29,35 @@ TRAINING_ONLY = frozenset(
 
 
 @rule("args.fp16", "args.bf16", "deepspeed.fp16", "deepspeed.bf16")
-def one_precision(draft: Draft) -> Iterator[Fault]:
-    if draft.args.fp16 and draft.args.bf16:
-        yield draft.fault(
-            "args.fp16", True, f"false, because args.bf16 is true [{draft.source_of('args.bf16')}]"
+def one_precision(config: ParsedConfig) -> Iterator[Fault]:
+    if config.args.fp16 and config.args.bf16:
+        yield config.fault(
+            "args.fp16", True, f"false, because args.bf16 is true [{config.source_of('args.bf16')}]"
         )
 
 
 @rule("args.zero_stage", "args.fp16", "args.bf16", "args.model_parallel_size", "deepspeed")
-def stage_zero_in_fp32_only(draft: Draft) -> Iterator[Fault]:
-    if draft.args.zero_stage == 0 and (draft.args.fp16 or draft.args.bf16):
-        yield draft.fault(
+def stage_zero_in_fp32_only(config: ParsedConfig) -> Iterator[Fault]:
+    if config.args.zero_stage == 0 and (config.args.fp16 or config.args.bf16):
+        yield config.fault(
             "args.zero_stage",
             0,
             "1 (the right 'no ZeRO' in half precision: stage 0 counts Adam's steps wrongly there)",
         )
-    elif draft.args.zero_stage == 0 and draft.args.model_parallel_size > 1:
-        yield draft.fault("args.zero_stage", 0, "1, 2 or 3 with args.model_parallel_size above 1")
+    elif config.args.zero_stage == 0 and config.args.model_parallel_size > 1:
+        yield config.fault("args.zero_stage", 0, "1, 2 or 3 with args.model_parallel_size above 1")
 
 
 @rule("args.fp16", "args.device", "deepspeed.fp16")
-def fp16_on_gpus_only(draft: Draft) -> Iterator[Fault]:
-    if draft.args.fp16 and draft.args.device == "cpu":
-        yield draft.fault("args.fp16", True, "false on the CPU; args.bf16=true works there")
+def fp16_on_gpus_only(config: ParsedConfig) -> Iterator[Fault]:
+    if config.args.fp16 and config.args.device == "cpu":
+        yield config.fault("args.fp16", True, "false on the CPU; args.bf16=true works there")
 
 
 @rule("deepspeed.zero_optimization.round_robin_gradients")
-def gradients_stay_in_order(draft: Draft) -> Iterator[Fault]:
-    if draft.deepspeed.zero_optimization.round_robin_gradients:
-        yield draft.fault(
+def gradients_stay_in_order(config: ParsedConfig) -> Iterator[Fault]:
+    if config.deepspeed.zero_optimization.round_robin_gradients:
+        yield config.fault(
             "deepspeed.zero_optimization.round_robin_gradients",
             True,
             "false: DeepSpeed then takes master weights for those of other parameters, and the average "
@@ -66,200 +66,200 @@ def gradients_stay_in_order(draft: Draft) -> Iterator[Fault]:
 
 
 @rule("args.zero_stage", "args.compile", "deepspeed.zero_optimization")
-def no_compile_with_stage_three(draft: Draft) -> Iterator[Fault]:
-    if draft.args.zero_stage == 3 and draft.args.compile != "off":
-        yield draft.fault(
-            "args.compile", draft.args.compile, "off with ZeRO-3, whose hooks break every compiled block"
+def no_compile_with_stage_three(config: ParsedConfig) -> Iterator[Fault]:
+    if config.args.zero_stage == 3 and config.args.compile != "off":
+        yield config.fault(
+            "args.compile", config.args.compile, "off with ZeRO-3, whose hooks break every compiled block"
         )
 
 
 @rule("deepspeed.zero_optimization", "args.zero_stage")
-def offload_needs_a_stage(draft: Draft) -> Iterator[Fault]:
-    zero = draft.deepspeed.zero_optimization
+def offload_needs_a_stage(config: ParsedConfig) -> Iterator[Fault]:
+    zero = config.deepspeed.zero_optimization
     if zero.offload_param.device != "none" and zero.stage != 3:
         path = "deepspeed.zero_optimization.offload_param.device"
-        yield draft.fault(
+        yield config.fault(
             path, zero.offload_param.device, f"none at ZeRO stage {zero.stage}; weights move at stage 3 only"
         )
     if zero.offload_optimizer.device != "none" and zero.stage == 0:
         path = "deepspeed.zero_optimization.offload_optimizer.device"
-        yield draft.fault(path, zero.offload_optimizer.device, "none at ZeRO stage 0")
+        yield config.fault(path, zero.offload_optimizer.device, "none at ZeRO stage 0")
 
 
 @rule("deepspeed.optimizer.params.betas")
-def betas_below_one(draft: Draft) -> Iterator[Fault]:
-    betas = draft.deepspeed.optimizer.params.betas
+def betas_below_one(config: ParsedConfig) -> Iterator[Fault]:
+    betas = config.deepspeed.optimizer.params.betas
     if not all(0 <= beta < 1 for beta in betas):
-        yield draft.fault("deepspeed.optimizer.params.betas", betas, "two numbers from 0 to below 1")
+        yield config.fault("deepspeed.optimizer.params.betas", betas, "two numbers from 0 to below 1")
 
 
 @rule("args.distributed_backend", "args.device")
-def backend_fits_device(draft: Draft) -> Iterator[Fault]:
-    if draft.args.device == "cpu" and draft.args.distributed_backend == "nccl":
-        yield draft.fault("args.distributed_backend", "nccl", "auto or gloo, because args.device is cpu")
+def backend_fits_device(config: ParsedConfig) -> Iterator[Fault]:
+    if config.args.device == "cpu" and config.args.distributed_backend == "nccl":
+        yield config.fault("args.distributed_backend", "nccl", "auto or gloo, because args.device is cpu")
 
 
 @rule("args.train_iters", "args.epochs")
-def one_length(draft: Draft) -> Iterator[Fault]:
-    iters, epochs = draft.args.train_iters, draft.args.epochs
+def one_length(config: ParsedConfig) -> Iterator[Fault]:
+    iters, epochs = config.args.train_iters, config.args.epochs
     if iters is not None and epochs is not None:
-        yield draft.fault("args.epochs", epochs, f"null, because args.train_iters is {iters}")
-    if iters is None and epochs is None and draft.purpose == "train":
-        yield draft.fault("args.train_iters", None, "a number of steps, or args.epochs")
+        yield config.fault("args.epochs", epochs, f"null, because args.train_iters is {iters}")
+    if iters is None and epochs is None and config.purpose == "train":
+        yield config.fault("args.train_iters", None, "a number of steps, or args.epochs")
 
 
 @rule("args.warmup", "args.train_iters")
-def whole_warmup(draft: Draft) -> Iterator[Fault]:
-    warmup, iters = draft.args.warmup, draft.args.train_iters
+def whole_warmup(config: ParsedConfig) -> Iterator[Fault]:
+    warmup, iters = config.args.warmup, config.args.train_iters
     if warmup >= 1 and not warmup.is_integer():
-        yield draft.fault("args.warmup", warmup, "a whole number of steps, or a share of all steps below 1")
+        yield config.fault("args.warmup", warmup, "a whole number of steps, or a share of all steps below 1")
     elif iters is not None and warmup >= max(iters, 1):
-        yield draft.fault("args.warmup", warmup, f"fewer steps than args.train_iters = {iters}")
+        yield config.fault("args.warmup", warmup, f"fewer steps than args.train_iters = {iters}")
 
 
 @rule("args.eval_interval", "args.save_interval")
-def validation_lines_up_with_saves(draft: Draft) -> Iterator[Fault]:
-    every, save = draft.args.eval_interval, draft.args.save_interval
+def validation_lines_up_with_saves(config: ParsedConfig) -> Iterator[Fault]:
+    every, save = config.args.eval_interval, config.args.save_interval
     if every is not None and every % save and save % every:
         nearest = max(round(every / save), 1) * save
-        yield draft.fault(
+        yield config.fault(
             "args.eval_interval", every, f"a multiple of args.save_interval = {save}, e.g. {nearest}"
         )
 
 
 @rule("args.valid_video_interval", "args.eval_interval")
-def videos_at_validations(draft: Draft) -> Iterator[Fault]:
-    videos, every = draft.args.valid_video_interval, draft.args.eval_interval
+def videos_at_validations(config: ParsedConfig) -> Iterator[Fault]:
+    videos, every = config.args.valid_video_interval, config.args.eval_interval
     if videos is not None and (every is None or videos % every):
-        yield draft.fault(
+        yield config.fault(
             "args.valid_video_interval", videos, f"a multiple of args.eval_interval = {every or 'null'}"
         )
 
 
 @rule("args.split", "args.valid_data", "args.eval_interval")
-def shares_of_the_data(draft: Draft) -> Iterator[Fault]:
-    if draft.args.split is None:
+def shares_of_the_data(config: ParsedConfig) -> Iterator[Fault]:
+    if config.args.split is None:
         return
-    shares = draft.args.split.split(",")
+    shares = config.args.split.split(",")
     if len(shares) != 3 or not all(map(_SHARE.fullmatch, shares)):
-        yield draft.fault(
-            "args.split", draft.args.split, "three numbers for training, validation, test, e.g. 95,5,0"
+        yield config.fault(
+            "args.split", config.args.split, "three numbers for training, validation, test, e.g. 95,5,0"
         )
     elif (
-        draft.purpose == "train"
-        and draft.args.eval_interval
-        and not draft.args.valid_data
+        config.purpose == "train"
+        and config.args.eval_interval
+        and not config.args.valid_data
         and not float(shares[1])
     ):
-        yield draft.fault(
+        yield config.fault(
             "args.valid_data", None, "validation data, or a share for it in args.split, or no eval_interval"
         )
 
 
 @rule("args.train_data", "args.train_data_weights")
-def one_weight_a_source(draft: Draft) -> Iterator[Fault]:
-    weights, sources = draft.args.train_data_weights, draft.args.train_data or ()
+def one_weight_a_source(config: ParsedConfig) -> Iterator[Fault]:
+    weights, sources = config.args.train_data_weights, config.args.train_data or ()
     if weights is not None and len(weights) != len(sources):
-        yield draft.fault(
+        yield config.fault(
             "args.train_data_weights", weights, f"{len(sources)} weights, one for each of train_data"
         )
     elif weights is not None and not all(0 < weight < math.inf for weight in weights):
-        yield draft.fault("args.train_data_weights", weights, "weights above 0")
+        yield config.fault("args.train_data_weights", weights, "weights above 0")
     elif weights and min(weights) < _LEAST_SHARE * sum(weights):
-        yield draft.fault("args.train_data_weights", weights, "shares of a millionth and more")
+        yield config.fault("args.train_data_weights", weights, "shares of a millionth and more")
 
 
 @rule("args.mode")
-def mode_fits_purpose(draft: Draft) -> Iterator[Fault]:
-    if draft.purpose == "train" and draft.args.mode == "inference":
-        yield draft.fault("args.mode", "inference", "finetune or pretrain, to train")
+def mode_fits_purpose(config: ParsedConfig) -> Iterator[Fault]:
+    if config.purpose == "train" and config.args.mode == "inference":
+        yield config.fault("args.mode", "inference", "finetune or pretrain, to train")
 
 
 @rule("args.mode", "args.load")
-def finetune_has_weights(draft: Draft) -> Iterator[Fault]:
-    if draft.purpose == "precompute":
+def finetune_has_weights(config: ParsedConfig) -> Iterator[Fault]:
+    if config.purpose == "precompute":
         return
-    if draft.args.load is None and (draft.args.mode == "finetune" or draft.purpose == "sample"):
-        remedy = "; args.mode: pretrain starts from random weights" if draft.args.mode == "finetune" else ""
-        yield draft.fault("args.load", None, f"weights to start from{remedy}")
+    if config.args.load is None and (config.args.mode == "finetune" or config.purpose == "sample"):
+        remedy = "; args.mode: pretrain starts from random weights" if config.args.mode == "finetune" else ""
+        yield config.fault("args.load", None, f"weights to start from{remedy}")
 
 
 @rule("args.load_lora", "args.lora_strength", "args.load")
-def lora_has_a_base(draft: Draft) -> Iterator[Fault]:
-    args = draft.args
+def lora_has_a_base(config: ParsedConfig) -> Iterator[Fault]:
+    args = config.args
     if args.load_lora is not None and args.load is None:
-        yield draft.fault("args.load", None, "the weights that the adapters of args.load_lora stand on")
+        yield config.fault("args.load", None, "the weights that the adapters of args.load_lora stand on")
     if args.load_lora is None and args.lora_strength != 1.0:
         expected = "1, or args.load_lora beside it: it is a factor on the adapters of that file"
-        yield draft.fault("args.lora_strength", args.lora_strength, expected)
+        yield config.fault("args.lora_strength", args.lora_strength, expected)
 
 
 @rule("data", "args.train_data")
-def data_is_given(draft: Draft) -> Iterator[Fault]:
-    if draft.purpose in ("train", "precompute") and draft.data is None:
-        yield draft.fault(
+def data_is_given(config: ParsedConfig) -> Iterator[Fault]:
+    if config.purpose in ("train", "precompute") and config.data is None:
+        yield config.fault(
             "data", "", "a section with params.video_size, params.fps and params.max_num_frames"
         )
-    if draft.purpose in ("train", "precompute") and not draft.args.train_data:
-        yield draft.fault("args.train_data", None, "at least one folder or manifest")
+    if config.purpose in ("train", "precompute") and not config.args.train_data:
+        yield config.fault("args.train_data", None, "at least one folder or manifest")
 
 
 @rule("data.cache", "data.cache_dir")
-def cache_has_a_folder(draft: Draft) -> Iterator[Fault]:
-    if draft.data is None or draft.data.cache_dir is not None:
+def cache_has_a_folder(config: ParsedConfig) -> Iterator[Fault]:
+    if config.data is None or config.data.cache_dir is not None:
         return
-    if draft.purpose == "precompute":
-        yield draft.fault("data.cache_dir", None, "a folder for the encoded samples")
-    elif draft.data.cache != "off":
-        yield draft.fault("data.cache_dir", None, f"a folder, because data.cache is {draft.data.cache}")
+    if config.purpose == "precompute":
+        yield config.fault("data.cache_dir", None, "a folder for the encoded samples")
+    elif config.data.cache != "off":
+        yield config.fault("data.cache_dir", None, f"a folder, because data.cache is {config.data.cache}")
 
 
 @rule("args.prompt", "args.input_file", "args.input_type", "args.image", "model.noised_image_input")
-def there_is_a_prompt(draft: Draft) -> Iterator[Fault]:
-    args = draft.args
-    if draft.purpose != "sample":
+def there_is_a_prompt(config: ParsedConfig) -> Iterator[Fault]:
+    args = config.args
+    if config.purpose != "sample":
         return
     if args.input_type == "txt" and args.input_file is None:
-        yield draft.fault("args.input_file", None, "a text file of prompts, because args.input_type is txt")
+        yield config.fault("args.input_file", None, "a text file of prompts, because args.input_type is txt")
     elif args.prompt is None and args.input_file is None:
-        yield draft.fault("args.prompt", None, "a prompt (--prompt 'a cat'), or args.input_file")
-    elif args.prompt is not None and args.image is None and draft.model.noised_image_input:
-        yield draft.fault("args.image", None, "a first frame: this model makes videos of images")
+        yield config.fault("args.prompt", None, "a prompt (--prompt 'a cat'), or args.input_file")
+    elif args.prompt is not None and args.image is None and config.model.noised_image_input:
+        yield config.fault("args.image", None, "a first frame: this model makes videos of images")
 
 
 @rule("args.valid_prompts", "args.valid_images", "model.noised_image_input")
-def validation_images_fit(draft: Draft) -> Iterator[Fault]:
-    prompts, images = draft.args.valid_prompts, draft.args.valid_images
+def validation_images_fit(config: ParsedConfig) -> Iterator[Fault]:
+    prompts, images = config.args.valid_prompts, config.args.valid_images
     num_named = sum(IMAGE_SEPARATOR in prompt for prompt in prompts)
-    if not draft.model.noised_image_input:
+    if not config.model.noised_image_input:
         if images:
-            yield draft.fault("args.valid_images", images, "none: this is a text-to-video model")
+            yield config.fault("args.valid_images", images, "none: this is a text-to-video model")
         if num_named:
-            yield draft.fault("args.valid_prompts", prompts, "no images (prompt@@image) for text-to-video")
+            yield config.fault("args.valid_prompts", prompts, "no images (prompt@@image) for text-to-video")
     elif images and (num_named or len(images) != len(prompts)):
         expected = f"one image for each of the {len(prompts)} args.valid_prompts, named here or there"
-        yield draft.fault("args.valid_images", images, expected)
+        yield config.fault("args.valid_images", images, expected)
     elif num_named not in (0, len(prompts)):
-        yield draft.fault("args.valid_prompts", prompts, "prompt@@image in all of them, or in none")
+        yield config.fault("args.valid_prompts", prompts, "prompt@@image in all of them, or in none")
 
 
 @rule("args")
-def keys_have_a_reader(draft: Draft) -> Iterator[Fault]:
+def keys_have_a_reader(config: ParsedConfig) -> Iterator[Fault]:
     """A setting that nothing reads for this purpose is an error, wherever somebody has chosen to give it.
 
     A file may describe both training and sampling, so in sampling only the command line is asked. Sampling's
     own settings have no place in training, where they look as if they did something.
     """
-    if draft.purpose == "check":
+    if config.purpose == "check":
         return
-    is_sampling = draft.purpose == "sample"
+    is_sampling = config.purpose == "sample"
     for name in sorted(TRAINING_ONLY if is_sampling else SAMPLING_ONLY):
-        path, value = f"args.{name}", getattr(draft.args, name)
-        is_typed = draft.source_of(path) == COMMAND_LINE
+        path, value = f"args.{name}", getattr(config.args, name)
+        is_typed = config.source_of(path) == COMMAND_LINE
         if is_typed if is_sampling else value != ArgsConfig.model_fields[name].default:
             verb = "sampling" if is_sampling else "training"
             instead = "args.save" if name == "output_dir" and not is_sampling else ""
-            yield draft.fault(path, value, f"no such setting: {verb} does not read it", instead)
+            yield config.fault(path, value, f"no such setting: {verb} does not read it", instead)
 
 
 # What also depends on the device that `auto` finds; the engine asks again once it is known.

@@ -204,7 +204,7 @@ def given_conditions(config: RunConfig, settings: SamplingSettings) -> tuple[lis
 def _conditions_of_clips(loader: VideoLoader) -> tuple[list[str], list[torch.Tensor]]:
     """Returns captions and first frames of the first validation clips."""
     count = min(_CLIPS_SHOWN, loader.num_samples or _CLIPS_SHOWN)
-    clips = [loader.dataset.item(index, pixels=True).sample for index in range(count)]
+    clips = [loader.dataset.read(index, pixels=True).sample for index in range(count)]
     images = [clip.video_tchw[0] if clip.image_chw is None else clip.image_chw for clip in clips]
     return [clip.caption for clip in clips], images
 

@@ -2,7 +2,7 @@
 
 import logging
 
-from sat_train.data.bad_clips import Failure, FailureLog
+from sat_train.data.bad_clips import ClipFailure, FailureLog
 
 
 def test_a_list_that_cannot_be_written_ends_nothing_and_is_named(tmp_path, caplog, monkeypatch):
@@ -10,7 +10,7 @@ def test_a_list_that_cannot_be_written_ends_nothing_and_is_named(tmp_path, caplo
     (tmp_path / "in_the_way").write_text("a file")
     path = tmp_path / "in_the_way" / "quarantine.jsonl"
     failures = FailureLog(num_clips=10, max_bad_fraction=0.5, path=path)
-    failures.add(Failure(3, "a.mp4", "damaged", "no frame"))
+    failures.add(ClipFailure(3, "a.mp4", "damaged", "no frame"))
     failures.check()
     assert failures.causes() == {"damaged": 1}
     assert f"{path} cannot be written, training continues" in caplog.text

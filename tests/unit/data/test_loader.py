@@ -14,7 +14,7 @@ import torch
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data.augmentation_key import AugmentationKey
-from sat_train.data.bad_clips import BadClip, Failure, FailureLog
+from sat_train.data.bad_clips import BadClip, ClipFailure, FailureLog
 from sat_train.data.batch import CachedSample, VideoBatch, VideoSample, collate
 from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.buckets import one_bucket
@@ -235,7 +235,7 @@ def test_a_reason_can_be_told_to_other_ranks():
 def test_the_limit_is_of_the_whole_set():
     log = FailureLog(num_clips=200, max_bad_fraction=0.01)
     for i in range(2):
-        log.add(Failure(i, f"{i}.mp4", "damaged", "x"))
+        log.add(ClipFailure(i, f"{i}.mp4", "damaged", "x"))
     log.check()
     with pytest.raises(DataError, match="3 of 200 clips cannot be used"):
-        log.check({str(i): Failure(i, str(i), "damaged", "x") for i in range(3)})
+        log.check({str(i): ClipFailure(i, str(i), "damaged", "x") for i in range(3)})

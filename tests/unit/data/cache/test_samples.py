@@ -75,7 +75,7 @@ def test_a_batch_is_from_the_cache_as_a_whole_or_not_at_all(tmp_path, records, n
     first, second = loader
     assert (first.video_btchw is None, first.cached.mean_btchw.shape[0]) == (True, 2)
     assert (second.cached, second.video_btchw.shape[0]) == (None, 2)
-    assert len(second.keys) == len(second.views) == 2
+    assert len(second.keys) == len(second.augmentations) == 2
 
 
 def test_a_clip_known_to_be_undecodable_is_replaced_as_without_a_cache(tmp_path, records):
