@@ -11,8 +11,8 @@ from torch import Tensor
 from sat_train.errors import CheckpointError
 
 # (key pattern, dim that is sharded, equal parts of it that are each sharded by themselves); every rank holds
-# what no pattern matches. SAT shards q, k and v of the fused weight each by heads: a rank has its heads of all
-# three.
+# what no pattern matches. SAT shards q, k and v of the fused weight each by heads: a rank has its heads of
+# all three.
 _LAYOUTS = (
     (r"attention\.query_key_value\.(weight|bias)$", 0, 3),
     (r"mlp\.dense_h_to_4h\.(weight|bias)$", 0, 1),
