@@ -56,7 +56,7 @@ def test_where_there_is_no_shared_memory_nothing_is_said(monkeypatch, caplog, tm
 def test_a_worker_that_dies_of_a_bus_error_names_shared_memory(tmp_path):
     root = make_folder(tmp_path / "set", ["a"], num_frames=30)
     dataset = make_dataset([record_of(root / "videos" / "a.mp4")])
-    dataset.result = lambda *_, **__: os.kill(os.getpid(), signal.SIGBUS)
+    dataset.read = lambda *_, **__: os.kill(os.getpid(), signal.SIGBUS)
     failures = FailureLog(num_clips=1, max_bad_fraction=1)
     loader = VideoLoader(dataset=dataset, batches=OrderedBatches([1]), failures=failures, num_workers=1)
     with pytest.raises(DataError, match=r"bus error: shared memory ran out \(/dev/shm has[\s\S]*--shm-size"):
