@@ -226,9 +226,9 @@ class QueuedBatches:
         """Yields the batches that follow a position: those that were taken before, then new ones."""
         for number in itertools.count(position.next):
             if number == len(self._taken):
-                number = self._take()
-                if number is None:
+                position_in_indices = self._take()
+                if position_in_indices is None:
                     return
-                self._taken.append(self._indices[number])
+                self._taken.append(self._indices[position_in_indices])
             index = (self._taken[number],)
             yield MicroBatch(index, index, DataPosition(number + 1))

@@ -37,7 +37,7 @@ OTHER = {
     "frames left out": {"skip_frms_num": 3},
     "another limit of enlargement": {"shape": {"max_upscale": 3.0}},
     "another crop": {"crop": "random"},
-    "another autoencoder": {"encoders": EncoderDigests("other", ENCODERS.text)},
+    "another autoencoder": {"encoder_digests": EncoderDigests("other", ENCODERS.text)},
     "another identity": {"identity": "stat"},
 }
 
