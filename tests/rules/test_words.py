@@ -1,0 +1,88 @@
+"""One name has one meaning in the whole repository, and it is the field's word where the field has one.
+
+A second class or module of one name makes every search ambiguous, and a private word has to be learnt by each
+newcomer. `docs/design.md` holds the glossary; the words below are those that it has replaced.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rules.test_house_rules import MODULES, ROOT, SOURCES
+
+# Each package has a `build.py`, by the rule that configuration becomes objects there and nowhere else.
+SHARED_MODULES = {"__init__.py", "build.py"}
+
+# What was said before, and what to say.
+IDENTIFIERS = {
+    "ProcessGrid": "ProcessMesh",
+    "SatGrid": "SatMesh",
+    "run_folder": "run_directory",
+    "Place": "RunDirectory, ClipRef, TensorSlot or ProcessLocation",
+    "Stepper": "TrainStep",
+    "WeightAverage": "ExponentialMovingAverage",
+    "FrozenModels": "Encoders",
+    "FileBook": "FileMetadata",
+    "FittedClip": "ClipAssignment",
+    "Planned": "ClipSet",
+    "TrainEntry": "TrainMetrics",
+    "ValidationEntry": "ValidationMetrics",
+}
+PROSE = {"process grid": "process mesh", "run folder": "run directory", "run folders": "run directories"}
+
+
+def classes(path: Path) -> Iterator[str]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name
+
+
+def identifiers(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.arg | ast.keyword):
+            yield node.arg or ""
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    counts = Counter(name for path in MODULES for name in classes(path))
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_no_two_modules_have_one_name() -> None:
+    counts = Counter(path.name for path in MODULES if path.name not in SHARED_MODULES)
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if "fault_parts" not in path.parts],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_identifiers_are_the_words_of_the_glossary(path: Path) -> None:
+    banned = {name: IDENTIFIERS[name] for name in set(identifiers(path)) & IDENTIFIERS.keys()}
+    assert not banned, "say instead: " + ", ".join(f"{name} -> {word}" for name, word in banned.items())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*(path for path in SOURCES if path != Path(__file__)), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_prose_uses_the_words_of_the_glossary(path: Path) -> None:
+    if path.name == "CHANGELOG.md":
+        pytest.skip("history keeps its words")
+    text = path.read_text(encoding="utf-8")
+    banned = {word: PROSE[word] for word in PROSE if re.search(rf"\b{word}\b", text, re.IGNORECASE)}
+    assert not banned, "say instead: " + ", ".join(f"{name} -> {word}" for name, word in banned.items())
