@@ -55,9 +55,9 @@ def run_trials(
             )
         reference = references[recipe]
         moment_s = chance.uniform(0, reference.seconds)
-        place = root / f"trial-{number}"
-        verdict = run_trial(warm, recipe, draw_fault(chance), moment_s, place, reference)
-        shutil.rmtree(place, ignore_errors=True)
+        trial_folder = root / f"trial-{number}"
+        verdict = run_trial(warm, recipe, draw_fault(chance), moment_s, trial_folder, reference)
+        shutil.rmtree(trial_folder, ignore_errors=True)
         yield verdict
 
 

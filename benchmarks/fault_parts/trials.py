@@ -56,7 +56,7 @@ class Recipe:
     method: str
     stage: int
 
-    def words(self, place: Place) -> list[str]:
+    def words(self, trial_folder: TrialFolder) -> list[str]:
         """Returns the command line of `sat-train train`."""
         rank = "model.network_config.params.modules.lora_config.params.r=8"
         return [
@@ -65,9 +65,9 @@ class Recipe:
             *(f"args.zero_stage={self.stage}", "args.batch_size=1", "args.num_workers=0", "args.lr=1e-3"),
             *("args.eval_interval=6", "args.eval_iters=1", "args.valid_video_interval=null"),
             *("data.params.max_num_frames=5", "data.params.video_size=[32,48]", "data.params.views=2"),
-            *("data.cache=fill", f"data.cache_dir={place.cache}", "data.cache_shard_mb=0.02"),
-            *(f"args.train_data=[{place.clips}]", "args.experiment_name=trial", "args.resume=auto"),
-            *(f"args.save={place.runs}", "data.max_bad_fraction=0.5"),
+            *("data.cache=fill", f"data.cache_dir={trial_folder.cache}", "data.cache_shard_mb=0.02"),
+            *(f"args.train_data=[{trial_folder.clips}]", "args.experiment_name=trial", "args.resume=auto"),
+            *(f"args.save={trial_folder.runs}", "data.max_bad_fraction=0.5"),
         ]
 
 
@@ -75,7 +75,7 @@ RECIPES = tuple(Recipe(method, stage) for method in ("sft", "lora") for stage in
 
 
 @dataclass(frozen=True)
-class Place:
+class TrialFolder:
     """Where a trial lives: its own clips, cache and run directories."""
 
     root: Path
@@ -150,7 +150,7 @@ class Fault:
     Args:
         kind: Its name in the table.
         says: What the output must hold, as a pattern; the cause in the person's words.
-        strike: Makes it happen, at its moment; told the running ranks and the place.
+        strike: Makes it happen, at its moment; told the running ranks and the trial_folder.
         injection: What is put into the ranks from the start.
         mend: What happens between the runs, such as room on the disk again; returns what the resumed run must
             say then, as a pattern.
@@ -160,19 +160,19 @@ class Fault:
 
     kind: str
     says: str
-    strike: Callable[[RunningRanks, Place], None] = lambda ranks, place: None
-    injection: Callable[[Place], Injection] | None = None
-    mend: Callable[[Place], str] = lambda place: ""
+    strike: Callable[[RunningRanks, TrialFolder], None] = lambda ranks, trial_folder: None
+    injection: Callable[[TrialFolder], Injection] | None = None
+    mend: Callable[[TrialFolder], str] = lambda trial_folder: ""
     same_numbers: bool = True
     intervals: int = 1
 
 
 def _signals(kind: str, number: signal.Signals, ranks: list[int], says: str) -> Fault:
-    return Fault(kind, says, strike=lambda running, place: running.signal(number, ranks=ranks))
+    return Fault(kind, says, strike=lambda running, trial_folder: running.signal(number, ranks=ranks))
 
 
-def _fill(running: RunningRanks, place: Place) -> None:
-    with open(place.root / "disk" / "filler", "wb") as file:
+def _fill(running: RunningRanks, trial_folder: TrialFolder) -> None:
+    with open(trial_folder.root / "disk" / "filler", "wb") as file:
         try:
             while True:
                 file.write(bytes(1 << 16))
@@ -181,21 +181,21 @@ def _fill(running: RunningRanks, place: Place) -> None:
             pass
 
 
-def _free(place: Place) -> str:
-    (place.root / "disk" / "filler").unlink(missing_ok=True)
+def _free(trial_folder: TrialFolder) -> str:
+    (trial_folder.root / "disk" / "filler").unlink(missing_ok=True)
     return ""
 
 
-def _touch(running: RunningRanks, place: Place) -> None:
-    place.trigger.touch()
+def _touch(running: RunningRanks, trial_folder: TrialFolder) -> None:
+    trial_folder.trigger.touch()
 
 
-def _untouch(place: Place) -> str:
-    place.trigger.unlink(missing_ok=True)
+def _untouch(trial_folder: TrialFolder) -> str:
+    trial_folder.trigger.unlink(missing_ok=True)
     return ""
 
 
-def _end_all(running: RunningRanks, place: Place) -> None:
+def _end_all(running: RunningRanks, trial_folder: TrialFolder) -> None:
     running.signal(signal.SIGKILL, ranks=range(RANKS))
 
 
@@ -208,21 +208,21 @@ def _flip(path: Path, chance: random.Random) -> None:
 def draw_fault(chance: random.Random) -> Fault:
     """Draws one thing that goes wrong, each kind as often."""
 
-    def flip_in_checkpoint(place: Place) -> str:
-        steps, folder = place.steps(), place.run_directory()
+    def flip_in_checkpoint(trial_folder: TrialFolder) -> str:
+        steps, folder = trial_folder.steps(), trial_folder.run_directory()
         if not steps or folder is None:
             return ""
         _flip(chance.choice(sorted((folder / str(steps[-1])).iterdir())), chance)
         return r"corrupt|damaged|does not match"
 
-    def flip_in_cache(place: Place) -> str:
-        shards = sorted(place.cache.rglob("*.safetensors")) if place.cache.exists() else []
+    def flip_in_cache(trial_folder: TrialFolder) -> str:
+        shards = sorted(trial_folder.cache.rglob("*.safetensors")) if trial_folder.cache.exists() else []
         if shards:
             _flip(chance.choice(shards), chance)
         return ""  # the entry may not be read again
 
-    def lose_a_clip(running: RunningRanks, place: Place) -> None:
-        chance.choice(sorted((place.clips / "videos").iterdir())).unlink(missing_ok=True)
+    def lose_a_clip(running: RunningRanks, trial_folder: TrialFolder) -> None:
+        chance.choice(sorted((trial_folder.clips / "videos").iterdir())).unlink(missing_ok=True)
 
     one, number = [chance.randrange(RANKS)], chance.randrange(STEPS)
     pattern = chance.choice(_FAILING_FILES)
@@ -240,7 +240,7 @@ def draw_fault(chance: random.Random) -> Fault:
             "disk read-only",
             r"Read-only file system|step 12/12",
             strike=_touch,
-            injection=lambda place: read_only(place.trigger, place.root / "disk"),
+            injection=lambda trial_folder: read_only(trial_folder.trigger, trial_folder.root / "disk"),
             mend=_untouch,
             intervals=3,
         ),
@@ -248,14 +248,16 @@ def draw_fault(chance: random.Random) -> Fault:
             "EIO on one file",
             r"Input/output error|step 12/12",
             strike=_touch,
-            injection=lambda place: unreadable(place.trigger, f"{place.root}/disk/{pattern}"),
+            injection=lambda trial_folder: unreadable(
+                trial_folder.trigger, f"{trial_folder.root}/disk/{pattern}"
+            ),
             mend=_untouch,
             intervals=3,
         ),
         Fault(
             "callback raises",
             rf"{reporter[1]} failed.*injected into|step 12/12",
-            injection=lambda place: RaisingCallback(*reporter, at_call=number),
+            injection=lambda trial_folder: RaisingCallback(*reporter, at_call=number),
         ),
         Fault(
             "clip vanishes",
@@ -283,12 +285,12 @@ class Verdict:
 
 def make_reference(warm: WarmRanks, recipe: Recipe, root: Path) -> Reference:
     """Trains a recipe without any fault."""
-    place = Place(root)
-    place.prepare()
+    trial_folder = TrialFolder(root)
+    trial_folder.prepare()
     begin = time.monotonic()
-    ended = warm.start(recipe.words(place), ranks=RANKS, log=root / "log").wait(timeout_s=_TIMEOUT_S)
+    ended = warm.start(recipe.words(trial_folder), ranks=RANKS, log=root / "log").wait(timeout_s=_TIMEOUT_S)
     assert ended.succeeded, ended.output
-    return Reference(place.losses(), place.weights(), time.monotonic() - begin)
+    return Reference(trial_folder.losses(), trial_folder.weights(), time.monotonic() - begin)
 
 
 def run_trial(
@@ -301,19 +303,19 @@ def run_trial(
         root: A new folder for it.
         reference: Of the same recipe.
     """
-    place = Place(root)
+    trial_folder = TrialFolder(root)
     verdict = Verdict(fault.kind, recipe, moment_s)
     with _small_disk(root / "disk"):
-        place.prepare()
-        first = _train_until(warm, recipe, fault, moment_s, place)
-        done = max(place.losses(), default=0)
+        trial_folder.prepare()
+        first = _train_until(warm, recipe, fault, moment_s, trial_folder)
+        done = max(trial_folder.losses(), default=0)
         _judge_first(fault, first, verdict)
-        must_say = fault.mend(place)
+        must_say = fault.mend(trial_folder)
         log = root / "log.resumed"
-        second = warm.start(recipe.words(place), ranks=RANKS, log=log).wait(timeout_s=_TIMEOUT_S)
+        second = warm.start(recipe.words(trial_folder), ranks=RANKS, log=log).wait(timeout_s=_TIMEOUT_S)
         _judge_second(second, must_say, verdict)
         if second.succeeded:
-            _judge_result(fault, place, reference, verdict)
+            _judge_result(fault, trial_folder, reference, verdict)
             intervals = 2 if must_say else fault.intervals
             _judge_loss(second, done, intervals=intervals, verdict=verdict)
     return verdict
@@ -333,13 +335,17 @@ def _small_disk(folder: Path) -> Iterator[None]:
             subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
 
 
-def _train_until(warm: WarmRanks, recipe: Recipe, fault: Fault, moment_s: float, place: Place) -> Ended:
-    injection = fault.injection(place) if fault.injection is not None else None
-    running = warm.start(recipe.words(place), ranks=RANKS, log=place.root / "log", injection=injection)
+def _train_until(
+    warm: WarmRanks, recipe: Recipe, fault: Fault, moment_s: float, trial_folder: TrialFolder
+) -> Ended:
+    injection = fault.injection(trial_folder) if fault.injection is not None else None
+    running = warm.start(
+        recipe.words(trial_folder), ranks=RANKS, log=trial_folder.root / "log", injection=injection
+    )
     moment = time.monotonic() + moment_s
     while running.is_running() and time.monotonic() < moment:
         time.sleep(0.02)
-    fault.strike(running, place)
+    fault.strike(running, trial_folder)
     return running.wait(timeout_s=_TIMEOUT_S)
 
 
@@ -365,16 +371,16 @@ def _judge_second(ended: Ended, must_say: str, verdict: Verdict) -> None:
         verdict.problems.append("damage not named")
 
 
-def _judge_result(fault: Fault, place: Place, reference: Reference, verdict: Verdict) -> None:
-    if STEPS not in place.steps():
+def _judge_result(fault: Fault, trial_folder: TrialFolder, reference: Reference, verdict: Verdict) -> None:
+    if STEPS not in trial_folder.steps():
         verdict.problems.append("no last checkpoint")
         return
     if not fault.same_numbers:
         return
-    losses = place.losses()
+    losses = trial_folder.losses()
     if any(reference.losses[step] != loss for step, loss in losses.items()):
         verdict.problems.append("other losses")
-    weights = place.weights()
+    weights = trial_folder.weights()
     same = weights.keys() == reference.weights.keys() and all(
         torch.equal(tensor, reference.weights[name]) for name, tensor in weights.items()
     )
