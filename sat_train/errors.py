@@ -128,7 +128,7 @@ class CheckpointError(SatTrainError):
 
 
 class TrainingError(SatTrainError):
-    """Training cannot go on: non-finite loss, a lost rank."""
+    """Training cannot continue: non-finite loss, a lost rank."""
 
     exit_code = 1
 

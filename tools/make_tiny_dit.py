@@ -1,6 +1,6 @@
 """Pre-trains the tiny transformer of the embedded model and writes `sat_train/assets/tiny/dit.safetensors`.
 
-    python tools/make_tiny_dit.py --work /tmp/tiny_dit     # run again to go on where it stopped
+    python tools/make_tiny_dit.py --work /tmp/tiny_dit     # run again to continue where it stopped
 
 It sees drawn clips only, none of the demo data set's, so that fine-tuning on the demo clips is a true
 fine-tune. Latents and text embeddings are computed once and kept in `--work`. The running average of the

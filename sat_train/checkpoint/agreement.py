@@ -1,4 +1,4 @@
-"""Rank 0 works, all ranks learn how it went: all go on, or all raise the same error.
+"""Rank 0 works, all ranks learn how it went: all continue, or all raise the same error.
 
 A rank that raises alone leaves the others waiting in their next collective until the process group times out.
 """

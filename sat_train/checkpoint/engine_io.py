@@ -114,7 +114,7 @@ def without_sat_keys(state: State) -> State:
 def save_engine(
     engine: Any, *, folder: Path, client_state: Mapping[str, object], exclude_frozen: bool
 ) -> ShardFiles:
-    """Writes all that a DeepSpeed engine needs to go on into `folder`, which exists.
+    """Writes all that a DeepSpeed engine needs to resume into `folder`, which exists.
 
     Returns:
         What this rank wrote, and its failure if it had one.

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run resumes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class ResumePoint:
     """A checkpoint whose every byte has been verified.
 
     Args:
-        run_directory: Folder of the run that goes on.
-        step: The step it goes on from.
+        run_directory: Directory of the run that is resumed.
+        step: The step it resumes from.
         manifest: Its manifest.
         steps: All committed steps of the run, newest first, after damaged ones were set aside.
     """

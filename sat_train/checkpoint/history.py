@@ -29,7 +29,7 @@ def rewind(run_directory: Path, step: int) -> list[int]:
 
     Raises:
         CheckpointError: The folder cannot be looked into.
-        OSError: A step cannot be renamed. The run must not go on then: it would mix two lines.
+        OSError: A step cannot be renamed. The run must not continue then: it would mix two lines.
 
     Ranks: one, which owns the folder.
     """

@@ -1,4 +1,4 @@
-"""Going on with another number of data ranks: each rank's shard is made from those of the ranks that
+"""Resuming with another number of data ranks: each rank's shard is made from those of the ranks that
 saved.
 
 DeepSpeed asks its checkpoint engine for this rank's files and loads what it is given. So the files of the new

@@ -37,7 +37,7 @@ def save_training_checkpoint(
     data_fingerprint: str,
     base_weights: BaseWeights | None = None,
 ) -> Path:
-    """Publishes everything that a run needs to go on as if it had never stopped.
+    """Publishes everything that a run needs to continue as if it had never stopped.
 
     Args:
         engine: DeepSpeed engine.
@@ -56,7 +56,7 @@ def save_training_checkpoint(
         The committed folder.
 
     Raises:
-        CheckpointError: On all ranks alike; training may go on, what was saved before is intact.
+        CheckpointError: On all ranks alike; training may continue, what was saved before is intact.
 
     Ranks: all.
     """

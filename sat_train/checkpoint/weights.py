@@ -50,7 +50,7 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Located:
-    """Where the weights of a transformer are, fixed: a run goes on, its folder then means a later step.
+    """Where the weights of a transformer are, fixed: a run continues, its folder then means a later step.
 
     Args:
         path: What `find_weights` understands; of a run, the step that was its newest.

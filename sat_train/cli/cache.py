@@ -1,4 +1,4 @@
-"""`sat-train cache`: what a cache of encoded samples holds, whether it is whole, and rid of what is stale."""
+"""`sat-train cache`: lists what a cache of encoded samples holds, checks it, removes what is stale."""
 
 from __future__ import annotations
 

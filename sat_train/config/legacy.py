@@ -49,7 +49,7 @@ _KNOWN = "known from the model"
 WITHOUT_EFFECT = {
     "args.no_load_rng": "all randomness comes from the seed and the step",
     "args.no_save_rng": "all randomness comes from the seed and the step",
-    "args.resume_dataloader": "`resume` always goes on at the same sample",
+    "args.resume_dataloader": "`resume` always continues at the same sample",
     "args.force_train": "weights that do not fit are an error",
     "args.force_pretrain": "weights that do not fit are an error",
     "args.force_inference": "weights that do not fit are an error",

@@ -177,7 +177,7 @@ class _Outline:
         inside.key, inside.wants_key = key, False
 
     def _end(self, size: int, anchor: str | None) -> None:
-        """Counts a value that is complete, and goes on behind it."""
+        """Counts a value that is complete, and continues behind it."""
         if anchor is not None:
             self._sizes[anchor] = size
         if not self._open:

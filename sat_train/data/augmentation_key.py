@@ -1,4 +1,4 @@
-"""Which of the many samples that a clip can give is meant."""
+"""Identifies one augmentation of a clip: the key behind its window, crop and first-frame noise."""
 
 from __future__ import annotations
 

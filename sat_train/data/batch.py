@@ -21,7 +21,7 @@ class CachedSample:
 
     Args:
         mean_btchw: Mean of the VAE's posterior, before the scale factor.
-        logvar_btchw: Its log-variance; a latent is drawn anew from both each time.
+        logvar_btchw: Its log-variance; a latent is drawn again from both each time.
         text_bld: Text embeddings.
         image_latent_btchw: Mean of the first frame's posterior, for image-to-video; None for text-to-video.
         image_logvar_btchw: Its log-variance; None takes the mean as it is.

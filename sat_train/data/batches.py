@@ -79,7 +79,7 @@ class OrderedBatches:
         accumulation: Micro-steps of an optimizer step.
         start: Where the run stands, between two optimizer steps.
         goal: All samples before this one are taken before any that is not needed to complete a micro-batch
-            of theirs; then the order goes on. None: nothing is taken ahead of its time.
+            of theirs; then the order continues. None: nothing is taken ahead of its time.
         stop: The same, and the iteration ends then; None: there is no end.
     """
 

@@ -131,7 +131,7 @@ class _QuietReader(_RemoteReader):
 
 
 def open_part(path: Path, span: Span | None = None, *, block_bytes: int = _BLOCK_BYTES) -> IO[bytes]:
-    """Opens a file, or a part of one, for reading in binary mode; in each process anew.
+    """Opens a file, or a part of one, for reading in binary mode; each process opens it for itself.
 
     Args:
         path: The file.

@@ -216,7 +216,7 @@ class VideoDataset(Dataset[SampleResult]):
         """Returns where it belongs in the cache that a clip cannot be decoded."""
         try:
             return None if self.cache is None else self.keys(index, ref)
-        except BadClip:  # it cannot even be opened, which is found out anew each time
+        except BadClip:  # it cannot even be opened, which is found out again each time
             return None
 
     def _find(self, index: int, ref: ClipRef, *, pixels: bool) -> VideoSample:

@@ -174,7 +174,7 @@ class VideoLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[VideoBatch]:
-        """Starts over at the first batch for a finite loader, goes on where it stands for an endless one."""
+        """Starts over at the first batch of a finite loader; an endless one continues where it stands."""
         if self._batches.stop is not None:
             self.close()
             self._position = self._batches.start
@@ -200,7 +200,7 @@ class VideoLoader:
         return batch
 
     def close(self) -> None:
-        """Ends the workers. The loader can be used again and goes on at its position."""
+        """Ends the workers. The loader can be used again and continues at its position."""
         self._iterator = None  # asks idle workers to leave and waits for them
         _kill_workers(self._board_wf)
 

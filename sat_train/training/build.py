@@ -54,12 +54,12 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where a run writes and what it goes on from.
+    """Where a run writes and what it resumes.
 
     Args:
         folder: The run's folder; None for a run that keeps nothing.
         lock: Keeps other runs out of it, on rank 0.
-        point: The checkpoint that the run goes on from; None for a new run.
+        point: The checkpoint that the run resumes; None for a new run.
     """
 
     folder: Path | None
@@ -144,7 +144,7 @@ def open_run_directory(config: RunConfig, mesh: ProcessMesh) -> RunDirectory:
     )
     point = broadcast_object(mesh, found[0])
     on_rank_0(mesh, lambda: prepare_folder(folder, point))
-    log.info("run directory %s%s", folder, f", going on from step {point.step}" if point else "")
+    log.info("run directory %s%s", folder, f", resuming from step {point.step}" if point else "")
     return RunDirectory(folder, lock, point)
 
 
@@ -218,7 +218,7 @@ def build_trainer(
     average: ExponentialMovingAverage | None,
     stop_request: StopRequest,
 ) -> Trainer:
-    """Restores what the run goes on from and puts step and callbacks around the engine.
+    """Restores what the run resumes and puts step and callbacks around the engine.
 
     Ranks: all.
     """

@@ -1,4 +1,4 @@
-"""Going on with a run: what it goes on from, and what may have changed since."""
+"""Resuming a run: from which checkpoint, and what may have changed since."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def find_resumed(config: RunConfig) -> ResumePoint | None:
 
     Ranks: one.
     """
-    assert config.args.save is not None, "a run that keeps nothing cannot go on"
+    assert config.args.save is not None, "a run that keeps nothing cannot be resumed"
     point = find_resume_point(
         config.args.resume,
         save_root=Path(config.args.save),

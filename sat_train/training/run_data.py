@@ -77,7 +77,7 @@ def open_data(
     Args:
         config: The configuration.
         mesh: Who this rank is.
-        point: The checkpoint that the run goes on from; None for a new run.
+        point: The checkpoint that the run resumes; None for a new run.
         run_directory: Gets the names of bad clips; None: they are only logged.
 
     Raises:
@@ -92,8 +92,8 @@ def open_data(
     )
     if point is not None and point.manifest.data_fingerprint != train.fingerprint:
         log.warning(
-            "the training data are not those of the checkpoint (fingerprint %s, was %s): the run goes on at "
-            "sample %d of the new order, in which clips may come again or not at all in this epoch",
+            "the training data are not those of the checkpoint (fingerprint %s, was %s): the run continues "
+            "at sample %d of the new order, in which clips may come again or not at all in this epoch",
             *(train.fingerprint, point.manifest.data_fingerprint, train.position.consumed),
         )
     valid = None
@@ -113,7 +113,7 @@ def open_data(
 
 
 def position_of(point: ResumePoint | None) -> DataPosition:
-    """Returns where a run stands in the data that goes on from a checkpoint, or begins."""
+    """Returns where a run stands in the data when it resumes a checkpoint, or begins."""
     if point is None:
         return DataPosition()
     waiting = point.manifest.samples_waiting

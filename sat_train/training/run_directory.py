@@ -28,12 +28,12 @@ SAMPLES = "samples"
 def claim_run_directory(
     mesh: ProcessMesh, *, save_root: Path, experiment_name: str, resumed: Callable[[], Path | None]
 ) -> tuple[Path, RunLock | None]:
-    """Gives the run its folder: the one it goes on in, or a new `<experiment_name>-<YYYYmmdd-HHMMSS>`.
+    """Gives the run its folder: the one it resumes, or a new `<experiment_name>-<YYYYmmdd-HHMMSS>`.
 
     Args:
         save_root: `args.save`.
         experiment_name: `args.experiment_name`.
-        resumed: Finds the folder of the run that goes on; asked on rank 0, again when another run was faster.
+        resumed: Finds the folder of the resumed run; asked on rank 0, again when another run was faster.
 
     Returns:
         The folder, and on rank 0 the lock that keeps others out of it.

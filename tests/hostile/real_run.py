@@ -50,7 +50,7 @@ def sign(manifest: Path, body: dict[str, Any]) -> None:
 
 
 def replace_file(step: Path, name: str, content: bytes) -> None:
-    """Puts other contents into a step and signs its manifest anew."""
+    """Puts other contents into a step and signs its manifest again."""
     (step / name).write_bytes(content)
     body = json.loads((step / "manifest.json").read_text())
     entry = {"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

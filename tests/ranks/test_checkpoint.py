@@ -1,4 +1,4 @@
-"""A run that is saved and resumed goes on as if nothing had happened: DeepSpeed engines, gloo ranks."""
+"""A run that is saved and resumed continues as if nothing had happened: DeepSpeed engines, gloo ranks."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path) -> str:
         save(mesh, engine, run_directory, step=2)
     engine_io.write_file = honest
     assert not (run_directory / "2").exists()
-    # training goes on, and so does saving
+    # training continues, and so does saving
     train(engine, mesh.rank, range(1, 2))
     save(mesh, engine, run_directory, step=3)
     found = find(mesh, save_root)

@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks: every value arrives, and there and back changes nothing."""
+"""A run resumes with another number of ranks: every value arrives, and there and back changes nothing."""
 
 from __future__ import annotations
 

@@ -34,7 +34,15 @@ IDENTIFIERS = {
     "TrainEntry": "TrainMetrics",
     "ValidationEntry": "ValidationMetrics",
 }
-PROSE = {"process grid": "process mesh", "run folder": "run directory", "run folders": "run directories"}
+PROSE = {
+    "process grid": "process mesh",
+    "run folder": "run directory",
+    "run folders": "run directories",
+    "anew": "again",
+    "goes on from": "resumes",
+    "going on from": "resuming from",
+    "rid of": "removes",
+}
 
 # The change log keeps the words of its day.
 PAGES = [path for pattern in ("*.md", "docs/*.md") for path in ROOT.glob(pattern) if path.stem != "CHANGELOG"]

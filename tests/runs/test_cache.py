@@ -200,7 +200,7 @@ def test_a_signal_ends_precompute_after_the_clip_and_it_continues_there(
 
 @pytest.mark.slow
 def test_twenty_kills_leave_no_torn_entry_and_cost_no_published_work(words, tmp_path: Path) -> None:
-    """Each start goes on where the last one was killed; the last one runs to its end."""
+    """Each start continues where the last one was killed; the last one runs to its end."""
     rng, cache = random.Random(3), tmp_path / "cache"
     words = [*words, f"data.cache_dir={cache}", "data.params.views=15", "data.cache_shard_mb=0.05"]
     context = multiprocessing.get_context("fork")

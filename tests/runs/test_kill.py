@@ -1,4 +1,4 @@
-"""SIGKILL at any moment costs at most one save interval, and the run goes on as if nothing had happened."""
+"""SIGKILL at any moment costs at most one save interval, and the run continues as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def is_saving(save: Path) -> bool:
 
 
 def resumed_from(log: Path) -> int:
-    """Returns the step that a run says it goes on from, 0 for one that starts afresh."""
-    found = re.search(r"going on from step (\d+)", log.read_text(encoding="utf-8"))
+    """Returns the step that a run says it resumes from, 0 for one that starts afresh."""
+    found = re.search(r"resuming from step (\d+)", log.read_text(encoding="utf-8"))
     return int(found.group(1)) if found else 0
 
 
@@ -73,7 +73,7 @@ def test_kills_lose_at_most_one_save_interval_each(tmp_path: Path) -> None:
         reached = max(logged_steps(save))
     finished = run("train_video.py", words(save, STEPS))
     assert finished.returncode == 0, finished.output
-    assert len(run_directories(save)) == 1, "auto goes on in the one folder"
+    assert len(run_directories(save)) == 1, "auto resumes the one folder"
 
     straight = run("train_video.py", words(tmp_path / "straight", STEPS))
     assert straight.returncode == 0, straight.output

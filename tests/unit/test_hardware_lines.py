@@ -36,6 +36,6 @@ def test_the_counter_counts_what_lives_at_once() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hardware_lines_hold(name: str) -> None:
-    """Write them anew with `python benchmarks/memory.py`."""
+    """Write them again with `python benchmarks/memory.py`."""
     path = Path("configs/model") / f"{name}.yaml"
     assert hardware_lines(path) in path.read_text(encoding="utf-8")

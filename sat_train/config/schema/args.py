@@ -115,7 +115,7 @@ class ArgsConfig(Record):
     )
     resume: Text = Field(
         "none",
-        description="auto: go on in the newest run of this name, or start. must: go on. none. A path.",
+        description="auto: resume the newest run of this name, or start. must: resume. none. A path.",
     )
     save: Text | None = Field("runs", description="Folder of run directories. null: keep nothing.")
     save_interval: int = Field(500, ge=1, description="Steps between checkpoints.")

@@ -41,7 +41,7 @@ class ZeroConfig(Record):
 
     stage: ZeroStage = Field(1, description="The same setting as `args.zero_stage`.")
     contiguous_gradients: bool = Field(True, description="Copy gradients into one buffer as they come.")
-    overlap_comm: bool = Field(False, description="Reduce gradients while the backward pass goes on.")
+    overlap_comm: bool = Field(False, description="Reduce gradients while the backward pass continues.")
     reduce_scatter: bool = Field(True, description="Reduce-scatter instead of all-reduce.")
     reduce_bucket_size: Whole = Field(500_000_000, ge=1, description="Elements reduced at once.")
     allgather_bucket_size: Whole = Field(500_000_000, ge=1, description="Elements gathered at once.")

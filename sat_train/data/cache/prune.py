@@ -1,4 +1,4 @@
-"""Looks after a cache folder: what is in it, what of it is stale, and rid of that."""
+"""Cache maintenance: lists entries, finds stale ones, removes them."""
 
 from __future__ import annotations
 
@@ -200,8 +200,8 @@ def verify_entries(cache_dir: Path) -> tuple[int, list[str]]:
 def prune_entries(cache_dir: Path, staleness: Staleness, *, drop_damaged: bool = False) -> tuple[int, int]:
     """Removes stale entries, damaged shards and what unfinished writes left; not while a run reads the cache.
 
-    A shard that is stale in part is written anew without that part before the old one goes. What is written
-    anew, and what is there twice, is compared with its hash: a damaged entry is neither kept instead of a
+    A shard that is stale in part is written again without that part before the old one goes. What is written
+    again, and what is there twice, is compared with its hash: a damaged entry is neither kept instead of a
     whole one nor given a new hash.
 
     Args:

@@ -113,7 +113,7 @@ class AdaLNLayer(BaseMixin):
         context: BlockContext,
         old_impl: object = None,
     ) -> Tensor:
-        """SAT hook: normalises queries and keys, then goes on to rotation and attention."""
+        """SAT hook: normalises queries and keys, then continues to rotation and attention."""
         if block.query_norm is not None:
             query, key = block.query_norm(query), block.key_norm(key)
         return old_impl(query, key, value, block=block, context=context)

@@ -54,7 +54,7 @@ class Checkpointer(Callback):
         self._failures_in_a_row = 0
 
     def started(self, trainer: Trainer) -> None:
-        """The checkpoint that the run goes on from need not be written again."""
+        """The checkpoint that the run resumes need not be written again."""
         if trainer.state.step:
             self._saved_step = self._resumed_step = trainer.state.step
 
@@ -82,7 +82,7 @@ class Checkpointer(Callback):
         if self._failures_in_a_row == _MOST_FAILURES_IN_A_ROW:
             raise error
         if self._mesh.rank == 0:
-            log.error("not saved, training goes on: %s", error)
+            log.error("not saved, training continues: %s", error)
 
     def _save_once(self, trainer: Trainer) -> None:
         if trainer.state.step == self._saved_step:

@@ -57,7 +57,7 @@ def test_all_values_with_their_sources(load: Load) -> None:
 
 
 def test_the_shipped_json_schema_is_current() -> None:
-    """Make it anew with `sat-train check --schema > configs/schema.json`."""
+    """Make it again with `sat-train check --schema > configs/schema.json`."""
     with open("configs/schema.json", encoding="utf-8") as file:
         assert file.read() == render_json_schema()
 

@@ -1,4 +1,4 @@
-"""Clips are looked into by processes; one that crashes or hangs names its clip, and the others go on."""
+"""Clips are looked into by processes; one that crashes or hangs names its clip, and the others continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run trains on when it goes on from a checkpoint."""
+"""What a run trains on when it resumes a checkpoint."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_run_goes_on_with_the_next_sample_and_those_that_wait(config, caplog) 
 def test_a_run_that_goes_on_over_other_data_says_so(config, caplog) -> None:
     open_data(config, start_single_process(), point=point("another", 6))
     assert "the training data are not those of the checkpoint (fingerprint " in caplog.text
-    assert "was another): the run goes on at sample 6 of the new order" in caplog.text
+    assert "was another): the run continues at sample 6 of the new order" in caplog.text
 
 
 def test_the_epochs_that_are_left_are_counted_from_the_samples_consumed(tmp_path: Path) -> None:
