@@ -355,7 +355,9 @@ def _judge_first(fault: Fault, ended: Ended, verdict: Verdict) -> None:
         verdict.problems.append("hung")
     if _TRACEBACK in ended.output:
         verdict.problems.append("traceback")
-    if not re.search(fault.says, ended.output):
+    # a process that a signal ends before its first line has said nothing; its parent names the signal
+    unheard = not ended.output and all(code is not None and code < 0 for code in ended.codes)
+    if not unheard and not re.search(fault.says, ended.output):
         verdict.problems.append("cause not named")
 
 

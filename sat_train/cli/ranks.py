@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
@@ -42,11 +43,19 @@ def run_on_ranks(
         Exit code: 0 when the work is complete or was stopped in order, 2 for what is wrong with the command
         line, configuration, data or weights, 1 for what went wrong in the work.
     """
+    signal.signal(signal.SIGTERM, _stop_before_start)  # until `StopRequest` listens
     try:
         return _run_on_ranks(purpose, work, words)
-    except KeyboardInterrupt:  # while libraries are imported: afterwards `StopRequest` listens
+    except Stopped as request:
+        print(request, file=sys.stderr)
+        return request.exit_code
+    except KeyboardInterrupt:
         print("interrupted before the start", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _stop_before_start(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number, f"{signal.Signals(number).name} before the start")
 
 
 def _run_on_ranks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -125,5 +125,5 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
             remedy="check the folder, its permissions and the free space",
         ) from error
     finally:
-        if partial.exists():
-            partial.unlink()
+        with suppress(OSError):  # it must not hide why the file was not written
+            partial.unlink(missing_ok=True)

@@ -53,11 +53,17 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Says that the run has ended in order."""
+        """Says that the run has ended.
+
+        Never raises: it is called when a run fails, and must not hide why. A lock that stays is taken over.
+        """
         self._released.set()
         self._thread.join()  # it must not write to a descriptor that is closed
-        if _is_at(self._descriptor, self._path):
-            self._path.unlink(missing_ok=True)
+        try:
+            if _is_at(self._descriptor, self._path):
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s stays: %s", self._path, error.strerror)
         os.close(self._descriptor)
 
     def check_held(self) -> None:

@@ -65,6 +65,21 @@ def test_a_run_that_ended_in_order_leaves_no_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_cannot_be_removed_hides_no_failure_and_is_taken_over(tmp_path, monkeypatch, caplog):
+    lock = RunLock(tmp_path)
+
+    def read_only(path: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "unlink", read_only)
+        lock.release()
+    assert "run.lock stays: Read-only file system" in caplog.text
+    assert not is_alive(tmp_path)
+    RunLock(tmp_path).release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_machine_s_run_is_alive_as_long_as_its_heart_beats(tmp_path, monkeypatch):
     path = tmp_path / LOCK
     path.write_text("elsewhere 1 7\n")
