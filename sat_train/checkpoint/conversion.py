@@ -148,7 +148,7 @@ def open_source(conversion: Conversion) -> Opened:
     is_merging = conversion.merge_lora or conversion.lora is not None
     if updates and not is_merging and conversion.to == "diffusers":
         return Opened(LazyWeights({}, where=str(source.path)), updates, None, metadata)
-    dtype = conversion.dtype or (trained_dtype(source.path, manifest) if manifest else None)
+    dtype = conversion.dtype or (trained_dtype(manifest) if manifest else None)
     whole = read_transformer_weights(conversion.source, ema=conversion.ema, load_base=conversion.load_base)
     if not is_merging:
         adapters = whole.select(lambda key: key if is_adapter_key(key) else None)

@@ -3,10 +3,10 @@
 <run>/latest                     text: the newest committed step, for SAT and for people; never the truth
 <run>/<step>/manifest.json       its presence means: committed
 <run>/<step>/mp_rank_00_model_states.pt
-                                 weights as SAT writes them; zero_pp_rank_R_mp_rank_00_... under ZeRO-3
-<run>/<step>/*zero_pp_rank_R_mp_rank_00_optim_states.pt
-                                 DeepSpeed's optimizer shards
-<run>/<step>/ema_rank_00.pt      average of the weights, when there is one
+                                 weights as SAT reads them: one file for each rank of the model axis
+<run>/<step>/fragments_rank_00.pt
+                                 what trains, one file a rank: fp32 masters, optimizer state, average
+<run>/<step>/client_state.json   where the run stands, and its configuration
 <run>/.tmp-<step>-<id>/          a save under way, or one that was killed
 <run>/<step>.corrupt/            failed its verification; kept for a person to look at
 <run>/<step>.abandoned/          lay after the step that a person went back to; kept for a person
@@ -30,8 +30,7 @@ _STEP_NAME = re.compile(r"0|[1-9][0-9]{0,17}")
 
 # What SAT puts before the transformer's keys in `mp_rank_XX_model_states.pt`.
 SAT_PREFIX = "model.diffusion_model."
-# The one key of DeepSpeed's client state that is ours.
-CLIENT_STATE_KEY = "sat_train"
+CLIENT_STATE = "client_state.json"
 
 
 def step_folder(run_directory: Path, step: int) -> Path:
@@ -39,9 +38,14 @@ def step_folder(run_directory: Path, step: int) -> Path:
     return run_directory / str(step)
 
 
-def ema_file_name(rank: int) -> str:
-    """Returns the name of the weight average that global rank `rank` holds."""
-    return f"ema_rank_{rank:02d}.pt"
+def model_file_name(model_rank: int) -> str:
+    """Returns the name of the weights of one rank of the model axis."""
+    return f"mp_rank_{model_rank:02d}_model_states.pt"
+
+
+def fragments_file_name(rank: int) -> str:
+    """Returns the name of the trained state that global rank `rank` owns."""
+    return f"fragments_rank_{rank:02d}.pt"
 
 
 def parse_step(name: str) -> int | None:

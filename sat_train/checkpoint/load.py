@@ -1,113 +1,72 @@
-"""Loading a training run, strictly: what was saved goes back where it came from, or nothing is touched."""
+"""What a resumed run needs of a verified checkpoint, compared with the run before anything is touched."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_train.checkpoint.consolidate import read_model_states
-from sat_train.checkpoint.engine_io import (
-    ShardFiles,
-    load_engine,
-    optimized_shapes,
-    read_shard,
-    saved_shapes,
-)
 from sat_train.checkpoint.find import ResumePoint
-from sat_train.checkpoint.layout import ema_file_name, step_folder
-from sat_train.checkpoint.manifest import BaseWeights, Manifest
-from sat_train.checkpoint.names import check_names_and_shapes
-from sat_train.checkpoint.reshard import ReshardedFiles
+from sat_train.checkpoint.fragments import SavedFragments, read_fragments
+from sat_train.checkpoint.layout import CLIENT_STATE, step_folder
+from sat_train.checkpoint.manifest import BaseWeights
+from sat_train.checkpoint.names import Shape, check_names_and_shapes
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
-from sat_train.log import get_logger
+from sat_train.files import read_text, reading
 
-log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class ResumeState:
-    """Where the run stands.
-
-    Args:
-        step: Optimizer steps done.
-        samples_consumed: Samples that all ranks together have taken.
-        client_state: What was given to `save_training_checkpoint`.
-        ema_state: This rank's part of the weight average; None when none was saved.
-    """
-
-    step: int
-    samples_consumed: int
-    client_state: dict[str, Any]
-    ema_state: dict[str, Any] | None
+_MOST_BYTES = 64 * 2**20
 
 
-def load_training_checkpoint(
-    mesh: ProcessMesh, *, engine: Any, point: ResumePoint, base_weights: BaseWeights | None = None
-) -> ResumeState:
-    """Puts a verified checkpoint into a freshly built DeepSpeed engine.
+def open_trained_state(
+    mesh: ProcessMesh,
+    *,
+    point: ResumePoint,
+    trained: Mapping[str, Shape],
+    base_weights: BaseWeights | None = None,
+) -> SavedFragments:
+    """Opens everything that trains in a checkpoint, whatever ranks and ZeRO stage wrote it.
 
     Args:
-        engine: Engine over the same model and optimizer groups as the one that was saved; base weights are
-            loaded already.
+        mesh: The process mesh.
         point: From `find_resume_point`.
+        trained: Names and shapes of what trains in this run, on this rank of the model axis.
         base_weights: The frozen weights that this run loaded, for a checkpoint that left them out.
 
     Raises:
-        CheckpointError: On all ranks alike: another model axis or ZeRO stage, other base weights, other
-            names or shapes (listed).
+        CheckpointError: On all ranks alike: other base weights, other names or shapes (listed), damaged.
 
     Ranks: all.
     """
-    _check_same_layout(point, model_size=mesh.model_size, zero_stage=int(engine.zero_optimization_stage()))
     _check_same_base(point, base_weights)
-    _check_same_parameters(mesh, engine, point)
     folder = step_folder(point.run_directory, point.step)
-    client_state = load_engine(
-        engine,
-        run_directory=point.run_directory,
-        step=point.step,
-        exclude_frozen=point.manifest.trainable_only,
-        files=_files(mesh, engine, point),
-    )
-    return ResumeState(
-        step=point.step,
-        samples_consumed=point.manifest.samples_consumed,
-        client_state=client_state,
-        ema_state=_read_ema(folder, point.manifest, mesh),
-    )
+    saved: SavedFragments | None = None
+    problem = ""
+    try:
+        saved = read_fragments(folder, point.manifest, model_rank=mesh.model_rank, model_size=mesh.model_size)
+        check_names_and_shapes(trained, saved.shapes, where=str(folder))
+    except CheckpointError as error:
+        problem = str(error)
+    first = next((other for other in gather_objects(mesh, problem) if other), "")
+    if first or saved is None:
+        raise CheckpointError(first)
+    return saved
 
 
-def _files(mesh: ProcessMesh, engine: Any, point: ResumePoint) -> ShardFiles:
-    manifest = point.manifest
-    if manifest.data_size == mesh.data_size or manifest.zero_stage == 0:
-        return ShardFiles()
-    log.info("cutting the optimizer's state of %d data ranks for %d", manifest.data_size, mesh.data_size)
-    return ReshardedFiles(
-        engine,
-        folder=step_folder(point.run_directory, point.step),
-        manifest=manifest,
-        data_rank=mesh.data_rank,
-        data_size=mesh.data_size,
-        model_rank=mesh.model_rank,
-    )
+def read_client_state(point: ResumePoint) -> dict[str, Any]:
+    """Returns the client state that a checkpoint was saved with.
 
-
-def _check_same_layout(point: ResumePoint, *, model_size: int, zero_stage: int) -> None:
-    manifest = point.manifest
-    saved, ours = _layout(manifest.model_size, manifest.zero_stage), _layout(model_size, zero_stage)
-    if saved != ours:
-        raise CheckpointError(
-            f"{step_folder(point.run_directory, point.step)} was written with {saved}, this run has {ours}",
-            expected="the same: only the number of data ranks may change",
-            remedy="set both back, or begin from its weights with args.load",
-        )
-
-
-def _layout(model_size: int, zero_stage: int) -> str:
-    return f"args.model_parallel_size = {model_size} and args.zero_stage = {zero_stage}"
+    Raises:
+        CheckpointError: It is not as sat_train wrote it.
+    """
+    path: Path = step_folder(point.run_directory, point.step) / CLIENT_STATE
+    with reading(path, error=CheckpointError, expected="a checkpoint of `sat-train train`"):
+        state = json.loads(read_text(path, limit=_MOST_BYTES))
+        if not isinstance(state, dict):
+            raise ValueError("it is not a table")
+    return state
 
 
 def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
@@ -119,41 +78,3 @@ def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
             expected="the same frozen weights",
             remedy=f"set args.load: {saved.source}",
         )
-
-
-def _check_same_parameters(mesh: ProcessMesh, engine: Any, point: ResumePoint) -> None:
-    """ZeRO's flat buffers carry no names: another order would load into wrong places without a word."""
-    folder = step_folder(point.run_directory, point.step)
-    saved = saved_shapes(read_model_states(folder, point.manifest, mesh.model_rank)[0])
-    problem = ""
-    ours = optimized_shapes(engine, exclude_frozen=point.manifest.trainable_only)
-    try:
-        check_names_and_shapes(_merged(ours), _merged(saved), where=str(folder))
-        if [list(group) for group in ours] != [list(group) for group in saved]:
-            raise CheckpointError(
-                f"{folder}: the same parameters in another order or in other optimizer groups",
-                expected="the optimizer groups of the run that wrote it",
-                remedy="undo the change of the optimizer's settings, or begin from weights with args.load",
-            )
-    except CheckpointError as error:
-        problem = str(error)
-    first = next((other for other in gather_objects(mesh, problem) if other), "")
-    if first:
-        raise CheckpointError(first)
-
-
-def _merged(groups: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
-    return {name: shape for group in groups for name, shape in group.items()}
-
-
-def _read_ema(folder: Path, manifest: Manifest, mesh: ProcessMesh) -> dict[str, Any] | None:
-    """Returns this rank's part of the average; with other data ranks, all parts of its slice of the model."""
-    names = {record.name for record in manifest.files}
-    if manifest.data_size == mesh.data_size:
-        own = ema_file_name(mesh.rank)
-        return read_shard(folder / own) if own in names else None
-    ranks = [data_rank * manifest.model_size + mesh.model_rank for data_rank in range(manifest.data_size)]
-    parts = [read_shard(folder / own) for rank in ranks if (own := ema_file_name(rank)) in names]
-    if not parts:
-        return None
-    return {**parts[0], "fragments": [fragment for part in parts for fragment in part["fragments"]]}

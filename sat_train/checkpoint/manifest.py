@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sat_train.checkpoint.layout import MANIFEST, cannot_read, parse_step
+from sat_train.checkpoint.names import DTYPES
 from sat_train.errors import CheckpointError
 from sat_train.files import FileRecord, NotRegular, hash_file, read_text
 
-FORMAT = 1
+FORMAT = 2
 _HASHING_THREADS = 8
 _MOST_BYTES = 16 * 2**20  # files of some 50,000 ranks
 _MOST_RANKS = 2**16
@@ -30,12 +31,11 @@ _COUNTS = {
     "world_size": _MOST_RANKS,
     "data_size": _MOST_RANKS,
     "model_size": _MOST_RANKS,
-    "zero_stage": 3,
 }
 _MOST_SHOWN = 1000  # of a message that quotes a stranger's file
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Files that DeepSpeed or our readers would take for a part of the checkpoint.
-_STATES = re.compile(r".*_states\.pt|ema_rank_\d+\.pt")
+# Files that readers would take for a part of the checkpoint.
+_STATES = re.compile(r".*_states\.pt|fragments_rank_\d+\.pt")
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -64,9 +64,9 @@ class Manifest:
         samples_consumed: Position in the data: samples that all ranks together have taken.
         samples_waiting: Samples that were passed over in the global order and are still to come.
         world_size: Processes that wrote it.
-        data_size: Ranks on the data axis; ZeRO's partitions depend on it.
+        data_size: Ranks on the data axis.
         model_size: Ranks on the model axis.
-        zero_stage: 0 to 3.
+        dtype: What the run computed in: `fp32`, `bf16` or `fp16`.
         trainable_only: Frozen weights are not inside (LoRA).
         config_digest: `RunConfig.digest()`.
         data_fingerprint: Fingerprint of the data set.
@@ -81,7 +81,7 @@ class Manifest:
     world_size: int
     data_size: int
     model_size: int
-    zero_stage: int
+    dtype: str
     trainable_only: bool
     config_digest: str
     data_fingerprint: str
@@ -90,6 +90,10 @@ class Manifest:
     files: tuple[FileRecord, ...]
     samples_waiting: tuple[int, ...] = ()
     format: int = FORMAT
+
+    def global_rank(self, data_rank: int, model_rank: int) -> int:
+        """Returns the rank that stood there when it was written."""
+        return data_rank * self.model_size + model_rank
 
     def to_json(self) -> str:
         """Returns the text of `manifest.json`, which carries its own SHA-256."""
@@ -170,6 +174,7 @@ def _decode(body: dict[str, Any]) -> Manifest:
     ranks = body["data_size"] * body["model_size"]
     _check(body["world_size"] == ranks > 0, f"world_size = {body['world_size']}, of {ranks} ranks")
     _check(type(body["trainable_only"]) is bool, "trainable_only is neither true nor false")
+    _check(body["dtype"] in DTYPES, f"dtype = {body['dtype']!r:.40}")
     texts = [body["config_digest"], body["data_fingerprint"], *body["versions"].values()]
     _check(all(type(text) is str for text in texts), "a digest or a version is not a text")
     waiting = body.get("samples_waiting", [])

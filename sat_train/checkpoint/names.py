@@ -1,10 +1,15 @@
-"""Comparing what a model has with what a file holds, before anything trains."""
+"""Names, shapes and dtypes of weights, and the comparison of a model with a file before anything trains."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from sat_train.errors import CheckpointError
+
+# Floating-point types by the names that commands and manifests use.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Shape = tuple[int, ...]
 _MOST_SHOWN = 40  # of each kind
@@ -46,3 +51,8 @@ def _shortened(lines: list[str]) -> list[str]:
 
 def _text(shape: Shape) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the short name of a floating-point type."""
+    return next(name for name, known in DTYPES.items() if known == dtype)

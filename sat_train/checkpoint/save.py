@@ -1,38 +1,53 @@
-"""Saving a training run: DeepSpeed's engine, the weight average, and where the run stands."""
+"""Saving a training run: its weights, everything that trains, and where the run stands."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-import deepspeed
 import torch
+from torch import Tensor
 
 import sat_train
-from sat_train.checkpoint.engine_io import save_engine
-from sat_train.checkpoint.layout import ema_file_name
+from sat_train.checkpoint.fragments import Fragment, pack_fragments
+from sat_train.checkpoint.layout import CLIENT_STATE, SAT_PREFIX, fragments_file_name, model_file_name
 from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.publish import RankReport, expected_size, publish
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.files import FileRecord, HashingFile, write_file
 
-_PLAIN_TYPES = (type(None), bool, int, float, str, torch.Tensor)
-# fp32 master and Adam's two moments
-_OPTIMIZER_BYTES = 12
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint holds of one rank.
+
+    Args:
+        weights: The weights that compute, whole for a rank of the model axis; None on ranks that do not write
+            them.
+        fragments: What this rank owns of everything that trains.
+        client_state: Plain values, the same on all ranks.
+    """
+
+    weights: Mapping[str, Tensor] | None
+    fragments: Sequence[Fragment]
+    client_state: Mapping[str, object]
 
 
 def save_training_checkpoint(
     mesh: ProcessMesh,
     *,
-    engine: Any,
+    state: RunState,
     run_directory: Path,
     step: int,
     samples_consumed: int,
     samples_waiting: Sequence[int] = (),
-    client_state: Mapping[str, object],
-    ema_state: Mapping[str, object] | None,
-    exclude_frozen: bool,
+    dtype: str,
+    trainable_only: bool,
     config_digest: str,
     data_fingerprint: str,
     base_weights: BaseWeights | None = None,
@@ -40,14 +55,13 @@ def save_training_checkpoint(
     """Publishes everything that a run needs to continue as if it had never stopped.
 
     Args:
-        engine: DeepSpeed engine.
+        state: Of this rank.
         run_directory: The run directory.
         step: Optimizer steps done.
         samples_consumed: Samples that all ranks together have taken.
         samples_waiting: Samples that were passed over in the global order and are still to come.
-        client_state: The same on all ranks; tensors and plain values only, so that loading never runs code.
-        ema_state: This rank's part of the weight average; None on ranks that hold none.
-        exclude_frozen: Leave out what does not train (LoRA).
+        dtype: What the run computes in: `fp32`, `bf16` or `fp16`.
+        trainable_only: Frozen weights are left out (LoRA).
         config_digest: `RunConfig.digest()`.
         data_fingerprint: Fingerprint of the data set.
         base_weights: Source and hash of the frozen weights, when they are left out.
@@ -60,9 +74,6 @@ def save_training_checkpoint(
 
     Ranks: all.
     """
-    _check_plain("state", {"client_state": client_state, "ema_state": ema_state})
-
-    write = partial(_write_rank, engine, client_state, ema_state, exclude_frozen, mesh.rank)
     manifest = partial(
         Manifest,
         step=step,
@@ -71,31 +82,51 @@ def save_training_checkpoint(
         world_size=mesh.world_size,
         data_size=mesh.data_size,
         model_size=mesh.model_size,
-        zero_stage=int(engine.zero_optimization_stage()),
-        trainable_only=exclude_frozen,
+        dtype=dtype,
+        trainable_only=trainable_only,
         config_digest=config_digest,
         data_fingerprint=data_fingerprint,
         base_weights=base_weights,
         versions=library_versions(),
     )
-    size = expected_size(run_directory, _guess_bytes(engine.module, mesh.model_size, exclude_frozen))
     return publish(
-        mesh, run_directory=run_directory, step=step, expected_bytes=size, write=write, describe=manifest
+        mesh,
+        run_directory=run_directory,
+        step=step,
+        expected_bytes=expected_size(run_directory, _bytes_of(state) * mesh.world_size),
+        write=partial(_write_rank, mesh, state),
+        describe=manifest,
     )
 
 
-def _write_rank(
-    engine: Any,
-    client_state: Mapping[str, object],
-    ema_state: Mapping[str, object] | None,
-    exclude_frozen: bool,
-    rank: int,
-    folder: Path,
-) -> RankReport:
-    files = save_engine(engine, folder=folder, client_state=client_state, exclude_frozen=exclude_frozen)
-    if ema_state is not None:
-        files.save(dict(ema_state), folder / ema_file_name(rank))
-    return RankReport(files=files.written, failure=files.failure)
+def _write_rank(mesh: ProcessMesh, state: RunState, folder: Path) -> RankReport:
+    """Writes this rank's files. Reports a failure instead of raising: the other ranks wait for the report."""
+    written: list[FileRecord] = []
+    for name, write in _files(mesh, state):
+        try:
+            written.append(write_file(folder / name, write))
+        except Exception as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)[:300]
+            return RankReport(files=written, failure=f"{name}: {reason}")
+    return RankReport(files=written)
+
+
+def _files(mesh: ProcessMesh, state: RunState) -> Iterator[tuple[str, Callable[[HashingFile], None]]]:
+    if state.weights is not None:
+        module = {SAT_PREFIX + name: tensor for name, tensor in state.weights.items()}
+        yield model_file_name(mesh.model_rank), partial(_write_tensors, {"module": module})
+    yield fragments_file_name(mesh.rank), partial(_write_tensors, pack_fragments(state.fragments))
+    if mesh.rank == 0:
+        text = json.dumps(state.client_state, indent=1, sort_keys=True) + "\n"
+        yield CLIENT_STATE, partial(_write_text, text)
+
+
+def _write_tensors(content: dict[str, Any], file: HashingFile) -> None:
+    torch.save(content, cast(IO[bytes], file))
+
+
+def _write_text(text: str, file: HashingFile) -> None:
+    file.write(text.encode("utf-8"))
 
 
 def library_versions() -> dict[str, str]:
@@ -103,29 +134,12 @@ def library_versions() -> dict[str, str]:
     return {
         "sat_train": sat_train.__version__,
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed"),
     }
 
 
-def _guess_bytes(module: torch.nn.Module, model_size: int, exclude_frozen: bool) -> int:
-    total = 0
-    for parameter in module.parameters():
-        count = int(getattr(parameter, "ds_numel", parameter.numel()))
-        if parameter.requires_grad:
-            total += count * (parameter.element_size() + _OPTIMIZER_BYTES)
-        elif not exclude_frozen:
-            total += count * parameter.element_size()
-    return total * model_size
-
-
-def _check_plain(place: str, value: object) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_plain(f"{place}.{key}", item)
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _check_plain(f"{place}[{index}]", item)
-    else:
-        assert isinstance(value, _PLAIN_TYPES), (
-            f"{place} is a {type(value).__name__}; it could not be loaded again"
-        )
+def _bytes_of(state: RunState) -> int:
+    """Estimates this rank's files."""
+    tensors = [*(state.weights or {}).values()]
+    tensors += [tensor for fragment in state.fragments for tensor in fragment.tensors.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.checkpoint.conversion import LORA_FILE_STEM, Conversion, convert
+from sat_train.checkpoint.names import DTYPES
 from sat_train.checkpoint.sources import find_weights
 from sat_train.cli.diffusers_snippet import diffusers_snippet
 from sat_train.config import RunConfig, load_run_config
@@ -24,7 +24,6 @@ from sat_train.errors import CheckpointError, printable
 from sat_train.log import configure_logging
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         load_base=options.load_base,
         ema=options.ema,
         model_size=options.model_parallel_size,
-        dtype=_DTYPES.get(options.dtype),
+        dtype=DTYPES.get(options.dtype),
         model=None if config is None else config.model,
     )
     try:
@@ -161,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-parallel-size", type=_positive, default=1, metavar="N", help="files to cut into (sat)"
     )
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="default: what the run computed in")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: what the run computed in")
     parser.add_argument(
         "--base",
         type=Path,

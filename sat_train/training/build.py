@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,10 +14,11 @@ from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.history import rewind
 from sat_train.checkpoint.layout import committed_steps
-from sat_train.checkpoint.load import load_training_checkpoint
+from sat_train.checkpoint.load import open_trained_state, read_client_state
 from sat_train.checkpoint.manifest import BaseWeights
+from sat_train.checkpoint.names import dtype_name
 from sat_train.checkpoint.retention import remove_leftovers
-from sat_train.checkpoint.save import save_training_checkpoint
+from sat_train.checkpoint.save import RunState, save_training_checkpoint
 from sat_train.config import RunConfig
 from sat_train.config.reading import RESOLVED
 from sat_train.config.resolved import write_resolved
@@ -29,18 +29,20 @@ from sat_train.data.build import sum_bad_clips
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
+from sat_train.engine.build import build_engine
+from sat_train.engine.ema import ExponentialMovingAverage
+from sat_train.engine.engine import TrainEngine
+from sat_train.engine.optim.build import build_optimizer
 from sat_train.errors import LaunchError, Stopped
 from sat_train.log import get_logger
+from sat_train.pipeline.build import compute_dtype
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, owes_validation
-from sat_train.training.ema import ExponentialMovingAverage
-from sat_train.training.engine import build_engine
 from sat_train.training.learning_rate import LearningRate, warmup_steps
 from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
 from sat_train.training.meter import Meter
 from sat_train.training.models import build_models, find_start_weights
-from sat_train.training.optim.build import build_optimizer
-from sat_train.training.resume import CONFIG_KEY, changes_since, find_resumed, pack_config
+from sat_train.training.resume import CONFIG_KEY, COUNTERS_KEY, changes_since, find_resumed
 from sat_train.training.run_data import CacheFiller, RunData, open_data
 from sat_train.training.run_directory import PREEMPTED, claim_run_directory, set_samples_aside
 from sat_train.training.run_lock import RunLock
@@ -90,9 +92,7 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
             config, mesh, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
         )
         engine = build_engine(config, pipeline.dit, build_optimizer(config, pipeline.dit), mesh)
-        average = (
-            ExponentialMovingAverage(engine, mesh, config.args.ema_decay) if config.args.ema_decay else None
-        )
+        average = ExponentialMovingAverage(engine, config.args.ema_decay) if config.args.ema_decay else None
         trainer = build_trainer(
             config, mesh, run_directory, data, pipeline, start.base, engine, average, stop_request
         )
@@ -214,7 +214,7 @@ def build_trainer(
     data: RunData,
     pipeline: VideoDiffusion,
     base_weights: BaseWeights | None,
-    engine: Any,
+    engine: TrainEngine,
     average: ExponentialMovingAverage | None,
     stop_request: StopRequest,
 ) -> Trainer:
@@ -222,7 +222,7 @@ def build_trainer(
 
     Ranks: all.
     """
-    state = restore(config, mesh, run_directory, engine, average, base_weights)
+    state = restore(mesh, run_directory.point, engine, average, base_weights)
     filler = None
     if config.data.cache == "fill":
         filler = CacheFiller(config, mesh, pipeline.encoders, data.cache)
@@ -266,7 +266,7 @@ def build_save(
     mesh: ProcessMesh,
     run_directory: RunDirectory,
     data: RunData,
-    engine: Any,
+    engine: TrainEngine,
     average: ExponentialMovingAverage | None,
     base_weights: BaseWeights | None,
 ) -> Callable[[Trainer], Path]:
@@ -276,16 +276,25 @@ def build_save(
         on_rank_0(mesh, lambda: None if run_directory.lock is None else run_directory.lock.check_held())
         position = data.train.position
         assert position.consumed == trainer.state.samples_consumed, "the loader and the loop have parted"
+        client_state = {
+            **trainer.state.client_state(),
+            CONFIG_KEY: config.shown_tree(),
+            COUNTERS_KEY: engine.counters(),
+        }
+        fragments = engine.fragments()
         return save_training_checkpoint(
             mesh,
-            engine=engine,
+            state=RunState(
+                weights=engine.weights(trained_only=base_weights is not None),
+                fragments=fragments if average is None else average.added_to(fragments),
+                client_state=client_state,
+            ),
             run_directory=run_directory.folder,
             step=trainer.state.step,
             samples_consumed=position.consumed,
             samples_waiting=position.waiting,
-            client_state={**trainer.state.client_state(), CONFIG_KEY: pack_config(config)},
-            ema_state=None if average is None else average.state_dict(),
-            exclude_frozen=base_weights is not None,
+            dtype=dtype_name(compute_dtype(config.args)),
+            trainable_only=base_weights is not None,
             config_digest=config.digest(),
             data_fingerprint=data.train.fingerprint,
             base_weights=base_weights,
@@ -295,31 +304,29 @@ def build_save(
 
 
 def restore(
-    config: RunConfig,
     mesh: ProcessMesh,
-    run_directory: RunDirectory,
-    engine: Any,
+    point: ResumePoint | None,
+    engine: TrainEngine,
     average: ExponentialMovingAverage | None,
     base_weights: BaseWeights | None,
 ) -> TrainState:
     """Returns where the run stands, with engine and average brought there.
 
+    Settings of the optimizer are those of the configuration, not those it was saved with.
+
     Ranks: all.
     """
     state = TrainState()
-    if run_directory.point is None:
+    if point is None:
         return state
-    groups = engine.optimizer.param_groups
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    saved = load_training_checkpoint(
-        mesh, engine=engine, point=run_directory.point, base_weights=base_weights
-    )
-    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
-        # the checkpoint brought its weight decay and betas back; those of the configuration count
-        group.update(ours)
+    saved = open_trained_state(mesh, point=point, trained=engine.trained_shapes(), base_weights=base_weights)
+    client_state = read_client_state(point)
+    engine.load(saved, step=point.step, counters=client_state[COUNTERS_KEY])
     if average is not None:
-        average.load_state_dict(saved.ema_state)
-    state.restore(step=saved.step, samples_consumed=saved.samples_consumed, client_state=saved.client_state)
+        average.load(saved)
+    state.restore(
+        step=point.step, samples_consumed=point.manifest.samples_consumed, client_state=client_state
+    )
     return state
 
 

@@ -17,6 +17,7 @@ from sat_train.checkpoint.adapters import (
     without_adapters,
 )
 from sat_train.checkpoint.agreement import on_rank_0
+from sat_train.checkpoint.consolidate import read_computing_weights
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.layout import step_folder
 from sat_train.checkpoint.lazy import LazyWeights
@@ -114,12 +115,14 @@ class StartWeights:
         base: What the checkpoints of a LoRA run leave out and name; None where they hold all weights.
         lora: Adapters from elsewhere to begin with.
         strength: Factor on those.
+        resumed: A checkpoint that holds all weights; in place of the others.
     """
 
     located: Located | None = None
     base: BaseWeights | None = None
     lora: str | None = None
     strength: float = 1.0
+    resumed: ResumePoint | None = None
 
 
 def find_start_weights(
@@ -148,12 +151,13 @@ def _find_start_weights(config: RunConfig, point: ResumePoint | None) -> StartWe
     if point is not None and point.manifest.base_weights is not None:
         base = find_resumed_base(point, args.load_base, args.load)
         return StartWeights(Located(Path(expand_assets(base.source))), base)
+    if point is not None:
+        return StartWeights(resumed=point)
     if args.load is None:
         return StartWeights()
     located = locate_weights(args.load, load_base=args.load_base)
-    lora = None if point is not None else args.load_lora
     base = located.base or (base_weights_at(located.path) if has_lora else None)
-    return StartWeights(located, base if has_lora else None, lora, args.lora_strength)
+    return StartWeights(located, base if has_lora else None, args.load_lora, args.lora_strength)
 
 
 def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | None) -> BaseWeights:
@@ -175,14 +179,23 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
         dtype=compute_dtype(config.args),
         activation_checkpointing=config.args.checkpoint_activations,
         seed=config.args.seed,
-        initialize=start.located is None,
+        initialize=start.located is None and start.resumed is None,
     )
-    if start.located is not None:
+    if start.resumed is not None:
+        load_resumed_weights(dit, mesh, start.resumed)
+    elif start.located is not None:
         has_adapters = config.model.network_config.params.modules.lora_config is not None
         load_first_weights(dit, mesh, start, has_adapters=has_adapters)
     summary = select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     log.info("weights of the transformer%s:\n%s", _of_one_rank(mesh), summary)
     return dit
+
+
+def load_resumed_weights(dit: DiffusionTransformer, mesh: ProcessMesh, point: ResumePoint) -> None:
+    """Loads the weights of a checkpoint as they computed; the masters of those that train come later."""
+    whole = read_computing_weights(step_folder(point.run_directory, point.step), point.manifest)
+    weights = slice_weights(whole, rank=mesh.model_rank, size=mesh.model_size)
+    load_weights(dit, weights, may_lack=dit.derived_keys())
 
 
 def load_first_weights(

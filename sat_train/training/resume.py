@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sat_train.checkpoint.engine_io import read_shard
 from sat_train.checkpoint.find import ResumePoint, find_resume_point
-from sat_train.checkpoint.layout import CLIENT_STATE_KEY, step_folder
+from sat_train.checkpoint.load import read_client_state
 from sat_train.config import RunConfig
 from sat_train.config.loading import leaves
 from sat_train.errors import CheckpointError, ConfigError, Fault
-from sat_train.files import reading
 from sat_train.log import get_logger
 from sat_train.training.run_lock import is_alive
 
 log = get_logger(__name__)
 
+# Keys of a checkpoint's client state.
 CONFIG_KEY = "config"
+COUNTERS_KEY = "counters"  # of the engine
 
 # Settings that decide what is trained on what. With another one it is another run: `args.load` starts those.
 _FIXED = (
@@ -32,14 +32,15 @@ _FIXED = (
     "args.split",
     "args.fp16",
     "args.bf16",
-    "args.zero_stage",
-    "args.model_parallel_size",
     "args.ema_decay",
     "deepspeed.optimizer.type",
 )
 # How a run was started says nothing about what it computes.
 _NOT_A_CHANGE = ("args.resume",)
-_FREE_WITHIN_FIXED = ("model.sampler_config",)
+_FREE_WITHIN_FIXED = (
+    "model.sampler_config",
+    "model.network_config.params.transformer_args.model_parallel_size",
+)
 
 
 def find_resumed(config: RunConfig) -> ResumePoint | None:
@@ -73,20 +74,14 @@ def changes_since(point: ResumePoint, config: RunConfig) -> list[str]:
 
 def _saved_config(point: ResumePoint) -> dict[str, Any]:
     """Returns the resolved configuration that a checkpoint was written under."""
-    folder = step_folder(point.run_directory, point.step)
-    with reading(folder, error=CheckpointError, expected="a checkpoint of `sat-train train`"):
-        name = min(
-            name for record in point.manifest.files if (name := record.name).endswith("model_states.pt")
+    config = read_client_state(point).get(CONFIG_KEY)
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"step {point.step} of {point.run_directory} does not hold its configuration",
+            expected="a checkpoint of `sat-train train`",
+            remedy="use another step",
         )
-        config = json.loads(read_shard(folder / name, mmap=True)[CLIENT_STATE_KEY][CONFIG_KEY])
-        if not isinstance(config, dict):
-            raise ValueError("its configuration is not a tree")
     return config
-
-
-def pack_config(config: RunConfig) -> str:
-    """Returns the configuration as a checkpoint keeps it."""
-    return json.dumps(config.shown_tree(), sort_keys=True)
 
 
 def check_config_unchanged(saved: dict[str, Any], config: RunConfig) -> None:

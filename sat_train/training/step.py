@@ -12,6 +12,7 @@ import torch
 
 from sat_train.distributed.collectives import gather_objects, max_flags
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.engine.engine import TrainEngine
 from sat_train.errors import TrainingError
 from sat_train.training.signals import StopRequest
 
@@ -45,7 +46,7 @@ class TrainStep:
     """Makes optimizer steps.
 
     Args:
-        engine: DeepSpeed engine.
+        engine: What trains the transformer.
         compute_loss: Mean loss of a batch, through the engine.
         batches: This rank's micro-batches, without end.
         mesh: The process mesh.
@@ -55,7 +56,7 @@ class TrainStep:
     def __init__(
         self,
         *,
-        engine: Any,
+        engine: TrainEngine,
         compute_loss: Callable[[Any], torch.Tensor],
         batches: Iterator[Batch],
         mesh: ProcessMesh,
@@ -66,8 +67,6 @@ class TrainStep:
         self._batches = batches
         self._mesh = mesh
         self._stop_request = stop_request
-        self.micro_steps = int(engine.gradient_accumulation_steps())
-        self._plain_grad_norm: float | None = None
 
     def step(self, number: int, learning_rate: float) -> StepResult:
         """Makes one step, or none of it.
@@ -81,30 +80,26 @@ class TrainStep:
 
         Ranks: all.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
         losses: list[torch.Tensor] = []
         seen: list[tuple[str, ...]] = []
         waited = 0.0
-        for _ in range(self.micro_steps - 1):
+        for _ in range(self._engine.micro_steps - 1):
             waited += self._micro_step(losses, seen)
             self._engine.backward(self._pending)
-            self._engine.step()
         waited += self._micro_step(losses, seen)
         flags = self._ask_ranks(losses)  # on its way while the backward pass runs
         self._engine.backward(self._pending)
         not_finite, stop_level = flags.read()
         if not_finite:
             self._raise_not_finite(number, losses, seen)
-        self._update(number)
+        applied = self._engine.step(learning_rate)
         loss = torch.stack(losses).mean()
         num_samples = self._mesh.data_size * sum(len(clips) for clips in seen)
-        return StepResult(loss, waited, int(stop_level), self._engine.was_step_applied(), num_samples)
+        return StepResult(loss, waited, int(stop_level), applied, num_samples)
 
     def grad_norm(self) -> float | None:
         """Returns the gradient's norm at the last step, before clipping. Waits for the device."""
-        norm = self._engine.get_global_grad_norm()
-        return self._plain_grad_norm if norm is None else float(norm)
+        return self._engine.grad_norm()
 
     def stop_level(self) -> int:
         """Returns the highest `StopRequest.level` of all ranks, between two steps.
@@ -142,23 +137,6 @@ class TrainStep:
         )
         error.ranks_agree = True
         raise error
-
-    def _update(self, number: int) -> None:
-        if self._engine.zero_optimization_stage() == 0:
-            self._check_plain_gradients(number)
-        self._engine.step()
-
-    def _check_plain_gradients(self, number: int) -> None:
-        """ZeRO skips a step whose gradients are not finite; stage 0 would write them into the weights."""
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(self._plain_grad_norm):
-            error = TrainingError(
-                f"step {number}: the gradient has norm {self._plain_grad_norm}; the weights were not updated",
-                remedy="lower the learning rate; args.zero_stage=1 skips such steps",
-            )
-            error.ranks_agree = True  # the gradients have been averaged over the ranks
-            raise error
 
 
 class _PendingFlags:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from sat_train.engine.ema import ExponentialMovingAverage
 from sat_train.errors import TrainingError
 from sat_train.training.callbacks.callback import Callback, Callbacks
-from sat_train.training.ema import ExponentialMovingAverage
 from sat_train.training.learning_rate import LearningRate
 from sat_train.training.meter import Meter
 from sat_train.training.metrics import Metrics

@@ -129,7 +129,8 @@ _MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "huge world": _set(world_size=10**12, data_size=10**12),
     "negative world": _set(world_size=-1, data_size=-1),
     "huge model axis": _set(model_size=10**9),
-    "zero stage 99": _set(zero_stage=99),
+    "a type nobody knows": _set(dtype="int3"),
+    "a type of numbers": _set(dtype=[16]),
     "another step": _set(step=10**30),
     "step as text": _set(step="../../outside"),
     "samples as text": _set(samples_consumed="many"),
@@ -250,7 +251,7 @@ def _shard_cases() -> Iterator[Case]:
             yield _case(f"weights of a step, {name}", command, weights)
 
         def optimizer(field: Field, run: Path, content: Callable[[Field], bytes] = content) -> None:
-            (shard,) = (run / STEP).glob("*optim_states.pt")
+            (shard,) = (run / STEP).glob("fragments_rank_*.pt")
             replace_file(run / STEP, shard.name, content(field))
 
         yield _case(f"optimizer of a step, {name}", "resume", optimizer)
@@ -283,7 +284,7 @@ def _latest(content: bytes) -> Callable[[Field, Path], object]:
 
 _LAYOUTS = {
     "rank 9999999999": _without_manifest("mp_rank_9999999999_model_states.pt"),
-    "data rank 9999999999": _without_manifest("zero_pp_rank_9999999999_mp_rank_00_model_states.pt"),
+    "data rank 9999999999": _without_manifest("fragments_rank_9999999999.pt"),
     "rank of 200 digits": _without_manifest(f"mp_rank_{'9' * 200}_model_states.pt"),
     "rank of other digits": _without_manifest("mp_rank_٣_model_states.pt"),
     "latest upwards": _latest(b"../../outside"),

@@ -30,7 +30,7 @@ data:
 model:
   network_config:
     params:
-      {{num_layers: 1, hidden_size: 64, num_attention_heads: 1, time_embed_dim: 32, num_frames: 5,
+      {{num_layers: 1, hidden_size: {width}, num_attention_heads: {heads}, time_embed_dim: 32, num_frames: 5,
         latent_height: 4, latent_width: 4}}
   first_stage_config:
     params:
@@ -42,13 +42,13 @@ deepspeed:
 """
 
 
-def write_micro(folder: Path) -> None:
+def write_micro(folder: Path, *, heads: int = 1) -> None:
     """Writes `micro.yaml` and the weights it names. Demo clips and tiny T5 are those of the package."""
     from sat_train.models.build import build_dit
     from sat_train.models.vae.build import build_vae
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "micro.yaml").write_text(_MICRO.format(folder=folder))
+    (folder / "micro.yaml").write_text(_MICRO.format(folder=folder, heads=heads, width=64 * heads))
     start_single_process()
     config = micro_run(folder, check_paths=False)
     dit = build_dit(config.model, device="cpu", dtype=torch.float32)

@@ -17,7 +17,7 @@ def _train(mesh: ProcessMesh, stage: int, lora: bool, compiled: bool) -> tuple[l
     """Returns the losses of three steps, the graph breaks and the number of graphs."""
     from torch._dynamo.utils import counters
 
-    from sat_train.training.engine import import_deepspeed
+    from sat_train.engine.build import import_deepspeed
 
     torch._dynamo.reset()
     counters.clear()

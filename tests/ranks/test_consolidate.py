@@ -21,7 +21,7 @@ def _trained_masters(engine: Any) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-    if engine.zero_optimization_stage() == 0:
+    if engine.zero_stage == 0:
         return {name: parameter.detach().clone() for name, parameter in trained}
     return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in trained}
 
@@ -29,20 +29,20 @@ def _trained_masters(engine: Any) -> dict[str, torch.Tensor]:
 def _consolidated_is_what_was_trained(
     mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str, exclude_frozen: bool
 ) -> None:
-    from sat_train.training.ema import ExponentialMovingAverage
+    from sat_train.engine.ema import ExponentialMovingAverage
 
     run_directory = new_run(mesh, root / f"{zero_stage}-{dtype}-{exclude_frozen}")
-    engine = build_engine(zero_stage=zero_stage, dtype=dtype, lora=True)
-    average = ExponentialMovingAverage(engine, mesh, 0.5)
+    engine = build_engine(mesh, zero_stage=zero_stage, dtype=dtype, lora=True)
+    average = ExponentialMovingAverage(engine, 0.5)
     before = _trained_masters(engine)
     train(engine, mesh.rank, range(1))
     average.update()
     masters = _trained_masters(engine)
-    folder = save(mesh, engine, run_directory, step=1, lora=exclude_frozen, ema_state=average.state_dict())
+    folder = save(mesh, engine, run_directory, step=1, lora=exclude_frozen, average=average)
 
     manifest = verify_checkpoint(folder)
     weights = read_step(folder, manifest)
-    assert trained_dtype(folder, manifest) == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert trained_dtype(manifest) == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     # the frozen ones, which zero_to_fp32 loses at stage 1
     frozen = set() if exclude_frozen else {"0.weight", "2.bias"}
     assert weights.keys() == masters.keys() | frozen | {"table"}

@@ -29,11 +29,12 @@ def _train_and_save(
 ) -> None:
     """Two steps in bf16 from the weights of `base`, then a checkpoint of step 2."""
     from sat_train.checkpoint.agreement import on_rank_0
-    from sat_train.checkpoint.save import save_training_checkpoint
+    from sat_train.checkpoint.save import RunState, save_training_checkpoint
+    from sat_train.engine.build import SatMesh, import_deepspeed
+    from sat_train.engine.ema import ExponentialMovingAverage
+    from sat_train.engine.engine import TrainEngine
     from sat_train.models.build import build_dit
     from sat_train.models.trainable import select_trainable
-    from sat_train.training.ema import ExponentialMovingAverage
-    from sat_train.training.engine import SatMesh, import_deepspeed
 
     dit = build_dit(model, device="cpu", dtype=torch.bfloat16)
     weights = read_transformer_weights(base, model_rank=mesh.model_rank, model_size=mesh.model_size)
@@ -46,14 +47,15 @@ def _train_and_save(
         "bf16": {"enabled": True},
         "zero_allow_untested_optimizer": True,
     }
-    engine, *_ = import_deepspeed().initialize(
+    inner, *_ = import_deepspeed().initialize(
         model=dit,
         optimizer=torch.optim.AdamW(trained, lr=lr, weight_decay=0.0),
         config=config,
         mpu=SatMesh(mesh) if mesh.model_size > 1 else None,
         dist_init_required=False,
     )
-    average = ExponentialMovingAverage(engine, mesh, 0.5)
+    engine = TrainEngine(inner, mesh)
+    average = ExponentialMovingAverage(engine, 0.5)
     network = model.network_config.params
     for step in range(2):
         generator = torch.Generator().manual_seed(10 * step + mesh.data_rank)
@@ -64,19 +66,22 @@ def _train_and_save(
         text = torch.randn(1, 6, 24, generator=generator)
         loss = engine(latent.bfloat16(), torch.tensor([500]), text.bfloat16()).float().square().mean()
         engine.backward(loss)
-        engine.step()
+        engine.step(lr)
         average.update()
     has_lora = model.network_config.params.modules.lora_config is not None
     on_rank_0(mesh, lambda: run_directory.mkdir(parents=True))
     save_training_checkpoint(
         mesh,
-        engine=engine,
+        state=RunState(
+            weights=engine.weights(trained_only=has_lora),
+            fragments=average.added_to(engine.fragments()),
+            client_state={},
+        ),
         run_directory=run_directory,
         step=2,
         samples_consumed=2 * mesh.data_size,
-        client_state={},
-        ema_state=average.state_dict(),
-        exclude_frozen=has_lora,
+        dtype="bf16",
+        trainable_only=has_lora,
         config_digest="c" * 64,
         data_fingerprint="d" * 64,
         base_weights=BaseWeights(str(base), hash_weights(base)) if has_lora else None,

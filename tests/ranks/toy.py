@@ -13,9 +13,10 @@ from torch import nn
 from sat_train.config import ArgsConfig, DeepSpeedConfig
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_generator
-from sat_train.training.engine import build_engine
+from sat_train.engine.build import build_engine
+from sat_train.engine.engine import TrainEngine
+from sat_train.engine.optim.build import build_optimizer
 from sat_train.training.learning_rate import LearningRate
-from sat_train.training.optim.build import build_optimizer
 from sat_train.training.signals import StopRequest
 from sat_train.training.step import TrainStep
 
@@ -94,7 +95,7 @@ def toy_batches(
 
 def build_toy(
     mesh: ProcessMesh, config: Any, *, poison: int = -1, start: int = 0
-) -> tuple[Any, TrainStep, StopRequest]:
+) -> tuple[TrainEngine, TrainStep, StopRequest]:
     """Returns an engine over the toy model, a train_step over its batches, and its stop request."""
     model = toy_model()
     engine = build_engine(config, model, build_optimizer(config, model), mesh)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sat_train.config import RunConfig
 from sat_train.config.schema.args import IMAGE_SEPARATOR
@@ -12,6 +12,7 @@ from sat_train.data.loader import VideoLoader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
+from sat_train.engine.engine import TrainEngine
 from sat_train.log import get_logger
 from sat_train.pipeline.build import SamplingSettings, build_sampling
 from sat_train.pipeline.prompts import build_requests, read_image
@@ -48,7 +49,7 @@ def build_callbacks(
     valid: VideoLoader | None,
     filler: CacheFiller | None,
     pipeline: VideoDiffusion,
-    engine: Any,
+    engine: TrainEngine,
     save: Callable[[Trainer], Path],
 ) -> list[Callback]:
     """Returns what listens to the loop: reports, then checkpoints, so that what follows cannot lose one.
@@ -97,7 +98,7 @@ def _validation(
     loader: VideoLoader | None,
     filler: CacheFiller | None,
     pipeline: VideoDiffusion,
-    engine: Any,
+    engine: TrainEngine,
 ) -> list[Callback]:
     callbacks: list[Callback] = []
     if loader is not None:
@@ -125,7 +126,7 @@ def _validation(
                     generate=generate,
                     fps=config.sampling_fps,
                     interval=config.args.valid_video_interval,
-                    lockstep=mesh.model_size > 1 or engine.zero_optimization_stage() == 3,
+                    lockstep=mesh.model_size > 1 or engine.zero_stage == 3,
                 )
             )
     return callbacks
@@ -135,7 +136,7 @@ def _measure(
     loader: VideoLoader,
     mesh: ProcessMesh,
     pipeline: VideoDiffusion,
-    engine: Any,
+    engine: TrainEngine,
     encode: Callable[[VideoBatch], VideoBatch],
 ) -> Measure:
     timesteps = validation_timesteps(len(pipeline.alpha_bar))
@@ -210,7 +211,7 @@ def _conditions_of_clips(loader: VideoLoader) -> tuple[list[str], list[torch.Ten
 
 
 def _video_sampling(
-    config: RunConfig, pipeline: VideoDiffusion, engine: Any, loader: VideoLoader | None
+    config: RunConfig, pipeline: VideoDiffusion, engine: TrainEngine, loader: VideoLoader | None
 ) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
     """Returns the prompts and how number `n` of them is drawn; None when there is nothing to draw."""
     settings = build_sampling(config)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sat_train.engine.engine import TrainEngine
 from sat_train.training.callbacks.callback import Callback
 from sat_train.training.metrics import ValidationMetrics
 
@@ -21,14 +22,14 @@ class Validation(Callback):
     not measured because that run ended before, is measured first.
 
     Args:
-        engine: DeepSpeed engine, put into evaluation mode meanwhile.
+        engine: The engine, put into evaluation mode meanwhile.
         measure: (step, asked to stop) -> metrics, or None when it was interrupted; on all ranks.
         interval: Steps between validations.
         is_measured: Whether the loss at a step is known already; on all ranks.
     """
 
     def __init__(
-        self, engine: Any, measure: Measure, *, interval: int, is_measured: Callable[[int], bool]
+        self, engine: TrainEngine, measure: Measure, *, interval: int, is_measured: Callable[[int], bool]
     ) -> None:
         self._engine = engine
         self._measure = measure

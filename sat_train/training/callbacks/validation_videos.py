@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sat_train.distributed.collectives import broadcast_object, gather_objects
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.engine.engine import TrainEngine
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
 from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
@@ -34,7 +35,7 @@ class SampleVideos(Callback):
 
     Args:
         mesh: The process mesh.
-        engine: DeepSpeed engine, put into evaluation mode meanwhile.
+        engine: The engine, put into evaluation mode meanwhile.
         run_directory: The run directory.
         prompts: One for each video.
         generate: Number of a prompt -> uint8 video_tchw on the CPU; its seed does not depend on the rank.
@@ -49,7 +50,7 @@ class SampleVideos(Callback):
     def __init__(
         self,
         mesh: ProcessMesh,
-        engine: Any,
+        engine: TrainEngine,
         run_directory: Path,
         *,
         prompts: Sequence[str],

@@ -18,7 +18,7 @@ from sat_train.checkpoint.publish import RankReport, publish
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import FileRecord, HashingFile, write_file
 
-FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+FILES = ("mp_rank_00_model_states.pt", "fragments_rank_00.pt")
 
 
 def run_directory(root: Path, stamp: str = "20260101-000000", name: str = "exp") -> Path:
@@ -34,7 +34,7 @@ def describe(step: int, files: tuple[FileRecord, ...]) -> Manifest:
         world_size=1,
         data_size=1,
         model_size=1,
-        zero_stage=2,
+        dtype="bf16",
         trainable_only=False,
         config_digest="c" * 64,
         data_fingerprint="d" * 64,

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sat_train.checkpoint.fragments import pack_fragments
+from sat_train.checkpoint.layout import fragments_file_name, model_file_name
 from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.publish import RankReport, publish
 from sat_train.distributed.processes import ProcessMesh
@@ -34,13 +36,20 @@ def commit_weights(
     module = weights
     if isinstance(weights, dict):
         module = {PREFIX + key: value for key, value in weights.items()}
-    state = {"module": module, "ds_config": {}, "iteration": step}
+    state = {"module": module}
 
     def write(folder: Path) -> RankReport:
         def content(file: HashingFile) -> None:
             torch.save(state, file)
 
-        return RankReport(files=[write_file(folder / "mp_rank_00_model_states.pt", content)])
+        def nothing_trained(file: HashingFile) -> None:
+            torch.save(pack_fragments([]), file)
+
+        files = [
+            write_file(folder / model_file_name(0), content),
+            write_file(folder / fragments_file_name(0), nothing_trained),
+        ]
+        return RankReport(files=files)
 
     run.mkdir(parents=True, exist_ok=True)
     describe = partial(
@@ -50,7 +59,7 @@ def commit_weights(
         world_size=1,
         data_size=1,
         model_size=1,
-        zero_stage=0,
+        dtype="fp32",
         trainable_only=base is not None,
         config_digest="c" * 64,
         data_fingerprint="d" * 64,

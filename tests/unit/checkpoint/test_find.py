@@ -208,7 +208,7 @@ def test_the_manifest_of_a_newer_version_is_not_called_damaged(mesh: ProcessMesh
     run = run_directory(tmp_path)
     commit(mesh, run, 10)
     path = commit(mesh, run, 20) / MANIFEST
-    for change in ({"format": 2}, {"new_field": 1}):
+    for change in ({"format": 1}, {"format": 3}, {"new_field": 1}):
         path.write_text(signed({**unsigned(path), **change}))
         with pytest.raises(CheckpointError, match=r"20/manifest\.json is not understood: "):
             find(tmp_path)

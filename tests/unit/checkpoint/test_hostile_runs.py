@@ -34,13 +34,13 @@ FIELDS: dict[str, list[Any]] = {
     "world_size": [0, -1, 10**12, "1"],
     "data_size": [0, 2, 10**12, None],
     "model_size": [0, 2, 10**12],
-    "zero_stage": [-1, 4, "2"],
+    "dtype": [16, "int8", None, [], "torch.float32"],
     "trainable_only": [0, None, "no"],
     "base_weights": [[], "x", {}, {"source": "", "sha256": "0" * 64}, {"source": "x"}],
     "versions": [[], None, {"torch": 1}],
     "files": [None, {}, [[]], [None], ["x"], 3],
     "samples_waiting": [None, {}, [-1], ["1"], [2**70]],
-    "format": [2, None, "1", []],
+    "format": [1, 3, None, "1", []],
 }
 TEXTS: dict[str, bytes] = {
     "empty": b"",

@@ -3,7 +3,7 @@
 import pytest
 
 from sat_train.distributed.processes import start_single_process
-from sat_train.training.engine import keep_deepspeed_from_nvml
+from sat_train.engine.build import keep_deepspeed_from_nvml
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around the DiT alone. T5 and the VAE never enter it."""
+"""Config -> the engine around the DiT alone. T5 and the VAE never enter it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import nn
 from sat_train.config import RunConfig
 from sat_train.config.rules import check_on_device
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.engine.engine import TrainEngine
 
 
 def build_engine(
     config: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh
-) -> Any:
+) -> TrainEngine:
     """Hands the DiT and a torch optimizer to DeepSpeed.
 
     No learning-rate scheduler goes with them: `Trainer` sets the rate before each step.
 
     Returns:
-        `deepspeed.DeepSpeedEngine`; its `module` is `dit` itself, moved to the device and cast.
+        The engine; its `module` is `dit` itself, moved to the device and cast.
 
     Raises:
         ConfigError: Stage, precision and compilation do not go together.
@@ -31,7 +32,7 @@ def build_engine(
     """
     check_on_device(config, mesh.device.type)
     if config.args.compile == "blocks":
-        dit.compile_blocks()  # before DeepSpeed hooks the modules
+        cast(Any, dit).compile_blocks()  # before DeepSpeed hooks the modules
     engine, _, _, _ = import_deepspeed().initialize(
         model=dit.to(mesh.device),
         optimizer=optimizer,
@@ -39,7 +40,7 @@ def build_engine(
         mpu=SatMesh(mesh) if mesh.model_size > 1 else None,
         dist_init_required=False,
     )
-    return engine
+    return TrainEngine(engine, mesh)
 
 
 def import_deepspeed() -> ModuleType:

@@ -1,0 +1,54 @@
+"""An exponential moving average of the trained weights, split over the ranks like their fp32 masters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from sat_train.checkpoint.fragments import AVERAGE, Fragment, SavedFragments
+from sat_train.engine.engine import TrainEngine
+from sat_train.errors import CheckpointError
+
+
+class ExponentialMovingAverage:
+    """`average <- decay * average + (1 - decay) * weights`, after every optimizer step.
+
+    Args:
+        engine: The engine; its weights now are the first average.
+        decay: In (0, 1).
+    """
+
+    def __init__(self, engine: TrainEngine, decay: float) -> None:
+        self.decay = decay
+        self._engine = engine
+        self._averages = [master.float().clone() for master in engine.masters()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the weights of this step."""
+        masters = [master.float() for master in self._engine.masters()]
+        torch._foreach_lerp_(self._averages, masters, 1 - self.decay)
+
+    def added_to(self, fragments: Sequence[Fragment]) -> list[Fragment]:
+        """Returns the engine's fragments, each with its average as one more tensor."""
+        return [
+            replace(fragment, tensors={**fragment.tensors, AVERAGE: average})
+            for fragment, average in zip(fragments, self._averages, strict=True)
+        ]
+
+    def load(self, saved: SavedFragments) -> None:
+        """Takes the average up where a checkpoint left it, however it was split.
+
+        Raises:
+            CheckpointError: The checkpoint holds no average.
+        """
+        for fragment, average in zip(self._engine.fragments(), self._averages, strict=True):
+            if AVERAGE not in saved.kinds(fragment.name):
+                raise CheckpointError(
+                    f"{saved.where} holds no average of {fragment.name}",
+                    expected="the average that args.ema_decay asks for",
+                    remedy="resume without args.ema_decay, or begin from its weights with args.load",
+                )
+            average.copy_(saved.read(fragment.name, AVERAGE, offset=fragment.offset, count=fragment.count))

@@ -1,0 +1,169 @@
+"""The engine that trains the transformer: forward, backward, step, and the state that it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_train.checkpoint.fragments import Fragment, SavedFragments, Scalar
+from sat_train.checkpoint.names import Shape
+from sat_train.distributed.processes import ProcessMesh
+from sat_train.engine.slots import find_slots
+from sat_train.engine.trained_state import read_state, write_state
+from sat_train.errors import TrainingError
+
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class TrainEngine:
+    """A transformer in training. No other room sees DeepSpeed.
+
+    Args:
+        engine: `deepspeed.DeepSpeedEngine`.
+        mesh: The process mesh.
+
+    Attributes:
+        module: The transformer.
+        zero_stage: 0 to 3.
+        micro_steps: Backward passes of an optimizer step.
+    """
+
+    def __init__(self, engine: Any, mesh: ProcessMesh) -> None:
+        self._engine = engine
+        self._mesh = mesh
+        self._slots = find_slots(engine, mesh)
+        self._plain_grad_norm: float | None = None
+        self.module: nn.Module = engine.module
+        self.zero_stage = int(engine.zero_optimization_stage())
+        self.micro_steps = int(engine.gradient_accumulation_steps())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the transformer, through ZeRO's gathering of weights."""
+        return self._engine(*args, **kwargs)
+
+    def train(self) -> None:
+        """Puts the transformer into training mode."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Puts the transformer into evaluation mode."""
+        self._engine.eval()
+
+    def backward(self, loss: Tensor) -> None:
+        """Runs one backward pass; the gradients of a step's passes are averaged.
+
+        Ranks: all.
+        """
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the pass, updates nothing
+
+    def step(self, learning_rate: float) -> bool:
+        """Updates the weights after the last backward pass of a step.
+
+        Returns:
+            Whether the weights were updated: not when a gradient was not finite.
+
+        Raises:
+            TrainingError: On all ranks alike, at ZeRO stage 0: a gradient is not finite.
+
+        Ranks: all.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.zero_stage == 0:
+            self._check_plain_gradients()
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def grad_norm(self) -> float | None:
+        """Returns the gradient's norm at the last step, before clipping. Waits for the device."""
+        norm = self._engine.get_global_grad_norm()
+        return self._plain_grad_norm if norm is None else float(norm)
+
+    def masters(self) -> list[Tensor]:
+        """Returns the fp32 weights that this rank owns: [n] each, in the order of `fragments`; views."""
+        return [slot.of(slot.flat) for slot in self._slots]
+
+    def trained_shapes(self) -> dict[str, Shape]:
+        """Returns names and shapes of what trains, on this rank of the model axis."""
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained}
+
+    def fragments(self) -> list[Fragment]:
+        """Returns the trained state that this rank owns; views, which change in place at the next step."""
+        return read_state(self._engine, self._slots)
+
+    def counters(self) -> dict[str, Scalar]:
+        """Returns what belongs to the engine as a whole: the state of a dynamic loss scale."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        return {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
+
+    def load(self, saved: SavedFragments, *, step: int, counters: Mapping[str, Scalar]) -> None:
+        """Takes up the state of a checkpoint, whatever ranks and ZeRO stage wrote it.
+
+        Args:
+            saved: The fragments, for this rank of the model axis.
+            step: Optimizer steps done.
+            counters: From `counters`.
+
+        Raises:
+            CheckpointError: Elements are missing.
+
+        Ranks: all.
+        """
+        write_state(self._engine, self._mesh, saved)
+        self._engine.global_steps = step
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        for name, value in counters.items():
+            if name in _LOSS_SCALE and hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+    def weights(self, *, trained_only: bool) -> dict[str, Tensor] | None:
+        """Returns the weights that compute, whole for this rank of the model axis, and the buffers.
+
+        Args:
+            trained_only: Leave out frozen parameters.
+
+        Returns:
+            By name; None on all data ranks but the first.
+
+        Ranks: all.
+        """
+        frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
+        left_out = frozen if trained_only else set()
+        is_first = self._mesh.data_rank == 0
+        state = self.module.state_dict()
+        if self.zero_stage == 3:
+            state.update(self._gathered(left_out, keep=is_first))
+        return {name: tensor for name, tensor in state.items() if name not in left_out} if is_first else None
+
+    def _gathered(self, left_out: set[str], *, keep: bool) -> dict[str, Tensor]:
+        """Gathers one parameter at a time, to host memory."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        whole = {}
+        for name, parameter in self.module.named_parameters():
+            if name in left_out:
+                continue
+            with GatheredParameters([parameter]):
+                if keep:
+                    whole[name] = parameter.detach().to("cpu", copy=True)
+        return whole
+
+    def _check_plain_gradients(self) -> None:
+        """ZeRO skips a step whose gradients are not finite; stage 0 would write them into the weights."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(self._plain_grad_norm):
+            error = TrainingError(
+                f"step {self._engine.global_steps + 1}: the gradient has norm {self._plain_grad_norm}; "
+                "the weights were not updated",
+                remedy="lower the learning rate; args.zero_stage=1 skips such steps",
+            )
+            error.ranks_agree = True  # the gradients have been averaged over the ranks
+            raise error

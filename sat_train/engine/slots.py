@@ -1,0 +1,121 @@
+"""Where each trained parameter lies in what the optimizer steps, at every ZeRO stage.
+
+All private names of DeepSpeed that the trained state depends on stand here; a test names those that are gone.
+
+Source: microsoft/DeepSpeed@v0.19.8 `runtime/zero/stage_1_and_2.py`, `runtime/zero/stage3.py`,
+`utils/tensor_fragment.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_train.checkpoint.names import Shape
+from sat_train.distributed.processes import ProcessMesh
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A run of elements of one parameter in a flat tensor of the optimizer.
+
+    Args:
+        name: The parameter.
+        shape: Its whole shape; under tensor parallelism that of this rank's shard.
+        offset: Index of the first element in the flattened parameter.
+        flat: [m], fp32: what the optimizer steps, and the key of its state.
+        start: Index of the first element in `flat`.
+        count: Number of elements.
+    """
+
+    name: str
+    shape: Shape
+    offset: int
+    flat: Tensor
+    start: int
+    count: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns the elements of this slot in a tensor laid out like `flat`; a view."""
+        return tensor.detach().flatten()[self.start : self.start + self.count]
+
+
+def find_slots(engine: Any, mesh: ProcessMesh) -> list[Slot]:
+    """Returns the slots that this rank saves; over the data axis they hold every trained element once.
+
+    Args:
+        engine: `deepspeed.DeepSpeedEngine`.
+        mesh: The process mesh.
+    """
+    slots = held_slots(engine, mesh)
+    if int(engine.zero_optimization_stage()) == 0:  # every rank holds everything, and saves an equal share
+        slots = [_share(slot, mesh) for slot in slots]
+    return [slot for slot in slots if slot.count]
+
+
+def held_slots(engine: Any, mesh: ProcessMesh) -> list[Slot]:
+    """Returns the slots of everything that this rank's optimizer steps."""
+    stage = int(engine.zero_optimization_stage())
+    find = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _scattered}[stage]
+    trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    return [slot for name, parameter in trained for slot in find(engine, mesh, name, parameter) if slot.count]
+
+
+def _share(slot: Slot, mesh: ProcessMesh) -> Slot:
+    size = -(-slot.count // mesh.data_size)
+    start = min(size * mesh.data_rank, slot.count)
+    return replace(slot, offset=start, start=start, count=min(size, slot.count - start))
+
+
+def _replicated(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Iterator[Slot]:
+    """Stage 0: the optimizer steps the parameters themselves."""
+    yield Slot(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel())
+
+
+def _partitioned(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Iterator[Slot]:
+    """Stages 1 and 2: each group is one vector, a rank has one partition of it."""
+    link = parameter._hp_mapping
+    if link is None:  # wholly in another rank's partition
+        return
+    flat = engine.optimizer.single_partition_of_fp32_groups[link.param_group_index]
+    here, there = link.lp_fragment_address, link.hp_fragment_address
+    yield Slot(name, tuple(parameter.shape), here.start, flat, there.start, there.numel)
+
+
+def _scattered(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Iterator[Slot]:
+    """Stage 3: each parameter is split over the ranks; a rank's pieces follow each other in its vectors."""
+    optimizer: Any = engine.optimizer
+    group, start, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    offset = padded * mesh.data_rank
+    count = max(0, min(padded, int(parameter.ds_numel) - offset))
+    flat = optimizer.fp32_partitioned_groups_flat[group]
+    yield Slot(name, tuple(parameter.ds_shape), offset, flat, int(start), count)
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Returns the torch optimizer under ZeRO's."""
+    optimizer: Any = engine.optimizer
+    return optimizer if int(engine.zero_optimization_stage()) == 0 else optimizer.optimizer  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def refresh_weights(engine: Any) -> None:
+    """Makes the weights that compute from the fp32 masters, after these have been written.
+
+    Ranks: all.
+    """
+    optimizer: Any = engine.optimizer
+    stage = int(engine.zero_optimization_stage())
+    if stage in (1, 2):
+        optimizer._hp_optimizer_states_linked = False  # it would keep the states that were replaced
+        optimizer.update_lp_params()
+    elif stage == 3:
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:  # small ones stay gathered, and would stay old
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -1,0 +1,96 @@
+"""The trained state in and out of a DeepSpeed engine, as fragments; DeepSpeed's checkpoint code is not used.
+
+The state is one number for each element (masters, moments) or one for a whole tensor (Adam's `step`). What is
+neither, such as a factored second moment, has no place in a flat tensor and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_train.checkpoint.fragments import AVERAGE, MASTER, Fragment, SavedFragments, Scalar
+from sat_train.distributed.processes import ProcessMesh
+from sat_train.engine.slots import Slot, base_optimizer, held_slots, refresh_weights
+
+
+def read_state(engine: Any, slots: Sequence[Slot]) -> list[Fragment]:
+    """Returns what this rank owns of the masters and of the optimizer's state; views, nothing is copied.
+
+    They change in place at the next step.
+    """
+    states = base_optimizer(engine).state
+    return [_fragment(slot, states.get(slot.flat, {})) for slot in slots]
+
+
+def _fragment(slot: Slot, state: dict[str, Any]) -> Fragment:
+    tensors = {name: value for name, value in state.items() if _is_per_element(value, slot.flat)}
+    scalars = {name: _number(name, value) for name, value in state.items() if name not in tensors}
+    runs = {name: slot.of(tensor) for name, tensor in {MASTER: slot.flat, **tensors}.items()}
+    return Fragment(slot.name, slot.shape, slot.offset, runs, scalars)
+
+
+def _is_per_element(value: object, flat: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == flat.numel()
+
+
+def _number(name: str, value: object) -> Scalar:
+    if isinstance(value, Tensor):
+        assert value.numel() == 1, f"the optimizer's {name} is neither one number nor one for each element"
+        return value.item()
+    assert isinstance(value, (int, float)), f"the optimizer's {name} is a {type(value).__name__}"
+    return value
+
+
+@torch.no_grad()
+def write_state(engine: Any, mesh: ProcessMesh, saved: SavedFragments) -> None:
+    """Puts a saved state into an engine, whatever its ZeRO stage and number of ranks.
+
+    Args:
+        engine: `deepspeed.DeepSpeedEngine`; names and shapes have been compared with the saved ones.
+        mesh: The process mesh.
+        saved: The state, for this rank of the model axis.
+
+    Ranks: all.
+    """
+    optimizer = base_optimizer(engine)
+    for flat, slots in _by_flat(held_slots(engine, mesh)):
+        state = _new_state(optimizer, flat, slots, saved)
+        optimizer.state[flat] = state
+        flat.zero_()  # padding is memory as it was found
+        for slot in slots:
+            for kind in _kept_by_engine(saved, slot):
+                run = saved.read(slot.name, kind, offset=slot.offset, count=slot.count)
+                slot.of(flat if kind == MASTER else state[kind]).copy_(run)
+    refresh_weights(engine)
+
+
+def _by_flat(slots: Iterable[Slot]) -> Iterator[tuple[Tensor, list[Slot]]]:
+    together: dict[int, list[Slot]] = {}
+    for slot in slots:
+        together.setdefault(id(slot.flat), []).append(slot)
+    for group in together.values():
+        yield group[0].flat, group
+
+
+def _kept_by_engine(saved: SavedFragments, slot: Slot) -> list[str]:
+    return [kind for kind in saved.kinds(slot.name) if kind != AVERAGE]
+
+
+def _new_state(
+    optimizer: torch.optim.Optimizer, flat: Tensor, slots: list[Slot], saved: SavedFragments
+) -> dict[str, Any]:
+    """Returns zeros for each kind that was saved, and counters of the flat tensor's own."""
+    kinds = {kind for slot in slots for kind in _kept_by_engine(saved, slot)} - {MASTER}
+    settings = optimizer.param_groups[0]  # of fused kernels, alike in all groups
+    on_device = settings.get("fused") or settings.get("capturable")
+    device = flat.device if on_device else torch.device("cpu")
+    # counted in place, so that two flat tensors must not share one; torch keeps counters as float tensors
+    counters: dict[str, Any] = {
+        name: torch.tensor(value, device=device) if type(value) is float else value
+        for name, value in saved.scalars(slots[0].name).items()
+    }
+    return {**counters, **{kind: torch.zeros_like(flat) for kind in kinds}}
