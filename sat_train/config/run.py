@@ -85,6 +85,11 @@ class RunConfig:
     notes: tuple[str, ...] = ()
     needs: str = ""
 
+    def require_data(self) -> DataConfig:
+        """Returns `data` where a function only ever runs with it: training, caching, looking at data."""
+        assert self.data is not None, "this configuration was loaded for sampling, without a data section"
+        return self.data
+
     def shown_tree(self) -> dict[str, Any]:
         """Returns `tree` without passwords and signatures in URLs: for people, trackers and checkpoints."""
         shown: dict[str, Any] = _without_secrets(self.tree())
