@@ -61,7 +61,7 @@ def find_resume_point(
         CheckpointError: `must` found nothing; the path holds no complete checkpoint or belongs to a living
             run.
 
-    Ranks: one, whose answer the others take (`agreement.on_rank_0`).
+    Ranks: one, whose answer the others take (`collectives.on_rank_0`).
     """
     if mode == "none":
         return None

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.history import point_latest, set_aside
 from sat_train.checkpoint.layout import (
     ABANDONED_SUFFIX,
@@ -27,7 +26,7 @@ from sat_train.checkpoint.layout import (
     step_folder,
 )
 from sat_train.checkpoint.manifest import Manifest, read_manifest
-from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.collectives import gather_objects, on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.files import FileRecord, sync_folder, write_text

@@ -21,10 +21,9 @@ from sat_train.data.sampler import GlobalOrder
 from sat_train.data.shared_memory import bytes_in_flight, warn_of_little_shared_memory
 from sat_train.data.sources.read import build_source_options, read_sources
 from sat_train.data.sources.records import ClipSource
-from sat_train.distributed.collectives import broadcast_object, check_all_ranks, gather_objects
+from sat_train.distributed.collectives import gather_objects, on_rank_0
 from sat_train.distributed.environment import RankEnv
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.distributed.work_queue import wait_for_ranks
 from sat_train.errors import DataError
 from sat_train.log import get_logger
 
@@ -273,17 +272,13 @@ def _read_sources(
     Ranks: all.
     """
     is_divided = not config.args.valid_data
-    sources, error = None, None
-    if mesh.rank == 0:
-        try:
-            shares = config.data_shares() if is_divided else None
-            sources = read_sources(entries, build_source_options(config.data), shares=shares, part=part)
-            sources = _name_apart(sources)
-        except DataError as caught:
-            error = caught
-    wait_for_ranks(mesh)  # large sets take rank 0 long
-    check_all_ranks(mesh, error)
-    return broadcast_object(mesh, sources)
+
+    def read() -> list[ClipSource]:
+        shares = config.data_shares() if is_divided else None
+        options = build_source_options(config.data)
+        return _name_apart(read_sources(entries, options, shares=shares, part=part))
+
+    return on_rank_0(mesh, read, may_take_long=True)
 
 
 def _prepass(

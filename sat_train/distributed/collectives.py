@@ -2,15 +2,82 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.errors import SatTrainError
+from sat_train.errors import CheckpointError, SatTrainError
 
 T = TypeVar("T")
+
+_MEETING = "sat_train/meeting"
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
+
+
+def on_rank_0(mesh: ProcessMesh, function: Callable[[], T], *, may_take_long: bool = False) -> T:
+    """Runs `function` on rank 0 and gives all ranks its result or its error.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+
+    Args:
+        mesh: The process mesh.
+        function: Called on rank 0 only; its result must be picklable.
+        may_take_long: It reads or hashes much: the others wait without a timeout.
+
+    Raises:
+        SatTrainError: On all ranks alike: what `function` raised, or what its OSError means.
+
+    Ranks: all.
+    """
+    outcome: tuple[T | None, SatTrainError | None] = (None, None)
+    if mesh.rank == 0:
+        try:
+            outcome = (function(), None)
+        except SatTrainError as error:
+            outcome = (None, error)
+        except OSError as error:
+            outcome = (None, _describe_os_error(error))
+    if may_take_long:
+        wait_for_ranks(mesh)
+    result, failure = broadcast_object(mesh, outcome)
+    if failure is not None:
+        failure.ranks_agree = True
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def _describe_os_error(error: OSError) -> CheckpointError:
+    """Returns the error a person can act on."""
+    return CheckpointError(
+        f"{error.filename or 'a file'}: {error.strerror or error}",
+        remedy="see that the disk has room and that the run directory may be written",
+    )
+
+
+def wait_for_ranks(mesh: ProcessMesh) -> None:
+    """Waits until all ranks have come here, however long that takes.
+
+    Where one has failed, `FailureBoard` ends those that wait.
+
+    Ranks: all.
+    """
+    if mesh.world_size == 1:
+        return
+    arrived = mesh.store.add(_MEETING, 1)
+    all_of_this_time = -(-arrived // mesh.world_size) * mesh.world_size
+    wait_until(lambda: mesh.store.add(_MEETING, 0) >= all_of_this_time)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Asks again and again, at growing intervals, until the answer is yes."""
+    pause = _FIRST_PAUSE_S
+    while not is_so():
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def broadcast_object(mesh: ProcessMesh, value: T | None) -> T:

@@ -6,17 +6,13 @@ worked by themselves for hours are further apart than that, so they meet through
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TypeVar
 
-from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.collectives import gather_objects, wait_for_ranks, wait_until
 from sat_train.distributed.processes import ProcessMesh
 
 T = TypeVar("T")
-
-_MEETING = "sat_train/meeting"
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 
 
 class WorkQueue:
@@ -55,7 +51,7 @@ class WorkQueue:
             if self._mesh.model_size > 1:
                 self._mesh.store.set(told, str(number))
         else:
-            _wait(lambda: self._mesh.store.check([told]))
+            wait_until(lambda: self._mesh.store.check([told]))
             number = int(self._mesh.store.get(told))
         return number if number < self._size else None
 
@@ -78,20 +74,6 @@ class WorkQueue:
         return self._counts[name]
 
 
-def wait_for_ranks(mesh: ProcessMesh) -> None:
-    """Waits until all ranks have come here, however long that takes.
-
-    Where one has failed, `FailureBoard` ends those that wait.
-
-    Ranks: all.
-    """
-    if mesh.world_size == 1:
-        return
-    arrived = mesh.store.add(_MEETING, 1)
-    all_of_this_time = -(-arrived // mesh.world_size) * mesh.world_size
-    _wait(lambda: mesh.store.add(_MEETING, 0) >= all_of_this_time)
-
-
 def gather_after_work(mesh: ProcessMesh, value: T) -> list[T]:
     """Returns every rank's value, in rank order, on every rank, after work that takes some ranks far longer.
 
@@ -99,10 +81,3 @@ def gather_after_work(mesh: ProcessMesh, value: T) -> list[T]:
     """
     wait_for_ranks(mesh)
     return gather_objects(mesh, value)
-
-
-def _wait(is_so: Callable[[], bool]) -> None:
-    pause = _FIRST_PAUSE_S
-    while not is_so():
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_S)

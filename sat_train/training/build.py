@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.history import rewind
 from sat_train.checkpoint.layout import committed_steps
@@ -26,7 +25,7 @@ from sat_train.config.sat_args import write_model_config
 from sat_train.config.summary import summarize
 from sat_train.data.batch import VideoBatch
 from sat_train.data.build import sum_bad_clips
-from sat_train.distributed.collectives import broadcast_object
+from sat_train.distributed.collectives import broadcast_object, on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
 from sat_train.engine.build import build_engine

@@ -16,7 +16,6 @@ from sat_train.checkpoint.adapters import (
     updates_of,
     without_adapters,
 )
-from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.consolidate import read_computing_weights
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.layout import step_folder
@@ -35,6 +34,7 @@ from sat_train.checkpoint.weights import (
 )
 from sat_train.config import RunConfig
 from sat_train.config.paths import expand_assets
+from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.log import get_logger

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from sat_train.checkpoint.history import set_aside
 from sat_train.checkpoint.layout import ABANDONED_SUFFIX
-from sat_train.distributed.collectives import broadcast_object, check_all_ranks
+from sat_train.distributed.collectives import check_all_ranks, on_rank_0
 from sat_train.distributed.environment import tell_batch_script
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.errors import LaunchError, SatTrainError
+from sat_train.errors import LaunchError
 from sat_train.log import get_logger
 from sat_train.training.run_lock import RunLock
 
@@ -43,20 +43,20 @@ def claim_run_directory(
 
     Ranks: all.
     """
-    error: SatTrainError | None = None
-    folder, lock = None, None
-    if mesh.rank == 0:
+    locks: list[RunLock] = []  # stays on rank 0
+
+    def claim() -> Path:
         try:
             folder, lock = _open_on_rank_0(save_root, experiment_name, resumed)
             tell_batch_script(folder)
         except OSError as problem:
-            error = _cannot_write(save_root, problem)
-        except SatTrainError as problem:
-            error = problem
-    check_all_ranks(mesh, error)
-    shared = broadcast_object(mesh, folder)
-    check_all_ranks(mesh, None if shared.is_dir() else _not_shared(shared))
-    return shared, lock
+            raise _cannot_write(save_root, problem) from problem
+        locks.append(lock)
+        return folder
+
+    folder = on_rank_0(mesh, claim)
+    check_all_ranks(mesh, None if folder.is_dir() else _not_shared(folder))
+    return folder, locks[0] if locks else None
 
 
 def _open_on_rank_0(

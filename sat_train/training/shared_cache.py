@@ -12,10 +12,10 @@ from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.index import CacheIndex
 from sat_train.data.cache.key import EncoderDigests, digest
 from sat_train.data.cache.samples import OpenCache, Use
-from sat_train.distributed.collectives import broadcast_object, check_all_ranks
+from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.distributed.work_queue import gather_after_work, wait_for_ranks
-from sat_train.errors import DataError, SatTrainError
+from sat_train.distributed.work_queue import gather_after_work
+from sat_train.errors import DataError
 from sat_train.models.text.t5 import find_t5_folders
 from sat_train.pipeline.build import compute_dtype
 from sat_train.training.models import encoder_dtype
@@ -40,16 +40,14 @@ def open_cache(config: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
     file_metadata = FileMetadata(
         folder, identity=config.data.cache_identity, timeout_s=config.data.worker_timeout_s
     )
-    found, error = None, None
-    if mesh.rank == 0:
-        try:
-            found = digest_encoders(config, file_metadata)
-            file_metadata.publish()
-        except SatTrainError as caught:
-            error = caught
-    wait_for_ranks(mesh)  # hashing weights of 10 GB takes rank 0 long
-    check_all_ranks(mesh, error)
-    return OpenCache(folder, CacheIndex(folder), file_metadata, broadcast_object(mesh, found), use)
+
+    def hash_encoders() -> EncoderDigests:
+        digests = digest_encoders(config, file_metadata)
+        file_metadata.publish()
+        return digests
+
+    digests = on_rank_0(mesh, hash_encoders, may_take_long=True)
+    return OpenCache(folder, CacheIndex(folder), file_metadata, digests, use)
 
 
 def share_files(mesh: ProcessMesh, file_metadata: FileMetadata) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sat_train.checkpoint.agreement import on_rank_0
 from sat_train.checkpoint.fragments import AVERAGE, MASTER, Fragment, SavedFragments, pack_fragments
+from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.models.dit.sharding import shard_weight
 

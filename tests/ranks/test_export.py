@@ -28,8 +28,8 @@ def _train_and_save(
     mesh: ProcessMesh, model: ModelConfig, base: Path, run_directory: Path, zero_stage: int, lr: float
 ) -> None:
     """Two steps in bf16 from the weights of `base`, then a checkpoint of step 2."""
-    from sat_train.checkpoint.agreement import on_rank_0
     from sat_train.checkpoint.save import RunState, save_training_checkpoint
+    from sat_train.distributed.collectives import on_rank_0
     from sat_train.engine.build import SatMesh, import_deepspeed
     from sat_train.engine.ema import ExponentialMovingAverage
     from sat_train.engine.engine import TrainEngine
