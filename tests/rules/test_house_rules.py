@@ -130,3 +130,22 @@ def test_shipped_assets_keep_their_size() -> None:
 
     assert size(assets / "tiny") <= 10_000_000
     assert size(assets / "demo") <= 3_000_000
+
+
+def test_prose_of_the_docs_fits_120_columns() -> None:
+    """Tables and code are as wide as they are."""
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    wide = []
+    for page in pages:
+        is_code = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            is_code ^= line.lstrip().startswith("```")
+            is_prose = not is_code and not line.startswith(("    ", "|", "<", "!["))
+            if is_prose and len(line) > 120:
+                wide.append(f"{page.name}:{number}")
+    assert not wide
