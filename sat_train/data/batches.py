@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -232,3 +233,6 @@ class QueuedBatches:
                 self._taken.append(self._indices[position_in_indices])
             index = (self._taken[number],)
             yield MicroBatch(index, index, DataPosition(number + 1))
+
+
+Batches = TypeVar("Batches", bound=OrderedBatches | ListedBatches | QueuedBatches)

@@ -11,10 +11,10 @@ from pathlib import Path
 from sat_train.config import RunConfig
 from sat_train.config.shapes import allowed_shapes, count_tokens
 from sat_train.data.bad_clips import ClipFailure, FailureLog, write_failures
-from sat_train.data.batches import DataPosition, OrderedBatches, QueuedBatches
+from sat_train.data.batches import Batches, DataPosition, OrderedBatches
 from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.loader import VideoLoader
+from sat_train.data.loader import OrderedLoader, VideoLoader
 from sat_train.data.prepass import ClipSet, SampleSpec, assign_clips, describe_clip_set, look_at
 from sat_train.data.remote import file_name
 from sat_train.data.sampler import GlobalOrder
@@ -40,7 +40,7 @@ def build_train_loader(
     start: DataPosition | None = None,
     run_directory: Path | None = None,
     cache: OpenCache | None = None,
-) -> VideoLoader:
+) -> OrderedLoader:
     """Builds the endless loader of this rank.
 
     Args:
@@ -135,7 +135,7 @@ def build_train_dataset(
 
 def build_valid_loader(
     config: RunConfig, mesh: ProcessMesh, *, run_directory: Path | None = None, cache: OpenCache | None = None
-) -> VideoLoader | None:
+) -> OrderedLoader | None:
     """Builds the loader of `args.eval_iters` validation batches of this rank, the same ones each time.
 
     Without validation data there is none.
@@ -238,9 +238,9 @@ def build_loader(
     config: RunConfig,
     mesh: ProcessMesh,
     dataset: VideoDataset,
-    batches: OrderedBatches | QueuedBatches,
+    batches: Batches,
     run_directory: Path | None,
-) -> VideoLoader:
+) -> VideoLoader[Batches]:
     """Builds the loader of a data set, as `args` and `data` want it."""
     failures = FailureLog(
         num_clips=sum(len(source) for source in dataset.sources),
@@ -351,7 +351,7 @@ def _fingerprint(sources: Sequence[ClipSource]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def sum_bad_clips(mesh: ProcessMesh, loader: VideoLoader) -> int:
+def sum_bad_clips(mesh: ProcessMesh, loader: OrderedLoader) -> int:
     """Counts the clips that are bad on any rank, and ends the run on all ranks when there are too many.
 
     Returns:

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sat_train.data.bad_clips import BadClip, ClipFailure, FailureLog
 from sat_train.data.batch import VideoBatch, collate
-from sat_train.data.batches import DataPosition, ListedBatches, MicroBatch, OrderedBatches, QueuedBatches
+from sat_train.data.batches import Batches, DataPosition, MicroBatch, OrderedBatches
 from sat_train.data.clip_pool import prepare_worker
 from sat_train.data.dataset import SampleResult, VideoDataset
 from sat_train.data.sampler import ClipRef
@@ -105,7 +105,7 @@ def _now_ms() -> int:
     return time.monotonic_ns() // 1_000_000  # one clock for all processes of a machine
 
 
-class VideoLoader:
+class VideoLoader(Generic[Batches]):
     """Iterates over batches of one rank; position, not state, decides what comes next.
 
     Args:
@@ -125,7 +125,7 @@ class VideoLoader:
         self,
         *,
         dataset: VideoDataset,
-        batches: OrderedBatches | ListedBatches | QueuedBatches,
+        batches: Batches,
         failures: FailureLog,
         num_workers: int = 0,
         prefetch_factor: int = 2,
@@ -151,7 +151,7 @@ class VideoLoader:
         self._end = weakref.finalize(self, _kill_workers, self._board_wf)
 
     @property
-    def batches(self) -> OrderedBatches | ListedBatches | QueuedBatches:
+    def batches(self) -> Batches:
         """Which samples this rank takes."""
         return self._batches
 
@@ -166,8 +166,9 @@ class VideoLoader:
         return self.dataset.order.epoch_length
 
     @property
-    def num_samples(self) -> int | None:
-        """Samples of the whole iteration; later indices repeat early ones to fill the last batch."""
+    def num_samples(self) -> int:
+        """Samples of a finite iteration; later indices repeat early ones to fill the last batch."""
+        assert self._batches.stop is not None, "the training order has no end"
         return self._batches.stop
 
     def __len__(self) -> int:
@@ -288,6 +289,9 @@ class VideoLoader:
             )
         log.warning("%s: %s; starting the data workers again without it", record.clip_id, detail)
         self.dataset.given_up[record.clip_id] = BadClip(cause, detail)
+
+
+OrderedLoader = VideoLoader[OrderedBatches]
 
 
 @contextlib.contextmanager
