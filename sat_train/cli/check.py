@@ -59,7 +59,7 @@ def _count_clips(config: RunConfig) -> ClipCounts | None:
     """Counts the clips of local sets; remote ones are looked at when a run starts."""
     args = config.args
     entries = [*(args.train_data or ()), *(args.valid_data or ())]
-    if not args.train_data or any("://" in entry for entry in entries):
+    if config.data is None or not args.train_data or any("://" in entry for entry in entries):
         return None
     from sat_train.data.sources.count import count_clips  # imports PyAV
     from sat_train.data.sources.read import build_source_options

@@ -83,8 +83,8 @@ def _at_least(least: int) -> Callable[[str], int]:
 def _inspect(config: RunConfig, output: Path, num_processes: int, max_windows: int | None) -> int:
     spec = build_sample_spec(config)
     reports = []
-    for entry in dict.fromkeys((*config.args.train_data, *(config.args.valid_data or ()))):
-        source = read_source(entry, build_source_options(config.data))
+    for entry in dict.fromkeys((*(config.args.train_data or ()), *(config.args.valid_data or ()))):
+        source = read_source(entry, build_source_options(config.require_data()))
         report = _report(config, source, spec, num_processes, max_windows)
         reports.append(report)
         _show("".join(f"{name:<13} {value}\n" for name, value in report.lines()))
@@ -113,7 +113,7 @@ def _report(
             spec,
             num_processes=num_processes,
             max_windows=max_windows,
-            timeout_s=config.data.worker_timeout_s,
+            timeout_s=config.require_data().worker_timeout_s,
             on_clip=lambda: progress.advance(task),
         )
     encoder = config.model.conditioner_config.params.emb_models[0].params
@@ -146,13 +146,13 @@ def _preview(config: RunConfig, output: Path, count: int) -> int:
     loader = build_train_loader(config, start_single_process())
     samples = [loader.dataset.read(index, pixels=True).sample for index in range(count)]
     for sample in samples:
-        path = output / f"{sample.sample_index:04d}.mp4"
-        write_mp4(path, sample.video_tchw, fps=config.data.params.fps)
+        path, video = output / f"{sample.sample_index:04d}.mp4", sample.pixels_tchw()
+        write_mp4(path, video, fps=config.require_data().params.fps)
         times = f"{sample.times[0]:.2f} to {sample.times[-1]:.2f} s"
-        shape = "x".join(str(side) for side in (len(sample.video_tchw), *sample.video_tchw.shape[-2:]))
+        shape = "x".join(str(side) for side in (len(video), *video.shape[-2:]))
         _show(f"{path}  {shape}  {sample.clip_id}  {times}  {sample.caption}")
     write_contact_sheet(
-        output / "contact_sheet.png", [s.video_tchw for s in samples], [s.caption for s in samples]
+        output / "contact_sheet.png", [s.pixels_tchw() for s in samples], [s.caption for s in samples]
     )
     _show(f"wrote {output / 'contact_sheet.png'}")
     return 0

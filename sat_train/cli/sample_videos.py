@@ -144,8 +144,9 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
     Ranks: all; rank 0 looks and hashes.
     """
     args = config.args
-    assert args.load is not None, "the configuration sees to weights"
-    located = on_rank_0(mesh, lambda: locate_weights(args.load, load_base=args.load_base))
+    load = args.load
+    assert load is not None, "the configuration sees to weights"
+    located = on_rank_0(mesh, lambda: locate_weights(load, load_base=args.load_base))
     start = StartWeights(located, None, args.load_lora, args.lora_strength)
     base, updates = read_weights_and_updates(start, ema=args.ema)
     dit = build_dit(

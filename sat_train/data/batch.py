@@ -152,6 +152,15 @@ class VideoSample:
     keys: SampleKeys | None = None
     cached: CachedSample | None = None
 
+    def pixels_tchw(self) -> Tensor:
+        """Returns `video_tchw` of a sample that was read with its pixels."""
+        assert self.video_tchw is not None, "the sample was read from the cache"
+        return self.video_tchw
+
+    def conditioning_image_chw(self) -> Tensor:
+        """Returns the image that conditions the clip: the given one, else the first frame."""
+        return self.pixels_tchw()[0] if self.image_chw is None else self.image_chw
+
 
 def collate(samples: Sequence[VideoSample]) -> VideoBatch:
     """Stacks samples of one shape, all of them pixels or all of them encodings.
@@ -187,11 +196,11 @@ def cat_cached(samples: Sequence[CachedSample]) -> CachedSample:
 
 
 def _stack_pixels(samples: Sequence[VideoSample]) -> tuple[Tensor, Tensor | None]:
-    shapes = {tuple(sample.video_tchw.shape) for sample in samples}
+    shapes = {tuple(sample.pixels_tchw().shape) for sample in samples}
     assert len(shapes) == 1, (
         f"a batch holds one shape, got {sorted(shapes)}: who plans batches must see to it"
     )
     has_image = any(sample.image_chw is not None for sample in samples)
-    images = [sample.video_tchw[0] if sample.image_chw is None else sample.image_chw for sample in samples]
-    video = torch.stack([sample.video_tchw for sample in samples])
+    images = [sample.conditioning_image_chw() for sample in samples]
+    video = torch.stack([sample.pixels_tchw() for sample in samples])
     return video, torch.stack(images) if has_image else None

@@ -135,8 +135,8 @@ def open_run_directory(config: RunConfig, mesh: ProcessMesh) -> RunDirectory:
     found: list[ResumePoint | None] = [None]
 
     def resumed() -> Path | None:
-        found[0] = find_resumed(config)
-        return found[0] and found[0].run_directory
+        point = found[0] = find_resumed(config)
+        return None if point is None else point.run_directory
 
     folder, lock = claim_run_directory(
         mesh, save_root=Path(config.args.save), experiment_name=config.args.experiment_name, resumed=resumed
@@ -223,7 +223,7 @@ def build_trainer(
     """
     state = restore(mesh, run_directory.point, engine, average, base_weights)
     filler = None
-    if config.data.cache == "fill":
+    if data.cache is not None and config.require_data().cache == "fill":
         filler = CacheFiller(config, mesh, pipeline.encoders, data.cache)
     encode = filler.train() if filler is not None else lambda batch: batch
 
@@ -272,6 +272,7 @@ def build_save(
     """Returns what writes a checkpoint of a trainer and gives its folder; to be called on all ranks."""
 
     def save(trainer: Trainer) -> Path:
+        assert run_directory.folder is not None, "only a run with a folder saves"
         on_rank_0(mesh, lambda: None if run_directory.lock is None else run_directory.lock.check_held())
         position = data.train.position
         assert position.consumed == trainer.state.samples_consumed, "the loader and the loop have parted"

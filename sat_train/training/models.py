@@ -149,8 +149,8 @@ def find_start_weights(
 def _find_start_weights(config: RunConfig, point: ResumePoint | None) -> StartWeights:
     args, has_lora = config.args, config.model.network_config.params.modules.lora_config is not None
     if point is not None and point.manifest.base_weights is not None:
-        base = find_resumed_base(point, args.load_base, args.load)
-        return StartWeights(Located(Path(expand_assets(base.source))), base)
+        recorded = find_resumed_base(point, args.load_base, args.load)
+        return StartWeights(Located(Path(expand_assets(recorded.source))), recorded)
     if point is not None:
         return StartWeights(resumed=point)
     if args.load is None:

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -91,7 +90,7 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
         total = sum(len(queue) for queue in encoding.queues)
         task = None if bar is None or not total else bar.add_task("encoding", total=total)
         for _ in encoding.run():
-            if task is not None:
+            if bar is not None and task is not None:
                 bar.update(task, completed=sum(queue.num_finished() for queue in encoding.queues))
     counts = gather_after_work(mesh, (encoding.encoded, encoding.failed, bool(stop_request)))
     log.info(
@@ -116,12 +115,13 @@ def _datasets(
     Where clips have a limited number of views, that is each view of each clip, whatever the run's length and
     world size; else it is the samples that a run of this configuration on as many ranks will train on.
     """
-    is_limited = config.data.params.views is not None or (
-        config.data.params.window in ("head", "center") and not config.model.noised_image_input
+    params = config.require_data().params
+    is_limited = params.views is not None or (
+        params.window in ("head", "center") and not config.model.noised_image_input
     )
     train = build_train_dataset(config, mesh, cache=cache, each_view_once=is_limited)
     if is_limited:
-        samples: Sequence[int] = range(len(train) * (config.data.params.views or 1))
+        samples: Sequence[int] = range(len(train) * (params.views or 1))
     else:
         batches = build_train_batches(config, mesh, train)
         micro_steps = count_steps(config, batches) * config.args.gradient_accumulation_steps
@@ -189,7 +189,7 @@ class _Encoding:
         self._works, self._captions = works, sorted(captions.items())
         self._stop_request = stop_request
         self._caption_queue = WorkQueue(mesh, "encode captions", len(captions))
-        self._writer = build_writer(config, mesh)
+        self._writer = build_writer(config, mesh, cache)
         self.queues = [*(work.queue for work in works), self._caption_queue]
         self.encoded = 0
         self.failed: set[str] = set()
@@ -206,11 +206,10 @@ class _Encoding:
             self._writer.publish()
 
     def _run_samples(self, encoders: Encoders, work: _Work) -> Iterator[None]:
+        assert work.dataset.cache is not None, "the data sets are built with the cache"
         encoder = self._encoder(encoders, image=work.dataset.cache.image)
         batches = QueuedBatches(work.indices, work.queue.take)
-        loader = build_loader(
-            self._config, self._mesh, work.dataset, batches, Path(self._config.data.cache_dir)
-        )
+        loader = build_loader(self._config, self._mesh, work.dataset, batches, self._cache.folder)
         for batch in loader:
             self.encoded += encoder.keep(batch)
             work.queue.finish_one()

@@ -17,9 +17,9 @@ from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.build import build_train_loader, build_valid_loader
 from sat_train.data.cache.key import text_key
 from sat_train.data.cache.missing import find_missing
-from sat_train.data.cache.samples import OpenCache
+from sat_train.data.cache.samples import Condition, OpenCache
 from sat_train.data.cache.shards import ShardWriter
-from sat_train.data.loader import VideoLoader
+from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.collectives import check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import DataError
@@ -46,8 +46,8 @@ class RunData:
         cache: Where encoded samples are; None without.
     """
 
-    train: VideoLoader
-    valid: VideoLoader | None
+    train: OrderedLoader
+    valid: OrderedLoader | None
     train_iters: int
     needs_encoders: bool
     cache: OpenCache | None
@@ -62,7 +62,7 @@ class RunData:
         if self.cache is None:
             return None
         entry = self.cache.index.read(text_key("", text=self.cache.encoder_digests.text))
-        return entry and entry["text"]
+        return entry["text"] if entry else None
 
 
 def open_data(
@@ -85,7 +85,7 @@ def open_data(
 
     Ranks: all.
     """
-    mode = config.data.cache
+    mode = config.require_data().cache
     cache = None if mode == "off" else open_cache(config, mesh, "require" if mode == "require" else "read")
     train = build_train_loader(
         config, mesh, start=position_of(point), run_directory=run_directory, cache=cache
@@ -149,8 +149,8 @@ def check_complete(
     config: RunConfig,
     mesh: ProcessMesh,
     cache: OpenCache,
-    train: VideoLoader,
-    valid: VideoLoader | None,
+    train: OrderedLoader,
+    valid: OrderedLoader | None,
     samples: Sequence[int],
 ) -> bool:
     """Tells whether the cache has all that a run will read.
@@ -172,7 +172,7 @@ def check_complete(
     clips = [clip for share in shares for clip in share]
     has_null = config.model.null_condition == "zero" or _null_key(cache) in cache.index
     error = None
-    if config.data.cache == "require" and (clips or not has_null):
+    if config.require_data().cache == "require" and (clips or not has_null):
         error = DataError(
             f"data.cache = require, and {len(clips)} of {len(samples) + len(shown)} samples, validation's "
             f"included, are not in {cache.folder}"
@@ -201,7 +201,7 @@ class CacheFiller(Callback):
         self._encoders, self._cache = encoders, cache
         self._image_to_video = config.model.noised_image_input
         self._writes = mesh.model_rank == 0
-        self._writer = build_writer(config, mesh, waits=True)
+        self._writer = build_writer(config, mesh, cache, waits=True)
         if (
             config.model.null_condition == "empty_prompt"
             and self._writes
@@ -221,7 +221,7 @@ class CacheFiller(Callback):
         """Publishes what is left."""
         self._writer.publish_or_warn()
 
-    def _encoder(self, image: str) -> SampleEncoder:
+    def _encoder(self, image: Condition) -> SampleEncoder:
         return SampleEncoder(
             self._encoders,
             writer=self._writer,
@@ -231,13 +231,15 @@ class CacheFiller(Callback):
         )
 
 
-def build_writer(config: RunConfig, mesh: ProcessMesh, *, waits: bool = False) -> ShardWriter:
-    """Returns the writer of this rank into `data.cache_dir`; see `ShardWriter`."""
-    shard_bytes = int(config.data.cache_shard_mb * 1e6)
-    return ShardWriter(Path(config.data.cache_dir), rank=mesh.rank, shard_bytes=shard_bytes, waits=waits)
+def build_writer(
+    config: RunConfig, mesh: ProcessMesh, cache: OpenCache, *, waits: bool = False
+) -> ShardWriter:
+    """Returns the writer of this rank into the cache; see `ShardWriter`."""
+    shard_bytes = int(config.require_data().cache_shard_mb * 1e6)
+    return ShardWriter(cache.folder, rank=mesh.rank, shard_bytes=shard_bytes, waits=waits)
 
 
-def _count_clips(loader: VideoLoader) -> int:
+def _count_clips(loader: OrderedLoader) -> int:
     return sum(len(source) for source in loader.dataset.sources)
 
 
@@ -246,10 +248,11 @@ def _null_key(cache: OpenCache) -> str:
 
 
 def _told(config: RunConfig, is_complete: bool) -> str:
+    data = config.require_data()
     if not is_complete:
-        told = "not all samples are there, the rest is encoded" + " and kept" * (config.data.cache == "fill")
+        told = "not all samples are there, the rest is encoded" + " and kept" * (data.cache == "fill")
     elif samples_videos(config):
         told = "all samples are there; T5 and the VAE are loaded because validation samples videos"
     else:
         told = "all samples are there; neither T5 nor the VAE is loaded"
-    return f"cache {config.data.cache_dir}: {told}"
+    return f"cache {data.cache_dir}: {told}"

@@ -36,10 +36,10 @@ def open_cache(config: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
 
     Ranks: all; rank 0 hashes the weights, once: the cache remembers what it found.
     """
-    folder = Path(config.data.cache_dir)
-    file_metadata = FileMetadata(
-        folder, identity=config.data.cache_identity, timeout_s=config.data.worker_timeout_s
-    )
+    data = config.require_data()
+    assert data.cache_dir is not None, "the configuration sees to a folder wherever there is a cache"
+    folder = Path(data.cache_dir)
+    file_metadata = FileMetadata(folder, identity=data.cache_identity, timeout_s=data.worker_timeout_s)
 
     def hash_encoders() -> EncoderDigests:
         digests = digest_encoders(config, file_metadata)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -20,7 +20,12 @@ from sat_train.training.signals import StopRequest
 class Batch(Protocol):
     """What a step needs to know of a batch: names of its samples for messages, and so their number."""
 
-    clip_ids: tuple[str, ...]
+    @property
+    def clip_ids(self) -> tuple[str, ...]:
+        """Names of its samples."""
+
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class StepResult:
     num_samples: int
 
 
-class TrainStep:
+class TrainStep(Generic[B]):
     """Makes optimizer steps.
 
     Args:
@@ -57,8 +62,8 @@ class TrainStep:
         self,
         *,
         engine: TrainEngine,
-        compute_loss: Callable[[Any], torch.Tensor],
-        batches: Iterator[Batch],
+        compute_loss: Callable[[B], torch.Tensor],
+        batches: Iterator[B],
         mesh: ProcessMesh,
         stop_request: StopRequest,
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from sat_train.engine.ema import ExponentialMovingAverage
 from sat_train.errors import TrainingError
@@ -40,7 +41,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        train_step: TrainStep,
+        train_step: TrainStep[Any],
         meter: Meter,
         learning_rate: LearningRate,
         train_iters: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -17,7 +17,12 @@ NUM_TIMESTEPS = 8
 class IndexedBatch(Protocol):
     """What the validation loss needs to know of a batch."""
 
-    sample_indices: tuple[int, ...]
+    @property
+    def sample_indices(self) -> tuple[int, ...]:
+        """Global positions of its samples."""
+
+
+B = TypeVar("B", bound=IndexedBatch)
 
 
 def validation_timesteps(num_timesteps: int, count: int = NUM_TIMESTEPS) -> tuple[int, ...]:
@@ -29,8 +34,8 @@ def validation_timesteps(num_timesteps: int, count: int = NUM_TIMESTEPS) -> tupl
 def validation_loss(
     *,
     step: int,
-    batches: Iterable[IndexedBatch],
-    losses_of: Callable[[IndexedBatch, torch.Tensor], torch.Tensor],
+    batches: Iterable[B],
+    losses_of: Callable[[B, torch.Tensor], torch.Tensor],
     num_samples: int,
     timesteps: Sequence[int],
     mesh: ProcessMesh,

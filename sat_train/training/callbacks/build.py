@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sat_train.config import RunConfig
 from sat_train.config.schema.args import IMAGE_SEPARATOR
-from sat_train.data.loader import VideoLoader
+from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
@@ -46,7 +46,7 @@ def build_callbacks(
     mesh: ProcessMesh,
     run_directory: Path | None,
     *,
-    valid: VideoLoader | None,
+    valid: OrderedLoader | None,
     filler: CacheFiller | None,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
@@ -71,9 +71,7 @@ def build_callbacks(
             callbacks.append(PreemptedMarker(run_directory))
     if filler is not None:
         callbacks.append(filler)
-    if config.args.eval_interval is not None:
-        callbacks += _validation(config, mesh, run_directory, valid, filler, pipeline, engine)
-    return callbacks
+    return callbacks + _validation(config, mesh, run_directory, valid, filler, pipeline, engine)
 
 
 def _reports(config: RunConfig, run_directory: Path | None) -> list[Callback]:
@@ -95,19 +93,22 @@ def _validation(
     config: RunConfig,
     mesh: ProcessMesh,
     run_directory: Path | None,
-    loader: VideoLoader | None,
+    loader: OrderedLoader | None,
     filler: CacheFiller | None,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
 ) -> list[Callback]:
     callbacks: list[Callback] = []
+    interval = config.args.eval_interval
+    if interval is None:
+        return callbacks
     if loader is not None:
         encode = filler.valid() if filler is not None else lambda batch: batch
         callbacks.append(
             Validation(
                 engine,
                 _measure(loader, mesh, pipeline, engine, encode),
-                interval=config.args.eval_interval,
+                interval=interval,
                 is_measured=lambda step: broadcast_object(
                     mesh, _is_measured(run_directory if mesh.rank == 0 else None, step)
                 ),
@@ -133,7 +134,7 @@ def _validation(
 
 
 def _measure(
-    loader: VideoLoader,
+    loader: OrderedLoader,
     mesh: ProcessMesh,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
@@ -202,16 +203,15 @@ def given_conditions(config: RunConfig, settings: SamplingSettings) -> tuple[lis
     return [r.prompt for r in requests], [read_image(r.image, **size) for r in requests if r.image]
 
 
-def _conditions_of_clips(loader: VideoLoader) -> tuple[list[str], list[torch.Tensor]]:
+def _conditions_of_clips(loader: OrderedLoader) -> tuple[list[str], list[torch.Tensor]]:
     """Returns captions and first frames of the first validation clips."""
-    count = min(_CLIPS_SHOWN, loader.num_samples or _CLIPS_SHOWN)
+    count = min(_CLIPS_SHOWN, loader.num_samples)
     clips = [loader.dataset.read(index, pixels=True).sample for index in range(count)]
-    images = [clip.video_tchw[0] if clip.image_chw is None else clip.image_chw for clip in clips]
-    return [clip.caption for clip in clips], images
+    return [clip.caption for clip in clips], [clip.conditioning_image_chw() for clip in clips]
 
 
 def _video_sampling(
-    config: RunConfig, pipeline: VideoDiffusion, engine: TrainEngine, loader: VideoLoader | None
+    config: RunConfig, pipeline: VideoDiffusion, engine: TrainEngine, loader: OrderedLoader | None
 ) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
     """Returns the prompts and how number `n` of them is drawn; None when there is nothing to draw."""
     settings = build_sampling(config)
