@@ -146,7 +146,7 @@ def check_all_ranks(mesh: ProcessMesh, error: SatTrainError | None) -> None:
 
     Ranks: all.
     """
-    errors = gather_objects(mesh, error and (str(error), error.exit_code))
+    errors = gather_objects(mesh, None if error is None else (str(error), error.exit_code))
     for rank, other in enumerate(errors):
         if other is not None:
             message, exit_code = other

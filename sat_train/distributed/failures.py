@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from sat_train.distributed.environment import RankEnv, tell_torchrun
 from sat_train.distributed.meeting import announce, location_key, read_location
@@ -63,7 +63,7 @@ class FailureBoard:
         timeout: How long the run waits for a rank.
     """
 
-    def __init__(self, store: dist.Store, env: RankEnv, timeout: timedelta) -> None:
+    def __init__(self, store: Store, env: RankEnv, timeout: timedelta) -> None:
         self._held = store  # on rank 0 the store itself, which ends with its last reference
         self._store = store.clone()  # a connection of its own: the other one may wait for minutes
         self._env = env

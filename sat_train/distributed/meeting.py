@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-import torch.distributed as dist
+# torch.distributed has these, but does not export them to type checkers
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from sat_train.distributed.environment import RankEnv
 from sat_train.errors import LaunchError
@@ -30,7 +31,7 @@ class ProcessLocation:
     gpu: str = ""
 
 
-def meet(env: RankEnv, timeout: timedelta) -> dist.Store:
+def meet(env: RankEnv, timeout: timedelta) -> Store:
     """Returns the store that all ranks of the run share; a single process needs no network for it.
 
     Rank 0 holds the store, or torchrun does. Nobody waits here for the others: see `call_the_roll`.
@@ -39,10 +40,10 @@ def meet(env: RankEnv, timeout: timedelta) -> dist.Store:
         LaunchError: The store was not reached in time.
     """
     if env.world_size == 1:
-        return dist.HashStore()
+        return HashStore()
     is_torchrun_s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             env.master_addr,
             env.master_port,
             env.world_size,
@@ -57,7 +58,7 @@ def meet(env: RankEnv, timeout: timedelta) -> dist.Store:
             f"{str(error).splitlines()[0]}",
             remedy="see that all machines started, that the address is reachable and that the port is free",
         ) from error
-    return dist.PrefixStore(_keys_of_this_run(env), store)
+    return PrefixStore(_keys_of_this_run(env), store)
 
 
 def _keys_of_this_run(env: RankEnv) -> str:
@@ -68,13 +69,13 @@ def _keys_of_this_run(env: RankEnv) -> str:
     return f"sat_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def announce(store: dist.Store, env: RankEnv, gpu: str = "") -> None:
+def announce(store: Store, env: RankEnv, gpu: str = "") -> None:
     """Tells the others where this rank runs."""
     location = ProcessLocation(socket.gethostname(), os.getpid(), gpu)
     store.set(location_key(env.rank), json.dumps(asdict(location)))
 
 
-def call_the_roll(store: dist.Store, env: RankEnv, timeout: timedelta) -> list[ProcessLocation]:
+def call_the_roll(store: Store, env: RankEnv, timeout: timedelta) -> list[ProcessLocation]:
     """Waits until every rank has announced itself.
 
     Returns:
@@ -106,7 +107,7 @@ def location_key(rank: int) -> str:
     return f"location/{rank}"
 
 
-def read_location(store: dist.Store, rank: int) -> ProcessLocation:
+def read_location(store: Store, rank: int) -> ProcessLocation:
     """Returns where a rank runs, which must have announced itself."""
     return ProcessLocation(**json.loads(store.get(location_key(rank))))
 

@@ -9,9 +9,11 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 
 import sat_train.distributed.sat_packages  # noqa: F401
@@ -52,7 +54,7 @@ class ProcessMesh:
     model_group: dist.ProcessGroup
     device: torch.device
     backend: str
-    store: dist.Store
+    store: Store
 
 
 _mesh: ProcessMesh | None = None
@@ -65,7 +67,7 @@ def start_processes(
     backend: str = "auto",
     model_parallel_size: int = 1,
     timeout_minutes: float = 30,
-    store: dist.Store | None = None,
+    store: Store | None = None,
 ) -> ProcessMesh:
     """Joins this process to the others and makes the groups, `sat.mpu`'s among them.
 
@@ -130,7 +132,8 @@ def stop_processes() -> None:
 
 def _forget_groups_in_deepspeed() -> None:
     """DeepSpeed keeps groups in module variables and would take the dead ones at the next start."""
-    comm, groups = (sys.modules.get(f"deepspeed.{name}") for name in ("comm.comm", "utils.groups"))
+    comm: Any = sys.modules.get("deepspeed.comm.comm")
+    groups: Any = sys.modules.get("deepspeed.utils.groups")
     if comm is not None and groups is not None:
         comm.cdb = groups.mpu = groups.mesh_device = None
         groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
@@ -189,11 +192,11 @@ def _set_default_timeout(timeout: timedelta) -> None:
     torch's own: 10 minutes with NCCL, 30 with gloo, whatever the run asks for.
     """
     distributed_c10d.default_pg_timeout = timeout
-    distributed_c10d.default_pg_nccl_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]  # not exported
 
 
 def _lay_out(
-    env: RankEnv, device: torch.device, backend: str, store: dist.Store, model_parallel_size: int
+    env: RankEnv, device: torch.device, backend: str, store: Store, model_parallel_size: int
 ) -> ProcessMesh:
     global _mesh
     with _quiet_sat(env):

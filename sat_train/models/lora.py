@@ -71,9 +71,10 @@ class Up(_Matrices):
         return torch.cat(outputs, dim=-1)
 
 
-class _LowRank:
+class _LowRank(nn.Module):
     """What the adapted layers share: `y + B(between(A(dropout(x)) * scale))`."""
 
+    weight: Tensor  # of the layer
     matrix_A: Down
     matrix_B: Up
     lora_dropout: nn.Module
@@ -82,11 +83,12 @@ class _LowRank:
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer and its update."""
-        y = super().forward(x)
+        y: Tensor = super().forward(x)
         if self.lora_merged:
             assert not self.training, "unmerge the adapters before training"
-            return y
-        return y + self.matrix_B(self._between(self.matrix_A(self.lora_dropout(x)) * self.lora_scale))
+        else:
+            y = y + self.matrix_B(self._between(self.matrix_A(self.lora_dropout(x)) * self.lora_scale))
+        return y
 
     @staticmethod
     def _between(h: Tensor) -> Tensor:
@@ -107,7 +109,8 @@ class LoraColumnParallelLinear(_LowRank, ColumnParallelLinear):
 
     @staticmethod
     def _between(h: Tensor) -> Tensor:
-        return copy_to_model_parallel_region(h)
+        copied: Tensor = copy_to_model_parallel_region(h)
+        return copied
 
 
 class LoraRowParallelLinear(_LowRank, RowParallelLinear):
@@ -115,7 +118,8 @@ class LoraRowParallelLinear(_LowRank, RowParallelLinear):
 
     @staticmethod
     def _between(h: Tensor) -> Tensor:
-        return reduce_from_model_parallel_region(h)
+        reduced: Tensor = reduce_from_model_parallel_region(h)
+        return reduced
 
 
 _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
@@ -199,19 +203,23 @@ def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Module]) -> N
 
 
 def _adapt(name: str, layer: nn.Module, *, rank: int, scale: float, dropout: float, seed: int) -> None:
-    out_features, in_features = layer.weight.shape
+    plain = type(layer)
     parts = layer.stride if isinstance(layer, ColumnParallelLinear) else 1
-    where = {"device": layer.weight.device, "dtype": torch.float32}
-    layer.matrix_A = Down(torch.empty(rank, in_features, **where) for _ in range(parts))
-    layer.matrix_B = Up(torch.empty(out_features // parts, rank, **where) for _ in range(parts))
+    # the layer stays the object it is, so its weight, its key and whoever holds it stay too
+    layer.__class__ = _ADAPTED[plain]
+    assert isinstance(layer, _LowRank)
+    out_features, in_features = layer.weight.shape
+    with layer.weight.device:
+        layer.matrix_A = Down(torch.empty(rank, in_features, dtype=torch.float32) for _ in range(parts))
+        layer.matrix_B = Up(
+            torch.empty(out_features // parts, rank, dtype=torch.float32) for _ in range(parts)
+        )
     layer.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
     layer.lora_scale, layer.lora_merged = scale, False
     # SAT's mark of a slice, by which DeepSpeed counts it once on each rank in the gradient's norm
-    sharded = {ColumnParallelLinear: layer.matrix_B, RowParallelLinear: layer.matrix_A}.get(type(layer))
+    sharded = {ColumnParallelLinear: layer.matrix_B, RowParallelLinear: layer.matrix_A}.get(plain)
     for matrix in sharded.parameters() if sharded else ():
-        matrix.model_parallel = True
-    # the layer stays the object it is, so its weight, its key and whoever holds it stay too
-    layer.__class__ = _ADAPTED[type(layer)]
+        matrix.model_parallel = True  # type: ignore[attr-defined]  # an attribute that SAT adds
     full_in = getattr(layer, "input_size", in_features)
     if layer.weight.device.type != "meta":
         for suffix, matrix in layer.named_parameters():

@@ -312,6 +312,7 @@ class VideoDiffusion:
         if batch.cached is not None:
             num_latent_frames = batch.cached.mean_btchw.shape[1]
         else:
+            assert batch.video_btchw is not None, "a batch has pixels or encodings"
             num_latent_frames = (batch.video_btchw.shape[1] - 1) // self.temporal_compression + 1
         counted_bt = counted_frames(
             batch.num_shown,

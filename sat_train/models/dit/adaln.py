@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,8 @@ class AdaLNLayer(BaseMixin):
         hidden_bld = hidden_bld + gate_a * attended
         mlp = self.transformer.hooks["mlp_forward"]
         normed = layer.post_attention_layernorm(hidden_bld) * (1 + scale_m) + shift_m
-        return hidden_bld + gate_m * mlp(normed, block=block)
+        mlp_bld: Tensor = mlp(normed, block=block)
+        return hidden_bld + gate_m * mlp_bld
 
     def _attend(self, x_bld: Tensor, block: Block, context: BlockContext) -> Tensor:
         attention = block.layer.attention
@@ -100,9 +101,10 @@ class AdaLNLayer(BaseMixin):
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         attend = self.transformer.hooks["attention_fn"]
         y_bnlk = attend(query, key, value, block=block, context=context)
-        return attention.dense(y_bnlk.transpose(1, 2).flatten(2))
+        y_bld: Tensor = attention.dense(y_bnlk.transpose(1, 2).flatten(2))
+        return y_bld
 
-    @non_conflict
+    @non_conflict  # type: ignore[untyped-decorator]  # SAT has no types
     def attention_fn(
         self,
         query: Tensor,
@@ -111,9 +113,9 @@ class AdaLNLayer(BaseMixin):
         *,
         block: Block,
         context: BlockContext,
-        old_impl: object = None,
+        old_impl: Callable[..., Tensor],
     ) -> Tensor:
         """SAT hook: normalises queries and keys, then continues to rotation and attention."""
-        if block.query_norm is not None:
+        if block.query_norm is not None and block.key_norm is not None:
             query, key = block.query_norm(query), block.key_norm(key)
         return old_impl(query, key, value, block=block, context=context)

@@ -60,8 +60,8 @@ class PatchProjection(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         weight = state_dict.get(f"{prefix}weight")
-        is_whole = weight is not None and self.weight.dim() > 1  # under ZeRO-3 both are empty vectors
-        if is_whole and weight.flatten(1).shape == self.weight.flatten(1).shape:
+        is_whole = self.weight.dim() > 1  # under ZeRO-3 both are empty vectors
+        if weight is not None and is_whole and weight.flatten(1).shape == self.weight.flatten(1).shape:
             state_dict[f"{prefix}weight"] = weight.reshape(self.weight.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -113,7 +113,7 @@ class FinalLayer(BaseMixin):
         shift, scale = self.adaLN_modulation(emb_bd)[:, None].chunk(2, dim=-1)
         patches = self.linear(self.norm_final(video_bld) * (1 + scale) + shift)
         o, p, q = self.patch_size
-        return rearrange(
+        latent_btchw: Tensor = rearrange(
             patches,
             "b (t h w) (c o p q) -> b (t o) c (h p) (w q)",
             t=grid.frames,
@@ -123,3 +123,4 @@ class FinalLayer(BaseMixin):
             p=p,
             q=q,
         )
+        return latent_btchw

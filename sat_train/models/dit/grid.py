@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from sat.model.transformer import BaseTransformerLayer
 from torch import Tensor, nn
 
 
@@ -42,7 +43,7 @@ class BlockContext(NamedTuple):
 class Block(NamedTuple):
     """The modules of one layer, which SAT keeps partly in `transformer.layers`, partly in `adaln_layer`."""
 
-    layer: nn.Module
+    layer: BaseTransformerLayer
     modulation: nn.Module
     query_norm: nn.Module | None
     key_norm: nn.Module | None

@@ -244,6 +244,7 @@ class RotaryPositions(BaseMixin):
 
     def forward(self, grid: PatchGrid, text_length: int) -> Tensor:
         """Returns the learned embedding, `[1, text_length + grid.tokens, d]`."""
+        assert self.pos_embedding is not None, "these positions have no learned table"
         assert text_length <= self.text_length, f"{text_length} text tokens, {self.text_length} learned"
         text, video = self.pos_embedding[0].split([self.text_length, self.base.tokens])
         if not is_prefix(self.base, grid):
@@ -265,7 +266,7 @@ class RotaryPositions(BaseMixin):
                 self._tables[key] = (angles.cos(), angles.sin())
         return self._tables[key]
 
-    @non_conflict
+    @non_conflict  # type: ignore[untyped-decorator]  # SAT has no types
     def attention_fn(
         self,
         query: Tensor,
@@ -277,6 +278,8 @@ class RotaryPositions(BaseMixin):
         old_impl: Callable[..., Tensor],
     ) -> Tensor:
         """SAT hook: rotates queries and keys, then attends."""
+        assert context.cos_lk is not None, "rotary positions give cosines"
+        assert context.sin_lk is not None, "rotary positions give sines"
         query = rotate_pairs(query, context.cos_lk, context.sin_lk)
         key = rotate_pairs(key, context.cos_lk, context.sin_lk)
         return old_impl(query, key, value, block=block, context=context)

@@ -108,12 +108,12 @@ class DiffusionTransformer(BaseModel):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.time_embed[0].weight.device
+        return next(self.time_embed.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, which inputs are cast to."""
-        return self.time_embed[0].weight.dtype
+        return next(self.time_embed.parameters()).dtype
 
     def forward(
         self,
@@ -151,7 +151,8 @@ class DiffusionTransformer(BaseModel):
         for block in self.mixins["adaln_layer"].blocks():
             hidden_bld = self._run_block(hidden_bld, block, context)
         video_bld = self.transformer.final_layernorm(hidden_bld[:, text_length:])
-        return self.hooks["final_forward"](video_bld, context.emb_bd, grid)
+        v_btchw: Tensor = self.hooks["final_forward"](video_bld, context.emb_bd, grid)
+        return v_btchw
 
     def patch_grid(self, latent_btchw: Tensor) -> PatchGrid:
         """Returns the number of patches of a latent along each axis."""
@@ -166,11 +167,10 @@ class DiffusionTransformer(BaseModel):
     def time_features(self, timesteps_b: Tensor, ofs_b: Tensor | None = None) -> Tensor:
         """Returns what modulates every block, `[b, time_embed_dim]`; sines and cosines are fp32."""
         assert (ofs_b is None) == (self.ofs_embed_dim is None), "ofs goes with models that embed it"
-        first = self.time_embed[0]
-        emb_bd = self.time_embed(timestep_features(timesteps_b, first.in_features).to(self.dtype))
-        if ofs_b is None:
-            return emb_bd
-        return emb_bd + self.ofs_embed(timestep_features(ofs_b, self.ofs_embed_dim).to(self.dtype))
+        emb_bd: Tensor = self.time_embed(timestep_features(timesteps_b, self.hidden_size).to(self.dtype))
+        if ofs_b is not None and self.ofs_embed_dim is not None:
+            emb_bd = emb_bd + self.ofs_embed(timestep_features(ofs_b, self.ofs_embed_dim).to(self.dtype))
+        return emb_bd
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles the block, once for all layers, for each size and mode. Call it before DeepSpeed."""
@@ -184,24 +184,25 @@ class DiffusionTransformer(BaseModel):
 
     def collect_hooks_(self) -> dict[str, object]:
         """SAT: asks the model and its mixins for hooks; the transformer's layers share what is found."""
-        hooks = super().collect_hooks_()
+        hooks: dict[str, object] = super().collect_hooks_()
         if hasattr(self, "transformer"):
             self.transformer.hooks.clear()
             self.transformer.hooks.update(hooks)
         return hooks
 
-    @replacable
+    @replacable  # type: ignore[untyped-decorator]  # SAT has no types
     def attention_fn(
         self, query: Tensor, key: Tensor, value: Tensor, *, block: Block, context: BlockContext
     ) -> Tensor:
         """SAT hook: attention of all tokens to all tokens, `[b, n, l, k]`."""
         return F.scaled_dot_product_attention(query, key, value)
 
-    @replacable
+    @replacable  # type: ignore[untyped-decorator]  # SAT has no types
     def mlp_forward(self, x_bld: Tensor, *, block: Block) -> Tensor:
         """SAT hook: `[b, l, d]` to `[b, l, d]`."""
         mlp = block.layer.mlp
-        return mlp.dense_4h_to_h(F.gelu(mlp.dense_h_to_4h(x_bld), approximate="tanh"))
+        y_bld: Tensor = mlp.dense_4h_to_h(F.gelu(mlp.dense_h_to_4h(x_bld), approximate="tanh"))
+        return y_bld
 
     def _add_positions(
         self,
@@ -258,8 +259,10 @@ class DiffusionTransformer(BaseModel):
     def _forward_block(self, hidden_bld: Tensor, block: Block, context: BlockContext) -> Tensor:
         layer_forward = self.hooks["layer_forward"]
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer_forward, hidden_bld, block, context, use_reentrant=False)
-        return layer_forward(hidden_bld, block, context)
+            hidden_bld = checkpoint(layer_forward, hidden_bld, block, context, use_reentrant=False)
+        else:
+            hidden_bld = layer_forward(hidden_bld, block, context)
+        return hidden_bld
 
     def _block_context(self, emb_bd: Tensor, grid: PatchGrid, text_length: int) -> BlockContext:
         is_text_l1 = torch.arange(text_length + grid.tokens, device=emb_bd.device)[:, None] < text_length

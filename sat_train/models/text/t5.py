@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +74,9 @@ class T5TextEncoder(nn.Module):
         """
         assert dtype in (torch.float32, torch.bfloat16), f"T5 in {dtype}: fp32 and bf16 only"
         weights_folder, tokenizer_folder = find_t5_folders(Path(folder))
-        transformer = _read_transformer(weights_folder, dtype).to(device)
+        transformer = _read_transformer(weights_folder, dtype)
         tokenizer = _read_tokenizer(tokenizer_folder)
-        return cls(transformer=transformer, tokenizer=tokenizer, max_length=max_length)
+        return cls(transformer=transformer, tokenizer=tokenizer, max_length=max_length).to(device)
 
     def train(self, mode: bool = True) -> T5TextEncoder:
         """Stays in evaluation mode, whatever contains it does: the encoder is frozen."""
@@ -99,7 +100,9 @@ class T5TextEncoder(nn.Module):
             return_attention_mask=False,
             return_tensors="pt",
         )
-        return self.transformer(input_ids=tokens["input_ids"].to(self.transformer.device)).last_hidden_state
+        output = self.transformer(input_ids=tokens["input_ids"].to(self.transformer.device))
+        text_bld: Tensor = output.last_hidden_state
+        return text_bld
 
     def token_length(self, caption: str) -> int:
         """Tokens of a caption before cutting and padding, the end token among them; it is cut if above
@@ -133,8 +136,8 @@ def _find_t5_folders(folder: Path) -> tuple[Path, Path]:
             expected="a folder on this machine; nothing is downloaded",
             remedy="download google/t5-v1_1-xxl, or use the folder of a diffusers CogVideoX model",
         )
-    places = (folder, folder / "text_encoder")
-    weights = next((place for place in places if (place / "config.json").is_file()), None)
+    homes = (folder, folder / "text_encoder")
+    weights = next((place for place in homes if (place / "config.json").is_file()), None)
     if weights is None or not any(any(weights.glob(pattern)) for pattern in _WEIGHT_FILES):
         raise CheckpointError(
             f"{folder} holds no T5 encoder",
@@ -175,7 +178,8 @@ def _read_tokenizer(folder: Path) -> T5Tokenizer:
     expected = "the tokenizer of google/t5-v1_1-xxl"
     try:
         with reading(f"the T5 tokenizer in {folder}", error=CheckpointError, expected=expected):
-            return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer: T5Tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
+            return tokenizer
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
             raise
@@ -193,6 +197,8 @@ def _read_transformer(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
             expected="an encoder without adapters",
             remedy="take the file out of the folder",
         )
+    transformer: T5EncoderModel
+    report: dict[str, Any]
     bar_was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -202,7 +208,7 @@ def _read_transformer(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
             expected="the complete files of a T5 v1.1 encoder",
             remedy="compare the file sizes with the source and copy damaged files again",
         ):
-            transformer, report = T5EncoderModel.from_pretrained(
+            transformer, report = T5EncoderModel.from_pretrained(  # type: ignore[misc]  # a pair, as asked
                 folder,
                 config=config,
                 dtype=dtype,

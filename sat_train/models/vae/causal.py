@@ -43,12 +43,14 @@ def _conv3d(conv: nn.Conv3d, x: Tensor) -> Tensor:
     oneDNN's 3D kernels are five to eight times slower than its 2D ones at the widths a CPU can train.
     """
     if x.device.type != "cpu":
-        return conv(x)
+        y: Tensor = conv(x)
+        return y
     windows = x.unfold(2, conv.kernel_size[0], 1).permute(0, 2, 1, 5, 3, 4)  # b t c k h w
-    frames = F.conv2d(
+    frames: Tensor = F.conv2d(
         windows.flatten(2, 3).flatten(0, 1), conv.weight.flatten(1, 2), conv.bias, padding=conv.padding[1:]
     )
-    return frames.unflatten(0, windows.shape[:2]).transpose(1, 2)
+    frames = frames.unflatten(0, windows.shape[:2])
+    return frames.transpose(1, 2)
 
 
 class CausalConv3d(nn.Module):
@@ -192,15 +194,16 @@ class ResnetBlock3D(nn.Module):
     def forward(self, x: Tensor, state: ClipState, z: Tensor | None = None) -> Tensor:
         """Maps (b, in, t, h, w) to (b, out, t, h, w); `z` as in `SpatialNorm3D`."""
         condition = (z, state) if self.is_conditioned else ()
-        h = self.conv1(F.silu(self.norm1(x, *condition)), state)
+        h: Tensor = self.conv1(F.silu(self.norm1(x, *condition)), state)
         h = self.conv2(F.silu(self.norm2(h, *condition)), state)
         return h + (x if self.nin_shortcut is None else _conv3d(self.nin_shortcut, x))
 
 
 def _conv_each_frame(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Applies a 2D convolution to every frame of (b, c, t, h, w)."""
-    frames = conv(x.transpose(1, 2).flatten(0, 1))
-    return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    frames: Tensor = conv(x.transpose(1, 2).flatten(0, 1))
+    frames = frames.unflatten(0, (x.shape[0], x.shape[2]))
+    return frames.transpose(1, 2)
 
 
 class Downsample3D(nn.Module):

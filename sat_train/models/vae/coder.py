@@ -43,6 +43,13 @@ class Level(nn.Module):
         self.downsample = downsample
         self.upsample = upsample
 
+    def forward(self, h: Tensor, state: ClipState, z: Tensor | None = None) -> Tensor:
+        """Maps (b, c, t, h, w) through the blocks, then out of the level; `z` as in `SpatialNorm3D`."""
+        for block in self.block:
+            h = block(h, state, z)
+        leave = self.downsample or self.upsample
+        return h if leave is None else leave(h, state)
+
 
 class Middle(nn.Module):
     """The two residual blocks at the smallest resolution."""
@@ -54,7 +61,8 @@ class Middle(nn.Module):
 
     def forward(self, x: Tensor, state: ClipState, z: Tensor | None = None) -> Tensor:
         """Maps (b, width, t, h, w) to the same shape."""
-        return self.block_2(self.block_1(x, state, z), state, z)
+        h: Tensor = self.block_2(self.block_1(x, state, z), state, z)
+        return h
 
 
 class Encoder3D(nn.Module):
@@ -101,12 +109,10 @@ class Encoder3D(nn.Module):
         """Encodes one chunk: (b, c, t, h, w) to (b, 2 z, t', h', w'), mean then log-variance along dim 1."""
         h = self.conv_in(x, state)
         for level in self.down:
-            for block in level.block:
-                h = block(h, state)
-            if level.downsample is not None:
-                h = level.downsample(h, state)
+            h = level(h, state)
         h = self.mid(h, state)
-        return self.conv_out(F.silu(self.norm_out(h)), state)
+        moments: Tensor = self.conv_out(F.silu(self.norm_out(h)), state)
+        return moments
 
 
 class Decoder3D(nn.Module):
@@ -157,8 +163,6 @@ class Decoder3D(nn.Module):
         """Decodes one chunk: (b, z, t, h, w) to (b, c, t', h', w')."""
         h = self.mid(self.conv_in(z, state), state, z)
         for level in reversed(self.up):
-            for block in level.block:
-                h = block(h, state, z)
-            if level.upsample is not None:
-                h = level.upsample(h, state)
-        return self.conv_out(F.silu(self.norm_out(h, z, state)), state)
+            h = level(h, state, z)
+        frames: Tensor = self.conv_out(F.silu(self.norm_out(h, z, state)), state)
+        return frames
