@@ -186,7 +186,7 @@ class HashingFile:
         return self._digest.hexdigest()
 
 
-def write_file(path: Path, write: Callable[[HashingFile], None], *, mode: int = 0o666) -> FileRecord:
+def write_file(path: Path, write: Callable[[HashingFile], object], *, mode: int = 0o666) -> FileRecord:
     """Writes a file so that `path` is either complete and on disk, or as it was.
 
     Args:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from sat_train.data.batches import StepPosition
 from sat_train.data.cache.key import SampleKeys
 
 _ALIGNMENT = 64  # bytes: any dtype and vector instruction
+
+_Record = TypeVar("_Record", "CachedSample", "VideoBatch")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class CachedSample:
     image_latent_btchw: Tensor | None = None
     image_logvar_btchw: Tensor | None = None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., CachedSample], tuple[Tensor, _Layout]]:
         """Travels to another process as one tensor: each that is sent costs a round trip and a mapping."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return _unpack_cached, _pack_tensors({k: t for k, t in tensors.items() if t is not None})
@@ -62,10 +65,12 @@ def _pack_tensors(tensors: dict[str, Tensor]) -> tuple[Tensor, _Layout]:
 
 def _views(memory: Tensor, layout: _Layout) -> dict[str, Tensor]:
     storage = memory.untyped_storage()
-    return {
-        name: torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, shape)
-        for name, dtype, shape, start in layout
-    }
+    views: dict[str, Tensor] = {}
+    for name, dtype, shape, start in layout:
+        view = torch.empty(0, dtype=dtype)
+        # contiguous, as its strides are left out, which the types of PyTorch do not know
+        views[name] = view.set_(storage, start // dtype.itemsize, shape)  # type: ignore[call-overload]
+    return views
 
 
 def _unpack_cached(memory: Tensor, layout: _Layout) -> CachedSample:
@@ -112,9 +117,9 @@ class VideoBatch:
         return _map_tensors(self, torch.Tensor.pin_memory)
 
 
-def _map_tensors(record, change):
+def _map_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Record:
     """Returns a copy of a record (and of the records in it) with `change` done to each of its tensors."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
@@ -187,12 +192,11 @@ def cat_cached(samples: Sequence[CachedSample]) -> CachedSample:
     """Joins encodings along the batch."""
     if len(samples) == 1:
         return samples[0]
-
-    def join(name: str) -> Tensor | None:
-        column = [getattr(sample, name) for sample in samples]
-        return None if column[0] is None else torch.cat(column)
-
-    return CachedSample(**{field.name: join(field.name) for field in fields(CachedSample)})
+    joined: dict[str, Any] = {}
+    for field in fields(CachedSample):
+        column = [getattr(sample, field.name) for sample in samples]
+        joined[field.name] = None if column[0] is None else torch.cat(column)
+    return CachedSample(**joined)
 
 
 def _stack_pixels(samples: Sequence[VideoSample]) -> tuple[Tensor, Tensor | None]:

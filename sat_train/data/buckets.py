@@ -38,7 +38,8 @@ class BucketAssignment:
     def counts(self) -> list[int]:
         """Returns how many clips each bucket has."""
         clips = np.concatenate(self.of_clips)
-        return np.bincount(clips, minlength=len(self.shapes)).tolist()
+        counts: list[int] = np.bincount(clips, minlength=len(self.shapes)).tolist()
+        return counts
 
 
 def one_bucket(shape: ClipShape, sources: Sequence[ClipSource]) -> BucketAssignment:

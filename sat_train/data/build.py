@@ -86,7 +86,7 @@ def build_train_batches(
 
 def batch_sizes(config: RunConfig, batch_size: int) -> list[int]:
     """Returns the samples of one rank in a micro-batch for each shape: as many as the budget has room for."""
-    params = config.data.params
+    params = config.require_data().params
     budget = None if params.buckets is None else params.buckets.max_tokens
     shapes = allowed_shapes(params, config.model)
     return [budget // count_tokens(shape, config.model) if budget else batch_size for shape in shapes]
@@ -130,7 +130,7 @@ def build_train_dataset(
             clip_weights=[[record.weight for record in source.records] for source in clip_set.sources],
             source_weights=config.args.train_data_weights,
         )
-    return _build_dataset(config, clip_set, order, config.data.params.views, "noised", cache)
+    return _build_dataset(config, clip_set, order, config.require_data().params.views, "noised", cache)
 
 
 def build_valid_loader(
@@ -198,8 +198,8 @@ def _build_dataset(
     condition: Condition,
     cache: OpenCache | None,
 ) -> VideoDataset:
-    params = config.data.params
-    samples = None
+    data = config.require_data()
+    params, samples = data.params, None
     if cache is not None:
         image = condition if config.model.noised_image_input else None
         samples = SampleCache(cache, fps=params.fps, max_upscale=params.max_upscale, image=image)
@@ -213,7 +213,7 @@ def _build_dataset(
         window=params.window,
         short_clip=params.short_clip,
         max_upscale=params.max_upscale,
-        timeout_s=config.data.worker_timeout_s,
+        timeout_s=data.worker_timeout_s,
         views=views,
         images=config.model.noised_image_input,
         cache=samples,
@@ -222,7 +222,7 @@ def _build_dataset(
 
 def build_sample_spec(config: RunConfig) -> SampleSpec:
     """Returns what samples are to be."""
-    params = config.data.params
+    params = config.require_data().params
     return SampleSpec(
         shapes=allowed_shapes(params, config.model),
         fps=params.fps,
@@ -242,9 +242,10 @@ def build_loader(
     run_directory: Path | None,
 ) -> VideoLoader[Batches]:
     """Builds the loader of a data set, as `args` and `data` want it."""
+    data = config.require_data()
     failures = FailureLog(
         num_clips=sum(len(source) for source in dataset.sources),
-        max_bad_fraction=config.data.max_bad_fraction,
+        max_bad_fraction=data.max_bad_fraction,
         path=run_directory and run_directory / QUARANTINE,
         rank=mesh.rank,
     )
@@ -255,7 +256,7 @@ def build_loader(
         num_workers=config.args.num_workers,
         prefetch_factor=config.args.prefetch_factor,
         pin_memory=mesh.device.type == "cuda",
-        worker_timeout_s=config.data.worker_timeout_s,
+        worker_timeout_s=data.worker_timeout_s,
         replaces_lost=mesh.model_size == 1,
         fingerprint=_fingerprint(dataset.sources),
     )
@@ -275,7 +276,7 @@ def _read_sources(
 
     def read() -> list[ClipSource]:
         shares = config.data_shares() if is_divided else None
-        options = build_source_options(config.data)
+        options = build_source_options(config.require_data())
         return _name_apart(read_sources(entries, options, shares=shares, part=part))
 
     return on_rank_0(mesh, read, may_take_long=True)
@@ -298,7 +299,7 @@ def _prepass(
         look_at,
         file_metadata=None if cache is None else cache.file_metadata,
         with_turn=spec.needs_turn,
-        timeout_s=config.data.worker_timeout_s,
+        timeout_s=config.require_data().worker_timeout_s,
     )
     clip_set = assign_clips(mesh, sources, spec, look)
     for given, source in zip(sources, clip_set.sources, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import TypeVar
 
 import av
 from av.container import InputContainer
@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 from sat_train.data.bad_clips import BadClip
 from sat_train.data.clip_times import DECODER_ERRORS, first_and_last
 from sat_train.data.orientation import Orientation, frame_orientation, read_exif
-from sat_train.data.part_reader import PartReader
+from sat_train.data.part_reader import PartReader, ReadableFile
 from sat_train.data.remote import RemoteFile, is_remote, shown
 
 VIDEO_SUFFIXES = (
@@ -112,6 +112,9 @@ class _RemoteReader(RemoteFile):
             raise BadClip("unreadable", _said(error), may_pass=True) from None
 
 
+_Reader = TypeVar("_Reader", bound=_RemoteReader)
+
+
 class _QuietReader(_RemoteReader):
     """Ends where reading fails, and keeps the error.
 
@@ -130,7 +133,7 @@ class _QuietReader(_RemoteReader):
         return b""
 
 
-def open_part(path: Path, span: Span | None = None, *, block_bytes: int = _BLOCK_BYTES) -> IO[bytes]:
+def open_part(path: Path, span: Span | None = None, *, block_bytes: int = _BLOCK_BYTES) -> ReadableFile:
     """Opens a file, or a part of one, for reading in binary mode; each process opens it for itself.
 
     Args:
@@ -148,8 +151,8 @@ def open_part(path: Path, span: Span | None = None, *, block_bytes: int = _BLOCK
 
 
 def _open_remote(
-    kind: type[_RemoteReader], path: Path, span: Span | None, block_bytes: int = _BLOCK_BYTES
-) -> _RemoteReader:
+    kind: type[_Reader], path: Path, span: Span | None, block_bytes: int = _BLOCK_BYTES
+) -> _Reader:
     start, size = (0, None) if span is None else (span.offset, span.size)
     try:
         return kind(path, block_bytes=block_bytes, start=start, size=size)
@@ -183,7 +186,7 @@ def open_clip(
         _check_file(path)
     try:
         source = remote or (str(path) if span is None else _SpanReader(path, span))
-        container = av.open(source, timeout=timeout_s, options=_OPTIONS, metadata_errors="replace")
+        container = av.open(source, "r", timeout=timeout_s, options=_OPTIONS, metadata_errors="replace")
     except DECODER_ERRORS as error:
         _check_reader(remote)
         raise BadClip("unreadable", _said(error)) from None
@@ -226,8 +229,8 @@ def _video_stream(container: InputContainer) -> VideoStream:
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
-        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-        raise BadClip("no video", f"the file holds {', '.join(kinds)} only")
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise BadClip("no video", f"the file holds {kinds} only")
     stream = streams[0]
     if stream.codec_context is None:
         raise BadClip("unreadable", "there is no decoder for its video stream")

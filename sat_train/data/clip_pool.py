@@ -101,8 +101,10 @@ class _Pool:
         for _ in range(num_processes):
             self._start()
         while busy := {worker.pipe: worker for worker in self._workers if worker.index is not None}:
-            for pipe in connection.wait(list(busy), timeout=_POLL_S):
-                self._receive(busy[pipe])
+            ready = connection.wait(list(busy), timeout=_POLL_S)
+            for pipe, worker in busy.items():
+                if pipe in ready:
+                    self._receive(worker)
             for worker in busy.values():
                 self._check_time(worker)
         return self._found

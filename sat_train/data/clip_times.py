@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import TypeAlias
 
 import av
 from av.container import InputContainer
@@ -12,12 +14,19 @@ from av.video.stream import VideoStream
 
 from sat_train.data.bad_clips import BadClip
 
+VideoPacket: TypeAlias = "Packet[VideoStream]"
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers
 _EDGE = 34  # index entries looked at: twice the frames that a codec reorders, and the gaps between them
 _TAIL_S = 3.0  # read of a program stream to find its last frame: its time stamps are at most 0.7 s apart
 _SETTLED_S = 1.0
 _REORDERED = ("h264", "hevc")  # codecs of which a slot in AVI does not tell when a frame is shown
 MAX_SECONDS = 7 * 24 * 3600.0  # a clip that claims to last longer would be cut into endless samples
+
+
+def time_base(stream: VideoStream) -> Fraction:
+    """Returns the unit of a stream's time stamps, in seconds; every stream of an open file has one."""
+    assert stream.time_base is not None, "a stream without a unit of time"
+    return stream.time_base
 
 
 def is_avi(container: InputContainer) -> bool:
@@ -64,22 +73,22 @@ def _check_complete(container: InputContainer, stream: VideoStream) -> None:
 
 def _first(container: InputContainer, stream: VideoStream) -> float:
     """A recording may begin between keyframes; nothing before the first of these can be decoded."""
-    start = float((stream.start_time or 0) * stream.time_base)
+    start = float((stream.start_time or 0) * time_base(stream))
     entries = stream.index_entries
     if "mp4" in container.format.name and len(entries) and entries[0].is_keyframe:
         return start
     try:
         for packet in container.demux(stream):  # FFmpeg has read the first ones already to know the codec
-            if packet.is_keyframe and _is_shown(packet):
-                return max(start, float(packet.pts * packet.time_base))
+            if packet.is_keyframe and (times := _shown_times([packet])):
+                return max(start, *times)
     except DECODER_ERRORS:
         pass  # whoever reads that far says it
     return start
 
 
 def _last(container: InputContainer, stream: VideoStream, rate: float) -> float:
-    start = float((stream.start_time or 0) * stream.time_base)
-    said = max(start, start + float((stream.duration or 0) * stream.time_base) - 1 / rate)
+    start = float((stream.start_time or 0) * time_base(stream))
+    said = max(start, start + float((stream.duration or 0) * time_base(stream)) - 1 / rate)
     if stream.duration and _is_even(container, stream, rate):
         return said
     times = _packet_times(container, stream, tail=True) or _packet_times(container, stream, tail=False)
@@ -101,7 +110,7 @@ def _is_even(container: InputContainer, stream: VideoStream, rate: float) -> boo
     if len(entries) < 2 or len(entries) != stream.frames:  # one of fragments knows only the first of them
         return False
     ends = (range(min(len(entries), _EDGE)), range(max(0, len(entries) - _EDGE), len(entries)))
-    pace = 1 / (rate * float(stream.time_base))
+    pace = 1 / (rate * float(time_base(stream)))
     gaps = [b - a for end in ends for a, b in itertools.pairwise(entries[i].timestamp for i in end)]
     return all(abs(gap - pace) <= 1 for gap in gaps)
 
@@ -111,7 +120,7 @@ def _packet_times(container: InputContainer, stream: VideoStream, *, tail: bool)
     try:
         end = container.duration if tail and container.duration else 0
         container.seek(end, backward=True)
-        return [float(p.pts * p.time_base) for p in container.demux(stream) if _is_shown(p)]
+        return _shown_times(container.demux(stream))
     except DECODER_ERRORS:
         return []
 
@@ -125,8 +134,7 @@ def _last_of_program_stream(container: InputContainer, stream: VideoStream) -> f
         at_start = back >= length
         try:
             container.seek(start if at_start else int(start + (length - back) * av.time_base))
-            packets = settled(container.demux(stream), from_start=at_start)
-            times = [float(p.pts * p.time_base) for p in packets if _is_shown(p)]
+            times = _shown_times(settled(container.demux(stream), from_start=at_start))
         except DECODER_ERRORS:
             times = []
         if times:
@@ -136,7 +144,7 @@ def _last_of_program_stream(container: InputContainer, stream: VideoStream) -> f
         back *= 4
 
 
-def settled(packets: Iterable[Packet], *, from_start: bool) -> Iterator[Packet]:
+def settled(packets: Iterable[VideoPacket], *, from_start: bool) -> Iterator[VideoPacket]:
     """Yields the packets of a program stream, without those behind a jump whose times are guesses.
 
     The reader lands inside a frame and takes the rest of it for one. Times are right from the next time
@@ -163,12 +171,12 @@ def _slots(container: InputContainer, stream: VideoStream) -> tuple[float, float
     if not slots:
         raise _no_times()
     first = next((slot for slot, is_keyframe in slots if is_keyframe), slots[0][0])
-    return float(first * stream.time_base), float(slots[-1][0] * stream.time_base)
+    return float(first * time_base(stream)), float(slots[-1][0] * time_base(stream))
 
 
-def _is_shown(packet: Packet) -> bool:
-    """Whether its frame has a time, and an edit list does not cut it off."""
-    return packet.pts is not None and not packet.is_discard
+def _shown_times(packets: Iterable[VideoPacket]) -> list[float]:
+    """Returns when frames are shown that have a time and that no edit list cuts off."""
+    return [float(p.pts * p.time_base) for p in packets if p.pts is not None and not p.is_discard]
 
 
 def _no_times() -> BadClip:

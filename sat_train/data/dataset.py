@@ -22,7 +22,7 @@ from sat_train.data.cache.key import SampleKeys
 from sat_train.data.cache.samples import SampleCache
 from sat_train.data.clip_file import ClipInfo
 from sat_train.data.frames import Frames, open_frames
-from sat_train.data.resize import CropMode, cover_crop
+from sat_train.data.resize import CoverCrop, CropMode, cover_crop
 from sat_train.data.sampler import ClipRef, GlobalOrder
 from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.data.window import (
@@ -281,10 +281,12 @@ class VideoDataset(Dataset[SampleResult]):
             frames = reader.read([reader.info.first], self._crop_chooser(augmentation, shape))
         return _to_tensor(frames.video_thwc)[0]
 
-    def _crop_chooser(self, augmentation: AugmentationKey, shape: ClipShape):
+    def _crop_chooser(
+        self, augmentation: AugmentationKey, shape: ClipShape
+    ) -> Callable[[int, int], CoverCrop]:
         """Returns what `FrameReader.read` asks for the crop; video and image of a sample are cut alike."""
 
-        def choose_crop(height: int, width: int):
+        def choose_crop(height: int, width: int) -> CoverCrop:
             return cover_crop(
                 source=(height, width),
                 target=(shape.height, shape.width),

@@ -13,14 +13,20 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import InputContainer
-from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from sat_train.data.bad_clips import BadClip
 from sat_train.data.clip_file import Span, open_clip, read_info, read_orientation
-from sat_train.data.clip_times import DECODER_ERRORS, is_avi, is_program_stream, settled
+from sat_train.data.clip_times import (
+    DECODER_ERRORS,
+    VideoPacket,
+    is_avi,
+    is_program_stream,
+    settled,
+    time_base,
+)
 from sat_train.data.orientation import Orientation
 from sat_train.data.resize import CoverCrop
 from sat_train.data.shaper import Shaper
@@ -81,7 +87,7 @@ class FrameReader:
         self._container = container
         self._stream = stream
         self._deadline = deadline
-        self._tick = float(stream.time_base)
+        self._tick = float(time_base(stream))
         self.info = read_info(container, stream)
         self.orientation: Orientation | None = None  # of a picture; a video's frames say it themselves
         self._context = _decoder(stream)
@@ -127,9 +133,10 @@ class FrameReader:
             picture = shape(frame)
             while pts == frame.pts:
                 yield pts * self._tick, picture
-                pts = next(waiting, None)
-            if pts is None:
-                return
+                following = next(waiting, None)
+                if following is None:
+                    return
+                pts = following
         raise BadClip("damaged", f"the frame at {pts * self._tick:.3f} s cannot be decoded")
 
     def _nearest_slots(
@@ -176,7 +183,7 @@ class FrameReader:
             before = slot
             yield int(slot), frame
 
-    def _check_end(self, packets: list[Packet], last: int, target: float) -> None:
+    def _check_end(self, packets: list[VideoPacket], last: int, target: float) -> None:
         """A window that reaches past the last frame's own duration means that the file is cut off."""
         held = max((packet.duration or 0) for packet in packets if packet.pts == last)
         end = last * self._tick + max(held * self._tick, 1 / self.info.rate)
@@ -187,7 +194,7 @@ class FrameReader:
     def _ended(end: float, target: float) -> BadClip:
         return BadClip("truncated", f"its last frame ends at {end:.2f} s, its header promises {target:.2f} s")
 
-    def _window(self, first: float, last: float) -> list[Packet]:
+    def _window(self, first: float, last: float) -> list[VideoPacket]:
         """Reads the packets from the keyframe at or before `first` up to the frames around `last`."""
         start = self.info.first
         is_guessed = is_program_stream(self._container)
@@ -196,11 +203,12 @@ class FrameReader:
             at_start = self.info.is_image or first - back <= start  # an image stands at its only packet
             if not self.info.is_image:  # large ones cannot be sought
                 self._seek(max(first - back, start))
-            packets: Iterator[Packet] = self._packets()
+            packets: Iterator[VideoPacket] = self._packets()
             if is_guessed:
                 packets = settled(packets, from_start=at_start)
             found = self._until(packets, first, last)
-            if at_start or (found and found[0].is_keyframe and found[0].pts * self._tick <= first):
+            begin = found[0].pts if found and found[0].is_keyframe else None
+            if at_start or (begin is not None and begin * self._tick <= first):
                 return found
             back = max(1.0, 2 * back)
 
@@ -213,7 +221,7 @@ class FrameReader:
         except DECODER_ERRORS as error:
             raise BadClip("damaged", f"seeking to {moment:.2f} s fails: {error}") from None
 
-    def _packets(self) -> Iterator[Packet]:
+    def _packets(self) -> Iterator[VideoPacket]:
         try:
             for packet in self._container.demux(self._stream):
                 self._check_deadline()
@@ -222,10 +230,10 @@ class FrameReader:
         except DECODER_ERRORS as error:
             raise BadClip("damaged", f"reading fails: {error}") from None
 
-    def _until(self, packets: Iterator[Packet], first: float, last: float) -> list[Packet]:
+    def _until(self, packets: Iterator[VideoPacket], first: float, last: float) -> list[VideoPacket]:
         """Returns the packets from the last keyframe at or before `first`, where there is one, until no later
         one can be nearer to `last`."""
-        found: list[Packet] = []
+        found: list[VideoPacket] = []
         after: int | None = None  # earliest frame at or after `last`
         past = 0
         for packet in packets:
@@ -242,7 +250,7 @@ class FrameReader:
                 after = packet.pts if after is None else min(after, packet.pts)
         return found
 
-    def _decode(self, packets: Iterator[Packet], *, wanted: set[int] | None) -> Iterator[VideoFrame]:
+    def _decode(self, packets: Iterator[VideoPacket], *, wanted: set[int] | None) -> Iterator[VideoFrame]:
         """Decodes packets in order.
 
         Args:
@@ -298,5 +306,6 @@ def _decoder(stream: VideoStream) -> VideoCodecContext:
     if name not in av.codecs_available:
         raise BadClip("unreadable", f"its transparent pixels need FFmpeg's decoder {name}")
     context = av.CodecContext.create(name, "r")
+    assert isinstance(context, VideoCodecContext), f"{name} decodes video"
     context.extradata = own.extradata
     return context

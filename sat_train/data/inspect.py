@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from sat_train.data.bad_clips import BadClip, one_clip
@@ -205,7 +206,7 @@ def _thumbnail(reader: FrameReader, moment: float) -> tuple[tuple[int, int], byt
     return sizes[0], _jpeg(picture)
 
 
-def _jpeg(picture_hwc) -> bytes:
+def _jpeg(picture_hwc: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture_hwc).save(file, "JPEG", quality=80)
     return file.getvalue()

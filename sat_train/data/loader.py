@@ -94,11 +94,13 @@ class _Indices:
 
 
 def _pack(results: list[SampleResult | SatTrainError]) -> _Packed:
+    whole: list[SampleResult] = []
     for result in results:
         if isinstance(result, SatTrainError):
             return _Packed(None, (), result)
-    failures = tuple(failure for result in results for failure in result.failures)
-    return _Packed(collate([result.sample for result in results]), failures)
+        whole.append(result)
+    failures = tuple(failure for result in whole for failure in result.failures)
+    return _Packed(collate([result.sample for result in whole]), failures)
 
 
 def _now_ms() -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from typing import IO
 
 import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
 from PIL import Image
+
+from sat_train.data.part_reader import ReadableFile
 
 _EXIF_ORIENTATION = 0x0112
 _EXIF_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
@@ -52,13 +53,13 @@ _EXIF = {
 }
 
 
-def read_exif(file: IO[bytes]) -> Orientation:
+def read_exif(file: ReadableFile) -> Orientation:
     """Returns the orientation that a picture file's EXIF data tell; upright where they tell none.
 
     Pillow reads it: PyAV shows the angle alone, in which a mirrored picture looks like a turned one.
     """
     try:
-        with Image.open(file, formats=_EXIF_FORMATS) as picture:
+        with Image.open(file, formats=_EXIF_FORMATS) as picture:  # type: ignore[arg-type]  # it only reads
             return _EXIF.get(picture.getexif().get(_EXIF_ORIENTATION), Orientation())
     except Exception:  # EXIF is an extra: pictures without any that Pillow understands lie as they are stored
         return Orientation()
@@ -67,7 +68,7 @@ def read_exif(file: IO[bytes]) -> Orientation:
 def frame_orientation(frame: VideoFrame) -> Orientation:
     """Returns the orientation that a video frame's display matrix asks for, to the nearest right angle."""
     try:
-        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+        matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # PyAV's types know texts
     except ValueError:  # PyAV does not know the kind of another of the frame's side data
         return _from_angle(frame.rotation)
     return Orientation() if matrix is None else _from_matrix(bytes(matrix))

@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 import io
+from types import TracebackType
+from typing import Protocol
+
+
+class ReadableFile(Protocol):
+    """What is asked of a file that is read in binary mode, whoever reads it."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def tell(self) -> int: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> ReadableFile: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
 
 
 class PartReader(io.RawIOBase):

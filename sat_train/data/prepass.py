@@ -147,10 +147,14 @@ def assign_clips(mesh: ProcessMesh, sources: Sequence[ClipSource], spec: SampleS
     clips = [_assign_clip(record, info, spec) for record, info in zip(records, infos, strict=True)]
     if spec.short_clip == "error":
         _check_lengths(clips, spec)
-    left_out = [clip for clip in clips if clip.info is not None and clip.problem is not None]
+    left_out = tuple(
+        ClipFailure(None, clip.record.clip_id, clip.problem.cause, clip.problem.detail)
+        for clip in clips
+        if clip.info is not None and clip.problem is not None
+    )
     return ClipSet(
         *_arrange(sources, clips, spec),
-        tuple(ClipFailure(None, c.record.clip_id, c.problem.cause, c.problem.detail) for c in left_out),
+        left_out,
         sum(clip.bucket is not None and clip.available < spec.shapes[clip.bucket].frames for clip in clips),
     )
 
@@ -184,21 +188,22 @@ def look_at(
     if file_metadata is None:
         return _look_into_all(records, look, timeout_s)
     stamps = _read_stamps(records)
-    found: list[ClipInfo | BadClip | None] = []
-    for record in records:
+    found: dict[int, ClipInfo | BadClip] = {}
+    unknown: dict[int, tuple[int, ...]] = {}  # the state of their files
+    for i, record in enumerate(records):
         stamp = stamps[record.path]
-        known = stamp
-        if not isinstance(stamp, BadClip):
-            known = file_metadata.recall_info(record.path, record.span, stamp, with_turn=with_turn)
-        found.append(known)
-    missing = [i for i, info in enumerate(found) if info is None]
-    unknown = [records[i] for i in missing]
-    seen = _look_into_all(unknown, look, timeout_s)
-    for i, info in zip(missing, seen, strict=True):
+        if isinstance(stamp, BadClip):
+            found[i] = stamp
+        elif known := file_metadata.recall_info(record.path, record.span, stamp, with_turn=with_turn):
+            found[i] = known
+        else:
+            unknown[i] = stamp
+    seen = _look_into_all([records[i] for i in unknown], look, timeout_s)
+    for (i, stamp), info in zip(unknown.items(), seen, strict=True):
         found[i] = info
         if isinstance(info, ClipInfo):
-            file_metadata.learn_info(records[i].path, records[i].span, stamps[records[i].path], info)
-    return found
+            file_metadata.learn_info(records[i].path, records[i].span, stamp, info)
+    return [found[i] for i in range(len(records))]
 
 
 def _look_into_all(

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from sat_train.data.part_reader import PartReader
 from sat_train.errors import DataError
 from sat_train.patterns import expand_braces
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 _USER = re.compile(r"://[^/\s@'\"]*@")
 _QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\")]+")
@@ -96,7 +99,12 @@ def make_path(text: str) -> Path:
         raise DataError(
             f"{shown(text)}: {protocol}:// needs {package}", remedy=f"pip install {package}"
         ) from None
-    return UPath(text)
+    return cast(Path, UPath(text))
+
+
+def _url(path: Path) -> UPath:
+    """Returns the `UPath` that `make_path` found: it does what a `Path` does without being one."""
+    return cast("UPath", path)
 
 
 def _missing_package(protocol: str, error: ImportError) -> str:
@@ -147,10 +155,10 @@ def find_remote(entry: str) -> list[Path]:
 def _glob(url: str) -> list[Path]:
     folder, below = _cut(url)
     path = make_path(folder)
-    root = path.path.rstrip("/")
+    root = _url(path).path.rstrip("/")
 
     def ask() -> list[str]:
-        names = _filesystem(path).glob(f"{root}/{below}")
+        names: list[str] = _filesystem(path).glob(f"{root}/{below}")
         _filesystem(path).invalidate_cache()  # the next question about a file is about its state then
         return names
 
@@ -181,7 +189,7 @@ def read_state(path: Path) -> RemoteState:
         FileNotFoundError: There is none.
         OSError: The storage does not answer, or does not tell the size.
     """
-    info = _patiently(lambda: _filesystem(path).info(path.path))
+    info = _patiently(lambda: _filesystem(path).info(_url(path).path))
     if info.get("size") is None:
         raise OSError("the server does not tell its size")
     told = {_plain(key): str(value) for key, value in info.items() if _plain(key) in _TOLD and value}
@@ -243,7 +251,7 @@ class RemoteFile(PartReader):
 
     def _fetch(self, begin: int, count: int) -> bytes:
         self._file.seek(begin)
-        data = self._file.read(count)
+        data: bytes = self._file.read(count)
         if len(data) != count:
             raise OSError(f"{len(data)} of {count} bytes came")
         return data
@@ -251,7 +259,7 @@ class RemoteFile(PartReader):
 
 def _open(path: Path) -> tuple[Any, int]:
     """Returns a file that reads exactly what is asked for, and its size."""
-    file = _filesystem(path).open(path.path, "rb", cache_type="none")
+    file = _filesystem(path).open(_url(path).path, "rb", cache_type="none")
     if getattr(file, "size", 0) is None:
         raise OSError("the server does not tell its size")
     file.seek(0, io.SEEK_END)
@@ -262,7 +270,8 @@ def _filesystem(path: Path) -> Any:
     """Returns the file system of this process; never the path's own, which a worker may have inherited."""
     import fsspec
 
-    filesystem = fsspec.filesystem(path.protocol, **path.storage_options)
+    url = _url(path)
+    filesystem = fsspec.filesystem(url.protocol, **url.storage_options)
     return _FILESYSTEMS.setdefault(id(filesystem), filesystem)
 
 

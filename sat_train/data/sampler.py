@@ -120,7 +120,8 @@ class GlobalOrder:
         clips = np.repeat(np.arange(len(weights)), taken.astype(np.int64))
         if not self._shuffle:
             return clips
-        return clips[_permutation(len(clips), derive_seed(self._seed, "order", pool, epoch))]
+        shuffled: np.ndarray = clips[_permutation(len(clips), derive_seed(self._seed, "order", pool, epoch))]
+        return shuffled
 
 
 def _choose_quotas(shares: Sequence[float]) -> np.ndarray:

@@ -102,13 +102,13 @@ class FileMetadata:
     ) -> ClipInfo | None:
         """Returns the headers of a clip whose file has this state; None where it must be opened for them."""
         known = self._lookup(path, span, stamp)
-        info = known and known.info
+        info = None if known is None else known.info
         return None if info and with_turn and info.is_turned is None else info
 
     def learn_info(self, path: Path, span: Span | None, stamp: tuple[int, ...], info: ClipInfo) -> None:
         """Remembers the headers of a clip that were read after its file had this state."""
         known = self._lookup(path, span, stamp)
-        self._learn(path, span, _Known(stamp, known and known.sha256, info))
+        self._learn(path, span, _Known(stamp, None if known is None else known.sha256, info))
 
     def sha256(self, path: Path, span: Span | None = None) -> str:
         """Returns the SHA-256 of the bytes of a file or of a part of it, whatever stands for clips.
@@ -179,7 +179,7 @@ class FileMetadata:
         sha256 = _hash(path, span)
         if read_stamp(path) != stamp:
             raise BadClip("changed", "the file was changed while it was read")
-        self._learn(path, span, _Known(stamp, sha256, known and known.info))
+        self._learn(path, span, _Known(stamp, sha256, None if known is None else known.info))
         return sha256
 
     def _lookup(self, path: Path, span: Span | None, stamp: tuple[int, ...]) -> _Known | None:

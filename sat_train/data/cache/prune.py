@@ -155,7 +155,9 @@ def list_entries(cache_dir: Path, staleness: Staleness) -> tuple[list[CacheStats
     Raises:
         DataError: There is no cache in the folder.
     """
-    entries, sizes, damaged = Counter(), Counter(), []
+    entries: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    damaged: list[str] = []
     stale: dict[tuple[str, str], Counter[str]] = {}
     for path, header, fault in read_shards(cache_dir):
         if header is None:
@@ -221,21 +223,22 @@ def prune_entries(cache_dir: Path, staleness: Staleness, *, drop_damaged: bool =
     before, num_removed = _size(folder), 0
     try:
         for path, header, fault in shards:
-            entries = {} if header is None else header.entries
+            if header is None:
+                if path.is_file():
+                    path.unlink()
+                else:
+                    log.warning("%s is left as it is: %s", path, fault)
+                continue
             stale = {
                 key
-                for key, info in entries.items()
+                for key, info in header.entries.items()
                 if ((drop_damaged or counts[key] > 1) and _find_fault(path, header.slots[key], info))
                 or staleness.reason(key, info)
             }
-            if header is None and not path.is_file():
-                log.warning("%s is left as it is: %s", path, fault)
-                continue
-            if header is not None and not stale:
-                continue
-            kept = {key: info for key, info in entries.items() if key not in stale}
-            num_removed += len(entries) - (_rewrite(cache_dir, path, header, kept) if kept else 0)
-            path.unlink()
+            if stale:
+                kept = {key: info for key, info in header.entries.items() if key not in stale}
+                num_removed += len(header.entries) - (_rewrite(cache_dir, path, header, kept) if kept else 0)
+                path.unlink()
         for part in folder.glob(f"*{PART_SUFFIX}"):
             part.unlink()
         sync_folder(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,29 +94,23 @@ class SampleCache:
         """
         origin = image_origin = self.file_metadata.origin(record.path, record.span)
         random = (augmentation.seed, augmentation.number)
-        shape = {"size": size, "max_upscale": self._max_upscale}
-        clip = pixels = clip_key(
+        make_key = functools.partial(
+            clip_key,
+            size=size,
+            max_upscale=self._max_upscale,
+            crop=(crop, *random) if crop == "random" else (crop,),
+            vae=self.encoder_digests.vae,
+        )
+        clip = pixels = make_key(
             identity=origin.identity,
             start=window.start,
             count=window.count,
             total=window.total,
             fps=self._fps,
-            crop=(crop, *random) if crop == "random" else (crop,),
-            vae=self.encoder_digests.vae,
-            **shape,
         )
         if self.image is not None and record.image is not None:
             image_origin = self.file_metadata.origin(record.image)
-            pixels = clip_key(
-                identity=image_origin.identity,
-                start=0.0,
-                count=1,
-                total=1,
-                fps=0.0,
-                crop=(crop, *random) if crop == "random" else (crop,),
-                vae=self.encoder_digests.vae,
-                **shape,
-            )
+            pixels = make_key(identity=image_origin.identity, start=0.0, count=1, total=1, fps=0.0)
         noise = random if self.image == "noised" else None
         return SampleKeys(
             clip=clip,

@@ -257,7 +257,7 @@ def read_tensor(descriptor: int, slot: TensorSlot) -> Tensor:
         OSError: The file ends before the tensor does, or cannot be read.
     """
     tensor = torch.empty(slot.shape, dtype=slot.dtype)
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = tensor.reshape(-1).view(torch.uint8).numpy().data
     at = 0
     while at < len(view):
         count = os.preadv(descriptor, [view[at:]], slot.offset + at)
@@ -295,7 +295,7 @@ def _entry_info(told: dict[str, Any]) -> EntryInfo:
         part = origin.get("part")
         origin = Origin(**{**origin, "part": None if part is None else tuple(part)})
         _check_types(origin, {"path": str, "size": int, "mtime_ns": int, "identity": str})
-        if part is not None and [type(number) for number in origin.part] != [int, int]:
+        if part is not None and [type(number) for number in part] != [int, int]:
             raise ValueError("a part is two whole numbers")
     if detail is not None:
         detail = tuple(detail)

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from sat_train.data.part_reader import ReadableFile
 from sat_train.data.remote import RemoteFile, RemoteState, is_remote, read_state, shown
 from sat_train.data.sources.columns import COMMON, find_columns, shown_columns
 from sat_train.data.sources.records import check_name, clean_caption, parse_json
@@ -128,7 +129,7 @@ def _reason(error: Exception) -> str:
 class _HeaderReader:
     """An archive for tarfile, which reads a long name as a whole, whatever length its header claims."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
+    def __init__(self, raw: ReadableFile) -> None:
         self._raw = raw
         self.seek, self.tell = raw.seek, raw.tell
 
@@ -138,12 +139,17 @@ class _HeaderReader:
         return self._raw.read(size)
 
 
+def _open_tar(raw: ReadableFile) -> tarfile.TarFile:
+    reader: Any = _HeaderReader(raw)  # the types of tarfile want one that can be written to
+    return tarfile.open(fileobj=reader, mode="r:")
+
+
 def _read_members(path: Path) -> tuple[dict[str, dict[str, _File]], Counter[str]]:
     """Returns the regular files of an archive by key and suffix, and what its other members are."""
     samples: dict[str, dict[str, _File]] = {}
     skipped: Counter[str] = Counter()
     end = -1
-    with _readable(path), _open(path) as raw, tarfile.open(fileobj=_HeaderReader(raw), mode="r:") as archive:
+    with _readable(path), _open(path) as raw, _open_tar(raw) as archive:
         for member in archive:
             if member.offset <= end or member.size < 0:
                 raise tarfile.ReadError(f"the header of {member.name} leads back to members before it")
@@ -178,7 +184,7 @@ def _kind(member: tarfile.TarInfo, name: PurePosixPath) -> str | None:
     return None if member.isreg() else "link or device"
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> ReadableFile:
     return RemoteFile(path, block_bytes=_BLOCK_BYTES) if is_remote(path) else open_regular(path)
 
 

@@ -40,7 +40,8 @@ def checked_rows(batch: Any, *, place: Path) -> list[dict[str, Any]]:
     if batch.nbytes > _TEXT_BYTES:
         raise DataError(f"{place}: {batch.num_rows} rows hold more than {_TEXT_BYTES >> 20} MiB of text")
     batch.validate(full=True)
-    return batch.to_pylist()
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return rows
 
 
 def _is_plain(kind: Any) -> bool:
@@ -49,7 +50,7 @@ def _is_plain(kind: Any) -> bool:
 
     if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
         kind = kind.value_type
-    return (
+    return bool(
         types.is_string(kind)
         or types.is_large_string(kind)
         or types.is_integer(kind)

@@ -90,14 +90,20 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def _jsonl_rows(path: Path, columns: dict[str, None], wanted: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
     for number, line in read_lines(path):
         if line.strip():
-            yield number, _row_or_fault(lambda line=line: _json_row(parse_json(line), columns))
+            yield number, _row_or_fault(_json_line_row, line, columns)
 
 
-def _row_or_fault(read: Callable[[], dict[str, Any]]) -> Row:
+def _row_or_fault(
+    read: Callable[[Any, dict[str, None]], dict[str, Any]], given: Any, columns: dict[str, None]
+) -> Row:
     try:
-        return read()
+        return read(given, columns)
     except DataError as error:
         return error
+
+
+def _json_line_row(line: str, columns: dict[str, None]) -> dict[str, Any]:
+    return _json_row(parse_json(line), columns)
 
 
 def _json_row(row: Any, columns: dict[str, None]) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def _json_rows(path: Path, columns: dict[str, None], wanted: Mapping[str, str]) 
             remedy="of a dict of lists, pandas.DataFrame(...).to_json(PATH, orient='records') makes one",
         )
     for number, row in enumerate(content, 1):
-        yield number, _row_or_fault(lambda row=row: _json_row(row, columns))
+        yield number, _row_or_fault(_json_row, row, columns)
 
 
 def _csv_rows(path: Path, columns: dict[str, None], wanted: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
