@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from sat_train.checkpoint.diffusers_folder import STEM, to_diffusers
-from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
-from sat_train.checkpoint.safetensors_out import write_safetensors
 from sat_train.config import load_run_config
 from sat_train.distributed.processes import start_single_process
+from sat_train.interchange.diffusers_folder import STEM, to_diffusers
 from sat_train.models.build import build_dit
+from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
+from sat_train.weights.safetensors_out import write_safetensors
 
 PRESET = "configs/model/cogvideox_5b.yaml"
 # starts the command, waits, and reports what the system says of the child

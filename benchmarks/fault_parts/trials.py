@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.fault_parts.injection import Injection, RaisingCallback, read_only, unreadable
 from benchmarks.fault_parts.ranks import Ended, RunningRanks, WarmRanks
-from sat_train.checkpoint.weights import read_transformer_weights
+from sat_train.interchange.locate import read_transformer_weights
 
 RANKS = 2
 STEPS, SAVE_INTERVAL = 12, 3

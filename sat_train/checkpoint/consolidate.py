@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sat_train.checkpoint.fragments import AVERAGE, MASTER, read_fragments
 from sat_train.checkpoint.layout import SAT_PREFIX, model_file_name
-from sat_train.checkpoint.lazy import LazyWeights, from_tensors
 from sat_train.checkpoint.manifest import Manifest
-from sat_train.checkpoint.names import DTYPES
-from sat_train.checkpoint.readers import check_all_plain, load_torch_file
-from sat_train.checkpoint.tensor_parallel import merge_slices
 from sat_train.errors import CheckpointError
 from sat_train.files import reading
+from sat_train.weights.lazy import LazyWeights, from_tensors
+from sat_train.weights.names import DTYPES
+from sat_train.weights.readers import check_all_plain, load_torch_file
+from sat_train.weights.tensor_parallel import merge_slices
 
 _MOST_RANKS = 1_000_000
 _REMEDY = "use another step"

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from sat_train.checkpoint.layout import fragments_file_name
-from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
 from sat_train.checkpoint.manifest import Manifest
-from sat_train.checkpoint.names import Shape
-from sat_train.checkpoint.readers import check_all_plain, load_torch_file
-from sat_train.checkpoint.tensor_parallel import merge_slices, slice_weights
 from sat_train.errors import CheckpointError
 from sat_train.files import reading
+from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
+from sat_train.weights.names import Shape
+from sat_train.weights.readers import check_all_plain, load_torch_file
+from sat_train.weights.tensor_parallel import merge_slices, slice_weights
 
 MASTER = "master"  # the fp32 weights
 AVERAGE = "ema"  # their exponential moving average

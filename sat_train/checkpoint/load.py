@@ -11,11 +11,11 @@ from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.fragments import SavedFragments, read_fragments
 from sat_train.checkpoint.layout import CLIENT_STATE, step_folder
 from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.checkpoint.names import Shape, check_names_and_shapes
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.files import read_text, reading
+from sat_train.weights.names import Shape, check_names_and_shapes
 
 _MOST_BYTES = 64 * 2**20
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sat_train.checkpoint.layout import MANIFEST, cannot_read, parse_step
-from sat_train.checkpoint.names import DTYPES
 from sat_train.errors import CheckpointError
 from sat_train.files import FileRecord, NotRegular, hash_file, read_text
+from sat_train.weights.names import DTYPES
 
 FORMAT = 2
 _HASHING_THREADS = 8
@@ -48,7 +48,7 @@ class BaseWeights:
 
     Args:
         source: Path or `asset:` name they were read from.
-        sha256: `sat_train.checkpoint.weights.hash_weights` of that source.
+        sha256: `sat_train.interchange.locate.hash_weights` of that source.
     """
 
     source: str

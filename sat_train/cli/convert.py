@@ -12,16 +12,16 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sat_train.checkpoint.conversion import LORA_FILE_STEM, Conversion, convert
-from sat_train.checkpoint.names import DTYPES
-from sat_train.checkpoint.sources import find_weights
 from sat_train.cli.diffusers_snippet import diffusers_snippet
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.layers import EMBEDDED
 from sat_train.config.run_model import find_resolved
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError, printable
+from sat_train.interchange.conversion import LORA_FILE_STEM, Conversion, convert
+from sat_train.interchange.sources import find_weights
 from sat_train.log import configure_logging
+from sat_train.weights.names import DTYPES
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

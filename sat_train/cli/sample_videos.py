@@ -11,13 +11,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from sat_train.checkpoint.tensor_parallel import slice_weights
-from sat_train.checkpoint.weights import load_weights, locate_weights
 from sat_train.config import RunConfig
 from sat_train.distributed.collectives import check_all_ranks, gather_objects, on_rank_0, wait_for_ranks
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import WorkQueue
 from sat_train.errors import SatTrainError, Stopped
+from sat_train.interchange.locate import load_weights, locate_weights
 from sat_train.log import console, get_logger
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
@@ -31,6 +30,7 @@ from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, wr
 from sat_train.training.memory import SAMPLING_REMEDY, explaining_lack_of_memory
 from sat_train.training.models import StartWeights, build_loaded_vae, read_weights_and_updates
 from sat_train.training.signals import StopRequest
+from sat_train.weights.tensor_parallel import slice_weights
 
 log = get_logger(__name__)
 

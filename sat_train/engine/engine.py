@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sat_train.checkpoint.fragments import Fragment, SavedFragments, Scalar
-from sat_train.checkpoint.names import Shape
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.slots import find_slots
 from sat_train.engine.trained_state import read_state, write_state
 from sat_train.errors import TrainingError
+from sat_train.weights.names import Shape
 
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

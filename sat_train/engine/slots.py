@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_train.checkpoint.names import Shape
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.weights.names import Shape
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from sat_train.checkpoint.history import rewind
 from sat_train.checkpoint.layout import committed_steps
 from sat_train.checkpoint.load import open_trained_state, read_client_state
 from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.checkpoint.names import dtype_name
 from sat_train.checkpoint.retention import remove_leftovers
 from sat_train.checkpoint.save import RunState, save_training_checkpoint
 from sat_train.config import RunConfig
@@ -49,6 +48,7 @@ from sat_train.training.signals import StopRequest
 from sat_train.training.state import TrainState
 from sat_train.training.step import TrainStep
 from sat_train.training.trainer import Trainer
+from sat_train.weights.names import dtype_name
 
 log = get_logger(__name__)
 

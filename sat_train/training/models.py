@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
-from sat_train.checkpoint.adapters import (
+from sat_train.checkpoint.consolidate import read_computing_weights
+from sat_train.checkpoint.find import ResumePoint
+from sat_train.checkpoint.layout import step_folder
+from sat_train.checkpoint.manifest import BaseWeights
+from sat_train.config import RunConfig
+from sat_train.config.paths import expand_assets
+from sat_train.distributed.collectives import on_rank_0
+from sat_train.distributed.processes import ProcessMesh
+from sat_train.errors import CheckpointError
+from sat_train.interchange.adapters import (
     ALPHA_KEY,
     RANK_KEY,
     merge_updates,
@@ -16,13 +25,7 @@ from sat_train.checkpoint.adapters import (
     updates_of,
     without_adapters,
 )
-from sat_train.checkpoint.consolidate import read_computing_weights
-from sat_train.checkpoint.find import ResumePoint
-from sat_train.checkpoint.layout import step_folder
-from sat_train.checkpoint.lazy import LazyWeights
-from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.checkpoint.tensor_parallel import slice_weights
-from sat_train.checkpoint.weights import (
+from sat_train.interchange.locate import (
     Located,
     base_weights_at,
     check_state_dict,
@@ -32,11 +35,6 @@ from sat_train.checkpoint.weights import (
     read_located,
     read_vae_weights,
 )
-from sat_train.config import RunConfig
-from sat_train.config.paths import expand_assets
-from sat_train.distributed.collectives import on_rank_0
-from sat_train.distributed.processes import ProcessMesh
-from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
@@ -49,6 +47,8 @@ from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
 from sat_train.pipeline.build import build_pipeline, compute_dtype
 from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.weights.lazy import LazyWeights
+from sat_train.weights.tensor_parallel import slice_weights
 
 log = get_logger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sat_train.checkpoint.sources import find_weights
 from sat_train.config import RunConfig
 from sat_train.data.bad_clips import BadClip
 from sat_train.data.cache.file_metadata import FileMetadata
@@ -16,6 +15,7 @@ from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import gather_after_work
 from sat_train.errors import DataError
+from sat_train.interchange.sources import find_weights
 from sat_train.models.text.t5 import find_t5_folders
 from sat_train.pipeline.build import compute_dtype
 from sat_train.training.models import encoder_dtype

@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor
 
-from sat_train.checkpoint.diffusers_keys import transformer_from_diffusers
-from sat_train.checkpoint.diffusers_vae_keys import vae_state_from_diffusers
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.models.vae.video_vae import VideoVAE
 from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.weights.diffusers_keys import transformer_from_diffusers
+from sat_train.weights.diffusers_vae_keys import vae_state_from_diffusers
 from tests.parity.families import Family, randomize
 
 SCALE_FACTOR = 0.7

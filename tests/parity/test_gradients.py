@@ -7,10 +7,10 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from torch import Tensor
 
-from sat_train.checkpoint.diffusers_keys import transformer_to_diffusers
 from sat_train.data.batch import VideoBatch
 from sat_train.distributed.processes import start_single_process
 from sat_train.pipeline.training_inputs import TrainingInputs
+from sat_train.weights.diffusers_keys import transformer_to_diffusers
 from tests.parity.families import FAMILIES, Family
 from tests.parity.models import SHIFT_SCALE, pipeline_pair
 from tests.parity.test_transformer import Rotary

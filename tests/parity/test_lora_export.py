@@ -11,12 +11,12 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideo
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sat_train.checkpoint.adapters import is_adapter_key, read_given_lora, read_lora
-from sat_train.checkpoint.conversion import Conversion, convert
-from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.config import ModelConfig
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError
+from sat_train.interchange.adapters import is_adapter_key, read_given_lora, read_lora
+from sat_train.interchange.conversion import Conversion, convert
+from sat_train.interchange.locate import read_transformer_weights
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import adapter_state_dict, load_updates
 from tests.parity.presets import PRESETS, forward_pair, lora_words, narrow_model, random_transformer

@@ -10,11 +10,11 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors import safe_open
 
-from sat_train.checkpoint.conversion import Conversion, convert
-from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.cli.convert import main
 from sat_train.config import load_run_config
 from sat_train.distributed.processes import start_single_process
+from sat_train.interchange.conversion import Conversion, convert
+from sat_train.interchange.locate import read_transformer_weights
 from sat_train.models.dit.transformer import DiffusionTransformer
 from tests.parity.presets import PRESETS, forward_pair, narrow_model, random_transformer
 from tests.parity.test_transformer import TOLERANCE, relative_error
@@ -74,7 +74,7 @@ def test_resharding_between_sizes_of_the_model_axis_is_bit_equal(tmp_path: Path)
 
 
 def test_large_weights_are_sharded_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sat_train.checkpoint import safetensors_out
+    from sat_train.weights import safetensors_out
 
     monkeypatch.setattr(safetensors_out.write_safetensors, "__kwdefaults__", {"max_shard_bytes": 500_000})
     model = narrow_model("cogvideox_5b")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.cli.convert import main
 from sat_train.cli.diffusers_snippet import diffusers_snippet
 from sat_train.cli.sample_videos import build_sampler, generate
 from sat_train.config import RunConfig, load_run_config
 from sat_train.distributed.processes import start_single_process
+from sat_train.interchange.conversion import Conversion, convert
 from sat_train.pipeline.build import build_sampling
 from sat_train.pipeline.prompts import SampleRequest
 from tests.parity.presets import PRESETS

@@ -7,10 +7,10 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 from torch import Tensor
 
-from sat_train.checkpoint.diffusers_keys import transformer_from_diffusers, transformer_to_diffusers
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.trainable import summarize_parameters
+from sat_train.weights.diffusers_keys import transformer_from_diffusers, transformer_to_diffusers
 from tests.parity.families import FAMILIES, Family, randomize
 
 # fp32 sums in another order: 2 layers of width 128 agree to about 1e-6 of their scale

@@ -4,14 +4,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from sat_train.checkpoint.diffusers_vae_keys import (
+from sat_train.errors import CheckpointError
+from sat_train.models.vae.tiling import Tiling
+from sat_train.models.vae.video_vae import VideoVAE
+from sat_train.weights.diffusers_vae_keys import (
     is_diffusers_vae,
     vae_state_from_diffusers,
     vae_state_to_diffusers,
 )
-from sat_train.errors import CheckpointError
-from sat_train.models.vae.tiling import Tiling
-from sat_train.models.vae.video_vae import VideoVAE
 
 # fp32 sums in another order (2D kernels for 3D convolutions, pointwise ones before enlarging) through some
 # twenty layers; outputs are of order one.

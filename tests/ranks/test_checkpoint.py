@@ -15,10 +15,10 @@ from sat_train.checkpoint.find import ResumePoint, find_resume_point
 from sat_train.checkpoint.fragments import SavedFragments
 from sat_train.checkpoint.layout import fragments_file_name
 from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.checkpoint.names import dtype_name
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.weights.names import dtype_name
 from tests.ranks.pool import RankFailure
 
 if TYPE_CHECKING:

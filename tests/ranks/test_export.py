@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from sat_train.checkpoint.adapters import is_adapter_key, read_lora
-from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.checkpoint.sources import hash_weights
-from sat_train.checkpoint.weights import load_weights, read_transformer_weights
 from sat_train.config import ModelConfig
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.interchange.adapters import is_adapter_key, read_lora
+from sat_train.interchange.conversion import Conversion, convert
+from sat_train.interchange.locate import load_weights, read_transformer_weights
+from sat_train.interchange.sources import hash_weights
 from sat_train.models.lora import adapter_state_dict, load_updates
 
 pytestmark = pytest.mark.ranks

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat_train.checkpoint.adapters import read_lora
 from sat_train.checkpoint.manifest import read_manifest
 from sat_train.distributed.processes import ProcessMesh, stop_processes
+from sat_train.interchange.adapters import read_lora
 from sat_train.training.callbacks.metrics_file import read_metrics
 from tests.ranks.micro import train_micro, write_micro
 

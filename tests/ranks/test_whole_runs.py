@@ -18,9 +18,9 @@ from PIL import Image
 from sat_train.checkpoint.fragments import AVERAGE, MASTER, read_fragments
 from sat_train.checkpoint.layout import CLIENT_STATE, committed_steps
 from sat_train.checkpoint.manifest import read_manifest
-from sat_train.checkpoint.sources import find_weights
 from sat_train.distributed.processes import ProcessMesh, stop_processes
 from sat_train.errors import SatTrainError
+from sat_train.interchange.sources import find_weights
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.resume import CONFIG_KEY, find_resumed
 from tests.ranks.micro import micro_run, train_micro, write_micro

@@ -28,7 +28,7 @@ HOMES = {
     "sat": ("distributed/", "models/"),
     "deepspeed": ("distributed/", "engine/"),
     "transformers": ("models/text/",),
-    "diffusers": ("checkpoint/",),
+    "diffusers": ("interchange/", "weights/"),
     "av": ("data/", "pipeline/video_file.py"),
     "fsspec": ("data/remote.py",),
     "upath": ("data/remote.py",),

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sat_train.checkpoint.adapters import read_lora
-from sat_train.checkpoint.conversion import Conversion, convert
 from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.checkpoint.weights import base_weights_at, locate_weights, read_transformer_weights
 from sat_train.config.paths import ASSETS
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.interchange.adapters import read_lora
+from sat_train.interchange.conversion import Conversion, convert
+from sat_train.interchange.locate import base_weights_at, locate_weights, read_transformer_weights
 from tests.unit.checkpoint.lora_runs import LAYER, adapters, commit_weights
 from tests.unit.checkpoint.transformers import random_weights, write_sat_folder
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sat_train.checkpoint.conversion import Conversion, convert
-from sat_train.checkpoint.lazy import from_tensors
-from sat_train.checkpoint.weights import load_weights, read_transformer_weights, read_vae_weights
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.interchange.conversion import Conversion, convert
+from sat_train.interchange.locate import load_weights, read_transformer_weights, read_vae_weights
+from sat_train.weights.lazy import from_tensors
 from tests.unit.checkpoint.transformers import (
     PREFIX,
     build_transformer,
@@ -206,7 +206,7 @@ def another_diffusers_model(folder: Path) -> Path:
 
 
 def part_of_a_fused_weight_missing(folder: Path) -> Path:
-    from sat_train.checkpoint.diffusers_keys import transformer_to_diffusers
+    from sat_train.weights.diffusers_keys import transformer_to_diffusers
 
     tensors = {key: value.contiguous() for key, value in transformer_to_diffusers(random_weights()).items()}
     del tensors["transformer_blocks.1.attn1.to_k.weight"]
@@ -301,7 +301,7 @@ def test_a_destination_that_is_taken_is_left_alone(mesh: ProcessMesh, tmp_path: 
 def test_a_disk_that_fills_leaves_nothing(
     mesh: ProcessMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sat_train.checkpoint import conversion as module
+    from sat_train.interchange import conversion as module
 
     def full(path: Path, write: object) -> None:
         path.write_bytes(b"half")
@@ -317,7 +317,7 @@ def test_a_disk_that_fills_leaves_nothing(
 def test_what_does_not_read_back_is_no_success(
     mesh: ProcessMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sat_train.checkpoint import conversion as module
+    from sat_train.interchange import conversion as module
 
     honest = module.write_file
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from sat_train.checkpoint.adapters import read_given_lora
-from sat_train.checkpoint.conversion import Conversion, open_source
 from sat_train.checkpoint.find import ResumePoint, find_resume_point, newest_verified
 from sat_train.checkpoint.history import rewind
 from sat_train.checkpoint.layout import MANIFEST, committed_steps
 from sat_train.checkpoint.manifest import read_manifest, verify_checkpoint
 from sat_train.checkpoint.retention import prune_checkpoints, remove_leftovers
-from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.interchange.adapters import read_given_lora
+from sat_train.interchange.conversion import Conversion, open_source
+from sat_train.interchange.locate import read_transformer_weights
 from tests.unit.checkpoint.folders import FILES, commit, run_directory, signed, unsigned
 
 

@@ -12,8 +12,8 @@ from sat_train.checkpoint.find import find_resume_point
 from sat_train.checkpoint.history import read_latest, rewind
 from sat_train.checkpoint.layout import LATEST, committed_steps
 from sat_train.checkpoint.retention import prune_checkpoints
-from sat_train.checkpoint.sources import find_weights
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.interchange.sources import find_weights
 from tests.unit.checkpoint.folders import commit, holds_step, run_directory, run_killed
 
 SEEDS = 12

@@ -16,10 +16,10 @@ from sat_train.checkpoint.find import find_resume_point
 from sat_train.checkpoint.history import read_latest
 from sat_train.checkpoint.layout import MANIFEST
 from sat_train.checkpoint.manifest import read_manifest, verify_checkpoint
-from sat_train.checkpoint.sources import find_weights
-from sat_train.checkpoint.weights import read_transformer_weights
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError, SatTrainError
+from sat_train.interchange.locate import read_transformer_weights
+from sat_train.interchange.sources import find_weights
 from tests.unit.checkpoint.folders import FILES, commit, run_directory, signed, unsigned
 
 NAMES: list[Any] = [

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sat_train.checkpoint.adapters import read_lora
-from sat_train.checkpoint.conversion import Conversion, convert
-from sat_train.checkpoint.weights import read_transformer_weights, read_vae_weights
 from sat_train.config import load_run_config
 from sat_train.config.paths import ASSETS
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError, DataError
+from sat_train.interchange.adapters import read_lora
+from sat_train.interchange.conversion import Conversion, convert
+from sat_train.interchange.locate import read_transformer_weights, read_vae_weights
 from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.pipeline.prompts import read_image, read_prompt_file
 from tests.unit.checkpoint.hostile import CASES, Evil, damaged_copies, marker

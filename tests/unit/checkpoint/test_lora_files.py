@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sat_train.checkpoint.adapters import (
+from sat_train.config import load_run_config
+from sat_train.distributed.processes import ProcessMesh
+from sat_train.errors import CheckpointError
+from sat_train.interchange.adapters import (
     check_merged,
     merge_updates,
     read_lora,
@@ -18,15 +21,12 @@ from sat_train.checkpoint.adapters import (
     updates_to_peft,
     without_adapters,
 )
-from sat_train.checkpoint.conversion import Conversion, convert
-from sat_train.checkpoint.lazy import from_tensors
-from sat_train.checkpoint.weights import load_weights, read_transformer_weights
-from sat_train.config import load_run_config
-from sat_train.distributed.processes import ProcessMesh
-from sat_train.errors import CheckpointError
+from sat_train.interchange.conversion import Conversion, convert
+from sat_train.interchange.locate import load_weights, read_transformer_weights
 from sat_train.models.build import build_dit
 from sat_train.models.lora import add_lora, add_lora_for, load_updates
 from sat_train.models.low_rank import stacked, strengthened
+from sat_train.weights.lazy import from_tensors
 from tests.unit.checkpoint.transformers import random_weights, write_sat_folder
 
 LORAS = Path(__file__).parent / "loras"
@@ -172,7 +172,7 @@ def write_mixed(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def test_mixed_ranks_and_q_and_k_alone_are_read_and_come_out_again(mesh: ProcessMesh, tmp_path: Path) -> None:
-    from sat_train.checkpoint.diffusers_keys import transformer_to_diffusers
+    from sat_train.weights.diffusers_keys import transformer_to_diffusers
 
     weights = random_weights()
     path, deltas = write_mixed(tmp_path)

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sat_train.checkpoint.sources import hash_weights
-from sat_train.checkpoint.weights import load_weights, read_transformer_weights
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.interchange.locate import load_weights, read_transformer_weights
+from sat_train.interchange.sources import hash_weights
 from sat_train.models.dit.sharding import shard_weight
 from tests.unit.checkpoint.transformers import (
     PREFIX,
@@ -108,7 +108,7 @@ def test_a_rank_of_the_model_axis_reads_its_slice(mesh: ProcessMesh, tmp_path: P
 
 
 def test_what_does_not_fit_is_listed_with_both_shapes_and_nothing_is_copied(mesh: ProcessMesh) -> None:
-    from sat_train.checkpoint.lazy import from_tensors
+    from sat_train.weights.lazy import from_tensors
 
     weights = random_weights(hidden_size=64)
     weights["stray"] = weights.pop("time_embed.0.bias")
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_listed_with_both_shapes_and_nothing_is_copied(mesh
 
 
 def test_weights_may_lack_what_the_model_computes(mesh: ProcessMesh) -> None:
-    from sat_train.checkpoint.lazy import from_tensors
+    from sat_train.weights.lazy import from_tensors
 
     model = build_transformer(positions="sincos")
     weights = random_weights()
@@ -139,7 +139,7 @@ def test_weights_may_lack_what_the_model_computes(mesh: ProcessMesh) -> None:
 
 def test_a_patch_embedding_stored_as_a_linear_layer_is_the_same_weight(mesh: ProcessMesh) -> None:
     """CogVideo's released 1.0 weights and what its later code saves differ in this one shape."""
-    from sat_train.checkpoint.lazy import from_tensors
+    from sat_train.weights.lazy import from_tensors
 
     weights = random_weights()
     key = "mixins.patch_embed.proj.weight"

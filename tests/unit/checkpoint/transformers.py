@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sat_train.checkpoint.diffusers_keys import transformer_to_diffusers
 from sat_train.models.dit.sharding import shard_weight
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.weights.diffusers_keys import transformer_to_diffusers
 
 PREFIX = "model.diffusion_model."
 

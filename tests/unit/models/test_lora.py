@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from sat_train.checkpoint.adapters import updates_of
-from sat_train.checkpoint.lazy import from_tensors
 from sat_train.errors import CheckpointError, ConfigError
+from sat_train.interchange.adapters import updates_of
 from sat_train.models.lora import (
     adapter_state_dict,
     add_lora,
@@ -15,6 +14,7 @@ from sat_train.models.lora import (
     merge_lora,
     unmerge_lora,
 )
+from sat_train.weights.lazy import from_tensors
 from tests.unit.models.narrow import inputs, randomized
 
 EVERYTHING = (r"attention\.", r"mlp\.", r"adaLN_modulations\.")

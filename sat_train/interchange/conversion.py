@@ -16,7 +16,13 @@ from typing import IO, Any, Literal, cast
 
 import torch
 
-from sat_train.checkpoint.adapters import (
+from sat_train.checkpoint.consolidate import trained_dtype
+from sat_train.checkpoint.layout import LATEST, SAT_PREFIX
+from sat_train.checkpoint.manifest import Manifest, read_manifest
+from sat_train.config import ModelConfig
+from sat_train.errors import CheckpointError
+from sat_train.files import HashingFile, reading, sync_folder, write_file, write_text
+from sat_train.interchange.adapters import (
     check_merged,
     is_adapter_key,
     merge_updates,
@@ -25,20 +31,14 @@ from sat_train.checkpoint.adapters import (
     updates_to_peft,
     without_adapters,
 )
-from sat_train.checkpoint.consolidate import trained_dtype
-from sat_train.checkpoint.diffusers_folder import check_model, write_pipeline
-from sat_train.checkpoint.layout import LATEST, SAT_PREFIX
-from sat_train.checkpoint.lazy import LazyWeights, check_same, from_tensors
-from sat_train.checkpoint.manifest import Manifest, read_manifest
-from sat_train.checkpoint.readers import read_weight_files
-from sat_train.checkpoint.safetensors_out import Progress, write_safetensors
-from sat_train.checkpoint.sources import WeightSource, find_weights, hash_weights
-from sat_train.checkpoint.tensor_parallel import slice_weights
-from sat_train.checkpoint.weights import read_transformer_weights
-from sat_train.config import ModelConfig
-from sat_train.errors import CheckpointError
-from sat_train.files import HashingFile, reading, sync_folder, write_file, write_text
+from sat_train.interchange.diffusers_folder import check_model, write_pipeline
+from sat_train.interchange.locate import read_transformer_weights
+from sat_train.interchange.sources import WeightSource, find_weights, hash_weights
 from sat_train.models.low_rank import Updates, stacked, strengthened
+from sat_train.weights.lazy import LazyWeights, check_same, from_tensors
+from sat_train.weights.readers import read_weight_files
+from sat_train.weights.safetensors_out import Progress, write_safetensors
+from sat_train.weights.tensor_parallel import slice_weights
 
 LORA_FILE_STEM = "pytorch_lora_weights"
 _SAT_STEP = "1"

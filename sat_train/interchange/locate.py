@@ -17,23 +17,23 @@ import torch
 from torch import Tensor
 
 from sat_train.checkpoint.consolidate import read_step
-from sat_train.checkpoint.diffusers_keys import (
+from sat_train.checkpoint.layout import MANIFEST, SAT_PREFIX, committed_steps, step_folder
+from sat_train.checkpoint.manifest import BaseWeights, Manifest, read_manifest, verify_checkpoint
+from sat_train.config.paths import expand_assets, shorten_assets
+from sat_train.errors import CheckpointError
+from sat_train.interchange.sources import WeightSource, find_weights, hash_weights
+from sat_train.log import get_logger
+from sat_train.weights.diffusers_keys import (
     Part,
     part_of_diffusers_key,
     parts_of_sat_key,
     transformer_from_diffusers,
 )
-from sat_train.checkpoint.diffusers_vae_keys import is_diffusers_vae, vae_state_from_diffusers
-from sat_train.checkpoint.layout import MANIFEST, SAT_PREFIX, committed_steps, step_folder
-from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard
-from sat_train.checkpoint.manifest import BaseWeights, Manifest, read_manifest, verify_checkpoint
-from sat_train.checkpoint.names import Shape, check_names_and_shapes
-from sat_train.checkpoint.readers import read_weight_files
-from sat_train.checkpoint.sources import WeightSource, find_weights, hash_weights
-from sat_train.checkpoint.tensor_parallel import merge_slices, slice_weights
-from sat_train.config.paths import expand_assets, shorten_assets
-from sat_train.errors import CheckpointError
-from sat_train.log import get_logger
+from sat_train.weights.diffusers_vae_keys import is_diffusers_vae, vae_state_from_diffusers
+from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard
+from sat_train.weights.names import Shape, check_names_and_shapes
+from sat_train.weights.readers import read_weight_files
+from sat_train.weights.tensor_parallel import merge_slices, slice_weights
 
 log = get_logger(__name__)
 

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sat_train.checkpoint.diffusers_keys import Part, part_of_diffusers_key, parts_of_sat_key
-from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
-from sat_train.checkpoint.lora_files import PEFT_METADATA_KEY, holds_lora, read_lora_modules
 from sat_train.checkpoint.manifest import verify_checkpoint
-from sat_train.checkpoint.readers import read_metadata, read_weight_files
-from sat_train.checkpoint.sources import find_weights
-from sat_train.checkpoint.weights import read_own_weights
 from sat_train.errors import CheckpointError
+from sat_train.interchange.locate import read_own_weights
+from sat_train.interchange.sources import find_weights
 from sat_train.models.low_rank import LowRank, Updates, common_scale, highest_rank, misfits, whole_delta
+from sat_train.weights.diffusers_keys import Part, part_of_diffusers_key, parts_of_sat_key
+from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
+from sat_train.weights.lora_files import PEFT_METADATA_KEY, holds_lora, read_lora_modules
+from sat_train.weights.readers import read_metadata, read_weight_files
 
 RANK_KEY = "mixins.lora.rank"
 ALPHA_KEY = "mixins.lora.alpha"

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sat_train.checkpoint.names import Shape
 from sat_train.errors import CheckpointError
+from sat_train.weights.names import Shape
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps, parse_step, step_folder
-from sat_train.checkpoint.readers import read_index
 from sat_train.config.paths import expand_assets
 from sat_train.config.reading import RESOLVED
 from sat_train.errors import CheckpointError
 from sat_train.files import hash_file, read_text, reading
+from sat_train.weights.readers import read_index
 
 _SAT_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json")

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sat_train.checkpoint.diffusers_keys import module_of_underscores
-from sat_train.checkpoint.lazy import LazyWeights
-from sat_train.checkpoint.readers import read_metadata
 from sat_train.errors import CheckpointError
 from sat_train.files import read_text, reading
 from sat_train.models.low_rank import LowRank
+from sat_train.weights.diffusers_keys import module_of_underscores
+from sat_train.weights.lazy import LazyWeights
+from sat_train.weights.readers import read_metadata
 
 # Where diffusers looks for PEFT's configuration in a safetensors header.
 PEFT_METADATA_KEY = "lora_adapter_metadata"

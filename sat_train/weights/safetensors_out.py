@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sat_train.checkpoint.lazy import LazyWeights
 from sat_train.files import HashingFile, write_file
+from sat_train.weights.lazy import LazyWeights
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {

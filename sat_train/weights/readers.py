@@ -19,9 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, lazy_tensor
 from sat_train.errors import CheckpointError
 from sat_train.files import open_regular, read_text, refuse_packed
+from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, lazy_tensor
 
 # What SwissArmyTransformer's files hold besides tensors: numpy's random state.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]

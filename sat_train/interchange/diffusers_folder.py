@@ -13,29 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_train.checkpoint.diffusers_config import (
+from sat_train.config import ModelConfig
+from sat_train.config.paths import expand_assets
+from sat_train.config.reading import RESOLVED
+from sat_train.errors import CheckpointError
+from sat_train.files import read_text, reading, write_text
+from sat_train.interchange.locate import (
+    check_state_dict,
+    read_transformer_weights,
+    read_vae_weights,
+    unflattened,
+)
+from sat_train.log import get_logger
+from sat_train.weights.diffusers_config import (
     has_learned_positions,
     model_index,
     scheduler_config,
     transformer_config,
     vae_config,
 )
-from sat_train.checkpoint.diffusers_keys import parts_of_sat_key, transformer_to_diffusers
-from sat_train.checkpoint.diffusers_vae_keys import vae_state_to_diffusers
-from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, check_same, from_tensors, shard_tensor
-from sat_train.checkpoint.safetensors_out import Progress, write_safetensors
-from sat_train.checkpoint.weights import (
-    check_state_dict,
-    read_transformer_weights,
-    read_vae_weights,
-    unflattened,
-)
-from sat_train.config import ModelConfig
-from sat_train.config.paths import expand_assets
-from sat_train.config.reading import RESOLVED
-from sat_train.errors import CheckpointError
-from sat_train.files import read_text, reading, write_text
-from sat_train.log import get_logger
+from sat_train.weights.diffusers_keys import parts_of_sat_key, transformer_to_diffusers
+from sat_train.weights.diffusers_vae_keys import vae_state_to_diffusers
+from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, check_same, from_tensors, shard_tensor
+from sat_train.weights.safetensors_out import Progress, write_safetensors
 
 log = get_logger(__name__)
 

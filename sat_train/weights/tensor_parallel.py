@@ -10,7 +10,6 @@ from functools import partial
 
 from torch import Tensor
 
-from sat_train.checkpoint.lazy import LazyTensor, LazyWeights, Shard, shard_lazily, shard_tensor
 from sat_train.errors import CheckpointError
 from sat_train.models.dit.sharding import (
     check_divisible,
@@ -18,6 +17,7 @@ from sat_train.models.dit.sharding import (
     merge_shards,
     tensor_parallel_layout,
 )
+from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, shard_lazily, shard_tensor
 
 
 def merge_slices(slices: Sequence[LazyWeights], *, where: str) -> LazyWeights:

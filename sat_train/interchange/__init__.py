@@ -1,0 +1,1 @@
+"""Weights in from whatever people have, and out to what others load."""
