@@ -22,7 +22,7 @@ from sat_train.errors import CheckpointError, DataError, printable
 from sat_train.files import write_text
 from sat_train.log import configure_logging
 from sat_train.models.text.t5 import count_tokens
-from sat_train.pipeline.video_file import write_contact_sheet, write_mp4
+from sat_train.sampling.video_file import write_contact_sheet, write_mp4
 
 
 def main(argv: Sequence[str]) -> int:

@@ -23,10 +23,12 @@ from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import add_lora_for
 from sat_train.models.low_rank import common_scale
 from sat_train.models.text.build import build_text_encoder
-from sat_train.pipeline.build import SamplingSettings, build_pipeline, build_sampling, compute_dtype
-from sat_train.pipeline.prompts import SampleRequest, build_requests, read_image, read_prompt_file
+from sat_train.pipeline.build import build_pipeline, compute_dtype
 from sat_train.pipeline.video_diffusion import VideoDiffusion
-from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
+from sat_train.sampling.build import SamplingSettings, build_sampling
+from sat_train.sampling.generate import generate_video
+from sat_train.sampling.prompts import SampleRequest, build_requests, read_image, read_prompt_file
+from sat_train.sampling.video_file import spread_frames, write_contact_sheet, write_mp4
 from sat_train.training.memory import SAMPLING_REMEDY, explaining_lack_of_memory
 from sat_train.training.models import StartWeights, build_loaded_vae, read_weights_and_updates
 from sat_train.training.signals import StopRequest
@@ -38,7 +40,7 @@ OnStep = Callable[[int, int], None]
 
 
 def sample(config: RunConfig, mesh: ProcessMesh) -> None:
-    """Draws every prompt of a run; the ranks share the prompts.
+    """Generates a video for every prompt of a run; the ranks share the prompts.
 
     Raises:
         SatTrainError: Prompts, images, weights or the output folder are not as they should be.
@@ -165,22 +167,13 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
 def generate(
     pipeline: VideoDiffusion, request: SampleRequest, settings: SamplingSettings, progress: OnStep
 ) -> Tensor:
-    """Draws one video, uint8 video_tchw."""
+    """Generates the video of a request, uint8 video_tchw."""
     image = None
     if request.image is not None:
-        image = read_image(request.image, height=settings.height, width=settings.width)[None]
-    return pipeline.generate(
-        [request.prompt],
-        image_bchw=image,
-        num_frames=settings.num_frames,
-        height=settings.height,
-        width=settings.width,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        sampler=settings.sampler,
-        seeds=[request.seed],
-        progress=progress,
-    )[0]
+        image = read_image(request.image, height=settings.height, width=settings.width)
+    return generate_video(
+        pipeline, settings, prompt=request.prompt, image_chw=image, seed=request.seed, progress=progress
+    )
 
 
 class StepBar:

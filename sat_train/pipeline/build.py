@@ -1,19 +1,15 @@
-"""Sections `model` and `args` -> pipeline and sampling settings."""
+"""Sections `model` and `args` -> pipeline."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sat_train.config import ArgsConfig, ModelConfig, RunConfig
-from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance, Guidance
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
-from sat_train.errors import ConfigError, Fault
-from sat_train.pipeline.geometry import pixel_frames
-from sat_train.pipeline.video_diffusion import Sampler, VideoDiffusion
+from sat_train.pipeline.video_diffusion import VideoDiffusion
 
 if TYPE_CHECKING:
     from sat_train.models.dit.transformer import DiffusionTransformer
@@ -23,29 +19,6 @@ if TYPE_CHECKING:
 
 # what diffusers' pipeline and CogVideo's sampling give to CogVideoX1.5-I2V
 _OFS = 2.0
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How a run draws its samples; the fields are those of `VideoDiffusion.generate`.
-
-    Args:
-        num_frames: Pixel frames.
-        height: In pixels.
-        width: In pixels.
-        steps: Denoising steps.
-        guidance: How the prompt is emphasised.
-        sampler: Which sampler.
-        fps: Frames per second of the written file.
-    """
-
-    num_frames: int
-    height: int
-    width: int
-    steps: int
-    guidance: Guidance
-    sampler: Sampler
-    fps: float
 
 
 def build_pipeline(
@@ -106,52 +79,6 @@ def build_alpha_bar(model: ModelConfig) -> Tensor:
         keep_start=params.keep_start,
         post_shift=params.post_shift,
     )
-
-
-def build_sampling(config: RunConfig) -> SamplingSettings:
-    """Returns the settings of samples: those under `args` where given, else those of model and training.
-
-    Raises:
-        ConfigError: Nothing says how large a video is.
-    """
-    args, model = config.args, config.model
-    sampler = model.sampler_config
-    if args.sampling_num_frames is None:
-        num_frames = model.network_config.params.num_frames
-        if config.data is not None:
-            num_frames = config.data.params.max_num_frames
-    else:
-        num_frames = pixel_frames(
-            args.sampling_num_frames,
-            compression=model.first_stage_config.params.encoder_config.params.temporal_compress_times,
-            patch_t=model.network_config.params.patch_size[0],
-        )
-    height, width = args.sampling_image_size or _trained_size(config)
-    return SamplingSettings(
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        steps=args.sampling_steps or sampler.params.num_steps,
-        guidance=build_guidance(model, scale=args.guidance_scale),
-        sampler=args.sampler or sampler.target,
-        fps=config.sampling_fps,
-    )
-
-
-def _trained_size(config: RunConfig) -> tuple[int, int]:
-    if config.data is None:
-        expected = "a height and width in pixels, because there is no data section to take them from"
-        raise ConfigError([Fault("args.sampling_image_size", "null", expected)])
-    return config.data.params.video_size
-
-
-def build_guidance(model: ModelConfig, *, scale: float | None = None) -> Guidance:
-    """Returns the sampler's guidance; `scale` wins over its own."""
-    slot = model.sampler_config.params.guider_config
-    scale = slot.params.scale if scale is None else scale
-    if slot.target == "ConstantGuidance":
-        return ConstantGuidance(scale)
-    return DynamicGuidance(scale, slot.params.exp)
 
 
 def compute_dtype(args: ArgsConfig) -> torch.dtype:

@@ -1,1 +1,1 @@
-"""Weights by name: read lazily, in the formats of SAT, diffusers and PEFT, and sharded for tensor parallelism."""
+"""Weights by name: lazy, in the formats of SAT, diffusers and PEFT, and sharded for tensor parallelism."""

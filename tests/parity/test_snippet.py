@@ -14,8 +14,8 @@ from sat_train.cli.sample_videos import build_sampler, generate
 from sat_train.config import RunConfig, load_run_config
 from sat_train.distributed.processes import start_single_process
 from sat_train.interchange.conversion import Conversion, convert
-from sat_train.pipeline.build import build_sampling
-from sat_train.pipeline.prompts import SampleRequest
+from sat_train.sampling.build import build_sampling
+from sat_train.sampling.prompts import SampleRequest
 from tests.parity.presets import PRESETS
 from tests.unit.checkpoint.test_lora_files import LORAS
 

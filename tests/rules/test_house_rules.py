@@ -29,7 +29,7 @@ HOMES = {
     "deepspeed": ("distributed/", "engine/"),
     "transformers": ("models/text/",),
     "diffusers": ("interchange/", "weights/"),
-    "av": ("data/", "pipeline/video_file.py"),
+    "av": ("data/", "sampling/video_file.py"),
     "fsspec": ("data/remote.py",),
     "upath": ("data/remote.py",),
     "wandb": ("training/callbacks/wandb.py",),

@@ -14,9 +14,10 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
 from sat_train.engine.engine import TrainEngine
 from sat_train.log import get_logger
-from sat_train.pipeline.build import SamplingSettings, build_sampling
-from sat_train.pipeline.prompts import build_requests, read_image
 from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.sampling.build import SamplingSettings, build_sampling
+from sat_train.sampling.generate import generate_video
+from sat_train.sampling.prompts import build_requests, read_image
 from sat_train.training.callbacks.callback import Callback
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.metrics_file import NAME as METRICS
@@ -213,7 +214,7 @@ def _conditions_of_clips(loader: OrderedLoader) -> tuple[list[str], list[torch.T
 def _video_sampling(
     config: RunConfig, pipeline: VideoDiffusion, engine: TrainEngine, loader: OrderedLoader | None
 ) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
-    """Returns the prompts and how number `n` of them is drawn; None when there is nothing to draw."""
+    """Returns the prompts and what generates video number `n`; None when there is nothing to generate."""
     settings = build_sampling(config)
     prompts, images = given_conditions(config, settings)
     if loader is not None and (not prompts or (pipeline.noised_image_input and not images)):
@@ -224,19 +225,13 @@ def _video_sampling(
         return None
 
     def generate(number: int) -> torch.Tensor:
-        image = images[number][None] if pipeline.noised_image_input else None
-        height, width = (settings.height, settings.width) if image is None else image.shape[-2:]
-        return pipeline.generate(
-            [prompts[number]],
-            image_bchw=image,
-            num_frames=settings.num_frames,
-            height=height,
-            width=width,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            sampler=settings.sampler,
-            seeds=[derive_seed(config.args.seed, "validation_video", number)],
+        return generate_video(
+            pipeline,
+            settings,
+            prompt=prompts[number],
+            image_chw=images[number] if pipeline.noised_image_input else None,
+            seed=derive_seed(config.args.seed, "validation_video", number),
             network=engine,
-        )[0]
+        )
 
     return prompts, generate

@@ -13,7 +13,7 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
-from sat_train.pipeline.video_file import spread_frames, write_contact_sheet, write_mp4
+from sat_train.sampling.video_file import spread_frames, write_contact_sheet, write_mp4
 from sat_train.training.callbacks.callback import Callback, cause_of
 from sat_train.training.metrics import VideoMetrics
 from sat_train.training.run_directory import SAMPLES

@@ -23,7 +23,7 @@ from sat_train.interchange.adapters import read_lora
 from sat_train.interchange.conversion import Conversion, convert
 from sat_train.interchange.locate import read_transformer_weights, read_vae_weights
 from sat_train.models.text.t5 import T5TextEncoder
-from sat_train.pipeline.prompts import read_image, read_prompt_file
+from sat_train.sampling.prompts import read_image, read_prompt_file
 from tests.unit.checkpoint.hostile import CASES, Evil, damaged_copies, marker
 
 # torch's about the strange things in these files

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from sat_train.data.clip_file import read_headers
 from sat_train.data.frames import open_frames
 from sat_train.data.resize import cover_crop
-from sat_train.pipeline.prompts import read_image
+from sat_train.sampling.prompts import read_image
 
 HEIGHT, WIDTH = 32, 64
 ORIENTATION = 0x0112

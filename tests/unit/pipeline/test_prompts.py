@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sat_train.errors import DataError
-from sat_train.pipeline.prompts import build_requests, read_image, read_prompt_file
+from sat_train.sampling.prompts import build_requests, read_image, read_prompt_file
 
 
 def _build(lines, *, image_to_video=False, image=None):

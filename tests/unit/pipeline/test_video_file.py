@@ -8,7 +8,7 @@ from PIL import Image
 
 from sat_train.errors import SatTrainError
 from sat_train.pipeline import video_file
-from sat_train.pipeline.video_file import write_contact_sheet, write_mp4
+from sat_train.sampling.video_file import write_contact_sheet, write_mp4
 
 
 def _video(frames=9, height=32, width=48):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from sat_train.config import load_run_config
-from sat_train.pipeline.build import build_sampling
+from sat_train.sampling.build import build_sampling
 from sat_train.training.callbacks.build import given_conditions
 
 CONFIGS = Path(__file__).parents[3] / "configs"

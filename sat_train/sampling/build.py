@@ -1,0 +1,80 @@
+"""Sections `model` and `args` -> the settings of samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sat_train.config import ModelConfig, RunConfig
+from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance, Guidance
+from sat_train.errors import ConfigError, Fault
+from sat_train.pipeline.geometry import pixel_frames
+from sat_train.pipeline.video_diffusion import Sampler
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a run generates its samples; the fields are those of `VideoDiffusion.generate`.
+
+    Args:
+        num_frames: Pixel frames.
+        height: In pixels.
+        width: In pixels.
+        steps: Denoising steps.
+        guidance: How the prompt is emphasised.
+        sampler: Which sampler.
+        fps: Frames per second of the written file.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    steps: int
+    guidance: Guidance
+    sampler: Sampler
+    fps: float
+
+
+def build_sampling(config: RunConfig) -> SamplingSettings:
+    """Returns the settings of samples: those under `args` where given, else those of model and training.
+
+    Raises:
+        ConfigError: Nothing says how large a video is.
+    """
+    args, model = config.args, config.model
+    sampler = model.sampler_config
+    if args.sampling_num_frames is None:
+        num_frames = model.network_config.params.num_frames
+        if config.data is not None:
+            num_frames = config.data.params.max_num_frames
+    else:
+        num_frames = pixel_frames(
+            args.sampling_num_frames,
+            compression=model.first_stage_config.params.encoder_config.params.temporal_compress_times,
+            patch_t=model.network_config.params.patch_size[0],
+        )
+    height, width = args.sampling_image_size or _trained_size(config)
+    return SamplingSettings(
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        steps=args.sampling_steps or sampler.params.num_steps,
+        guidance=build_guidance(model, scale=args.guidance_scale),
+        sampler=args.sampler or sampler.target,
+        fps=config.sampling_fps,
+    )
+
+
+def _trained_size(config: RunConfig) -> tuple[int, int]:
+    if config.data is None:
+        expected = "a height and width in pixels, because there is no data section to take them from"
+        raise ConfigError([Fault("args.sampling_image_size", "null", expected)])
+    return config.data.params.video_size
+
+
+def build_guidance(model: ModelConfig, *, scale: float | None = None) -> Guidance:
+    """Returns the sampler's guidance; `scale` wins over its own."""
+    slot = model.sampler_config.params.guider_config
+    scale = slot.params.scale if scale is None else scale
+    if slot.target == "ConstantGuidance":
+        return ConstantGuidance(scale)
+    return DynamicGuidance(scale, slot.params.exp)
