@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from sat_train.errors import SatTrainError
-from sat_train.pipeline import video_file
+from sat_train.sampling import video_file
 from sat_train.sampling.video_file import write_contact_sheet, write_mp4
 
 
