@@ -22,7 +22,7 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-class _ConsoleHandler(logging.StreamHandler):
+class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic from Python 3.11 on
     """Writes whole lines to standard error; once there is a console through it, above its bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
