@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sat_train.checkpoint.fragments import Fragment, SavedFragments, Scalar
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.slots import find_slots
-from sat_train.engine.trained_state import read_state, write_state
+from sat_train.engine.trained_state import compact, read_state, write_state
 from sat_train.errors import TrainingError
 from sat_train.weights.names import Shape
 
@@ -95,8 +95,13 @@ class TrainEngine:
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained}
 
     def fragments(self) -> list[Fragment]:
-        """Returns the trained state that this rank owns; views, which change in place at the next step."""
-        return read_state(self._engine, self._slots)
+        """Returns the trained state that this rank owns; views, which change in place at the next step.
+
+        Shares of whole parameters, as stage 0 has them, are copies.
+        """
+        fragments = read_state(self._engine, self._slots)
+        is_shared = self.zero_stage == 0 and self._mesh.data_size > 1
+        return [compact(fragment) for fragment in fragments] if is_shared else fragments
 
     def counters(self) -> dict[str, Scalar]:
         """Returns what belongs to the engine as a whole: the state of a dynamic loss scale."""

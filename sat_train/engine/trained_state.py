@@ -7,6 +7,7 @@ neither, such as a factored second moment, has no place in a flat tensor and is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ def read_state(engine: Any, slots: Sequence[Slot]) -> list[Fragment]:
     """
     states = base_optimizer(engine).state
     return [_fragment(slot, states.get(slot.flat, {})) for slot in slots]
+
+
+def compact(fragment: Fragment) -> Fragment:
+    """Returns a fragment with elements of its own: a file would hold the whole tensor behind a view."""
+    return replace(fragment, tensors={kind: run.clone() for kind, run in fragment.tensors.items()})
 
 
 def _fragment(slot: Slot, state: dict[str, Any]) -> Fragment:

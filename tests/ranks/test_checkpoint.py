@@ -183,6 +183,22 @@ def test_resume_is_bit_exact(rank_pool: Callable[..., Any], tmp_path: Path, worl
         rank_pool(world_size)(_resume_is_exact, tmp_path / str(world_size), zero_stage, dtype, lora)
 
 
+def _bytes_of_fragments(mesh: ProcessMesh, save_root: Path, zero_stage: int) -> int:
+    engine = build_engine(mesh, zero_stage=zero_stage, dtype="fp32", lora=False, width=4096)
+    train(engine, mesh.rank, range(1))
+    folder = save(mesh, engine, new_run(mesh, save_root), step=1)
+    return (folder / fragments_file_name(mesh.rank)).stat().st_size
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_every_element_is_written_once_by_all_ranks_together(
+    rank_pool: Callable[..., Any], tmp_path: Path, zero_stage: int
+) -> None:
+    written = sum(rank_pool(2)(_bytes_of_fragments, tmp_path, zero_stage))
+    elements = 8 * 4096 + 4096 + 4096 * 7 + 7 + 7 * 4 + 4
+    assert 12 * elements <= written < 1.1 * 12 * elements  # master and two moments, fp32
+
+
 def _save_only(mesh: ProcessMesh, save_root: Path, lora: bool) -> None:
     engine = build_engine(mesh, zero_stage=2, dtype="fp32", lora=lora)
     train(engine, mesh.rank, range(1))
