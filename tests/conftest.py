@@ -1,6 +1,7 @@
 """CPU tests never see a GPU, so that they are the same tests on every machine; failures are shown at once."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,3 +27,12 @@ class ShowFailuresAtOnce:
         if report.failed:
             self._reporter.write_line(f"\n{report.nodeid} ({report.when}, {report.duration:.0f} s)")
             self._reporter.write_line(str(report.longrepr)[-3000:])
+
+
+@pytest.fixture(autouse=True)
+def _no_real_time_priority() -> Iterator[None]:
+    """A test that leaves this process at real-time priority starves the machine of all others and itself."""
+    yield
+    policy = os.sched_getscheduler(0)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    assert policy == os.SCHED_OTHER, "the test, or a library in it, made this process real-time"

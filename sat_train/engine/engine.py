@@ -126,7 +126,7 @@ class TrainEngine:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         for name, value in counters.items():
             if name in _LOSS_SCALE and hasattr(scaler, name):
-                setattr(scaler, name, value)
+                setattr(scaler, name, type(getattr(scaler, name))(value))
 
     def weights(self, *, trained_only: bool) -> dict[str, Tensor] | None:
         """Returns the weights that compute, whole for this rank of the model axis, and the buffers.

@@ -12,7 +12,7 @@ import torch
 
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.history import rewind
-from sat_train.checkpoint.layout import committed_steps
+from sat_train.checkpoint.layout import CLIENT_STATE, committed_steps, step_folder
 from sat_train.checkpoint.load import open_trained_state, read_client_state
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.retention import remove_leftovers
@@ -31,7 +31,8 @@ from sat_train.engine.build import build_engine
 from sat_train.engine.ema import ExponentialMovingAverage
 from sat_train.engine.engine import TrainEngine
 from sat_train.engine.optim.build import build_optimizer
-from sat_train.errors import LaunchError, Stopped
+from sat_train.errors import CheckpointError, LaunchError, Stopped
+from sat_train.files import reading
 from sat_train.log import get_logger
 from sat_train.pipeline.build import compute_dtype
 from sat_train.pipeline.video_diffusion import VideoDiffusion
@@ -321,12 +322,20 @@ def restore(
         return state
     saved = open_trained_state(mesh, point=point, trained=engine.trained_shapes(), base_weights=base_weights)
     client_state = read_client_state(point)
-    engine.load(saved, step=point.step, counters=client_state[COUNTERS_KEY])
+    written = reading(
+        step_folder(point.run_directory, point.step) / CLIENT_STATE,
+        error=CheckpointError,
+        expected="where a run stands, as sat_train writes it",
+        remedy="use another step",
+    )
+    with written:
+        counters = {str(name): float(value) for name, value in client_state[COUNTERS_KEY].items()}
+        state.restore(
+            step=point.step, samples_consumed=point.manifest.samples_consumed, client_state=client_state
+        )
+    engine.load(saved, step=point.step, counters=counters)
     if average is not None:
         average.load(saved)
-    state.restore(
-        step=point.step, samples_consumed=point.manifest.samples_consumed, client_state=client_state
-    )
     return state
 
 

@@ -42,9 +42,13 @@ class TrainState:
         return {"skipped": self.skipped, "loss_sum": self.loss_sum, "loss_weight": self.loss_weight}
 
     def restore(self, *, step: int, samples_consumed: int, client_state: Mapping[str, Any]) -> None:
-        """Takes up where a checkpoint stands."""
+        """Takes up where a checkpoint stands.
+
+        Raises:
+            Exception: `client_state` is not from `client_state`.
+        """
         self.step = step
         self.samples_consumed = samples_consumed
-        self.skipped = client_state["skipped"]
-        self.loss_sum = client_state["loss_sum"]
-        self.loss_weight = client_state["loss_weight"]
+        self.skipped = int(client_state["skipped"])
+        self.loss_sum = float(client_state["loss_sum"])
+        self.loss_weight = float(client_state["loss_weight"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sat_train.checkpoint.layout import CLIENT_STATE
 from tests.hostile.case import Case, Field
 from tests.hostile.real_run import RESUME, STEP, copy_run, replace_file, sign
 from tests.hostile.words import SAMPLE, TRAIN
@@ -47,6 +48,7 @@ def cases() -> Iterator[Case]:
     yield from _link_cases()
     yield from _manifest_cases()
     yield from _shard_cases()
+    yield from _client_state_cases()
     yield from _layout_cases()
     yield from _resolved_cases()
 
@@ -255,6 +257,40 @@ def _shard_cases() -> Iterator[Case]:
             replace_file(run / STEP, shard.name, content(field))
 
         yield _case(f"optimizer of a step, {name}", "resume", optimizer)
+
+
+_CLIENT_STATES: dict[str, bytes] = {
+    "empty": b"",
+    "a list": b"[1]",
+    "brackets": b"[" * 100_000,
+    "nothing of ours": b"{}",
+    "not utf-8": b"\xff\xfe{}",
+    "configuration of numbers": b'{"config": 7, "counters": {}, "skipped": 0}',
+    "escapes": b'{"config": {"\\u001b[2J": 1}, "counters": {}}',
+}
+_CHANGES: dict[str, dict[str, object]] = {
+    "no counters": {"counters": None},
+    "counters of texts": {"counters": {"cur_scale": "many"}},
+    "counters beyond all": {"counters": {"cur_scale": 10**400}},
+    "skipped many": {"skipped": "many"},
+    "a loss of a list": {"loss_sum": [1]},
+}
+
+
+def _client_state_cases() -> Iterator[Case]:
+    for name, content in _CLIENT_STATES.items():
+
+        def raw(field: Field, run: Path, content: bytes = content) -> None:
+            replace_file(run / STEP, CLIENT_STATE, content)
+
+        yield _case(f"client state, {name}", "resume", raw)
+    for name, change in _CHANGES.items():
+
+        def changed(field: Field, run: Path, change: dict[str, object] = change) -> None:
+            body = json.loads((run / STEP / CLIENT_STATE).read_text())
+            replace_file(run / STEP, CLIENT_STATE, json.dumps({**body, **change}).encode())
+
+        yield _case(f"client state, {name}", "resume", changed)
 
 
 def _without_manifest(name: str, content: bytes = b"x") -> Callable[[Field, Path], object]:
