@@ -11,6 +11,8 @@ PROGRAM = """
 import os, signal, sys
 from sat_train.cli import ranks
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
 def read_nothing(*words, **options):
     os.kill(os.getpid(), signal.{name})
 
