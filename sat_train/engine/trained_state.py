@@ -94,9 +94,11 @@ def _new_state(
     settings = optimizer.param_groups[0]  # of fused kernels, alike in all groups
     on_device = settings.get("fused") or settings.get("capturable")
     device = flat.device if on_device else torch.device("cpu")
+    # of a parameter that has been stepped: at stage 0 one that never had a gradient keeps no state
+    numbers = next((found for slot in slots if (found := saved.scalars(slot.name))), {})
     # counted in place, so that two flat tensors must not share one; torch keeps counters as float tensors
     counters: dict[str, Any] = {
         name: torch.tensor(value, device=device) if type(value) is float else value
-        for name, value in saved.scalars(slots[0].name).items()
+        for name, value in numbers.items()
     }
     return {**counters, **{kind: torch.zeros_like(flat) for kind in kinds}}

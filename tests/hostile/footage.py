@@ -120,7 +120,7 @@ _CLIP_NAMES = {
     "direction": "a\u202egnp",
     "bytes": b"\xff\xfe".decode("utf-8", "surrogateescape"),
     "250 letters": "x" * 250,
-    "markup": "[/red][link=x]",
+    "markup": "[bold red][link=x]",
     "a protocol": "concat:a|b",
     "a number": "%05d",
 }
