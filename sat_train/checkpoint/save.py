@@ -93,7 +93,7 @@ def save_training_checkpoint(
         mesh,
         run_directory=run_directory,
         step=step,
-        expected_bytes=expected_size(run_directory, _bytes_of(state) * mesh.world_size),
+        expected_bytes=expected_size(run_directory, _guess_bytes(mesh, state)),
         write=partial(_write_rank, mesh, state),
         describe=manifest,
     )
@@ -138,8 +138,12 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _bytes_of(state: RunState) -> int:
-    """Estimates this rank's files."""
-    tensors = [*(state.weights or {}).values()]
-    tensors += [tensor for fragment in state.fragments for tensor in fragment.tensors.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _guess_bytes(mesh: ProcessMesh, state: RunState) -> int:
+    """Estimates all files, on rank 0: weights are written once for each rank of the model axis."""
+    runs = [run for fragment in state.fragments for run in fragment.tensors.values()]
+    weights = (state.weights or {}).values()
+    return mesh.model_size * sum(map(_num_bytes, weights)) + mesh.world_size * sum(map(_num_bytes, runs))
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -44,11 +44,11 @@ class ExponentialMovingAverage:
         Raises:
             CheckpointError: The checkpoint holds no average.
         """
-        for fragment, average in zip(self._engine.fragments(), self._averages, strict=True):
-            if AVERAGE not in saved.kinds(fragment.name):
+        for slot, average in zip(self._engine.slots, self._averages, strict=True):
+            if AVERAGE not in saved.kinds(slot.name):
                 raise CheckpointError(
-                    f"{saved.where} holds no average of {fragment.name}",
+                    f"{saved.where} holds no average of {slot.name}",
                     expected="the average that args.ema_decay asks for",
                     remedy="resume without args.ema_decay, or begin from its weights with args.load",
                 )
-            average.copy_(saved.read(fragment.name, AVERAGE, offset=fragment.offset, count=fragment.count))
+            average.copy_(saved.read(slot.name, AVERAGE, offset=slot.offset, count=slot.count))

@@ -28,6 +28,7 @@ class TrainEngine:
 
     Attributes:
         module: The transformer.
+        slots: What this rank owns of everything that trains, in the order of `masters` and `fragments`.
         zero_stage: 0 to 3.
         micro_steps: Backward passes of an optimizer step.
     """
@@ -35,7 +36,7 @@ class TrainEngine:
     def __init__(self, engine: Any, mesh: ProcessMesh) -> None:
         self._engine = engine
         self._mesh = mesh
-        self._slots = find_slots(engine, mesh)
+        self.slots = find_slots(engine, mesh)
         self._plain_grad_norm: float | None = None
         self.module: nn.Module = engine.module
         self.zero_stage = int(engine.zero_optimization_stage())
@@ -87,7 +88,7 @@ class TrainEngine:
 
     def masters(self) -> list[Tensor]:
         """Returns the fp32 weights that this rank owns: [n] each, in the order of `fragments`; views."""
-        return [slot.of(slot.flat) for slot in self._slots]
+        return [slot.of(slot.flat) for slot in self.slots]
 
     def trained_shapes(self) -> dict[str, Shape]:
         """Returns names and shapes of what trains, on this rank of the model axis."""
@@ -99,7 +100,7 @@ class TrainEngine:
 
         Shares of whole parameters, as stage 0 has them, are copies.
         """
-        fragments = read_state(self._engine, self._slots)
+        fragments = read_state(self._engine, self.slots)
         is_shared = self.zero_stage == 0 and self._mesh.data_size > 1
         return [compact(fragment) for fragment in fragments] if is_shared else fragments
 
