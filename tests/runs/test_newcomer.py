@@ -1,4 +1,4 @@
-"""The README typed by somebody new: own clips to a model in diffusers, and a real model's command."""
+"""The pages typed by somebody new: "Your first LoRA" from clips to diffusers, and the README's real model."""
 
 from __future__ import annotations
 
@@ -22,26 +22,43 @@ from tests.runs.launching import BIN, ROOT, Finished, environment, run_words, wa
 from tests.unit.data.videos import make_folder
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# What makes the page's runs short; everything else is typed as it stands there.
+FIRST_LORA = (ROOT / "docs" / "first_lora.md").read_text(encoding="utf-8")
+PROMPT = "a big grey rabbit crawls out of its burrow onto a green meadow"
+# What makes the pages' runs short; everything else is typed as it stands there.
 SHORT = {
-    "train": "args.train_iters=400 args.save_interval=200 args.eval_interval=200 "
+    "train": "args.train_iters=200 args.eval_interval=200 args.save_interval=200 "
     "args.valid_video_interval=null",
     "sample": "args.sampling_steps=8",
+    "check": "--no-paths",  # the released weights are not here
 }
 
 
-def block_with(text: str) -> list[str]:
-    """Returns the lines of the README's shell block that holds a text, continued lines joined."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-    (block,) = [block for block in blocks if text in block]
+def lines_of(page: str) -> list[str]:
+    """Returns the lines of a page's shell blocks, continued lines joined, comments left out."""
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL))
     return [
-        line.partition("  #")[0].rstrip() for line in block.replace("\\\n", " ").splitlines() if line.strip()
+        line.partition("  #")[0].rstrip() for line in blocks.replace("\\\n", " ").splitlines() if line.strip()
     ]
 
 
-def typed(line: str, *, setup: str = "") -> list[str]:
-    verb = shlex.split(line)[1]
-    return ["bash", "-c", f"{setup}\n{line} {SHORT.get(verb, '')}"]
+def write_settings(page: str, folder: Path) -> None:
+    """Writes the page's YAML blocks under the names that it gives them."""
+    names = re.findall(r"`(my_\w+\.yaml)`:\n\n```yaml", page)
+    blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert len(names) == len(blocks) == 2
+    for name, block in zip(names, blocks, strict=True):
+        (folder / name).write_text(block, encoding="utf-8")
+
+
+def typed(line: str) -> list[str]:
+    return ["bash", "-c", f"{line} {SHORT.get(shlex.split(line)[1], '')}"]
+
+
+def done(line: str, folder: Path) -> str:
+    """Types a line, and returns what it prints; it must succeed."""
+    finished = run_words(typed(line), cwd=folder)
+    assert finished.returncode == 0, finished.output
+    return finished.output
 
 
 def interrupted(words: list[str], folder: Path, *, after: str) -> Finished:
@@ -68,41 +85,45 @@ def frames_of(path: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_own_clips_become_a_model_in_diffusers(tmp_path: Path) -> None:
-    make_folder(tmp_path / "my_clips", [f"clip{i}" for i in range(10)], num_frames=90, height=64, width=96)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    setup, inspect, preview, precompute, train, resume, sample, convert = block_with("export RUN=")
-
-    for line in (inspect, preview, precompute):
-        done = run_words(typed(line, setup=setup), cwd=tmp_path)
-        assert done.returncode == 0, done.output
+def test_your_first_lora_goes_from_clips_to_a_model_in_diffusers(tmp_path: Path) -> None:
+    for name in ("configs", "sat_train"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_settings(FIRST_LORA, tmp_path)
+    lines = iter(lines_of(FIRST_LORA))
+    for _ in ("mkdir", "cp", "cp", "inspect", "preview", "precompute"):
+        done(next(lines), tmp_path)
     assert (tmp_path / "data_report" / "index.html").is_file()
+    assert (tmp_path / "data_report" / "contact_sheet.png").is_file()
 
-    stopped = interrupted(typed(train, setup=setup), tmp_path, after="step 20/400")
+    stopped = interrupted(typed(next(lines)), tmp_path, after="step 20/200")
     assert "Traceback" not in stopped.output
     (saved,) = re.findall(r"saved step (\d+); resume with args\.resume=auto", stopped.output)
-    assert 20 <= int(saved) < 400
-    resumed = run_words(typed(resume, setup=setup), cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.output
-    assert f"training steps {int(saved) + 1} to 400" in resumed.output
+    assert 20 <= int(saved) < 200
+    assert f"training steps {int(saved) + 1} to 200" in done(next(lines), tmp_path)
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
-    done = run_words(typed(sample), cwd=tmp_path)
-    assert done.returncode == 0, done.output
-    (ours,) = (tmp_path / "samples").rglob("*.mp4")
-    done = run_words(typed(convert), cwd=tmp_path)
-    assert done.returncode == 0, done.output
-    theirs = sampled_with_diffusers(done.output, tmp_path)
-    frames = frames_of(ours)
+    for _ in ("before", "after"):
+        done(next(lines), tmp_path)
+    (base,) = (tmp_path / "before").glob("*.mp4")
+    (ours,) = (tmp_path / "after").glob("*.mp4")
+    frames = frames_of(ours).astype(float)
+    assert np.abs(frames - frames_of(base)).mean() > 10  # of 255: the LoRA is seen
+    done(next(lines), tmp_path)
+    assert (tmp_path / "my_lora" / "pytorch_lora_weights.safetensors").is_file()
+    theirs = sampled_with_diffusers(done(next(lines), tmp_path), tmp_path)
     assert frames.shape == theirs.shape
-    assert np.abs(frames.astype(float) - theirs).mean() < 4  # of 255: what H.264 loses
+    assert np.abs(frames - theirs).mean() < 4  # of 255: what H.264 loses
+
+    # The settings for 5B are whole, but for the weights; its runs need a GPU.
+    assert "42 layers of width 3072" in done(next(lines), tmp_path)
+    assert [shlex.split(line)[0] for line in lines] == ["sat-train", "sat-train", "torchrun"]
 
 
 def sampled_with_diffusers(printed: str, folder: Path) -> np.ndarray:
     """Runs the script that `convert` has printed, with the prompt and the steps of the sample."""
     script = printed[printed.index("import torch\n") :]
     script = script[: script.index("export_to_video(video")]
-    script = script.replace('"a prompt"', '"a cat runs over grass"')
+    script = script.replace('"a prompt"', f'"{PROMPT}"')
     script = re.sub(r"num_inference_steps=\d+", "num_inference_steps=8", script)
     script = script.replace(", export_to_video", "").replace(
         "from diffusers.utils import export_to_video", ""
@@ -111,8 +132,8 @@ def sampled_with_diffusers(printed: str, folder: Path) -> np.ndarray:
         "\nimport numpy\nnumpy.save('video.npy', numpy.stack([numpy.asarray(frame) for frame in video]))\n"
     )
     (folder / "script.py").write_text(script, encoding="utf-8")
-    done = run_words([sys.executable, "script.py"], cwd=folder)
-    assert done.returncode == 0, done.output
+    finished = run_words([sys.executable, "script.py"], cwd=folder)
+    assert finished.returncode == 0, finished.output
     return np.load(folder / "video.npy")
 
 
@@ -166,7 +187,7 @@ def test_the_command_for_a_real_model_trains_on_one_folder_of_weights(tmp_path: 
     make_narrow_weights(tmp_path / "weights")
     make_folder(tmp_path / "clips", "abcdef", num_frames=90, height=64, width=96)
     narrow_copy_of(ROOT / "configs/model/cogvideox_5b.yaml", tmp_path / "model.yaml")
-    line = block_with("torchrun --nproc_per_node 8")[0]
+    (line,) = [line for line in lines_of(README) if line.startswith("sat-train train") and "5b" in line]
     for old, new in {
         "configs/model/cogvideox_5b.yaml": "model.yaml",
         "/weights/CogVideoX-5b": str(tmp_path / "weights"),
