@@ -1,4 +1,4 @@
-"""Checkpoints and weights: SAT's folder layout, atomic publishing, resume, import and export.
+"""Checkpoints of a run: SAT's folder layout, atomic publishing, verification, resume, retention.
 
 Knows state dicts and folders, not models.
 """

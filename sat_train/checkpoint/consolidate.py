@@ -1,6 +1,6 @@
-"""The whole weights of a committed step, put together from the files of all ranks.
+"""Assembles the whole weights of a committed step from the files of all ranks.
 
-Files are mapped, and a tensor is assembled when it is asked for.
+Files are memory-mapped, and a tensor is assembled when it is accessed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ def read_step(folder: Path, manifest: Manifest, *, ema: bool = False) -> LazyWei
     Args:
         folder: A committed step.
         manifest: Its manifest.
-        ema: The average in place of the trained weights.
+        ema: Return the average in place of the trained weights.
 
     Returns:
-        Whole tensors under SAT's keys, without prefix. When `manifest.trainable_only` the frozen ones are not
-        among them.
+        Whole tensors under SAT's keys, without prefix. If `manifest.trainable_only`, without the frozen ones.
 
     Raises:
-        CheckpointError: A file is missing or damaged; an average was asked for and none was saved.
+        CheckpointError: A file is missing or damaged, or `ema` is set and no average was saved.
     """
     computing = read_computing_weights(folder, manifest)
     trained = read_fragments(folder, manifest).whole(AVERAGE if ema else MASTER)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes."""
+"""Finds the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -47,21 +47,20 @@ class ResumePoint:
 def find_resume_point(
     mode: str, *, save_root: Path, experiment_name: str, is_alive: IsAlive
 ) -> ResumePoint | None:
-    """Finds what `args.resume` asks for.
+    """Finds the checkpoint that `args.resume` names.
 
     Args:
-        mode: `auto`: the newest run of this name that holds a complete checkpoint and that nobody writes to,
-            else None. `must`: the same, and an error when there is none. `none`: None. Anything else is the
-            path of a run directory, or of one step inside it.
+        mode: `auto`: the newest run of this name that holds a complete checkpoint and that no other process
+            writes to, else None. `must`: the same, but an error if there is none. `none`: None. Anything
+            else is the path of a run directory, or of one step inside it.
         save_root: `args.save`.
         experiment_name: `args.experiment_name`.
-        is_alive: Says whether a living run writes to a run directory.
+        is_alive: Whether another process is writing to a run directory.
 
     Raises:
-        CheckpointError: `must` found nothing; the path holds no complete checkpoint or belongs to a living
-            run.
+        CheckpointError: `must` found nothing, or the path holds no complete checkpoint or is in use.
 
-    Ranks: one, whose answer the others take (`collectives.on_rank_0`).
+    Ranks: one, which sends the result to the others (`collectives.on_rank_0`).
     """
     if mode == "none":
         return None
@@ -72,7 +71,7 @@ def find_resume_point(
         raise CheckpointError(
             f"args.resume = must: {save_root} holds no complete checkpoint of a stopped '{experiment_name}'",
             expected=f"a folder {experiment_name}-<YYYYmmdd-HHMMSS> with a committed step",
-            remedy="look at args.save and args.experiment_name, or use resume: auto to start afresh",
+            remedy="check args.save and args.experiment_name, or set args.resume=auto to start a new run",
         )
     return found
 
@@ -81,7 +80,7 @@ def find_resumable(save_root: Path, experiment_name: str, *, is_alive: IsAlive) 
     """Returns the newest verified checkpoint of the newest stopped run of that name, or None."""
     for run_directory in run_directories(save_root, experiment_name):
         if is_alive(run_directory):
-            log.info("%s is being written to by a living run; looking further", run_directory)
+            log.info("%s is in use by another process; trying an older run", run_directory)
             continue
         found = newest_verified(run_directory)
         if found is not None:
@@ -105,22 +104,23 @@ def run_directories(save_root: Path, experiment_name: str) -> list[Path]:
 def newest_verified(run_directory: Path) -> ResumePoint | None:
     """Returns the newest checkpoint of a run that verifies, or None.
 
-    Those that are damaged are renamed to `<step>.corrupt`.
+    Damaged checkpoints are renamed to `<step>.corrupt`.
 
     Raises:
-        CheckpointError: One cannot be read. It may be whole, and going back from it would abandon it.
+        CheckpointError: A checkpoint cannot be read. It may be whole, and resuming from an older one would
+            abandon it.
     """
     for step in committed_steps(run_directory):
         try:
             return _verified(run_directory, step)
         except DamagedCheckpoint as error:
-            log.warning("%s\n  going back to the checkpoint before it", error)
+            log.warning("%s\n  using the checkpoint before it", error)
             _set_aside_damaged(step_folder(run_directory, step))
     return None
 
 
 def _verified(run_directory: Path, step: int) -> ResumePoint:
-    steps = tuple(committed_steps(run_directory))  # before the long read: another run may begin meanwhile
+    steps = tuple(committed_steps(run_directory))  # before the long read: another run may start meanwhile
     return ResumePoint(run_directory, step, verify_checkpoint(step_folder(run_directory, step)), steps)
 
 
@@ -137,7 +137,8 @@ def _find_at(path: Path, is_alive: IsAlive) -> ResumePoint:
     run_directory = path.parent if is_step else path
     if is_alive(run_directory):
         raise CheckpointError(
-            f"args.resume = {path}: a living run writes to {run_directory}", remedy="stop it first"
+            f"args.resume = {path}: another process is writing to {run_directory}",
+            remedy="stop it first",
         )
     if is_step:
         return _find_step(path)
@@ -157,7 +158,7 @@ def _find_step(path: Path) -> ResumePoint:
         raise CheckpointError(
             f"args.resume = {path}: this step has been set aside",
             expected=f"a step of the run, under its number: {path.parent / str(step)}",
-            remedy=f"rename it to {step} if that name is free, and resume there",
+            remedy=f"rename it to {step}, if that name is free, and resume from there",
         )
     return _verified(path.parent, int(path.name))
 
@@ -169,7 +170,7 @@ def _check_folder(path: Path) -> None:
         is_folder = False
     except OSError as error:
         raise CheckpointError(
-            f"args.resume = {str(path)[:200]} cannot be read: {error.strerror}", remedy="look at the path"
+            f"args.resume = {str(path)[:200]} cannot be read: {error.strerror}", remedy="check the path"
         ) from error
     if not is_folder:
         raise CheckpointError(

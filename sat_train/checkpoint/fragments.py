@@ -1,8 +1,8 @@
-"""Everything that trains, as fragments: runs of elements of one parameter with the optimizer's state of them.
+"""Trained state as fragments: contiguous elements of one parameter with their optimizer state.
 
-Each rank saves the fragments that it owns. A reader asks for any run of elements of any parameter, so a state
-loads into any number of ranks, ZeRO stage and tensor-parallel size. The weights of an export and the moving
-average are read in the same way.
+Each rank saves the fragments that it owns. A reader can request any contiguous elements of any parameter, so
+a state loads into any number of ranks, ZeRO stage and tensor-parallel size. The weights of an export and the
+moving average are read in the same way.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Scalar = float | int
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of elements of one trained parameter, owned by one rank of the data axis.
+    """Contiguous elements of one trained parameter, owned by one rank of the data axis.
 
     Args:
         name: The parameter's name in the transformer.
-        shape: Shape of the parameter; under tensor parallelism that of this rank's shard.
+        shape: Shape of the parameter; under tensor parallelism, of this rank's shard.
         offset: Index of the first element in the flattened parameter.
-        tensors: [n] each, by kind: `master`, what the optimizer keeps for each element, `ema`.
-        scalars: What the optimizer keeps for the parameter as a whole, such as Adam's `step`.
+        tensors: [n] each, by kind: `master`, the optimizer's state per element, `ema`.
+        scalars: Optimizer state of the parameter as a whole, such as Adam's `step`.
     """
 
     name: str
@@ -61,16 +61,16 @@ def pack_fragments(fragments: Iterable[Fragment]) -> dict[str, Any]:
 
 
 class SavedFragments:
-    """The fragments of a committed step, as one rank of the model axis needs them.
+    """Fragments of a committed step, sharded for one rank of the model axis.
 
     Args:
-        saved: For each rank of the model axis that saved: the fragments of all its data ranks.
-        where: Where they come from, for messages.
-        model_rank: Rank on the model axis now.
-        model_size: Size of the model axis now.
+        saved: The fragments of all data ranks, for each rank of the model axis that saved.
+        where: Their source, for messages.
+        model_rank: Rank on the model axis of this run.
+        model_size: Size of the model axis of this run.
 
     Raises:
-        CheckpointError: Elements of a parameter are missing, or are there twice.
+        CheckpointError: Elements of a parameter are missing or duplicated.
     """
 
     def __init__(
@@ -82,19 +82,19 @@ class SavedFragments:
         self._sharded: dict[str, LazyWeights] = {}
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """Returns the names of what is kept for each element of a parameter."""
+        """Returns the kinds of state that are saved for each element of a parameter."""
         return tuple(self._runs[0][name][0].tensors)
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Shape of every parameter, for this rank."""
+        """Shape of every parameter on this rank."""
         return self._of_kind(MASTER).shapes
 
     def read(self, name: str, kind: str, *, offset: int, count: int) -> Tensor:
-        """Reads a run of elements of the flattened parameter of this rank.
+        """Reads contiguous elements of this rank's flattened parameter.
 
         Returns:
-            [count], mapped from the file where it lies in one piece.
+            [count], memory-mapped if the file holds it in one piece.
 
         Raises:
             CheckpointError: There is no such parameter or kind.
@@ -105,7 +105,7 @@ class SavedFragments:
         return self._of_kind(kind)[name].flatten()[offset : offset + count]
 
     def scalars(self, name: str) -> dict[str, Scalar]:
-        """Returns what the optimizer keeps for a parameter as a whole."""
+        """Returns the optimizer state of a parameter as a whole."""
         return self._runs[0][name][0].scalars
 
     def whole(self, kind: str) -> LazyWeights:
@@ -122,16 +122,16 @@ class SavedFragments:
 def read_fragments(
     folder: Path, manifest: Manifest, *, model_rank: int = 0, model_size: int = 1
 ) -> SavedFragments:
-    """Opens the fragments of a committed step; their tensors are mapped, not read.
+    """Opens the fragments of a committed step; tensors are memory-mapped, not read.
 
     Args:
         folder: The step folder.
         manifest: Its manifest.
-        model_rank: Rank on the model axis now.
-        model_size: Size of the model axis now.
+        model_rank: Rank on the model axis of this run.
+        model_size: Size of the model axis of this run.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or elements of a parameter are.
+        CheckpointError: A file is missing or damaged, or lacks elements of a parameter.
     """
     expected = "the fragments of a step, as sat_train writes them"
     with reading(folder, error=CheckpointError, expected=expected, remedy="use another step"):
@@ -151,7 +151,7 @@ def _read_file(path: Path) -> list[Fragment]:
 
 
 def _checked(path: Path, fragment: Fragment) -> Fragment:
-    """Compares what a file claims with what is there, before anything is taken from it."""
+    """Checks the fields of a fragment before anything is taken from it."""
     is_shape = type(fragment.shape) is tuple and all(type(n) is int and n >= 0 for n in fragment.shape)
     is_named = type(fragment.name) is str and type(fragment.offset) is int and fragment.offset >= 0
     scalars_are_numbers = all(type(value) in (int, float) for value in fragment.scalars.values())
@@ -203,7 +203,7 @@ def _assembled(runs: dict[str, list[Fragment]], kind: str, where: str) -> LazyWe
 
 
 def joined(pieces: Sequence[Tensor], shape: Shape, where: str) -> LazyTensor:
-    """Returns the tensor whose flattened elements are those of 1-D `pieces`, one after the other."""
+    """Returns the tensor whose flattened elements are the concatenation of 1-D `pieces`."""
 
     def read(shard: Shard | None) -> Tensor:
         return shard_tensor(read_run(pieces, 0, math.prod(shape), where).view(shape), shard)
@@ -215,7 +215,7 @@ def read_run(pieces: Sequence[Tensor], offset: int, count: int, where: str) -> T
     """Returns `count` elements from `offset` on of the concatenation of 1-D `pieces`.
 
     Raises:
-        CheckpointError: The pieces end before.
+        CheckpointError: The pieces hold fewer elements.
     """
     parts, start = [], 0
     for piece in pieces:

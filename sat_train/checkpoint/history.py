@@ -1,7 +1,8 @@
-"""One run directory holds one line of history: its newest step is the one that was committed last.
+"""Keeps one line of history per run directory: its largest step is the one committed last.
 
-So all that takes "the newest" (`latest`, `args.resume`, sampling, conversion, retention) may take the largest
-number. Going back to an earlier step sets the later ones aside, under names that nobody takes for a step.
+Everything that needs "the newest step" (`latest`, `args.resume`, sampling, conversion, retention) can
+therefore take the largest number. Going back to an earlier step renames the later ones, so that they no
+longer count as steps.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _LATEST_BYTES = 1000
 def rewind(run_directory: Path, step: int) -> list[int]:
     """Makes a committed step the newest of its run; later ones are set aside, newest first.
 
-    A kill in between leaves the line as it was, only shorter.
+    A kill in between leaves a valid, shorter history.
 
     Returns:
         The steps that were set aside.
 
     Raises:
-        CheckpointError: The folder cannot be looked into.
-        OSError: A step cannot be renamed. The run must not continue then: it would mix two lines.
+        CheckpointError: The folder cannot be read.
+        OSError: A step cannot be renamed. The run must then not continue: it would mix two histories.
 
     Ranks: one, which owns the folder.
     """
@@ -44,7 +45,7 @@ def rewind(run_directory: Path, step: int) -> list[int]:
 
 
 def set_aside(folder: Path, suffix: str) -> Path:
-    """Renames a step's folder to `<step><suffix>`, or `<step><suffix>.N` where that is taken.
+    """Renames a step's folder to `<step><suffix>`, or `<step><suffix>.N` if that is taken.
 
     Raises:
         OSError: It cannot be renamed.
@@ -59,7 +60,7 @@ def set_aside(folder: Path, suffix: str) -> Path:
 
 
 def point_latest(run_directory: Path, step: int) -> None:
-    """Writes `latest`, for SAT and for people.
+    """Writes the file `latest`, for SAT and for people.
 
     Raises:
         OSError: It cannot be written.
@@ -68,7 +69,7 @@ def point_latest(run_directory: Path, step: int) -> None:
 
 
 def read_latest(run_directory: Path) -> int | None:
-    """Returns the step that `latest` names; None when there is no such file, or none that names a step."""
+    """Returns the step that `latest` names, or None if the file is missing or names no step."""
     try:
         return parse_step(read_text(run_directory / LATEST, limit=_LATEST_BYTES).strip())
     except (OSError, ValueError):

@@ -1,15 +1,15 @@
-"""Names inside a run directory. Nobody else spells them.
+"""File and folder names inside a run directory; no other module spells them.
 
-<run>/latest                     text: the newest committed step, for SAT and for people; never the truth
-<run>/<step>/manifest.json       its presence means: committed
+<run>/latest                     text: the newest committed step, for SAT and for people; not authoritative
+<run>/<step>/manifest.json       marks the step as committed
 <run>/<step>/mp_rank_00_model_states.pt
                                  weights as SAT reads them: one file for each rank of the model axis
 <run>/<step>/fragments_rank_00.pt
                                  what trains, one file a rank: fp32 masters, optimizer state, average
-<run>/<step>/client_state.json   where the run stands, and its configuration
-<run>/.tmp-<step>-<id>/          a save under way, or one that was killed
-<run>/<step>.corrupt/            failed its verification; kept for a person to look at
-<run>/<step>.abandoned/          lay after the step that a person went back to; kept for a person
+<run>/<step>/client_state.json   the position of the run, and its configuration
+<run>/.tmp-<step>-<id>/          a save in progress, or one that was killed
+<run>/<step>.corrupt/            failed its verification; kept for inspection
+<run>/<step>.abandoned/          came after the step that somebody went back to; kept
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ABANDONED_SUFFIX = ".abandoned"
 
 _STEP_NAME = re.compile(r"0|[1-9][0-9]{0,17}")
 
-# What SAT puts before the transformer's keys in `mp_rank_XX_model_states.pt`.
+# SAT's prefix of the transformer's keys in `mp_rank_XX_model_states.pt`.
 SAT_PREFIX = "model.diffusion_model."
 CLIENT_STATE = "client_state.json"
 
@@ -39,27 +39,27 @@ def step_folder(run_directory: Path, step: int) -> Path:
 
 
 def model_file_name(model_rank: int) -> str:
-    """Returns the name of the weights of one rank of the model axis."""
+    """Returns the file name of the weights of one rank of the model axis."""
     return f"mp_rank_{model_rank:02d}_model_states.pt"
 
 
 def fragments_file_name(rank: int) -> str:
-    """Returns the name of the trained state that global rank `rank` owns."""
+    """Returns the file name of the trained state that global rank `rank` owns."""
     return f"fragments_rank_{rank:02d}.pt"
 
 
 def parse_step(name: str) -> int | None:
-    """Returns the step that a folder's name means; None for other names."""
+    """Returns the step that a folder name stands for, or None for other names."""
     return int(name) if _STEP_NAME.fullmatch(name) else None
 
 
 def committed_steps(run_directory: Path) -> list[int]:
-    """Returns the steps that have a manifest, newest first. Says nothing about their contents.
+    """Returns the steps that have a manifest, newest first; their contents are not verified.
 
     One run directory holds one line of history (`history.rewind`), so the largest step is the last committed.
 
     Raises:
-        CheckpointError: The folder cannot be looked into, so that nobody knows which is the newest.
+        CheckpointError: The folder cannot be read, so the newest step is unknown.
     """
     try:
         names = os.listdir(run_directory)
@@ -72,10 +72,10 @@ def committed_steps(run_directory: Path) -> list[int]:
 
 
 def is_committed(folder: Path) -> bool:
-    """Says whether a folder holds a manifest.
+    """Returns whether a folder holds a manifest.
 
     Raises:
-        CheckpointError: It cannot be looked into: that is not an answer.
+        CheckpointError: The folder cannot be read, so the answer is unknown.
     """
     try:
         os.stat(folder / MANIFEST)
@@ -87,10 +87,10 @@ def is_committed(folder: Path) -> bool:
 
 
 def cannot_read(path: Path | str, error: OSError) -> CheckpointError:
-    """Returns the error for a file that may be whole, but cannot be read now."""
+    """Returns the error for a file that cannot be read now but may be whole."""
     return CheckpointError(
         f"{path} cannot be read: {error.strerror or error}",
-        expected="a readable file; nothing was renamed, for it may be whole",
-        remedy="see that the disk is mounted and healthy and that this user may read it, then start again; "
-        "if it is lost, move the step's folder away",
+        expected="a readable file; nothing was renamed, because it may be whole",
+        remedy="check that the disk is mounted and healthy and that this user may read it, then start again; "
+        "if the file is lost, move the step's folder away",
     )

@@ -1,4 +1,4 @@
-"""What a resumed run needs of a verified checkpoint, compared with the run before anything is touched."""
+"""Opens the state of a verified checkpoint for a resumed run, after comparing it with the run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def open_trained_state(
     trained: Mapping[str, Shape],
     base_weights: BaseWeights | None = None,
 ) -> SavedFragments:
-    """Opens everything that trains in a checkpoint, whatever ranks and ZeRO stage wrote it.
+    """Opens the trained state of a checkpoint, whatever ranks and ZeRO stage wrote it.
 
     Args:
         mesh: The process mesh.
         point: From `find_resume_point`.
-        trained: Names and shapes of what trains in this run, on this rank of the model axis.
-        base_weights: The frozen weights that this run loaded, for a checkpoint that left them out.
+        trained: Names and shapes of this run's trained parameters, on this rank of the model axis.
+        base_weights: The frozen weights that this run loaded, for a checkpoint without them.
 
     Raises:
-        CheckpointError: On all ranks alike: other base weights, other names or shapes (listed), damaged.
+        CheckpointError: On all ranks alike: other base weights, other names or shapes (listed), or damage.
 
     Ranks: all.
     """
@@ -59,13 +59,13 @@ def read_client_state(point: ResumePoint) -> dict[str, Any]:
     """Returns the client state that a checkpoint was saved with.
 
     Raises:
-        CheckpointError: It is not as sat_train wrote it.
+        CheckpointError: The file is not one that sat_train wrote.
     """
     path: Path = step_folder(point.run_directory, point.step) / CLIENT_STATE
     with reading(path, error=CheckpointError, expected="a checkpoint of `sat-train train`"):
         state = json.loads(read_text(path, limit=_MOST_BYTES))
         if not isinstance(state, dict):
-            raise ValueError("it is not a table")
+            raise ValueError("it is not a JSON object")
     return state
 
 
@@ -73,8 +73,8 @@ def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
     saved = point.manifest.base_weights
     if saved is not None and ours is not None and saved.sha256 != ours.sha256:
         raise CheckpointError(
-            f"step {point.step} of {point.run_directory} stands on base weights {saved.source} "
-            f"(sha256 {saved.sha256[:12]}), and {ours.source} (sha256 {ours.sha256[:12]}) is loaded",
+            f"step {point.step} of {point.run_directory} was trained on base weights {saved.source} "
+            f"(sha256 {saved.sha256[:12]}), but {ours.source} (sha256 {ours.sha256[:12]}) is loaded",
             expected="the same frozen weights",
             remedy=f"set args.load: {saved.source}",
         )

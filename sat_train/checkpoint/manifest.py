@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what belongs to it, what it must hash to, and what it was made from.
+"""The manifest of a checkpoint: its files, their hashes, and the run that wrote them.
 
-A manifest is a stranger's file until its own SHA-256 matches, and its contents are a stranger's still: each
-field is checked before anything is done with it.
+A manifest may come from a stranger, and a matching SHA-256 does not make its contents trustworthy: each field
+is checked before it is used.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _COUNTS = {
     "data_size": _MOST_RANKS,
     "model_size": _MOST_RANKS,
 }
-_MOST_SHOWN = 1000  # of a message that quotes a stranger's file
+_MOST_SHOWN = 1000  # characters of a message that quotes a stranger's file
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Files that readers would take for a part of the checkpoint.
+# Files that readers would take for parts of the checkpoint.
 _STATES = re.compile(r".*_states\.pt|fragments_rank_\d+\.pt")
 
 
 class DamagedCheckpoint(CheckpointError):
-    """What is there is not what was written. A file that cannot be read just now is not damaged."""
+    """The files differ from what was written. A file that cannot be read at the moment is not damaged."""
 
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """The frozen weights that a LoRA run stands on.
+    """The frozen base weights of a LoRA run.
 
     Args:
         source: Path or `asset:` name they were read from.
@@ -57,22 +57,22 @@ class BaseWeights:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything known about a checkpoint without opening its tensors.
+    """Description of a checkpoint: everything known without opening its tensors.
 
     Args:
         step: Optimizer steps done.
         samples_consumed: Position in the data: samples that all ranks together have taken.
-        samples_waiting: Samples that were passed over in the global order and are still to come.
-        world_size: Processes that wrote it.
+        samples_waiting: Samples that were skipped in the global order and are still to come.
+        world_size: Number of processes that wrote it.
         data_size: Ranks on the data axis.
         model_size: Ranks on the model axis.
-        dtype: What the run computed in: `fp32`, `bf16` or `fp16`.
-        trainable_only: Frozen weights are not inside (LoRA).
+        dtype: Precision of the run: `fp32`, `bf16` or `fp16`.
+        trainable_only: Whether frozen weights are left out (LoRA).
         config_digest: `RunConfig.digest()`.
         data_fingerprint: Fingerprint of the data set.
-        base_weights: What the frozen weights were, when `trainable_only`.
+        base_weights: The frozen weights, if `trainable_only`.
         versions: Version of each library that wrote it.
-        files: All files of the folder but the manifest.
+        files: All files of the folder except the manifest.
         format: Version of this record.
     """
 
@@ -92,7 +92,7 @@ class Manifest:
     format: int = FORMAT
 
     def global_rank(self, data_rank: int, model_rank: int) -> int:
-        """Returns the rank that stood there when it was written."""
+        """Returns the global rank at a position of the mesh that wrote the checkpoint."""
         return data_rank * self.model_size + model_rank
 
     def to_json(self) -> str:
@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a step folder.
 
     Raises:
-        DamagedCheckpoint: There is none, or it is not as it was written.
+        DamagedCheckpoint: It is missing, or differs from what was written.
         CheckpointError: It cannot be read, or was not written by this version of sat_train.
     """
     path = folder / MANIFEST
@@ -208,7 +208,7 @@ def _base_weights(values: dict[str, Any]) -> BaseWeights:
 
 
 def is_plain_name(name: object) -> bool:
-    """Says whether a text names a file inside a folder and nothing else, and is not the manifest itself."""
+    """Returns whether a name is that of a file directly inside a folder, other than the manifest."""
     if type(name) is not str or "\0" in name or not 0 < len(name) <= 255:
         return False
     return name == Path(name).name and name not in (".", "..", MANIFEST)
@@ -230,14 +230,14 @@ def _check(is_right: bool, problem: str) -> None:
 def verify_checkpoint(folder: Path) -> Manifest:
     """Reads every byte of a checkpoint and compares it with the manifest.
 
-    Every entrance calls this before it reads a tensor: resume, `args.load`, sampling, conversion.
+    Everything that reads a checkpoint calls this first: resume, `args.load`, sampling, conversion.
 
     Returns:
-        The manifest, when all files are as written.
+        The manifest, if all files are as they were written.
 
     Raises:
         DamagedCheckpoint: A file is missing, of another size, or of other contents; all of them are named.
-        CheckpointError: A file cannot be read, so that nobody knows.
+        CheckpointError: A file cannot be read, so the answer is unknown.
     """
     manifest = read_manifest(folder)
     _check_no_strays(folder, manifest)
@@ -257,7 +257,7 @@ def verify_checkpoint(folder: Path) -> Manifest:
 
 
 def _check_no_strays(folder: Path, manifest: Manifest) -> None:
-    """Readers find some files by their names: one that nobody committed must not be taken for a part."""
+    """Refuses files that readers would find by name although the manifest does not list them."""
     known = {record.name for record in manifest.files}
     try:
         strays = sorted(name for name in os.listdir(folder) if _STATES.fullmatch(name) and name not in known)
@@ -272,7 +272,7 @@ def _check_no_strays(folder: Path, manifest: Manifest) -> None:
 
 
 def _fault(folder: Path, record: FileRecord) -> str | OSError | None:
-    """Returns what is wrong with a file: a text when it is damaged, an error when it cannot be read."""
+    """Returns the fault of a file, or None: a text if it is damaged, an error if it cannot be read."""
     path = folder / record.name
     try:
         size = path.stat().st_size

@@ -1,9 +1,9 @@
-"""Publishing a checkpoint so that it exists whole or not at all.
+"""Publishes a checkpoint so that it exists whole or not at all.
 
-All ranks write into `.tmp-<step>-<id>/`, each file synced and hashed; they compare notes; rank 0 writes the
-manifest and renames the folder to `<step>/`. That rename is the commit. `latest` follows, for SAT and for
-people. DeepSpeed alone writes in place and moves `latest` before the other ranks are done, so a kill leaves a
-torn checkpoint that it later loads.
+All ranks write into `.tmp-<step>-<id>/`, each file hashed and synced, and report what they wrote; rank 0
+writes the manifest and renames the folder to `<step>/`. That rename is the commit. `latest` follows, for SAT
+and for people. DeepSpeed by itself writes in place and updates `latest` before the other ranks are done, so a
+kill leaves a torn checkpoint that it later loads.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-# Room for what else is written meanwhile: logs, samples, other runs.
+# Room for everything else that is written meanwhile: logs, samples, other runs.
 SPACE_MARGIN = 1.2
 
 
 class Describe(Protocol):
-    """Makes the manifest of the files of all ranks."""
+    """Builds the manifest from the files of all ranks."""
 
     def __call__(self, *, files: tuple[FileRecord, ...]) -> Manifest: ...
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank wrote into the temporary folder.
+    """Report of one rank: the files it wrote into the temporary folder.
 
     Args:
-        files: Its files.
-        failure: Why it could not write them all; empty when it could.
+        files: The files.
+        failure: Reason why it could not write them all; empty on success.
     """
 
     files: list[FileRecord] = field(default_factory=list)
@@ -69,18 +69,18 @@ def publish(
     """Writes and commits the folder of one step.
 
     Args:
-        run_directory: Exists, on a file system that all ranks see.
-        step: Its name. A folder of that step that is there is set aside.
-        expected_bytes: Estimate of the whole, for the check of free space.
-        write: Writes this rank's files into the folder it is given. It reports a failure instead of raising.
-        describe: Makes the manifest, on rank 0, from the files of all ranks.
+        run_directory: An existing folder, on a file system that all ranks see.
+        step: Optimizer step, which names the folder. An existing folder of that name is set aside.
+        expected_bytes: Estimate of the total size, for the check of free space.
+        write: Writes this rank's files into a folder. It reports a failure instead of raising.
+        describe: Builds the manifest, on rank 0, from the files of all ranks.
 
     Returns:
         The committed folder.
 
     Raises:
         CheckpointError: On all ranks alike: too little space, a failed write, a folder that not all ranks
-            see. What was committed before is untouched and nothing of the failed save is left.
+            see. Earlier checkpoints are untouched, and nothing of the failed save is left.
 
     Ranks: all.
     """
@@ -90,7 +90,7 @@ def publish(
 
 
 def expected_size(run_directory: Path, first_guess: int) -> int:
-    """Returns the bytes of the newest checkpoint in the folder, or `first_guess` when there is none."""
+    """Returns the size in bytes of the newest checkpoint in the folder, or `first_guess` if there is none."""
     try:
         for step in committed_steps(run_directory):
             return sum(record.size for record in read_manifest(step_folder(run_directory, step)).files)
@@ -139,7 +139,7 @@ def _check_reports(temporary: Path, step: int, reports: list[RankReport]) -> Non
     if failures:
         raise CheckpointError(
             "\n  ".join([f"the checkpoint of step {step} could not be written:", *failures]),
-            remedy="see that the disk has room and may be written; earlier checkpoints are intact",
+            remedy="check that the disk has room and is writable; earlier checkpoints are intact",
         )
     for rank, report in enumerate(reports):
         for record in report.files:
@@ -155,7 +155,7 @@ def _rename(temporary: Path, run_directory: Path, step: int) -> Path:
     target = step_folder(run_directory, step)
     if os.path.lexists(target):
         aside = set_aside(target, ABANDONED_SUFFIX)
-        log.warning("%s was there already and is set aside as %s", target, aside.name)
+        log.warning("%s existed already and is set aside as %s", target, aside.name)
     os.rename(temporary, target)
     sync_folder(run_directory)
     return target

@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Deletes old checkpoints and what killed saves left behind."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ log = get_logger(__name__)
 def prune_checkpoints(
     run_directory: Path, *, keep_last: int, keep_every: int = 0, resumed_step: int | None = None
 ) -> list[int]:
-    """Deletes what is too old. Call it after the new checkpoint is committed, never before.
+    """Deletes checkpoints that are too old. Call it after the new checkpoint is committed, never before.
 
-    What `latest` names stays too: it may be older where the disk was too full to say what is newest.
+    The step that `latest` names is kept too: it may be older if the disk was too full to update it.
 
     Args:
         run_directory: The run directory.
-        keep_last: How many of the newest stay; 0 keeps all.
-        keep_every: Steps that are a multiple of this stay for ever; 0 for none.
-        resumed_step: The step that the run was resumed from stays.
+        keep_last: Number of the newest steps to keep; 0 keeps all.
+        keep_every: Multiples of this are kept for good; 0 for none.
+        resumed_step: The step that the run was resumed from, which is kept.
 
     Returns:
         The deleted steps.
@@ -44,15 +44,16 @@ def prune_checkpoints(
 
 
 def remove_leftovers(run_directory: Path) -> list[Path]:
-    """Deletes what writes that were killed left: temporary folders and files. Call it when this run owns the
-    folder and is not saving.
+    """Deletes the temporary folders and files of killed saves.
+
+    Call it when this run owns the folder and is not saving.
 
     Ranks: one.
     """
     folders = sorted(path for path in run_directory.glob(TEMPORARY_PREFIX + "*") if path.is_dir())
     files = sorted(path for path in run_directory.glob("*" + PART_SUFFIX) if path.is_file())
     for path in folders + files:
-        log.info("removing %s, left by a save that did not finish", path)
+        log.info("removing %s, left behind by an unfinished save", path)
     for path in folders:
         shutil.rmtree(path, ignore_errors=True)
     for path in files:

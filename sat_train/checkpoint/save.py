@@ -1,4 +1,4 @@
-"""Saving a training run: its weights, everything that trains, and where the run stands."""
+"""Saves a training run: its weights, its trained state, and its position."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from sat_train.files import FileRecord, HashingFile, write_file
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint holds of one rank.
+    """The state of one rank that a checkpoint saves.
 
     Args:
-        weights: The weights that compute, whole for a rank of the model axis; None on ranks that do not write
-            them.
-        fragments: What this rank owns of everything that trains.
+        weights: The weights that the network computes with, whole for a rank of the model axis; None on ranks
+            that do not write them.
+        fragments: The trained state that this rank owns.
         client_state: Plain values, the same on all ranks.
     """
 
@@ -52,25 +52,25 @@ def save_training_checkpoint(
     data_fingerprint: str,
     base_weights: BaseWeights | None = None,
 ) -> Path:
-    """Publishes everything that a run needs to continue as if it had never stopped.
+    """Publishes everything that a run needs to resume as if it had never stopped.
 
     Args:
-        state: Of this rank.
+        state: The state of this rank.
         run_directory: The run directory.
         step: Optimizer steps done.
         samples_consumed: Samples that all ranks together have taken.
-        samples_waiting: Samples that were passed over in the global order and are still to come.
-        dtype: What the run computes in: `fp32`, `bf16` or `fp16`.
-        trainable_only: Frozen weights are left out (LoRA).
+        samples_waiting: Samples that were skipped in the global order and are still to come.
+        dtype: Precision of the run: `fp32`, `bf16` or `fp16`.
+        trainable_only: Whether frozen weights are left out (LoRA).
         config_digest: `RunConfig.digest()`.
         data_fingerprint: Fingerprint of the data set.
-        base_weights: Source and hash of the frozen weights, when they are left out.
+        base_weights: Source and hash of the frozen weights, if they are left out.
 
     Returns:
         The committed folder.
 
     Raises:
-        CheckpointError: On all ranks alike; training may continue, what was saved before is intact.
+        CheckpointError: On all ranks alike. Training may continue; earlier checkpoints are intact.
 
     Ranks: all.
     """
@@ -100,7 +100,7 @@ def save_training_checkpoint(
 
 
 def _write_rank(mesh: ProcessMesh, state: RunState, folder: Path) -> RankReport:
-    """Writes this rank's files. Reports a failure instead of raising: the other ranks wait for the report."""
+    """Writes this rank's files; reports a failure instead of raising, because the other ranks wait for it."""
     written: list[FileRecord] = []
     for name, write in _files(mesh, state):
         try:
@@ -130,7 +130,7 @@ def _write_text(text: str, file: HashingFile) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    """Returns the versions of what wrote a checkpoint."""
+    """Returns the versions of the libraries that write a checkpoint."""
     return {
         "sat_train": sat_train.__version__,
         "torch": torch.__version__,
@@ -139,7 +139,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _guess_bytes(mesh: ProcessMesh, state: RunState) -> int:
-    """Estimates all files, on rank 0: weights are written once for each rank of the model axis."""
+    """Estimates the size of all files: weights are written once for each rank of the model axis."""
     runs = [run for fragment in state.fragments for run in fragment.tensors.values()]
     weights = (state.weights or {}).values()
     return mesh.model_size * sum(map(_num_bytes, weights)) + mesh.world_size * sum(map(_num_bytes, runs))

@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused_by_name(rank_pool: Callable[..., Any], tmp
     assert "mismatched  0.weight: the model has [32, 8], the file [16, 8]" in wider
     assert "0 missing, 0 unexpected, 3 of another shape" in wider
     assert "unexpected  0.weight [16, 8]" in refusal(2, "full", lora=True)
-    assert "stands on base weights base.safetensors" in refusal(2, "lora", sha256="e" * 64, lora=True)
+    assert "was trained on base weights base.safetensors" in refusal(2, "lora", sha256="e" * 64, lora=True)
 
 
 FORGERIES: dict[str, Any] = {

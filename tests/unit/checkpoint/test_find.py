@@ -128,7 +128,7 @@ def test_a_path_names_a_run_or_one_step_of_it(mesh: ProcessMesh, tmp_path: Path)
     assert (run / "10").is_dir(), "a step that a person named is theirs to judge"
     with pytest.raises(CheckpointError, match="no such folder"):
         find(tmp_path, str(tmp_path / "nowhere"))
-    with pytest.raises(CheckpointError, match="a living run writes to"):
+    with pytest.raises(CheckpointError, match="another process is writing to"):
         find(tmp_path, str(run), alive=(run,))
     with pytest.raises(CheckpointError, match="no complete checkpoint inside"):
         find(tmp_path, str(run_directory(tmp_path, "20260109-000000")))
