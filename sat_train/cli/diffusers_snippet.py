@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sat_train.config import RunConfig
 from sat_train.diffusion.guidance import DynamicGuidance
-from sat_train.pipeline.build import compute_dtype
+from sat_train.models.build import compute_dtype
 from sat_train.sampling.build import SamplingSettings, build_sampling
 
 _DIFFUSERS_EXPONENT = 5.0

@@ -22,4 +22,4 @@ def main(words: Sequence[str] | None = None) -> int:
     if wants_help(given):
         print_usage("precompute")
         return 0
-    return run_on_ranks("precompute", ("sat_train.training.precompute", "precompute_until_stopped"), given)
+    return run_on_ranks("precompute", ("sat_train.encoding.precompute", "precompute_until_stopped"), given)

@@ -14,24 +14,25 @@ from torch import Tensor
 from sat_train.config import RunConfig
 from sat_train.distributed.collectives import check_all_ranks, gather_objects, on_rank_0, wait_for_ranks
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.distributed.signals import StopRequest
 from sat_train.distributed.work_queue import WorkQueue
+from sat_train.encoding.build import build_loaded_vae
 from sat_train.errors import SatTrainError, Stopped
 from sat_train.interchange.locate import load_weights, locate_weights
 from sat_train.log import console, get_logger
-from sat_train.models.build import build_dit
+from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import add_lora_for
 from sat_train.models.low_rank import common_scale
 from sat_train.models.text.build import build_text_encoder
-from sat_train.pipeline.build import build_pipeline, compute_dtype
+from sat_train.pipeline.build import build_pipeline
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
 from sat_train.sampling.generate import generate_video
 from sat_train.sampling.prompts import SampleRequest, build_requests, read_image, read_prompt_file
 from sat_train.sampling.video_file import spread_frames, write_contact_sheet, write_mp4
 from sat_train.training.memory import SAMPLING_REMEDY, explaining_lack_of_memory
-from sat_train.training.models import StartWeights, build_loaded_vae, read_weights_and_updates
-from sat_train.training.signals import StopRequest
+from sat_train.training.models import StartWeights, read_weights_and_updates
 from sat_train.weights.tensor_parallel import slice_weights
 
 log = get_logger(__name__)

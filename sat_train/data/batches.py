@@ -126,6 +126,11 @@ class OrderedBatches:
                 first += len(indices)
             position = step[-1][1]
 
+    def indices(self, position: DataPosition, micro_steps: int | None = None) -> list[int]:
+        """Returns the samples that all ranks take after a position, in so many micro-steps or to the end."""
+        micro_batches = itertools.islice(self.micro_batches(position), micro_steps)
+        return sorted(index for batch in micro_batches for index in batch.indices)
+
     def micro_steps_left(self, position: DataPosition) -> int:
         """Returns the micro-steps from a position until no sample before `goal` or `stop` is left."""
         assert self._end is not None, "the training order has no end"

@@ -84,6 +84,20 @@ def build_train_batches(
     )
 
 
+def count_steps(config: RunConfig, batches: OrderedBatches, steps_done: int = 0) -> int:
+    """Returns the steps of a run: `args.train_iters`, or those that `args.epochs` still needs and those done.
+
+    Args:
+        config: The configuration.
+        batches: What is left is counted by what plans it, from where it starts.
+        steps_done: Optimizer steps before that.
+    """
+    if config.args.train_iters is not None:
+        return config.args.train_iters
+    micro_steps = batches.micro_steps_left(batches.start)
+    return steps_done + -(-micro_steps // config.args.gradient_accumulation_steps)
+
+
 def batch_sizes(config: RunConfig, batch_size: int) -> list[int]:
     """Returns the samples of one rank in a micro-batch for each shape: as many as the budget has room for."""
     params = config.require_data().params

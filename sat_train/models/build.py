@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sat_train.config import ModelConfig
+from sat_train.config import ArgsConfig, ModelConfig
 from sat_train.config.schema.network import (
     DiffusionTransformerParams,
     Rotary3DPositionEmbeddingParams,
@@ -72,6 +72,13 @@ def build_dit(
             dit, rank=lora.r, alpha=lora.lora_alpha, dropout=lora.dropout, targets=lora.targets, seed=seed
         )
     return dit
+
+
+def compute_dtype(args: ArgsConfig) -> torch.dtype:
+    """Returns what the transformer computes in: `args.bf16`, `args.fp16` or float32."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
 
 
 def _kind(rotary: Rotary3DPositionEmbeddingParams | None) -> str:

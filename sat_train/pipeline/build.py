@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from sat_train.config import ArgsConfig, ModelConfig, RunConfig
+from sat_train.config import ModelConfig, RunConfig
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
+from sat_train.models.build import compute_dtype
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 
 if TYPE_CHECKING:
+    from sat_train.encoding.encoders import LoadEncoders
     from sat_train.models.dit.transformer import DiffusionTransformer
     from sat_train.models.text.t5 import T5TextEncoder
     from sat_train.models.vae.video_vae import VideoVAE
-    from sat_train.pipeline.encoders import LoadEncoders
 
 # what diffusers' pipeline and CogVideo's sampling give to CogVideoX1.5-I2V
 _OFS = 2.0
@@ -79,10 +79,3 @@ def build_alpha_bar(model: ModelConfig) -> Tensor:
         keep_start=params.keep_start,
         post_shift=params.post_shift,
     )
-
-
-def compute_dtype(args: ArgsConfig) -> torch.dtype:
-    """Returns what the transformer computes in: `args.bf16`, `args.fp16` or float32."""
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else torch.float32

@@ -16,18 +16,18 @@ from sat_train.diffusion.parameterization import add_noise, v_target
 from sat_train.diffusion.samplers import OnStep, sample_ddim, sample_dpmpp_2m
 from sat_train.diffusion.timesteps import Spacing, stratified_timesteps, uniform_timesteps
 from sat_train.distributed.seeds import derive_seed
-from sat_train.pipeline.encoders import Encoders, conditioning_image, pixels_to_unit
-from sat_train.pipeline.geometry import check_size, counted_frames, latent_frames, pad_in_time, padding_frames
-from sat_train.pipeline.image_latent import image_condition, sample_posterior
-from sat_train.pipeline.randomness import SampleRandomness
+from sat_train.encoding.encoders import Encoders, conditioning_image, pixels_to_unit
+from sat_train.encoding.image_latent import image_condition, sample_posterior
+from sat_train.encoding.randomness import SampleRandomness
+from sat_train.models.geometry import check_size, counted_frames, latent_frames, pad_in_time, padding_frames
 from sat_train.pipeline.training_inputs import LossOutput, TrainingInputs
 
 if TYPE_CHECKING:
     from sat_train.data.batch import VideoBatch
+    from sat_train.encoding.encoders import LoadEncoders
     from sat_train.models.dit.transformer import DiffusionTransformer
     from sat_train.models.text.t5 import T5TextEncoder
     from sat_train.models.vae.video_vae import VideoVAE
-    from sat_train.pipeline.encoders import LoadEncoders
 
 Network = Callable[..., Tensor]
 Sampler = Literal["DDIM", "DPMPP2M"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sat_train.config import ModelConfig, RunConfig
 from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance, Guidance
 from sat_train.errors import ConfigError, Fault
-from sat_train.pipeline.geometry import pixel_frames
+from sat_train.models.geometry import pixel_frames
 from sat_train.pipeline.video_diffusion import Sampler
 
 

@@ -27,6 +27,7 @@ from sat_train.data.build import sum_bad_clips
 from sat_train.distributed.collectives import broadcast_object, on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
+from sat_train.distributed.signals import StopRequest
 from sat_train.engine.build import build_engine
 from sat_train.engine.ema import ExponentialMovingAverage
 from sat_train.engine.engine import TrainEngine
@@ -34,7 +35,7 @@ from sat_train.engine.optim.build import build_optimizer
 from sat_train.errors import CheckpointError, LaunchError, Stopped
 from sat_train.files import reading
 from sat_train.log import get_logger
-from sat_train.pipeline.build import compute_dtype
+from sat_train.models.build import compute_dtype
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, owes_validation
 from sat_train.training.learning_rate import LearningRate, warmup_steps
@@ -45,7 +46,6 @@ from sat_train.training.resume import CONFIG_KEY, COUNTERS_KEY, changes_since, f
 from sat_train.training.run_data import CacheFiller, RunData, open_data
 from sat_train.training.run_directory import PREEMPTED, claim_run_directory, set_samples_aside
 from sat_train.training.run_lock import RunLock
-from sat_train.training.signals import StopRequest
 from sat_train.training.state import TrainState
 from sat_train.training.step import TrainStep
 from sat_train.training.trainer import Trainer

@@ -16,6 +16,7 @@ from sat_train.config import RunConfig
 from sat_train.config.paths import expand_assets
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.encoding.build import build_loaded_text_encoder, build_loaded_vae, encoder_dtype, load_encoders
 from sat_train.errors import CheckpointError
 from sat_train.interchange.adapters import (
     ALPHA_KEY,
@@ -28,24 +29,18 @@ from sat_train.interchange.adapters import (
 from sat_train.interchange.locate import (
     Located,
     base_weights_at,
-    check_state_dict,
     find_base,
     load_weights,
     locate_weights,
     read_located,
-    read_vae_weights,
 )
 from sat_train.log import get_logger
-from sat_train.models.build import build_dit
+from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import adapter_state_dict, load_updates
 from sat_train.models.low_rank import Updates, common_scale, highest_rank, stacked, strengthened
-from sat_train.models.text.build import build_text_encoder
-from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.models.trainable import select_trainable
-from sat_train.models.vae.build import build_vae
-from sat_train.models.vae.video_vae import VideoVAE
-from sat_train.pipeline.build import build_pipeline, compute_dtype
+from sat_train.pipeline.build import build_pipeline
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.weights.lazy import LazyWeights
 from sat_train.weights.tensor_parallel import slice_weights
@@ -84,26 +79,6 @@ def build_models(
         null_text_ld=null_text_ld,
         load_encoders=None if with_encoders else lambda: load_encoders(config, mesh.device),
     )
-
-
-def load_encoders(config: RunConfig, device: torch.device) -> tuple[VideoVAE, T5TextEncoder]:
-    """Loads both encoders in the middle of a run, whose random numbers stay as they are."""
-    log.warning("a sample is not in the cache after all: loading T5 and the VAE")
-    with torch.random.fork_rng():
-        return build_loaded_vae(config, device, encoder_dtype(config)), build_loaded_text_encoder(
-            config, device
-        )
-
-
-def encoder_dtype(config: RunConfig) -> torch.dtype:
-    """Returns what the frozen encoders compute in: half precision wherever the transformer does."""
-    return torch.bfloat16 if config.args.bf16 or config.args.fp16 else torch.float32
-
-
-def build_loaded_text_encoder(config: RunConfig, device: torch.device) -> T5TextEncoder:
-    """Builds the text encoder with its weights."""
-    params = config.model.conditioner_config.params.emb_models[0].params
-    return build_text_encoder(params, device=device, dtype=encoder_dtype(config))
 
 
 @dataclass(frozen=True)
@@ -241,19 +216,6 @@ def _tell_of_adapters(dit: DiffusionTransformer, updates: Updates) -> None:
         )
     if highest_rank(updates) < rank:
         log.info("ranks %d to %d of each adapter begin at zero", highest_rank(updates) + 1, rank)
-
-
-def build_loaded_vae(config: RunConfig, device: torch.device, dtype: torch.dtype) -> VideoVAE:
-    """Builds the autoencoder with the weights of `first_stage_config.params.ckpt_path`."""
-    params = config.model.first_stage_config.params
-    state_dict = read_vae_weights(params.ckpt_path)
-    expected = build_vae(params, device="meta").state_dict()
-    check_state_dict(
-        {name: tuple(tensor.shape) for name, tensor in expected.items()},
-        {name: tuple(tensor.shape) for name, tensor in state_dict.items()},
-        where=str(params.ckpt_path),
-    )
-    return build_vae(params, state_dict=state_dict, device=device, dtype=dtype)
 
 
 def _of_one_rank(mesh: ProcessMesh) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,21 @@ from sat_train.checkpoint.find import ResumePoint
 from sat_train.config import RunConfig
 from sat_train.config.summary import ClipCounts, RunFacts
 from sat_train.data.batch import VideoBatch
-from sat_train.data.batches import DataPosition, OrderedBatches
-from sat_train.data.build import build_train_loader, build_valid_loader
+from sat_train.data.batches import DataPosition
+from sat_train.data.build import build_train_loader, build_valid_loader, count_steps
 from sat_train.data.cache.key import text_key
 from sat_train.data.cache.missing import find_missing
 from sat_train.data.cache.samples import Condition, OpenCache
-from sat_train.data.cache.shards import ShardWriter
 from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.collectives import check_all_ranks, gather_objects
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.encoding.build import build_writer
+from sat_train.encoding.encode import SampleEncoder
+from sat_train.encoding.encoders import Encoders
+from sat_train.encoding.shared_cache import open_cache, share_files
 from sat_train.errors import DataError
 from sat_train.log import get_logger
-from sat_train.pipeline.encode import SampleEncoder
-from sat_train.pipeline.encoders import Encoders
 from sat_train.training.callbacks.callback import Callback
-from sat_train.training.shared_cache import open_cache, share_files
 
 log = get_logger(__name__)
 
@@ -103,9 +102,8 @@ def open_data(
     needs_encoders = True
     if cache is not None:
         steps = train_iters - (point.step if point is not None else 0)
-        samples = samples_of(
-            train.batches, train.position, max(0, steps) * config.args.gradient_accumulation_steps
-        )
+        micro_steps = max(0, steps) * config.args.gradient_accumulation_steps
+        samples = train.batches.indices(train.position, micro_steps)
         is_complete = check_complete(config, mesh, cache, train, valid, samples)
         needs_encoders = not is_complete or samples_videos(config)
         log.info("%s", _told(config, is_complete))
@@ -118,26 +116,6 @@ def position_of(point: ResumePoint | None) -> DataPosition:
         return DataPosition()
     waiting = point.manifest.samples_waiting
     return DataPosition(point.manifest.samples_consumed + len(waiting), waiting)
-
-
-def count_steps(config: RunConfig, batches: OrderedBatches, steps_done: int = 0) -> int:
-    """Returns the steps of a run: `args.train_iters`, or those that `args.epochs` still needs and those done.
-
-    Args:
-        config: The configuration.
-        batches: What is left is counted by what plans it, from where it starts.
-        steps_done: Optimizer steps before that.
-    """
-    if config.args.train_iters is not None:
-        return config.args.train_iters
-    micro_steps = batches.micro_steps_left(batches.start)
-    return steps_done + -(-micro_steps // config.args.gradient_accumulation_steps)
-
-
-def samples_of(batches: OrderedBatches, position: DataPosition, micro_steps: int | None = None) -> list[int]:
-    """Returns the samples that all ranks take after a position, in so many micro-steps or to the end."""
-    micro_batches = itertools.islice(batches.micro_batches(position), micro_steps)
-    return sorted(index for batch in micro_batches for index in batch.indices)
 
 
 def samples_videos(config: RunConfig) -> bool:
@@ -163,7 +141,7 @@ def check_complete(
 
     Ranks: all; each looks for its share, and all know afterwards what each has hashed.
     """
-    shown = [] if valid is None else samples_of(valid.batches, valid.batches.start)
+    shown = [] if valid is None else valid.batches.indices(valid.batches.start)
     missing = find_missing(train.dataset, samples[mesh.rank :: mesh.world_size])
     if valid is not None:
         missing += find_missing(valid.dataset, shown[mesh.rank :: mesh.world_size])
@@ -229,14 +207,6 @@ class CacheFiller(Callback):
             is_there=lambda key: not self._writes or self._cache.index.is_whole(key),
             image=image if self._image_to_video else None,
         )
-
-
-def build_writer(
-    config: RunConfig, mesh: ProcessMesh, cache: OpenCache, *, waits: bool = False
-) -> ShardWriter:
-    """Returns the writer of this rank into the cache; see `ShardWriter`."""
-    shard_bytes = int(config.require_data().cache_shard_mb * 1e6)
-    return ShardWriter(cache.folder, rank=mesh.rank, shard_bytes=shard_bytes, waits=waits)
 
 
 def _count_clips(loader: OrderedLoader) -> int:

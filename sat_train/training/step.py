@@ -12,9 +12,9 @@ import torch
 
 from sat_train.distributed.collectives import gather_objects, max_flags
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.distributed.signals import StopRequest
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import TrainingError
-from sat_train.training.signals import StopRequest
 
 
 class Batch(Protocol):

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 
 
 def _precompute(mesh: ProcessMesh, words: list[str]) -> None:
-    from sat_train.training.precompute import precompute
+    from sat_train.encoding.precompute import precompute
 
     precompute(load_run(words, purpose="precompute"), mesh)
 

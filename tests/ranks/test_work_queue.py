@@ -67,8 +67,8 @@ def test_a_queue_that_one_rank_closes_hands_out_nothing_more_to_any(rank_pool):
 
 
 def _precompute(mesh: ProcessMesh, words: list[str]) -> int:
-    from sat_train.pipeline.encode import SampleEncoder
-    from sat_train.training.precompute import precompute
+    from sat_train.encoding.encode import SampleEncoder
+    from sat_train.encoding.precompute import precompute
 
     keep, kept = SampleEncoder.keep, []
 

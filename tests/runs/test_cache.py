@@ -18,9 +18,9 @@ from sat_train.data.cache.file_metadata import FileMetadata
 from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
 from sat_train.data.cache.shards import read_header
 from sat_train.distributed.processes import start_single_process
+from sat_train.encoding.precompute import precompute, precompute_until_stopped
 from sat_train.errors import DataError, Stopped
 from sat_train.training.models import build_models, find_start_weights
-from sat_train.training.precompute import precompute, precompute_until_stopped
 from sat_train.training.run_data import CacheFiller, open_data
 from tests.ranks.encoded_runs import load_run, make_set, make_vae
 from tests.runs.launching import wait_until

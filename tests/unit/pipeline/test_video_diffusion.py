@@ -10,10 +10,10 @@ import torch
 from sat_train.data.batch import CachedSample
 from sat_train.data.batches import StepPosition
 from sat_train.diffusion.loss import min_snr_weight
+from sat_train.encoding.encoders import pixels_to_unit
+from sat_train.encoding.image_latent import noise_image
+from sat_train.encoding.randomness import SampleRandomness
 from sat_train.errors import SatTrainError
-from sat_train.pipeline.encoders import pixels_to_unit
-from sat_train.pipeline.image_latent import noise_image
-from sat_train.pipeline.randomness import SampleRandomness
 
 EVERYTHING = {"caption_dropout": 0.4, "offset_noise_level": 0.1, "min_snr_gamma": 5.0}
 

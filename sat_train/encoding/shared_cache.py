@@ -14,11 +14,11 @@ from sat_train.data.cache.samples import OpenCache, Use
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import gather_after_work
+from sat_train.encoding.build import encoder_dtype
 from sat_train.errors import DataError
 from sat_train.interchange.sources import find_weights
+from sat_train.models.build import compute_dtype
 from sat_train.models.text.t5 import find_t5_folders
-from sat_train.pipeline.build import compute_dtype
-from sat_train.training.models import encoder_dtype
 
 # Settings of the autoencoder that do not change what it encodes to.
 _WITHOUT_EFFECT = {

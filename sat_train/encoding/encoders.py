@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from sat_train.pipeline.geometry import latent_frames
-from sat_train.pipeline.image_latent import noise_image
+from sat_train.encoding.image_latent import noise_image
+from sat_train.models.geometry import latent_frames
 
 if TYPE_CHECKING:
     from sat_train.data.augmentation_key import AugmentationKey

@@ -13,7 +13,7 @@ _HEAD = """
 import os, signal, sys, time
 from sat_train.errors import Stopped
 from sat_train.log import configure_logging
-from sat_train.training.signals import StopRequest
+from sat_train.distributed.signals import StopRequest
 configure_logging()
 request = StopRequest().listen()
 def ready(): print("ready", flush=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sat_train.data.batch import CachedSample, VideoBatch, cat_cached
 from sat_train.data.cache.key import EncoderDigests
 from sat_train.data.cache.shards import EntryInfo, ShardWriter
-from sat_train.pipeline.encoders import Encoders, conditioning_image
+from sat_train.encoding.encoders import Encoders, conditioning_image
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sat_train.config import RunConfig
 from sat_train.data.bad_clips import ClipFailure
 from sat_train.data.batches import QueuedBatches
-from sat_train.data.build import build_loader, build_train_batches, build_train_dataset, build_valid_dataset
+from sat_train.data.build import (
+    build_loader,
+    build_train_batches,
+    build_train_dataset,
+    build_valid_dataset,
+    count_steps,
+)
 from sat_train.data.cache.key import text_key
 from sat_train.data.cache.missing import MissingEncodings, drop_repeated, find_missing
 from sat_train.data.cache.samples import Condition, OpenCache
@@ -20,16 +26,15 @@ from sat_train.data.cache.shards import EntryInfo
 from sat_train.data.dataset import VideoDataset
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.distributed.signals import StopRequest
 from sat_train.distributed.work_queue import WorkQueue, gather_after_work
+from sat_train.encoding.build import build_loaded_text_encoder, build_loaded_vae, build_writer, encoder_dtype
+from sat_train.encoding.encode import SampleEncoder
+from sat_train.encoding.encoders import Encoders
+from sat_train.encoding.shared_cache import open_cache, share_files
 from sat_train.errors import Stopped
 from sat_train.log import console, get_logger
-from sat_train.pipeline.build import compute_dtype
-from sat_train.pipeline.encode import SampleEncoder
-from sat_train.pipeline.encoders import Encoders
-from sat_train.training.models import build_loaded_text_encoder, build_loaded_vae, encoder_dtype
-from sat_train.training.run_data import build_writer, count_steps, samples_of
-from sat_train.training.shared_cache import open_cache, share_files
-from sat_train.training.signals import StopRequest
+from sat_train.models.build import compute_dtype
 
 log = get_logger(__name__)
 
@@ -125,7 +130,7 @@ def _datasets(
     else:
         batches = build_train_batches(config, mesh, train)
         micro_steps = count_steps(config, batches) * config.args.gradient_accumulation_steps
-        samples = samples_of(batches, batches.start, micro_steps)
+        samples = batches.indices(batches.start, micro_steps)
         log.info(
             "data.params.views is null, windows never repeat: each of the %d samples of a run on %d ranks "
             "will be used once; with data.params.views=4, %d samples are encoded and reused",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_train.errors import SatTrainError
-from sat_train.pipeline.geometry import (
+from sat_train.models.geometry import (
     counted_frames,
     latent_frames,
     pad_in_time,
