@@ -1,8 +1,8 @@
-"""LoRA adapters in and out: under SAT's names, under PEFT's as diffusers loads them, and merged into weights.
+"""Reads, writes and merges LoRA adapters, in SAT's names and in PEFT's as diffusers loads them.
 
-SAT scales an update by alpha / rank and keeps alpha beside it. What diffusers makes of a file's alpha has
+SAT scales an update by alpha / rank and stores alpha next to it. The way diffusers uses a file's alpha has
 changed between versions, and without one it takes alpha = rank. So exported files carry the scale in their B
-matrices and say alpha = rank: every reader, old or new, gets the update as it was trained at scale 1.0.
+matrices and say alpha = rank: at scale 1.0 every reader, old or new, gets the update as it was trained.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _DEFAULT_ALPHA = 1.0  # SAT's, whose checkpoints do not hold it
 
 
 def is_adapter_key(key: str) -> bool:
-    """Says whether a SAT key belongs to an adapter."""
+    """Returns whether a SAT key belongs to an adapter."""
     return bool(_ADAPTER.fullmatch(key)) or key in (RANK_KEY, ALPHA_KEY)
 
 
 def without_adapters(weights: LazyWeights) -> LazyWeights:
-    """Returns the weights under the adapters."""
+    """Returns the weights without the adapters."""
     return weights.select(lambda key: None if is_adapter_key(key) else key)
 
 
@@ -49,14 +49,14 @@ def read_lora(path: str | Path, *, ema: bool = False) -> Updates:
     """Reads adapters: of a run or step of ours, of SAT, or a file or folder of diffusers, PEFT or kohya.
 
     Args:
-        path: Where they are. Base weights beside or under them are not read.
-        ema: Their average, from a run of ours that keeps one.
+        path: Path of the adapters. Base weights in the same place are not read.
+        ema: Read their average, from a run of ours that keeps one.
 
     Returns:
-        The updates by layer, none where the weights have no adapters.
+        The updates by layer; none if the weights have no adapters.
 
     Raises:
-        CheckpointError: Nothing there, damaged, or a key, layer or kind of adapter that is not understood.
+        CheckpointError: Nothing is there, it is damaged, or a key, layer or kind of adapter is unknown.
     """
     source = find_weights(path)
     if source.kind == "step":
@@ -74,7 +74,7 @@ def read_lora(path: str | Path, *, ema: bool = False) -> Updates:
 
 
 def read_given_lora(path: str | Path) -> Updates:
-    """Reads adapters as `read_lora` does, where there must be some.
+    """Reads adapters as `read_lora` does, but requires that there are some.
 
     Raises:
         CheckpointError: There are none.
@@ -86,10 +86,10 @@ def read_given_lora(path: str | Path) -> Updates:
 
 
 def updates_of(weights: LazyWeights) -> Updates:
-    """Returns the adapters among SAT's weights, read.
+    """Reads the adapters among SAT's weights.
 
     Raises:
-        CheckpointError: Half a pair, matrices that do not multiply, or an alpha that is no number.
+        CheckpointError: Half a pair, matrices that do not multiply, or an alpha that is not a number.
     """
     layers: dict[str, dict[str, dict[int, Tensor]]] = {}
     for key in weights:
@@ -173,7 +173,7 @@ def _over_all_rows(members: list[tuple[Part, LowRank]]) -> LowRank:
 
 
 def _at_trained_alpha(updates: Updates, metadata: Mapping[str, str], where: str) -> Updates:
-    """Gives our own export the scale that it was trained with back; the product stays."""
+    """Restores the scale that our own export was trained with; the product B @ A stays the same."""
     if TRAINED_ALPHA_KEY not in metadata:
         return updates
     try:
@@ -198,8 +198,8 @@ def updates_to_peft(updates: Updates) -> tuple[dict[str, Tensor], dict[str, str]
         updates: Whole updates under SAT's layers.
 
     Returns:
-        fp32 tensors and safetensors metadata of a file for `pipe.load_lora_weights`. Lower ranks are filled
-        up with zeros to the highest: what a reader makes of several ranks differs.
+        fp32 tensors and safetensors metadata of a file for `pipe.load_lora_weights`. Lower ranks are padded
+        with zeros to the highest, because readers differ in how they treat several ranks.
 
     Raises:
         CheckpointError: A layer that diffusers does not have.
@@ -240,12 +240,12 @@ def _update_of_part(place: Part, pieces: tuple[LowRank | None, ...]) -> LowRank 
 
 
 def merge_updates(weights: LazyWeights, updates: Updates, *, dtype: torch.dtype | None = None) -> LazyWeights:
-    """Returns the weights with updates added, each in fp32 and cast once, when it is read.
+    """Adds updates to weights lazily: each sum is computed in fp32 and cast once, on access.
 
     Args:
         weights: The base weights, whole.
-        updates: What is added.
-        dtype: Of the merged weights; None: that of the weight.
+        updates: The updates to add.
+        dtype: Dtype of the merged weights; None keeps that of each weight.
 
     Raises:
         CheckpointError: An update of a layer that the weights do not have, or of another shape.
@@ -301,6 +301,6 @@ def check_merged(written: LazyWeights, base: LazyWeights, updates: Updates) -> N
 
 
 def sum_of_sizes(parts: tuple[LowRank | None, ...], out_features: int) -> Tensor:
-    """Returns the sum of the absolute values of all products that make an update, fp64."""
+    """Returns the sum of the absolute values of all products in an update, in fp64."""
     sizes = tuple(part and LowRank(part.down.abs(), part.up.abs(), abs(part.scale)) for part in parts)
     return whole_delta(sizes, out_features, torch.float64)

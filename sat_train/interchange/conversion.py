@@ -1,7 +1,7 @@
-"""Weights out: a folder that diffusers or SAT loads, compared with its source before it appears.
+"""Exports weights to a folder that diffusers or SAT loads, after comparing it with its source.
 
-Everything is written into a temporary folder beside the destination, loaded back, compared value for value,
-and renamed. A failure at any point leaves nothing.
+Everything is written into a temporary folder next to the destination, loaded back, compared value for value,
+and renamed. A failure at any point leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ _SAT_STEP = "1"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is asked for.
+    """Settings of one conversion.
 
     Args:
-        source: A run or step of ours, a SAT folder, a diffusers folder, a file.
-        dest: Folder to make; it must not exist, or be empty.
-        to: Which format.
-        merge_lora: Add the adapters to the weights instead of writing them apart.
-        lora: Adapters from elsewhere to add to the weights too; implies `merge_lora`.
+        source: A run or step of ours, a SAT folder, a diffusers folder, or a file.
+        dest: Folder to create; it must not exist, or must be empty.
+        to: Target format.
+        merge_lora: Add the adapters to the weights instead of writing them separately.
+        lora: Other adapters to add to the weights too; implies `merge_lora`.
         lora_strength: Factor on the adapters of `lora`.
-        load_base: Where the base weights of a LoRA run lie now; None: where they were.
-        ema: The average of the weights instead of the weights.
+        load_base: Present place of a LoRA run's base weights; None: the recorded one.
+        ema: Export the average of the weights instead of the weights.
         model_size: Ranks on the model axis (`sat` only).
-        dtype: Of the written weights; None: what the run computed in, or that of the source.
-        model: Section `model`, for diffusers' configuration files; None when only SAT's format or adapters
-            are written.
+        dtype: Dtype of the written weights; None: the precision of the run, or that of the source.
+        model: Section `model`, for diffusers' configuration files; None if only SAT's format or adapters are
+            written.
     """
 
     source: Path
@@ -78,13 +78,13 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Opened:
-    """A source, ready to be read.
+    """The opened source of a conversion.
 
     Args:
-        weights: Under SAT's keys, in the dtype they are written in; empty where adapters are written apart.
-        updates: Adapters to write apart, or those that have been added to `base`.
-        base: What they were added to; None where nothing was added.
-        metadata: Where they come from, as texts.
+        weights: Weights under SAT's keys, in the dtype to write; empty if adapters are written separately.
+        updates: Adapters to write separately, or those that were added to `base`.
+        base: The weights that adapters were added to; None if nothing was added.
+        metadata: The origin of the weights, as texts.
     """
 
     weights: LazyWeights
@@ -94,7 +94,7 @@ class Opened:
 
 
 def no_progress(size: int) -> Progress:
-    """Shows nothing."""
+    """Reports no progress."""
     return lambda count: None
 
 
@@ -102,21 +102,23 @@ def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_
     """Converts weights.
 
     Args:
-        conversion: What from, what to.
-        progress: Given the number of bytes, returns what is called with each portion written.
+        conversion: The settings.
+        progress: Takes the total number of bytes, and returns a function to call with the bytes written.
 
     Returns:
         The finished folder.
 
     Raises:
-        CheckpointError: The source is not usable, the destination is taken, or what was written does not read
-            back the same.
+        CheckpointError: The source is not usable, the destination is taken, or the written weights do not
+            read back the same.
     """
     _check_dest(conversion.dest)
     if conversion.to == "diffusers" and conversion.model_size != 1:
-        raise CheckpointError("--model-parallel-size is SAT's way of cutting weights", remedy="use --to sat")
+        raise CheckpointError("--model-parallel-size applies to SAT's format only", remedy="use --to sat")
     if conversion.lora is None and conversion.lora_strength != 1.0:
-        raise CheckpointError("--lora-strength is a factor on the adapters of --lora", remedy="name them too")
+        raise CheckpointError(
+            "--lora-strength is given without --lora", remedy="name the LoRA file with --lora"
+        )
     opened = open_source(conversion)
     temporary = conversion.dest.parent / f".tmp-convert-{uuid.uuid4().hex[:8]}"
     try:
@@ -139,12 +141,12 @@ def open_source(conversion: Conversion) -> Opened:
     """Opens and verifies the source of a conversion.
 
     Raises:
-        CheckpointError: It is damaged, not a transformer's, or has no adapters to merge.
+        CheckpointError: It is damaged, not a transformer, or has no adapters to merge.
     """
     source = find_weights(conversion.source)
     manifest = read_manifest(source.path) if source.kind == "step" else None
     updates = read_lora(conversion.source, ema=conversion.ema)
-    metadata = _metadata(source, manifest, conversion)  # hashes the source, now that its headers make sense
+    metadata = _metadata(source, manifest, conversion)  # hashes the source, after its headers were checked
     is_merging = conversion.merge_lora or conversion.lora is not None
     if updates and not is_merging and conversion.to == "diffusers":
         return Opened(LazyWeights({}, where=str(source.path)), updates, None, metadata)
@@ -173,7 +175,7 @@ def _write(conversion: Conversion, opened: Opened, folder: Path, progress: Calla
         _write_sat(folder, opened, conversion.model_size, progress)
     elif conversion.model is None:
         raise CheckpointError(
-            f"{conversion.source} does not say which model it is",
+            f"{conversion.source} does not name its model",
             expected="the model's numbers, for diffusers' config.json",
             remedy="name its preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
@@ -212,7 +214,7 @@ def _write_sat_file(path: Path, weights: LazyWeights, metadata: Mapping[str, str
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """`torch.save` writes the whole storage of a view."""
+    """Copies a view, of which `torch.save` would write the whole storage."""
     tensor = tensor.detach().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone()
@@ -234,7 +236,7 @@ def _metadata(source: WeightSource, manifest: Manifest | None, conversion: Conve
             "sat_train.source": str(source.path),
             "sat_train.source_sha256": hash_weights(conversion.source),
         }
-    found: dict[str, Any] = {
+    origin: dict[str, Any] = {
         "run": source.path.parent.name,
         "step": manifest.step,
         "samples_consumed": manifest.samples_consumed,
@@ -243,10 +245,10 @@ def _metadata(source: WeightSource, manifest: Manifest | None, conversion: Conve
         "weights": "average" if conversion.ema else "trained",
     }
     if conversion.lora is not None:
-        found |= {"lora": conversion.lora, "lora_strength": conversion.lora_strength}
+        origin |= {"lora": conversion.lora, "lora_strength": conversion.lora_strength}
     if manifest.base_weights is not None:
-        found |= {"base": manifest.base_weights.source, "base_sha256": manifest.base_weights.sha256}
-    return {f"sat_train.{name}": str(value) for name, value in found.items()}
+        origin |= {"base": manifest.base_weights.source, "base_sha256": manifest.base_weights.sha256}
+    return {f"sat_train.{name}": str(value) for name, value in origin.items()}
 
 
 def _check_dest(dest: Path) -> None:
@@ -259,7 +261,7 @@ def _check_free(dest: Path) -> None:
         return
     if dest.exists():
         raise CheckpointError(
-            f"{dest} exists already", expected="a folder that is not there yet", remedy="name another"
+            f"{dest} exists already", expected="a new or empty folder", remedy="choose another name"
         )
 
 

@@ -1,4 +1,4 @@
-"""A diffusers model folder: transformer and scheduler always, VAE and text encoder where they are known."""
+"""Writes a diffusers model folder: transformer and scheduler, and VAE and text encoder if they are known."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ log = get_logger(__name__)
 
 STEM = "diffusion_pytorch_model"
 _MOST_CONFIG_BYTES = 1_000_000
-# What makes a model another one, of diffusers' config.json.
+# Keys of diffusers' config.json that define the model.
 _STRUCTURE = (
     "num_layers",
     "num_attention_heads",
@@ -57,7 +57,7 @@ _STRUCTURE = (
     "use_rotary_positional_embeddings",
     "use_learned_positional_embeddings",
 )
-# What makes config.json that of an encoder, besides its sizes.
+# Keys of config.json that define an encoder, besides its sizes.
 _T5_ENCODER = {
     "architectures": ["T5EncoderModel"],
     "model_type": "t5",
@@ -78,14 +78,14 @@ def write_pipeline(
     """Writes a model folder and compares its transformer with the source.
 
     Args:
-        folder: Empty.
-        weights: The transformer's, under SAT's keys.
-        model: Its section of the configuration; names VAE and text encoder.
+        folder: An empty folder.
+        weights: The transformer's weights under SAT's keys.
+        model: Section `model` of the configuration; names VAE and text encoder.
         metadata: Texts for the headers of the weights.
         progress: As for `convert`.
 
     Raises:
-        CheckpointError: A key that diffusers does not have, or what was written reads back differently.
+        CheckpointError: A key is unknown to diffusers, or the written weights read back differently.
         OSError: The disk is full or cannot be written.
     """
     theirs = to_diffusers(weights, learned_positions=has_learned_positions(model))
@@ -103,15 +103,15 @@ def write_pipeline(
 
 
 def check_model(weights: LazyWeights, model: ModelConfig, *, source: Path) -> None:
-    """Compares weights with the model that a folder is written for, whose numbers `config.json` gets.
+    """Checks that weights belong to the model whose numbers `config.json` will hold.
 
     Args:
-        weights: The transformer's, under SAT's keys.
-        model: The model.
-        source: Where the weights come from; of a diffusers folder, its own `config.json` is compared too.
+        weights: The transformer's weights under SAT's keys.
+        model: Section `model` of the configuration.
+        source: Source of the weights; if it is a diffusers folder, its `config.json` is compared too.
 
     Raises:
-        CheckpointError: They are another model's.
+        CheckpointError: The weights belong to another model.
     """
     from sat_train.distributed.processes import start_single_process
     from sat_train.models.build import build_dit
@@ -119,14 +119,14 @@ def check_model(weights: LazyWeights, model: ModelConfig, *, source: Path) -> No
     start_single_process()
     dit = build_dit(model, device="meta", dtype=torch.float32, with_adapters=False)
     expected = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
-    where = f"{weights.where}, which is to be written as the model of --base or of the run's {RESOLVED},"
+    where = f"{weights.where}, to be written as the model of --base or of the run's {RESOLVED},"
     found = {name: unflattened(shape, expected.get(name)) for name, shape in weights.shapes.items()}
     check_state_dict(expected, found, where=where, may_lack=dit.derived_keys())
     _check_own_config(model, source)
 
 
 def _check_own_config(model: ModelConfig, source: Path) -> None:
-    """Shapes do not tell everything: not the number of text tokens, nor what positions are."""
+    """Compares numbers that shapes do not show, such as text tokens and the kind of positions."""
     path = next(
         (p for p in (source / "transformer" / "config.json", source / "config.json") if p.is_file()), None
     )
@@ -142,24 +142,24 @@ def _check_own_config(model: ModelConfig, source: Path) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{path} is another model's than the one that is to be written: {'; '.join(differing)}",
+            f"{path} describes another model than the one to be written: {'; '.join(differing)}",
             expected="the YAML of these weights",
             remedy="name their preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
 
 
 def to_diffusers(weights: LazyWeights, *, learned_positions: bool) -> LazyWeights:
-    """Returns the weights under diffusers' keys, each split from SAT's when it is read.
+    """Returns the weights under diffusers' keys, each split from SAT's tensor on access.
 
     Raises:
-        CheckpointError: A key that diffusers does not have.
+        CheckpointError: A key is unknown to diffusers.
     """
     meta = {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in weights.tensors.items()}
     shapes = transformer_to_diffusers(meta, learned_positions=learned_positions)
 
     @lru_cache(maxsize=1)
     def split(sat_key: str) -> dict[str, Tensor]:
-        """Neighbours come from one tensor, which is read once for them all."""
+        """Splits a SAT tensor; cached, because consecutive keys come from the same tensor."""
         return transformer_to_diffusers({sat_key: weights[sat_key]}, learned_positions=learned_positions)
 
     def read(sat_key: str, key: str, shard: Shard | None) -> Tensor:
@@ -186,7 +186,7 @@ def _check_written(folder: Path, weights: LazyWeights, theirs: LazyWeights) -> N
 def _write_vae(folder: Path, model: ModelConfig) -> bool:
     path = model.first_stage_config.params.ckpt_path
     if not path or not Path(expand_assets(path)).exists():
-        log.warning("no VAE at '%s': the folder will have none, and no model_index.json", path)
+        log.warning("no VAE at '%s': the folder will lack vae/ and model_index.json", path)
         return False
     tensors = vae_state_to_diffusers(read_vae_weights(path))
     (folder / "vae").mkdir()
@@ -197,7 +197,7 @@ def _write_vae(folder: Path, model: ModelConfig) -> bool:
 
 
 def _link_text_encoder(folder: Path, model: ModelConfig) -> bool:
-    """T5 is 9 to 19 GB that nobody changed: hard links where the file system can, else copies."""
+    """Links T5's files, 9 to 19 GB that are unchanged; copies them if the file system has no hard links."""
     # these import transformers
     from sat_train.models.text.t5 import find_t5_folders
     from sat_train.models.text.t5_folder import CONFIG, publishable_files, read_settings
@@ -209,7 +209,7 @@ def _link_text_encoder(folder: Path, model: ModelConfig) -> bool:
         weight_files = list(publishable_files(encoder, tokenizer=False))
         settings = read_settings(encoder)
     except CheckpointError as error:
-        log.warning("%s\n  the folder will have no text encoder, and no model_index.json", error)
+        log.warning("%s\n  the folder will lack text_encoder/ and model_index.json", error)
         return False
     _link_files(tokenizer_files, folder / "tokenizer")
     _link_files(weight_files, folder / "text_encoder")

@@ -1,8 +1,7 @@
-"""Weights in, from whatever people have, under SAT's keys.
+"""Loads weights of any supported format under SAT's keys.
 
 Transformer: a SAT folder, a run or a step of ours, a diffusers model folder or its `transformer/`, bare
-`.safetensors` or `.pt`. VAE: the same kinds. The format is found by looking. Nothing is read before it is
-asked for.
+`.safetensors` or `.pt`. VAE: the same kinds. The format is recognised by content. Tensors are read on access.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from sat_train.weights.tensor_parallel import merge_slices, slice_weights
 log = get_logger(__name__)
 
 _VAE_PREFIX = "first_stage_model."
-# Tables in SAT's files that the model computes, and embeddings that a video has no use for.
+# Tables in SAT's files that the model computes, and embeddings that a video model does not use.
 _UNUSED = ("freqs_sin", "freqs_cos", "position_embeddings.weight", "word_embeddings.weight")
-# What else people have, told by how some key begins or what it contains.
+# Other kinds of files, recognised by the beginning or a part of some key.
 _KINDS = (
     ("a VAE", ("encoder.down", "decoder.up", "encoder.mid")),
     ("a T5 text encoder", ("shared.weight", "encoder.block.")),
@@ -50,11 +49,11 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Located:
-    """Where the weights of a transformer are, fixed: a run continues, its folder then means a later step.
+    """Fixed location of a transformer's weights; a run directory would later mean a later step.
 
     Args:
-        path: What `find_weights` understands; of a run, the step that was its newest.
-        base: What lies under the adapters of a LoRA run; None for all other weights.
+        path: A path for `find_weights`; for a run, its newest step at the time.
+        base: Base weights of a LoRA run; None for all other weights.
     """
 
     path: Path
@@ -62,40 +61,40 @@ class Located:
 
 
 def locate_weights(path: str | Path, *, load_base: str | Path | None = None) -> Located:
-    """Finds weights, and for a LoRA run those that its adapters stand on, and verifies what is a run's.
+    """Finds weights and the base weights of a LoRA run, and verifies checkpoints of runs.
 
     Args:
         path: As for `read_transformer_weights`.
-        load_base: Where the base weights of a LoRA run lie now; None: where they were when it was trained.
+        load_base: Present place of a LoRA run's base weights; None: the recorded one.
 
     Raises:
-        CheckpointError: Nothing there or damaged, or base weights that are gone or have changed.
+        CheckpointError: The weights are missing or damaged, or base weights are gone or have changed.
     """
     source = find_weights(path)
     manifest = verify_checkpoint(source.path) if source.kind == "step" else None
     if manifest is not None and manifest.trainable_only:
         return Located(source.path.absolute(), find_base(source.path, manifest, load_base=load_base))
     if load_base is not None:
-        log.warning("%s stands on no base weights: %s is not used", path, load_base)
+        log.warning("%s is not a LoRA run: the base weights %s are not used", path, load_base)
     return Located(source.path.absolute())
 
 
 def read_located(located: Located, *, ema: bool = False) -> LazyWeights:
-    """Opens weights that have been located: whole, under SAT's keys without prefix.
+    """Opens located weights: whole, under SAT's keys without prefix.
 
     Args:
         located: From `locate_weights`.
-        ema: The average of the weights, from a run of ours that keeps one.
+        ema: Read the average of the weights, from a run of ours that keeps one.
 
     Raises:
-        CheckpointError: Damaged, or not a transformer's.
+        CheckpointError: The file is damaged, or not a transformer's.
     """
     own = read_own_weights(find_weights(located.path), ema=ema)
     return own if located.base is None else _read_base(located.base, frozenset()).overlaid(own)
 
 
 def read_own_weights(source: WeightSource, *, ema: bool = False) -> LazyWeights:
-    """Opens what a source itself holds: of a LoRA run its adapters alone.
+    """Opens the weights inside a source: for a LoRA run, its adapters alone.
 
     Raises:
         CheckpointError: As `read_located`.
@@ -106,7 +105,9 @@ def read_own_weights(source: WeightSource, *, ema: bool = False) -> LazyWeights:
             raise _wrong_kind(weights, "a CogVideoX transformer that sat_train trained")
         return weights
     if ema:
-        raise CheckpointError(f"{source.path} is not a run of sat_train, and an average was asked for")
+        raise CheckpointError(
+            f"{source.path} has no average of the weights, because it is not a run of sat_train"
+        )
     if source.kind == "sat":
         slices = [_under_sat_keys(read_weight_files([file])) for file in source.files]
         return merge_slices(slices, where=str(source.path))
@@ -128,77 +129,76 @@ def read_transformer_weights(
             file.
         model_rank: Rank on the model axis.
         model_size: Ranks on the model axis; only this rank's slices are read.
-        ema: The average of the weights, from a run of ours that keeps one.
-        load_base: Where the base weights of a LoRA run lie now.
+        ema: Read the average of the weights, from a run of ours that keeps one.
+        load_base: Present place of a LoRA run's base weights.
 
     Returns:
-        Weights under SAT's keys without prefix. Those of a LoRA run are its base weights together with its
-        adapters.
+        Weights under SAT's keys without prefix; for a LoRA run, its base weights together with its adapters.
 
     Raises:
-        CheckpointError: Nothing there, damaged, not a transformer's, or base weights that have changed since
-            the run.
+        CheckpointError: The weights are missing, damaged or not a transformer's, or base weights have
+            changed.
     """
     whole = read_located(locate_weights(path, load_base=load_base), ema=ema)
     return slice_weights(whole, rank=model_rank, size=model_size)
 
 
 def find_base(folder: Path, manifest: Manifest, *, load_base: str | Path | None = None) -> BaseWeights:
-    """Finds the weights that the adapters of a LoRA run stand on: by place, and then by hash.
+    """Finds the base weights of a LoRA run, by path and then by hash.
 
     Args:
         folder: The step, for messages.
         manifest: Its manifest.
-        load_base: Where they lie now; None: where the run recorded them. A run directory means that of its
-            steps whose hash is the recorded one.
+        load_base: Their present place; None: the recorded one. In a run directory, the step with the recorded
+            hash is used.
 
     Returns:
-        Where they are, absolute, and their hash.
+        Their absolute path and their hash.
 
     Raises:
-        CheckpointError: They are not there, or other weights are.
+        CheckpointError: They are missing, or have another hash.
     """
     recorded = manifest.base_weights
     if recorded is None:
-        raise CheckpointError(f"{folder} holds adapters only and does not say what they stand on")
-    remedy = "args.load_base, or --load-base of sat-train convert, names where these weights lie now"
-    problem = f"{folder} is a LoRA run that stands on {recorded.source} (sha256 {recorded.sha256[:12]})"
+        raise CheckpointError(f"{folder} holds adapters only and does not name their base weights")
+    remedy = "give their present place: args.load_base, or --load-base of sat-train convert"
+    problem = f"{folder} is a LoRA run with the base {recorded.source} (sha256 {recorded.sha256[:12]})"
     place = recorded.source if load_base is None else load_base
-    seen = []
+    mismatches = []
     try:
         for candidate in _steps_of(place):
             sha256 = hash_weights(candidate)
             if sha256 == recorded.sha256:
                 return _recorded(candidate, sha256)
-            seen.append(f"{candidate} has sha256 {sha256[:12]}")
+            mismatches.append(f"{candidate} has sha256 {sha256[:12]}")
     except CheckpointError as error:
         raise CheckpointError(
             f"{problem}\n  {error.problem}", expected="the same weights", remedy=remedy
         ) from error
-    changed = "which has changed" if load_base is None else "and other weights were given"
+    changed = "which has changed" if load_base is None else "but other weights were given"
     raise CheckpointError(
-        f"{problem}, {changed}: {'; '.join(seen[:3])}",
+        f"{problem}, {changed}: {'; '.join(mismatches[:3])}",
         expected="the base weights that the run was trained on",
         remedy=remedy,
     )
 
 
 def base_weights_at(path: str | Path) -> BaseWeights:
-    """Returns what a LoRA run remembers of the weights it begins with: the absolute path and the hash.
+    """Returns the record of base weights that a LoRA run saves: the absolute path and the hash.
 
     Raises:
-        CheckpointError: Nothing there.
+        CheckpointError: There are no weights at the path.
     """
     return _recorded(path, hash_weights(path))
 
 
 def _recorded(path: str | Path, sha256: str) -> BaseWeights:
-    """Shipped files keep their `asset:` name, which is the same on every machine."""
+    """Returns the record of weights; shipped files keep their `asset:` name, the same on every machine."""
     return BaseWeights(source=str(shorten_assets(str(find_weights(path).path.absolute()))), sha256=sha256)
 
 
 def _read_base(base: BaseWeights, above: frozenset[Path]) -> LazyWeights:
-    """Opens base weights; older records name a LoRA run, which has a base of its own."""
+    """Opens base weights; older records name a LoRA run, which has a base itself."""
     source = find_weights(base.source)
     if source.kind == "step" and (manifest := read_manifest(source.path)).trainable_only:
         if source.path in above:
@@ -211,7 +211,7 @@ def _read_base(base: BaseWeights, above: frozenset[Path]) -> LazyWeights:
 
 
 def _steps_of(place: str | Path) -> list[str]:
-    """Returns the steps of a run directory, newest first, and any other place as it is."""
+    """Returns the steps of a run directory, newest first, and any other path unchanged."""
     folder = Path(expand_assets(str(place))).expanduser()
     steps = [] if (folder / MANIFEST).is_file() else committed_steps(folder)
     return [str(step_folder(folder, step)) for step in steps] or [str(place)]
@@ -228,12 +228,12 @@ def read_vae_weights(path: str | Path) -> dict[str, Tensor]:
         `encoder.*` and `decoder.*` under SAT's names, on the CPU.
 
     Raises:
-        CheckpointError: Nothing there, damaged, or not a VAE's.
+        CheckpointError: The weights are missing, damaged, or not a VAE's.
     """
     source = find_weights(path, part="vae")
     if source.kind == "step":
         raise CheckpointError(
-            f"{path} is a run of sat_train, which trains no VAE", expected="the weights of a VAE"
+            f"{path} is a run of sat_train, which does not train the VAE", expected="weights of a VAE"
         )
     weights = read_weight_files(source.files[:1] if source.kind == "sat" else source.files)
     if any(key.startswith(_VAE_PREFIX) for key in weights):
@@ -248,7 +248,7 @@ def read_vae_weights(path: str | Path) -> dict[str, Tensor]:
 def check_state_dict(
     expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str, may_lack: Collection[str] = ()
 ) -> None:
-    """Compares what a model has with what a file holds, before anything trains.
+    """Compares the names and shapes of a model with those of a file, before training.
 
     Args:
         expected: Names and shapes of the model.
@@ -257,7 +257,7 @@ def check_state_dict(
         may_lack: Names that the file need not hold: tables the model computes, adapters that begin at zero.
 
     Raises:
-        CheckpointError: Lists every missing name, every unexpected one, and every mismatch with both shapes.
+        CheckpointError: With every missing name, every unexpected name, and every mismatch with both shapes.
     """
     needed = {name: shape for name, shape in expected.items() if name in found or name not in may_lack}
     check_names_and_shapes(needed, found, where=where)
@@ -268,12 +268,12 @@ def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Col
     """Copies weights into a module, one tensor at a time, after all names and shapes have been compared.
 
     Args:
-        module: Holds parameters and buffers; they keep their device and dtype.
+        module: Module whose parameters and buffers are filled; they keep their device and dtype.
         weights: From `read_transformer_weights`, for this rank's slice.
         may_lack: As for `check_state_dict`.
 
     Raises:
-        CheckpointError: As `check_state_dict`. Nothing has been copied then.
+        CheckpointError: As `check_state_dict`; nothing is copied.
     """
     targets = module.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
@@ -284,7 +284,7 @@ def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Col
 
 
 def unflattened(found: Shape, expected: Shape | None) -> Shape:
-    """Returns the shape that counts: a convolution's weight that is stored as a linear layer's is its own.
+    """Returns the expected shape if `found` is the same weight flattened to a linear layer's, else `found`.
 
     CogVideo's released 1.0 weights hold the patch embedding as [d, c, 2, 2], its later code as [d, 4 c].
     """
@@ -309,7 +309,7 @@ def _after(prefix: str, key: str) -> str | None:
 
 
 def _fused(weights: LazyWeights) -> LazyWeights:
-    """Turns diffusers' names and tensors into SAT's, each when it is read."""
+    """Renames and fuses diffusers' tensors into SAT's, each on access."""
     unknown = [key for key in weights if part_of_diffusers_key(key) is None]
     if unknown:
         transformer_from_diffusers({key: torch.empty(0) for key in unknown})  # raises, naming them
@@ -322,7 +322,7 @@ def _fuse(weights: LazyWeights, sat_key: str) -> LazyTensor:
     missing = [part.diffusers_key for part in parts if part.diffusers_key not in weights.tensors]
     if missing:
         raise CheckpointError(
-            f"{weights.where} lacks {', '.join(missing)}, which {sat_key} is made of",
+            f"{weights.where} lacks {', '.join(missing)}, a part of {sat_key}",
             remedy="download the folder again, all shards of it",
         )
     lazy_tensors = [weights.tensors[part.diffusers_key] for part in parts]
@@ -349,7 +349,7 @@ def _read_fused(
 def _wrong_kind(weights: LazyWeights, expected: str) -> CheckpointError:
     for kind, signs in _KINDS:
         if any(sign in key for key in weights for sign in signs):
-            remedy = "name it in args.load_lora (convert: --lora)" if "LoRA" in kind else "look at the path"
+            remedy = "name it in args.load_lora (convert: --lora)" if "LoRA" in kind else "check the path"
             return CheckpointError(f"{weights.where} holds {kind}", expected=expected, remedy=remedy)
     shown = ", ".join(list(weights)[:3])
     return CheckpointError(f"{weights.where} holds other weights: {shown}, ...", expected=expected)

@@ -1,4 +1,4 @@
-"""Finds out what a path to weights is by looking at it."""
+"""Recognises the format of a path to weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where weights are.
+    """Location and format of weights.
 
     Args:
         kind: `files`: one file, or the shards of one set. `sat`: one file for each rank of the model axis, in
@@ -40,7 +40,7 @@ class WeightSource:
 
 
 def find_weights(path: str | Path, *, part: str = "transformer") -> WeightSource:
-    """Finds the weights that a path means.
+    """Finds the weights at a path.
 
     Args:
         path: A file; a SAT folder or one of its steps; a run directory of ours or one of its steps; a
@@ -48,30 +48,29 @@ def find_weights(path: str | Path, *, part: str = "transformer") -> WeightSource
         part: Folder to take from a diffusers model folder.
 
     Raises:
-        CheckpointError: There is nothing, or nothing that is understood, or shards are missing.
+        CheckpointError: There are no weights, their format is unknown, or shards are missing.
     """
-    with reading(str(path)[:200], error=CheckpointError, expected="weights", remedy="look at the path"):
+    with reading(str(path)[:200], error=CheckpointError, expected="weights", remedy="check the path"):
         where = Path(expand_assets(str(path))).expanduser()
         if where.is_dir():
             return _find_in_folder(where, part)
         if not where.exists():
             raise CheckpointError(
-                f"{path}: no such file or folder", expected="weights", remedy="look at the path"
+                f"{path}: no such file or folder", expected="weights", remedy="check the path"
             )
-        named = where.name.endswith(".index.json")
-        return WeightSource("files", where, tuple(read_index(where)) if named else (where,))
+        is_index = where.name.endswith(".index.json")
+        return WeightSource("files", where, tuple(read_index(where)) if is_index else (where,))
 
 
 def hash_weights(path: str | Path, *, part: str = "transformer") -> str:
-    """Returns one SHA-256 over the contents of all files of a source: of the file itself when there is only
-    one.
+    """Returns one SHA-256 over the contents of all files of a source, or of the file if it is only one.
 
     Raises:
         CheckpointError: As `find_weights`.
     """
     source = find_weights(path, part=part)
-    named = reading(path, error=CheckpointError, expected="files that can be read")
-    with named, ThreadPoolExecutor(8) as pool:
+    errors = reading(path, error=CheckpointError, expected="files that can be read")
+    with errors, ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(hash_file, source.files))
     if len(digests) == 1:
         return digests[0]
@@ -94,13 +93,13 @@ def _find_in_folder(where: Path, part: str) -> WeightSource:
         return WeightSource("files", where / part, _diffusers_files(where / part))
     if (where / "model_index.json").is_file():
         raise CheckpointError(
-            f"{where} is a diffusers model without a {part}/ folder", remedy="download that too"
+            f"{where} is a diffusers model without a {part}/ folder", remedy="download that folder too"
         )
     return WeightSource("files", where, _diffusers_files(where))
 
 
 def _check_not_torn(where: Path) -> None:
-    """Without a manifest, a run of ours or a step of one would pass for a folder of SAT's, unverified."""
+    """Refuses a run or step of ours without a manifest, which would pass for SAT's, unverified."""
     is_step = parse_step(where.name) is not None
     if (where / RESOLVED).is_file() or (is_step and (where.parent / RESOLVED).is_file()):
         raise CheckpointError(
@@ -120,8 +119,8 @@ def _sat_folder(where: Path) -> WeightSource:
     folder = where / name
     if not name or not folder.is_dir() or folder.parent != where:
         raise CheckpointError(
-            f"{where / LATEST} names '{name[:40]}', and there is no such folder",
-            expected="the name of a step folder beside it",
+            f"{where / LATEST} names '{name[:40]}', but there is no such folder",
+            expected="the name of a step folder next to it",
             remedy="download that folder, or correct the file",
         )
     files = _sat_files(folder)
@@ -132,7 +131,7 @@ def _sat_folder(where: Path) -> WeightSource:
 
 def _sat_files(folder: Path) -> tuple[Path, ...]:
     found = {int(match[1]): path for path in folder.iterdir() if (match := _SAT_FILE.fullmatch(path.name))}
-    # those below the number of files: one named for rank 9999999999 does not make as many missing
+    # only ranks below the number of files: a file of rank 9999999999 must not make that many missing
     missing = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(found)) if rank not in found]
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}", remedy="copy the files of all ranks")
@@ -151,9 +150,9 @@ def _diffusers_files(folder: Path) -> tuple[Path, ...]:
         if files:
             return (_only(folder, files),)
     raise CheckpointError(
-        f"{folder} holds no weights that are understood",
+        f"{folder} holds no weights in a known format",
         expected="a SAT folder (latest, <n>/mp_rank_00_model_states.pt), a diffusers folder, or a file",
-        remedy="give the folder or the file of the weights",
+        remedy="give the folder or the file that holds the weights",
     )
 
 
@@ -167,5 +166,5 @@ def _only(folder: Path, files: Sequence[Path]) -> Path:
 
 
 def _plainest(files: Sequence[Path]) -> Path:
-    """`model.safetensors` rather than its variant `model.fp16.safetensors`."""
+    """Returns the name with the fewest suffixes: `model.safetensors`, not `model.fp16.safetensors`."""
     return min(files, key=lambda file: (file.name.count("."), file.name))

@@ -1,7 +1,7 @@
-"""The transformer's weights under diffusers' names and under SAT's: one table, read in both directions.
+"""Maps the transformer's weight names between diffusers and SAT: one table, read in both directions.
 
 SAT fuses what diffusers keeps apart: q, k, v in one weight, and both modulations of a block in one. So each
-diffusers tensor is some of the equal parts of the first dim of one SAT tensor.
+diffusers tensor consists of some of the equal chunks of the first dim of one SAT tensor.
 
 Source: zai-org/CogVideo@7a1af71 `tools/convert_weight_sat2hf.py`; huggingface/diffusers@0.42
     `CogVideoXTransformer3DModel`.
@@ -20,13 +20,14 @@ from sat_train.errors import CheckpointError
 
 
 class Part(NamedTuple):
-    """A diffusers tensor as parts of a SAT tensor.
+    """A diffusers tensor as chunks of a SAT tensor.
 
     Args:
-        diffusers_key: Its name there.
-        sat_key: The tensor it is part of.
-        chunks: Which of `pieces` equal parts of the first dim of the SAT tensor it is, in its own order.
-        pieces: How many there are; 1: the two tensors are the same.
+        diffusers_key: Name of the diffusers tensor.
+        sat_key: Name of the SAT tensor that contains it.
+        chunks: Indices of its chunks among `pieces` equal chunks of the SAT tensor's first dim, in its own
+            order.
+        pieces: Number of chunks of the SAT tensor; 1 if the two tensors are the same.
     """
 
     diffusers_key: str
@@ -49,7 +50,7 @@ _MODULES: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
     ("norm_out.norm", "mixins.final_layer.norm_final", (0,), 1),
     ("norm_out.linear", "mixins.final_layer.adaLN_modulation.1", (0,), 1),
     ("proj_out", "mixins.final_layer.linear", (0,), 1),
-    # block N; SAT's modulation is shift, scale, gate of attention, then of MLP, for video and then for text
+    # block N; SAT's modulation: shift, scale, gate of attention, then of MLP; first for video, then for text
     ("transformer_blocks.N.attn1.to_q", "transformer.layers.N.attention.query_key_value", (0,), 3),
     ("transformer_blocks.N.attn1.to_k", "transformer.layers.N.attention.query_key_value", (1,), 3),
     ("transformer_blocks.N.attn1.to_v", "transformer.layers.N.attention.query_key_value", (2,), 3),
@@ -77,17 +78,17 @@ _NUMBER = re.compile(
 
 
 def part_of_diffusers_key(key: str) -> Part | None:
-    """Returns where a tensor of a diffusers transformer belongs in SAT; None for any other key."""
+    """Returns the place of a diffusers tensor in SAT's weights, or None for any other key."""
     return next(iter(_find(key, side=0)), None)
 
 
 def parts_of_sat_key(key: str) -> tuple[Part, ...]:
-    """Returns the diffusers tensors that a SAT tensor is made of, none for a key that SAT does not have."""
+    """Returns the diffusers tensors that make up a SAT tensor; none for an unknown key."""
     return _find(key, side=1)
 
 
 def module_of_underscores(name: str) -> str | None:
-    """Returns the diffusers module that kohya's spelling means, in which every dot is an underscore."""
+    """Returns the diffusers module for kohya's spelling, in which every dot is an underscore."""
     number = re.search(r"(?<=^transformer_blocks_)\d+", name)
     generic = name if number is None else f"transformer_blocks_N{name[number.end() :]}"
     module = _UNDERSCORED.get(generic)
@@ -102,13 +103,14 @@ def transformer_to_diffusers(
     Args:
         state_dict: All weights of the transformer under SAT's keys, without prefix or adapters, not sliced.
             Tensors may be on the meta device.
-        learned_positions: The position table is learned (5B-I2V) and goes along; else diffusers computes it.
+        learned_positions: Include the position table, which is learned (5B-I2V); otherwise diffusers computes
+            it.
 
     Returns:
-        diffusers' state dict; its tensors are views where the layout allows.
+        diffusers' state dict; its tensors are views if the layout allows.
 
     Raises:
-        CheckpointError: A key is none of the transformer's.
+        CheckpointError: A key does not belong to the transformer.
     """
     known = {key: parts_of_sat_key(key) for key in state_dict}
     _check_known([key for key, parts in known.items() if not parts], "SAT")
@@ -126,11 +128,11 @@ def transformer_to_diffusers(
 def transformer_from_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames and fuses the weights of a diffusers transformer for SAT: undoes `transformer_to_diffusers`.
 
-    The position table of a model without a learned one is not among them: the model computes it
+    A position table that is not learned is not included: the model computes it
     (`DiffusionTransformer.derived_keys`).
 
     Raises:
-        CheckpointError: A key is none of the transformer's, or a part of a fused weight is missing.
+        CheckpointError: A key does not belong to the transformer, or a part of a fused weight is missing.
     """
     known = {key: part_of_diffusers_key(key) for key in state_dict}
     _check_known([key for key, part in known.items() if part is None], "diffusers")
@@ -146,7 +148,7 @@ def _fuse(sat_key: str, state_dict: Mapping[str, Tensor]) -> Tensor:
     missing = [part.diffusers_key for part in parts if part.diffusers_key not in state_dict]
     if missing:
         raise CheckpointError(
-            f"{sat_key} is made of several diffusers tensors, and {', '.join(missing)} is missing",
+            f"{sat_key} is fused from several diffusers tensors, but {', '.join(missing)} is missing",
             remedy="download the folder again, all shards of it",
         )
     if len(parts) == 1:
@@ -179,6 +181,6 @@ def _check_known(strangers: list[str], family: str) -> None:
     if strangers:
         shown = ", ".join(strangers[:5]) + (f" and {len(strangers) - 5} more" if len(strangers) > 5 else "")
         raise CheckpointError(
-            f"{len(strangers)} weights are not a CogVideoX transformer's: {shown}",
+            f"{len(strangers)} weights do not belong to a CogVideoX transformer: {shown}",
             expected=f"the keys of a {family} CogVideoX transformer",
         )

@@ -1,4 +1,4 @@
-"""Names of the VAE's weights in SAT's `3d-vae.pt` and in diffusers' `AutoencoderKLCogVideoX`.
+"""Maps the VAE's weight names between SAT's `3d-vae.pt` and diffusers' `AutoencoderKLCogVideoX`.
 
 The tensors are the same.
 
@@ -25,7 +25,7 @@ _SAME_IN_BOTH = re.compile(r"(?:en|de)coder\.(?:conv_in|norm_out|conv_out)\..+")
 
 
 def is_diffusers_vae(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether these are the names of `AutoencoderKLCogVideoX`."""
+    """Returns whether the names are those of `AutoencoderKLCogVideoX`."""
     return any(_DIFFUSERS_LEVEL.fullmatch(key) for key in state_dict)
 
 
@@ -73,7 +73,7 @@ def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str | Non
     unknown = [key for key, name in names.items() if name is None]
     if unknown:
         raise CheckpointError(
-            f"{len(unknown)} weights are not of a CogVideoX VAE: {', '.join(unknown[:8])}",
+            f"{len(unknown)} weights do not belong to a CogVideoX VAE: {', '.join(unknown[:8])}",
             expected="encoder.* and decoder.*, as in SAT's 3d-vae.pt or diffusers' vae/ folder",
             remedy="check that the path is the VAE's and not the transformer's",
         )

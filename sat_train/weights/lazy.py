@@ -1,4 +1,4 @@
-"""Weights by name, each read when it is asked for: a 5B model passes through without being held twice."""
+"""State dicts whose tensors are read on access, so that a 5B model is never held in memory twice."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Shard:
     """The part of a tensor that one rank of the model axis holds.
 
     Args:
-        dim: Dim that is sharded.
-        parts: Equal parts of that dim, each of which is sharded by itself.
+        dim: Sharded dim.
+        parts: Number of equal parts of that dim, each of which is sharded separately.
         rank: Rank on the model axis.
         size: Ranks on the model axis.
     """
@@ -31,7 +31,7 @@ class Shard:
     size: int
 
     def spans(self, length: int) -> list[tuple[int, int]]:
-        """Returns the (start, stop) of each part's share along a dim of `length`."""
+        """Returns the (start, stop) of this rank's share of each part, along a dim of `length`."""
         step = length // (self.parts * self.size)
         starts = [(part * self.size + self.rank) * step for part in range(self.parts)]
         return [(start, start + step) for start in starts]
@@ -39,12 +39,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """One tensor that has not been read.
+    """A tensor that has not been read yet.
 
     Args:
-        shape: Its whole shape.
-        dtype: Its dtype.
-        read: Reads it: the whole, or one rank's shard.
+        shape: Shape of the whole tensor.
+        dtype: Dtype of the tensor.
+        read: Reads the whole tensor, or one rank's shard.
     """
 
     shape: Shape
@@ -53,11 +53,11 @@ class LazyTensor:
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """A state dict whose tensors are read at each access. Do not hold on to more than are needed.
+    """A state dict whose tensors are read on every access; do not keep more of them than you need.
 
     Args:
-        tensors: What there is, by name.
-        where: Where it comes from, for messages.
+        tensors: The tensors by name.
+        where: Their source, for messages.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor], *, where: str) -> None:
@@ -80,17 +80,17 @@ class LazyWeights(Mapping[str, Tensor]):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Total size of all tensors in bytes."""
         return sum(math.prod(lazy.shape) * lazy.dtype.itemsize for lazy in self.tensors.values())
 
     def select(self, rename: Callable[[str], str | None]) -> LazyWeights:
-        """Returns those that `rename` gives a name, under that name."""
+        """Returns the tensors for which `rename` returns a name, under that name."""
         names = {key: rename(key) for key in self.tensors}
         chosen = {name: self.tensors[key] for key, name in names.items() if name is not None}
         return LazyWeights(chosen, where=self.where)
 
     def cast(self, dtype: torch.dtype | None) -> LazyWeights:
-        """Returns these in another dtype, counters as they are; None leaves all as they are."""
+        """Returns the weights cast to `dtype`, integers unchanged; None changes nothing."""
         if dtype is None:
             return self
         tensors = {
@@ -102,22 +102,22 @@ class LazyWeights(Mapping[str, Tensor]):
         return LazyWeights(tensors, where=self.where)
 
     def overlaid(self, other: LazyWeights) -> LazyWeights:
-        """Returns these and the other's; the other's where both have a name."""
+        """Returns the union of both; `other` wins where a name is in both."""
         return LazyWeights({**self.tensors, **other.tensors}, where=f"{self.where} with {other.where}")
 
 
 def lazy_tensor(tensor: Tensor) -> LazyTensor:
-    """Returns a lazy tensor for one that is in memory, or mapped from a file."""
+    """Wraps a tensor that is in memory or memory-mapped."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda shard: shard_tensor(tensor, shard))
 
 
 def from_tensors(tensors: Mapping[str, Tensor], *, where: str) -> LazyWeights:
-    """Returns a state dict as lazy weights."""
+    """Wraps a state dict."""
     return LazyWeights({key: lazy_tensor(tensor) for key, tensor in tensors.items()}, where=where)
 
 
 def shard_tensor(tensor: Tensor, shard: Shard | None) -> Tensor:
-    """Returns one rank's shard: a view where one suffices."""
+    """Returns one rank's shard, as a view if possible."""
     if shard is None:
         return tensor
     slices = [
@@ -140,17 +140,17 @@ def _read_cast(key: str, lazy: LazyTensor, dtype: torch.dtype, shard: Shard | No
 
 
 def shard_lazily(lazy: LazyTensor, shard: Shard) -> LazyTensor:
-    """Returns one rank's shard, unread."""
+    """Returns one rank's shard without reading it."""
     shape = list(lazy.shape)
     shape[shard.dim] //= shard.size
     return replace(lazy, shape=tuple(shape), read=lambda again: shard_tensor(lazy.read(shard), again))
 
 
 def check_same(ours: LazyWeights, written: LazyWeights) -> None:
-    """Compares what was to be written with what reads back, value for value.
+    """Compares the weights with what was read back from disk, value for value.
 
     Raises:
-        CheckpointError: They differ, which is a fault of the disk or of this program.
+        CheckpointError: They differ, because of the disk or a bug of this program.
     """
     differing = sorted(ours.keys() ^ written.keys()) or [
         key for key in ours if not _same(ours[key], written[key])
@@ -158,7 +158,7 @@ def check_same(ours: LazyWeights, written: LazyWeights) -> None:
     if differing:
         raise CheckpointError(
             f"{written.where} does not read back as it was written: {', '.join(differing[:5])}",
-            remedy="try again on another disk, and report it if it happens again",
+            remedy="try another disk, and report a bug if it happens again",
         )
 
 

@@ -1,4 +1,4 @@
-"""LoRA files of other trainers: which module a key means, and by how much its update is scaled.
+"""Reads LoRA files of other trainers: maps keys to modules, and finds the scale of each update.
 
 Source: huggingface/peft@0.21 `LoraConfig`, `utils/save_and_load.py`; huggingface/diffusers@0.42
 `loaders/lora_conversion_utils.py`; kohya-ss/sd-scripts `networks/lora.py` for the names with underscores.
@@ -35,7 +35,7 @@ _PREFIXES = re.compile(
     r"|transformer\.(?=transformer\.|transformer_blocks\.|patch_embed\.|time_embedding\.|ofs_embedding\.|norm_|proj_out)"
 )
 _DOWN = ("A", "down")
-# Starts whose saved adapters count from another base than the released weights.
+# Initialisations whose saved adapters refer to another base than the released weights.
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "eva")
 
 
@@ -48,7 +48,7 @@ class _Found:
 
 
 def holds_lora(weights: LazyWeights) -> bool:
-    """Says whether the keys are those of some trainer's LoRA."""
+    """Returns whether the keys are those of a LoRA file."""
     return any(_SIDE.fullmatch(key) for key in weights)
 
 
@@ -57,20 +57,20 @@ def read_lora_modules(weights: LazyWeights, file: Path) -> dict[str, LowRank]:
 
     Args:
         weights: The tensors of the file.
-        file: The file, for its header and for PEFT's `adapter_config.json` beside it.
+        file: The file, for its header and for PEFT's `adapter_config.json` next to it.
 
     Returns:
-        The update of each module, under diffusers' names (or SAT's, where the file has those).
+        The update of each module, under diffusers' names (or SAT's, if the file uses those).
 
     Raises:
-        CheckpointError: A key that is not understood, half a pair, or a kind of adapter that is no LoRA.
+        CheckpointError: An unknown key, half a pair, or a kind of adapter that is not LoRA.
     """
     found: dict[str, _Found] = {}
     unknown = [key for key in weights if not _sort(key, weights, found)]
     if unknown:
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise CheckpointError(
-            f"{weights.where}: {len(unknown)} keys are not of a LoRA: {shown}",
+            f"{weights.where}: {len(unknown)} keys do not belong to a LoRA: {shown}",
             expected="pairs such as lora_A, lora_B or lora_down, lora_up, and alphas",
             remedy="export the adapter as plain LoRA, without DoRA, biases or whole weights",
         )
@@ -79,7 +79,7 @@ def read_lora_modules(weights: LazyWeights, file: Path) -> dict[str, LowRank]:
 
 
 def _sort(key: str, weights: LazyWeights, found: dict[str, _Found]) -> bool:
-    """Puts a tensor where it belongs; False for a key that is not understood."""
+    """Adds a tensor to its module; returns False for an unknown key."""
     side, alpha = _SIDE.fullmatch(key), _ALPHA.fullmatch(key)
     match = side or alpha
     if match is None:
@@ -100,7 +100,7 @@ def _sort(key: str, weights: LazyWeights, found: dict[str, _Found]) -> bool:
 
 
 def _module(name: str) -> str:
-    """Returns a module's name without what trainers put before it, with dots for kohya's underscores."""
+    """Returns a module's name without the prefixes of trainers, with dots for kohya's underscores."""
     bare = name
     while match := _PREFIXES.match(bare):
         bare = bare[match.end() :]
@@ -138,16 +138,16 @@ def _configured_alpha(module: str, config: Mapping[str, Any], where: str) -> flo
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """Returns PEFT's settings: from the file beside the weights, else from their header, else none."""
-    beside = file.parent / _PEFT_CONFIG
-    named = beside if beside.exists() and file.name.startswith("adapter_model") else file
-    with reading(named, error=CheckpointError, expected="PEFT's settings, a JSON object"):
-        if named == beside:
-            text = read_text(beside, limit=_MOST_CONFIG_BYTES)
+    """Returns PEFT's settings: from the file next to the weights, else from their header, else none."""
+    config_file = file.parent / _PEFT_CONFIG
+    source = config_file if config_file.exists() and file.name.startswith("adapter_model") else file
+    with reading(source, error=CheckpointError, expected="PEFT's settings, a JSON object"):
+        if source == config_file:
+            text = read_text(config_file, limit=_MOST_CONFIG_BYTES)
         else:
             text = read_metadata(file).get(PEFT_METADATA_KEY, "{}")
         settings = {str(key).removeprefix("transformer."): value for key, value in json.loads(text).items()}
-    _check_plain_lora(settings, named)
+    _check_plain_lora(settings, source)
     return settings
 
 

@@ -1,4 +1,4 @@
-"""Names, shapes and dtypes of weights, and the comparison of a model with a file before anything trains."""
+"""Names, shapes and dtypes of weights, and the comparison of a model with a file before training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _MOST_SHOWN = 40  # of each kind
 
 
 def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str) -> None:
-    """Compares names and shapes.
+    """Compares the names and shapes of a model with those of a file.
 
     Args:
-        expected: What the model has.
-        found: What the file holds.
+        expected: Names and shapes of the model.
+        found: Names and shapes of the file.
         where: Names the file in the message.
 
     Raises:
-        CheckpointError: Lists every missing name, every unexpected one, and every mismatch with both shapes.
+        CheckpointError: With every missing name, every unexpected name, and every mismatch with both shapes.
     """
     missing = [f"missing     {name} {_text(expected[name])}" for name in expected if name not in found]
     unexpected = [f"unexpected  {name} {_text(found[name])}" for name in found if name not in expected]
@@ -40,7 +40,7 @@ def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Sh
     raise CheckpointError(
         "\n  ".join([f"{where} does not fit the model: {counts}", *shown]),
         expected=f"the {len(expected)} names of the model, with its shapes",
-        remedy="look at the model preset: another family, size or LoRA rank has other names and shapes",
+        remedy="check the model preset: another family, size or LoRA rank has other names and shapes",
     )
 
 

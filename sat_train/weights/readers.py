@@ -1,6 +1,6 @@
 """Reads files of weights, lazily and without running code from them.
 
-Whatever is wrong with a file becomes one error that names it.
+Anything wrong with a file becomes one error that names it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sat_train.errors import CheckpointError
 from sat_train.files import open_regular, read_text, refuse_packed
 from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, lazy_tensor
 
-# What SwissArmyTransformer's files hold besides tensors: numpy's random state.
+# Classes in SwissArmyTransformer's files besides tensors: numpy's random state.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _SAT_CLASSES: list[Any] = [
     *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
@@ -31,7 +31,7 @@ _SAT_CLASSES: list[Any] = [
     np.dtype,
     type(np.dtype("uint32")),
 ]
-# int64 for counters such as an adapter's rank; 8 bit is always a quantised weight
+# int64 for integers such as an adapter's rank; 8 bits always mean a quantised weight
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,32 +39,31 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
 }
-# Under these a checkpoint of SAT or of Lightning keeps its state dict.
+# Keys under which a checkpoint of SAT or Lightning keeps its state dict.
 _WRAPPERS = ("module", "state_dict")
 _ZIP_MAGIC = b"PK\x03\x04"
 _LFS_MAGIC = b"version https://git-lfs"
-_MOST_HEADER_BYTES = 25_000_000  # of a header or an index; those of 5B have 0.2 million
+_MOST_HEADER_BYTES = 25_000_000  # of a header or an index; 5B's have 0.2 million
 
 
 def read_weight_files(paths: Sequence[Path]) -> LazyWeights:
     """Opens one file of weights, or the shards of one set.
 
     Args:
-        paths: safetensors or torch files; told apart by their contents.
+        paths: safetensors or torch files; the contents decide which.
 
     Raises:
-        CheckpointError: A file is damaged, holds code or quantised tensors, or two hold the
-            same name.
+        CheckpointError: A file is damaged, holds code or quantised tensors, or two files hold the same name.
     """
     lazy_tensors: dict[str, LazyTensor] = {}
     for path in paths:
-        found = _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
-        doubled = lazy_tensors.keys() & found.keys()
-        if doubled:
+        tensors = _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
+        duplicates = lazy_tensors.keys() & tensors.keys()
+        if duplicates:
             raise CheckpointError(
-                f"{path} holds {sorted(doubled)[0]}, which another file of its set holds too"
+                f"{path} holds {sorted(duplicates)[0]}, and so does another file of the same set"
             )
-        lazy_tensors.update(found)
+        lazy_tensors.update(tensors)
     where = str(paths[0] if len(paths) == 1 else paths[0].parent)
     if not lazy_tensors:
         raise CheckpointError(f"{where} holds no tensors", expected="weights", remedy="give another path")
@@ -72,10 +71,10 @@ def read_weight_files(paths: Sequence[Path]) -> LazyWeights:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Says whether a file is in the safetensors format, from its first bytes.
+    """Returns whether a file is in the safetensors format, judging by its first bytes.
 
     Raises:
-        CheckpointError: It cannot be read, or is a stand-in for a file that was never downloaded.
+        CheckpointError: It cannot be read, or is a placeholder for a file that was never downloaded.
     """
     try:
         with open_regular(path) as file:
@@ -96,7 +95,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the texts in the header of a safetensors file; none for another kind of file."""
+    """Returns the metadata in the header of a safetensors file; none for any other file."""
     if not is_safetensors(path):
         return {}
     with _understanding(path), safe_open(path, framework="pt") as file:
@@ -105,7 +104,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def _understanding(path: Path) -> Iterator[None]:
-    """Turns whatever a library raises about a file of weights into the error that names it."""
+    """Converts any exception while a file of weights is read into an error that names the file."""
     try:
         yield
     except CheckpointError:
@@ -130,15 +129,15 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _check_names(path: Path) -> None:
-    """Refuses a header that gives a name twice, of which every reader would take another one."""
+    """Refuses a header that repeats a name, because readers differ in which one they take."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found: dict[str, object] = {}
+        values: dict[str, object] = {}
         for name, value in pairs:
-            if name in found:
+            if name in values:
                 raise ValueError(f"the header names {name} twice")
-            found[name] = value
-        return found
+            values[name] = value
+        return values
 
     with open_regular(path) as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -146,13 +145,13 @@ def _check_names(path: Path) -> None:
 
 
 def _read_safetensor(path: Path, key: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
-    """Opens the file for this one tensor, so that what the system mapped for it goes when the tensor goes."""
+    """Opens the file for one tensor only, so that its memory mapping is freed with the tensor."""
     with _understanding(path), safe_open(path, framework="pt") as file:
         if shard is None:
             return cast(Tensor, file.get_tensor(key))
         part = file.get_slice(key)
-        places = [(*[slice(None)] * shard.dim, slice(*span)) for span in shard.spans(shape[shard.dim])]
-        pieces = [part[place] for place in places]
+        indices = [(*[slice(None)] * shard.dim, slice(*span)) for span in shard.spans(shape[shard.dim])]
+        pieces = [part[index] for index in indices]
     return torch.cat(pieces, shard.dim)
 
 
@@ -171,10 +170,10 @@ def _read_torch(path: Path) -> dict[str, LazyTensor]:
 
 
 def check_plain(path: Path, key: str, tensor: Tensor) -> None:
-    """Checks that a tensor is made of the values that the file holds.
+    """Checks that a tensor is dense and that all of its values are in the file.
 
     Raises:
-        CheckpointError: It is sparse, without data, or claims more values than are there (expanded).
+        CheckpointError: It is sparse, has no data, or claims more values than the file holds (expanded).
     """
     is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -197,11 +196,11 @@ def check_all_plain(path: Path, state: Any, key: str = "") -> None:
 
 
 def load_torch_file(path: Path, safe_classes: Sequence[Any] = ()) -> Any:
-    """Loads a file that `torch.save` wrote; its tensors are mapped where the format allows.
+    """Loads a file that `torch.save` wrote; its tensors are memory-mapped if the format allows.
 
     Args:
         path: The file.
-        safe_classes: Classes that it may hold besides tensors, plain values and what SAT writes.
+        safe_classes: Classes to allow besides tensors, plain values and those that SAT writes.
 
     Raises:
         CheckpointError: It is damaged, would run code, or unpacks to more than its size.
@@ -219,7 +218,7 @@ def load_torch_file(path: Path, safe_classes: Sequence[Any] = ()) -> Any:
             raise CheckpointError(
                 f"{path} holds more than tensors; loading it would run code from it: {_first_line(error)}",
                 expected="tensors and plain values only",
-                remedy="save its state dict alone, best as safetensors, on a machine where you trust it",
+                remedy="where you trust it, save its state dict alone, preferably as safetensors",
             ) from error
 
 
@@ -227,7 +226,7 @@ def read_index(path: Path) -> list[Path]:
     """Returns the shards that a `*.index.json` names.
 
     Raises:
-        CheckpointError: The index is damaged, or shards are missing; they are named.
+        CheckpointError: The index is damaged, or shards are missing (named in the message).
     """
     with _understanding(path):
         weight_map = json.loads(read_text(path, limit=_MOST_HEADER_BYTES))["weight_map"]
@@ -247,7 +246,7 @@ def read_index(path: Path) -> list[Path]:
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:
-    """Returns the error for a file that cannot be understood."""
+    """Returns the error for a file that cannot be parsed."""
     return CheckpointError(
         f"{path} is damaged or not a file of weights: {_first_line(error)}",
         expected="safetensors, or a file that torch.save wrote",
@@ -261,7 +260,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _find_tensors(state: Any) -> dict[str, Tensor] | None:
-    """Returns the tensors by name in a state dict, or in what SAT or Lightning wrap one in."""
+    """Returns the tensors of a state dict, which SAT or Lightning may have wrapped."""
     for _ in range(2):
         if not isinstance(state, Mapping):
             return None

@@ -1,4 +1,4 @@
-"""Writes safetensors one tensor at a time: a folder of any size needs the memory of its largest tensor.
+"""Writes safetensors one tensor at a time, so that memory is needed only for the largest tensor.
 
 Source: huggingface/safetensors@0.8 README, "Format": 8 bytes of header length, JSON header, tensors without
 gaps.
@@ -37,16 +37,15 @@ def write_safetensors(
     progress: Progress,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes weights as `<stem>.safetensors`, or as shards with an index when they are too large for one
-    file.
+    """Writes weights as `<stem>.safetensors`, or as files with an index if they are too large for one.
 
     Args:
-        folder: Exists.
+        folder: An existing folder.
         stem: First part of the file names, e.g. `diffusion_pytorch_model`.
-        weights: Read one by one, in order.
+        weights: The weights; read one by one, in order.
         metadata: Texts for the header of every file.
         progress: Called with the bytes of each tensor written.
-        max_shard_bytes: Most bytes of one file.
+        max_shard_bytes: Largest size of one file in bytes.
 
     Raises:
         OSError: The disk is full or cannot be written.

@@ -1,6 +1,6 @@
-"""Weights between sizes of the model axis, lazily.
+"""Converts weights between sizes of the model axis, lazily.
 
-The rules of which weight is sharded how are the model's (`models.dit.sharding`).
+The model itself defines how each weight is sharded (`models.dit.sharding`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, shard_lazily,
 
 
 def merge_slices(slices: Sequence[LazyWeights], *, where: str) -> LazyWeights:
-    """Returns whole weights, given those of every rank of the model axis in rank order.
+    """Merges the weights of all ranks of the model axis, given in rank order.
 
     Raises:
         CheckpointError: The ranks hold different names.
@@ -42,7 +42,7 @@ def merge_slices(slices: Sequence[LazyWeights], *, where: str) -> LazyWeights:
 
 
 def slice_weights(weights: LazyWeights, *, rank: int, size: int) -> LazyWeights:
-    """Returns the slice of every weight that one rank of the model axis holds; only that is read.
+    """Returns one rank's slice of every weight; only the slices are read.
 
     Raises:
         CheckpointError: A weight cannot be split into `size` equal shards.

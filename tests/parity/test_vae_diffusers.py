@@ -105,5 +105,5 @@ def test_names_there_and_back():
 
 @pytest.mark.parametrize("rename", [vae_state_to_diffusers, vae_state_from_diffusers])
 def test_strange_names_are_refused(rename):
-    with pytest.raises(CheckpointError, match=r"1 weights are not of a CogVideoX VAE: transformer\.x"):
+    with pytest.raises(CheckpointError, match=r"1 weights do not belong to a CogVideoX VAE: transformer\.x"):
         rename({"transformer.x": torch.zeros(1)})

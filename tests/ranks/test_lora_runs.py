@@ -80,7 +80,7 @@ def test_a_run_that_begins_with_adapters_computes_what_they_were_trained_to_do(
     if preset == "lora":
         check_same_adapters(run, first)
         base = read_manifest(run / "1").base_weights
-        assert base == read_manifest(first / "3").base_weights, "it stands on what its adapters stand on"
+        assert base == read_manifest(first / "3").base_weights, "its base is that of its adapters"
 
 
 def check_same_adapters(run: Path, first: Path) -> None:

@@ -68,15 +68,15 @@ def test_a_base_that_has_moved_is_named_by_the_run_and_found_by_its_hash(
     run = lora_run(mesh, tmp_path, base)
     expected = merged(run, tmp_path / "before")
     moved = base.rename(tmp_path / "moved.safetensors")
-    message = rf"(?s){run}/5 is a LoRA run that stands on {base} .*no such file.*--load-base"
+    message = rf"(?s){run}/5 is a LoRA run with the base {base} .*no such file.*--load-base"
     for use in (lambda: merged(run, tmp_path / "x"), lambda: read_transformer_weights(run)):
         with pytest.raises(CheckpointError, match=message):
             use()
     assert torch.equal(merged(run, tmp_path / "after", load_base=moved), expected)
-    with pytest.raises(CheckpointError, match="and other weights were given"):
+    with pytest.raises(CheckpointError, match="but other weights were given"):
         locate_weights(run, load_base=ASSETS / "tiny" / "dit.safetensors")
     save_file(random_weights(seed=9), base)
-    with pytest.raises(CheckpointError, match=f"stands on {base} .*which has changed"):
+    with pytest.raises(CheckpointError, match=f"with the base {base} .*which has changed"):
         read_transformer_weights(run)
 
 

@@ -228,7 +228,7 @@ def several_files(folder: Path) -> Path:
 
 BROKEN: list[tuple[Breaker, str]] = [
     (nothing_there, "no such file or folder"),
-    (empty_folder, "holds no weights that are understood"),
+    (empty_folder, "holds no weights in a known format"),
     (empty_file, "is empty"),
     (truncated_pt, r"mp_rank_00_model_states\.pt is damaged"),
     (truncated_safetensors, r"00002-of-00003\.safetensors is damaged"),
@@ -237,7 +237,7 @@ BROKEN: list[tuple[Breaker, str]] = [
     (shards_without_index, "shards without their index"),
     (damaged_index, r"index\.json is damaged"),
     (index_that_points_outside, "names shards outside its folder"),
-    (same_name_in_two_shards, "which another file of its set holds too"),
+    (same_name_in_two_shards, "and so does another file of the same set"),
     (git_lfs_pointer, "Git LFS pointer"),
     (web_page, "damaged or not a file of weights"),
     (pickle_with_code, "would run code from it"),
@@ -246,8 +246,8 @@ BROKEN: list[tuple[Breaker, str]] = [
     (no_state_dict, "holds no state dict"),
     (float8, r"time_embed\.0\.weight is F8_E4M3"),
     (float8_pt, "is float8_e4m3fn"),
-    (latest_points_nowhere, "names '2000', and there is no such folder"),
-    (latest_points_outside, "and there is no such folder"),
+    (latest_points_nowhere, "names '2000', but there is no such folder"),
+    (latest_points_outside, "but there is no such folder"),
     (missing_model_rank, r"lacks mp_rank_00_model_states\.pt"),
     (ranks_that_differ, r"ranks 0 and 1 of the model axis differ in \['time_embed\.0\.bias'\]"),
     (vae_for_a_transformer, "holds a VAE"),
@@ -336,8 +336,8 @@ def test_what_does_not_read_back_is_no_success(
 
 
 def test_diffusers_needs_the_models_numbers(mesh: ProcessMesh, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not say which model it is"):
+    with pytest.raises(CheckpointError, match="does not name its model"):
         convert(Conversion(sat(tmp_path), tmp_path / "out", "diffusers"))
-    with pytest.raises(CheckpointError, match="--model-parallel-size is SAT's way"):
+    with pytest.raises(CheckpointError, match="--model-parallel-size applies to SAT's format"):
         convert(Conversion(tmp_path / "sat", tmp_path / "out", "diffusers", model_size=2))
     assert not (tmp_path / "out").exists()

@@ -225,7 +225,7 @@ BAD = [
     ({f"{BLOCK}.attn1.to_q.lora_A.weight": (2, 32)}, "to_q has only one of its two matrices"),
     (
         {f"{BLOCK}.attn1.to_q.lora_A.weight": (2, 32), f"{BLOCK}.attn1.to_q.dora_scale": (32,)},
-        r"1 keys are not of a LoRA: transformer_blocks\.1\.attn1\.to_q\.dora_scale",
+        r"1 keys do not belong to a LoRA: transformer_blocks\.1\.attn1\.to_q\.dora_scale",
     ),
     (
         {f"{BLOCK}.attn1.to_q.lora_A.weight": (2, 32), f"{BLOCK}.attn1.to_q.lora_B.weight": (32, 3)},

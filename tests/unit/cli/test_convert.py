@@ -73,14 +73,14 @@ def test_a_diffusers_folder_s_own_config_is_compared_too(
         (["x" * 5000, "out"], "x" * 100),
         (["{weights}", "x" * 5000], "x" * 100),
         (["~nobody-of-this-name/w.pt", "out"], "nobody-of-this-name"),
-        (["{weights}", "{folder}/out", "--lora-strength", "0.5"], "--lora-strength is a factor"),
+        (["{weights}", "{folder}/out", "--lora-strength", "0.5"], "--lora-strength is given without --lora"),
         (
             ["{weights}", "{folder}/out", "--lora", "{folder}/gone.safetensors"],
             "gone.safetensors: no such file",
         ),
         (["{weights}", "{folder}/out", "--lora", "{weights}"], "holds no LoRA adapters"),
         (["{weights}", "{folder}/out", "--merge-lora"], "holds no LoRA adapters to merge"),
-        (["{folder}", "{folder}/out"], "holds no weights that are understood"),
+        (["{folder}", "{folder}/out"], "holds no weights in a known format"),
     ],
 )
 @pytest.mark.parametrize("to", ["sat", "diffusers"])
