@@ -1,6 +1,6 @@
-"""The errors a person can cause. Each says where, what was found, what was expected and what to do.
+"""Errors that a user can cause. Each names the place, the value, the expectation and the remedy.
 
-What only this project can cause is an `assert` instead. `sat_train.cli` alone turns these into exit codes.
+Bugs of this project are an `assert` instead. Only `sat_train.cli` turns these errors into exit codes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHOWN_VALUE = 160
 
 
 def without_secrets(text: str) -> str:
-    """Returns a text without the passwords in its URLs and the signatures of presigned ones."""
+    """Hides the passwords in URLs and the signatures of presigned URLs."""
     if "://" not in text:
         return text
     return _SIGNATURE.sub(rf"\1{_HIDDEN}", _PASSWORD.sub(rf"\1{_HIDDEN}@", text))
@@ -30,9 +30,9 @@ def without_secrets(text: str) -> str:
 def printable(text: str) -> str:
     """Returns a text that is safe to show: control characters, which a terminal would obey, are escaped.
 
-    Passwords and signatures in URLs are left out, because logs and screens are shared.
-    Line breaks, tabs and spaces of all scripts stay. Lone surrogates, which no stream can encode, are escaped
-    too, and so are the marks that turn the direction of writing, which make a name look like another one.
+    Passwords and signatures in URLs are hidden, because logs and screens are shared. Line breaks, tabs and
+    spaces of all scripts are kept. Lone surrogates, which no stream can encode, are escaped too, and so are
+    the marks that change the direction of writing, which can make a name look like another one.
     """
     text = without_secrets(text)
     if text.isascii() and text.isprintable():
@@ -49,16 +49,16 @@ def _escaped(character: str) -> str:
 
 
 class SatTrainError(Exception):
-    """Root of all errors that a person can cause and repair.
+    """Base class of all errors that a user can cause and correct.
 
     Args:
-        problem: One sentence that names the key or path and the value found there.
-        expected: What would have been right.
-        remedy: What to do now.
+        problem: One sentence that names the key or path and the value there.
+        expected: Description of a correct value.
+        remedy: Advice for the user.
     """
 
     exit_code = 2
-    ranks_agree = False  # all ranks raise the same one, so rank 0 alone shows it
+    ranks_agree = False  # whether all ranks raise the same error, so that only rank 0 shows it
 
     def __init__(self, problem: str, *, expected: str = "", remedy: str = "") -> None:
         self.problem = problem
@@ -74,14 +74,14 @@ class SatTrainError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong in a configuration.
+    """One fault of a configuration.
 
     Args:
         path: Dotted key, e.g. `args.train_iters`.
-        value: What stands there, as text; empty when the key is missing.
-        expected: What would have been right.
-        source: File, or `command line`, that the value came from; empty when unknown.
-        suggestion: The nearest key or value that exists; empty when there is none.
+        value: The value as text; empty if the key is missing.
+        expected: Description of a correct value.
+        source: File, or `command line`, that the value came from; empty if unknown.
+        suggestion: The nearest key or value that exists; empty if there is none.
     """
 
     path: str
@@ -91,8 +91,8 @@ class Fault:
     suggestion: str = ""
 
     def __str__(self) -> str:
-        shown = f"{_shorten(self.path)} = {_shorten(self.value)}" if self.value else _shorten(self.path)
-        parts = [f"{shown}: expected {self.expected}"]
+        setting = f"{_shorten(self.path)} = {_shorten(self.value)}" if self.value else _shorten(self.path)
+        parts = [f"{setting}: expected {self.expected}"]
         if self.suggestion:
             parts[0] += f"; did you mean '{self.suggestion}'?"
         if self.source:
@@ -101,7 +101,7 @@ class Fault:
 
 
 def _shorten(text: str) -> str:
-    """Returns a text on one line, cut where it is long; secrets go first, for half a URL is none."""
+    """Returns a text on one line, truncated; hides secrets first, while URLs are still whole."""
     line = without_secrets(text).replace("\n", "\\n").replace("\r", "\\r")
     return line if len(line) <= _SHOWN_VALUE else f"{line[: _SHOWN_VALUE - 3]}..."
 
@@ -134,13 +134,12 @@ class TrainingError(SatTrainError):
 
 
 class Stopped(BaseException):
-    """A signal has ended the work in order. No error, hence no `Exception`: nothing on the way may swallow
-    it.
+    """A signal has ended the work in order. Not an `Exception`, so that nothing on the way swallows it.
 
     Args:
         signal_number: The signal.
-        message: What is left, and how to resume: the last line on the screen.
-        ranks_agree: All ranks raise the same one, so rank 0 alone shows it.
+        message: The last line on the screen: what was saved, and how to resume.
+        ranks_agree: Whether all ranks raise the same one, so that only rank 0 shows it.
     """
 
     def __init__(self, signal_number: int, message: str, *, ranks_agree: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""One way to read a file and one way to write it.
+"""Reads and writes files safely.
 
-Reading: regular files only, with a cap, so that a FIFO, a device or a sparse file in somebody's folder
-neither blocks the program nor fills its memory. Writing: under a new name beside, hashed on the way, synced,
-renamed, so that a file is complete or absent and a link at its place is replaced, never followed.
+Reading: regular files only, with a size limit, so that a FIFO, a device or a sparse file in somebody's folder
+neither blocks the program nor fills its memory. Writing: under a temporary name in the same folder, hashed,
+synced and renamed, so that a file is complete or absent and a link in its place is replaced, never followed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any, BinaryIO
 from sat_train.errors import SatTrainError
 
 _CHUNK_BYTES = 16 * 1024 * 1024
-PART_SUFFIX = ".part"  # a file being written; one that a kill left behind may be deleted
+PART_SUFFIX = ".part"  # a file being written; one left behind by a kill may be deleted
 
 
 class NotRegular(OSError):
@@ -30,16 +30,16 @@ class NotRegular(OSError):
 
 
 class TooLarge(OSError):
-    """A file is larger than anything that belongs there."""
+    """A file is larger than its limit."""
 
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Opens a regular file for reading, without ever waiting for anybody.
+    """Opens a regular file for reading, without ever blocking.
 
-    A link at `path` is followed: whether links may be followed is for the caller to say.
+    A link at `path` is followed; the caller decides whether links are allowed.
 
     Raises:
         NotRegular: It is a FIFO, a device, a socket or a folder.
@@ -56,7 +56,7 @@ def read_bytes(path: Path | str, *, limit: int) -> bytes:
     """Reads a whole regular file.
 
     Args:
-        limit: Bytes; a larger file is refused before any of it is read.
+        limit: Largest size in bytes; a larger file is refused before it is read.
 
     Raises:
         NotRegular: It is not a regular file.
@@ -66,13 +66,13 @@ def read_bytes(path: Path | str, *, limit: int) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(limit + 1) if size <= limit else b""
-    if size > limit or len(content) > limit:  # a file of /proc has no size, and a living one may grow
+    if size > limit or len(content) > limit:  # a file of /proc has no size, and a file may grow meanwhile
         raise TooLarge(errno.EFBIG, f"has more than {limit:,} bytes", str(path))
     return content
 
 
 def read_text(path: Path | str, *, limit: int) -> str:
-    """Reads a whole UTF-8 text file as `read_bytes` does; line ends become `\\n`.
+    """Reads a whole UTF-8 text file as `read_bytes` does; line endings become `\\n`.
 
     Raises:
         UnicodeDecodeError: It is not UTF-8.
@@ -84,10 +84,10 @@ def read_text(path: Path | str, *, limit: int) -> str:
 def refuse_packed(path: Path | str) -> None:
     """Refuses a zip file that unpacks to more than its own size; other files pass.
 
-    `torch.save` stores its members as they are, so nothing of its making is refused.
+    `torch.save` stores members uncompressed, so its files are never refused.
 
     Raises:
-        TooLarge: It is packed, or its members overlap.
+        TooLarge: It is compressed, or its members overlap.
         OSError: It cannot be read.
     """
     with open_regular(path) as file:
@@ -103,15 +103,16 @@ def refuse_packed(path: Path | str) -> None:
 def reading(
     path: Path | str, *, error: type[SatTrainError], expected: str = "", remedy: str = ""
 ) -> Iterator[None]:
-    """Turns whatever a library raises while it reads a foreign file into an error that names the file.
+    """Converts any exception while a foreign file is read into an error that names the file.
 
     Parsers fail in as many ways as there are broken files (RecursionError, IndexError, UnpicklingError, ...),
-    so the boundary is the file, not a list of exceptions.
+    so every exception is converted, not a list of them.
 
     Args:
-        error: What is raised instead.
-        expected: What the file should have been.
-        remedy: What to do now.
+        path: The file, for the message.
+        error: Class of the error to raise.
+        expected: Description of a correct file.
+        remedy: Advice for the user.
 
     Raises:
         SatTrainError: `error`, or the one that was raised inside, unchanged.
@@ -133,11 +134,11 @@ def _reason(problem: Exception) -> str:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must look like.
+    """Name, size and hash of a file.
 
     Args:
         name: File name inside its folder.
-        size: Bytes.
+        size: Size in bytes.
         sha256: Hex digest of the contents.
     """
 
@@ -147,10 +148,10 @@ class FileRecord:
 
 
 class HashingFile:
-    """A file to be written once, front to back, which hashes what passes and keeps its first error for later.
+    """A file that is written once, front to back; hashes its contents and keeps its first error.
 
-    `torch.save` writes through C++, where an exception from `write` ends in a second one that hides the
-    first; so `write` never raises, and `finish` does.
+    `torch.save` writes through C++, where an exception from `write` causes a second one that hides it. So
+    `write` never raises, and `finish` does.
     """
 
     def __init__(self, raw: IO[bytes]) -> None:
@@ -187,12 +188,12 @@ class HashingFile:
 
 
 def write_file(path: Path, write: Callable[[HashingFile], object], *, mode: int = 0o666) -> FileRecord:
-    """Writes a file so that `path` is either complete and on disk, or as it was.
+    """Writes a file so that `path` is either complete and on disk, or unchanged.
 
     Args:
-        path: Where the file goes; its folder exists.
+        path: Path of the file, in an existing folder.
         write: Writes the contents.
-        mode: Who may read it, before the umask.
+        mode: Permissions, before the umask.
 
     Raises:
         OSError: Disk full, no permission, I/O error. Nothing is left behind.
@@ -211,7 +212,7 @@ def write_file(path: Path, write: Callable[[HashingFile], object], *, mode: int 
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> FileRecord:
-    """Writes a small text file as `write_file` does, and makes its name durable too."""
+    """Writes a small text file as `write_file` does, and syncs its folder too."""
 
     def write(file: HashingFile) -> None:
         file.write(text.encode("utf-8"))
@@ -222,7 +223,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o666) -> FileRecord:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names inside a folder durable: a rename may be lost in a power cut before this."""
+    """Syncs a folder to disk, without which a power cut may lose a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

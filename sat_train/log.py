@@ -1,4 +1,4 @@
-"""Rank-aware logging: rank 0 speaks, the others only warn, and each of their lines names its rank."""
+"""Rank-aware logging: rank 0 logs everything, the others only warnings, with their rank in each line."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _console: Console | None = None
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats records; what a stranger's file put into them cannot steer the terminal."""
+    """Formats records so that text from a stranger's file cannot control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic from Python 3.11 on
-    """Writes whole lines to standard error; once there is a console through it, above its bar."""
+    """Writes whole lines to standard error, above the progress bar once there is a console."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if _console is None:
@@ -32,20 +32,20 @@ class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]  # gener
         from rich.text import Text
 
         try:
-            # no string with `markup=False`: the bar below is rendered with the options of the line
+            # not a string with `markup=False`: the bar below is rendered with the options of the line
             _console.print(Text(self.format(record)), soft_wrap=True)
         except Exception:
             self.handleError(record)
 
 
 def console() -> Console:
-    """Returns the one console of this process, on standard error: bars and log lines share it.
+    """Returns the one console of this process, on standard error, which bars and log lines share.
 
-    Two writers that do not know of each other leave a line glued to the end of a bar.
+    With two independent writers a log line would follow a bar on the same line.
     """
     global _console
     if _console is None:
-        from rich.console import Console  # here, since most commands show no bar
+        from rich.console import Console  # here, because most commands show no bar
 
         _console = Console(file=sys.stderr)
     return _console

@@ -1,4 +1,4 @@
-"""Names that stand for several files: ranges and lists in braces, and wildcards."""
+"""Expands names that stand for several files: ranges and lists in braces, and wildcards."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from pathlib import Path
 
 _GROUP = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})", re.ASCII)
-_MAX_RANGE = 1_000_000  # a longer one is a slip of the finger, not a set
+_MAX_RANGE = 1_000_000  # a longer one is a typo, not a data set
 _MAX_CHARACTERS = 100_000_000  # of all names together
 
 
 def expand_braces(text: str) -> list[str]:
     """Returns the names that a pattern stands for, in its own order.
 
-    As WebDataset users write them: `{000..099}` counts, with zeros in front where one of its ends has them;
-    `{a,b}` lists. Other braces stand for themselves, and so do all where they would make more names than any
-    data set has.
+    WebDataset's syntax: `{000..099}` is a range, zero-padded if one of its ends is; `{a,b}` is a list. Other
+    braces are literal, and so are all braces if they would make more names than any data set has.
     """
     count = math.prod(len(_choices(group[1])) or 1 for group in _GROUP.finditer(text))
-    if count * len(text) > _MAX_CHARACTERS:  # known at once, unless braces stand in braces
+    if count * len(text) > _MAX_CHARACTERS:  # known in advance, unless braces are nested
         return [text]
     names: list[str] = []
     pending = [text]
@@ -38,7 +37,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def _expand_first(text: str) -> list[str] | None:
-    """Returns the names that the first group of braces makes of a text, None where no group is one."""
+    """Expands the first group of braces in a text; None if there is none to expand."""
     for group in _GROUP.finditer(text):
         choices = _choices(group[1])
         if len(choices) * len(text) > _MAX_CHARACTERS:
@@ -62,9 +61,9 @@ def _choices(inside: str) -> list[str]:
 
 
 def find_local(name: str) -> list[Path]:
-    """Returns the file or folder of this name on this machine, else what its wildcards match, sorted.
+    """Returns the file or folder of this name on this machine, else the matches of its wildcards, sorted.
 
-    `**` is any number of folders; links are not followed there, for a link may lead into a circle. Hidden
+    `**` is any number of folders; links are not followed there, because they may form a cycle. Hidden
     files and folders match no wildcard.
     """
     if Path(name).exists():
@@ -72,12 +71,12 @@ def find_local(name: str) -> list[Path]:
     parts = Path(name).parts
     count = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     root, wild = Path(*parts[:count]), _one_walk(parts[count:])
-    found = root.glob("/".join(wild)) if wild else ()
-    return sorted({path for path in found if not _is_hidden(path.relative_to(root), wild)})
+    matches = root.glob("/".join(wild)) if wild else ()
+    return sorted({path for path in matches if not _is_hidden(path.relative_to(root), wild)})
 
 
 def _one_walk(parts: tuple[str, ...]) -> list[str]:
-    """Returns the parts without a `**` behind another, which finds nothing more in much longer time."""
+    """Removes a `**` after another `**`, which matches nothing more and takes much longer."""
     wild: list[str] = []
     for part in parts:
         part = part if part == "**" else re.sub(r"\*+", "*", part)

@@ -1,4 +1,4 @@
-"""What `sat-train check --build` says about a model: its parameters by part, and who answers SAT's hooks."""
+"""Report of `sat-train check --build`: a model's parameters by part, and the mixins behind SAT's hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def report_build(config: RunConfig) -> str:
     """Builds the whole transformer on the meta device, without memory, and describes it.
 
     Args:
-        config: The configuration; the count is of the whole model, whatever its tensor parallelism.
+        config: The configuration; parameters are counted for the whole model, whatever its tensor
+            parallelism.
 
     Raises:
         ConfigError: A pattern of the configuration matches no weight.
@@ -25,4 +26,4 @@ def report_build(config: RunConfig) -> str:
     width = max(map(len, dit.hook_origins))
     hooks = [f"{hook:{width}}  {origin}" for hook, origin in sorted(dit.hook_origins.items())]
     stop_processes()
-    return "\n".join(["", str(counts), "", "SAT hooks, and what answers them", *hooks])
+    return "\n".join(["", str(counts), "", "SAT hooks, and the mixins that answer them", *hooks])

@@ -1,4 +1,4 @@
-"""`sat-train cache`: lists what a cache of encoded samples holds, checks it, removes what is stale."""
+"""`sat-train cache`: lists, verifies and prunes a cache of encoded samples."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sat_train.log import configure_logging
 
 
 def main(argv: Sequence[str]) -> int:
-    """Does one thing to a cache.
+    """Lists, verifies or prunes a cache.
 
     Args:
         argv: The words after `sat-train cache`.
 
     Returns:
-        0, or 1 when `verify` found damage.
+        0, or 1 if `verify` found damage.
 
     Raises:
         SatTrainError: There is no cache in the folder, or the files given with `--base` are faulty.
@@ -60,7 +60,7 @@ def _verify(cache_dir: Path) -> int:
 
 
 def _encoder_digests(rest: Sequence[str], file_metadata: FileMetadata) -> EncoderDigests | None:
-    """Returns the encoders of the configuration on the command line, if there is one."""
+    """Returns the encoder digests of the configuration on the command line, if there is one."""
     base, words = split_command_line(rest)
     if not base and not words:
         return None
@@ -78,7 +78,7 @@ def _show(lines: Sequence[CacheStats], damaged: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     for fault in damaged:
-        console.print(printable(f"damaged, and left out by every reader: {fault}"), markup=False)
+        console.print(printable(f"damaged, and ignored by every reader: {fault}"), markup=False)
 
 
 def _mb(size: int) -> str:
@@ -88,17 +88,17 @@ def _mb(size: int) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sat-train cache",
-        description="list: what the cache holds and what of it is stale. verify: reads every byte. "
-        "prune: removes what list calls stale; not while a run reads the cache.",
-        epilog="With --base FILE ... (and words) entries of other encoders than those are stale too.",
+        description="list: shows entries, and which are stale. verify: reads every byte. "
+        "prune: removes the entries that list calls stale; not while a run reads the cache.",
+        epilog="With --base FILE ... (and overrides), entries of other encoders count as stale too.",
         usage="sat-train cache {list,verify,prune} --cache-dir DIR [--gone] [--failed] [--damaged] "
         "[--remote] [--base FILE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("what", choices=("list", "verify", "prune"))
     parser.add_argument("--cache-dir", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--gone", action="store_true", help="entries whose file has gone are stale")
-    parser.add_argument("--failed", action="store_true", help="clips that could not be decoded are stale")
-    parser.add_argument("--damaged", action="store_true", help="prune removes damaged entries, too")
+    parser.add_argument("--gone", action="store_true", help="count entries whose file is gone as stale")
+    parser.add_argument("--failed", action="store_true", help="count remembered failures as stale")
+    parser.add_argument("--damaged", action="store_true", help="prune: also remove damaged entries")
     parser.add_argument("--remote", action="store_true", help="ask remote storage whether files have changed")
     return parser

@@ -1,4 +1,4 @@
-"""`sat-train check`: reads a configuration, names every fault, sums it up; torch for `--build` alone."""
+"""`sat-train check`: reads a configuration, names every fault, summarises it; only `--build` needs torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _sum_up(config: RunConfig, *, looks_at_data: bool) -> str:
-    """Returns the summary and the verdict, after a look at the names of the clips.
+    """Returns the summary and the verdict, after listing the clips.
 
     Raises:
         DataError: The data cannot be read.
@@ -56,7 +56,7 @@ def _sum_up(config: RunConfig, *, looks_at_data: bool) -> str:
 
 
 def _count_clips(config: RunConfig) -> ClipCounts | None:
-    """Counts the clips of local sets; remote ones are looked at when a run starts."""
+    """Counts the clips of local sources; remote ones are read only when a run starts."""
     args = config.args
     entries = [*(args.train_data or ()), *(args.valid_data or ())]
     if config.data is None or not args.train_data or any("://" in entry for entry in entries):
@@ -71,15 +71,19 @@ def _count_clips(config: RunConfig) -> ClipCounts | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sat-train check",
-        description="Reads a configuration as training would; names every fault, or shows what was set and "
-        "what it comes to.",
+        description="Reads a configuration as training would; names every fault, or shows the settings and a "
+        "summary.",
         usage="sat-train check --base FILE [FILE ...] [key.path=value ...] [--flag value ...] "
         "[--all | --explain KEY | --build | --schema] [--no-paths]",
         allow_abbrev=False,
     )
     parser.add_argument("--all", action="store_true", help="show defaults and the model's numbers too")
-    parser.add_argument("--explain", metavar="KEY", help="what one key does, may hold and holds")
-    parser.add_argument("--build", action="store_true", help="build without memory, count parameters")
+    parser.add_argument(
+        "--explain", metavar="KEY", help="describe one key: its meaning, allowed values and value"
+    )
+    parser.add_argument(
+        "--build", action="store_true", help="build the model without memory, and count parameters"
+    )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of configs/schema.json")
     parser.add_argument("--no-paths", action="store_true", help="do not check that data and weights exist")
     return parser

@@ -1,4 +1,4 @@
-"""`sat-train convert`: weights of a run, of SAT or of diffusers to diffusers or SAT."""
+"""`sat-train convert`: converts weights of a run, of SAT or of diffusers to diffusers or SAT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Converts weights and says where they are.
+    """Converts weights and prints where they are.
 
     Args:
         argv: The words after `sat-train convert`.
@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
     """
     configure_logging()
     options = _parser().parse_args(argv)
-    start_single_process()  # before DeepSpeed, whose shards are read, looks for an accelerator
-    find_weights(options.source)  # or say that it is not there, before anything beside it is read
+    start_single_process()  # before DeepSpeed, whose files are read, looks for an accelerator
+    find_weights(options.source)  # reports a missing source before anything near it is read
     needs_model = options.to == "diffusers" or options.base
     config = read_run(options.source, options.base) if needs_model else None
     conversion = Conversion(
@@ -59,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
         with _signals_raise():
             dest = _convert(conversion)
     except _Ended as ended:
-        print(f"ended by {ended}: {options.dest} was not written, and nothing is left of it", file=sys.stderr)
+        print(
+            f"ended by {ended}: {options.dest} was not written, and nothing is left behind", file=sys.stderr
+        )
         return ended.exit_code
     print(printable(f"wrote {dest}; every value was read back and compared"))
     if config is not None and options.to == "diffusers":
@@ -69,11 +71,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_run(source: Path, base: Sequence[Path]) -> RunConfig | None:
-    """Returns the configuration that says which model it is: the files given, else the run's own, else None.
+    """Returns the configuration of the model: from the given files, else the run's own, else None.
 
     Raises:
-        CheckpointError: The run's own says none.
-        ConfigError: It is faulty.
+        CheckpointError: The run's own configuration describes no model.
+        ConfigError: The configuration is faulty.
     """
     if base:
         return load_run_config(base, purpose="check", check_paths=False)
@@ -83,8 +85,8 @@ def read_run(source: Path, base: Sequence[Path]) -> RunConfig | None:
     config = load_run_config([resolved], purpose="check", check_paths=False)
     if config.sources["model.network_config.params.hidden_size"] == EMBEDDED:
         raise CheckpointError(
-            f"{resolved} says nothing of a model",
-            expected="section model, as a run writes it",
+            f"{resolved} describes no model",
+            expected="a section model, as runs write it",
             remedy="name the model's preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
     return config
@@ -101,7 +103,7 @@ def _convert(conversion: Conversion) -> Path:
 
 
 class _Ended(KeyboardInterrupt):
-    """A signal, on its way through whatever was under way; no library may take it for an error of its own."""
+    """A signal that unwinds a conversion; not an `Exception`, so that no library handles it as its own."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -110,7 +112,7 @@ class _Ended(KeyboardInterrupt):
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Lets the first SIGINT or SIGTERM unwind what is under way, so that nothing half written stays."""
+    """Lets the first SIGINT or SIGTERM unwind the conversion, so that nothing half-written is left."""
 
     def stop(number: int, frame: object) -> None:
         for each in _SIGNALS:
@@ -141,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="a run, one step of it, a SAT folder, a diffusers folder, or a file of weights",
     )
-    parser.add_argument("dest", type=Path, help="folder to make")
+    parser.add_argument("dest", type=Path, help="folder to create")
     parser.add_argument("--to", choices=("diffusers", "sat"), required=True)
     parser.add_argument("--merge-lora", action="store_true", help="add the adapters to the weights")
     parser.add_argument(
@@ -154,13 +156,19 @@ def _parser() -> argparse.ArgumentParser:
         "--lora-strength", type=_finite, default=1.0, metavar="X", help="factor on the adapters of --lora"
     )
     parser.add_argument(
-        "--load-base", type=Path, metavar="PATH", help="where the base weights of a LoRA run lie now"
+        "--load-base", type=Path, metavar="PATH", help="present place of a LoRA run's base weights"
     )
-    parser.add_argument("--ema", action="store_true", help="the average of the weights (args.ema_decay)")
     parser.add_argument(
-        "--model-parallel-size", type=_positive, default=1, metavar="N", help="files to cut into (sat)"
+        "--ema", action="store_true", help="export the average of the weights (args.ema_decay)"
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: what the run computed in")
+    parser.add_argument(
+        "--model-parallel-size",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="number of model-parallel files (sat)",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the precision of the run")
     parser.add_argument(
         "--base",
         type=Path,

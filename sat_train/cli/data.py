@@ -1,4 +1,4 @@
-"""`sat-train data inspect | preview`: what a data set holds, and what the model will see of it."""
+"""`sat-train data inspect | preview`: reports on a data set, or writes samples as the model sees them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from sat_train.sampling.video_file import write_contact_sheet, write_mp4
 
 
 def main(argv: Sequence[str]) -> int:
-    """Looks at the data of a configuration.
+    """Inspects or previews the data of a configuration.
 
     Args:
         argv: The words after `sat-train data`.
 
     Raises:
-        SatTrainError: The configuration or the data are not as they should be.
+        SatTrainError: The configuration or the data are faulty.
     """
     options, rest = _parser().parse_known_args(argv)
     base, words = split_command_line(rest)
@@ -50,22 +50,25 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sat-train data",
-        description="inspect: reads the set once; numbers, bad files, a page with thumbnails. "
+        description="inspect: reads the set once; reports numbers and bad files, with a page of thumbnails. "
         "preview: writes the first samples of training exactly as the model will see them.",
         usage="sat-train data {inspect,preview} --base FILE [...] [key.path=value ...] [--output FOLDER]",
         allow_abbrev=False,
     )
     parser.add_argument("what", choices=("inspect", "preview"))
-    parser.add_argument("--output", type=Path, default=Path("data_report"), help="folder for what is written")
+    parser.add_argument("--output", type=Path, default=Path("data_report"), help="output folder")
     parser.add_argument("--count", type=_at_least(1), default=8, help="preview: samples to write")
     parser.add_argument(
         "--windows",
         type=_at_least(0),
         default=MAX_WINDOWS,
-        help="inspect: windows of each clip that are decoded, spread over it; 0: all",
+        help="inspect: windows to decode per clip, spread over it; 0: all",
     )
     parser.add_argument(
-        "--processes", type=_at_least(1), default=os.cpu_count() or 1, help="inspect: clips read at once"
+        "--processes",
+        type=_at_least(1),
+        default=os.cpu_count() or 1,
+        help="inspect: clips to read in parallel",
     )
     return parser
 
@@ -74,7 +77,7 @@ def _at_least(least: int) -> Callable[[str], int]:
     def number(word: str) -> int:
         value = int(word) if word.isdecimal() and len(word) < 10 else -1
         if value < least:
-            raise argparse.ArgumentTypeError(f"{word!r} is no whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least {least}")
         return value
 
     return number
@@ -105,7 +108,7 @@ def _show(text: str) -> None:
 def _report(
     config: RunConfig, source: ClipSource, spec: SampleSpec, num_processes: int, max_windows: int | None
 ) -> SetReport:
-    columns = (TextColumn("looking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("inspecting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(source))
         clips = inspect_clips(
@@ -132,7 +135,7 @@ def _report(
 
 
 def _long_captions(source: ClipSource, folder: Path, max_length: int) -> tuple[tuple[str, int], ...] | None:
-    """Returns the captions that the text encoder cuts, with their tokens; None without its tokenizer."""
+    """Returns the captions that the text encoder truncates, with their tokens; None without a tokenizer."""
     captions = sorted({caption for record in source.records for caption in record.captions})
     try:
         counts = count_tokens(folder, captions)

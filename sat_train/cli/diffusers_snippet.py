@@ -1,4 +1,4 @@
-"""Python for diffusers that samples an exported model as the run itself does."""
+"""Renders a diffusers script that samples an exported model as the run itself does."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _BASE = "{folder of the base model in diffusers' format}"
 
 
 def diffusers_snippet(config: RunConfig, dest: str | Path, *, is_lora: bool) -> str:
-    """Returns a script with the numbers that a model needs.
+    """Returns the script that samples an exported model with the right settings.
 
     Args:
-        config: The model's configuration; its sampling settings count.
-        dest: What was exported.
-        is_lora: Adapters alone were, for `load_lora_weights`.
+        config: The model's configuration; its sampling settings are used.
+        dest: The exported folder.
+        is_lora: Whether only adapters were exported, for `load_lora_weights`.
 
     Raises:
-        ConfigError: Nothing says how large a video is.
+        ConfigError: No setting gives the size of a video.
     """
     settings = build_sampling(config)
     is_image = config.model.noised_image_input
@@ -75,6 +75,6 @@ def _call(config: RunConfig, settings: SamplingSettings) -> list[str]:
 
 
 def _base_folder(config: RunConfig) -> str:
-    """Returns the diffusers folder that the run began with, or what a person must put there."""
+    """Returns the diffusers folder that the run started from, or a placeholder for the user to fill in."""
     load = Path(config.args.load or "")
     return next((str(f) for f in (load, load.parent) if (f / "model_index.json").is_file()), _BASE)

@@ -1,4 +1,4 @@
-"""`sat-train`: a word for what to do. The only place that turns an exception into an exit code."""
+"""`sat-train`: dispatches to a command. The only place that turns an exception into an exit code."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from importlib import import_module
 
 from sat_train.errors import SatTrainError
 
-# Word -> module with `main(argv) -> exit code`. Imported only when asked for: most of them need torch.
+# Command -> module with `main(argv) -> exit code`. Imported on demand, because most of them need torch.
 COMMANDS = {
     "train": ("sat_train.cli.train", "train a model (with torchrun: launch/train_video.py)"),
-    "sample": ("sat_train.cli.sample", "draw videos from prompts (with torchrun: launch/sample_video.py)"),
+    "sample": ("sat_train.cli.sample", "sample videos from prompts (with torchrun: launch/sample_video.py)"),
     "precompute": ("sat_train.cli.precompute_cache", "encode data into a cache (launch/precompute.py)"),
     "cache": ("sat_train.cli.cache", "list, verify or prune a cache of encoded samples"),
-    "convert": ("sat_train.cli.convert", "weights of a run, of SAT or of diffusers to diffusers or SAT"),
-    "data": ("sat_train.cli.data", "look at a data set: what it holds, and what the model will see of it"),
+    "convert": (
+        "sat_train.cli.convert",
+        "convert weights of a run, of SAT or of diffusers to diffusers or SAT",
+    ),
+    "data": ("sat_train.cli.data", "inspect a data set, or preview samples as the model will see them"),
     "check": ("sat_train.cli.check", "read a configuration, name every fault, show every value"),
 }
 _INTERRUPTED = 130
 
 
 def run_cli(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code; what a person caused is printed without a traceback.
+    """Runs a command and returns its exit code; errors of the user are printed without a traceback.
 
     Args:
-        command: The work; it returns 0 when all went well.
+        command: The command, which returns its exit code.
     """
-    # what libraries announce about their own future is not for the person who trains
+    # libraries' deprecation notices are not for the user
     warnings.simplefilter("ignore", FutureWarning)
     try:
         return command()
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after `sat-train`; None takes them from the process.
 
     Returns:
-        0 for success, 2 for what a person can repair before the run, 1 for a run that failed.
+        0 for success, 2 for faults that the user can correct before the run, 1 for a run that failed.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     listed = "\n".join(f"  {word:<11} {what}" for word, (_, what) in COMMANDS.items())
-    return f"usage: sat-train COMMAND ...\n\n{listed}\n\nsat-train COMMAND --help tells more."
+    return f"usage: sat-train COMMAND ...\n\n{listed}\n\nsat-train COMMAND --help describes a command."
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`launch/precompute.py` and `sat-train precompute`."""
+"""Command `sat-train precompute`, which is also `launch/precompute.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sat_train.cli.usage import print_usage, wants_help
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Encodes what training will read into `data.cache_dir`.
+    """Encodes the samples of a training run into `data.cache_dir`.
 
     Args:
         words: Command line without the program's name; None takes this process's.
@@ -18,8 +18,9 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         Exit code, see `run_on_ranks`.
     """
-    given = sys.argv[1:] if words is None else words
-    if wants_help(given):
+    arguments = sys.argv[1:] if words is None else words
+    if wants_help(arguments):
         print_usage("precompute")
         return 0
-    return run_on_ranks("precompute", ("sat_train.encoding.precompute", "precompute_until_stopped"), given)
+    work = ("sat_train.encoding.precompute", "precompute_until_stopped")
+    return run_on_ranks("precompute", work, arguments)

@@ -1,4 +1,4 @@
-"""What the commands that run on several ranks share: from the command line to an exit code."""
+"""Runs a command on all ranks, from the command line to an exit code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sat_train.distributed.processes import ProcessMesh
 
 _INTERRUPTED = 130
-_MEET_TO_REPORT_S = 30  # a rank that has failed already looks for the others no longer than this
+_MEET_TO_REPORT_S = 30  # longest time that a failed rank looks for the others
 
 
 def run_on_ranks(
@@ -34,16 +34,16 @@ def run_on_ranks(
     """Reads the configuration, joins the ranks and does the work.
 
     Args:
-        purpose: What the configuration is checked for.
-        work: Module and function (config, mesh) -> None. Imported once the configuration is known to be
-            right, because torch and all that stands on it take seconds.
+        purpose: Purpose that the configuration is checked for.
+        work: Module and function (config, mesh) -> None. Imported after the configuration has been checked,
+            because torch and the libraries above it take seconds.
         words: Command line without the program's name; None takes this process's.
 
     Returns:
-        Exit code: 0 when the work is complete or was stopped in order, 2 for what is wrong with the command
-        line, configuration, data or weights, 1 for what went wrong in the work.
+        Exit code: 0 if the work is complete or was stopped in order, 2 for faults of the command line,
+        configuration, data or weights, 1 for a failure of the work.
     """
-    signal.signal(signal.SIGTERM, _stop_before_start)  # until `StopRequest` listens
+    signal.signal(signal.SIGTERM, _stop_before_start)  # until `StopRequest` takes over
     try:
         return _run_on_ranks(purpose, work, words)
     except Stopped as request:
@@ -67,9 +67,9 @@ def _run_on_ranks(
         print(error, file=sys.stderr)
         return error.exit_code
     configure_logging(rank=env.rank)
-    # a lost rank is named in words here: no C++ stacks of torch besides
+    # a lost rank is reported here, without torch's C++ stacks
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other, not who trains
+    warnings.simplefilter("ignore", FutureWarning)  # deprecation notices are not for the user
     try:
         base, rest = split_command_line(sys.argv[1:] if words is None else words)
         config = load_run_config(base, rest, purpose=purpose)
@@ -108,9 +108,9 @@ def _join_and_work(config: RunConfig, env: RankEnv, work: tuple[str, str]) -> in
 
 
 def _end(env: RankEnv, report: Callable[[], int]) -> int:
-    """Reports a failure and leaves, without waiting for what libraries do at the end of a process."""
+    """Reports a failure and exits, without waiting for the clean-up of libraries."""
     if env.world_size > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, once another rank has ended
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by the launcher once another rank has ended
     try:
         code = report()
     except KeyboardInterrupt:
@@ -123,7 +123,7 @@ def _end(env: RankEnv, report: Callable[[], int]) -> int:
 
 
 def _report_before_meeting(error: BaseException, env: RankEnv) -> int:
-    """Meets the other ranks to tell them that there will be no run; alone, it needs no torch for that."""
+    """Reports a failure before the start to the other ranks; a single process needs no torch for that."""
     if env.world_size == 1:
         return _report(error, env, None)
     from sat_train.distributed.failures import FailureBoard
@@ -138,7 +138,7 @@ def _report_before_meeting(error: BaseException, env: RankEnv) -> int:
 
 
 def _report(error: BaseException, env: RankEnv, board: FailureBoard | None) -> int:
-    """Shows the first failure of all ranks, last; returns the exit code of them all."""
+    """Shows the first failure of all ranks as the last output; returns the exit code of all ranks."""
     error = _find_stop(error) or error
     code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     if board is not None and env.world_size > 1:
@@ -152,7 +152,7 @@ def _report(error: BaseException, env: RankEnv, board: FailureBoard | None) -> i
 
 
 def _find_stop(error: BaseException) -> BaseException | None:
-    """Returns the request to stop that an error hides: what a signal raises inside others is wrapped."""
+    """Returns the stop request behind an error, in which libraries may have wrapped it."""
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, Stopped | KeyboardInterrupt):
         inner = inner.__cause__ or inner.__context__
@@ -160,7 +160,7 @@ def _find_stop(error: BaseException) -> BaseException | None:
 
 
 def _describe(error: BaseException, board: FailureBoard | None) -> str:
-    """Returns what a person is shown: a lost rank by its name, a fault of this project with its traceback."""
+    """Returns the text to show: a lost rank by its number, a bug of this project with its traceback."""
     if isinstance(error, SatTrainError | Stopped):
         return str(error)
     if isinstance(error, KeyboardInterrupt):

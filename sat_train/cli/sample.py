@@ -1,4 +1,4 @@
-"""`launch/sample_video.py` and `sat-train sample`."""
+"""Command `sat-train sample`, which is also `launch/sample_video.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sat_train.cli.usage import print_usage, wants_help
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Draws videos.
+    """Samples videos.
 
     Args:
         words: Command line without the program's name; None takes this process's.
@@ -18,8 +18,8 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         Exit code, see `run_on_ranks`.
     """
-    given = sys.argv[1:] if words is None else words
-    if wants_help(given):
+    arguments = sys.argv[1:] if words is None else words
+    if wants_help(arguments):
         print_usage("sample")
         return 0
-    return run_on_ranks("sample", ("sat_train.cli.sample_videos", "sample"), given)
+    return run_on_ranks("sample", ("sat_train.cli.sample_videos", "sample"), arguments)

@@ -1,4 +1,4 @@
-"""Config and prompts -> mp4 files and a contact sheet."""
+"""Samples videos from prompts into mp4 files and a contact sheet."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sample(config: RunConfig, mesh: ProcessMesh) -> None:
     """Generates a video for every prompt of a run; the ranks share the prompts.
 
     Raises:
-        SatTrainError: Prompts, images, weights or the output folder are not as they should be.
+        SatTrainError: Prompts, images, weights or the output folder are faulty.
 
     Ranks: all.
     """
@@ -80,13 +80,13 @@ def write_videos(
     folder: Path,
     stop_request: StopRequest,
 ) -> tuple[dict[int, Tensor], SatTrainError | None]:
-    """Writes the videos that this rank gets from the queue of all; each file is complete or absent.
+    """Samples and writes this rank's share of the videos; each file is complete or absent.
 
     Returns:
-        Frames of the videos for the contact sheet, by number, and what ended the work early.
+        Frames of the videos for the contact sheet, by number, and the error that ended the work early.
 
     Raises:
-        Stopped: A signal asked for it.
+        Stopped: A signal arrived.
     """
     previews: dict[int, Tensor] = {}
     queue = WorkQueue(mesh, "sample videos", len(requests))
@@ -109,12 +109,12 @@ def write_videos(
 
 
 def read_requests(config: RunConfig) -> list[SampleRequest]:
-    """Returns what is to be sampled, from `args.prompt` or `args.input_file`."""
+    """Returns the requests of a run, from `args.prompt` or `args.input_file`."""
     args = config.args
     if args.prompt is not None:
         lines = [("args.prompt", args.prompt)]
     else:
-        assert args.input_file is not None, "the configuration sees to a prompt"
+        assert args.input_file is not None, "the configuration ensures a prompt"
         lines = read_prompt_file(Path(args.input_file))
     return build_requests(
         lines,
@@ -142,13 +142,13 @@ def build_sampler(config: RunConfig, mesh: ProcessMesh) -> VideoDiffusion:
 def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransformer:
     """Builds the transformer with the weights of `args.load`, averaged with `args.ema`, and their adapters.
 
-    The weights say which adapters there are: rank, scale and layers are theirs, whatever a YAML says.
+    Rank, scale and layers of the adapters come from the weights, not from YAML.
 
-    Ranks: all; rank 0 looks and hashes.
+    Ranks: all; rank 0 finds and hashes the weights.
     """
     args = config.args
     load = args.load
-    assert load is not None, "the configuration sees to weights"
+    assert load is not None, "the configuration ensures weights"
     located = on_rank_0(mesh, lambda: locate_weights(load, load_base=args.load_base))
     start = StartWeights(located, None, args.load_lora, args.lora_strength)
     base, updates = read_weights_and_updates(start, ema=args.ema)
@@ -168,7 +168,7 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
 def generate(
     pipeline: VideoDiffusion, request: SampleRequest, settings: SamplingSettings, progress: OnStep
 ) -> Tensor:
-    """Generates the video of a request, uint8 video_tchw."""
+    """Generates the video of a request: uint8 video_tchw."""
     image = None
     if request.image is not None:
         image = read_image(request.image, height=settings.height, width=settings.width)
@@ -178,10 +178,10 @@ def generate(
 
 
 class StepBar:
-    """A bar over the steps of the video that is being sampled; nothing where there is no terminal.
+    """Progress bar over the sampling steps of a video; shows nothing without a terminal.
 
     Args:
-        shown: Whether this process samples it.
+        shown: Whether this process shows it.
     """
 
     def __init__(self, *, shown: bool) -> None:
@@ -198,9 +198,9 @@ class StepBar:
         self._bar.stop()
 
     def begin(self, description: str, steps: int) -> None:
-        """Starts over for the next video."""
+        """Restarts the bar for the next video."""
         self._bar.reset(self._task, total=steps, description=description)
 
     def step(self, index: int, steps: int) -> None:
-        """Moves the bar behind the finished step."""
+        """Advances the bar past the finished step."""
         self._bar.update(self._task, completed=index + 1)

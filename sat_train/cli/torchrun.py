@@ -1,4 +1,4 @@
-"""torchrun without its traceback: what a rank has said is the last thing on the screen, with its exit code.
+"""Runs torchrun without its traceback, so that a rank's message is the last text on the screen.
 
 python -m sat_train.cli.torchrun <words of torchrun> launch/train_video.py --base ...
 """
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _show(rank: int, failure: ProcessFailure) -> int:
-    """Shows what the rank has left for torchrun; one that a signal has ended could leave nothing."""
+    """Shows the message that the rank left for torchrun, or the signal that ended it."""
     signal_name = failure.signal_name() if failure.exitcode < 0 else ""
     message = f"rank {rank} was ended by {signal_name}" if signal_name else str(failure.message)
     print(printable(message), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What `--help` says of the commands that run on several ranks. Imports nothing that takes time."""
+"""Help texts of the commands that run on several ranks, without slow imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXAMPLES = {
             "torchrun --nproc_per_node 8 launch/train_video.py --base configs/sft.yaml",
             "the same command on 8 GPUs",
         ),
-        ("sat-train check --base configs/lora.yaml args.lr=1e-4", "look at a configuration, train nothing"),
+        ("sat-train check --base configs/lora.yaml args.lr=1e-4", "check a configuration without training"),
     ),
     "sample": (
         (
@@ -54,7 +54,7 @@ _EXAMPLES = {
             "sat-train train --base configs/lora.yaml data.cache_dir=cache data.cache=require",
             "then train from it",
         ),
-        ("sat-train cache list cache", "what it holds"),
+        ("sat-train cache list --cache-dir cache", "what the cache holds"),
     ),
 }
 _MAIN_WORDS = {
@@ -74,12 +74,12 @@ _MAIN_WORDS = {
 
 
 def wants_help(words: Sequence[str]) -> bool:
-    """Tells whether a command line asks what the command does."""
+    """Returns whether a command line asks for help."""
     return any(word in ("-h", "--help") for word in words)
 
 
 def print_usage(command: str) -> None:
-    """Prints usage, examples, the main settings and where to read on.
+    """Prints usage, examples, the main settings and where to find the others.
 
     Args:
         command: `train`, `sample` or `precompute`.
@@ -111,6 +111,6 @@ def render_usage(command: str) -> str:
         "",
         "sat-train check --explain args.lr    what one setting does, may hold, and its default",
         "sat-train check --explain args       all settings of a section: args, model, data, deepspeed",
-        f"sat-train check {'--base FILE ...':<21}the same words: every fault, all values, their sources",
+        f"sat-train check {'--base FILE ...':<21}the same words: every fault, or all values with sources",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: how far a prediction is pushed away from the one without a caption.
+"""Classifier-free guidance: pushes a prediction away from the one without a caption.
 
 v = v_null + scale * (v_text - v_null)
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ConstantGuidance:
-    """The same scale at every step.
+    """Guidance with the same scale at every step.
 
     Args:
-        scale: 1 means no guidance: the network is evaluated once a step.
+        scale: Guidance scale; 1 means no guidance, with one network evaluation per step.
     """
 
     scale: float = 6.0
@@ -33,13 +33,13 @@ class ConstantGuidance:
 class DynamicGuidance:
     """CogVideoX's cosine guidance, exactly as released.
 
-    Both sources put the *timestep* (999 to 0) where the formula wants the number of steps done, so with 50
-    steps the scale does not rise smoothly from 1 to `1 + scale`: it jumps about between the two, and sinks to
-    1 in the last few steps. The models are sampled this way everywhere, so this is kept.
+    Both sources use the *timestep* (999 to 0) in place of the number of steps done. With 50 steps the scale
+    therefore does not rise smoothly from 1 to `1 + scale`: it jumps between the two, and falls to 1 in the
+    last few steps. The models are sampled this way everywhere, so it is kept.
 
     Args:
-        scale: The scale moves between 1 and `1 + scale`.
-        exp: Exponent, a whole number because its base is negative at most timesteps.
+        scale: Range of the guidance scale, which moves between 1 and `1 + scale`.
+        exp: Exponent; a whole number, because its base is negative at most timesteps.
 
     Source: zai-org/CogVideo@7a1af71 `sgm/modules/diffusionmodules/guiders.py` DynamicCFG with `sampling.py`
     VideoDDIMSampler.denoise (`step_index = num_steps - timestep`); diffusers 0.42 `CogVideoXPipeline`

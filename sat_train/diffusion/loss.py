@@ -1,4 +1,4 @@
-"""The training loss, and how noise levels are weighted in it."""
+"""The training loss and its weighting over noise levels."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def v_mse_per_sample(v_pred: Tensor, v_true: Tensor, counted_bt: Tensor | None = None) -> Tensor:
-    """Mean squared error of the velocity, for each sample, in fp32.
+    """Mean squared error of the velocity per sample, in fp32.
 
-    Equal to the squared error of x0 weighted with `1 / (1 - alpha_bar)`, as which CogVideo writes it; in
-    v-space no weight of 1000 and more meets a difference of 1/1000 and less.
+    Equivalent to CogVideo's x0 loss weighted by `1 / (1 - alpha_bar)`, but better conditioned: near t = 0 the
+    x0 form multiplies differences below 1e-3 by weights above 1e3.
 
     Args:
         v_pred: Prediction, shape (b, t, ...), any float dtype.
         v_true: Target of the same shape.
-        counted_bt: Which frames of each sample count, bool, at least one of each; None: all of them.
+        counted_bt: Frames of each sample that count, bool, at least one per sample; None: all of them.
 
     Returns:
         float32 of shape (b,).
@@ -29,11 +29,11 @@ def v_mse_per_sample(v_pred: Tensor, v_true: Tensor, counted_bt: Tensor | None =
 
 
 def min_snr_weight(alpha_bar: Tensor, gamma: float) -> Tensor:
-    """Weight of the velocity's error that takes emphasis from the nearly clean timesteps.
+    """Weight of the velocity error that reduces the emphasis on nearly clean timesteps (min-SNR).
 
     An x0 loss has the weight `SNR + 1` in v-space; capped at gamma that is `min(SNR + 1, gamma) / (SNR + 1)`,
-    which is `min(1, gamma * (1 - alpha_bar))`. Capping SNR itself would give the last timestep, where SNR is
-    0, the weight 0, and the model would never learn to start from pure noise.
+    which is `min(1, gamma * (1 - alpha_bar))`. Capping SNR itself would give weight 0 to the last timestep,
+    where SNR is 0, and the model would never learn to start from pure noise.
 
     Args:
         alpha_bar: float64 of any shape.
@@ -48,8 +48,7 @@ def min_snr_weight(alpha_bar: Tensor, gamma: float) -> Tensor:
 
 
 def offset_noise(eps: Tensor, offset_b: Tensor, level: float) -> Tensor:
-    """Adds to each sample's noise one normal number that all its elements share, so that brightness is
-    learned too.
+    """Adds to each sample's noise one normal number that all its elements share, to learn brightness.
 
     Args:
         eps: Noise, shape (b, ...).

@@ -1,11 +1,11 @@
-"""Noisy latent, noise, clean latent and velocity: each from the others, at one noise level.
+"""Conversions between noisy latent, noise, clean latent and velocity at one noise level.
 
 With `alpha = sqrt(alpha_bar)` and `sigma = sqrt(1 - alpha_bar)`:
 
     x_t = alpha x0 + sigma eps          v = alpha eps - sigma x0
 
 Here `x0`, `eps`, `v` and `x_t` are float tensors of any one shape (b, ...), and `alpha_bar` is a float64
-tensor that is either a scalar or of shape (b,). The coefficients are taken in float64 and applied in the
+tensor that is either a scalar or of shape (b,). Coefficients are computed in float64 and applied in the
 dtype of the latents.
 
 Source: Salimans & Ho 2022 (arXiv:2202.00512) appendix D.
@@ -37,7 +37,7 @@ def v_target(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def x0_from_v(x_t: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Returns the clean latent that a velocity at `x_t` points to."""
+    """Returns the clean latent that a velocity at `x_t` implies."""
     alpha, sigma = _coefficients(alpha_bar, x_t)
     return alpha * x_t - sigma * v
 

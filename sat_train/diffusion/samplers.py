@@ -1,4 +1,4 @@
-"""Samplers: from noise to a latent, each one flat function.
+"""Samplers, each one flat function from noise to a latent.
 
 A sampler draws the noise it starts from and calls `denoise(latent, timestep) -> v` once a step; guidance and
 conditioning are the caller's. Latents are float32 of any shape; `alpha_bar` is the float64 schedule.
@@ -29,11 +29,11 @@ def sample_ddim(
     spacing: Spacing = "trailing",
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Deterministic DDIM.
+    """Samples with deterministic DDIM.
 
     Args:
         denoise: (latent, timestep) -> predicted v, of the latent's shape.
-        draw_noise: Gives unit normal noise of the latent's shape. Called once.
+        draw_noise: Returns unit normal noise of the latent's shape. Called once.
         alpha_bar: Schedule, shape (num_timesteps,).
         steps: Number of network evaluations.
         spacing: Which timesteps are visited.
@@ -68,17 +68,17 @@ def sample_dpmpp_2m(
     spacing: Spacing = "trailing",
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """DPM-Solver++ of second order, multistep, in its stochastic form (VPSDE).
+    """Samples with second-order multistep DPM-Solver++, in its stochastic form (VPSDE).
 
     With `lambda = log(sqrt(alpha_bar / (1 - alpha_bar)))`, `h` its growth over this step and `h_last` over
     the step before, the update needs `exp(-2h)`, written here as a ratio of SNRs because `h` is infinite in
-    the first step and the last.
+    the first and last step.
 
     Args:
         denoise: (latent, timestep) -> predicted v, of the latent's shape.
-        draw_noise: Gives unit normal noise of the latent's shape. Called once before the first step, once in
-            it, and twice in each later one but the last, with the second kept: so do CogVideoX's own
-            samplers, and one seed gives one video here and there.
+        draw_noise: Returns unit normal noise of the latent's shape. Called once before the first step, once
+            in it, and twice in each later step except the last, where the second draw is used. CogVideoX's
+            own samplers do the same, so one seed gives the same video in both.
         alpha_bar: Schedule, shape (num_timesteps,).
         steps: Number of network evaluations.
         spacing: Which timesteps are visited.

@@ -1,4 +1,4 @@
-"""The noise schedule: how much of the signal is left at each training timestep."""
+"""The noise schedule: the share of the signal at each training timestep."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def zero_snr_alpha_bar(
             members.
         beta_start: Variance added at the first timestep.
         beta_end: Variance added at the last timestep, before the rescaling.
-        keep_start: Take a smaller first variance, so that the shift brings it back to `beta_start`.
-        post_shift: Shift after the rescaling instead of before; `keep_start` means nothing then.
+        keep_start: Use a smaller first variance, so that the shift brings it back to `beta_start`.
+        post_shift: Shift after the rescaling instead of before; `keep_start` then has no effect.
 
     Returns:
-        `alpha_bar` of shape (num_timesteps,), float64, falling from nearly 1 to exactly 0: the share of the
-        signal's variance that is left at each timestep.
+        `alpha_bar` of shape (num_timesteps,), float64, falling from nearly 1 to exactly 0: the signal's share
+        of the variance at each timestep.
 
     Source: Lin et al. 2024 (arXiv:2305.08891) algorithm 1 for the zero terminal SNR; zai-org/CogVideo@7a1af71
     `sgm/modules/diffusionmodules/discretizer.py` ZeroSNRDDPMDiscretization, and diffusers 0.42
@@ -48,6 +48,6 @@ def _shift_snr(alpha_bar: Tensor, shift_scale: float) -> Tensor:
 
 
 def _zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Moves and stretches `sqrt(alpha_bar)` so that it ends at 0 and begins where it began."""
+    """Shifts and scales `sqrt(alpha_bar)` so that it ends at 0 with its first value unchanged."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

@@ -1,4 +1,4 @@
-"""Which timesteps training draws, and which ones a sampler visits."""
+"""Timesteps that training draws, and those that a sampler visits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Spacing = Literal["trailing", "linspace"]
 
 
 def uniform_timesteps(uniform_b: Tensor, num_timesteps: int) -> Tensor:
-    """Timesteps drawn independently for each sample.
+    """Returns timesteps drawn independently for each sample.
 
     Args:
         uniform_b: One float64 number in [0, 1) for each sample, shape (b,).
@@ -26,11 +26,10 @@ def uniform_timesteps(uniform_b: Tensor, num_timesteps: int) -> Tensor:
 def stratified_timesteps(
     uniform_b: Tensor, stratum_b: Tensor, num_strata: Tensor | int, num_timesteps: int
 ) -> Tensor:
-    """Timesteps that cover the range evenly over an optimizer step: each sample draws in its own stratum.
+    """Returns timesteps that cover the range evenly over an optimizer step, one stratum per sample.
 
-    The strata are as many equal parts of the range as the step has samples over all ranks, so the
-    distribution over a step is the same at any world size, and a single sample's distribution over many steps
-    stays uniform.
+    The range is divided into as many equal strata as the step has samples over all ranks. So the distribution
+    over a step is the same at any world size, and that of a single sample over many steps stays uniform.
 
     Args:
         uniform_b: One float64 number in [0, 1) for each sample, shape (b,).
@@ -41,7 +40,7 @@ def stratified_timesteps(
     Returns:
         int64 timesteps in [0, num_timesteps), shape (b,).
 
-    Source: Kingma et al. 2021 (arXiv:2107.00630) appendix I.1. It stands in for `uniform_sampling` of
+    Source: Kingma et al. 2021 (arXiv:2107.00630) appendix I.1. It replaces `uniform_sampling` of
     zai-org/CogVideo@7a1af71 `sgm/modules/diffusionmodules/sigma_sampling.py`, which stratifies by rank and
     only above 8 ranks.
     """
@@ -53,22 +52,21 @@ def stratified_timesteps(
 def sampling_timesteps(
     steps: int, num_timesteps: int = 1000, spacing: Spacing = "trailing"
 ) -> list[tuple[int, int | None]]:
-    """The path of a sampler through the schedule, from pure noise to clean.
+    """Returns a sampler's path through the schedule, from pure noise to clean.
 
-    `trailing` goes from each timestep to the next one in the list. `linspace` is there to repeat what
-    diffusers does for CogVideoX-2B as released: each step jumps by `num_timesteps // steps`, whatever the
-    next timestep is.
+    `trailing` goes from each timestep to the next one in the list. `linspace` reproduces diffusers' behaviour
+    for CogVideoX-2B as released: each step jumps by `num_timesteps // steps`, whatever the next timestep is.
 
     Args:
         steps: Number of network evaluations.
         num_timesteps: Number of training timesteps.
-        spacing: How the timesteps are laid out.
+        spacing: Spacing of the timesteps.
 
     Returns:
         Pairs (timestep, the timestep reached by the step); None stands for the clean latent.
 
     Source: diffusers 0.42 `CogVideoXDDIMScheduler.set_timesteps` and `.step`. For `trailing` the two agree
-    where `steps` divides `num_timesteps`; elsewhere diffusers jumps by a rounded stride and misses its own
+    if `steps` divides `num_timesteps`; otherwise diffusers jumps by a rounded stride and misses its own
     next timestep.
     """
     assert 1 <= steps <= num_timesteps, f"steps = {steps} is not in [1, {num_timesteps}]"

@@ -1,4 +1,4 @@
-"""The few collectives the project needs. At world size 1 none of them touches the process group."""
+"""Collectives of the project. At world size 1 none of them touches the process group."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 
 
 def on_rank_0(mesh: ProcessMesh, function: Callable[[], T], *, may_take_long: bool = False) -> T:
-    """Runs `function` on rank 0 and gives all ranks its result or its error.
+    """Runs `function` on rank 0 and returns or raises its outcome on all ranks.
 
     A rank that raised alone would leave the others waiting in their next collective.
 
     Args:
         mesh: The process mesh.
         function: Called on rank 0 only; its result must be picklable.
-        may_take_long: It reads or hashes much: the others wait without a timeout.
+        may_take_long: Wait without a timeout, because `function` reads or hashes large files.
 
     Raises:
-        SatTrainError: On all ranks alike: what `function` raised, or what its OSError means.
+        SatTrainError: On all ranks alike: the error of `function`, or a description of its OSError.
 
     Ranks: all.
     """
@@ -51,31 +51,31 @@ def on_rank_0(mesh: ProcessMesh, function: Callable[[], T], *, may_take_long: bo
 
 
 def _describe_os_error(error: OSError) -> CheckpointError:
-    """Returns the error a person can act on."""
+    """Returns an error that tells the user what to do."""
     return CheckpointError(
         f"{error.filename or 'a file'}: {error.strerror or error}",
-        remedy="see that the disk has room and that the run directory may be written",
+        remedy="check that the disk has room and that the run directory is writable",
     )
 
 
 def wait_for_ranks(mesh: ProcessMesh) -> None:
-    """Waits until all ranks have come here, however long that takes.
+    """Waits until all ranks have called this, however long that takes.
 
-    Where one has failed, `FailureBoard` ends those that wait.
+    If a rank has failed, `FailureBoard` ends those that wait.
 
     Ranks: all.
     """
     if mesh.world_size == 1:
         return
     arrived = mesh.store.add(_MEETING, 1)
-    all_of_this_time = -(-arrived // mesh.world_size) * mesh.world_size
-    wait_until(lambda: mesh.store.add(_MEETING, 0) >= all_of_this_time)
+    total = -(-arrived // mesh.world_size) * mesh.world_size  # of this meeting and all before it
+    wait_until(lambda: mesh.store.add(_MEETING, 0) >= total)
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Asks again and again, at growing intervals, until the answer is yes."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Polls a condition at growing intervals until it holds."""
     pause = _FIRST_PAUSE_S
-    while not is_so():
+    while not condition():
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -84,15 +84,15 @@ def broadcast_object(mesh: ProcessMesh, value: T | None) -> T:
     """Returns rank 0's value on every rank.
 
     Args:
-        value: What to send; looked at on rank 0 only. Must be picklable.
+        value: Picklable value to send; ignored on other ranks.
 
     Ranks: all.
     """
     if mesh.world_size == 1:
         return value  # type: ignore[return-value]
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=mesh.device)
-    return box[0]  # type: ignore[return-value]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=mesh.device)
+    return values[0]  # type: ignore[return-value]
 
 
 def gather_objects(mesh: ProcessMesh, value: T) -> list[T]:
@@ -134,12 +134,12 @@ def sum_over_data(mesh: ProcessMesh, values: torch.Tensor) -> torch.Tensor:
 
 
 def check_all_ranks(mesh: ProcessMesh, error: SatTrainError | None) -> None:
-    """Raises on every rank when any rank has an error: its own where there is one, else the first rank's.
+    """Raises on every rank if any rank has an error: its own error, or that of the first rank with one.
 
-    So one rank's bad file ends all ranks at the same place, and none waits for a peer that has left.
+    So a bad file on one rank ends all ranks at the same point, and none waits for a peer that has left.
 
     Args:
-        error: What went wrong on this rank, or None.
+        error: The error of this rank, or None.
 
     Raises:
         SatTrainError: With the text and the exit code of that error.

@@ -1,4 +1,4 @@
-"""Who this process is among its peers, read from the launcher's environment variables."""
+"""Reads the rank of this process from the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sat_train.files import write_text
 
 _LOOPBACK = "127.0.0.1"
 _DEFAULT_PORT = 29500
-# First port and count, below those that the system hands out by itself. The numbers of job and step pick one,
-# so that two jobs on a machine do not meet.
+# First port and number of ports, below the system's ephemeral range. The job and step numbers choose one, so
+# that two jobs on a machine do not share a port.
 _SLURM_PORTS = (20000, 10000)
 _STEP_STRIDE = 97
 
 
 @dataclass(frozen=True)
 class RankEnv:
-    """The place of one process in the launch.
+    """Rank of one process in the launch.
 
     Args:
         rank: Global rank, `0 <= rank < world_size`.
@@ -54,12 +54,12 @@ class RankEnv:
 
     @classmethod
     def single(cls) -> RankEnv:
-        """The only process of its run."""
+        """Returns the environment of a single process."""
         return cls(0, 0, 1, 1, "", 0, "single")
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> RankEnv:
-        """Reads the variables of torchrun, OpenMPI or SLURM, in this order; without any, it is alone.
+        """Reads the variables of torchrun, OpenMPI or SLURM, in this order; none of them means one process.
 
         torchrun comes first because srun or mpirun may have started one torchrun per machine.
 
@@ -67,7 +67,7 @@ class RankEnv:
             environ: Variables to read instead of `os.environ`.
 
         Raises:
-            LaunchError: Variables of the launcher are missing, are no numbers, or contradict each other.
+            LaunchError: Variables of the launcher are missing, not numbers, or contradictory.
         """
         variables = os.environ if environ is None else environ
         if "RANK" in variables or "WORLD_SIZE" in variables:
@@ -126,7 +126,7 @@ def _require(variables: Mapping[str, str], launcher: str, names: tuple[str, ...]
 
 
 def _read_torchrun(variables: Mapping[str, str]) -> RankEnv:
-    # the deepspeed launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE
+    # the deepspeed launcher sets LOCAL_SIZE instead of torchrun's LOCAL_WORLD_SIZE
     local_size = "LOCAL_SIZE" if "LOCAL_SIZE" in variables else "LOCAL_WORLD_SIZE"
     _require(
         variables, "torchrun", ("RANK", "LOCAL_RANK", "WORLD_SIZE", local_size, "MASTER_ADDR", "MASTER_PORT")
@@ -197,7 +197,7 @@ def _slurm_port(variables: Mapping[str, str]) -> int:
 
 
 def _expand_tasks(text: str) -> list[int]:
-    """`2(x3),1` -> `[2, 2, 2, 1]`, SLURM's tasks of each machine."""
+    """Expands SLURM's number of tasks per machine: `2(x3),1` -> `[2, 2, 2, 1]`."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part.strip())
@@ -208,7 +208,7 @@ def _expand_tasks(text: str) -> list[int]:
 
 
 def _first_host(nodelist: str) -> str:
-    """`gpu[03-07,9],big1` -> `gpu03`, the first machine of a SLURM node list."""
+    """Returns the first machine of a SLURM node list: `gpu[03-07,9],big1` -> `gpu03`."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodelist)
     if match is None:
         raise LaunchError(f"SLURM_STEP_NODELIST={_short(nodelist)}", expected="a list such as gpu[03-07]")
@@ -216,9 +216,9 @@ def _first_host(nodelist: str) -> str:
 
 
 def _check_agrees(env: RankEnv, variables: Mapping[str, str]) -> None:
-    """A RANK exported by hand must not contradict the launcher that started this process.
+    """Refuses a RANK, exported by hand, that contradicts the launcher of this process.
 
-    Every task of an srun would believe it is that rank and wait for the others for ever.
+    Every task of an srun would take itself for that rank, and wait for the others forever.
     """
     for launcher, marker, reader in (
         ("mpirun", "OMPI_COMM_WORLD_RANK", _read_openmpi),
@@ -232,15 +232,15 @@ def _check_agrees(env: RankEnv, variables: Mapping[str, str]) -> None:
                 f"RANK={env.rank} WORLD_SIZE={env.world_size}, but {launcher} says rank {other.rank} of "
                 f"{other.world_size}",
                 expected="one answer",
-                remedy=f"unset RANK and WORLD_SIZE, so that {launcher}'s variables count",
+                remedy=f"unset RANK and WORLD_SIZE, so that {launcher}'s variables are used",
             )
 
 
 def tell_torchrun(message: str, time: int) -> None:
-    """Makes torchrun's own summary, which comes after everything else, end with this message.
+    """Makes torchrun's own summary, which is printed last, end with this message.
 
     Args:
-        time: Seconds since 1970; torchrun takes the earliest failure for the cause.
+        time: Seconds since 1970; torchrun takes the earliest failure as the cause.
 
     Source: pytorch/pytorch `torch/distributed/elastic/multiprocessing/errors/__init__.py` `ProcessFailure`.
     """
@@ -250,10 +250,10 @@ def tell_torchrun(message: str, time: int) -> None:
 
 
 def tell_batch_script(run_directory: Path) -> None:
-    """Writes the run's directory into the file that `SAT_TRAIN_RUN_FILE` names, for who started the run.
+    """Writes the run directory into the file that `SAT_TRAIN_RUN_FILE` names, for the batch script.
 
     Raises:
-        LaunchError: The file cannot be written; the script could not start the run again.
+        LaunchError: The file cannot be written, so the script could not resume the run.
     """
     path = os.environ.get("SAT_TRAIN_RUN_FILE")
     if path:

@@ -1,11 +1,11 @@
-"""One rank's failure ends all ranks, and the first error is the last thing on the screen.
+"""Ends all ranks when one fails, with the first error as the last text on the screen.
 
-The first rank that fails leaves its message on a board in the store that all ranks share. The ranks show
-that message, once on each machine, and none of their own, which most likely are consequences. Each rank looks
-at the board in a thread: one that waits for others, in a collective or before there is one, would not notice.
+The first rank that fails posts its message to a board in the store that all ranks share. The ranks show that
+message, once on each machine, and not their own, which are most likely consequences. Each rank polls the
+board in a thread, because a rank that waits in a collective would not notice otherwise.
 
-The same thread says that its rank is alive, and watches the next rank: one that is stopped or killed cannot
-report itself.
+The same thread sends the heartbeat of its rank and watches that of the next rank: a rank that is stopped or
+killed cannot report itself.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = get_logger(__name__)
 
 _FIRST, _SHOWN, _TOLD, _ENDED = "first_failure", "shown", "told", "ended"  # keys in the store
 _LOOK_EVERY_S = 1.0
-# How long a failed rank stays for the others to read its message: they look each second, but may still import
-# torch when they have not met yet.
+# How long a failed rank waits for the others to read its message: they poll every second, but may still be
+# importing torch if they have not met yet.
 _STAY_S, _STAY_FOR_LATE_ONES_S = 10.0, 40.0
-# A silent rank is named before the backend gives up, whose message names nobody.
+# A silent rank is reported before the backend times out, whose message names no rank.
 _SILENCE = 0.9
 _LAST_SAVE_S = 300.0
 
@@ -44,9 +44,9 @@ class RankFailure:
     """The first failure of a run, as all ranks show it.
 
     Args:
-        message: What is shown.
-        exit_code: What all ranks end with.
-        time: Of the report, in seconds since 1970.
+        message: Text to show.
+        exit_code: Exit code of all ranks.
+        time: Time of the report, in seconds since 1970.
     """
 
     message: str
@@ -55,17 +55,17 @@ class RankFailure:
 
 
 class FailureBoard:
-    """Where ranks tell each other that one of them has failed, and that they live.
+    """Board in the shared store with the first failure and the heartbeats of all ranks.
 
     Args:
-        store: Shared by all ranks.
-        env: Who this process is.
-        timeout: How long the run waits for a rank.
+        store: Store that all ranks share.
+        env: Rank of this process.
+        timeout: Time that the run waits for a rank.
     """
 
     def __init__(self, store: Store, env: RankEnv, timeout: timedelta) -> None:
-        self._held = store  # on rank 0 the store itself, which ends with its last reference
-        self._store = store.clone()  # a connection of its own: the other one may wait for minutes
+        self._owner = store  # on rank 0 the store itself, which ends with its last reference
+        self._store = store.clone()  # a separate connection: the first one may block for minutes
         self._env = env
         self._silence_s = _SILENCE * timeout.total_seconds()
         self._every_s = min(_LOOK_EVERY_S, self._silence_s / 10)
@@ -75,14 +75,14 @@ class FailureBoard:
         self._left = threading.Event()
 
     def watch(self) -> None:
-        """Starts the threads that end this process when another rank has failed or fallen silent."""
+        """Starts the threads that end this process when another rank fails or falls silent."""
         if self._env.world_size == 1:
             return
         threading.Thread(target=self._look, name="failure-watch", daemon=True).start()
         threading.Thread(target=self._watch_the_store, name="store-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Waits until all ranks have ended their work, so that one that fails at its very end is not alone.
+        """Waits until all ranks have finished, so that a rank that fails at the very end can still report.
 
         Ranks: all.
         """
@@ -94,31 +94,34 @@ class FailureBoard:
     def report(self, message: str, exit_code: int, *, agreed: bool = False) -> RankFailure:
         """Reports a failure of this rank, and shows the first failure of all ranks, once on each machine.
 
-        Returns when all ranks know it, or after a while: the launcher ends all of them when one has ended.
+        Returns when all ranks have read it, or after a while: the launcher ends all ranks once one has
+        exited.
 
         Args:
-            agreed: All ranks report the same one, and rank 0 speaks for them.
+            message: Text of the failure.
+            exit_code: Exit code of this rank.
+            agreed: Whether all ranks report the same failure, so that rank 0 reports for all.
 
         Returns:
             The first failure.
         """
         self._failing.set()
         mine = RankFailure(f"rank {self._env.rank}: {message}", exit_code, int(time.time()))
-        told: list[RankFailure] = []
+        first: list[RankFailure] = []
 
-        def tell() -> None:
-            told.append(self._tell(mine, message, agreed))
+        def post() -> None:
+            first.append(self._post(mine, message, agreed))
 
-        # in a thread, for the store may have stopped with the rank that holds it
-        thread = threading.Thread(target=tell, daemon=True)
+        # in a thread, because the store may have stopped with the rank that holds it
+        thread = threading.Thread(target=post, daemon=True)
         thread.start()
         thread.join(_STAY_FOR_LATE_ONES_S + _STAY_S)
-        if not told:
+        if not first:
             _show(f"{mine.message}\n(the store of the run, on {self._env.master_addr}, does not answer)")
-        return told[0] if told else mine
+        return first[0] if first else mine
 
     def describe_loss(self) -> str:
-        """Returns a sentence about ranks that are lost; nothing where none is. Takes some seconds."""
+        """Returns a sentence about lost ranks, empty if there are none. Takes some seconds."""
         try:
             silent = self._silent_ranks()
         except RuntimeError:
@@ -126,9 +129,9 @@ class FailureBoard:
         return self.describe(silent) if silent else ""
 
     def _silent_ranks(self) -> list[int]:
-        """Returns the ranks that do not say any more that they live.
+        """Returns the ranks without a heartbeat.
 
-        Empty where another rank has reported a failure already.
+        Empty if another rank has already reported a failure.
 
         Raises:
             RuntimeError: The store has gone.
@@ -142,23 +145,23 @@ class FailureBoard:
 
     def describe(self, ranks: Sequence[int]) -> str:
         """Returns a sentence about ranks that have fallen silent."""
-        named = []
+        names = []
         for rank in ranks:
             location = read_location(self._store, rank) if self._announced([rank]) else None
-            named.append(
+            names.append(
                 f"rank {rank}" + (f" (process {location.pid} on {location.host})" if location else "")
             )
         return (
-            f"no sign of life from {', '.join(named)}\n"
-            "  expected: a process that neither was stopped or killed nor lost its machine or network\n"
-            "  remedy:   look at that machine; `dmesg` there names a process killed as memory ran out"
+            f"no sign of life from {', '.join(names)}\n"
+            "  expected: a running process on a machine that can be reached\n"
+            "  remedy:   check that machine; `dmesg` there names a process that was killed for lack of memory"
         )
 
-    def _tell(self, mine: RankFailure, message: str, agreed: bool) -> RankFailure:
+    def _post(self, mine: RankFailure, message: str, agreed: bool) -> RankFailure:
         try:
             was_called = self._announced([self._env.rank])
             limit_s = _STAY_S if was_called else _STAY_FOR_LATE_ONES_S
-            # what is wrong before the ranks have met is most often wrong for all of them
+            # a fault found before the ranks have met is usually the same on all of them
             if agreed or not was_called:
                 mine = self._speak_for_all(mine, message, limit_s)
             text = json.dumps(asdict(mine))
@@ -171,7 +174,7 @@ class FailureBoard:
         return first
 
     def _pass_on(self, first: RankFailure, limit_s: float) -> None:
-        """Shows the failure unless this machine has shown it, and stays until all ranks have read it."""
+        """Shows the failure unless this machine has shown it, and waits until all ranks have read it."""
         try:
             if self._store.add(f"{_SHOWN}/{socket.gethostname()}", 1) == 1:
                 _show(first.message)
@@ -179,11 +182,11 @@ class FailureBoard:
             else:
                 tell_torchrun("ended by the failure of another rank", first.time + 1)
             self._meet_again(_TOLD, limit_s)
-        except RuntimeError:  # rank 0 has read it and has left with the store
+        except RuntimeError:  # rank 0 has read it and left with the store
             pass
 
     def _speak_for_all(self, mine: RankFailure, message: str, limit_s: float) -> RankFailure:
-        """On rank 0, leaves the rank out; elsewhere, lets rank 0 speak first if it has a failure."""
+        """Omits the rank on rank 0; on other ranks, gives rank 0 time to report first."""
         if self._env.rank == 0:
             return replace(mine, message=message)
         have_met = self._announced([self._env.rank])
@@ -198,7 +201,7 @@ class FailureBoard:
         try:
             self._store.set(f"{key}/{self._env.rank}", "")
             self._wait_for([f"{key}/{rank}" for rank in range(self._env.world_size)], limit_s)
-        except RuntimeError:  # the rank that holds the store was the last to wait for, and has left
+        except RuntimeError:  # the rank that holds the store was the last one, and has left
             pass
 
     def _wait_for(self, keys: list[str], limit_s: float | None) -> None:
@@ -227,7 +230,7 @@ class FailureBoard:
                 return self._lose_the_store()
             unchanged = unchanged + 1 if pulse and pulse == last else 0
             last = pulse
-            # counted in looks of this thread: a rank that was itself asleep does not blame the others
+            # counted in polls of this thread, so that a rank that was itself asleep does not blame others
             if unchanged * self._every_s > self._silence_s and not self._failing.is_set():
                 self._left.set()
                 self._leave(self.report(self.describe([following]), 1).exit_code)
@@ -248,7 +251,7 @@ class FailureBoard:
         os._exit(exit_code)
 
     def _lose_the_store(self) -> None:
-        """The store went with rank 0 or with torchrun: asks the loop to save, if it still can, and ends."""
+        """Asks the loop to save, if it still can, and ends: the store was lost with rank 0 or torchrun."""
         if self._failing.wait(_STAY_S) or self._closing.is_set():
             return
         log.warning("%s: rank 0 or its launcher was killed", self._store_has_gone())
@@ -257,7 +260,7 @@ class FailureBoard:
             self._leave(1)
 
     def _watch_the_store(self) -> None:
-        """Ends this process when the store does not answer: the rank that holds it may have been stopped."""
+        """Ends this process if the store does not answer: the rank that holds it may have been stopped."""
         seen, unchanged = -1, 0
         while not self._left.wait(self._every_s):
             unchanged = unchanged + 1 if self._beats == seen else 0

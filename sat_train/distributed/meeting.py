@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: a key-value store that all of them share, and the roll call in it."""
+"""Connects the processes of a run: a key-value store that all of them share, and the roll call in it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sat_train.errors import LaunchError
 
 @dataclass(frozen=True)
 class ProcessLocation:
-    """Where a rank runs.
+    """Machine, process and GPU of a rank.
 
     Args:
-        host: Name of its machine.
-        pid: Number of its process there.
+        host: Host name.
+        pid: Process id.
         gpu: Identity of its GPU, the same for all processes that would share it; empty on the CPU.
     """
 
@@ -34,7 +34,7 @@ class ProcessLocation:
 def meet(env: RankEnv, timeout: timedelta) -> Store:
     """Returns the store that all ranks of the run share; a single process needs no network for it.
 
-    Rank 0 holds the store, or torchrun does. Nobody waits here for the others: see `call_the_roll`.
+    Rank 0 or torchrun holds the store. This does not wait for the other ranks; `call_the_roll` does.
 
     Raises:
         LaunchError: The store was not reached in time.
@@ -56,21 +56,21 @@ def meet(env: RankEnv, timeout: timedelta) -> Store:
         raise LaunchError(
             f"rank {env.rank} of {env.world_size} did not reach tcp://{env.master_addr}:{env.master_port}: "
             f"{str(error).splitlines()[0]}",
-            remedy="see that all machines started, that the address is reachable and that the port is free",
+            remedy="check that all machines started, that the address is reachable and that the port is free",
         ) from error
     return PrefixStore(_keys_of_this_run(env), store)
 
 
 def _keys_of_this_run(env: RankEnv) -> str:
-    """Returns a prefix: ranks that reach another run's store, as its port is theirs, must not disturb it."""
+    """Returns a key prefix, so that ranks that reach another run's store by its port do not disturb it."""
     if env.launcher == "slurm":
         return f"sat_train/{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
-    # torchrun may start the ranks again on the same store
+    # torchrun may restart the ranks on the same store
     return f"sat_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def announce(store: Store, env: RankEnv, gpu: str = "") -> None:
-    """Tells the others where this rank runs."""
+    """Announces the location of this rank to the others."""
     location = ProcessLocation(socket.gethostname(), os.getpid(), gpu)
     store.set(location_key(env.rank), json.dumps(asdict(location)))
 
@@ -82,7 +82,7 @@ def call_the_roll(store: Store, env: RankEnv, timeout: timedelta) -> list[Proces
         The location of each rank.
 
     Raises:
-        LaunchError: Some did not come in time; they are named. Or two would share a GPU.
+        LaunchError: Ranks are late (named in the message), or two would share a GPU.
 
     Ranks: all.
     """
@@ -94,8 +94,8 @@ def call_the_roll(store: Store, env: RankEnv, timeout: timedelta) -> list[Proces
         raise LaunchError(
             f"{len(missing)} of {env.world_size} ranks did not come within "
             f"{timeout.total_seconds() / 60:g} minutes: {', '.join(missing)}",
-            remedy="see that all machines started and reach "
-            f"{env.master_addr}:{env.master_port}; args.distributed_timeout_minutes says how long to wait",
+            remedy="check that all machines started and reach "
+            f"{env.master_addr}:{env.master_port}; args.distributed_timeout_minutes sets the time to wait",
         ) from None
     locations = [read_location(store, rank) for rank in range(env.world_size)]
     _check_gpus(locations)
@@ -103,17 +103,17 @@ def call_the_roll(store: Store, env: RankEnv, timeout: timedelta) -> list[Proces
 
 
 def location_key(rank: int) -> str:
-    """Returns the key under which a rank has announced itself."""
+    """Returns the key of a rank's location."""
     return f"location/{rank}"
 
 
 def read_location(store: Store, rank: int) -> ProcessLocation:
-    """Returns where a rank runs, which must have announced itself."""
+    """Returns the location of a rank, which must have announced itself."""
     return ProcessLocation(**json.loads(store.get(location_key(rank))))
 
 
 def _check_gpus(locations: Sequence[ProcessLocation]) -> None:
-    """Two processes on one GPU are refused, however each of them was given it."""
+    """Refuses two processes on one GPU, however each of them was assigned it."""
     first: dict[str, int] = {}
     for rank, location in enumerate(locations):
         if location.gpu and first.setdefault(location.gpu, rank) != rank:
@@ -121,5 +121,5 @@ def _check_gpus(locations: Sequence[ProcessLocation]) -> None:
                 f"ranks {first[location.gpu]} and {rank} have the same GPU "
                 f"({location.gpu} on {location.host})",
                 expected="a GPU of its own for each process",
-                remedy="start as many processes as there are GPUs, or look at CUDA_VISIBLE_DEVICES",
+                remedy="start as many processes as there are GPUs, or check CUDA_VISIBLE_DEVICES",
             )

@@ -32,13 +32,13 @@ class ProcessMesh:
         rank: Global rank.
         local_rank: Rank on this machine.
         world_size: Processes in all: `data_size * model_size`.
-        data_rank: Position on the data axis: which samples this process sees.
+        data_rank: Position on the data axis, which selects the samples of this process.
         data_size: Processes on the data axis.
-        data_group: Those that hold the same slice of the model and see other samples.
-        model_rank: Position on the model axis: which slice of the weights this process holds.
+        data_group: Processes with the same slice of the model and other samples.
+        model_rank: Position on the model axis, which selects this process's slice of the weights.
         model_size: Processes on the model axis.
-        model_group: Those that see the same samples and hold other slices of the model.
-        device: Where this process computes.
+        model_group: Processes with the same samples and other slices of the model.
+        device: Device on which this process computes.
         backend: `nccl` or `gloo`.
         store: Key-value store that all processes share.
     """
@@ -69,20 +69,20 @@ def start_processes(
     timeout_minutes: float = 30,
     store: Store | None = None,
 ) -> ProcessMesh:
-    """Joins this process to the others and makes the groups, `sat.mpu`'s among them.
+    """Joins this process to the others and creates the groups, including those of `sat.mpu`.
 
     A single process gets an in-memory store: no network, no port.
 
     Args:
-        env: Who this process is.
-        device: `auto`, `cuda` or `cpu`; `auto` takes CUDA where there is a device.
-        backend: `auto`, `nccl` or `gloo`; `auto` takes NCCL on CUDA and gloo on the CPU.
+        env: Rank of this process.
+        device: `auto`, `cuda` or `cpu`; `auto` is CUDA if there is a device.
+        backend: `auto`, `nccl` or `gloo`; `auto` is NCCL on CUDA and gloo on the CPU.
         model_parallel_size: Processes that share one copy of the model; must divide the world size.
-        timeout_minutes: How long the start and each collective may wait for a rank.
-        store: Where the ranks have met already.
+        timeout_minutes: Longest wait for a rank, at the start and in each collective.
+        store: Store in which the ranks have met already.
 
     Raises:
-        LaunchError: The layout, device or backend is impossible, or the other processes were not found.
+        LaunchError: The layout, device or backend is impossible, or other processes were not reached.
 
     Ranks: all.
     """
@@ -107,7 +107,7 @@ def start_processes(
 
 
 def start_single_process(device: str = "cpu") -> ProcessMesh:
-    """Returns a mesh of this process alone, without environment or network; the one that is up, if any.
+    """Returns a mesh of this process alone, without environment or network; an existing mesh is reused.
 
     For meta builds, tools and unit tests: SAT's layers ask `sat.mpu` for their sizes when they are built.
     """
@@ -118,7 +118,7 @@ def start_single_process(device: str = "cpu") -> ProcessMesh:
 
 
 def stop_processes() -> None:
-    """Leaves the process group, if there is one. Does not wait for the other ranks."""
+    """Leaves the process group, if there is one, without waiting for the other ranks."""
     global _mesh
     if _mesh is None:
         return
@@ -131,7 +131,7 @@ def stop_processes() -> None:
 
 
 def _forget_groups_in_deepspeed() -> None:
-    """DeepSpeed keeps groups in module variables and would take the dead ones at the next start."""
+    """Clears DeepSpeed's module variables, which would bring the old groups into the next start."""
     comm: Any = sys.modules.get("deepspeed.comm.comm")
     groups: Any = sys.modules.get("deepspeed.utils.groups")
     if comm is not None and groups is not None:
@@ -145,13 +145,13 @@ def _choose_device(device: str, env: RankEnv) -> torch.device:
     if not torch.cuda.is_available():
         raise LaunchError("args.device = cuda", expected="a CUDA device", remedy="use args.device=cpu")
     count = torch.cuda.device_count()
-    # who sees one GPU was given it by the launcher; that no other has the same one is seen at the roll call
+    # a process that sees one GPU got it from the launcher; the roll call checks that no other has the same
     index = 0 if count == 1 else env.local_rank
     if index >= count:
         raise LaunchError(
             f"process {env.local_rank} of this machine has no GPU of its own",
             expected=f"at most {count} processes on this machine",
-            remedy="lower --nproc_per_node, or look at CUDA_VISIBLE_DEVICES",
+            remedy="lower --nproc_per_node, or check CUDA_VISIBLE_DEVICES",
         )
     where = torch.device("cuda", index)
     torch.cuda.set_device(where)
@@ -179,17 +179,17 @@ def _choose_backend(backend: str, device: torch.device) -> str:
 
 
 def _prepare_deepspeed(env: RankEnv, device: torch.device) -> None:
-    """DeepSpeed reads these when it is imported and initialised, whoever has started the processes."""
+    """Sets the variables that DeepSpeed reads when it is imported and initialised, for any launcher."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["LOCAL_RANK"] = str(env.local_rank if device.type == "cpu" else device.index)
 
 
 def _set_default_timeout(timeout: timedelta) -> None:
-    """Gives the timeout to every group made from now on, also by libraries, which name none.
+    """Sets the timeout of every group created from now on, including those that libraries create.
 
     SAT's groups and DeepSpeed's clone of the world, which carries most of the traffic, would otherwise keep
-    torch's own: 10 minutes with NCCL, 30 with gloo, whatever the run asks for.
+    torch's default: 10 minutes with NCCL, 30 with gloo.
     """
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]  # not exported
@@ -222,7 +222,7 @@ def _lay_out(
 
 @contextlib.contextmanager
 def _quiet_sat(env: RankEnv) -> Iterator[None]:
-    """SAT guesses LOCAL_WORLD_SIZE when it is missing, and its import warns of deprecated TorchScript."""
+    """Sets LOCAL_WORLD_SIZE, which SAT would guess, and hides the TorchScript warning of its import."""
     before = os.environ.get("LOCAL_WORLD_SIZE")
     os.environ["LOCAL_WORLD_SIZE"] = str(env.local_world_size)
     try:

@@ -1,8 +1,8 @@
-"""Makes the parts of SwissArmyTransformer that this project stands on importable without the rest.
+"""Makes the parts of SwissArmyTransformer that this project uses importable without the rest.
 
 `import sat` runs SAT's own training loop module, which imports wandb (undeclared), every model SAT ships,
-tokenizers and boto3: seconds per process, and a crash where wandb is missing. Only `sat.mpu`,
-`sat.model.base_model`, `sat.model.transformer` and what they import are used here, so the packages above them
+tokenizers and boto3: seconds per process, and a crash if wandb is missing. Only `sat.mpu`,
+`sat.model.base_model`, `sat.model.transformer` and their imports are used here, so the packages above them
 are entered into `sys.modules` without running their `__init__`.
 
 Import this module before any `sat.*` import. A complete `sat` that is already loaded is left alone.
@@ -29,7 +29,7 @@ def _enter_package(name: str, folder: Path) -> None:
 
 
 def enter_sat_packages() -> None:
-    """Enters `sat`, `sat.model` and `sat.training` as packages whose `__init__` did not run.
+    """Enters `sat`, `sat.model` and `sat.training` into `sys.modules` without running their `__init__`.
 
     Raises:
         ModuleNotFoundError: SwissArmyTransformer is not installed.
@@ -41,9 +41,8 @@ def enter_sat_packages() -> None:
         raise ModuleNotFoundError(
             "SwissArmyTransformer is not installed; pip install 'SwissArmyTransformer>=0.4.12'"
         )
-    os.environ.setdefault(
-        "SAT_LOGLEVEL", "WARNING"
-    )  # read once, at import; its start-up notes are no news here
+    # read once, at import; hides SAT's start-up notes
+    os.environ.setdefault("SAT_LOGLEVEL", "WARNING")
     root = Path(next(iter(spec.submodule_search_locations)))
     for name in _PACKAGES:
         _enter_package(name, root.joinpath(*name.split(".")[1:]))

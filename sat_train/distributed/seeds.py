@@ -1,4 +1,4 @@
-"""Seeds that are pure functions of what they are for, so randomness depends on no rank, worker or restart."""
+"""Seeds as pure functions of their purpose, so randomness depends on no rank, worker or restart."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def derive_seed(seed: int, purpose: str, *keys: int) -> int:
 
     Args:
         seed: The run's seed (`args.seed`).
-        purpose: What the randomness is for, e.g. `noise`; other purposes give unrelated seeds.
-        keys: What it is for within that purpose, e.g. the global sample index.
+        purpose: Purpose of the randomness, e.g. `noise`; other purposes give unrelated seeds.
+        keys: Keys within that purpose, e.g. the global sample index.
 
     Returns:
         An integer in `[0, 2**63)`, the same on every machine and in every version of Python.
@@ -28,9 +28,9 @@ def derive_seed(seed: int, purpose: str, *keys: int) -> int:
 def derive_generator(
     seed: int, purpose: str, *keys: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """Returns a fresh generator seeded with `derive_seed(seed, purpose, *keys)`.
+    """Returns a new generator seeded with `derive_seed(seed, purpose, *keys)`.
 
     Args:
-        device: Where the numbers are drawn. Only the CPU gives the same ones on every machine.
+        device: Device on which numbers are drawn. Only the CPU gives the same numbers on every machine.
     """
     return torch.Generator(device=device).manual_seed(derive_seed(seed, purpose, *keys))

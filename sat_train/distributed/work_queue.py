@@ -1,7 +1,7 @@
-"""Work of unequal length on many ranks: handed out as they are free, and met afterwards without haste.
+"""Distributes work of unequal length over ranks, and lets them meet afterwards without a timeout.
 
-A collective gives up on a rank that comes later than `args.distributed_timeout_minutes`. Ranks that have
-worked by themselves for hours are further apart than that, so they meet through the store first.
+A collective fails if a rank is later than `args.distributed_timeout_minutes`. Ranks that have worked on their
+own for hours may be further apart than that, so they meet through the store first.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 class WorkQueue:
-    """Hands out the numbers of pieces of work, each once, to the rank that asks next.
+    """Hands out the numbers of work items, each once, to the rank that asks next.
 
     Ranks that share a model get the same numbers.
 
     Args:
         mesh: The process mesh.
-        name: Of the work; no other queue of the run may have it.
-        size: Pieces of work.
+        name: Name of the work, unique in the run.
+        size: Number of items.
 
-    Ranks: all make it; each takes from it when it likes.
+    Ranks: all create it; each takes from it independently.
     """
 
     def __init__(self, mesh: ProcessMesh, name: str, size: int) -> None:
@@ -38,33 +38,33 @@ class WorkQueue:
         return self._size
 
     def __iter__(self) -> Iterator[int]:
-        """Yields what this rank gets, until there is nothing left."""
+        """Yields the numbers for this rank until none are left."""
         while (number := self.take()) is not None:
             yield number
 
     def take(self) -> int | None:
-        """Returns the next number, None when there is none left."""
+        """Returns the next number, or None if none are left."""
         self._turn += 1
-        told = f"{self._key}/{self._mesh.data_rank}/{self._turn}"
+        key = f"{self._key}/{self._mesh.data_rank}/{self._turn}"
         if self._mesh.model_rank == 0:
             number = self._add("taken", 1) - 1
             if self._mesh.model_size > 1:
-                self._mesh.store.set(told, str(number))
+                self._mesh.store.set(key, str(number))
         else:
-            wait_until(lambda: self._mesh.store.check([told]))
-            number = int(self._mesh.store.get(told))
+            wait_until(lambda: self._mesh.store.check([key]))
+            number = int(self._mesh.store.get(key))
         return number if number < self._size else None
 
     def close(self) -> None:
-        """Hands out nothing more, to any rank."""
+        """Stops handing out numbers, to any rank."""
         self._add("taken", self._size)
 
     def finish_one(self) -> None:
-        """Counts a piece as done."""
+        """Counts an item as done."""
         self._add("finished", 1)
 
     def num_finished(self) -> int:
-        """Returns how many pieces all ranks have done."""
+        """Returns the number of items that all ranks have done."""
         return self._add("finished", 0)
 
     def _add(self, name: str, count: int) -> int:
@@ -75,7 +75,7 @@ class WorkQueue:
 
 
 def gather_after_work(mesh: ProcessMesh, value: T) -> list[T]:
-    """Returns every rank's value, in rank order, on every rank, after work that takes some ranks far longer.
+    """Gathers every rank's value, in rank order, on every rank, after work of very unequal length.
 
     Ranks: all.
     """

@@ -1,1 +1,1 @@
-"""From prompts and images to videos and their files; used by validation and by the command."""
+"""Generates videos from prompts and images and writes their files, for validation and for the command."""

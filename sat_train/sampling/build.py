@@ -1,4 +1,4 @@
-"""Sections `model` and `args` -> the settings of samples."""
+"""Builds sampling settings from the sections `model` and `args`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sat_train.pipeline.video_diffusion import Sampler
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a run generates its samples; the fields are those of `VideoDiffusion.generate`.
+    """Sampling settings of a run, as `VideoDiffusion.generate` takes them.
 
     Args:
         num_frames: Pixel frames.
         height: In pixels.
         width: In pixels.
         steps: Denoising steps.
-        guidance: How the prompt is emphasised.
-        sampler: Which sampler.
+        guidance: Classifier-free guidance.
+        sampler: Name of the sampler.
         fps: Frames per second of the written file.
     """
 
@@ -35,10 +35,10 @@ class SamplingSettings:
 
 
 def build_sampling(config: RunConfig) -> SamplingSettings:
-    """Returns the settings of samples: those under `args` where given, else those of model and training.
+    """Builds sampling settings: those under `args` if given, else those of model and training.
 
     Raises:
-        ConfigError: Nothing says how large a video is.
+        ConfigError: No setting gives the size of a video.
     """
     args, model = config.args, config.model
     sampler = model.sampler_config
@@ -72,7 +72,7 @@ def _trained_size(config: RunConfig) -> tuple[int, int]:
 
 
 def build_guidance(model: ModelConfig, *, scale: float | None = None) -> Guidance:
-    """Returns the sampler's guidance; `scale` wins over its own."""
+    """Builds the sampler's guidance; `scale` overrides its own."""
     slot = model.sampler_config.params.guider_config
     scale = slot.params.scale if scale is None else scale
     if slot.target == "ConstantGuidance":

@@ -1,4 +1,4 @@
-"""One video from one prompt, in training and for the command alike."""
+"""Generates one video from one prompt, for validation and for the command."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def generate_video(
 
     Args:
         pipeline: The models.
-        settings: How it is sampled.
-        prompt: Its caption.
+        settings: Sampling settings.
+        prompt: The prompt.
         image_chw: uint8 first frame, for image-to-video; the video then has its size.
-        seed: Of its noise.
-        network: The engine around the transformer while it trains; None takes the pipeline's own.
+        seed: Seed of the noise.
+        network: The engine around the transformer during training; None uses the pipeline's own network.
         progress: Called with (index of the finished step, steps).
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is to be sampled: prompts, and for image-to-video the images that they stand beside."""
+"""Reads the requests of a sampling run: prompts, and first frames for image-to-video."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One video to draw.
+    """One video to generate.
 
     Args:
-        prompt: Its caption.
-        image: File of its first frame; None for text-to-video.
-        seed: Of its noise.
-        name: Of its file, without suffix.
+        prompt: The prompt.
+        image: File of the first frame; None for text-to-video.
+        seed: Seed of the noise.
+        name: File name without suffix.
     """
 
     prompt: str
@@ -44,35 +44,35 @@ def build_requests(
     image: Path | None,
     seed: int,
 ) -> list[SampleRequest]:
-    """Turns lines of prompts into videos to draw; each has its own seed, counted up from the run's.
+    """Turns lines of prompts into requests, with consecutive seeds from the run's seed on.
 
     Args:
-        lines: (where it stands, prompt or `prompt@@image`). A line's image wins over `image`.
+        lines: (source for messages, prompt or `prompt@@image`). A line's image wins over `image`.
         image_to_video: Whether the model needs an image.
-        image: Image of the lines that name none.
+        image: Image for lines that name none.
         seed: Seed of the first video.
 
     Raises:
-        DataError: A line has no prompt, or an image too many or too few.
+        DataError: A line has no prompt, has an image that the model does not take, or lacks one.
     """
     requests = []
     for number, (where, line) in enumerate(lines):
         prompt, has_image, path = (part.strip() for part in line.partition(IMAGE_SEPARATOR))
-        given = Path(path).expanduser() if has_image else image
+        first_frame = Path(path).expanduser() if has_image else image
         if not prompt:
             raise DataError(f"{where} has no prompt: {line!r}", expected="prompt or prompt@@image")
-        if (given is not None) != image_to_video:
-            problem = "names an image, but this is a text-to-video model" if given else "names no image"
+        if (first_frame is not None) != image_to_video:
+            problem = "names an image, but this is a text-to-video model" if first_frame else "names no image"
             raise DataError(
                 f"{where} {problem}: {line!r}", expected="prompt@@image" if image_to_video else "prompt"
             )
         name = f"{number:04d}-{_slug(prompt)}-seed{seed + number}"
-        requests.append(SampleRequest(prompt, given, seed + number, name))
+        requests.append(SampleRequest(prompt, first_frame, seed + number, name))
     return requests
 
 
 def read_prompt_file(path: Path) -> list[tuple[str, str]]:
-    """Reads one prompt a line; empty lines are left out.
+    """Reads a file with one prompt per line, skipping empty lines.
 
     Returns:
         (`path:line number`, the line).
@@ -85,15 +85,15 @@ def read_prompt_file(path: Path) -> list[tuple[str, str]]:
     lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     lines = [(where, line) for where, line in lines if line]
     if not lines:
-        raise DataError(f"{path} holds no prompt", expected="one prompt a line")
+        raise DataError(f"{path} holds no prompt", expected="one prompt per line")
     return lines
 
 
 def read_image(path: Path, *, height: int, width: int) -> Tensor:
-    """Reads a picture, scales it until it covers the size, and cuts off what stands over at both sides.
+    """Reads an image, scales it until it covers the size, and crops it at the centre.
 
     Args:
-        path: A picture; turned as its EXIF says. Formats for which Pillow starts other programs are not read.
+        path: An image; rotated as its EXIF says. Formats for which Pillow starts other programs are not read.
         height: In pixels.
         width: In pixels.
 
@@ -101,7 +101,7 @@ def read_image(path: Path, *, height: int, width: int) -> Tensor:
         uint8 RGB image_chw.
 
     Raises:
-        DataError: The file is missing or no picture.
+        DataError: The file is missing or not an image.
     """
     expected = f"an image: {', '.join(_FORMATS)}"
     with (
@@ -116,5 +116,5 @@ def read_image(path: Path, *, height: int, width: int) -> Tensor:
 
 
 def _slug(prompt: str) -> str:
-    """Returns a part of a file name that says what the prompt says."""
+    """Returns the prompt in a form that is safe in a file name."""
     return re.sub(r"\W+", "-", prompt.lower())[:_SLUG_LENGTH].strip("-") or "video"

@@ -18,7 +18,7 @@ from sat_train.log import get_logger
 
 logger = get_logger(__name__)
 
-# CRF of libx264; below 18 compression is hardly visible, and these files are looked at for artefacts of the
+# CRF of libx264; below 18 compression is hardly visible, and people inspect these files for artefacts of the
 # model
 _CRF = "16"
 _CAPTION_HEIGHT = 16
@@ -26,13 +26,13 @@ _GAP = 2
 
 
 def write_mp4(path: Path | str, video_tchw: Tensor, *, fps: float) -> None:
-    """Writes H.264 in yuv420p, which every player shows.
+    """Writes an mp4 file with H.264 in yuv420p, which every player shows.
 
-    Where FFmpeg came without libx264 it is MPEG-4 part 2, and a warning says so. Odd sizes, which yuv420p
+    If FFmpeg comes without libx264, it is MPEG-4 part 2, and a warning says so. Odd sizes, which yuv420p
     cannot hold, are made even by repeating the last row or column.
 
     Args:
-        path: File to write; its folder is made.
+        path: File to write; its folder is created.
         video_tchw: uint8 RGB frames.
         fps: Frames per second.
 
@@ -54,14 +54,13 @@ def write_mp4(path: Path | str, video_tchw: Tensor, *, fps: float) -> None:
 def write_contact_sheet(
     path: Path | str, videos: Sequence[Tensor], captions: Sequence[str], *, columns: int = 8
 ) -> None:
-    """Writes a PNG with one row a video: its caption, and frames spread over its length, first and last
-    included.
+    """Writes a PNG with one row per video: its caption and evenly spaced frames, first and last included.
 
     Args:
-        path: File to write; its folder is made.
+        path: File to write; its folder is created.
         videos: uint8 RGB video_tchw, of any sizes.
-        captions: One for each video, cut to the width of the sheet.
-        columns: Frames of a row, at most.
+        captions: One for each video, truncated to the width of the sheet.
+        columns: Largest number of frames in a row.
 
     Raises:
         SatTrainError: The file cannot be written.
@@ -78,7 +77,7 @@ def write_contact_sheet(
 
 
 def spread_frames(video_tchw: Tensor, columns: int = 8) -> Tensor:
-    """Returns at most `columns` frames, spread over the video, first and last included."""
+    """Returns at most `columns` evenly spaced frames, first and last included."""
     frames = len(video_tchw)
     columns = min(columns, frames)
     return video_tchw[[round(column * (frames - 1) / max(columns - 1, 1)) for column in range(columns)]]
@@ -99,7 +98,7 @@ def _even_size(video_tchw: Tensor) -> Tensor:
     height, width = video_tchw.shape[-2:]
     if height % 2 == 0 and width % 2 == 0:
         return video_tchw
-    # replicate padding is not written for uint8
+    # torch has no replicate padding for uint8
     padded = F.pad(video_tchw.float(), (0, width % 2, 0, height % 2), mode="replicate")
     return padded.to(video_tchw.dtype)
 
@@ -113,7 +112,7 @@ def _codec() -> str:
 
 @contextmanager
 def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write to, and renames it when the writing is done."""
+    """Yields a temporary name next to `path`, and renames it when the file is written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def test_weights_of_another_model_than_base_says_are_an_error_that_names_both(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "says nothing of a model"), ("args: {}\n", "says nothing")]
+    ("text", "message"), [("", "describes no model"), ("args: {}\n", "describes no model")]
 )
 def test_a_run_whose_configuration_is_empty_gets_no_toy_config(
     tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
@@ -124,5 +124,5 @@ def test_an_ended_conversion_says_one_line_and_leaves_nothing(tmp_path: Path, nu
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     name = signal.Signals(number).name
-    assert told == f"ended by {name}: {tmp_path}/out was not written, and nothing is left of it\n"
+    assert told == f"ended by {name}: {tmp_path}/out was not written, and nothing is left behind\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]

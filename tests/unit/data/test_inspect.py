@@ -148,7 +148,7 @@ def test_numbers_that_are_none_are_refused(word, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["data", "preview", word])
     assert caught.value.code == 2
-    assert "is no whole number of at least" in capsys.readouterr().err
+    assert "is not a whole number of at least" in capsys.readouterr().err
 
 
 def test_images_are_looked_at_where_the_model_takes_them(tmp_path):
