@@ -66,14 +66,14 @@ def find_resume_point(
         return None
     if mode not in ("auto", "must"):
         return _find_at(Path(mode).expanduser(), is_alive)
-    found = find_resumable(save_root, experiment_name, is_alive=is_alive)
-    if found is None and mode == "must":
+    point = find_resumable(save_root, experiment_name, is_alive=is_alive)
+    if point is None and mode == "must":
         raise CheckpointError(
             f"args.resume = must: {save_root} holds no complete checkpoint of a stopped '{experiment_name}'",
             expected=f"a folder {experiment_name}-<YYYYmmdd-HHMMSS> with a committed step",
             remedy="check args.save and args.experiment_name, or set args.resume=auto to start a new run",
         )
-    return found
+    return point
 
 
 def find_resumable(save_root: Path, experiment_name: str, *, is_alive: IsAlive) -> ResumePoint | None:
@@ -82,9 +82,9 @@ def find_resumable(save_root: Path, experiment_name: str, *, is_alive: IsAlive) 
         if is_alive(run_directory):
             log.info("%s is in use by another process; trying an older run", run_directory)
             continue
-        found = newest_verified(run_directory)
-        if found is not None:
-            return found
+        point = newest_verified(run_directory)
+        if point is not None:
+            return point
     return None
 
 
@@ -142,14 +142,14 @@ def _find_at(path: Path, is_alive: IsAlive) -> ResumePoint:
         )
     if is_step:
         return _find_step(path)
-    found = newest_verified(run_directory)
-    if found is None:
+    point = newest_verified(run_directory)
+    if point is None:
         raise CheckpointError(
             f"args.resume = {path}: no complete checkpoint inside",
             expected="a run directory with a committed step",
             remedy="to start from weights alone, use args.load",
         )
-    return found
+    return point
 
 
 def _find_step(path: Path) -> ResumePoint:

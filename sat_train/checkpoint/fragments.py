@@ -135,8 +135,8 @@ def read_fragments(
     """
     expected = "the fragments of a step, as sat_train writes them"
     with reading(folder, error=CheckpointError, expected=expected, remedy="use another step"):
-        saved = [_read_model_rank(folder, manifest, rank) for rank in range(manifest.model_size)]
-        return SavedFragments(saved, where=str(folder), model_rank=model_rank, model_size=model_size)
+        fragments = [_read_model_rank(folder, manifest, rank) for rank in range(manifest.model_size)]
+        return SavedFragments(fragments, where=str(folder), model_rank=model_rank, model_size=model_size)
 
 
 def _read_model_rank(folder: Path, manifest: Manifest, model_rank: int) -> list[Fragment]:

@@ -42,17 +42,19 @@ def open_trained_state(
     """
     _check_same_base(point, base_weights)
     folder = step_folder(point.run_directory, point.step)
-    saved: SavedFragments | None = None
+    fragments: SavedFragments | None = None
     problem = ""
     try:
-        saved = read_fragments(folder, point.manifest, model_rank=mesh.model_rank, model_size=mesh.model_size)
-        check_names_and_shapes(trained, saved.shapes, where=str(folder))
+        fragments = read_fragments(
+            folder, point.manifest, model_rank=mesh.model_rank, model_size=mesh.model_size
+        )
+        check_names_and_shapes(trained, fragments.shapes, where=str(folder))
     except CheckpointError as error:
         problem = str(error)
     first = next((other for other in gather_objects(mesh, problem) if other), "")
-    if first or saved is None:
+    if first or fragments is None:
         raise CheckpointError(first)
-    return saved
+    return fragments
 
 
 def read_client_state(point: ResumePoint) -> dict[str, Any]:
@@ -70,11 +72,11 @@ def read_client_state(point: ResumePoint) -> dict[str, Any]:
 
 
 def _check_same_base(point: ResumePoint, ours: BaseWeights | None) -> None:
-    saved = point.manifest.base_weights
-    if saved is not None and ours is not None and saved.sha256 != ours.sha256:
+    theirs = point.manifest.base_weights
+    if theirs is not None and ours is not None and theirs.sha256 != ours.sha256:
         raise CheckpointError(
-            f"step {point.step} of {point.run_directory} was trained on base weights {saved.source} "
-            f"(sha256 {saved.sha256[:12]}), but {ours.source} (sha256 {ours.sha256[:12]}) is loaded",
+            f"step {point.step} of {point.run_directory} was trained on base weights {theirs.source} "
+            f"(sha256 {theirs.sha256[:12]}), but {ours.source} (sha256 {ours.sha256[:12]}) is loaded",
             expected="the same frozen weights",
-            remedy=f"set args.load: {saved.source}",
+            remedy=f"set args.load: {theirs.source}",
         )

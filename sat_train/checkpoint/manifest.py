@@ -117,8 +117,8 @@ def read_manifest(folder: Path) -> Manifest:
     body = _parse(path, _read(folder, path))
     try:
         manifest = _decode(body)
-        named = parse_step(folder.name)
-        _check(named in (None, manifest.step), f"it is of step {manifest.step}, its folder of step {named}")
+        step = parse_step(folder.name)
+        _check(step in (None, manifest.step), f"it is of step {manifest.step}, its folder of step {step}")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not understood: {error}"[:_MOST_SHOWN],
@@ -258,9 +258,9 @@ def verify_checkpoint(folder: Path) -> Manifest:
 
 def _check_no_strays(folder: Path, manifest: Manifest) -> None:
     """Refuses files that readers would find by name although the manifest does not list them."""
-    known = {record.name for record in manifest.files}
+    names = {record.name for record in manifest.files}
     try:
-        strays = sorted(name for name in os.listdir(folder) if _STATES.fullmatch(name) and name not in known)
+        strays = sorted(name for name in os.listdir(folder) if _STATES.fullmatch(name) and name not in names)
     except OSError as error:
         raise cannot_read(folder, error) from error
     if strays:

@@ -35,12 +35,12 @@ def prune_checkpoints(
     """
     if keep_last <= 0:
         return []
-    kept = {resumed_step, read_latest(run_directory)}
-    old = [step for step in committed_steps(run_directory)[keep_last:] if step not in kept]
-    doomed = [step for step in old if not (keep_every > 0 and step % keep_every == 0)]
-    for step in doomed:
+    protected = {resumed_step, read_latest(run_directory)}
+    old = [step for step in committed_steps(run_directory)[keep_last:] if step not in protected]
+    to_delete = [step for step in old if not (keep_every > 0 and step % keep_every == 0)]
+    for step in to_delete:
         _delete(run_directory, step)
-    return doomed
+    return to_delete
 
 
 def remove_leftovers(run_directory: Path) -> list[Path]:
@@ -63,13 +63,13 @@ def remove_leftovers(run_directory: Path) -> list[Path]:
 
 def _delete(run_directory: Path, step: int) -> None:
     """Renames before deleting: a kill in between leaves a temporary folder, not half a checkpoint."""
-    grave = run_directory / f"{TEMPORARY_PREFIX}deleted-{step}-{uuid.uuid4().hex[:8]}"
+    temporary = run_directory / f"{TEMPORARY_PREFIX}deleted-{step}-{uuid.uuid4().hex[:8]}"
     try:
-        os.rename(step_folder(run_directory, step), grave)
+        os.rename(step_folder(run_directory, step), temporary)
         sync_folder(run_directory)
     except OSError as error:
         log.warning(
             "the old checkpoint %s could not be deleted: %s", step_folder(run_directory, step), error.strerror
         )
         return
-    shutil.rmtree(grave, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)

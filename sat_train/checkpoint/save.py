@@ -101,14 +101,14 @@ def save_training_checkpoint(
 
 def _write_rank(mesh: ProcessMesh, state: RunState, folder: Path) -> RankReport:
     """Writes this rank's files; reports a failure instead of raising, because the other ranks wait for it."""
-    written: list[FileRecord] = []
+    records: list[FileRecord] = []
     for name, write in _files(mesh, state):
         try:
-            written.append(write_file(folder / name, write))
+            records.append(write_file(folder / name, write))
         except Exception as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)[:300]
-            return RankReport(files=written, failure=f"{name}: {reason}")
-    return RankReport(files=written)
+            return RankReport(files=records, failure=f"{name}: {reason}")
+    return RankReport(files=records)
 
 
 def _files(mesh: ProcessMesh, state: RunState) -> Iterator[tuple[str, Callable[[HashingFile], None]]]:

@@ -150,7 +150,7 @@ def check_all_ranks(mesh: ProcessMesh, error: SatTrainError | None) -> None:
     for rank, other in enumerate(errors):
         if other is not None:
             message, exit_code = other
-            raised = error or SatTrainError(f"rank {rank}: {message}")
-            raised.exit_code = exit_code
-            raised.ranks_agree = True
-            raise raised
+            failure = error or SatTrainError(f"rank {rank}: {message}")
+            failure.exit_code = exit_code
+            failure.ranks_agree = True
+            raise failure

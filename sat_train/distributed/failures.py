@@ -29,7 +29,7 @@ from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-_FIRST, _SHOWN, _TOLD, _ENDED = "first_failure", "shown", "told", "ended"  # keys in the store
+_FIRST, _SHOWN, _READ, _ENDED = "first_failure", "shown", "read", "ended"  # keys in the store
 _LOOK_EVERY_S = 1.0
 # How long a failed rank waits for the others to read its message: they poll every second, but may still be
 # importing torch if they have not met yet.
@@ -181,7 +181,7 @@ class FailureBoard:
                 tell_torchrun(first.message, first.time)
             else:
                 tell_torchrun("ended by the failure of another rank", first.time + 1)
-            self._meet_again(_TOLD, limit_s)
+            self._meet_again(_READ, limit_s)
         except RuntimeError:  # rank 0 has read it and left with the store
             pass
 
@@ -261,10 +261,10 @@ class FailureBoard:
 
     def _watch_the_store(self) -> None:
         """Ends this process if the store does not answer: the rank that holds it may have been stopped."""
-        seen, unchanged = -1, 0
+        beats, unchanged = -1, 0
         while not self._left.wait(self._every_s):
-            unchanged = unchanged + 1 if self._beats == seen else 0
-            seen = self._beats
+            unchanged = unchanged + 1 if self._beats == beats else 0
+            beats = self._beats
             if unchanged * self._every_s > self._silence_s and not self._failing.is_set():
                 _show(f"no sign of life from rank 0 on {self._env.master_addr}, which holds the run's store")
                 self._leave(1)

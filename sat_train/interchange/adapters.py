@@ -62,13 +62,13 @@ def read_lora(path: str | Path, *, ema: bool = False) -> Updates:
     if source.kind == "step":
         verify_checkpoint(source.path)
     if source.kind == "files" and not ema:
-        found = read_weight_files(source.files)
-        if holds_lora(found):
-            modules = read_lora_modules(found, source.files[0])
-            updates = updates_of_modules(modules, where=found.where)
-            return _at_trained_alpha(updates, read_metadata(source.files[0]), found.where)
-        if any(_ADAPTER.search(key) for key in found):
-            bare = found.select(lambda key: re.sub(r"^(module\.)?model\.diffusion_model\.", "", key))
+        weights = read_weight_files(source.files)
+        if holds_lora(weights):
+            modules = read_lora_modules(weights, source.files[0])
+            updates = updates_of_modules(modules, where=weights.where)
+            return _at_trained_alpha(updates, read_metadata(source.files[0]), weights.where)
+        if any(_ADAPTER.search(key) for key in weights):
+            bare = weights.select(lambda key: re.sub(r"^(module\.)?model\.diffusion_model\.", "", key))
             return updates_of(bare)
     return updates_of(read_own_weights(source, ema=ema))
 
@@ -285,13 +285,13 @@ def check_merged(written: LazyWeights, base: LazyWeights, updates: Updates) -> N
     """
     for layer, parts in updates.items():
         key = f"{layer}.weight"
-        found, weight = written[key], base[key].double()
+        merged, weight = written[key], base[key].double()
         expected = weight + whole_delta(parts, weight.shape[0], torch.float64)
-        info = torch.finfo(found.dtype)
+        info = torch.finfo(merged.dtype)
         # half a step of the dtype, and what sums in fp32 lose before the cast
         size = weight.abs() + sum_of_sizes(parts, weight.shape[0])
         allowed = expected.abs() * (info.eps * 0.501) + size * 2.0**-19 + info.smallest_normal * info.eps
-        wrong = ~((found.double() - expected).abs() <= allowed)
+        wrong = ~((merged.double() - expected).abs() <= allowed)
         if wrong.any():
             raise CheckpointError(
                 f"{written.where}: {int(wrong.sum())} values of {key} are not weight + scale * B @ A",

@@ -77,7 +77,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Opened:
+class ConversionSource:
     """The opened source of a conversion.
 
     Args:
@@ -119,13 +119,13 @@ def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_
         raise CheckpointError(
             "--lora-strength is given without --lora", remedy="name the LoRA file with --lora"
         )
-    opened = open_source(conversion)
+    source = open_source(conversion)
     temporary = conversion.dest.parent / f".tmp-convert-{uuid.uuid4().hex[:8]}"
     try:
         conversion.dest.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        _check_space(temporary, opened.weights)
-        _write(conversion, opened, temporary, progress)
+        _check_space(temporary, source.weights)
+        _write(conversion, source, temporary, progress)
         if conversion.dest.exists():
             conversion.dest.rmdir()
         os.rename(temporary, conversion.dest)
@@ -137,7 +137,7 @@ def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_
     return conversion.dest
 
 
-def open_source(conversion: Conversion) -> Opened:
+def open_source(conversion: Conversion) -> ConversionSource:
     """Opens and verifies the source of a conversion.
 
     Raises:
@@ -149,12 +149,12 @@ def open_source(conversion: Conversion) -> Opened:
     metadata = _metadata(source, manifest, conversion)  # hashes the source, after its headers were checked
     is_merging = conversion.merge_lora or conversion.lora is not None
     if updates and not is_merging and conversion.to == "diffusers":
-        return Opened(LazyWeights({}, where=str(source.path)), updates, None, metadata)
+        return ConversionSource(LazyWeights({}, where=str(source.path)), updates, None, metadata)
     dtype = conversion.dtype or (trained_dtype(manifest) if manifest else None)
     whole = read_transformer_weights(conversion.source, ema=conversion.ema, load_base=conversion.load_base)
     if not is_merging:
         adapters = whole.select(lambda key: key if is_adapter_key(key) else None)
-        return Opened(without_adapters(whole).cast(dtype).overlaid(adapters), {}, None, metadata)
+        return ConversionSource(without_adapters(whole).cast(dtype).overlaid(adapters), {}, None, metadata)
     if conversion.lora is not None:
         updates = stacked(updates, strengthened(read_given_lora(conversion.lora), conversion.lora_strength))
     if not updates:
@@ -162,17 +162,19 @@ def open_source(conversion: Conversion) -> Opened:
             f"{whole.where} holds no LoRA adapters to merge", remedy="leave out --merge-lora"
         )
     base = without_adapters(whole)
-    return Opened(merge_updates(base, updates, dtype=dtype).cast(dtype), updates, base, metadata)
+    return ConversionSource(merge_updates(base, updates, dtype=dtype).cast(dtype), updates, base, metadata)
 
 
-def _write(conversion: Conversion, opened: Opened, folder: Path, progress: Callable[[int], Progress]) -> None:
-    if opened.updates and opened.base is None:
-        _write_adapters(folder, opened, conversion.dtype, progress)
+def _write(
+    conversion: Conversion, source: ConversionSource, folder: Path, progress: Callable[[int], Progress]
+) -> None:
+    if source.updates and source.base is None:
+        _write_adapters(folder, source, conversion.dtype, progress)
         return
     if conversion.model is not None:
-        check_model(without_adapters(opened.weights), conversion.model, source=conversion.source)
+        check_model(without_adapters(source.weights), conversion.model, source=conversion.source)
     if conversion.to == "sat":
-        _write_sat(folder, opened, conversion.model_size, progress)
+        _write_sat(folder, source, conversion.model_size, progress)
     elif conversion.model is None:
         raise CheckpointError(
             f"{conversion.source} does not name its model",
@@ -180,19 +182,21 @@ def _write(conversion: Conversion, opened: Opened, folder: Path, progress: Calla
             remedy="name its preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
     else:
-        write_pipeline(folder, opened.weights, conversion.model, metadata=opened.metadata, progress=progress)
-    if opened.base is not None:
-        written = folder / "transformer" if conversion.to == "diffusers" else folder
-        check_merged(read_transformer_weights(written), opened.base, opened.updates)
+        write_pipeline(folder, source.weights, conversion.model, metadata=source.metadata, progress=progress)
+    if source.base is not None:
+        weights_folder = folder / "transformer" if conversion.to == "diffusers" else folder
+        check_merged(read_transformer_weights(weights_folder), source.base, source.updates)
 
 
-def _write_sat(folder: Path, opened: Opened, model_size: int, progress: Callable[[int], Progress]) -> None:
+def _write_sat(
+    folder: Path, source: ConversionSource, model_size: int, progress: Callable[[int], Progress]
+) -> None:
     (folder / _SAT_STEP).mkdir()
-    slices = [slice_weights(opened.weights, rank=rank, size=model_size) for rank in range(model_size)]
+    slices = [slice_weights(source.weights, rank=rank, size=model_size) for rank in range(model_size)]
     report = progress(sum(weights.num_bytes for weights in slices))
     for rank, weights in enumerate(slices):
         path = folder / _SAT_STEP / f"mp_rank_{rank:02d}_model_states.pt"
-        _write_sat_file(path, weights, opened.metadata)
+        _write_sat_file(path, weights, source.metadata)
         report(weights.num_bytes)
     write_text(folder / LATEST, _SAT_STEP)
     for rank, ours in enumerate(slices):
@@ -221,11 +225,11 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _write_adapters(
-    folder: Path, opened: Opened, dtype: torch.dtype | None, progress: Callable[[int], Progress]
+    folder: Path, source: ConversionSource, dtype: torch.dtype | None, progress: Callable[[int], Progress]
 ) -> None:
-    tensors, header = updates_to_peft(opened.updates)
-    lazy = from_tensors(tensors, where=opened.weights.where).cast(dtype)
-    metadata = {**opened.metadata, **header}
+    tensors, header = updates_to_peft(source.updates)
+    lazy = from_tensors(tensors, where=source.weights.where).cast(dtype)
+    metadata = {**source.metadata, **header}
     write_safetensors(folder, LORA_FILE_STEM, lazy, metadata=metadata, progress=progress(lazy.num_bytes))
     check_same(lazy, read_weight_files([folder / f"{LORA_FILE_STEM}.safetensors"]))
 

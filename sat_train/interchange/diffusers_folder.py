@@ -120,8 +120,8 @@ def check_model(weights: LazyWeights, model: ModelConfig, *, source: Path) -> No
     dit = build_dit(model, device="meta", dtype=torch.float32, with_adapters=False)
     expected = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
     where = f"{weights.where}, to be written as the model of --base or of the run's {RESOLVED},"
-    found = {name: unflattened(shape, expected.get(name)) for name, shape in weights.shapes.items()}
-    check_state_dict(expected, found, where=where, may_lack=dit.derived_keys())
+    shapes = {name: unflattened(shape, expected.get(name)) for name, shape in weights.shapes.items()}
+    check_state_dict(expected, shapes, where=where, may_lack=dit.derived_keys())
     _check_own_config(model, source)
 
 
@@ -169,18 +169,20 @@ def to_diffusers(weights: LazyWeights, *, learned_positions: bool) -> LazyWeight
     for sat_key in weights:
         for part in parts_of_sat_key(sat_key):
             if part.diffusers_key in shapes:
-                found = shapes[part.diffusers_key]
+                meta_tensor = shapes[part.diffusers_key]
                 reading = partial(read, sat_key, part.diffusers_key)
-                lazy_tensors[part.diffusers_key] = LazyTensor(tuple(found.shape), found.dtype, reading)
+                lazy_tensors[part.diffusers_key] = LazyTensor(
+                    tuple(meta_tensor.shape), meta_tensor.dtype, reading
+                )
     return LazyWeights(lazy_tensors, where=weights.where)
 
 
 def _check_written(folder: Path, weights: LazyWeights, theirs: LazyWeights) -> None:
     back = read_transformer_weights(folder)
-    kept = weights.select(
+    exported = weights.select(
         lambda key: key if any(p.diffusers_key in theirs for p in parts_of_sat_key(key)) else None
     )
-    check_same(kept, back)
+    check_same(exported, back)
 
 
 def _write_vae(folder: Path, model: ModelConfig) -> bool:

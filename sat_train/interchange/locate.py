@@ -277,8 +277,8 @@ def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Col
     """
     targets = module.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-    found = {name: unflattened(shape, shapes.get(name)) for name, shape in weights.shapes.items()}
-    check_state_dict(shapes, found, where=weights.where, may_lack=may_lack)
+    file_shapes = {name: unflattened(shape, shapes.get(name)) for name, shape in weights.shapes.items()}
+    check_state_dict(shapes, file_shapes, where=weights.where, may_lack=may_lack)
     for name in weights:
         targets[name].copy_(weights[name].reshape(shapes[name]))
 
@@ -351,5 +351,5 @@ def _wrong_kind(weights: LazyWeights, expected: str) -> CheckpointError:
         if any(sign in key for key in weights for sign in signs):
             remedy = "name it in args.load_lora (convert: --lora)" if "LoRA" in kind else "check the path"
             return CheckpointError(f"{weights.where} holds {kind}", expected=expected, remedy=remedy)
-    shown = ", ".join(list(weights)[:3])
-    return CheckpointError(f"{weights.where} holds other weights: {shown}, ...", expected=expected)
+    names = ", ".join(list(weights)[:3])
+    return CheckpointError(f"{weights.where} holds other weights: {names}, ...", expected=expected)

@@ -130,12 +130,12 @@ def _sat_folder(where: Path) -> WeightSource:
 
 
 def _sat_files(folder: Path) -> tuple[Path, ...]:
-    found = {int(match[1]): path for path in folder.iterdir() if (match := _SAT_FILE.fullmatch(path.name))}
+    files = {int(match[1]): path for path in folder.iterdir() if (match := _SAT_FILE.fullmatch(path.name))}
     # only ranks below the number of files: a file of rank 9999999999 must not make that many missing
-    missing = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(found)) if rank not in found]
+    missing = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(files)) if rank not in files]
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}", remedy="copy the files of all ranks")
-    return tuple(found[rank] for rank in sorted(found))
+    return tuple(files[rank] for rank in sorted(files))
 
 
 def _diffusers_files(folder: Path) -> tuple[Path, ...]:

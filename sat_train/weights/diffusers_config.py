@@ -25,7 +25,7 @@ _BLOCKS = ("CogVideoXDownBlock3D", "CogVideoXUpBlock3D")
 
 
 def has_learned_positions(model: ModelConfig) -> bool:
-    """Says whether the position table is a weight (5B-I2V)."""
+    """Returns whether the position table is a weight (5B-I2V)."""
     positions = model.network_config.params.modules.pos_embed_config.params
     return isinstance(positions, Rotary3DPositionEmbeddingParams) and positions.learnable_pos_embed
 
@@ -154,7 +154,7 @@ def _inverts_image_scale(model: ModelConfig) -> bool:
         return False
     if not math.isclose(scale, 1 / model.scale_factor, rel_tol=1e-3):
         log.warning(
-            "model.image_latent_scale = %g cannot be said to diffusers, which will use %g",
+            "model.image_latent_scale = %g cannot be expressed in diffusers, which will use %g",
             scale,
             1 / model.scale_factor,
         )

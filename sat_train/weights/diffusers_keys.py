@@ -112,10 +112,10 @@ def transformer_to_diffusers(
     Raises:
         CheckpointError: A key does not belong to the transformer.
     """
-    known = {key: parts_of_sat_key(key) for key in state_dict}
-    _check_known([key for key, parts in known.items() if not parts], "SAT")
+    parts_by_key = {key: parts_of_sat_key(key) for key in state_dict}
+    _check_known([key for key, parts in parts_by_key.items() if not parts], "SAT")
     result = {}
-    for key, parts in known.items():
+    for key, parts in parts_by_key.items():
         if key == _POSITIONS.sat_key and not learned_positions:
             continue
         for part in parts:
@@ -134,10 +134,10 @@ def transformer_from_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Te
     Raises:
         CheckpointError: A key does not belong to the transformer, or a part of a fused weight is missing.
     """
-    known = {key: part_of_diffusers_key(key) for key in state_dict}
-    _check_known([key for key, part in known.items() if part is None], "diffusers")
+    part_by_key = {key: part_of_diffusers_key(key) for key in state_dict}
+    _check_known([key for key, part in part_by_key.items() if part is None], "diffusers")
     result: dict[str, Tensor] = {}
-    for part in known.values():
+    for part in part_by_key.values():
         if part is not None and part.sat_key not in result:
             result[part.sat_key] = _fuse(part.sat_key, state_dict)
     return result
@@ -179,8 +179,8 @@ def _find(key: str, *, side: int) -> tuple[Part, ...]:
 
 def _check_known(strangers: list[str], family: str) -> None:
     if strangers:
-        shown = ", ".join(strangers[:5]) + (f" and {len(strangers) - 5} more" if len(strangers) > 5 else "")
+        names = ", ".join(strangers[:5]) + (f" and {len(strangers) - 5} more" if len(strangers) > 5 else "")
         raise CheckpointError(
-            f"{len(strangers)} weights do not belong to a CogVideoX transformer: {shown}",
+            f"{len(strangers)} weights do not belong to a CogVideoX transformer: {names}",
             expected=f"the keys of a {family} CogVideoX transformer",
         )

@@ -43,8 +43,8 @@ def vae_state_to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
         CheckpointError: A name that belongs to neither.
     """
     num_levels = _num_levels(state_dict, r"decoder\.up\.(\d+)\.")
-    kept = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
-    return _renamed(kept, lambda key: _key_to_diffusers(key, num_levels))
+    coders = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
+    return _renamed(coders, lambda key: _key_to_diffusers(key, num_levels))
 
 
 def vae_state_from_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,8 +64,8 @@ def vae_state_from_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _num_levels(state_dict: Mapping[str, Tensor], pattern: str) -> int:
-    found = [int(match[1]) for key in state_dict if (match := re.match(pattern, key))]
-    return max(found, default=-1) + 1
+    levels = [int(match[1]) for key in state_dict if (match := re.match(pattern, key))]
+    return max(levels, default=-1) + 1
 
 
 def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> dict[str, Tensor]:

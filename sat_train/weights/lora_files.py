@@ -40,7 +40,7 @@ _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "eva")
 
 
 @dataclass
-class _Found:
+class _AdapterPair:
     down: Tensor | None = None
     up: Tensor | None = None
     alpha: float | None = None
@@ -65,26 +65,26 @@ def read_lora_modules(weights: LazyWeights, file: Path) -> dict[str, LowRank]:
     Raises:
         CheckpointError: An unknown key, half a pair, or a kind of adapter that is not LoRA.
     """
-    found: dict[str, _Found] = {}
-    unknown = [key for key in weights if not _sort(key, weights, found)]
+    modules: dict[str, _AdapterPair] = {}
+    unknown = [key for key in weights if not _sort(key, weights, modules)]
     if unknown:
-        shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise CheckpointError(
-            f"{weights.where}: {len(unknown)} keys do not belong to a LoRA: {shown}",
+            f"{weights.where}: {len(unknown)} keys do not belong to a LoRA: {names}",
             expected="pairs such as lora_A, lora_B or lora_down, lora_up, and alphas",
             remedy="export the adapter as plain LoRA, without DoRA, biases or whole weights",
         )
     config = _read_config(file)
-    return {module: _low_rank(module, parts, config, weights.where) for module, parts in found.items()}
+    return {module: _low_rank(module, parts, config, weights.where) for module, parts in modules.items()}
 
 
-def _sort(key: str, weights: LazyWeights, found: dict[str, _Found]) -> bool:
+def _sort(key: str, weights: LazyWeights, modules: dict[str, _AdapterPair]) -> bool:
     """Adds a tensor to its module; returns False for an unknown key."""
     side, alpha = _SIDE.fullmatch(key), _ALPHA.fullmatch(key)
     match = side or alpha
     if match is None:
         return False
-    update = found.setdefault(_module(match["module"]), _Found())
+    update = modules.setdefault(_module(match["module"]), _AdapterPair())
     update.keys.append(key)
     tensor = weights[key]
     if side is None:
@@ -107,22 +107,22 @@ def _module(name: str) -> str:
     return module_of_underscores(bare) or bare.replace(".processor.", ".")
 
 
-def _low_rank(module: str, found: _Found, config: Mapping[str, Any], where: str) -> LowRank:
-    if found.down is None or found.up is None:
+def _low_rank(module: str, pair: _AdapterPair, config: Mapping[str, Any], where: str) -> LowRank:
+    if pair.down is None or pair.up is None:
         raise CheckpointError(
-            f"{where}: the adapter of {module} has only one of its two matrices: {', '.join(found.keys)}"
+            f"{where}: the adapter of {module} has only one of its two matrices: {', '.join(pair.keys)}"
         )
-    rank = found.down.shape[0]
-    if rank != found.up.shape[1] or rank == 0:
-        shapes = f"{list(found.down.shape)} and {list(found.up.shape)}"
+    rank = pair.down.shape[0]
+    if rank != pair.up.shape[1] or rank == 0:
+        shapes = f"{list(pair.down.shape)} and {list(pair.up.shape)}"
         raise CheckpointError(f"{where}: the matrices of {module} do not multiply: {shapes}")
-    alpha = found.alpha if found.alpha is not None else _configured_alpha(module, config, where)
+    alpha = pair.alpha if pair.alpha is not None else _configured_alpha(module, config, where)
     if alpha is None:
-        return LowRank(found.down, found.up, 1.0)  # every reader's rule for a file that does not say
+        return LowRank(pair.down, pair.up, 1.0)  # every reader's rule for a file that does not say
     if not math.isfinite(alpha):
         raise CheckpointError(f"{where}: the alpha of {module} is {alpha}", expected="a finite number")
-    root = config.get("use_rslora") and found.alpha is None
-    return LowRank(found.down, found.up, alpha / (math.sqrt(rank) if root else rank))
+    root = config.get("use_rslora") and pair.alpha is None
+    return LowRank(pair.down, pair.up, alpha / (math.sqrt(rank) if root else rank))
 
 
 def _configured_alpha(module: str, config: Mapping[str, Any], where: str) -> float | None:

@@ -36,9 +36,9 @@ def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Sh
     if not (missing or unexpected or mismatched):
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} of another shape"
-    shown = [line for faults in (missing, unexpected, mismatched) for line in _shortened(faults)]
+    lines = [line for faults in (missing, unexpected, mismatched) for line in _shortened(faults)]
     raise CheckpointError(
-        "\n  ".join([f"{where} does not fit the model: {counts}", *shown]),
+        "\n  ".join([f"{where} does not fit the model: {counts}", *lines]),
         expected=f"the {len(expected)} names of the model, with its shapes",
         remedy="check the model preset: another family, size or LoRA rank has other names and shapes",
     )
@@ -55,4 +55,4 @@ def _text(shape: Shape) -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Returns the short name of a floating-point type."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return next(name for name, candidate in DTYPES.items() if candidate == dtype)

@@ -100,9 +100,7 @@ def _write_file(
         file.write(text)
         for key in keys:
             data = _bytes(weights[key])
-            assert len(data) == _size(weights, key), (
-                f"{key} is not of the shape and dtype it was said to have"
-            )
+            assert len(data) == _size(weights, key), f"{key} does not have the declared shape and dtype"
             file.write(data)
             progress(len(data))
 

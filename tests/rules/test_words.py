@@ -44,6 +44,19 @@ PROSE = {
     "rid of": "removes",
 }
 
+# Words that the packages below and the pages of the docs have replaced as well.
+PLAIN = {
+    "beside": "next to",
+    "looked at": "inspected",
+    "looks at": "inspects",
+    "looked into": "inspected",
+    "for ever": "forever",
+}
+# First words of a docstring that describe a thing by a clause, instead of naming it.
+CLAUSES = {"What", "Which", "Where", "Who", "How", "Says", "Tells", "Gives", "Looks"}
+PLAIN_PACKAGES = ("checkpoint", "cli", "diffusion", "distributed", "interchange", "sampling", "weights")
+PLAIN_FILES = [path for path in MODULES if path.parent.name in (*PLAIN_PACKAGES, "sat_train")]
+
 # The change log keeps the words of its day.
 PAGES = [path for pattern in ("*.md", "docs/*.md") for path in ROOT.glob(pattern) if path.stem != "CHANGELOG"]
 PROSE_FILES = [*(path for path in SOURCES if path != Path(__file__)), *PAGES]
@@ -88,3 +101,20 @@ def test_prose_uses_the_words_of_the_glossary(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     banned = {word: PROSE[word] for word in PROSE if re.search(rf"\b{word}\b", text, re.IGNORECASE)}
     assert not banned, "say instead: " + ", ".join(f"{name} -> {word}" for name, word in banned.items())
+
+
+@pytest.mark.parametrize("path", [*PLAIN_FILES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_prose_is_plain(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    banned = {word: PLAIN[word] for word in PLAIN if re.search(rf"\b{word}\b", text, re.IGNORECASE)}
+    assert not banned, "say instead: " + ", ".join(f"{name} -> {word}" for name, word in banned.items())
+
+
+@pytest.mark.parametrize("path", PLAIN_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_docstring_names_the_thing_or_starts_with_a_verb(path: Path) -> None:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)
+    ]
+    openings = [(ast.get_docstring(node) or "-").split()[0] for node in nodes]
+    assert [word for word in openings if word in CLAUSES] == []
