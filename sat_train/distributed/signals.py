@@ -1,8 +1,8 @@
 """A request to stop: Ctrl-C at a terminal, or a signal of a scheduler.
 
-The loop acts on it between two steps. A thread hears every signal too, through Python's wake-up descriptor:
-it can write a line, which a handler must not do in the middle of another line, and it can end a process
-whose main thread waits in a collective, where no handler runs.
+The loop acts on it between two steps. A thread receives every signal too, through Python's wake-up
+descriptor. Unlike a handler, it can log safely, and it can end a process whose main thread waits in a
+collective, where no handler runs.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from sat_train.log import get_logger
 log = get_logger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# A terminal, torchrun and SLURM may each send the same signal for one press of a key or one decision.
+# A terminal, torchrun and SLURM may each send a signal for the same key press or decision.
 _ONE_REQUEST_S = 1.0
-# What a handler raises is lost in a destructor and in what is called at a fork: it is raised again.
+# An exception of a handler is lost in destructors and fork hooks, so it is raised again after this time.
 _AGAIN_S = 0.1
 _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 
 class StopRequest:
-    """Whether this process has been asked to stop.
+    """A request to stop this process; true once a signal has arrived.
 
     Before `defer` SIGINT and SIGTERM raise `Stopped` at once. After it the first signal is remembered, so
     that the step can end and the run save itself. A second SIGINT or SIGTERM, more than a second later,
-    ends the process at once. SIGUSR1 is a scheduler's warning that leaves time: it is always remembered and
-    never impatient.
+    ends the process at once. SIGUSR1 is a scheduler's early warning: it is always remembered, and a second
+    one changes nothing.
 
     Args:
-        nothing_yet: What `Stopped` says.
-        unit: What is finished before the work stops.
+        nothing_yet: Message of `Stopped`.
+        unit: Unit of work that is finished before stopping.
     """
 
     def __init__(
@@ -55,27 +55,26 @@ class StopRequest:
 
     @property
     def level(self) -> int:
-        """How it was asked: 0 not at all, 1 by a scheduler, 2 by a person's Ctrl-C. Ranks agree on the
-        highest."""
+        """Origin of the request: 0 none, 1 a scheduler, 2 Ctrl-C. Ranks agree on the highest."""
         return {"": 0, "SIGINT": 2}.get(self.signal_name, 1)
 
     def listen(self) -> StopRequest:
-        """Takes over SIGINT, SIGTERM and SIGUSR1. Main thread only."""
-        heard, wake_up = os.pipe()
+        """Installs the handlers of SIGINT, SIGTERM and SIGUSR1. Main thread only."""
+        receiver, wake_up = os.pipe()
         os.set_blocking(wake_up, False)
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
         signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False)
         self._show_unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
-        # a signal to a child that was forked is not one to this process
+        # a signal to a forked child is not one to this process
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-        threading.Thread(target=self._hear, args=(heard,), name="stop-signals", daemon=True).start()
+        threading.Thread(target=self._hear, args=(receiver,), name="stop-signals", daemon=True).start()
         return self
 
     def defer(self) -> None:
-        """From now on there is work to save: a first signal no longer interrupts."""
+        """Stops a first signal from interrupting: from now on there is work to save."""
         self._deferred = True
-        if self._raised and not self.signal_name:  # lost on the way: acted on after the first step
+        if self._raised and not self.signal_name:  # lost before: acted on after the first step
             self.signal_name = self._raised
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -105,7 +104,7 @@ class StopRequest:
             log.info("%s again: ended at once; what was saved is intact", number.name)
             if sys.stderr.isatty():
                 os.write(2, _SHOW_CURSOR)
-            os._exit(128 + number)  # the main thread may wait in a collective for ever
+            os._exit(128 + number)  # the main thread may wait in a collective forever
         if number != signal.SIGUSR1 and self._asked_at is None:
             self._asked_at = now
             if self._deferred:
