@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of this machine, or of several. Paths mean what they mean where you are.
+# Trains on all GPUs of this machine, or of several. Paths are relative to the current folder.
 #
 #   one machine        launch/torchrun.sh --base configs/model/cogvideox_5b.yaml configs/sft.yaml
 #   several machines   NNODES=2 MASTER_ADDR=gpu03 launch/torchrun.sh --base ...       (the same on each)
 #
-# One process a GPU: those of CUDA_VISIBLE_DEVICES where it is set, else all; NPROC_PER_NODE says otherwise.
-# torchrun alone forwards SIGTERM and kills what is left after 30 seconds, and SIGUSR1 would kill it and orphan the
-# ranks. So it is told to forward both and to wait until a checkpoint has been written.
+# One process per GPU: those of CUDA_VISIBLE_DEVICES if it is set, else all; NPROC_PER_NODE overrides both.
+# By itself torchrun forwards SIGTERM, kills the ranks after 30 seconds, and is killed by SIGUSR1, which orphans them.
+# Here it forwards both signals and waits until a checkpoint has been written.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
@@ -14,7 +14,7 @@ if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
   gpus=0
   IFS=, read -ra names <<<"$CUDA_VISIBLE_DEVICES"
   for name in "${names[@]}"; do
-    [ "$name" != -1 ] || break  # as CUDA reads it: what follows does not count
+    [ "$name" != -1 ] || break  # CUDA ignores everything after a -1
     [ -z "${name// /}" ] || gpus=$((gpus + 1))
   done
 else

@@ -1,4 +1,4 @@
-"""What `make demo` runs: fine-tunes the embedded tiny model on the demo clips, then draws videos with it.
+"""Runs `make demo`: fine-tunes the embedded tiny model on the demo clips, then samples videos from it.
 
 The last lines name the checkpoint, the videos and how the validation loss moved. Every command is printed, so
 that it can be typed again and changed.
