@@ -106,7 +106,7 @@ def _stored_alpha(weights: LazyWeights) -> float:
         return _DEFAULT_ALPHA
     stored = weights[ALPHA_KEY]
     if stored.numel() != 1 or not math.isfinite(float(stored)):
-        raise CheckpointError(f"{weights.where}: {ALPHA_KEY} is no number", expected="one finite number")
+        raise CheckpointError(f"{weights.where}: {ALPHA_KEY} is not a number", expected="one finite number")
     return float(stored)
 
 
@@ -147,7 +147,7 @@ def updates_of_modules(modules: Mapping[str, LowRank], *, where: str) -> Updates
             updates[module] = [replace(update, up=rows) for rows in update.up.chunk(count)]
         else:
             raise CheckpointError(
-                f"{where}: {module} is no layer of a CogVideoX transformer", expected="a CogVideoX LoRA"
+                f"{where}: {module} is not a layer of a CogVideoX transformer", expected="a CogVideoX LoRA"
             )
     for layer, members in fused.items():
         updates[layer] = [_over_all_rows(members)]
@@ -181,7 +181,7 @@ def _at_trained_alpha(updates: Updates, metadata: Mapping[str, str], where: str)
     except ValueError:
         alpha = math.nan
     if not (math.isfinite(alpha) and alpha > 0):
-        raise CheckpointError(f"{where}: {TRAINED_ALPHA_KEY} is no positive number", expected="e.g. 1.0")
+        raise CheckpointError(f"{where}: {TRAINED_ALPHA_KEY} is not a positive number", expected="e.g. 1.0")
     return {
         layer: tuple(
             part and LowRank(part.down, part.scaled_up(alpha / part.rank), alpha / part.rank)

@@ -130,7 +130,7 @@ def _configured_alpha(module: str, config: Mapping[str, Any], where: str) -> flo
         for pattern, alpha in dict(config.get("alpha_pattern") or {}).items():
             name = _module(str(pattern).removeprefix("^"))
             if not re.fullmatch(r"[\w.]+", name):
-                raise ValueError(f"alpha_pattern '{pattern}' is no module's name")
+                raise ValueError(f"alpha_pattern '{pattern}' is not a module's name")
             if module == name or module.endswith(f".{name}"):
                 return float(alpha)
         alpha = config.get("lora_alpha")
