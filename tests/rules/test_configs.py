@@ -58,7 +58,9 @@ def test_opens_with_what_hardware_and_command(path: Path) -> None:
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert "Hardware" in head
-    assert re.search(r"torchrun .*launch/(train_video|sample_video)\.py --base ", head)
+    assert re.search(
+        r"(sat-train (train|sample)|torchrun .*launch/(train_video|sample_video)\.py) --base ", head
+    )
     for mentioned in re.findall(r"configs/[\w./]+\.yaml", head):
         assert (CONFIGS.parent / mentioned).is_file(), mentioned
 
