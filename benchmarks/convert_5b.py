@@ -37,8 +37,8 @@ sys.exit(code)
 def random_weights(words: list[str]) -> LazyWeights:
     """Weights of the preset, drawn when they are read."""
     start_single_process()
-    model = load_run_config([PRESET], words, purpose="check", check_paths=False).model
-    shapes = build_dit(model, device="meta", dtype=torch.bfloat16).state_dict()
+    spec = load_run_config([PRESET], words, purpose="check", check_paths=False).spec
+    shapes = build_dit(spec, device="meta", dtype=torch.bfloat16).state_dict()
     lazy_tensors = {}
     for seed, (key, tensor) in enumerate(shapes.items()):
         read = partial(_draw, tuple(tensor.shape), seed)

@@ -173,9 +173,9 @@ def sampling_need(config: RunConfig) -> tuple[float, float]:
     return most + 2 * T5_XXL_WEIGHTS, most
 
 
-def _build_dit(config: RunConfig) -> DiffusionTransformer:
+def _build_dit(config: RunConfig, *, layers: int | None = None) -> DiffusionTransformer:
     dit = build_dit(
-        config.model,
+        replace(config.spec, layers=layers or config.spec.layers),
         device="meta",
         dtype=torch.bfloat16,
         activation_checkpointing=config.args.checkpoint_activations,
@@ -186,7 +186,7 @@ def _build_dit(config: RunConfig) -> DiffusionTransformer:
 
 
 def _build_vae(config: RunConfig) -> torch.nn.Module:
-    return build_vae(config.model.first_stage_config.params, device="meta", dtype=torch.bfloat16)
+    return build_vae(config.spec, device="meta", dtype=torch.bfloat16)
 
 
 def count_passes(config: RunConfig, *, batch_size: int) -> float:
@@ -195,12 +195,11 @@ def count_passes(config: RunConfig, *, batch_size: int) -> float:
     Two depths are counted and the rest is extrapolated: all blocks keep and take the same.
     """
     low, high = (_peak_of_step(config, batch_size, layers) for layers in (2, 4))
-    layers = config.model.network_config.params.num_layers
-    return low + (high - low) / 2 * (layers - 2)
+    return low + (high - low) / 2 * (config.spec.layers - 2)
 
 
 def _peak_of_step(config: RunConfig, batch_size: int, num_layers: int) -> int:
-    dit = _build_dit(_with_layers(config, num_layers))
+    dit = _build_dit(config, layers=num_layers)
     inputs = _inputs(config, batch_size)
     for parameter in dit.parameters():
         if parameter.requires_grad:  # its gradient is counted with the states
@@ -216,38 +215,28 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 def _denoising(config: RunConfig) -> int:
     """Prediction with and without the prompt in one batch; blocks free what they took."""
-    dit = _build_dit(_with_layers(config, 2)).eval()
+    dit = _build_dit(config, layers=2).eval()
     with torch.no_grad(), _counting(dit) as living:
         dit(**_inputs(config, batch_size=2))
     return living.peak
 
 
-def _with_layers(config: RunConfig, num_layers: int) -> RunConfig:
-    network = config.model.network_config
-    params = network.params.model_copy(update={"num_layers": num_layers})
-    model = config.model.model_copy(update={"network_config": network.model_copy(update={"params": params})})
-    return replace(config, model=model)
-
-
 def _latent(config: RunConfig, *, batch_size: int, channels: int) -> torch.Tensor:
-    height, width = (size // 8 for size in config.data.params.video_size)
-    frames = (config.data.params.max_num_frames - 1) // 4 + 1
-    patch = config.model.network_config.params.patch_size
-    patch_t = 1 if isinstance(patch, int) else patch[0]
-    frames += -frames % patch_t
-    return torch.empty(batch_size, frames, channels, height, width, device="meta", dtype=torch.bfloat16)
+    data = config.require_data().params
+    latent = config.spec.latent(data.max_num_frames, *data.video_size)
+    shape = (batch_size, latent.padded_frames, channels, latent.height, latent.width)
+    return torch.empty(shape, device="meta", dtype=torch.bfloat16)
 
 
 def _inputs(config: RunConfig, batch_size: int) -> dict[str, torch.Tensor]:
-    params = config.model.network_config.params
-    text = config.model.conditioner_config.params.emb_models[0].params
-    width = params.modules.patch_embed_config.params.text_hidden_size
+    spec = config.spec
+    text = (batch_size, spec.text.max_length, spec.text_width)
     inputs = {
-        "latent_btchw": _latent(config, batch_size=batch_size, channels=params.in_channels),
+        "latent_btchw": _latent(config, batch_size=batch_size, channels=spec.in_channels),
         "timesteps_b": torch.empty(batch_size, dtype=torch.int64, device="meta"),
-        "text_bld": torch.empty(batch_size, text.max_length, width, device="meta", dtype=torch.bfloat16),
+        "text_bld": torch.empty(text, device="meta", dtype=torch.bfloat16),
     }
-    if params.ofs_embed_dim:
+    if spec.ofs_width:
         inputs["ofs_b"] = torch.empty(batch_size, device="meta", dtype=torch.bfloat16)
     return inputs
 

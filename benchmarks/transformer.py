@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sat_train.config import load_run_config
+from sat_train.config import ModelSpec, load_run_config
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
@@ -36,44 +36,40 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(options: argparse.Namespace, device: torch.device) -> tuple[DiffusionTransformer, tuple]:
+def build(options: argparse.Namespace, device: torch.device) -> tuple[ModelSpec, DiffusionTransformer, tuple]:
     """Builds the transformer and its inputs at the model's own size."""
     words = []
     if options.layers:
         words.append(f"model.network_config.params.num_layers={options.layers}")
     config = load_run_config(options.base, words, purpose="check", check_paths=False)
-    params, dtype = config.model.network_config.params, torch.float32
-    if device.type == "cuda":
-        dtype = torch.bfloat16
-    dit = build_dit(config.model, device=device, dtype=dtype, activation_checkpointing=options.checkpoint)
+    spec, data = config.spec, config.require_data().params
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dit = build_dit(spec, device=device, dtype=dtype, activation_checkpointing=options.checkpoint)
     select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     if options.compile:
         dit.compile_blocks()
-    height, width = (size // 8 for size in config.data.params.video_size)
-    frames = (config.data.params.max_num_frames - 1) // 4 + 1
-    frames += -frames % params.patch_size[0]
-    patch_embed, position = params.modules.patch_embed_config.params, params.modules.pos_embed_config.params
+    shape = spec.latent(data.max_num_frames, *data.video_size)
     where = {"device": device, "dtype": dtype}
-    latent = torch.randn(options.batch_size, frames, params.in_channels, height, width, **where)
+    latent = torch.randn(
+        options.batch_size, shape.padded_frames, spec.in_channels, shape.height, shape.width, **where
+    )
     timesteps = torch.full((options.batch_size,), 500, device=device)
-    text = torch.randn(options.batch_size, position.text_length, patch_embed.text_hidden_size, **where)
-    ofs = timesteps if params.ofs_embed_dim else None
-    return dit, (latent, timesteps, text, None, ofs)
+    text = torch.randn(options.batch_size, spec.text.max_length, spec.text_width, **where)
+    ofs = timesteps if spec.ofs_width else None
+    return spec, dit, (latent, timesteps, text, None, ofs)
 
 
-def step_flops(dit: DiffusionTransformer, inputs: tuple) -> int:
-    """Returns model FLOPs of forward and backward in all blocks; frozen weights need no gradient."""
-    tokens = dit.patch_grid(inputs[0]).tokens + inputs[2].shape[1]
-    linear = 2 * tokens * 12 * dit.hidden_size**2
-    attention = 4 * tokens**2 * dit.hidden_size
+def step_flops(spec: ModelSpec, dit: DiffusionTransformer, inputs: tuple) -> int:
+    """Returns model FLOPs of forward and backward; frozen weights need no gradient."""
+    linear, attention = spec.flops(dit.patch_grid(inputs[0]).tokens + spec.text.max_length)
     passes = 3 if dit.transformer.layers[0].attention.dense.weight.requires_grad else 2
-    return (passes * linear + 3 * attention) * len(dit.transformer.layers) * inputs[0].shape[0]
+    return (passes * linear + 3 * attention) * inputs[0].shape[0]
 
 
 def main() -> None:
     options = parse()
     device = start_single_process("auto").device
-    dit, inputs = build(options, device)
+    spec, dit, inputs = build(options, device)
 
     def step() -> float:
         dit.zero_grad()
@@ -88,7 +84,7 @@ def main() -> None:
     layers = len(dit.transformer.layers)
     print(f"{layers} layers, {dit.patch_grid(inputs[0])} patches, batch {options.batch_size}, {device.type}")
     print(f"first step {first:.2f} s; then {best * 1e3:.1f} ms, {best * 1e3 / layers:.2f} ms a layer")
-    print(f"{step_flops(dit, inputs) / best / 1e9:,.1f} GFLOP/s of model FLOPs")
+    print(f"{step_flops(spec, dit, inputs) / best / 1e9:,.1f} GFLOP/s of model FLOPs")
     if device.type == "cuda":
         print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 

@@ -21,7 +21,7 @@ def report_build(config: RunConfig) -> str:
         ConfigError: A pattern of the configuration matches no weight.
     """
     start_single_process()
-    dit = build_dit(config.model, device="meta", dtype=torch.float32, initialize=False)
+    dit = build_dit(config.spec, device="meta", dtype=torch.float32, initialize=False)
     counts = select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     width = max(map(len, dit.hook_origins))
     hooks = [f"{hook:{width}}  {origin}" for hook, origin in sorted(dit.hook_origins.items())]

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         ema=options.ema,
         model_size=options.model_parallel_size,
         dtype=DTYPES.get(options.dtype),
-        model=None if config is None else config.model,
+        model=None if config is None else config.spec,
     )
     try:
         with _signals_raise():

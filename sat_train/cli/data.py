@@ -119,8 +119,8 @@ def _report(
             timeout_s=config.require_data().worker_timeout_s,
             on_clip=lambda: progress.advance(task),
         )
-    encoder = config.model.conditioner_config.params.emb_models[0].params
-    long_captions = _long_captions(source, Path(encoder.model_dir), encoder.max_length)
+    text = config.spec.text
+    long_captions = _long_captions(source, Path(text.model_dir), text.max_length)
     return SetReport(
         source.name,
         source.fingerprint,
@@ -128,9 +128,9 @@ def _report(
         spec,
         tuple(clips),
         long_captions,
-        encoder.max_length,
+        text.max_length,
         (*source.notes, *([source.left_out()] if source.faults else [])),
-        encoder.model_dir,
+        text.model_dir,
     )
 
 

@@ -46,7 +46,7 @@ def diffusers_snippet(config: RunConfig, dest: str | Path, *, is_lora: bool) -> 
 
 
 def _call(config: RunConfig, settings: SamplingSettings) -> list[str]:
-    length = config.model.conditioner_config.params.emb_models[0].params.max_length
+    length = config.spec.text.max_length
     guidance = settings.guidance
     is_dynamic = isinstance(guidance, DynamicGuidance)
     image = ['    image=load_image("first_frame.png"),'] if config.model.noised_image_input else []

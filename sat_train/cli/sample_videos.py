@@ -130,12 +130,11 @@ def build_sampler(config: RunConfig, mesh: ProcessMesh) -> VideoDiffusion:
     Ranks: all.
     """
     dtype = torch.float32 if compute_dtype(config.args) == torch.float32 else torch.bfloat16
-    text = config.model.conditioner_config.params.emb_models[0].params
     return build_pipeline(
         config,
         dit=build_loaded_dit(config, mesh),
         vae=build_loaded_vae(config, mesh.device, dtype),
-        text_encoder=build_text_encoder(text, device=mesh.device, dtype=dtype),
+        text_encoder=build_text_encoder(config.spec.text, device=mesh.device, dtype=dtype),
     )
 
 
@@ -153,7 +152,7 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
     start = StartWeights(located, None, args.load_lora, args.lora_strength)
     base, updates = read_weights_and_updates(start, ema=args.ema)
     dit = build_dit(
-        config.model, device=mesh.device, dtype=compute_dtype(args), initialize=False, with_adapters=False
+        config.spec, device=mesh.device, dtype=compute_dtype(args), initialize=False, with_adapters=False
     )
     weights = slice_weights(base, rank=mesh.model_rank, size=mesh.model_size)
     load_weights(dit, weights, may_lack=dit.derived_keys())

@@ -1,6 +1,7 @@
 """YAML in, one frozen and validated RunConfig out. Imports neither torch nor sat."""
 
 from sat_train.config.loading import load_run_config as load_run_config
+from sat_train.config.model_spec import ModelSpec as ModelSpec
 from sat_train.config.run import RunConfig as RunConfig
 from sat_train.config.schema.args import ArgsConfig as ArgsConfig
 from sat_train.config.schema.data_section import DataConfig as DataConfig

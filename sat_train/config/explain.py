@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from sat_train.config.catalog import Key, all_keys, pattern_of, slot_targets, suggest_key
+from sat_train.config.fixed_keys import only_value
 from sat_train.config.layers import DEFAULT
 from sat_train.config.legacy import reason_without_effect
 from sat_train.config.loading import leaves
@@ -51,6 +52,8 @@ def explain_key(path: str, config: RunConfig | None) -> str:
     key = all_keys().get(pattern_of(path))
     if why := reason_without_effect(path):
         return f"{path}\n  A key of older files without effect: {why}."
+    if only := only_value(path):
+        return f"{path}\n  A key of older files: it can only hold {only}."
     if key is None:
         raise ConfigError([Fault(path, "", "a key that exists", "--explain", suggest_key(path))])
     lines = [path, f"  {key.description}"]

@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from sat_train.config.aliases import fold_aliases, get_value
 from sat_train.config.demo import drop_demo
+from sat_train.config.fixed_keys import drop_fixed_keys
 from sat_train.config.layers import (
     DEFAULT,
     EMBEDDED,
@@ -60,6 +61,7 @@ def load_run_config(
     if purpose == "sample":
         layers = use_model_of_run(layers, faults)
     merged = merge_layers(layers)
+    drop_fixed_keys(merged, faults)
     fold_aliases(merged, faults)
     resolve_references(merged, faults)
     drop_demo(merged)
@@ -152,7 +154,8 @@ def _notes(layers: Sequence[Layer], config: ParsedConfig) -> list[str]:
             f"Videos are written at args.sampling_fps = {written:g}, but data.params.fps = {trained:g}."
         )
     if config.purpose == "sample" and (latent := config.args.sampling_num_frames) is not None:
-        notes.append(f"args.sampling_num_frames = {latent} latent frames: {4 * latent - 3} frames of video.")
+        frames = config.spec.pixel_frames(latent)
+        notes.append(f"args.sampling_num_frames = {latent} latent frames: {frames} frames of video.")
     return notes
 
 

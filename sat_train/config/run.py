@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pydantic import Field
 
+from sat_train.config.model_spec import ModelSpec, build_model_spec
 from sat_train.config.paths import shorten_assets
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.config.schema.data_section import DataConfig
@@ -84,6 +86,11 @@ class RunConfig:
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
     needs: str = ""
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The numbers of the model."""
+        return build_model_spec(self.model)
 
     def require_data(self) -> DataConfig:
         """Returns `data` where a function only ever runs with it: training, caching, looking at data."""

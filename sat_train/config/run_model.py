@@ -22,7 +22,7 @@ _ARGS = (
     "sampler",
     "guidance_scale",
 )
-_DATA = ("target", "params")
+_DATA = ("params",)
 
 
 def use_model_of_run(layers: list[Layer], faults: list[Fault]) -> list[Layer]:

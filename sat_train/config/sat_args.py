@@ -41,14 +41,13 @@ def build_sat_args(config: RunConfig) -> argparse.Namespace:
 
     Source: zai-org/CogVideo@7a1af71 `sat/arguments.py` `process_config_to_args`.
     """
-    network = config.model.network_config.params
     tree = config.shown_tree()
     return argparse.Namespace(
         **_FIXED,
         **tree["args"],
-        num_layers=network.num_layers,
-        hidden_size=network.hidden_size,
-        num_attention_heads=network.num_attention_heads,
+        num_layers=config.spec.layers,
+        hidden_size=config.spec.width,
+        num_attention_heads=config.spec.heads,
         model_config=tree["model"],
         data_config=tree.get("data"),
         deepspeed_config=tree["deepspeed"],

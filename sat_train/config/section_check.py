@@ -35,6 +35,7 @@ def validate(
     """
     tree = copy.deepcopy(merged.tree)
     named = {fault.path for fault in faults} | merged.derived
+    named |= {f"{path.removesuffix('.target')}.params" for path in named if path.endswith(".target")}
     for _ in range(_ROUNDS):
         try:
             return Sections.model_validate(tree)

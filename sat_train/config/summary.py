@@ -72,18 +72,16 @@ def _subjects(config: RunConfig, facts: RunFacts) -> Iterator[tuple[str, str]]:
 
 
 def _model(config: RunConfig) -> str:
-    network = config.model.network_config.params
-    task = "image to video" if config.model.noised_image_input else "text to video"
+    task = "image to video" if "image" in config.spec.conditions else "text to video"
     precision = "bf16" if config.args.bf16 else "fp16" if config.args.fp16 else "fp32"
-    return f"{task}, {network.num_layers} layers of width {network.hidden_size}, {precision}"
+    return f"{task}, {config.spec.layers} layers of width {config.spec.width}, {precision}"
 
 
 def _trained(config: RunConfig) -> str:
-    adapters = config.model.network_config.params.modules.lora_config
-    if adapters is None:
+    lora = config.spec.lora
+    if lora is None:
         frozen = config.model.not_trainable_prefixes
         return "all weights of the transformer" + (f" but {', '.join(frozen)}" if frozen else "")
-    lora = adapters.params
     return f"LoRA of rank {lora.r}, alpha {lora.lora_alpha:g}: scale {lora.lora_alpha / lora.r:.3g}"
 
 
@@ -164,20 +162,15 @@ def _checkpoints(config: RunConfig) -> str:
 
 
 def _doubts(config: RunConfig, facts: RunFacts) -> Iterator[str]:
-    adapters = config.model.network_config.params.modules.lora_config
-    if adapters is not None:
-        step = config.args.lr * adapters.params.lora_alpha / adapters.params.r
+    lora = config.spec.lora
+    if lora is not None:
+        step = config.args.lr * lora.lora_alpha / lora.r
         if step > _BOLD_LORA_STEP:
             yield f"lr x alpha / r = {step:.1g} is high: lr 1e-3 is for alpha = 1, with alpha = r use 1e-4"
-    if config.data is not None and not math.isclose(config.data.params.fps, trained_fps(config)):
+    if config.data is not None and not math.isclose(config.data.params.fps, config.spec.trained_fps):
         fps = config.data.params.fps
-        yield f"data.params.fps = {fps:g}, but this model was trained at {trained_fps(config)}"
+        yield f"data.params.fps = {fps:g}, but this model was trained at {config.spec.trained_fps}"
     if facts.clips is not None and facts.data_ranks is not None:
         step_size = _samples_a_step(config, facts.data_ranks)
         if step_size > facts.clips.train:
             yield f"one step takes {step_size} samples and there are {_count(facts.clips.train, 'clip')}"
-
-
-def trained_fps(config: RunConfig) -> int:
-    """Returns the frame rate of the released weights: 16 a second for 1.5, which patches time, 8 before."""
-    return 16 if config.model.network_config.params.patch_size[0] > 1 else 8

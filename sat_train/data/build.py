@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sat_train.config import RunConfig
-from sat_train.config.shapes import allowed_shapes, count_tokens
+from sat_train.config.shapes import ClipShape, allowed_shapes
 from sat_train.data.bad_clips import ClipFailure, FailureLog, write_failures
 from sat_train.data.batches import Batches, DataPosition, OrderedBatches
 from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
@@ -102,8 +102,12 @@ def batch_sizes(config: RunConfig, batch_size: int) -> list[int]:
     """Returns the samples of one rank in a micro-batch for each shape: as many as the budget has room for."""
     params = config.require_data().params
     budget = None if params.buckets is None else params.buckets.max_tokens
-    shapes = allowed_shapes(params, config.model)
-    return [budget // count_tokens(shape, config.model) if budget else batch_size for shape in shapes]
+    shapes = allowed_shapes(params, config.spec)
+    return [budget // _tokens(config, shape) if budget else batch_size for shape in shapes]
+
+
+def _tokens(config: RunConfig, shape: ClipShape) -> int:
+    return config.spec.tokens(config.spec.latent(*shape))
 
 
 def build_train_dataset(
@@ -238,7 +242,7 @@ def build_sample_spec(config: RunConfig) -> SampleSpec:
     """Returns what samples are to be."""
     params = config.require_data().params
     return SampleSpec(
-        shapes=allowed_shapes(params, config.model),
+        shapes=allowed_shapes(params, config.spec),
         fps=params.fps,
         skip_frms_num=params.skip_frms_num,
         window=params.window,
@@ -325,7 +329,7 @@ def _prepass(
             log.info("%s: %s", source.name, note)
         if source.faults:
             log.warning("%s: %s", source.name, source.left_out())
-    tokens = [count_tokens(shape, config.model) for shape in spec.shapes]
+    tokens = [_tokens(config, shape) for shape in spec.shapes]
     sizes = [size * mesh.data_size for size in batch_sizes(config, batch_size)]
     log.info("%s", describe_clip_set(clip_set, sizes, tokens))
     left_out = [*_left_out(sources), *clip_set.left_out]

@@ -34,21 +34,20 @@ def encoder_dtype(config: RunConfig) -> torch.dtype:
 
 def build_loaded_text_encoder(config: RunConfig, device: torch.device) -> T5TextEncoder:
     """Builds the text encoder with its weights."""
-    params = config.model.conditioner_config.params.emb_models[0].params
-    return build_text_encoder(params, device=device, dtype=encoder_dtype(config))
+    return build_text_encoder(config.spec.text, device=device, dtype=encoder_dtype(config))
 
 
 def build_loaded_vae(config: RunConfig, device: torch.device, dtype: torch.dtype) -> VideoVAE:
     """Builds the autoencoder with the weights of `first_stage_config.params.ckpt_path`."""
-    params = config.model.first_stage_config.params
-    state_dict = read_vae_weights(params.ckpt_path)
-    expected = build_vae(params, device="meta").state_dict()
+    spec, path = config.spec, config.spec.vae.ckpt_path
+    state_dict = read_vae_weights(path)
+    expected = build_vae(spec, device="meta").state_dict()
     check_state_dict(
         {name: tuple(tensor.shape) for name, tensor in expected.items()},
         {name: tuple(tensor.shape) for name, tensor in state_dict.items()},
-        where=str(params.ckpt_path),
+        where=path,
     )
-    return build_vae(params, state_dict=state_dict, device=device, dtype=dtype)
+    return build_vae(spec, state_dict=state_dict, device=device, dtype=dtype)
 
 
 def build_writer(

@@ -20,11 +20,8 @@ from sat_train.interchange.sources import find_weights
 from sat_train.models.build import compute_dtype
 from sat_train.models.text.t5 import find_t5_folders
 
-# Settings of the autoencoder that do not change what it encodes to.
-_WITHOUT_EFFECT = {
-    *("ckpt_path", "cp_size", "clips_at_once", "decode_chunk_frames"),
-    *("decoder_config", "loss_config", "regularizer_config"),
-}
+# Settings of the autoencoder that change what it encodes to, besides its numbers.
+_WITH_EFFECT = {"encode_chunk_frames", "tiling", "tile_size", "tile_overlap"}
 
 
 def open_cache(config: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
@@ -67,9 +64,11 @@ def digest_encoders(config: RunConfig, file_metadata: FileMetadata) -> EncoderDi
         DataError: As `open_cache`.
         CheckpointError: Likewise.
     """
-    vae = config.model.first_stage_config.params
-    text = config.model.conditioner_config.params.emb_models[0].params
-    settings = vae.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    vae, text = config.spec.vae, config.spec.text
+    settings = {
+        **vae.model_dump(mode="json", include=_WITH_EFFECT),
+        **config.spec.coder.model_dump(mode="json", exclude={"out_ch"}),
+    }
     dtype = encoder_dtype(config)
     return EncoderDigests(
         vae=digest(

@@ -19,7 +19,7 @@ import torch
 from sat_train.checkpoint.consolidate import trained_dtype
 from sat_train.checkpoint.layout import LATEST, SAT_PREFIX
 from sat_train.checkpoint.manifest import Manifest, read_manifest
-from sat_train.config import ModelConfig
+from sat_train.config import ModelSpec
 from sat_train.errors import CheckpointError
 from sat_train.files import HashingFile, reading, sync_folder, write_file, write_text
 from sat_train.interchange.adapters import (
@@ -59,7 +59,7 @@ class Conversion:
         ema: Export the average of the weights instead of the weights.
         model_size: Ranks on the model axis (`sat` only).
         dtype: Dtype of the written weights; None: the precision of the run, or that of the source.
-        model: Section `model`, for diffusers' configuration files; None if only SAT's format or adapters are
+        model: Its numbers, for diffusers' configuration files; None if only SAT's format or adapters are
             written.
     """
 
@@ -73,7 +73,7 @@ class Conversion:
     ema: bool = False
     model_size: int = 1
     dtype: torch.dtype | None = None
-    model: ModelConfig | None = None
+    model: ModelSpec | None = None
 
 
 @dataclass(frozen=True)

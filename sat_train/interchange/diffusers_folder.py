@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_train.config import ModelConfig
+from sat_train.config import ModelSpec
 from sat_train.config.paths import expand_assets
 from sat_train.config.reading import RESOLVED
 from sat_train.errors import CheckpointError
@@ -26,7 +26,6 @@ from sat_train.interchange.locate import (
 )
 from sat_train.log import get_logger
 from sat_train.weights.diffusers_config import (
-    has_learned_positions,
     model_index,
     scheduler_config,
     transformer_config,
@@ -70,7 +69,7 @@ _T5_ENCODER = {
 def write_pipeline(
     folder: Path,
     weights: LazyWeights,
-    model: ModelConfig,
+    model: ModelSpec,
     *,
     metadata: Mapping[str, str],
     progress: Callable[[int], Progress],
@@ -80,7 +79,7 @@ def write_pipeline(
     Args:
         folder: An empty folder.
         weights: The transformer's weights under SAT's keys.
-        model: Section `model` of the configuration; names VAE and text encoder.
+        model: Its numbers; names VAE and text encoder.
         metadata: Texts for the headers of the weights.
         progress: As for `convert`.
 
@@ -88,7 +87,7 @@ def write_pipeline(
         CheckpointError: A key is unknown to diffusers, or the written weights read back differently.
         OSError: The disk is full or cannot be written.
     """
-    theirs = to_diffusers(weights, learned_positions=has_learned_positions(model))
+    theirs = to_diffusers(weights, learned_positions=model.positions.kind == "rotary_learned")
     (folder / "transformer").mkdir()
     write_safetensors(
         folder / "transformer", STEM, theirs, metadata=metadata, progress=progress(theirs.num_bytes)
@@ -102,12 +101,12 @@ def write_pipeline(
     _check_written(folder / "transformer", weights, theirs)
 
 
-def check_model(weights: LazyWeights, model: ModelConfig, *, source: Path) -> None:
+def check_model(weights: LazyWeights, model: ModelSpec, *, source: Path) -> None:
     """Checks that weights belong to the model whose numbers `config.json` will hold.
 
     Args:
         weights: The transformer's weights under SAT's keys.
-        model: Section `model` of the configuration.
+        model: Its numbers.
         source: Source of the weights; if it is a diffusers folder, its `config.json` is compared too.
 
     Raises:
@@ -125,7 +124,7 @@ def check_model(weights: LazyWeights, model: ModelConfig, *, source: Path) -> No
     _check_own_config(model, source)
 
 
-def _check_own_config(model: ModelConfig, source: Path) -> None:
+def _check_own_config(model: ModelSpec, source: Path) -> None:
     """Compares numbers that shapes do not show, such as text tokens and the kind of positions."""
     path = next(
         (p for p in (source / "transformer" / "config.json", source / "config.json") if p.is_file()), None
@@ -185,8 +184,8 @@ def _check_written(folder: Path, weights: LazyWeights, theirs: LazyWeights) -> N
     check_same(exported, back)
 
 
-def _write_vae(folder: Path, model: ModelConfig) -> bool:
-    path = model.first_stage_config.params.ckpt_path
+def _write_vae(folder: Path, model: ModelSpec) -> bool:
+    path = model.vae.ckpt_path
     if not path or not Path(expand_assets(path)).exists():
         log.warning("no VAE at '%s': the folder will lack vae/ and model_index.json", path)
         return False
@@ -198,13 +197,13 @@ def _write_vae(folder: Path, model: ModelConfig) -> bool:
     return True
 
 
-def _link_text_encoder(folder: Path, model: ModelConfig) -> bool:
+def _link_text_encoder(folder: Path, model: ModelSpec) -> bool:
     """Links T5's files, 9 to 19 GB that are unchanged; copies them if the file system has no hard links."""
     # these import transformers
     from sat_train.models.text.t5 import find_t5_folders
     from sat_train.models.text.t5_folder import CONFIG, publishable_files, read_settings
 
-    path = Path(expand_assets(model.conditioner_config.params.emb_models[0].params.model_dir))
+    path = Path(expand_assets(model.text.model_dir))
     try:
         encoder, tokenizer = find_t5_folders(path)
         tokenizer_files = list(publishable_files(tokenizer, tokenizer=True))

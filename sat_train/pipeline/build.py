@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sat_train.config import ModelConfig, RunConfig
+from sat_train.config import ModelSpec, RunConfig
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.models.build import compute_dtype
 from sat_train.pipeline.video_diffusion import VideoDiffusion
@@ -40,27 +40,25 @@ def build_pipeline(
         null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
         load_encoders: Loads both encoders where a batch needs them after all.
     """
-    model, args = config.model, config.args
-    loss, conditioner = model.loss_fn_config.params, model.conditioner_config.params.emb_models[0]
-    is_stratified = loss.sigma_sampler_config.params.uniform_sampling
+    spec, model, args = config.spec, config.model, config.args
     return VideoDiffusion(
         dit=dit,
         vae=vae,
         text_encoder=text_encoder,
-        alpha_bar=build_alpha_bar(model),
-        scale_factor=model.scale_factor,
-        image_latent_scale=model.image_latent_scale or model.scale_factor,
+        alpha_bar=build_alpha_bar(spec),
+        scale_factor=spec.latent_scale,
+        image_latent_scale=spec.image_latent_scale,
         noised_image_input=model.noised_image_input,
         noised_image_dropout=model.noised_image_dropout,
-        caption_dropout=conditioner.ucg_rate,
+        caption_dropout=spec.caption_dropout,
         null_condition=model.null_condition,
         null_text_ld=null_text_ld,
-        posterior_sampling=model.first_stage_config.params.regularizer_config.params.sample,
-        offset_noise_level=loss.offset_noise_level,
-        min_snr_gamma=loss.min_snr_value,
-        timestep_sampling="stratified" if is_stratified else "uniform",
-        temporal_compression=model.first_stage_config.params.encoder_config.params.temporal_compress_times,
-        ofs=None if model.network_config.params.ofs_embed_dim is None else _OFS,
+        posterior_sampling=spec.posterior_sampling,
+        offset_noise_level=spec.offset_noise_level,
+        min_snr_gamma=spec.min_snr_gamma,
+        timestep_sampling=spec.timestep_sampling,
+        temporal_compression=spec.temporal_compression,
+        ofs=None if spec.ofs_width is None else _OFS,
         seed=args.seed,
         dtype=compute_dtype(args),
         device=next(dit.parameters()).device,
@@ -68,9 +66,9 @@ def build_pipeline(
     )
 
 
-def build_alpha_bar(model: ModelConfig) -> Tensor:
+def build_alpha_bar(spec: ModelSpec) -> Tensor:
     """Returns the noise schedule of the denoiser, which is that of training and sampling too."""
-    params = model.denoiser_config.params.discretization_config.params
+    params = spec.schedule
     return zero_snr_alpha_bar(
         params.num_timesteps,
         params.shift_scale,

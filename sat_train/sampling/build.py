@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sat_train.config import ModelConfig, RunConfig
+from sat_train.config import ModelSpec, RunConfig
+from sat_train.config.schema.diffusion import ConstantGuidanceParams
 from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance, Guidance
 from sat_train.errors import ConfigError, Fault
-from sat_train.models.geometry import pixel_frames
 from sat_train.pipeline.video_diffusion import Sampler
 
 
@@ -40,26 +40,21 @@ def build_sampling(config: RunConfig) -> SamplingSettings:
     Raises:
         ConfigError: No setting gives the size of a video.
     """
-    args, model = config.args, config.model
-    sampler = model.sampler_config
+    args, spec = config.args, config.spec
     if args.sampling_num_frames is None:
-        num_frames = model.network_config.params.num_frames
+        num_frames = spec.positions.frames
         if config.data is not None:
             num_frames = config.data.params.max_num_frames
     else:
-        num_frames = pixel_frames(
-            args.sampling_num_frames,
-            compression=model.first_stage_config.params.encoder_config.params.temporal_compress_times,
-            patch_t=model.network_config.params.patch_size[0],
-        )
+        num_frames = spec.pixel_frames(args.sampling_num_frames)
     height, width = args.sampling_image_size or _trained_size(config)
     return SamplingSettings(
         num_frames=num_frames,
         height=height,
         width=width,
-        steps=args.sampling_steps or sampler.params.num_steps,
-        guidance=build_guidance(model, scale=args.guidance_scale),
-        sampler=args.sampler or sampler.target,
+        steps=args.sampling_steps or spec.sampling_steps,
+        guidance=build_guidance(spec, scale=args.guidance_scale),
+        sampler=args.sampler or spec.sampler,
         fps=config.sampling_fps,
     )
 
@@ -71,10 +66,10 @@ def _trained_size(config: RunConfig) -> tuple[int, int]:
     return config.data.params.video_size
 
 
-def build_guidance(model: ModelConfig, *, scale: float | None = None) -> Guidance:
+def build_guidance(spec: ModelSpec, *, scale: float | None = None) -> Guidance:
     """Builds the sampler's guidance; `scale` overrides its own."""
-    slot = model.sampler_config.params.guider_config
-    scale = slot.params.scale if scale is None else scale
-    if slot.target == "ConstantGuidance":
+    params = spec.guidance
+    scale = params.scale if scale is None else scale
+    if isinstance(params, ConstantGuidanceParams):
         return ConstantGuidance(scale)
-    return DynamicGuidance(scale, slot.params.exp)
+    return DynamicGuidance(scale, params.exp)

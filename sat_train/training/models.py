@@ -122,7 +122,7 @@ def find_start_weights(
 
 
 def _find_start_weights(config: RunConfig, point: ResumePoint | None) -> StartWeights:
-    args, has_lora = config.args, config.model.network_config.params.modules.lora_config is not None
+    args, has_lora = config.args, config.spec.lora is not None
     if point is not None and point.manifest.base_weights is not None:
         recorded = find_resumed_base(point, args.load_base, args.load)
         return StartWeights(Located(Path(expand_assets(recorded.source))), recorded)
@@ -149,7 +149,7 @@ def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | Non
 def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights) -> DiffusionTransformer:
     """Builds the transformer with its first weights, or new ones; freezes what does not train."""
     dit = build_dit(
-        config.model,
+        config.spec,
         device=mesh.device,
         dtype=compute_dtype(config.args),
         activation_checkpointing=config.args.checkpoint_activations,
@@ -159,7 +159,7 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
     if start.resumed is not None:
         load_resumed_weights(dit, mesh, start.resumed)
     elif start.located is not None:
-        has_adapters = config.model.network_config.params.modules.lora_config is not None
+        has_adapters = config.spec.lora is not None
         load_first_weights(dit, mesh, start, has_adapters=has_adapters)
     summary = select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     log.info("weights of the transformer%s:\n%s", _of_one_rank(mesh), summary)

@@ -1,4 +1,4 @@
-"""The JSON files of a diffusers model folder, from section `model`.
+"""The JSON files of a diffusers model folder, from the numbers of a model.
 
 Source: huggingface/diffusers@0.42 `CogVideoXTransformer3DModel`, `AutoencoderKLCogVideoX`,
 `CogVideoXDPMScheduler`,
@@ -10,12 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sat_train.config import ModelConfig
-from sat_train.config.schema.network import (
-    DiffusionTransformerParams,
-    Rotary3DPositionEmbeddingParams,
-    Sincos3DPositionEmbeddingParams,
-)
+from sat_train.config import ModelSpec
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -24,58 +19,52 @@ _FORMAT_VERSION = "0.30.0"  # of the first diffusers that had CogVideoX
 _BLOCKS = ("CogVideoXDownBlock3D", "CogVideoXUpBlock3D")
 
 
-def has_learned_positions(model: ModelConfig) -> bool:
-    """Returns whether the position table is a weight (5B-I2V)."""
-    positions = model.network_config.params.modules.pos_embed_config.params
-    return isinstance(positions, Rotary3DPositionEmbeddingParams) and positions.learnable_pos_embed
-
-
-def transformer_config(model: ModelConfig) -> dict[str, Any]:
+def transformer_config(spec: ModelSpec) -> dict[str, Any]:
     """Returns `transformer/config.json`."""
-    network = model.network_config.params
-    positions = network.modules.pos_embed_config.params
-    patch_frames, patch_height, patch_width = network.patch_size
+    positions, is_1_0 = spec.positions, spec.family == "1.0"
+    patch_frames, patch_height, patch_width = spec.patch
     assert patch_height == patch_width, f"patches of {patch_height}x{patch_width}"
-    space, time = _interpolation(network)
+    time, space, _ = positions.interpolation
+    frames, height, width = positions.frames, *positions.latent_size[1:]
     return {
         "_class_name": "CogVideoXTransformer3DModel",
         "_diffusers_version": _FORMAT_VERSION,
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
-        "attention_head_dim": network.hidden_size // network.num_attention_heads,
+        "attention_head_dim": spec.head_width,
         "dropout": 0.0,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "in_channels": network.in_channels,
+        "in_channels": spec.in_channels,
         "max_text_seq_length": positions.text_length,
-        "norm_elementwise_affine": network.elementwise_affine,
+        "norm_elementwise_affine": spec.affine_norms,
         "norm_eps": 1e-05,
-        "num_attention_heads": network.num_attention_heads,
-        "num_layers": network.num_layers,
-        "ofs_embed_dim": network.ofs_embed_dim,
-        "out_channels": network.out_channels,
+        "num_attention_heads": spec.heads,
+        "num_layers": spec.layers,
+        "ofs_embed_dim": spec.ofs_width,
+        "out_channels": spec.out_channels,
         # 1.0 says it by leaving the temporal patch out
-        "patch_bias": patch_frames == 1,
+        "patch_bias": is_1_0,
         "patch_size": patch_height,
-        "patch_size_t": None if patch_frames == 1 else patch_frames,
-        "sample_frames": network.num_frames,
-        "sample_height": network.latent_height,
-        "sample_width": network.latent_width,
+        "patch_size_t": None if is_1_0 else patch_frames,
+        "sample_frames": frames,
+        "sample_height": height,
+        "sample_width": width,
         "spatial_interpolation_scale": space,
-        "temporal_compression_ratio": network.time_compressed_rate,
+        "temporal_compression_ratio": spec.temporal_compression,
         "temporal_interpolation_scale": time,
-        "text_embed_dim": network.modules.patch_embed_config.params.text_hidden_size,
-        "time_embed_dim": network.time_embed_dim or network.hidden_size,
+        "text_embed_dim": spec.text_width,
+        "time_embed_dim": spec.time_width,
         "timestep_activation_fn": "silu",
-        "use_learned_positional_embeddings": has_learned_positions(model),
-        "use_rotary_positional_embeddings": isinstance(positions, Rotary3DPositionEmbeddingParams),
+        "use_learned_positional_embeddings": positions.kind == "rotary_learned",
+        "use_rotary_positional_embeddings": positions.kind != "sincos",
     }
 
 
-def scheduler_config(model: ModelConfig) -> dict[str, Any]:
+def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
     """Returns `scheduler/scheduler_config.json`."""
-    schedule = model.denoiser_config.params.discretization_config.params
-    is_ddim = model.sampler_config.target == "DDIM"
+    schedule = spec.schedule
+    is_ddim = spec.sampler == "DDIM"
     return {
         "_class_name": "CogVideoXDDIMScheduler" if is_ddim else "CogVideoXDPMScheduler",
         "_diffusers_version": _FORMAT_VERSION,
@@ -93,11 +82,11 @@ def scheduler_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def vae_config(model: ModelConfig) -> dict[str, Any]:
+def vae_config(spec: ModelSpec) -> dict[str, Any]:
     """Returns `vae/config.json`."""
-    coder = model.first_stage_config.params.encoder_config.params
-    network = model.network_config.params
+    coder, side = spec.coder, spec.spatial_compression
     levels = len(coder.ch_mult)
+    _, height, width = spec.positions.latent_size
     return {
         "_class_name": "AutoencoderKLCogVideoX",
         "_diffusers_version": _FORMAT_VERSION,
@@ -106,15 +95,15 @@ def vae_config(model: ModelConfig) -> dict[str, Any]:
         "down_block_types": [_BLOCKS[0]] * levels,
         "force_upcast": True,
         "in_channels": coder.in_channels,
-        "invert_scale_latents": _inverts_image_scale(model),
+        "invert_scale_latents": _inverts_image_scale(spec),
         "latent_channels": coder.z_channels,
         "layers_per_block": coder.num_res_blocks,
         "norm_eps": 1e-06,
         "norm_num_groups": coder.norm_num_groups,
-        "out_channels": model.first_stage_config.params.decoder_config.params.out_ch,
-        "sample_height": network.latent_height * 2 ** (levels - 1),
-        "sample_width": network.latent_width * 2 ** (levels - 1),
-        "scaling_factor": model.scale_factor,
+        "out_channels": coder.out_ch,
+        "sample_height": height * side,
+        "sample_width": width * side,
+        "scaling_factor": spec.latent_scale,
         "temporal_compression_ratio": coder.temporal_compress_times,
         "up_block_types": [_BLOCKS[1]] * levels,
         "use_post_quant_conv": False,
@@ -122,13 +111,13 @@ def vae_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_index(model: ModelConfig) -> dict[str, Any]:
+def model_index(spec: ModelSpec) -> dict[str, Any]:
     """Returns `model_index.json`."""
-    pipeline = "CogVideoXImageToVideoPipeline" if model.noised_image_input else "CogVideoXPipeline"
+    pipeline = "CogVideoXImageToVideoPipeline" if "image" in spec.conditions else "CogVideoXPipeline"
     return {
         "_class_name": pipeline,
         "_diffusers_version": _FORMAT_VERSION,
-        "scheduler": ["diffusers", scheduler_config(model)["_class_name"]],
+        "scheduler": ["diffusers", scheduler_config(spec)["_class_name"]],
         "text_encoder": ["transformers", "T5EncoderModel"],
         "tokenizer": ["transformers", "T5Tokenizer"],
         "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
@@ -136,26 +125,15 @@ def model_index(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _interpolation(network: DiffusionTransformerParams) -> tuple[float, float]:
-    """CogVideo's files say it in one of two places; together they multiply."""
-    own = network.modules.pos_embed_config.params
-    if not isinstance(own, Sincos3DPositionEmbeddingParams):
-        return network.height_interpolation, network.time_interpolation
-    return (
-        own.height_interpolation * network.height_interpolation,
-        own.time_interpolation * network.time_interpolation,
-    )
-
-
-def _inverts_image_scale(model: ModelConfig) -> bool:
+def _inverts_image_scale(spec: ModelSpec) -> bool:
     """diffusers multiplies the image latent by the scale factor (1.0) or divides by it (1.5), and no more."""
-    scale = model.image_latent_scale
-    if not model.noised_image_input or scale is None or math.isclose(scale, model.scale_factor, rel_tol=1e-3):
+    scale, inverse = spec.image_latent_scale, 1 / spec.latent_scale
+    if "image" not in spec.conditions or math.isclose(scale, spec.latent_scale, rel_tol=1e-3):
         return False
-    if not math.isclose(scale, 1 / model.scale_factor, rel_tol=1e-3):
+    if not math.isclose(scale, inverse, rel_tol=1e-3):
         log.warning(
             "model.image_latent_scale = %g cannot be expressed in diffusers, which will use %g",
             scale,
-            1 / model.scale_factor,
+            inverse,
         )
     return True

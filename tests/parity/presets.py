@@ -6,7 +6,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
-from sat_train.config import ModelConfig, load_run_config
+from sat_train.config import ModelSpec, load_run_config
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
 from tests.parity.families import randomize
@@ -18,8 +18,8 @@ _LORA = f"{_NETWORK}.modules.lora_config"
 TEXT_LENGTH, TEXT_WIDTH = 6, 24
 
 
-def narrow_model(preset: str, words: tuple[str, ...] = ()) -> ModelConfig:
-    """Returns section `model` of a preset with 2 layers, 2 heads and small latents."""
+def narrow_model(preset: str, words: tuple[str, ...] = ()) -> ModelSpec:
+    """Returns the numbers of a preset with 2 layers, 2 heads and small latents."""
     frames, height, width = (13, 16, 14) if "1.5" in preset else (17, 8, 12)
     sizes = {
         "num_layers": 2,
@@ -45,7 +45,7 @@ def narrow_model(preset: str, words: tuple[str, ...] = ()) -> ModelConfig:
         ],
         purpose="check",
         check_paths=False,
-    ).model
+    ).spec
 
 
 def lora_words(*, rank: int, alpha: float, targets: str) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def lora_words(*, rank: int, alpha: float, targets: str) -> tuple[str, ...]:
     )
 
 
-def random_transformer(model: ModelConfig, *, seed: int = 0) -> DiffusionTransformer:
+def random_transformer(model: ModelSpec, *, seed: int = 0) -> DiffusionTransformer:
     """Builds our transformer with noise in every weight, adapters and learned positions included."""
     dit = build_dit(model, device="cpu", dtype=torch.float32)
     randomize(dit, seed)
@@ -67,21 +67,18 @@ def random_transformer(model: ModelConfig, *, seed: int = 0) -> DiffusionTransfo
 
 
 def forward_pair(
-    ours: DiffusionTransformer, theirs: CogVideoXTransformer3DModel, model: ModelConfig
+    ours: DiffusionTransformer, theirs: CogVideoXTransformer3DModel, model: ModelSpec
 ) -> tuple[Tensor, Tensor]:
     """Returns what both make of one random input, `[b, t, c, h, w]`."""
-    network = model.network_config.params
     generator = torch.Generator().manual_seed(7)
-    frames = (network.num_frames - 1) // 4 + 1
-    latent = torch.randn(
-        2, frames, network.in_channels, network.latent_height, network.latent_width, generator=generator
-    )
+    frames, height, width = model.positions.latent_size
+    latent = torch.randn(2, frames, model.in_channels, height, width, generator=generator)
     text = torch.randn(2, TEXT_LENGTH, TEXT_WIDTH, generator=generator)
     timesteps = torch.tensor([17, 803])
-    ofs = torch.full((1,), 2.0) if network.ofs_embed_dim else None
+    ofs = torch.full((1,), 2.0) if model.ofs_width else None
     rotary = None
     if theirs.config.use_rotary_positional_embeddings:
-        rotary = Rotary(theirs).tables(frames, network.latent_height, network.latent_width)
+        rotary = Rotary(theirs).tables(frames, height, width)
     with torch.no_grad():
         our_v = ours(latent, timesteps, text, ofs_b=None if ofs is None else ofs.expand(2))
         their_v = theirs(

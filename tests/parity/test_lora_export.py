@@ -11,7 +11,7 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideo
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sat_train.config import ModelConfig
+from sat_train.config import ModelSpec
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError
 from sat_train.interchange.adapters import is_adapter_key, read_given_lora, read_lora
@@ -39,12 +39,12 @@ def _one_process() -> None:
 
 def adapted(
     preset: str, *, rank: int = 6, alpha: float = 1.0, targets: str = ATTENTION
-) -> tuple[ModelConfig, DiffusionTransformer]:
+) -> tuple[ModelSpec, DiffusionTransformer]:
     model = narrow_model(preset, lora_words(rank=rank, alpha=alpha, targets=targets))
     return model, random_transformer(model)
 
 
-def base_of(dit: DiffusionTransformer, model: ModelConfig, folder: Path) -> CogVideoXTransformer3DModel:
+def base_of(dit: DiffusionTransformer, model: ModelSpec, folder: Path) -> CogVideoXTransformer3DModel:
     """diffusers' transformer with the weights under the adapters."""
     weights = {key: value for key, value in dit.state_dict().items() if not is_adapter_key(key)}
     sat = write_sat_folder(folder / "base", weights)
@@ -52,9 +52,9 @@ def base_of(dit: DiffusionTransformer, model: ModelConfig, folder: Path) -> CogV
     return CogVideoXTransformer3DModel.from_pretrained(out / "transformer").eval()
 
 
-def pipeline(model: ModelConfig, transformer: CogVideoXTransformer3DModel):
+def pipeline(model: ModelSpec, transformer: CogVideoXTransformer3DModel):
     """A pipeline that has nothing but its transformer."""
-    kind = CogVideoXImageToVideoPipeline if model.noised_image_input else CogVideoXPipeline
+    kind = CogVideoXImageToVideoPipeline if "image" in model.conditions else CogVideoXPipeline
     return kind(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
 
 

@@ -120,15 +120,16 @@ def test_the_embedded_model_becomes_a_complete_pipeline(tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     assert main([str(config.args.load), str(out), "--to", "diffusers", "--base", preset]) == 0
     pipeline = CogVideoXPipeline.from_pretrained(out)
-    network = config.model.network_config.params
+    text_length, frames = config.spec.text.max_length, config.spec.positions.frames
+    height, width = config.data.params.video_size
     video = pipeline(
         "a red ball",
-        height=network.latent_height * 8,
-        width=network.latent_width * 8,
-        num_frames=network.num_frames,
+        height=height,
+        width=width,
+        num_frames=frames,
         num_inference_steps=2,
-        max_sequence_length=network.modules.pos_embed_config.params.text_length,
+        max_sequence_length=text_length,
         output_type="pt",
     ).frames
-    assert video.shape == (1, network.num_frames, 3, network.latent_height * 8, network.latent_width * 8)
+    assert video.shape == (1, frames, 3, height, width)
     assert torch.isfinite(video).all()

@@ -57,7 +57,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_run_config([TINY], purpose="check", check_paths=False)
     start_single_process()
     return convert(
-        Conversion(Path(config.args.load), out, "diffusers", dtype=torch.float32, model=config.model)
+        Conversion(Path(config.args.load), out, "diffusers", dtype=torch.float32, model=config.spec)
     )
 
 

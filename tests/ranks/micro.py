@@ -51,8 +51,8 @@ def write_micro(folder: Path, *, heads: int = 1) -> None:
     (folder / "micro.yaml").write_text(_MICRO.format(folder=folder, heads=heads, width=64 * heads))
     start_single_process()
     config = micro_run(folder, check_paths=False)
-    dit = build_dit(config.model, device="cpu", dtype=torch.float32)
-    vae = build_vae(config.model.first_stage_config.params, device="meta")
+    dit = build_dit(config.spec, device="cpu", dtype=torch.float32)
+    vae = build_vae(config.spec, device="meta")
     _save_random(dit, folder / "dit.safetensors")
     _save_random(vae, folder / "vae.safetensors")
 

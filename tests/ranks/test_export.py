@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sat_train.checkpoint.manifest import BaseWeights
-from sat_train.config import ModelConfig
+from sat_train.config import ModelSpec
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.interchange.adapters import is_adapter_key, read_lora
@@ -25,7 +25,7 @@ CASES = [("cogvideox_5b", 1), ("cogvideox_5b", 2), ("cogvideox_5b", 3), ("cogvid
 
 
 def _train_and_save(
-    mesh: ProcessMesh, model: ModelConfig, base: Path, run_directory: Path, zero_stage: int, lr: float
+    mesh: ProcessMesh, model: ModelSpec, base: Path, run_directory: Path, zero_stage: int, lr: float
 ) -> None:
     """Two steps in bf16 from the weights of `base`, then a checkpoint of step 2."""
     from sat_train.checkpoint.save import RunState, save_training_checkpoint
@@ -39,7 +39,7 @@ def _train_and_save(
     dit = build_dit(model, device="cpu", dtype=torch.bfloat16)
     weights = read_transformer_weights(base, model_rank=mesh.model_rank, model_size=mesh.model_size)
     load_weights(dit, weights, may_lack=adapter_state_dict(dit).keys())
-    select_trainable(dit, not_trainable_prefixes=model.not_trainable_prefixes)
+    select_trainable(dit, not_trainable_prefixes=() if model.lora is None else ["all"])
     trained = [parameter for parameter in dit.parameters() if parameter.requires_grad]
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -56,19 +56,16 @@ def _train_and_save(
     )
     engine = TrainEngine(inner, mesh)
     average = ExponentialMovingAverage(engine, 0.5)
-    network = model.network_config.params
+    frames, height, width = model.positions.latent_size
     for step in range(2):
         generator = torch.Generator().manual_seed(10 * step + mesh.data_rank)
-        frames = (network.num_frames - 1) // 4 + 1
-        latent = torch.randn(
-            1, frames, network.in_channels, network.latent_height, network.latent_width, generator=generator
-        )
+        latent = torch.randn(1, frames, model.in_channels, height, width, generator=generator)
         text = torch.randn(1, 6, 24, generator=generator)
         loss = engine(latent.bfloat16(), torch.tensor([500]), text.bfloat16()).float().square().mean()
         engine.backward(loss)
         engine.step(lr)
         average.update()
-    has_lora = model.network_config.params.modules.lora_config is not None
+    has_lora = model.lora is not None
     on_rank_0(mesh, lambda: run_directory.mkdir(parents=True))
     save_training_checkpoint(
         mesh,
@@ -88,7 +85,7 @@ def _train_and_save(
     )
 
 
-def _models(preset: str, folder: Path) -> tuple[ModelConfig, ModelConfig, Any, Path]:
+def _models(preset: str, folder: Path) -> tuple[ModelSpec, ModelSpec, Any, Path]:
     """The model without and with adapters, its random weights in bf16, and where they are."""
     from sat_train.distributed.processes import start_single_process
     from tests.parity.presets import lora_words, narrow_model, random_transformer

@@ -48,7 +48,7 @@ def test_loads_behind_sft(path: Path) -> None:
 @pytest.mark.parametrize("what", ["sft", "lora"])
 def test_each_model_with_each_way_to_train(model: Path, what: str) -> None:
     config = load(model, CONFIGS / f"{what}.yaml")
-    assert (config.model.network_config.params.modules.lora_config is not None) == (what == "lora")
+    assert (config.spec.lora is not None) == (what == "lora")
     assert config.args.fp16 == ("2b" in model.name)
     assert config.args.bf16 == ("5b" in model.name)
 
@@ -114,7 +114,7 @@ def _one_process() -> None:
 
 @pytest.mark.parametrize("model", MODELS, ids=named)
 def test_builds_without_memory(model: Path) -> None:
-    dit = build_dit(load(model).model, device="meta", dtype=torch.float32, initialize=False)
+    dit = build_dit(load(model).spec, device="meta", dtype=torch.float32, initialize=False)
     assert all(parameter.is_meta for parameter in dit.parameters())
     if model.stem in RELEASED:
         millions = sum(p.numel() for name, p in dit.named_parameters() if "pos_embed" not in name) / 1e6

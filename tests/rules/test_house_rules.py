@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sat_train.config.catalog import all_keys
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "sat_train"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -16,6 +18,10 @@ SOURCES = sorted(
     for folder in ("sat_train", "launch", "tools", "benchmarks", "tests")
     for path in (ROOT / folder).rglob("*.py")
 )
+
+SECTION_GROUPS = {
+    path.rpartition(".")[2] for path in all_keys() if path.startswith("model.") and path.endswith("_config")
+}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -83,6 +89,19 @@ def test_files_and_functions_stay_short(path: Path) -> None:
     for name, lines in functions(path):
         limit = MAX_FORWARD_LINES if name == "forward" else MAX_FUNCTION_LINES
         assert lines <= limit, f"{name} has {lines} lines, limit {limit}"
+
+
+def test_only_the_spec_reads_the_nested_model_section() -> None:
+    """CogVideo's `model.*_config.params.*` ends at `ModelSpec`; keys in texts are names, and no reading."""
+    readers = {PACKAGE / "config/model_spec.py", *(PACKAGE / "config/schema").iterdir()}
+    strays = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno} {node.attr}"
+        for path in MODULES
+        if path not in readers
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in SECTION_GROUPS
+    ]
+    assert not strays
 
 
 def test_no_grab_bag_modules() -> None:

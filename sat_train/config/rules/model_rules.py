@@ -7,21 +7,24 @@ from collections.abc import Iterator
 
 from sat_train.config.other_trainers import LORA_TARGETS
 from sat_train.config.rules.rule import ParsedConfig, rule
-from sat_train.config.schema.network import Rotary3DPositionEmbeddingSlot
-from sat_train.config.shapes import (
-    ASPECT,
-    allowed_shapes,
-    allowed_sizes,
-    count_tokens,
-    linear_layers,
-    pixels_per_latent,
-    size_multiples,
-)
+from sat_train.config.schema.diffusion import ZeroSNRDDPMDiscretizationParams
+from sat_train.config.shapes import ASPECT, allowed_shapes, allowed_sizes
 from sat_train.errors import Fault
 
 _NETWORK = "model.network_config.params"
 _POSITION = f"{_NETWORK}.modules.pos_embed_config"
 _VAE = "model.first_stage_config.params"
+_CODER, _DECODER = f"{_VAE}.encoder_config.params", f"{_VAE}.decoder_config.params"
+_CODERS_SHARE = (
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "z_channels",
+    "norm_num_groups",
+    "temporal_compress_times",
+)
+_TIMESTEPS = "model.loss_fn_config.params.sigma_sampler_config.params"
+_SAMPLER = "model.sampler_config.params"
 _BUCKETS = "data.params.buckets"
 # A pattern of a stranger's file must not take for ever: see `_wanted_of_pattern`.
 _LONGEST_PATTERN = 200
@@ -39,10 +42,11 @@ def frames_are_4k_plus_1(config: ParsedConfig) -> Iterator[Fault]:
     if params.buckets is not None:
         given += [(f"{_BUCKETS}.frames.{i}", frames) for i, frames in enumerate(params.buckets.frames)]
     for path, frames in given:
-        if frames < 1 or (frames - 1) % 4:
-            below = max(1, frames - (frames - 1) % 4)
+        if not config.spec.has_whole_latents(frames):
+            below, above = config.spec.nearest_frames(frames)
+            kind = f"{config.spec.temporal_compression}k+1"
             yield config.fault(
-                path, frames, f"4k+1 frames: {frames} is not 4k+1, nearest {below} or {below + 4}"
+                path, frames, f"{kind} frames: {frames} is not {kind}, nearest {below} or {above}"
             )
         elif frames > params.max_num_frames:
             yield config.fault(path, frames, f"at most data.params.max_num_frames = {params.max_num_frames}")
@@ -62,21 +66,19 @@ def budget_holds_one_sample(config: ParsedConfig) -> Iterator[Fault]:
     if config.data is None or config.data.params.buckets is None:
         return
     budget = config.data.params.buckets.max_tokens
-    shapes = allowed_shapes(config.data.params, config.model)
-    tokens, shape = max((count_tokens(shape, config.model), shape) for shape in shapes)
+    spec = config.spec
+    shapes = allowed_shapes(config.data.params, spec)
+    tokens, shape = max((spec.tokens(spec.latent(*shape)), shape) for shape in shapes)
     if budget is not None and budget < tokens:
         yield config.fault(f"{_BUCKETS}.max_tokens", budget, f"at least {tokens}, one sample of {shape}")
 
 
 @rule("args.sampling_num_frames", f"{_NETWORK}.patch_size")
 def sampled_latents_fill_patches(config: ParsedConfig) -> Iterator[Fault]:
-    frames, patch = config.args.sampling_num_frames, config.model.network_config.params.patch_size[0]
-    if frames is not None and frames % patch:
-        yield config.fault(
-            "args.sampling_num_frames",
-            frames,
-            f"latent frames divisible by the patch's {patch} frames: {frames + 1}",
-        )
+    frames, spec = config.args.sampling_num_frames, config.spec
+    if frames is not None and (padding := spec.padding(frames)):
+        expected = f"latent frames divisible by the patch's {spec.patch[0]} frames: {frames + padding}"
+        yield config.fault("args.sampling_num_frames", frames, expected)
 
 
 @rule(
@@ -87,7 +89,7 @@ def sampled_latents_fill_patches(config: ParsedConfig) -> Iterator[Fault]:
     f"{_VAE}.encoder_config",
 )
 def sizes_fill_patches(config: ParsedConfig) -> Iterator[Fault]:
-    multiples = size_multiples(config.model)
+    multiples = config.spec.size_multiples
     sizes = {"args.sampling_image_size": config.args.sampling_image_size}
     if config.data is not None:
         sizes["data.params.video_size"] = config.data.params.video_size
@@ -103,42 +105,37 @@ def sizes_fill_patches(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule("data.params", _NETWORK, f"{_VAE}.encoder_config")
 def fixed_positions_fit_size(config: ParsedConfig) -> Iterator[Fault]:
-    network = config.model.network_config.params
-    position = network.modules.pos_embed_config
-    is_table = not isinstance(position, Rotary3DPositionEmbeddingSlot) or position.params.learnable_pos_embed
-    if config.data is None or not is_table or position.params.size_policy == "interpolate":
+    spec, positions = config.spec, config.spec.positions
+    if config.data is None or not positions.is_table or positions.size_policy == "interpolate":
         return
-    side = pixels_per_latent(config.model)
-    trained = (network.latent_height * side, network.latent_width * side)
+    trained = tuple(size * spec.spatial_compression for size in positions.latent_size[1:])
     remedy = f"or {_POSITION}.params.size_policy: interpolate"
     if config.data.params.video_size != trained:
         expected = f"{list(trained)}, the size of this model's positions, {remedy}"
         yield config.fault("data.params.video_size", config.data.params.video_size, expected)
-    elif any(size != trained for size in allowed_sizes(config.data.params, config.model)):
+    elif any(size != trained for size in allowed_sizes(config.data.params, spec)):
         others = config.data.params.buckets.sizes + config.data.params.buckets.aspects  # type: ignore[union-attr]
         expected = f"no other size: this model's positions are those of {list(trained)} alone; {remedy}"
         yield config.fault(_BUCKETS, [str(other) for other in others], expected)
-    if config.data.params.max_num_frames > network.num_frames:
-        frames = config.data.params.max_num_frames
+    frames = config.data.params.max_num_frames
+    if frames > positions.frames:
         yield config.fault(
-            "data.params.max_num_frames", frames, f"at most the {network.num_frames} of this model"
+            "data.params.max_num_frames", frames, f"at most the {positions.frames} of this model"
         )
 
 
 @rule(_NETWORK, f"{_VAE}.encoder_config.params.z_channels", "model.noised_image_input")
 def channels_fit(config: ParsedConfig) -> Iterator[Fault]:
-    network = config.model.network_config.params
-    latent = config.model.first_stage_config.params.encoder_config.params.z_channels
-    if network.out_channels != latent:
+    spec, latent = config.spec, config.spec.coder.z_channels
+    if spec.out_channels != latent:
         yield config.fault(
-            f"{_NETWORK}.out_channels", network.out_channels, f"{latent}, the autoencoder's z_channels"
+            f"{_NETWORK}.out_channels", spec.out_channels, f"{latent}, the autoencoder's z_channels"
         )
-    kind = "text-to-video (noised_image_input: false)"
-    wanted = latent
-    if config.model.noised_image_input:
+    kind, wanted = "text-to-video (noised_image_input: false)", latent
+    if "image" in spec.conditions:
         kind, wanted = "image-to-video (noised_image_input: true)", 2 * latent
-    if network.in_channels != wanted:
-        yield config.fault(f"{_NETWORK}.in_channels", network.in_channels, f"{wanted} for {kind}")
+    if spec.in_channels != wanted:
+        yield config.fault(f"{_NETWORK}.in_channels", spec.in_channels, f"{wanted} for {kind}")
 
 
 @rule(
@@ -148,24 +145,18 @@ def channels_fit(config: ParsedConfig) -> Iterator[Fault]:
     "args.model_parallel_size",
 )
 def heads_fit(config: ParsedConfig) -> Iterator[Fault]:
-    network = config.model.network_config.params
-    heads, width = network.num_attention_heads, network.hidden_size
+    heads, width = config.spec.heads, config.spec.width
     if width % heads:
         yield config.fault(f"{_NETWORK}.hidden_size", width, f"divisible by num_attention_heads = {heads}")
         return
-    position = network.modules.pos_embed_config
-    if isinstance(position, Rotary3DPositionEmbeddingSlot):
-        if (width // heads) % _ROTARY_MULTIPLE:
-            yield config.fault(
-                f"{_NETWORK}.num_attention_heads",
-                heads,
-                f"heads of a width divisible by 16; now {width // heads}",
-            )
-        elif position.params.hidden_size_head not in (None, width // heads):
-            given = position.params.hidden_size_head
-            yield config.fault(
-                f"{_POSITION}.params.hidden_size_head", given, f"{width // heads}: hidden_size / heads"
-            )
+    own = config.spec.head_width
+    if config.spec.positions.kind != "sincos":
+        given = config.value(f"{_POSITION}.params.hidden_size_head")
+        if own % _ROTARY_MULTIPLE:
+            expected = f"heads of a width divisible by {_ROTARY_MULTIPLE}; now {own}"
+            yield config.fault(f"{_NETWORK}.num_attention_heads", heads, expected)
+        elif given not in (None, own):
+            yield config.fault(f"{_POSITION}.params.hidden_size_head", given, f"{own}: hidden_size / heads")
     ranks = config.args.model_parallel_size
     if heads % ranks:
         yield config.fault("args.model_parallel_size", ranks, f"a divisor of num_attention_heads = {heads}")
@@ -173,47 +164,39 @@ def heads_fit(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule(f"{_NETWORK}.ofs_embed_dim", f"{_NETWORK}.time_embed_dim", f"{_NETWORK}.hidden_size")
 def ofs_adds_to_time(config: ParsedConfig) -> Iterator[Fault]:
-    network = config.model.network_config.params
-    time = network.time_embed_dim or network.hidden_size
-    if network.ofs_embed_dim not in (None, time):
-        yield config.fault(f"{_NETWORK}.ofs_embed_dim", network.ofs_embed_dim, f"{time}, as time_embed_dim")
+    time, ofs = config.spec.time_width, config.spec.ofs_width
+    if ofs not in (None, time):
+        yield config.fault(f"{_NETWORK}.ofs_embed_dim", ofs, f"{time}, as time_embed_dim")
+
+
+def _repeats(config: ParsedConfig, path: str, wanted: object, of: str) -> Iterator[Fault]:
+    """Yields a fault where a key that repeats a number has another one."""
+    if (given := config.value(path)) != wanted:
+        yield config.fault(path, given, f"{wanted}, {of}")
 
 
 @rule(f"{_POSITION}.params.text_length", "model.conditioner_config")
 def text_lengths_agree(config: ParsedConfig) -> Iterator[Fault]:
-    tokens = config.model.network_config.params.modules.pos_embed_config.params.text_length
-    encoder = config.model.conditioner_config.params.emb_models[0].params.max_length
-    if tokens != encoder:
-        path = "model.conditioner_config.params.emb_models.0.params.max_length"
-        yield config.fault(path, encoder, f"{tokens}, as {_POSITION}.params.text_length")
+    path = "model.conditioner_config.params.emb_models.0.params.max_length"
+    yield from _repeats(config, path, config.spec.positions.text_length, f"as {_POSITION}.params.text_length")
 
 
 @rule(_VAE)
 def coders_agree(config: ParsedConfig) -> Iterator[Fault]:
-    vae = config.model.first_stage_config.params
-    for name in (
-        "ch",
-        "ch_mult",
-        "num_res_blocks",
-        "z_channels",
-        "norm_num_groups",
-        "temporal_compress_times",
-    ):
-        encoder, decoder = (getattr(half.params, name) for half in (vae.encoder_config, vae.decoder_config))
-        if encoder != decoder:
-            path = f"{_VAE}.decoder_config.params.{name}"
-            yield config.fault(path, decoder, f"{encoder}, as the encoder's")
+    for name in _CODERS_SHARE:
+        yield from _repeats(
+            config, f"{_DECODER}.{name}", getattr(config.spec.coder, name), "as the encoder's"
+        )
 
 
 @rule(_VAE)
 def autoencoder_divides_evenly(config: ParsedConfig) -> Iterator[Fault]:
-    vae = config.model.first_stage_config.params
-    coder, coder_path = vae.encoder_config.params, f"{_VAE}.encoder_config.params"
-    time, side = coder.temporal_compress_times, pixels_per_latent(config.model)
+    vae, coder, side = config.spec.vae, config.spec.coder, config.spec.spatial_compression
+    time = coder.temporal_compress_times
     if time & (time - 1) or time > side:
-        yield config.fault(f"{coder_path}.temporal_compress_times", time, f"a power of two up to {side}")
+        yield config.fault(f"{_CODER}.temporal_compress_times", time, f"a power of two up to {side}")
     if any(coder.ch * factor % coder.norm_num_groups for factor in (1, *coder.ch_mult)):
-        yield config.fault(f"{coder_path}.norm_num_groups", coder.norm_num_groups, "a divisor of all widths")
+        yield config.fault(f"{_CODER}.norm_num_groups", coder.norm_num_groups, "a divisor of all widths")
     if (vae.encode_chunk_frames or 0) % time:
         yield config.fault(f"{_VAE}.encode_chunk_frames", vae.encode_chunk_frames, f"a multiple of {time}")
     if any(size <= 0 or size % side for size in vae.tile_size):
@@ -225,44 +208,28 @@ def autoencoder_divides_evenly(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule("model.denoiser_config", "model.loss_fn_config", "model.sampler_config")
 def one_noise_schedule(config: ParsedConfig) -> Iterator[Fault]:
-    denoiser = config.model.denoiser_config.params
-    schedule = denoiser.discretization_config
-    sigma_path = "model.loss_fn_config.params.sigma_sampler_config.params"
-    others = {
-        sigma_path: config.model.loss_fn_config.params.sigma_sampler_config.params.discretization_config,
-        "model.sampler_config.params": config.model.sampler_config.params.discretization_config,
-    }
-    for path, other in others.items():
-        for name in type(schedule.params).model_fields if other is not None else ():
-            here, there = getattr(other.params, name), getattr(schedule.params, name)  # type: ignore[union-attr]
-            if here != there:
-                key = f"{path}.discretization_config.params.{name}"
-                yield config.fault(key, here, f"{there}, as model.denoiser_config says")
-    steps = schedule.params.num_timesteps
-    for path, num_idx in {
-        "model.denoiser_config.params.num_idx": denoiser.num_idx,
-        f"{sigma_path}.num_idx": config.model.loss_fn_config.params.sigma_sampler_config.params.num_idx,
-    }.items():
-        if num_idx != steps:
-            yield config.fault(path, num_idx, f"{steps}, the steps of the noise schedule")
+    schedule = config.spec.schedule
+    for path in (f"{_TIMESTEPS}.discretization_config", f"{_SAMPLER}.discretization_config"):
+        for name in ZeroSNRDDPMDiscretizationParams.model_fields if config.value(path) is not None else ():
+            key = f"{path}.params.{name}"
+            yield from _repeats(config, key, getattr(schedule, name), "as model.denoiser_config says")
+    for path in ("model.denoiser_config.params.num_idx", f"{_TIMESTEPS}.num_idx"):
+        yield from _repeats(config, path, schedule.num_timesteps, "the steps of the noise schedule")
 
 
 @rule("model.sampler_config")
 def guidance_grows_over_all_steps(config: ParsedConfig) -> Iterator[Fault]:
-    sampler = config.model.sampler_config.params
-    steps = getattr(sampler.guider_config.params, "num_steps", None)
-    if steps not in (None, sampler.num_steps):
-        path = "model.sampler_config.params.guider_config.params.num_steps"
-        yield config.fault(path, steps, f"null, or the sampler's {sampler.num_steps}")
-    if sampler.num_steps > config.model.denoiser_config.params.num_idx:
-        yield config.fault(
-            "model.sampler_config.params.num_steps", sampler.num_steps, "at most the schedule's steps"
-        )
+    most, path = config.spec.sampling_steps, f"{_SAMPLER}.guider_config.params.num_steps"
+    steps = config.value(path)
+    if steps not in (None, most):
+        yield config.fault(path, steps, f"null, or the sampler's {most}")
+    if most > config.spec.schedule.num_timesteps:
+        yield config.fault(f"{_SAMPLER}.num_steps", most, "at most the schedule's steps")
 
 
 @rule(f"{_NETWORK}.modules.lora_config", "model.not_trainable_prefixes")
 def adapters_have_a_frozen_base(config: ParsedConfig) -> Iterator[Fault]:
-    has_adapters = config.model.network_config.params.modules.lora_config is not None
+    has_adapters = config.spec.lora is not None
     frozen = config.model.not_trainable_prefixes
     if has_adapters and "all" not in frozen:
         yield config.fault("model.not_trainable_prefixes", frozen, "['all'], because lora_config is given")
@@ -276,10 +243,8 @@ def adapters_have_a_frozen_base(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule(f"{_NETWORK}.modules.lora_config", f"{_NETWORK}.num_layers", f"{_NETWORK}.ofs_embed_dim")
 def adapters_find_their_layers(config: ParsedConfig) -> Iterator[Fault]:
-    network = config.model.network_config.params
-    slot = network.modules.lora_config
-    names = linear_layers(network.num_layers, has_ofs=network.ofs_embed_dim is not None)
-    for index, target in enumerate(slot.params.targets if slot is not None else ()):
+    lora, names = config.spec.lora, config.spec.linear_layers()
+    for index, target in enumerate(lora.targets if lora is not None else ()):
         expected = _wanted_of_pattern(target, names)
         if expected:
             ours = LORA_TARGETS.get(target.rpartition("attn1.")[2], "")

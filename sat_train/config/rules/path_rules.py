@@ -102,9 +102,8 @@ def _needed_paths(config: ParsedConfig) -> Iterator[tuple[str, str]]:
             yield f"args.{name}", getattr(args, name)
     if config.data is not None and config.data.cache == "require" and config.purpose == "train":
         return  # neither the text encoder nor the autoencoder need be on this machine
-    encoder = config.model.conditioner_config.params.emb_models[0].params
-    yield TEXT_ENCODER, encoder.model_dir
-    yield AUTOENCODER, config.model.first_stage_config.params.ckpt_path
+    yield TEXT_ENCODER, config.spec.text.model_dir
+    yield AUTOENCODER, config.spec.vae.ckpt_path
 
 
 def _weight_paths(config: ParsedConfig) -> Iterator[tuple[str, str]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
+from sat_train.config.model_spec import ModelSpec, build_model_spec
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.config.schema.data_section import DataConfig
 from sat_train.config.schema.deepspeed import DeepSpeedConfig
@@ -34,6 +36,18 @@ class ParsedConfig:
     deepspeed: DeepSpeedConfig
     purpose: Purpose
     source_of: Callable[[str], str]
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The numbers of the model."""
+        return build_model_spec(self.model)
+
+    def value(self, path: str) -> Any:
+        """Returns the value of a dotted key; None where a group on the way is null or has no such key."""
+        node: Any = self
+        for part in path.split("."):
+            node = node[int(part)] if isinstance(node, tuple) else getattr(node, part, None)
+        return node
 
     def fault(self, path: str, value: object, expected: str, suggestion: str = "") -> Fault:
         """Returns a fault at a key, with the file that the key came from."""

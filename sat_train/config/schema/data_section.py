@@ -64,13 +64,6 @@ class VideoDatasetParams(Record):
     )
 
 
-class VideoDatasetSlot(Record):
-    """The data set of captioned video files."""
-
-    target: Literal["VideoDataset"] = Field("VideoDataset", description="Kind of data set.")
-    params: VideoDatasetParams = Field(description="Its settings.")
-
-
 class ColumnsConfig(Record):
     """Names of a table's columns, where they are not the usual ones."""
 
@@ -82,9 +75,10 @@ class ColumnsConfig(Record):
     weight: Text | None = Field(None, description="Column of the weight in an epoch; null: `weight`.")
 
 
-class DataConfig(VideoDatasetSlot):
+class DataConfig(Record):
     """What is read for training, and how."""
 
+    params: VideoDatasetParams = Field(description="Captioned video files.")
     columns: ColumnsConfig = Field(
         ColumnsConfig(), description="Names of columns in manifests and Hugging Face datasets."
     )

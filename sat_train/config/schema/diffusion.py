@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sat_train.config.schema.record import No, NoParams, Record
+from sat_train.config.schema.record import Record
 
 
 class ZeroSNRDDPMDiscretizationParams(Record):
@@ -22,51 +22,30 @@ class ZeroSNRDDPMDiscretizationParams(Record):
     post_shift: bool = Field(False, description="Shift after the last step was set to zero signal.")
 
 
-class ZeroSNRDDPMDiscretizationSlot(Record):
+class ScheduleGroup(Record):
     """The noise schedule."""
 
-    target: Literal["ZeroSNRDDPMDiscretization"] = Field(
-        "ZeroSNRDDPMDiscretization", description="Kind of noise schedule."
-    )
     params: ZeroSNRDDPMDiscretizationParams = Field(
         ZeroSNRDDPMDiscretizationParams(), description="Its settings."
     )
 
 
-class EpsWeightingSlot(Record):
-    """Weight 1/(1 - alpha_bar) on the x0 error, which is the plain error of v."""
-
-    target: Literal["EpsWeighting"] = Field("EpsWeighting", description="Kind of loss weight.")
-    params: NoParams = Field(NoParams(), description="It has none.")
-
-
-class VideoScalingSlot(Record):
-    """The network predicts v."""
-
-    target: Literal["VideoScaling"] = Field("VideoScaling", description="Kind of prediction.")
-    params: NoParams = Field(NoParams(), description="It has none.")
-
-
-class DiscreteDenoiserParams(Record):
+class DenoiserParams(Record):
     """What the network is given and what it predicts."""
 
     num_idx: int = Field(1000, ge=2, description="Steps of the schedule.")
-    quantize_c_noise: No = Field(False, description="Timesteps are exact already.")
-    weighting_config: EpsWeightingSlot = Field(EpsWeightingSlot(), description="Weight of the loss.")
-    scaling_config: VideoScalingSlot = Field(VideoScalingSlot(), description="What is predicted.")
-    discretization_config: ZeroSNRDDPMDiscretizationSlot = Field(
-        ZeroSNRDDPMDiscretizationSlot(), description="THE noise schedule of the model."
+    discretization_config: ScheduleGroup = Field(
+        ScheduleGroup(), description="THE noise schedule of the model."
     )
 
 
-class DiscreteDenoiserSlot(Record):
+class DenoiserGroup(Record):
     """The denoiser."""
 
-    target: Literal["DiscreteDenoiser"] = Field("DiscreteDenoiser", description="Kind of denoiser.")
-    params: DiscreteDenoiserParams = Field(DiscreteDenoiserParams(), description="Its settings.")
+    params: DenoiserParams = Field(DenoiserParams(), description="Its settings.")
 
 
-class DiscreteSamplingParams(Record):
+class TimestepsParams(Record):
     """Which timesteps training sees."""
 
     num_idx: int = Field(1000, ge=2, description="Steps of the schedule.")
@@ -74,35 +53,31 @@ class DiscreteSamplingParams(Record):
         False,
         description="Spread the timesteps of one step evenly over the schedule, at any number of ranks.",
     )
-    discretization_config: ZeroSNRDDPMDiscretizationSlot | None = Field(
+    discretization_config: ScheduleGroup | None = Field(
         None, description="null, or the same as the denoiser's."
     )
 
 
-class DiscreteSamplingSlot(Record):
+class TimestepsGroup(Record):
     """Timesteps of training."""
 
-    target: Literal["DiscreteSampling"] = Field("DiscreteSampling", description="Kind of timestep choice.")
-    params: DiscreteSamplingParams = Field(DiscreteSamplingParams(), description="Its settings.")
+    params: TimestepsParams = Field(TimestepsParams(), description="Its settings.")
 
 
-class VideoDiffusionLossParams(Record):
+class LossParams(Record):
     """The training loss: mean squared error of v, in fp32."""
 
     offset_noise_level: float = Field(0.0, ge=0, description="Extra noise shared by all pixels of a frame.")
     min_snr_value: float | None = Field(
         None, gt=0, description="Largest weight on the x0 error (min-SNR); null: no limit."
     )
-    sigma_sampler_config: DiscreteSamplingSlot = Field(
-        DiscreteSamplingSlot(), description="Timesteps of training."
-    )
+    sigma_sampler_config: TimestepsGroup = Field(TimestepsGroup(), description="Timesteps of training.")
 
 
-class VideoDiffusionLossSlot(Record):
+class LossGroup(Record):
     """The training loss."""
 
-    target: Literal["VideoDiffusionLoss"] = Field("VideoDiffusionLoss", description="Kind of loss.")
-    params: VideoDiffusionLossParams = Field(VideoDiffusionLossParams(), description="Its settings.")
+    params: LossParams = Field(LossParams(), description="Its settings.")
 
 
 class ConstantGuidanceParams(Record):
@@ -141,7 +116,7 @@ class SamplerParams(Record):
 
     num_steps: int = Field(50, ge=1, description="Denoising steps.")
     guider_config: GuidanceSlot = Field(DynamicGuidanceSlot(), description="Classifier-free guidance.")
-    discretization_config: ZeroSNRDDPMDiscretizationSlot | None = Field(
+    discretization_config: ScheduleGroup | None = Field(
         None, description="null, or the same as the denoiser's."
     )
 

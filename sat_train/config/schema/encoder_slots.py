@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
 from sat_train.config.schema.record import (
     HeightWidth,
     Ints,
-    No,
-    NoParams,
     Record,
     Text,
-    Yes,
-    ZeroOrOne,
     list_to_tuple,
 )
 
@@ -30,31 +26,27 @@ class T5TextEncoderParams(Record):
     )
 
 
-class T5TextEncoderSlot(Record):
+class TextEncoderGroup(Record):
     """The text encoder and how it conditions."""
 
-    target: Literal["T5TextEncoder"] = Field(description="Kind of text encoder.")
     params: T5TextEncoderParams = Field(description="Its settings.")
     ucg_rate: float = Field(
         0.0, ge=0, le=1, description="Share of captions dropped in training, for guidance."
     )
-    is_trainable: No = Field(False, description="The text encoder is always frozen.")
-    input_key: Literal["txt"] = Field("txt", description="It reads captions.")
 
 
-class GeneralConditionerParams(Record):
+class ConditionerParams(Record):
     """The encoders of the conditions."""
 
-    emb_models: Annotated[tuple[T5TextEncoderSlot, ...], BeforeValidator(list_to_tuple)] = Field(
+    emb_models: Annotated[tuple[TextEncoderGroup, ...], BeforeValidator(list_to_tuple)] = Field(
         min_length=1, max_length=1, description="The text encoder, alone in a list."
     )
 
 
-class GeneralConditionerSlot(Record):
+class ConditionerGroup(Record):
     """The conditioner."""
 
-    target: Literal["GeneralConditioner"] = Field("GeneralConditioner", description="Kind of conditioner.")
-    params: GeneralConditionerParams = Field(description="Its settings.")
+    params: ConditionerParams = Field(description="Its settings.")
 
 
 class VideoCoderParams(Record):
@@ -66,54 +58,32 @@ class VideoCoderParams(Record):
     z_channels: int = Field(ge=1, description="Latent channels.")
     in_channels: int = Field(3, ge=1, description="Channels of a frame.")
     out_ch: int = Field(3, ge=1, description="Channels of a decoded frame.")
-    double_z: Yes = Field(True, description="The encoder gives mean and log-variance.")
-    attn_resolutions: Ints = Field(
-        (), max_length=0, description="Empty: the family's autoencoder has no attention."
-    )
-    dropout: float = Field(0.0, ge=0, le=0, description="Zero: the autoencoder is frozen.")
     norm_num_groups: int = Field(32, ge=1, description="Groups of the group norms.")
     temporal_compress_times: int = Field(4, ge=1, description="Pixel frames in one latent frame.")
 
 
-class VideoEncoder3DSlot(Record):
-    """The encoder."""
+class VideoCoderGroup(Record):
+    """The encoder, or the decoder."""
 
-    target: Literal["VideoEncoder3D"] = Field("VideoEncoder3D", description="Kind of encoder.")
     params: VideoCoderParams = Field(description="Its settings.")
 
 
-class VideoDecoder3DSlot(Record):
-    """The decoder."""
-
-    target: Literal["VideoDecoder3D"] = Field("VideoDecoder3D", description="Kind of decoder.")
-    params: VideoCoderParams = Field(description="Its settings.")
-
-
-class DiagonalGaussianParams(Record):
+class PosteriorParams(Record):
     """The posterior of a latent."""
 
     sample: bool = Field(True, description="Draw from the posterior in training; false takes its mean.")
 
 
-class DiagonalGaussianSlot(Record):
+class PosteriorGroup(Record):
     """Mean and log-variance for each latent value."""
 
-    target: Literal["DiagonalGaussian"] = Field("DiagonalGaussian", description="Kind of posterior.")
-    params: DiagonalGaussianParams = Field(DiagonalGaussianParams(), description="Its settings.")
+    params: PosteriorParams = Field(PosteriorParams(), description="Its settings.")
 
 
-class IdentitySlot(Record):
-    """Nothing: the autoencoder is not trained here."""
-
-    target: Literal["Identity"] = Field("Identity", description="The autoencoder has no loss.")
-    params: NoParams = Field(NoParams(), description="It has none.")
-
-
-class VideoVAEParams(Record):
-    """The 3D causal video autoencoder."""
+class VideoVAESettings(Record):
+    """The 3D causal video autoencoder, but for its halves and its posterior."""
 
     ckpt_path: Text = Field(description="Its weights: SAT's `3d-vae.pt`, safetensors, or a diffusers folder.")
-    cp_size: ZeroOrOne = Field(0, description="Each rank codes its own clips.")
     encode_chunk_frames: int | None = Field(
         8,
         ge=4,
@@ -131,14 +101,17 @@ class VideoVAEParams(Record):
     tile_overlap: HeightWidth = Field(
         (40, 72), description="Pixels a tile shares with the one above it and with the one to its left."
     )
-    loss_config: IdentitySlot = Field(IdentitySlot(), description="Not trained here.")
-    regularizer_config: DiagonalGaussianSlot = Field(DiagonalGaussianSlot(), description="The posterior.")
-    encoder_config: VideoEncoder3DSlot = Field(description="The encoder.")
-    decoder_config: VideoDecoder3DSlot = Field(description="The decoder.")
 
 
-class VideoVAESlot(Record):
+class VideoVAEParams(VideoVAESettings):
+    """The 3D causal video autoencoder."""
+
+    regularizer_config: PosteriorGroup = Field(PosteriorGroup(), description="The posterior.")
+    encoder_config: VideoCoderGroup = Field(description="The encoder.")
+    decoder_config: VideoCoderGroup = Field(description="The decoder.")
+
+
+class VideoVAEGroup(Record):
     """The video autoencoder."""
 
-    target: Literal["VideoVAE"] = Field("VideoVAE", description="Kind of autoencoder.")
     params: VideoVAEParams = Field(description="Its settings.")

@@ -7,14 +7,14 @@ from typing import Literal
 from pydantic import Field
 
 from sat_train.config.schema.diffusion import (
-    DiscreteDenoiserSlot,
+    DenoiserGroup,
     DPMPP2MSlot,
+    LossGroup,
     SamplerSlot,
-    VideoDiffusionLossSlot,
 )
-from sat_train.config.schema.encoder_slots import GeneralConditionerSlot, VideoVAESlot
+from sat_train.config.schema.encoder_slots import ConditionerGroup, VideoVAEGroup
 from sat_train.config.schema.network import DiffusionTransformerSlot
-from sat_train.config.schema.record import No, Record, Texts
+from sat_train.config.schema.record import Record, Texts
 
 
 class ModelConfig(Record):
@@ -34,7 +34,6 @@ class ModelConfig(Record):
     noised_image_dropout: float = Field(
         0.0, ge=0, le=1, description="Share of samples trained without the image."
     )
-    noised_image_all_concat: No = Field(False, description="The image stands beside the first frame only.")
     not_trainable_prefixes: Texts = Field(
         (), description="Beginnings of weight names that are frozen; all: everything but adapters."
     )
@@ -42,10 +41,8 @@ class ModelConfig(Record):
         "zero", description="What a dropped caption becomes: a zero embedding, or the encoded empty prompt."
     )
     network_config: DiffusionTransformerSlot = Field(description="The transformer.")
-    conditioner_config: GeneralConditionerSlot = Field(description="The text encoder.")
-    first_stage_config: VideoVAESlot = Field(description="The video autoencoder.")
-    denoiser_config: DiscreteDenoiserSlot = Field(
-        DiscreteDenoiserSlot(), description="Noise schedule and prediction."
-    )
-    loss_fn_config: VideoDiffusionLossSlot = Field(VideoDiffusionLossSlot(), description="The training loss.")
+    conditioner_config: ConditionerGroup = Field(description="The text encoder.")
+    first_stage_config: VideoVAEGroup = Field(description="The video autoencoder.")
+    denoiser_config: DenoiserGroup = Field(DenoiserGroup(), description="Noise schedule and prediction.")
+    loss_fn_config: LossGroup = Field(LossGroup(), description="The training loss.")
     sampler_config: SamplerSlot = Field(DPMPP2MSlot(), description="How samples are drawn.")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from sat_train.config.schema.record import No, Record, Texts
+from sat_train.config.schema.record import Record, Texts
 
 SizePolicy = Literal["refuse", "interpolate"]
 
@@ -65,10 +65,6 @@ class AdaLNParams(Record):
     qk_ln: bool = Field(True, description="Normalise queries and keys of each head.")
 
 
-class FinalLayerParams(Record):
-    """Tokens to the predicted latent; it has no settings of its own."""
-
-
 class LoraParams(Record):
     """Low-rank adapters beside frozen weights."""
 
@@ -105,27 +101,16 @@ PositionEmbeddingSlot = Annotated[
 ]
 
 
-class ImagePatchEmbeddingSlot(Record):
+class ImagePatchEmbeddingGroup(Record):
     """Patch embedding."""
 
-    target: Literal["ImagePatchEmbedding"] = Field(
-        "ImagePatchEmbedding", description="Kind of patch embedding."
-    )
     params: ImagePatchEmbeddingParams = Field(description="Its settings.")
 
 
-class AdaLNSlot(Record):
+class AdaLNGroup(Record):
     """Adaptive layer norm."""
 
-    target: Literal["AdaLN"] = Field("AdaLN", description="Kind of layer modulation.")
     params: AdaLNParams = Field(AdaLNParams(), description="Its settings.")
-
-
-class FinalLayerSlot(Record):
-    """Final layer."""
-
-    target: Literal["FinalLayer"] = Field("FinalLayer", description="Kind of final layer.")
-    params: FinalLayerParams = Field(FinalLayerParams(), description="Its settings.")
 
 
 class LoraSlot(Record):
@@ -139,9 +124,8 @@ class NetworkModules(Record):
     """SAT mixins of the transformer."""
 
     pos_embed_config: PositionEmbeddingSlot = Field(description="Where a token is.")
-    patch_embed_config: ImagePatchEmbeddingSlot = Field(description="Latents and text to tokens.")
-    adaln_layer_config: AdaLNSlot = Field(AdaLNSlot(), description="Modulation of each layer.")
-    final_layer_config: FinalLayerSlot = Field(FinalLayerSlot(), description="Tokens to a latent.")
+    patch_embed_config: ImagePatchEmbeddingGroup = Field(description="Latents and text to tokens.")
+    adaln_layer_config: AdaLNGroup = Field(AdaLNGroup(), description="Modulation of each layer.")
     lora_config: LoraSlot | None = Field(None, description="Adapters; null trains the weights themselves.")
 
 
@@ -152,12 +136,6 @@ class TransformerArgs(Record):
         False, description="The same setting as `args.checkpoint_activations`."
     )
     model_parallel_size: int = Field(1, ge=1, description="The same setting as `args.model_parallel_size`.")
-    layernorm_order: Literal["pre"] = Field(
-        "pre", description="The layer norm stands in front of each block."
-    )
-    is_decoder: No = Field(
-        False, description="There is no cross-attention: text and video share one sequence."
-    )
 
 
 class DiffusionTransformerParams(Record):
@@ -178,7 +156,6 @@ class DiffusionTransformerParams(Record):
     num_frames: int = Field(ge=1, description="Pixel frames that the position embedding is made for.")
     latent_height: int = Field(ge=1, description="Latent height that the position embedding is made for.")
     latent_width: int = Field(ge=1, description="Latent width that the position embedding is made for.")
-    time_compressed_rate: Literal[4] = Field(4, description="Pixel frames in one latent frame.")
     time_embed_dim: int | None = Field(
         None, ge=1, description="Width of the timestep embedding; null: hidden_size."
     )

@@ -19,10 +19,6 @@ class Record(BaseModel):
     )
 
 
-class NoParams(Record):
-    """A part without settings."""
-
-
 def list_to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -39,12 +35,6 @@ def _one_to_tuple(value: Any) -> Any:
 def _no_truth_value(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("literal_error", "true is not 1, and false is not 0")
-    return value
-
-
-def _no_number(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise PydanticCustomError("literal_error", "1 is not true, and 0 is not false")
     return value
 
 
@@ -82,8 +72,5 @@ Whole = Annotated[int, BeforeValidator(_whole_float_to_int)]
 Text = str
 # Part of a file's name: nothing that leaves its folder, hides it or breaks a line.
 FileName = Annotated[str, Field(pattern=FILE_NAME)]
-# A choice of one: pydantic alone takes 1 for true and 0 for false.
-Yes = Annotated[Literal[True], BeforeValidator(_no_number)]
-No = Annotated[Literal[False], BeforeValidator(_no_number)]
+# Pydantic alone takes true for 1 and false for 0.
 ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth_value)]
-ZeroOrOne = Annotated[Literal[0, 1], BeforeValidator(_no_truth_value)]

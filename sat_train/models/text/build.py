@@ -1,10 +1,10 @@
-"""Section `model.conditioner_config` to the frozen text encoder."""
+"""Numbers of a model -> the frozen text encoder."""
 
 from __future__ import annotations
 
 import torch
 
-from sat_train.config.schema.encoder_slots import T5TextEncoderParams
+from sat_train.config import T5TextEncoderParams
 from sat_train.models.text.t5 import T5TextEncoder
 
 
@@ -17,7 +17,7 @@ def build_text_encoder(
     """Reads the text encoder from its folder.
 
     Args:
-        params: `model.conditioner_config.params.emb_models[0].params`.
+        params: Its folder, and the length of captions.
         device: Where it goes.
         dtype: fp32 or bf16.
 

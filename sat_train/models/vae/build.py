@@ -1,4 +1,4 @@
-"""Section `model.first_stage_config` to the frozen video VAE."""
+"""Numbers of a model -> the frozen video VAE."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sat_train.config.schema.encoder_slots import VideoVAEParams
+from sat_train.config import ModelSpec
 from sat_train.log import get_logger
 from sat_train.models.vae.tiling import Tiling
 from sat_train.models.vae.video_vae import VideoVAE
@@ -18,7 +18,7 @@ _CUDNN_WITH_HALF_CONV3D = 91500
 
 
 def build_vae(
-    params: VideoVAEParams,
+    spec: ModelSpec,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
@@ -27,7 +27,7 @@ def build_vae(
     """Builds the VAE, frozen and in evaluation mode.
 
     Args:
-        params: `model.first_stage_config.params`.
+        spec: The numbers of the model.
         state_dict: Its weights under SAT's names, any dtype, checked by the caller; None leaves it
             uninitialised, for the meta device.
         device: "meta" allocates nothing.
@@ -37,7 +37,7 @@ def build_vae(
         The VAE.
     """
     warn_of_slow_conv3d(torch.device(device), dtype)
-    coder = params.encoder_config.params  # the decoder's numbers are the same: a rule of the configuration
+    coder, own = spec.coder, spec.vae
     with torch.device("meta"):
         vae = VideoVAE(
             ch=coder.ch,
@@ -45,13 +45,13 @@ def build_vae(
             num_res_blocks=coder.num_res_blocks,
             z_channels=coder.z_channels,
             in_channels=coder.in_channels,
-            out_ch=params.decoder_config.params.out_ch,
+            out_ch=coder.out_ch,
             temporal_compress_times=coder.temporal_compress_times,
             norm_num_groups=coder.norm_num_groups,
-            encode_chunk_frames=params.encode_chunk_frames,
-            decode_chunk_frames=params.decode_chunk_frames,
-            clips_at_once=params.clips_at_once,
-            tiling=Tiling(*params.tile_size, *params.tile_overlap) if params.tiling else None,
+            encode_chunk_frames=own.encode_chunk_frames,
+            decode_chunk_frames=own.decode_chunk_frames,
+            clips_at_once=own.clips_at_once,
+            tiling=Tiling(*own.tile_size, *own.tile_overlap) if own.tiling else None,
         )
     if state_dict is not None:
         vae.load_state_dict(state_dict, assign=True)

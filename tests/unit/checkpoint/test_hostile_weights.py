@@ -224,12 +224,12 @@ def test_an_export_holds_known_files_of_t5_only_and_follows_no_link_out(
     preset = "configs/model/cogvideox_tiny.yaml"
     words = [f"model.conditioner_config.params.emb_models.0.params.model_dir={folder}"]
     config = load_run_config([preset], words, purpose="check", check_paths=False)
-    conversion = Conversion(Path(config.args.load), tmp_path / "out", "diffusers", model=config.model)
+    conversion = Conversion(Path(config.args.load), tmp_path / "out", "diffusers", model=config.spec)
     out = convert(conversion)
     assert {path.name for path in (out / "text_encoder").iterdir()} == {"config.json", "model.safetensors"}
     assert "evil" not in (out / "text_encoder" / "config.json").read_text()
     (folder / "special_tokens_map.json").symlink_to(tmp_path / "secret")
-    out = convert(Conversion(conversion.source, tmp_path / "again", "diffusers", model=config.model))
+    out = convert(Conversion(conversion.source, tmp_path / "again", "diffusers", model=config.spec))
     assert not (out / "tokenizer").exists(), "a link that leads outside is said, and nothing is copied"
 
 

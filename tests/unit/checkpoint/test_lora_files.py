@@ -53,7 +53,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
             tmp_path_factory.mktemp("tiny") / "base",
             "diffusers",
             dtype=torch.float32,
-            model=config.model,
+            model=config.spec,
         )
     )
     return config, base
@@ -102,7 +102,7 @@ def test_every_spelling_merges_to_weight_plus_strength_times_alpha_over_rank_tim
             lora=LORAS / name,
             lora_strength=strength,
             dtype=torch.float32,
-            model=config.model,
+            model=config.spec,
         )
     )
     scale = strength * SPELLINGS[name]
@@ -127,7 +127,7 @@ def test_sampling_with_and_continuing_from_a_file_compute_what_merging_gives(
     updates = strengthened(read_lora(LORAS / name), 0.6)
 
     def built(change) -> Tensor:
-        dit = build_dit(config.model, device="cpu", dtype=torch.float32, initialize=False)
+        dit = build_dit(config.spec, device="cpu", dtype=torch.float32, initialize=False)
         load_weights(dit, weights, may_lack=dit.derived_keys())
         change(dit)
         return forward(dit)
@@ -136,7 +136,7 @@ def test_sampling_with_and_continuing_from_a_file_compute_what_merging_gives(
         add_lora(dit, rank=16, alpha=1.0, targets=(*EVERYTHING, "final_layer.linear"))
         load_updates(dit, updates)
 
-    merged = build_dit(config.model, device="cpu", dtype=torch.float32, initialize=False)
+    merged = build_dit(config.spec, device="cpu", dtype=torch.float32, initialize=False)
     load_weights(merged, merge_updates(weights, updates, dtype=torch.float32), may_lack=merged.derived_keys())
     expected = forward(merged)
     assert (expected - built(lambda dit: None)).abs().max() > 1e-3, "this adapter must matter"

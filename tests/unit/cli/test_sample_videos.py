@@ -54,13 +54,13 @@ def make_run(tmp_path: Path):
             *(model if image_to_video else []),
         ]
         config = load_run_config([SAMPLE], [*shared, *words], purpose="sample", check_paths=False)
-        dit = build_dit(config.model, device="cpu", dtype=torch.float32)
+        dit = build_dit(config.spec, device="cpu", dtype=torch.float32)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in dit.parameters():
                 parameter.normal_(std=0.05, generator=generator)
         save_file(dit.state_dict(), tmp_path / "dit.safetensors")
-        coder = config.model.first_stage_config.params.encoder_config.params
+        coder = config.spec.coder
         with torch.random.fork_rng():
             torch.manual_seed(0)
             vae = VideoVAE(

@@ -17,7 +17,7 @@ def load(*words: str, model: str = "cogvideox_5b"):
 
 def sizes(*words: str, model: str = "cogvideox_5b"):
     config = load(*words, model=model)
-    return allowed_sizes(config.data.params, config.model)
+    return allowed_sizes(config.data.params, config.spec)
 
 
 def test_sizes_are_those_given_beside_video_size_each_once() -> None:
@@ -41,7 +41,7 @@ def test_an_aspect_without_quotes_is_read_as_it_is_written(tmp_path) -> None:
 
 def test_lengths_are_falling() -> None:
     config = load("data.params.buckets.frames=[1,33,17]")
-    assert allowed_frames(config.data.params, config.model) == (49, 33, 17, 1)
+    assert allowed_frames(config.data.params, config.spec) == (49, 33, 17, 1)
 
 
 @pytest.mark.parametrize("model", ["cogvideox_2b", "cogvideox_5b_i2v"])

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from sat_train.config import load_run_config
-from sat_train.config.shapes import ClipShape, allowed_shapes, count_tokens, size_of_aspect
+from sat_train.config.shapes import ClipShape, allowed_shapes, size_of_aspect
 from sat_train.data.bad_clips import BadClip
 from sat_train.data.batches import DataPosition
 from sat_train.data.buckets import choose_bucket
@@ -73,7 +73,7 @@ def test_sizes_of_aspects_fill_patches_and_cost_no_more(preset, aspect):
     words = [f"data.params.buckets.aspects=['{aspect}']"]
     config = load_run_config([f"configs/model/{preset}.yaml"], words, purpose="check", check_paths=False)
     base = config.data.params.video_size
-    height, width = size_of_aspect(aspect, base, config.model)
+    height, width = size_of_aspect(aspect, base, config.spec)
     assert height % 16 == width % 16 == 0
     assert height * width <= base[0] * base[1]
     ratio = int(aspect.split(":")[0]) / int(aspect.split(":")[1])
@@ -82,16 +82,16 @@ def test_sizes_of_aspects_fill_patches_and_cost_no_more(preset, aspect):
         return
     assert height <= math.sqrt(base[0] * base[1] / ratio) + 1e-6 < height + 16
     assert width <= math.sqrt(base[0] * base[1] * ratio) + 1e-6 < width + 16
-    shapes = allowed_shapes(config.data.params, config.model)
-    tokens = [count_tokens(shape, config.model) for shape in shapes]
+    shapes = allowed_shapes(config.data.params, config.spec)
+    tokens = [config.spec.tokens(config.spec.latent(*shape)) for shape in shapes]
     assert max(tokens) == tokens[0]
 
 
 def test_tokens_are_those_of_the_published_models():
     for preset, tokens in (("cogvideox_5b", 17_550 + 226), ("cogvideox1.5_5b", 44_880 + 224)):
         config = load_run_config([f"configs/model/{preset}.yaml"], [], purpose="check", check_paths=False)
-        (shape,) = allowed_shapes(config.data.params, config.model)
-        assert count_tokens(shape, config.model) == tokens
+        (shape,) = allowed_shapes(config.data.params, config.spec)
+        assert config.spec.tokens(config.spec.latent(*shape)) == tokens
 
 
 def test_shrinking_keeps_to_lengths_that_fill_patches_as_the_trained_one_does():
@@ -105,7 +105,7 @@ def test_shrinking_keeps_to_lengths_that_fill_patches_as_the_trained_one_does():
             purpose="check",
             check_paths=False,
         )
-        assert tuple(shape.frames for shape in allowed_shapes(config.data.params, config.model)) == lengths
+        assert tuple(shape.frames for shape in allowed_shapes(config.data.params, config.spec)) == lengths
 
 
 # A set of clips of many shapes, read through loaders as a configuration describes them.
@@ -215,7 +215,7 @@ def test_a_budget_of_tokens_gives_small_shapes_large_batches(mesh, folder):
     for _ in range(30):
         batch = next(loader)
         frames, _, height, width = batch.video_btchw.shape[1:]
-        tokens = count_tokens(ClipShape(frames, height, width), config.model)
+        tokens = config.spec.tokens(config.spec.latent(frames, height, width))
         sizes.add(len(batch))
         assert len(batch) * tokens <= 100 < (len(batch) + 1) * tokens
     assert len(sizes) > 1

@@ -32,30 +32,30 @@ def test_every_member_of_the_family_has_a_file():
 @pytest.mark.parametrize("family", FAMILIES, ids=file_of)
 def test_a_model_file_builds_the_released_weights(family):
     """The expected shapes are those of the model that equals diffusers' full-size one (tests/parity)."""
-    model = load(f"model/{file_of(family)}").model
-    built = build_dit(model, device="meta", dtype=torch.bfloat16).state_dict()
+    spec = load(f"model/{file_of(family)}").spec
+    built = build_dit(spec, device="meta", dtype=torch.bfloat16).state_dict()
     expected = family.ours(device="meta", dtype=torch.bfloat16).state_dict()
     assert {key: value.shape for key, value in built.items()} == {k: v.shape for k, v in expected.items()}
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_lora_works_in_front_of_every_model_file(name):
-    model = load(f"model/{name}", "lora").model
-    lora, params = model.network_config.params.modules.lora_config, model.network_config.params
-    dit = build_dit(model, device="meta", dtype=torch.bfloat16)
+    config = load(f"model/{name}", "lora")
+    spec = config.spec
+    dit = build_dit(spec, device="meta", dtype=torch.bfloat16)
     weights = adapter_state_dict(dit)
     matrices = {key: value for key, value in weights.items() if "matrix" in key}
-    assert len(matrices) == 8 * params.num_layers
+    assert len(matrices) == 8 * spec.layers
     assert {value.dtype for value in matrices.values()} == {torch.float32}
-    summary = select_trainable(dit, not_trainable_prefixes=model.not_trainable_prefixes)
-    assert summary.num_trainable == 8 * params.num_layers * lora.params.r * params.hidden_size
+    summary = select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
+    assert summary.num_trainable == 8 * spec.layers * spec.lora.r * spec.width
 
 
 def test_settings_reach_the_transformer():
     path = "model.network_config.params"
     words = (f"{path}.modules.pos_embed_config.params.size_policy=interpolate",)
     dit = build_dit(
-        load("model/cogvideox_2b", words=words).model,
+        load("model/cogvideox_2b", words=words).spec,
         device="meta",
         dtype=torch.float32,
         activation_checkpointing=True,
@@ -66,10 +66,8 @@ def test_settings_reach_the_transformer():
 
 
 def test_the_tiny_model_starts_from_its_seed():
-    model = load("model/cogvideox_tiny").model
-    first, same, other = (
-        build_dit(model, device="cpu", dtype=torch.float32, seed=seed) for seed in (1, 1, 2)
-    )
+    spec = load("model/cogvideox_tiny").spec
+    first, same, other = (build_dit(spec, device="cpu", dtype=torch.float32, seed=seed) for seed in (1, 1, 2))
     key = "time_embed.0.weight"
     assert torch.equal(first.state_dict()[key], same.state_dict()[key])
     assert not torch.equal(first.state_dict()[key], other.state_dict()[key])

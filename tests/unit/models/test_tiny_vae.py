@@ -32,8 +32,8 @@ def read_clip(path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def vae() -> VideoVAE:
-    params = load_run_config(base=CONFIG, purpose="check").model.first_stage_config.params
-    return build_vae(params, state_dict=load_file(ASSETS / "tiny" / "vae.safetensors"))
+    spec = load_run_config(base=CONFIG, purpose="check").spec
+    return build_vae(spec, state_dict=load_file(ASSETS / "tiny" / "vae.safetensors"))
 
 
 def psnr_db(video: torch.Tensor, decoded: torch.Tensor) -> float:

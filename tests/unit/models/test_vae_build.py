@@ -1,11 +1,12 @@
 """Configuration to video VAE."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
-from sat_train.config import VideoVAEParams, load_run_config
+from sat_train.config import ModelSpec, load_run_config
 from sat_train.errors import ConfigError
 from sat_train.models.vae.build import build_vae, warn_of_slow_conv3d
 from sat_train.models.vae.tiling import Tiling
@@ -13,41 +14,40 @@ from sat_train.models.vae.tiling import Tiling
 VAE = "model.first_stage_config.params"
 
 
-def params(coder: dict | None = None, **changes) -> VideoVAEParams:
-    numbers = {"ch": 8, "ch_mult": [1, 2, 2], "num_res_blocks": 1, "z_channels": 4, "norm_num_groups": 4}
-    half = {"params": {**numbers, **(coder or {})}}
-    return VideoVAEParams.model_validate(
-        {"ckpt_path": "vae.safetensors", "encoder_config": half, "decoder_config": half, **changes}
-    )
+def spec(coder: dict | None = None, **settings) -> ModelSpec:
+    tiny = {"ch": 8, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "z_channels": 4, "norm_num_groups": 4}
+    full = load_run_config(["configs/model/cogvideox_5b.yaml"], purpose="check", check_paths=False).spec
+    numbers = full.coder.model_copy(update=coder or tiny)
+    return replace(full, coder=numbers, vae=full.vae.model_copy(update=settings))
 
 
 def test_settings_reach_the_vae():
-    settings = params(
-        encode_chunk_frames=None, decode_chunk_frames=3, clips_at_once=1, tiling=True, tile_size=[64, 96]
+    settings = spec(
+        encode_chunk_frames=None, decode_chunk_frames=3, clips_at_once=1, tiling=True, tile_size=(64, 96)
     )
     vae = build_vae(settings, device="meta")
     assert (vae.encode_chunk_frames, vae.decode_chunk_frames, vae.clips_at_once) == (None, 3, 1)
     assert vae.tiling == Tiling(height=64, width=96, overlap_height=40, overlap_width=72)
     assert (vae.spatial_compression, vae.temporal_compression, vae.z_channels) == (4, 4, 4)
-    assert build_vae(params(), device="meta").tiling is None
+    assert build_vae(spec(), device="meta").tiling is None
 
 
 def test_full_size_builds_on_the_meta_device():
     released = {
         "ch": 128,
-        "ch_mult": [1, 2, 2, 4],
+        "ch_mult": (1, 2, 2, 4),
         "num_res_blocks": 3,
         "z_channels": 16,
         "norm_num_groups": 32,
     }
-    vae = build_vae(params(released), device="meta")
+    vae = build_vae(spec(released), device="meta")
     assert sum(weight.numel() for weight in vae.parameters()) == 215_583_907  # the released VAE's
     assert {weight.device.type for weight in vae.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_any_dtype_arrive_frozen_in_the_one_asked_for(dtype):
-    settings = params()
+    settings = spec()
     shapes = build_vae(settings, device="meta").state_dict()
     given = {name: torch.full(weight.shape, 0.5, dtype=torch.float16) for name, weight in shapes.items()}
     vae = build_vae(settings, state_dict=given, dtype=dtype)

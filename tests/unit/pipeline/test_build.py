@@ -38,7 +38,7 @@ def test_released_numbers(name):
     scale_factor, image_scale, ofs, shift, dtype, frames, size = RELEASED[name]
     config = _load(name)
     start_single_process()
-    dit = build_dit(config.model, device="meta", dtype=torch.float32)
+    dit = build_dit(config.spec, device="meta", dtype=torch.float32)
     pipeline = build_pipeline(config, dit=dit, vae=None, text_encoder=None)
     assert pipeline.scale_factor == scale_factor
     assert pipeline.noised_image_input == name.endswith("i2v")
@@ -76,4 +76,4 @@ def test_constant_guidance_and_an_odd_schedule():
         "model.denoiser_config.params.discretization_config.params.keep_start=true",
     )
     assert build_sampling(config).guidance == ConstantGuidance(2.5)
-    assert build_alpha_bar(config.model)[0].item() == pytest.approx(1 - 0.00085, rel=1e-12)
+    assert build_alpha_bar(config.spec)[0].item() == pytest.approx(1 - 0.00085, rel=1e-12)

@@ -1,0 +1,127 @@
+"""Keys of CogVideo's files that can hold one value here: accepted where they hold it, else refused by name.
+
+They are classes that have no alternative, and choices that the family never made. Nothing reads them, so they
+are no part of the schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from sat_train.config.aliases import get_value
+from sat_train.config.catalog import pattern_of, suggest_value
+from sat_train.config.layers import Merged
+from sat_train.errors import Fault
+
+_NETWORK = "model.network_config.params"
+_TEXT = "model.conditioner_config.params.emb_models.*"
+_VAE = "model.first_stage_config.params"
+_DENOISER = "model.denoiser_config.params"
+_TIMESTEPS = "model.loss_fn_config.params.sigma_sampler_config"
+_SCHEDULE = "ZeroSNRDDPMDiscretization"
+
+# What each key may hold; `*` stands for a place in a list.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "data.target": ("VideoDataset",),
+    "model.noised_image_all_concat": (False,),
+    f"{_NETWORK}.time_compressed_rate": (4,),
+    f"{_NETWORK}.transformer_args.layernorm_order": ("pre",),
+    f"{_NETWORK}.transformer_args.is_decoder": (False,),
+    f"{_NETWORK}.modules.patch_embed_config.target": ("ImagePatchEmbedding",),
+    f"{_NETWORK}.modules.adaln_layer_config.target": ("AdaLN",),
+    f"{_NETWORK}.modules.final_layer_config.target": ("FinalLayer",),
+    "model.conditioner_config.target": ("GeneralConditioner",),
+    f"{_TEXT}.target": ("T5TextEncoder",),
+    f"{_TEXT}.is_trainable": (False,),
+    f"{_TEXT}.input_key": ("txt",),
+    "model.first_stage_config.target": ("VideoVAE",),
+    f"{_VAE}.cp_size": (0, 1),
+    f"{_VAE}.loss_config.target": ("Identity",),
+    f"{_VAE}.regularizer_config.target": ("DiagonalGaussian",),
+    f"{_VAE}.encoder_config.target": ("VideoEncoder3D",),
+    f"{_VAE}.decoder_config.target": ("VideoDecoder3D",),
+    **{
+        f"{_VAE}.{half}.params.{key}": (value,)
+        for half in ("encoder_config", "decoder_config")
+        for key, value in {"double_z": True, "attn_resolutions": [], "dropout": 0.0}.items()
+    },
+    "model.denoiser_config.target": ("DiscreteDenoiser",),
+    f"{_DENOISER}.quantize_c_noise": (False,),
+    f"{_DENOISER}.weighting_config.target": ("EpsWeighting",),
+    f"{_DENOISER}.scaling_config.target": ("VideoScaling",),
+    f"{_DENOISER}.discretization_config.target": (_SCHEDULE,),
+    "model.loss_fn_config.target": ("VideoDiffusionLoss",),
+    f"{_TIMESTEPS}.target": ("DiscreteSampling",),
+    f"{_TIMESTEPS}.params.discretization_config.target": (_SCHEDULE,),
+    "model.sampler_config.params.discretization_config.target": (_SCHEDULE,),
+}
+# These groups hold nothing else.
+WITHOUT_SETTINGS = (
+    f"{_NETWORK}.modules.final_layer_config",
+    f"{_VAE}.loss_config",
+    f"{_DENOISER}.weighting_config",
+    f"{_DENOISER}.scaling_config",
+)
+
+
+def only_value(path: str) -> str:
+    """Returns in words what a key can hold that can hold one value; an empty text for all other keys."""
+    allowed = FIXED.get(pattern_of(path))
+    return "" if allowed is None else _describe(allowed)
+
+
+def drop_fixed_keys(merged: Merged, faults: list[Fault]) -> None:
+    """Takes out the keys that can hold one value.
+
+    Args:
+        merged: Changed in place, before it is validated.
+        faults: Gets those that hold another value.
+    """
+    for pattern, allowed in FIXED.items():
+        for path in _places(merged.tree, pattern):
+            value = get_value(merged.tree, path)
+            if not any(_is_same(value, one) for one in allowed):
+                expected = _describe(allowed)
+                suggestion = suggest_value(str(value), [str(one) for one in allowed])
+                faults.append(Fault(path, _show(value), expected, merged.source_of(path), suggestion))
+            _take_out(merged, path)
+    for group in WITHOUT_SETTINGS:
+        if get_value(merged.tree, group) in (None, {}, {"params": {}}):
+            _take_out(merged, group)
+
+
+def _places(tree: Any, pattern: str) -> Iterator[str]:
+    """Yields the paths of a pattern that the tree has."""
+    group, _, rest = pattern.partition(".*.")
+    if not rest:
+        yield from [pattern] if get_value(tree, pattern) is not PydanticUndefined else []
+        return
+    items = get_value(tree, group)
+    for place, item in enumerate(items if isinstance(items, list) else ()):
+        yield from (f"{group}.{place}.{path}" for path in _places(item, rest))
+
+
+def _is_same(value: Any, allowed: Any) -> bool:
+    """Tells whether a value is the allowed one: 0 and 0.0 are, 0 and false are not."""
+    return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _describe(allowed: tuple[Any, ...]) -> str:
+    choices = ", ".join(map(_show, allowed))
+    return f"one of {choices}" if len(allowed) > 1 else choices
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)
+
+
+def _take_out(merged: Merged, path: str) -> None:
+    parent, _, leaf = path.rpartition(".")
+    del get_value(merged.tree, parent)[leaf]
+    for known in [known for known in merged.sources if known == path or known.startswith(f"{path}.")]:
+        del merged.sources[known]

@@ -1,0 +1,72 @@
+"""Keys of CogVideo's files that can hold one value here: accepted, checked, and no part of the schema."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sat_train.config import load_run_config
+from sat_train.config.catalog import all_keys
+from sat_train.config.explain import explain_key
+from sat_train.config.fixed_keys import FIXED, WITHOUT_SETTINGS
+from sat_train.errors import ConfigError
+
+PATHS = {path.replace("*", "0"): allowed for path, allowed in FIXED.items()}
+
+
+def load(*words: str):
+    return load_run_config(["configs/sft.yaml"], words, check_paths=False)
+
+
+def test_all_of_them_at_once_change_nothing() -> None:
+    words = [f"{path}={json.dumps(allowed[-1])}" for path, allowed in PATHS.items()]
+    config = load(*words)
+    # a schedule that repeats the model's, and a data set and VAE that are named, are what they were
+    repeated = "model.loss_fn_config.params.sigma_sampler_config.params.discretization_config"
+    assert (
+        load(f"{repeated}={{}}", "model.sampler_config.params.discretization_config={}").tree()
+        == config.tree()
+    )
+    assert not set(PATHS) & config.sources.keys()
+    assert not [note for note in config.notes if "older" in note]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_another_value_is_refused_by_name(path: str) -> None:
+    expected = "one of 0, 1" if path.endswith("cp_size") else str(PATHS[path][0])
+    with pytest.raises(ConfigError) as caught:
+        load(f"{path}=Other")
+    (fault,) = [fault for fault in caught.value.faults if fault.path == path]
+    assert (fault.value, fault.expected.lower(), fault.source) == ("Other", expected.lower(), "command line")
+    assert all(fault.path == path for fault in caught.value.faults)
+
+
+def test_numbers_are_no_truth_values() -> None:
+    with pytest.raises(ConfigError, match=r"noised_image_all_concat = 0: expected false"):
+        load("model.noised_image_all_concat=0")
+    with pytest.raises(ConfigError, match=r"double_z = 1: expected true"):
+        load("model.first_stage_config.params.encoder_config.params.double_z=1")
+
+
+def test_a_right_value_later_mends_a_wrong_one() -> None:
+    target = "model.network_config.params.modules.adaln_layer_config.target"
+    assert load(f"{target}=Other", f"{target}=AdaLN").spec == load().spec
+
+
+def test_groups_without_settings_may_be_named_and_hold_nothing() -> None:
+    groups = [f"{group}={{params: {{}}}}" for group in WITHOUT_SETTINGS]
+    assert load(*groups).tree() == load().tree()
+    for group in WITHOUT_SETTINGS:
+        with pytest.raises(ConfigError, match=f"{group}.*expected a key that exists"):
+            load(f"{group}.params.strength=2")
+
+
+def test_the_schema_has_none_of_them() -> None:
+    assert not all_keys().keys() & {*FIXED, *WITHOUT_SETTINGS}
+
+
+def test_they_are_explained() -> None:
+    text = explain_key("model.network_config.params.modules.adaln_layer_config.target", None)
+    assert text.endswith("A key of older files: it can only hold AdaLN.")
+    assert "one of 0, 1" in explain_key("model.first_stage_config.params.cp_size", None)
