@@ -13,7 +13,8 @@ from pydantic_core import PydanticUndefined
 
 from sat_train.config.aliases import get_value
 from sat_train.config.catalog import pattern_of, suggest_value
-from sat_train.config.layers import Merged
+from sat_train.config.layers import Merged, forget_sources
+from sat_train.config.values import show_value
 from sat_train.errors import Fault
 
 _NETWORK = "model.network_config.params"
@@ -86,7 +87,7 @@ def drop_fixed_keys(merged: Merged, faults: list[Fault]) -> None:
             if not any(_is_same(value, one) for one in allowed):
                 expected = _describe(allowed)
                 suggestion = suggest_value(str(value), [str(one) for one in allowed])
-                faults.append(Fault(path, _show(value), expected, merged.source_of(path), suggestion))
+                faults.append(Fault(path, show_value(value), expected, merged.source_of(path), suggestion))
             _take_out(merged, path)
     for group in WITHOUT_SETTINGS:
         if get_value(merged.tree, group) in (None, {}, {"params": {}}):
@@ -110,18 +111,11 @@ def _is_same(value: Any, allowed: Any) -> bool:
 
 
 def _describe(allowed: tuple[Any, ...]) -> str:
-    choices = ", ".join(map(_show, allowed))
+    choices = ", ".join(map(show_value, allowed))
     return f"one of {choices}" if len(allowed) > 1 else choices
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "null" if value is None else str(value)
 
 
 def _take_out(merged: Merged, path: str) -> None:
     parent, _, leaf = path.rpartition(".")
     del get_value(merged.tree, parent)[leaf]
-    for known in [known for known in merged.sources if known == path or known.startswith(f"{path}.")]:
-        del merged.sources[known]
+    forget_sources(merged.sources, path)

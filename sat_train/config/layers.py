@@ -124,18 +124,18 @@ def _merge(
         inner = f"{path}.{key}" if path else str(key)
         here = into.get(key)
         if value is None and _goes_back_to_default(inner):
-            _forget(sources, inner)
+            forget_sources(sources, inner)
             into.pop(key, None)
         elif isinstance(value, dict) and isinstance(here, list) and _are_places(value, here):
             _merge_into_list(here, value, inner, name, sources)
         elif isinstance(value, dict):
             if not isinstance(here, dict):
-                _forget(sources, inner)
+                forget_sources(sources, inner)
                 into[key] = {}
                 sources[inner] = name
             _merge(into[key], value, inner, name, sources)
         else:
-            _forget(sources, inner)
+            forget_sources(sources, inner)
             into[key] = value
             sources[inner] = name
 
@@ -172,10 +172,11 @@ def _drop_params_of_other_target(
         return
     for key in [key for key in params if key not in record.model_fields]:
         del params[key]
-        _forget(sources, f"{path}.params.{key}")
+        forget_sources(sources, f"{path}.params.{key}")
 
 
-def _forget(sources: dict[str, str], path: str) -> None:
+def forget_sources(sources: dict[str, str], path: str) -> None:
+    """Drops the sources of a key and of all keys below it."""
     for known in [known for known in sources if known == path or known.startswith(f"{path}.")]:
         del sources[known]
 

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from sat_train.config.aliases import get_value
-from sat_train.config.layers import Merged
+from sat_train.config.layers import Merged, replace_value
+from sat_train.config.values import show_value
 from sat_train.config.yaml_text import REFERENCE, WANTED_REFERENCE, is_plain
 from sat_train.errors import Fault
 
@@ -30,7 +31,7 @@ def resolve_references(merged: Merged, faults: list[Fault]) -> None:
         if value is PydanticUndefined:
             faults.append(Fault(path, text, WANTED_REFERENCE, merged.source_of(path)))
             value = None  # it must not keep the others from being read
-        _put(merged.tree, parts, value)
+        replace_value(merged.tree, parts, value)
 
 
 def _resolve(text: str, tree: Any) -> Any:
@@ -40,17 +41,13 @@ def _resolve(text: str, tree: Any) -> Any:
     if not all(isinstance(value, (str, int, float)) for value in values):
         return PydanticUndefined
     shown = iter(values)
-    resolved = REFERENCE.sub(lambda _: _show(next(shown)), text)
+    resolved = REFERENCE.sub(lambda _: show_value(next(shown)), text)
     return PydanticUndefined if "${" in resolved else resolved
 
 
 def _value(path: str, tree: Any) -> Any:
     value = get_value(tree, path)
     return PydanticUndefined if next(_texts(value, ()), None) is not None else value
-
-
-def _show(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _texts(value: Any, parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -60,9 +57,3 @@ def _texts(value: Any, parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield from _texts(item, (*parts, str(key)))
-
-
-def _put(tree: Any, parts: tuple[str, ...], value: Any) -> None:
-    for part in parts[:-1]:
-        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
-    tree[int(parts[-1]) if isinstance(tree, list) else parts[-1]] = value

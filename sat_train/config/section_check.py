@@ -13,6 +13,7 @@ from sat_train.config.aliases import get_value
 from sat_train.config.catalog import all_keys, pattern_of, slot_targets, suggest_key, suggest_value
 from sat_train.config.layers import Merged
 from sat_train.config.run import Sections
+from sat_train.config.values import show_value
 from sat_train.errors import Fault
 
 _ROUNDS = 5  # a value is taken out, then replaced, and its replacement may hold such a value in turn
@@ -74,7 +75,7 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
     if kind == "union_tag_invalid":
         path = f"{path}.target"
     value = get_value(merged.tree, path)
-    shown = "" if value is PydanticUndefined else _show(value)
+    shown = "" if value is PydanticUndefined else show_value(value)
     suggestion = ""
     if kind == "extra_forbidden":
         expected, suggestion = "a key that exists", suggest_key(path)
@@ -112,12 +113,6 @@ def _choices(path: str) -> list[str]:
 
 def _targets(path: str) -> list[str]:
     return sorted(slot_targets().get(pattern_of(path), {}))
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "null" if value is None else str(value)
 
 
 def _repair(tree: Any, path: str, stand_in: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Values that no setting may hold, whatever its type: what cannot be written down and read back as it is."""
+"""Values of any type: how they are shown, and those that cannot be written down and read back as they are."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ def unusable(value: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
         yield path, f"a number of {value.bit_length()} bits", "a whole number below 2^63"
     elif isinstance(value, str) and not _is_text(value):
         yield path, value, "text in UTF-8 without NUL characters"
+
+
+def show_value(value: Any) -> str:
+    """Returns a value as YAML has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _is_text(value: str) -> bool:

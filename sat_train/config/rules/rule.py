@@ -12,6 +12,7 @@ from sat_train.config.schema.args import ArgsConfig
 from sat_train.config.schema.data_section import DataConfig
 from sat_train.config.schema.deepspeed import DeepSpeedConfig
 from sat_train.config.schema.model_section import ModelConfig
+from sat_train.config.values import show_value
 from sat_train.errors import Fault
 
 Purpose = Literal["train", "sample", "precompute", "check"]
@@ -51,9 +52,8 @@ class ParsedConfig:
 
     def fault(self, path: str, value: object, expected: str, suggestion: str = "") -> Fault:
         """Returns a fault at a key, with the file that the key came from."""
-        shown = list(value) if isinstance(value, tuple) else "null" if value is None else value
-        shown = str(shown).lower() if isinstance(shown, bool) else shown
-        return Fault(path, str(shown), expected, self.source_of(path), suggestion)
+        shown = show_value(list(value) if isinstance(value, tuple) else value)
+        return Fault(path, shown, expected, self.source_of(path), suggestion)
 
 
 @dataclass(frozen=True)
