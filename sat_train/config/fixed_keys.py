@@ -22,42 +22,55 @@ _TEXT = "model.conditioner_config.params.emb_models.*"
 _VAE = "model.first_stage_config.params"
 _DENOISER = "model.denoiser_config.params"
 _TIMESTEPS = "model.loss_fn_config.params.sigma_sampler_config"
-_SCHEDULE = "ZeroSNRDDPMDiscretization"
+_SGM = "sgm.modules.diffusionmodules"
+_SCHEDULE = ("ZeroSNRDDPMDiscretization", f"{_SGM}.discretizer.ZeroSNRDDPMDiscretization")
 
-# What each key may hold; `*` stands for a place in a list.
+# What each key may hold, classes under our name and CogVideo's; `*` stands for a place in a list.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "data.target": ("VideoDataset",),
+    "data.target": ("VideoDataset", "data_video.SFTDataset"),
     "model.noised_image_all_concat": (False,),
     f"{_NETWORK}.time_compressed_rate": (4,),
     f"{_NETWORK}.transformer_args.layernorm_order": ("pre",),
     f"{_NETWORK}.transformer_args.is_decoder": (False,),
-    f"{_NETWORK}.modules.patch_embed_config.target": ("ImagePatchEmbedding",),
-    f"{_NETWORK}.modules.adaln_layer_config.target": ("AdaLN",),
-    f"{_NETWORK}.modules.final_layer_config.target": ("FinalLayer",),
-    "model.conditioner_config.target": ("GeneralConditioner",),
-    f"{_TEXT}.target": ("T5TextEncoder",),
+    f"{_NETWORK}.modules.patch_embed_config.target": (
+        "ImagePatchEmbedding",
+        "dit_video_concat.ImagePatchEmbeddingMixin",
+    ),
+    f"{_NETWORK}.modules.adaln_layer_config.target": ("AdaLN", "dit_video_concat.AdaLNMixin"),
+    f"{_NETWORK}.modules.final_layer_config.target": ("FinalLayer", "dit_video_concat.FinalLayerMixin"),
+    "model.conditioner_config.target": (
+        *("GeneralConditioner", "sgm.modules.GeneralConditioner"),
+        "sgm.modules.encoders.modules.GeneralConditioner",
+    ),
+    f"{_TEXT}.target": ("T5TextEncoder", "sgm.modules.encoders.modules.FrozenT5Embedder"),
     f"{_TEXT}.is_trainable": (False,),
     f"{_TEXT}.input_key": ("txt",),
-    "model.first_stage_config.target": ("VideoVAE",),
+    "model.first_stage_config.target": (
+        *("VideoVAE", "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"),
+        "vae_modules.autoencoder.VideoAutoencodingEngine",
+    ),
     f"{_VAE}.cp_size": (0, 1),
-    f"{_VAE}.loss_config.target": ("Identity",),
-    f"{_VAE}.regularizer_config.target": ("DiagonalGaussian",),
-    f"{_VAE}.encoder_config.target": ("VideoEncoder3D",),
-    f"{_VAE}.decoder_config.target": ("VideoDecoder3D",),
+    f"{_VAE}.loss_config.target": ("Identity", "torch.nn.Identity"),
+    f"{_VAE}.regularizer_config.target": (
+        "DiagonalGaussian",
+        "vae_modules.regularizers.DiagonalGaussianRegularizer",
+    ),
+    f"{_VAE}.encoder_config.target": ("VideoEncoder3D", "vae_modules.cp_enc_dec.ContextParallelEncoder3D"),
+    f"{_VAE}.decoder_config.target": ("VideoDecoder3D", "vae_modules.cp_enc_dec.ContextParallelDecoder3D"),
     **{
         f"{_VAE}.{half}.params.{key}": (value,)
         for half in ("encoder_config", "decoder_config")
         for key, value in {"double_z": True, "attn_resolutions": [], "dropout": 0.0}.items()
     },
-    "model.denoiser_config.target": ("DiscreteDenoiser",),
+    "model.denoiser_config.target": ("DiscreteDenoiser", f"{_SGM}.denoiser.DiscreteDenoiser"),
     f"{_DENOISER}.quantize_c_noise": (False,),
-    f"{_DENOISER}.weighting_config.target": ("EpsWeighting",),
-    f"{_DENOISER}.scaling_config.target": ("VideoScaling",),
-    f"{_DENOISER}.discretization_config.target": (_SCHEDULE,),
-    "model.loss_fn_config.target": ("VideoDiffusionLoss",),
-    f"{_TIMESTEPS}.target": ("DiscreteSampling",),
-    f"{_TIMESTEPS}.params.discretization_config.target": (_SCHEDULE,),
-    "model.sampler_config.params.discretization_config.target": (_SCHEDULE,),
+    f"{_DENOISER}.weighting_config.target": ("EpsWeighting", f"{_SGM}.denoiser_weighting.EpsWeighting"),
+    f"{_DENOISER}.scaling_config.target": ("VideoScaling", f"{_SGM}.denoiser_scaling.VideoScaling"),
+    f"{_DENOISER}.discretization_config.target": _SCHEDULE,
+    "model.loss_fn_config.target": ("VideoDiffusionLoss", f"{_SGM}.loss.VideoDiffusionLoss"),
+    f"{_TIMESTEPS}.target": ("DiscreteSampling", f"{_SGM}.sigma_sampling.DiscreteSampling"),
+    f"{_TIMESTEPS}.params.discretization_config.target": _SCHEDULE,
+    "model.sampler_config.params.discretization_config.target": _SCHEDULE,
 }
 # These groups hold nothing else.
 WITHOUT_SETTINGS = (
@@ -71,7 +84,7 @@ WITHOUT_SETTINGS = (
 def only_value(path: str) -> str:
     """Returns in words what a key can hold that can hold one value; an empty text for all other keys."""
     allowed = FIXED.get(pattern_of(path))
-    return "" if allowed is None else _describe(allowed)
+    return "" if allowed is None else show_value(allowed[0])
 
 
 def drop_fixed_keys(merged: Merged, faults: list[Fault]) -> None:
@@ -85,9 +98,9 @@ def drop_fixed_keys(merged: Merged, faults: list[Fault]) -> None:
         for path in _places(merged.tree, pattern):
             value = get_value(merged.tree, path)
             if not any(_is_same(value, one) for one in allowed):
-                expected = _describe(allowed)
-                suggestion = suggest_value(str(value), [str(one) for one in allowed])
-                faults.append(Fault(path, show_value(value), expected, merged.source_of(path), suggestion))
+                shown, expected = show_value(value), show_value(allowed[0])
+                suggestion = suggest_value(shown, [expected])
+                faults.append(Fault(path, shown, expected, merged.source_of(path), suggestion))
             _take_out(merged, path)
     for group in WITHOUT_SETTINGS:
         if get_value(merged.tree, group) in (None, {}, {"params": {}}):
@@ -108,11 +121,6 @@ def _places(tree: Any, pattern: str) -> Iterator[str]:
 def _is_same(value: Any, allowed: Any) -> bool:
     """Tells whether a value is the allowed one: 0 and 0.0 are, 0 and false are not."""
     return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)
-
-
-def _describe(allowed: tuple[Any, ...]) -> str:
-    choices = ", ".join(map(show_value, allowed))
-    return f"one of {choices}" if len(allowed) > 1 else choices
 
 
 def _take_out(merged: Merged, path: str) -> None:
