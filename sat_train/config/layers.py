@@ -181,7 +181,7 @@ def forget_sources(sources: dict[str, str], path: str) -> None:
         del sources[known]
 
 
-def replace_value(tree: Any, parts: list[str], value: Any) -> None:
+def replace_value(tree: Any, parts: Sequence[str], value: Any) -> None:
     """Writes a value where the tree has one already; `parts` are the keys and places on the way to it."""
     for part in parts[:-1]:
         tree = tree[int(part)] if isinstance(tree, list) else tree[part]
