@@ -10,6 +10,8 @@
 <run>/.tmp-<step>-<id>/          a save in progress, or one that was killed
 <run>/<step>.corrupt/            failed its verification; kept for inspection
 <run>/<step>.abandoned/          came after the step that somebody went back to; kept
+<run>/samples/                   validation videos, by step
+<run>/PREEMPTED                  text: the step at which the run was stopped, for batch scripts
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 CORRUPT_SUFFIX = ".corrupt"
 ABANDONED_SUFFIX = ".abandoned"
+PREEMPTED = "PREEMPTED"
+SAMPLES = "samples"
 
 _STEP_NAME = re.compile(r"0|[1-9][0-9]{0,17}")
 

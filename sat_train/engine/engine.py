@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -85,6 +85,21 @@ class TrainEngine:
         """Returns the gradient's norm at the last step, before clipping. Waits for the device."""
         norm = self._engine.get_global_grad_norm()
         return self._plain_grad_norm if norm is None else float(norm)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the whole averaged gradient of each parameter that trains, before clipping, fp32.
+
+        Call it between the last backward pass of a step and the step. A parameter at a time is in memory;
+        with a model axis it is this rank's shard.
+
+        Ranks: all, for all parameters.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        loss_scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and (gradient := safe_get_full_grad(parameter)) is not None:
+                yield name, gradient.float() / loss_scale
 
     def masters(self) -> list[Tensor]:
         """Returns the fp32 weights that this rank owns: [n] each, in the order of `fragments`; views."""

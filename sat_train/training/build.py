@@ -12,7 +12,7 @@ import torch
 
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.history import rewind
-from sat_train.checkpoint.layout import CLIENT_STATE, committed_steps, step_folder
+from sat_train.checkpoint.layout import CLIENT_STATE, PREEMPTED, committed_steps, step_folder
 from sat_train.checkpoint.load import open_trained_state, read_client_state
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.retention import remove_leftovers
@@ -23,13 +23,11 @@ from sat_train.config.resolved import write_resolved
 from sat_train.config.sat_args import write_model_config
 from sat_train.config.summary import summarize
 from sat_train.data.batch import VideoBatch
-from sat_train.data.build import sum_bad_clips
 from sat_train.distributed.collectives import broadcast_object, on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
 from sat_train.distributed.signals import StopRequest
 from sat_train.engine.build import build_engine
-from sat_train.engine.ema import ExponentialMovingAverage
 from sat_train.engine.engine import TrainEngine
 from sat_train.engine.optim.build import build_optimizer
 from sat_train.errors import CheckpointError, LaunchError, Stopped
@@ -38,17 +36,18 @@ from sat_train.log import get_logger
 from sat_train.models.build import compute_dtype
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, owes_validation
-from sat_train.training.learning_rate import LearningRate, warmup_steps
+from sat_train.training.loop.callback import Training
+from sat_train.training.loop.learning_rate import LearningRate, warmup_steps
+from sat_train.training.loop.meter import Meter
+from sat_train.training.loop.state import TrainState
+from sat_train.training.loop.step import TrainStep
+from sat_train.training.loop.trainer import Trainer
 from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
-from sat_train.training.meter import Meter
 from sat_train.training.models import build_models, find_start_weights
-from sat_train.training.resume import CONFIG_KEY, COUNTERS_KEY, changes_since, find_resumed
+from sat_train.training.resume import CALLBACKS_KEY, CONFIG_KEY, COUNTERS_KEY, changes_since, find_resumed
 from sat_train.training.run_data import CacheFiller, RunData, open_data
-from sat_train.training.run_directory import PREEMPTED, claim_run_directory, set_samples_aside
+from sat_train.training.run_directory import claim_run_directory, set_samples_aside
 from sat_train.training.run_lock import RunLock
-from sat_train.training.state import TrainState
-from sat_train.training.step import TrainStep
-from sat_train.training.trainer import Trainer
 from sat_train.weights.names import dtype_name
 
 log = get_logger(__name__)
@@ -92,10 +91,9 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
             config, mesh, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
         )
         engine = build_engine(config, pipeline.dit, build_optimizer(config, pipeline.dit), mesh)
-        average = ExponentialMovingAverage(engine, config.args.ema_decay) if config.args.ema_decay else None
-        trainer = build_trainer(
-            config, mesh, run_directory, data, pipeline, start.base, engine, average, stop_request
-        )
+        trainer = build_trainer(config, mesh, run_directory, data, pipeline, start.base, engine, stop_request)
+        if run_directory.point is not None:
+            restore(mesh, run_directory.point, trainer, start.base)
         if not finished:
             on_rank_0(mesh, lambda: describe_run(config, run_directory))
         stop_request.defer()
@@ -215,14 +213,12 @@ def build_trainer(
     pipeline: VideoDiffusion,
     base_weights: BaseWeights | None,
     engine: TrainEngine,
-    average: ExponentialMovingAverage | None,
     stop_request: StopRequest,
 ) -> Trainer:
-    """Restores what the run resumes and puts step and callbacks around the engine.
+    """Puts step and callbacks around the engine.
 
     Ranks: all.
     """
-    state = restore(mesh, run_directory.point, engine, average, base_weights)
     filler = None
     if data.cache is not None and config.require_data().cache == "fill":
         filler = CacheFiller(config, mesh, pipeline.encoders, data.cache)
@@ -245,18 +241,17 @@ def build_trainer(
         learning_rate=build_learning_rate(config, data.train_iters),
         train_iters=data.train_iters,
         log_interval=config.args.log_interval,
-        state=state,
-        average=average,
-        count_bad_clips=lambda: sum_bad_clips(mesh, data.train),
+        state=TrainState(),
         callbacks=build_callbacks(
             config,
             mesh,
             run_directory.folder,
+            train=data.train,
             valid=data.valid,
             filler=filler,
             pipeline=pipeline,
             engine=engine,
-            save=build_save(config, mesh, run_directory, data, engine, average, base_weights),
+            save=build_save(config, mesh, run_directory, data, base_weights),
         ),
     )
 
@@ -266,13 +261,11 @@ def build_save(
     mesh: ProcessMesh,
     run_directory: RunDirectory,
     data: RunData,
-    engine: TrainEngine,
-    average: ExponentialMovingAverage | None,
     base_weights: BaseWeights | None,
-) -> Callable[[Trainer], Path]:
+) -> Callable[[Training], Path]:
     """Returns what writes a checkpoint of a trainer and gives its folder; to be called on all ranks."""
 
-    def save(trainer: Trainer) -> Path:
+    def save(trainer: Training) -> Path:
         assert run_directory.folder is not None, "only a run with a folder saves"
         on_rank_0(mesh, lambda: None if run_directory.lock is None else run_directory.lock.check_held())
         position = data.train.position
@@ -280,14 +273,14 @@ def build_save(
         client_state = {
             **trainer.state.client_state(),
             CONFIG_KEY: config.shown_tree(),
-            COUNTERS_KEY: engine.counters(),
+            COUNTERS_KEY: trainer.engine.counters(),
+            CALLBACKS_KEY: trainer.callbacks.state_dict(),
         }
-        fragments = engine.fragments()
         return save_training_checkpoint(
             mesh,
             state=RunState(
-                weights=engine.weights(trained_only=base_weights is not None),
-                fragments=fragments if average is None else average.added_to(fragments),
+                weights=trainer.engine.weights(trained_only=base_weights is not None),
+                fragments=trainer.callbacks.add_tensors(trainer.engine.fragments()),
                 client_state=client_state,
             ),
             run_directory=run_directory.folder,
@@ -305,21 +298,15 @@ def build_save(
 
 
 def restore(
-    mesh: ProcessMesh,
-    point: ResumePoint | None,
-    engine: TrainEngine,
-    average: ExponentialMovingAverage | None,
-    base_weights: BaseWeights | None,
-) -> TrainState:
-    """Returns where the run stands, with engine and average brought there.
+    mesh: ProcessMesh, point: ResumePoint, trainer: Trainer, base_weights: BaseWeights | None
+) -> None:
+    """Brings engine, callbacks and the trainer's state to the step that the run resumes.
 
     Settings of the optimizer are those of the configuration, not those it was saved with.
 
     Ranks: all.
     """
-    state = TrainState()
-    if point is None:
-        return state
+    engine = trainer.engine
     saved = open_trained_state(mesh, point=point, trained=engine.trained_shapes(), base_weights=base_weights)
     client_state = read_client_state(point)
     written = reading(
@@ -330,13 +317,12 @@ def restore(
     )
     with written:
         counters = {str(name): float(value) for name, value in client_state[COUNTERS_KEY].items()}
-        state.restore(
+        trainer.state.restore(
             step=point.step, samples_consumed=point.manifest.samples_consumed, client_state=client_state
         )
+        trainer.callbacks.load_state_dict(client_state[CALLBACKS_KEY])
     engine.load(saved, step=point.step, counters=counters)
-    if average is not None:
-        average.load(saved)
-    return state
+    trainer.callbacks.load_tensors(saved)
 
 
 def build_learning_rate(config: RunConfig, train_iters: int) -> LearningRate:

@@ -20,6 +20,7 @@ log = get_logger(__name__)
 # Keys of a checkpoint's client state.
 CONFIG_KEY = "config"
 COUNTERS_KEY = "counters"  # of the engine
+CALLBACKS_KEY = "callbacks"
 
 # Settings that decide what is trained on what. With another one it is another run: `args.load` starts those.
 _FIXED = (

@@ -26,7 +26,7 @@ from sat_train.encoding.encoders import Encoders
 from sat_train.encoding.shared_cache import open_cache, share_files
 from sat_train.errors import DataError
 from sat_train.log import get_logger
-from sat_train.training.callbacks.callback import Callback
+from sat_train.training.loop.callback import Callback
 
 log = get_logger(__name__)
 

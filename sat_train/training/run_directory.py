@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sat_train.checkpoint.history import set_aside
-from sat_train.checkpoint.layout import ABANDONED_SUFFIX
+from sat_train.checkpoint.layout import ABANDONED_SUFFIX, SAMPLES
 from sat_train.distributed.collectives import check_all_ranks, on_rank_0
 from sat_train.distributed.environment import tell_batch_script
 from sat_train.distributed.processes import ProcessMesh
@@ -20,9 +20,6 @@ from sat_train.log import get_logger
 from sat_train.training.run_lock import RunLock
 
 log = get_logger(__name__)
-
-PREEMPTED = "PREEMPTED"
-SAMPLES = "samples"
 
 
 def claim_run_directory(

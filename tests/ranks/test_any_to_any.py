@@ -16,8 +16,8 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.models.dit.sharding import shard_weight
 
 if TYPE_CHECKING:
-    from sat_train.engine.ema import ExponentialMovingAverage
     from sat_train.engine.engine import TrainEngine
+    from sat_train.training.callbacks.ema import ExponentialMovingAverage
 
 pytestmark = pytest.mark.ranks
 
@@ -82,8 +82,8 @@ def _build(
     mesh: ProcessMesh, layout: Layout, dtype: str, seed: int
 ) -> tuple[TrainEngine, ExponentialMovingAverage]:
     from sat_train.engine.build import SatMesh, import_deepspeed
-    from sat_train.engine.ema import ExponentialMovingAverage
     from sat_train.engine.engine import TrainEngine
+    from sat_train.training.callbacks.ema import ExponentialMovingAverage
 
     module = _module(mesh, seed)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -118,7 +118,7 @@ def _train(engine: TrainEngine, average: ExponentialMovingAverage, steps: int) -
 
 
 def _copies(engine: TrainEngine, average: ExponentialMovingAverage) -> list[Fragment]:
-    fragments = average.added_to(engine.fragments())
+    fragments = average.add_tensors(engine.fragments())
     return [
         Fragment(f.name, f.shape, f.offset, {k: t.clone() for k, t in f.tensors.items()}, f.scalars)
         for f in fragments
@@ -141,7 +141,7 @@ def _load_each(
         shards = [[Fragment(**entry) for entry in shard["fragments"]] for shard in saved]
         state = SavedFragments(shards, where="memory", model_rank=mesh.model_rank, model_size=mesh.model_size)
         engine.load(state, step=2, counters=engine.counters())
-        average.load(state)
+        average.load_tensors(state)
         loaded, weights = _copies(engine, average), engine.weights(trained_only=True)
         kept = None if weights is None else {name: tensor.clone() for name, tensor in weights.items()}
         _train(engine, average, 2)

@@ -22,8 +22,8 @@ from sat_train.weights.names import dtype_name
 from tests.ranks.pool import RankFailure
 
 if TYPE_CHECKING:
-    from sat_train.engine.ema import ExponentialMovingAverage
     from sat_train.engine.engine import TrainEngine
+    from sat_train.training.callbacks.ema import ExponentialMovingAverage
 
 pytestmark = pytest.mark.ranks
 
@@ -109,7 +109,7 @@ def save(
     fragments = engine.fragments()
     state = RunState(
         weights=engine.weights(trained_only=lora),
-        fragments=fragments if average is None else average.added_to(fragments),
+        fragments=fragments if average is None else average.add_tensors(fragments),
         client_state={"smoothed_loss": 0.5, "names": ["a", "b"]},
     )
     return save_training_checkpoint(

@@ -29,7 +29,7 @@ def _trained_masters(engine: Any) -> dict[str, torch.Tensor]:
 def _consolidated_is_what_was_trained(
     mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str, exclude_frozen: bool
 ) -> None:
-    from sat_train.engine.ema import ExponentialMovingAverage
+    from sat_train.training.callbacks.ema import ExponentialMovingAverage
 
     run_directory = new_run(mesh, root / f"{zero_stage}-{dtype}-{exclude_frozen}")
     engine = build_engine(mesh, zero_stage=zero_stage, dtype=dtype, lora=True)

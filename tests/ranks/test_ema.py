@@ -5,8 +5,8 @@ import torch
 
 from sat_train.checkpoint.fragments import AVERAGE, MASTER, SavedFragments
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.engine.ema import ExponentialMovingAverage
 from sat_train.errors import CheckpointError
+from sat_train.training.callbacks.ema import ExponentialMovingAverage
 from tests.ranks.toy import build_toy, toy_run
 
 pytestmark = pytest.mark.ranks
@@ -23,7 +23,7 @@ def _average_three_steps(mesh: ProcessMesh, options: dict) -> tuple[list, list[l
         train_step.step(number, 0.1)
         average.update()
         masters.append([master.float().clone() for master in engine.masters()])
-    return average.added_to(engine.fragments()), masters
+    return average.add_tensors(engine.fragments()), masters
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -50,7 +50,7 @@ def _load_without_average(mesh: ProcessMesh) -> str:
     engine, _, _ = build_toy(mesh, toy_run(batch_size=2))
     saved = SavedFragments([engine.fragments()], where="step 3")
     with pytest.raises(CheckpointError) as caught:
-        ExponentialMovingAverage(engine, DECAY).load(saved)
+        ExponentialMovingAverage(engine, DECAY).load_tensors(saved)
     return str(caught.value)
 
 

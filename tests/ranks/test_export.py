@@ -31,10 +31,10 @@ def _train_and_save(
     from sat_train.checkpoint.save import RunState, save_training_checkpoint
     from sat_train.distributed.collectives import on_rank_0
     from sat_train.engine.build import SatMesh, import_deepspeed
-    from sat_train.engine.ema import ExponentialMovingAverage
     from sat_train.engine.engine import TrainEngine
     from sat_train.models.build import build_dit
     from sat_train.models.trainable import select_trainable
+    from sat_train.training.callbacks.ema import ExponentialMovingAverage
 
     dit = build_dit(model, device="cpu", dtype=torch.bfloat16)
     weights = read_transformer_weights(base, model_rank=mesh.model_rank, model_size=mesh.model_size)
@@ -71,7 +71,7 @@ def _train_and_save(
         mesh,
         state=RunState(
             weights=engine.weights(trained_only=has_lora),
-            fragments=average.added_to(engine.fragments()),
+            fragments=average.add_tensors(engine.fragments()),
             client_state={},
         ),
         run_directory=run_directory,

@@ -1,25 +1,26 @@
 """Laws of the loop: what it reports, when it saves, what a failed save does."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sat_train.checkpoint.layout import PREEMPTED
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
-from sat_train.training.callbacks.callback import Callback
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
 from sat_train.training.callbacks.validation_videos import SampleVideos
-from sat_train.training.learning_rate import LearningRate
-from sat_train.training.meter import Meter
-from sat_train.training.metrics import ValidationMetrics
-from sat_train.training.run_directory import PREEMPTED
-from sat_train.training.state import TrainState
-from sat_train.training.trainer import Trainer
-from tests.ranks.toy import build_toy, toy_run
+from sat_train.training.loop.callback import Callback
+from sat_train.training.loop.learning_rate import LearningRate
+from sat_train.training.loop.meter import Meter
+from sat_train.training.loop.metrics import ValidationMetrics
+from sat_train.training.loop.state import TrainState
+from sat_train.training.loop.trainer import Trainer
+from tests.ranks.toy import build_toy, toy_batches, toy_model, toy_run
 
 pytestmark = pytest.mark.ranks
 
@@ -282,3 +283,50 @@ def test_a_video_that_fails_on_one_rank_costs_no_other_video_and_no_run(rank_poo
     assert pool(_sampled, tmp_path, 0, -1, 1) == [([0, 2], False), ([1, 3], False)]
     names = sorted(path.name for path in (tmp_path / "samples/000001").iterdir())
     assert names == ["00.mp4", "02.mp4", "03.mp4"], "and no contact sheet: the videos are still owed"
+
+
+class GradientSum(Callback):
+    """Notes the gradients before each update."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def before_optimizer_step(self, trainer) -> None:
+        self.seen.append({name: gradient.clone() for name, gradient in trainer.engine.gradients()})
+
+
+def _gradients(mesh: ProcessMesh, zero_stage: int) -> list[dict[str, torch.Tensor]]:
+    config = toy_run(batch_size=BATCH, accumulation=2, zero_stage=zero_stage, clip_grad=0.0)
+    _, train_step, _ = build_toy(mesh, config)
+    callback = GradientSum()
+    trainer = Trainer(
+        train_step=train_step,
+        meter=Meter(mesh),
+        learning_rate=RATE,
+        train_iters=2,
+        log_interval=1,
+        state=TrainState(),
+        callbacks=[callback],
+    )
+    trainer.run()
+    return callback.seen
+
+
+def _plain_gradients(ranks: int) -> dict[str, torch.Tensor]:
+    """Gradients of the first step by autograd alone: all samples in one batch."""
+    model = toy_model()
+    whole = SimpleNamespace(data_rank=0, data_size=1)
+    batch = next(toy_batches(whole, BATCH * 2 * ranks))
+    (model(batch.inputs) - batch.targets).square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_before_the_update_each_rank_can_read_the_whole_averaged_gradient(rank_pool, zero_stage):
+    expected = _plain_gradients(2)
+    for seen in rank_pool(2)(_gradients, zero_stage):
+        assert len(seen) == 2
+        assert seen[0].keys() == expected.keys(), "all that trains, and nothing frozen"
+        for name, gradient in seen[0].items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+        assert any(not torch.equal(seen[0][name], seen[1][name]) for name in expected)

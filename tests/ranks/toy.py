@@ -17,8 +17,8 @@ from sat_train.distributed.signals import StopRequest
 from sat_train.engine.build import build_engine
 from sat_train.engine.engine import TrainEngine
 from sat_train.engine.optim.build import build_optimizer
-from sat_train.training.learning_rate import LearningRate
-from sat_train.training.step import TrainStep
+from sat_train.training.loop.learning_rate import LearningRate
+from sat_train.training.loop.step import TrainStep
 
 WIDTH = 6
 

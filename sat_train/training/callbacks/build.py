@@ -18,24 +18,25 @@ from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
 from sat_train.sampling.generate import generate_video
 from sat_train.sampling.prompts import build_requests, read_image
-from sat_train.training.callbacks.callback import Callback
+from sat_train.training.callbacks.bad_clip_count import BadClipCount
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
+from sat_train.training.callbacks.ema import ExponentialMovingAverage
 from sat_train.training.callbacks.metrics_file import NAME as METRICS
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.progress import build_progress
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Measure, Validation
+from sat_train.training.callbacks.validation_loss import validation_loss, validation_timesteps
 from sat_train.training.callbacks.validation_videos import SampleVideos, contact_sheet
 from sat_train.training.callbacks.wandb import WeightsAndBiases
-from sat_train.training.metrics import ValidationMetrics
-from sat_train.training.validation_loss import validation_loss, validation_timesteps
+from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.metrics import ValidationMetrics
 
 if TYPE_CHECKING:
     import torch
 
     from sat_train.data.batch import VideoBatch
     from sat_train.training.run_data import CacheFiller
-    from sat_train.training.trainer import Trainer
 
 log = get_logger(__name__)
 
@@ -47,17 +48,23 @@ def build_callbacks(
     mesh: ProcessMesh,
     run_directory: Path | None,
     *,
+    train: OrderedLoader,
     valid: OrderedLoader | None,
     filler: CacheFiller | None,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
-    save: Callable[[Trainer], Path],
+    save: Callable[[Training], Path],
 ) -> list[Callback]:
-    """Returns what listens to the loop: reports, then checkpoints, so that what follows cannot lose one.
+    """Returns the callbacks: what is counted and averaged, reports, then checkpoints, so that what follows
+    cannot lose one.
 
     Ranks: all.
     """
-    callbacks = _reports(config, run_directory) if mesh.rank == 0 else []
+    callbacks: list[Callback] = [BadClipCount(mesh, train)]
+    if config.args.ema_decay:
+        callbacks.append(ExponentialMovingAverage(engine, config.args.ema_decay))
+    if mesh.rank == 0:
+        callbacks += _reports(config, run_directory)
     if run_directory is not None:
         checkpointer = Checkpointer(
             mesh,

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from sat_train.checkpoint.layout import PREEMPTED
 from sat_train.checkpoint.retention import prune_checkpoints
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.files import write_text
 from sat_train.log import get_logger
-from sat_train.training.callbacks.callback import Callback
-from sat_train.training.run_directory import PREEMPTED
-
-if TYPE_CHECKING:
-    from sat_train.training.trainer import Trainer
+from sat_train.training.loop.callback import Callback, Training
 
 log = get_logger(__name__)
 
@@ -38,7 +34,7 @@ class Checkpointer(Callback):
         self,
         mesh: ProcessMesh,
         run_directory: Path,
-        save: Callable[[Trainer], Path],
+        save: Callable[[Training], Path],
         *,
         interval: int,
         keep_last: int,
@@ -53,12 +49,12 @@ class Checkpointer(Callback):
         self._resumed_step: int | None = None
         self._failures_in_a_row = 0
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """The checkpoint that the run resumes need not be written again."""
         if trainer.state.step:
             self._saved_step = self._resumed_step = trainer.state.step
 
-    def step_done(self, trainer: Trainer) -> None:
+    def step_done(self, trainer: Training) -> None:
         """Saves when it is time."""
         is_last = trainer.complete or trainer.stopping
         if not is_last and trainer.state.step % self._interval:
@@ -71,7 +67,7 @@ class Checkpointer(Callback):
             self._count_failure(error)
         trainer.asked_to_stop()  # meanwhile: then neither validation nor another step is waited for
 
-    def finished(self, trainer: Trainer) -> None:
+    def finished(self, trainer: Training) -> None:
         """Saves where validation was interrupted at a step that is no saved one."""
         if trainer.stopping and trainer.state.step:
             self._save_once(trainer)
@@ -84,7 +80,7 @@ class Checkpointer(Callback):
         if self._mesh.rank == 0:
             log.error("not saved, training continues: %s", error)
 
-    def _save_once(self, trainer: Trainer) -> None:
+    def _save_once(self, trainer: Training) -> None:
         if trainer.state.step == self._saved_step:
             return
         trainer.settle()
@@ -120,11 +116,11 @@ class PreemptedMarker(Callback):
     def __init__(self, run_directory: Path) -> None:
         self._path = run_directory / PREEMPTED
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """Takes away the marker of the start before."""
         self._path.unlink(missing_ok=True)
 
-    def finished(self, trainer: Trainer) -> None:
+    def finished(self, trainer: Training) -> None:
         """Leaves the marker; the run is saved by now."""
         if trainer.stopping and not trainer.complete:
             write_text(self._path, f"{trainer.state.step}\n")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sat_train.files import read_bytes, write_text
 from sat_train.training.callbacks.appended_file import AppendedFile
-from sat_train.training.callbacks.callback import Callback
-from sat_train.training.metrics import Metrics, VideoMetrics, as_json
-
-if TYPE_CHECKING:
-    from sat_train.training.trainer import Trainer
+from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.metrics import Metrics, VideoMetrics, as_json
 
 NAME = "metrics.jsonl"
 _MOST_BYTES = 2**29  # two million steps, each of them logged
@@ -33,7 +30,7 @@ class MetricsFile(Callback):
         self._file = AppendedFile(self._path)
         self._resumed_step: int | None = None
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """Drops what was written after the checkpoint that the run resumes."""
         self._resumed_step = trainer.state.step
         self._drop_later_records()

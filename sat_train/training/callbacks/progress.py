@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
 from sat_train.log import console, get_logger
-from sat_train.training.callbacks.callback import Callback
-from sat_train.training.metrics import Metrics, TrainMetrics, ValidationMetrics, VideoMetrics
-
-if TYPE_CHECKING:
-    from sat_train.training.trainer import Trainer
+from sat_train.training.callbacks.bad_clip_count import BAD_CLIPS
+from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.metrics import Metrics, TrainMetrics, ValidationMetrics, VideoMetrics
 
 log = get_logger(__name__)
 
@@ -32,7 +29,7 @@ class PlainProgress(Callback):
         self._lines = 0
         self._counts = (0, 0)
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """Says where the run begins and between which learning rates."""
         self._train_iters = trainer.train_iters
         first, last = trainer.state.step, trainer.train_iters - 1
@@ -57,7 +54,7 @@ class PlainProgress(Callback):
                 metrics.valid_samples,
             )
             return
-        counts = (metrics.skipped, metrics.bad_clips)
+        counts = (metrics.skipped, int(metrics.measured.get(BAD_CLIPS, 0)))
         with_details = self._lines % _DETAILS_EVERY == 0 or counts != self._counts
         self._lines, self._counts = self._lines + 1, counts
         for line in describe(metrics, self._train_iters, with_details=with_details):
@@ -71,7 +68,7 @@ class BarProgress(PlainProgress):
         super().__init__()
         self._bar: Progress | None = None
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """Shows the bar."""
         super().started(trainer)
         columns = ("[bold]step", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
@@ -79,7 +76,7 @@ class BarProgress(PlainProgress):
         self._task: TaskID = self._bar.add_task("", total=trainer.train_iters, completed=trainer.state.step)
         self._bar.start()
 
-    def step_done(self, trainer: Trainer) -> None:
+    def step_done(self, trainer: Training) -> None:
         """Moves the bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.state.step)
@@ -99,6 +96,7 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
     left_s = max(0, train_iters - metrics.step) * metrics.step_time_s
     waits = metrics.step_time_s > 0 and metrics.data_wait_s > _SLOW_DATA * metrics.step_time_s
     lr = f"lr {short(metrics.lr)}"
+    bad_clips = int(metrics.measured.get(BAD_CLIPS, 0))
     parts = [
         f"step {metrics.step}/{train_iters}",
         f"loss {_loss(metrics.loss)}",
@@ -110,7 +108,7 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
     ]
     details = [
         f"skipped {metrics.skipped}" if metrics.skipped else "",
-        f"bad clips {metrics.bad_clips}" if metrics.bad_clips else "",
+        f"bad clips {bad_clips}" if bad_clips else "",
         f"waiting for data {metrics.data_wait_s / metrics.step_time_s:.0%}" if waits else "",
         f"{_three_digits(metrics.samples_per_s)} samples/s",
         f"peak {metrics.peak_memory_gib:.1f} GiB",

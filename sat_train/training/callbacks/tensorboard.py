@@ -12,15 +12,12 @@ import socket
 import struct
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sat_train.files import read_bytes
 from sat_train.training.callbacks.appended_file import AppendedFile
-from sat_train.training.callbacks.callback import Callback
-from sat_train.training.metrics import Metrics, VideoMetrics, scalars
-
-if TYPE_CHECKING:
-    from sat_train.training.trainer import Trainer
+from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.metrics import Metrics, VideoMetrics, scalars
 
 _MOST_IMAGE_BYTES = 2**28
 _RGB = 3
@@ -41,7 +38,7 @@ class TensorBoard(Callback):
         name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
         self._file = AppendedFile(self._folder / name)
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """Opens the file; steps of the run that come later than the resumed one are hidden."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from sat_train.engine.engine import TrainEngine
-from sat_train.training.callbacks.callback import Callback
-from sat_train.training.metrics import ValidationMetrics
-
-if TYPE_CHECKING:
-    from sat_train.training.trainer import Trainer
+from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.metrics import ValidationMetrics
 
 Measure = Callable[[int, Callable[[], bool]], ValidationMetrics | None]
 
@@ -36,20 +32,20 @@ class Validation(Callback):
         self._interval = interval
         self._is_measured = is_measured
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """Measures where a new run begins, and what a resumed one still owes."""
         if self._is_due(trainer) and not self._is_measured(trainer.state.step):
             self._validate(trainer)
 
-    def step_done(self, trainer: Trainer) -> None:
+    def step_done(self, trainer: Training) -> None:
         """Measures when it is time."""
         if self._is_due(trainer):
             self._validate(trainer)
 
-    def _is_due(self, trainer: Trainer) -> bool:
+    def _is_due(self, trainer: Training) -> bool:
         return trainer.state.step % self._interval == 0 or trainer.complete
 
-    def _validate(self, trainer: Trainer) -> None:
+    def _validate(self, trainer: Training) -> None:
         if trainer.stopping:
             return
         self._engine.eval()

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from sat_train.checkpoint.layout import SAMPLES
 from sat_train.distributed.collectives import broadcast_object, gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
 from sat_train.sampling.video_file import spread_frames, write_contact_sheet, write_mp4
-from sat_train.training.callbacks.callback import Callback, cause_of
-from sat_train.training.metrics import VideoMetrics
-from sat_train.training.run_directory import SAMPLES
-
-if TYPE_CHECKING:
-    from sat_train.training.trainer import Trainer
+from sat_train.training.loop.callback import Callback, Training, cause_of
+from sat_train.training.loop.metrics import VideoMetrics
 
 log = get_logger(__name__)
 
@@ -68,24 +64,24 @@ class SampleVideos(Callback):
         self._interval = interval
         self._lockstep = lockstep and mesh.world_size > 1
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """Makes the videos that a resumed run still owes."""
         sheet = contact_sheet(self._run_directory, trainer.state.step)
         if trainer.state.step and self._is_due(trainer) and not broadcast_object(self._mesh, sheet.exists()):
             self._sample(trainer)
 
-    def step_done(self, trainer: Trainer) -> None:
+    def step_done(self, trainer: Training) -> None:
         """Makes the videos when it is time."""
         if self._is_due(trainer):
             self._sample(trainer)
 
-    def _is_due(self, trainer: Trainer) -> bool:
+    def _is_due(self, trainer: Training) -> bool:
         return trainer.state.step % self._interval == 0 or trainer.complete
 
     def _folder(self, step: int) -> Path:
         return contact_sheet(self._run_directory, step).parent
 
-    def _sample(self, trainer: Trainer) -> None:
+    def _sample(self, trainer: Training) -> None:
         if trainer.stopping:
             return
         self._engine.eval()
@@ -97,7 +93,7 @@ class SampleVideos(Callback):
         if self._mesh.rank == 0 and not trainer.stopping:  # no collective comes after this
             self._finish(trainer, shares)
 
-    def _write_videos(self, trainer: Trainer) -> tuple[dict[int, torch.Tensor], str]:
+    def _write_videos(self, trainer: Training) -> tuple[dict[int, torch.Tensor], str]:
         """Writes this rank's videos; returns frames of them by number, and what went wrong first."""
         folder, previews, problem = self._folder(trainer.state.step), {}, ""
         for number, counts in shared_numbers(len(self._prompts), self._mesh):
@@ -122,7 +118,7 @@ class SampleVideos(Callback):
                 raise
             raise TrainingError(f"validation video {number}: {cause_of(error)}") from error
 
-    def _finish(self, trainer: Trainer, shares: Sequence[tuple[dict[int, torch.Tensor], str]]) -> None:
+    def _finish(self, trainer: Training, shares: Sequence[tuple[dict[int, torch.Tensor], str]]) -> None:
         """Writes the contact sheet and reports the videos. Rank 0."""
         for rank, (_, problem) in enumerate(shares):
             if problem:

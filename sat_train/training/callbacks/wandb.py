@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sat_train.errors import LaunchError
 from sat_train.files import read_text, write_text
-from sat_train.training.callbacks.callback import Callback
-from sat_train.training.metrics import Metrics, VideoMetrics, scalars
-
-if TYPE_CHECKING:
-    from sat_train.training.trainer import Trainer
+from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.metrics import Metrics, VideoMetrics, scalars
 
 _ID_FILE = "wandb_id"
 _MOST_ID_BYTES = 200
@@ -42,7 +39,7 @@ class WeightsAndBiases(Callback):
         self._run_directory, self._project, self._config = run_directory, project, config
         self._run: Any = None
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """Opens the page."""
         import wandb
 
@@ -68,7 +65,7 @@ class WeightsAndBiases(Callback):
         else:
             self._run.log({"step": metrics.step, **scalars(metrics)})
 
-    def finished(self, trainer: Trainer) -> None:
+    def finished(self, trainer: Training) -> None:
         """Closes the page."""
         if self._run is not None:
             self._run.finish()

@@ -11,7 +11,7 @@ import pytest
 from sat_train.training.callbacks.appended_file import AppendedFile
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.tensorboard import TensorBoard
-from sat_train.training.metrics import ValidationMetrics
+from sat_train.training.loop.metrics import ValidationMetrics
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """What only reports never ends a run: the laws of calling callbacks."""
 
 import inspect
+import json
 import logging
 
 import pytest
 
 from sat_train.errors import SatTrainError, TrainingError
-from sat_train.training.callbacks.callback import Callback, Callbacks
+from sat_train.training.loop.callback import Callback, Callbacks
 
 METHODS = [name for name, _ in inspect.getmembers(Callback, inspect.isfunction)]
-ARGUMENTS = {"closed": ()}
+ARGUMENTS = {"closed": (), "state_dict": (), "load_state_dict": ({"Listener": {}},)}
 
 
 class Listener(Callback):
@@ -27,6 +28,7 @@ class Listener(Callback):
             heard.append(what)
             if error is not None:
                 raise error
+            return {}
 
         return listen
 
@@ -46,7 +48,10 @@ def _call(callbacks: Callbacks, method: str) -> None:
 
 
 def test_the_methods_are_those_that_the_loop_calls():
-    assert set(METHODS) == {"started", "step_done", "reported", "finished", "closed"}
+    assert set(METHODS) == {
+        *("started", "before_optimizer_step", "step_done", "measure", "reported", "finished", "closed"),
+        *("state_dict", "load_state_dict", "add_tensors", "load_tensors"),
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,3 +101,33 @@ def test_after_an_error_all_are_closed_and_no_other_error_hides_it(shown):
     callbacks.closed_after(Odd("the cause"))
     assert heard == ["a closed", "b closed"]
     assert "no _bar" in shown.text
+
+
+class Counter(Callback):
+    """Counts steps, and says so in the metrics."""
+
+    count = 0
+
+    def step_done(self, trainer) -> None:
+        self.count += 1
+
+    def measure(self, trainer) -> dict[str, float]:
+        return {"counted": self.count}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state) -> None:
+        self.count = state["count"]
+
+
+def test_a_callback_resumes_from_what_it_saved_and_its_numbers_are_metrics():
+    callbacks = Callbacks([Callback(), Counter()])
+    callbacks.step_done(None)
+    saved = json.loads(json.dumps(callbacks.state_dict()))
+    assert saved == {"Counter": {"count": 1}}, "a callback without a state leaves none"
+    resumed = Callbacks([Counter(), Callback()])
+    resumed.load_state_dict(saved)
+    resumed.step_done(None)
+    assert resumed.measure(None) == {"counted": 2}
+    resumed.load_state_dict({})  # the run was saved before it had this callback

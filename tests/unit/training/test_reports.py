@@ -19,7 +19,7 @@ from sat_train.errors import LaunchError
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.progress import describe, duration
 from sat_train.training.callbacks.wandb import WeightsAndBiases
-from sat_train.training.metrics import TrainMetrics, ValidationMetrics, scalars
+from sat_train.training.loop.metrics import TrainMetrics, ValidationMetrics, scalars
 
 
 def _metrics(step: int, **changes) -> TrainMetrics:
@@ -48,7 +48,9 @@ def test_a_line_names_what_people_look_at_and_the_time_left():
     (line,) = describe(_metrics(10), 40, with_details=False)
     assert line == "step 10/40 loss 0.500 avg 0.250 lr 1e-5 grad 0.1 2 s/step eta 1m"
     assert "grad" not in describe(_metrics(10, grad_norm=None), 40, with_details=False)[0]
-    details = describe(_metrics(10, skipped=2, bad_clips=3, data_wait_s=1.0), 40, with_details=True)[1]
+    details = describe(
+        _metrics(10, skipped=2, measured={"bad_clips": 3}, data_wait_s=1.0), 40, with_details=True
+    )[1]
     assert details == "skipped 2 bad clips 3 waiting for data 50% 4 samples/s peak 1.5 GiB"
 
 
@@ -68,7 +70,7 @@ def test_no_metric_line_is_wider_than_a_terminal_whatever_the_numbers():
             )
         }
         steps = 10 ** rng.randint(0, 9)
-        report = _metrics(rng.randint(0, steps), skipped=steps, bad_clips=steps, **wild)
+        report = _metrics(rng.randint(0, steps), skipped=steps, measured={"bad_clips": steps}, **wild)
         for line in describe(report, steps, with_details=True):
             assert len("10:59:02 I " + line) <= 80, line
 
@@ -122,8 +124,8 @@ import sys
 from types import SimpleNamespace
 from sat_train.log import configure_logging, get_logger
 from sat_train.training.callbacks.progress import BarProgress, build_progress
-from sat_train.training.metrics import TrainMetrics, ValidationMetrics
-from sat_train.training.learning_rate import LearningRate
+from sat_train.training.loop.metrics import TrainMetrics, ValidationMetrics
+from sat_train.training.loop.learning_rate import LearningRate
 configure_logging()
 log = get_logger("sat_train.test")
 rate = LearningRate(peak=1e-3, warmup_steps=3, style="linear", decay_end=100, floor_ratio=0.1)
@@ -223,7 +225,7 @@ def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path):
 
 
 def test_trackers_get_numbers_only():
-    assert scalars(_metrics(3, grad_norm=None)).keys() == {
+    assert scalars(_metrics(3, grad_norm=None, measured={"bad_clips": 0})).keys() == {
         f"train/{name}"
         for name in (
             "loss",

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from sat_train.training.learning_rate import LearningRate, warmup_steps
+from sat_train.training.loop.learning_rate import LearningRate, warmup_steps
 
 STYLES = ["constant", "cosine", "linear"]
 

@@ -67,18 +67,21 @@ class TrainStep(Generic[B]):
         mesh: ProcessMesh,
         stop_request: StopRequest,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._compute_loss = compute_loss
         self._batches = batches
         self._mesh = mesh
         self._stop_request = stop_request
 
-    def step(self, number: int, learning_rate: float) -> StepResult:
+    def step(
+        self, number: int, learning_rate: float, *, before_update: Callable[[], None] = lambda: None
+    ) -> StepResult:
         """Makes one step, or none of it.
 
         Args:
             number: Number of this step, from 1, for messages.
             learning_rate: Rate of this step.
+            before_update: Called when all gradients are there and all losses are known to be finite.
 
         Raises:
             TrainingError: On all ranks alike, before the update: the loss of some clip is not finite.
@@ -88,23 +91,20 @@ class TrainStep(Generic[B]):
         losses: list[torch.Tensor] = []
         seen: list[tuple[str, ...]] = []
         waited = 0.0
-        for _ in range(self._engine.micro_steps - 1):
+        for _ in range(self.engine.micro_steps - 1):
             waited += self._micro_step(losses, seen)
-            self._engine.backward(self._pending)
+            self.engine.backward(self._pending)
         waited += self._micro_step(losses, seen)
         flags = self._ask_ranks(losses)  # on its way while the backward pass runs
-        self._engine.backward(self._pending)
+        self.engine.backward(self._pending)
         not_finite, stop_level = flags.read()
         if not_finite:
             self._raise_not_finite(number, losses, seen)
-        applied = self._engine.step(learning_rate)
+        before_update()
+        applied = self.engine.step(learning_rate)
         loss = torch.stack(losses).mean()
         num_samples = self._mesh.data_size * sum(len(clips) for clips in seen)
         return StepResult(loss, waited, int(stop_level), applied, num_samples)
-
-    def grad_norm(self) -> float | None:
-        """Returns the gradient's norm at the last step, before clipping. Waits for the device."""
-        return self._engine.grad_norm()
 
     def stop_level(self) -> int:
         """Returns the highest `StopRequest.level` of all ranks, between two steps.

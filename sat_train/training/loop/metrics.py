@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class TrainMetrics:
         samples_per_s: Samples of all ranks together.
         peak_memory_gib: Most memory since start: of the device, or of the process on the CPU.
         skipped: Steps so far that were left out because a gradient was not finite.
-        bad_clips: Clips that could not be used since the start, over all ranks.
+        measured: Numbers of the callbacks, by name, e.g. `bad_clips`.
     """
 
     step: int
@@ -35,7 +36,7 @@ class TrainMetrics:
     samples_per_s: float
     peak_memory_gib: float
     skipped: int
-    bad_clips: int = 0
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,16 @@ Metrics = TrainMetrics | ValidationMetrics | VideoMetrics
 
 
 def as_json(metrics: TrainMetrics | ValidationMetrics) -> dict[str, Any]:
-    """Returns metrics as a plain dictionary."""
-    return asdict(metrics)
+    """Returns metrics as a plain dictionary; numbers of callbacks stand next to the others."""
+    values = asdict(metrics)
+    measured = values.pop("measured", {})
+    return {**values, **measured}
 
 
 def scalars(metrics: TrainMetrics | ValidationMetrics) -> dict[str, float]:
     """Returns the numbers of metrics by tracker name, e.g. `train/loss`."""
     if isinstance(metrics, TrainMetrics):
-        values = {f"train/{name}": value for name, value in asdict(metrics).items() if name != "step"}
+        values = {f"train/{name}": value for name, value in as_json(metrics).items() if name != "step"}
     else:
         values = {"valid/loss": metrics.valid_loss}
         values |= {f"valid/loss_at_{t}": loss for t, loss in metrics.valid_loss_by_timestep.items()}

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from sat_train.engine.ema import ExponentialMovingAverage
 from sat_train.errors import TrainingError
-from sat_train.training.callbacks.callback import Callback, Callbacks
-from sat_train.training.learning_rate import LearningRate
-from sat_train.training.meter import Meter
-from sat_train.training.metrics import Metrics
-from sat_train.training.state import TrainState
-from sat_train.training.step import TrainStep
+from sat_train.training.loop.callback import Callback, Callbacks
+from sat_train.training.loop.learning_rate import LearningRate
+from sat_train.training.loop.meter import Meter
+from sat_train.training.loop.metrics import Metrics
+from sat_train.training.loop.state import TrainState
+from sat_train.training.loop.step import TrainStep
 
 # A dynamic fp16 loss scale comes down from 2**16 in fewer steps than this.
 _MOST_SKIPS_IN_A_ROW = 40
 
 
 class Trainer:
-    """Steps until the run is complete or was asked to stop, and tells its callbacks.
+    """Steps until the run is complete or was asked to stop, and calls its callbacks.
 
     Args:
         train_step: Makes the steps.
@@ -28,12 +27,12 @@ class Trainer:
         train_iters: Step at which the run is complete.
         log_interval: Steps between reports.
         state: Where the run stands; moved on by `run`.
-        average: Moving average of the weights, if one is kept.
-        count_bad_clips: Says at each report how many clips could not be used; ends the run when these are too
-            many. Called on all ranks.
         callbacks: Called in this order.
 
     Attributes:
+        engine: The engine around the transformer.
+        callbacks: The callbacks.
+        applied: The last step updated the weights; False where a gradient was not finite.
         stopping: All ranks know that the run was asked to stop.
         interrupted: It was asked by a person's Ctrl-C.
     """
@@ -47,21 +46,19 @@ class Trainer:
         train_iters: int,
         log_interval: int,
         state: TrainState,
-        average: ExponentialMovingAverage | None = None,
-        count_bad_clips: Callable[[], int] = lambda: 0,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.state = state
         self.train_iters = train_iters
         self.learning_rate = learning_rate
-        self.average = average
+        self.engine = train_step.engine
+        self.applied = True
         self.stopping = False
         self.interrupted = False
         self._train_step = train_step
         self._meter = meter
         self._log_interval = log_interval
-        self._count_bad_clips = count_bad_clips
-        self._callbacks = Callbacks(callbacks)
+        self.callbacks = Callbacks(callbacks)
         self._skips_in_a_row = 0
 
     @property
@@ -78,21 +75,21 @@ class Trainer:
         Ranks: all.
         """
         try:
-            self._callbacks.started(self)
+            self.callbacks.started(self)
             self._meter.restart()
             while not self.complete and not self.stopping:
                 self._step()
                 with self._meter.paused():
-                    self._callbacks.step_done(self)
-            self._callbacks.finished(self)
+                    self.callbacks.step_done(self)
+            self.callbacks.finished(self)
         except BaseException as error:
-            self._callbacks.closed_after(error)
+            self.callbacks.closed_after(error)
             raise
-        self._callbacks.closed()
+        self.callbacks.closed()
 
     def report(self, metrics: Metrics) -> None:
         """Hands metrics to all callbacks."""
-        self._callbacks.reported(metrics)
+        self.callbacks.reported(metrics)
 
     def asked_to_stop(self) -> bool:
         """Looks whether any rank was asked to stop while a callback worked: `stopping` and `interrupted`
@@ -117,20 +114,19 @@ class Trainer:
     def _step(self) -> None:
         state = self.state
         lr = self.learning_rate.at(state.step)
-        result = self._train_step.step(state.step + 1, lr)
+        result = self._train_step.step(
+            state.step + 1, lr, before_update=lambda: self.callbacks.before_optimizer_step(self)
+        )
         state.step += 1
         state.samples_consumed += result.num_samples
+        self.applied = result.applied
         self._count_skip(result.applied)
-        if self.average is not None and result.applied:
-            self.average.update()
         self._meter.add(result)
         self._take_stop_level(result.stop_level)
         if state.step % self._log_interval == 0 or state.step == 1 or self.complete or self.stopping:
             self.settle()
-            metrics = self._meter.read(
-                state, lr=lr, grad_norm=self._train_step.grad_norm(), bad_clips=self._count_bad_clips()
-            )
-            self.report(metrics)
+            measured = self.callbacks.measure(self)
+            self.report(self._meter.read(state, lr=lr, grad_norm=self.engine.grad_norm(), measured=measured))
             self._meter.restart()
 
     def _count_skip(self, applied: bool) -> None:

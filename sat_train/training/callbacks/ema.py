@@ -10,10 +10,11 @@ import torch
 from sat_train.checkpoint.fragments import AVERAGE, Fragment, SavedFragments
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import CheckpointError
+from sat_train.training.loop.callback import Callback, Training
 
 
-class ExponentialMovingAverage:
-    """`average <- decay * average + (1 - decay) * weights`, after every optimizer step.
+class ExponentialMovingAverage(Callback):
+    """`average <- decay * average + (1 - decay) * weights`, after every step that updated the weights.
 
     Args:
         engine: The engine; its weights now are the first average.
@@ -25,21 +26,26 @@ class ExponentialMovingAverage:
         self._engine = engine
         self._averages = [master.float().clone() for master in engine.masters()]
 
+    def step_done(self, trainer: Training) -> None:
+        """Takes the weights of this step into the average."""
+        if trainer.applied:
+            self.update()
+
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in the weights of this step."""
+        """Takes the weights as they are into the average."""
         masters = [master.float() for master in self._engine.masters()]
         torch._foreach_lerp_(self._averages, masters, 1 - self.decay)
 
-    def added_to(self, fragments: Sequence[Fragment]) -> list[Fragment]:
+    def add_tensors(self, fragments: Sequence[Fragment]) -> list[Fragment]:
         """Returns the engine's fragments, each with its average as one more tensor."""
         return [
             replace(fragment, tensors={**fragment.tensors, AVERAGE: average})
             for fragment, average in zip(fragments, self._averages, strict=True)
         ]
 
-    def load(self, saved: SavedFragments) -> None:
-        """Takes the average up where a checkpoint left it, however it was split.
+    def load_tensors(self, saved: SavedFragments) -> None:
+        """Restores the average of a checkpoint, however it was split.
 
         Raises:
             CheckpointError: The checkpoint holds no average.

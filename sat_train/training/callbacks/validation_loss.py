@@ -9,7 +9,7 @@ import torch
 
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.training.metrics import ValidationMetrics
+from sat_train.training.loop.metrics import ValidationMetrics
 
 NUM_TIMESTEPS = 8
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.training.metrics import TrainMetrics
-from sat_train.training.state import TrainState
-from sat_train.training.step import StepResult
+from sat_train.training.loop.metrics import TrainMetrics
+from sat_train.training.loop.state import TrainState
+from sat_train.training.loop.step import StepResult
 
 _GIB = 2**30
 
@@ -67,7 +67,12 @@ class Meter:
             self._last_loss = loss
 
     def read(
-        self, state: TrainState, *, lr: float, grad_norm: float | None, bad_clips: int = 0
+        self,
+        state: TrainState,
+        *,
+        lr: float,
+        grad_norm: float | None,
+        measured: Mapping[str, float] | None = None,
     ) -> TrainMetrics:
         """Reads everything since the last call. Call `fold_losses` before.
 
@@ -87,7 +92,7 @@ class Meter:
             samples_per_s=self._samples / seconds,
             peak_memory_gib=peak_memory_gib(self._mesh.device),
             skipped=state.skipped,
-            bad_clips=bad_clips,
+            measured=measured or {},
         )
 
 

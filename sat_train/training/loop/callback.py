@@ -1,0 +1,225 @@
+"""What a side-concern of the loop may listen to, and how the loop calls all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from sat_train.checkpoint.fragments import Fragment, SavedFragments
+from sat_train.engine.engine import TrainEngine
+from sat_train.errors import SatTrainError, TrainingError
+from sat_train.log import get_logger
+from sat_train.training.loop.learning_rate import LearningRate
+from sat_train.training.loop.metrics import Metrics
+from sat_train.training.loop.state import TrainState
+
+log = get_logger(__name__)
+T = TypeVar("T")
+
+
+class Training(Protocol):
+    """The training loop, as a callback sees it: `Trainer`.
+
+    Attributes:
+        engine: The engine around the transformer.
+        callbacks: All callbacks of the run.
+        state: Step and smoothed loss.
+        train_iters: Step at which the run is complete.
+        learning_rate: Rate by step.
+        applied: The last step updated the weights; False where a gradient was not finite.
+        stopping: All ranks know that the run was asked to stop.
+    """
+
+    engine: TrainEngine
+    callbacks: Callbacks
+    state: TrainState
+    train_iters: int
+    learning_rate: LearningRate
+    applied: bool
+    stopping: bool
+
+    @property
+    def complete(self) -> bool:
+        """All steps are done."""
+
+    def report(self, metrics: Metrics) -> None:
+        """Hands metrics to all callbacks."""
+
+    def asked_to_stop(self) -> bool:
+        """Asks all ranks whether any was asked to stop while a callback worked. Ranks: all."""
+
+    def settle(self) -> None:
+        """Brings `state` up to date with the steps done. Ranks: all."""
+
+
+class Callback:
+    """A side-concern of the training loop. Every method does nothing; override what is needed.
+
+    A callback that only rank 0 has must not call collectives.
+    """
+
+    # True for what only reports: training continues whatever it raises. One that calls collectives raises
+    # such an error on all ranks alike, or a TrainingError, which always ends the run.
+    optional = False
+
+    def started(self, trainer: Training) -> None:
+        """Before the first step."""
+
+    def before_optimizer_step(self, trainer: Training) -> None:
+        """Between the last backward pass of a step and its update: `trainer.engine.gradients()` are there.
+
+        `trainer.state.step` is the number of steps before this one.
+        """
+
+    def step_done(self, trainer: Training) -> None:
+        """After each step."""
+
+    def measure(self, trainer: Training) -> Mapping[str, float]:
+        """Returns numbers that belong to the metrics of a logged step, by name."""
+        return {}
+
+    def reported(self, metrics: Metrics) -> None:
+        """There are new metrics."""
+
+    def finished(self, trainer: Training) -> None:
+        """After the last step, whether the run is complete or was asked to stop. Not after an error."""
+
+    def closed(self) -> None:
+        """At the very end, also after an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of this callback, as JSON has it. Rank 0's is saved."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave at the step that the run resumes, before `started`."""
+
+    def add_tensors(self, fragments: Sequence[Fragment]) -> Sequence[Fragment]:
+        """Returns the trained state of this rank with this callback's tensors, which are saved with it."""
+        return fragments
+
+    def load_tensors(self, saved: SavedFragments) -> None:
+        """Takes up the tensors of the step that the run resumes.
+
+        Raises:
+            CheckpointError: They are not there.
+        """
+
+
+class Callbacks:
+    """All callbacks of a run, called in their order.
+
+    An optional one that raises is reported once, with its cause, and called again the next time.
+
+    Args:
+        callbacks: The callbacks.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = tuple(callbacks)
+        self._reported: set[tuple[Callback, type[Exception]]] = set()
+
+    def started(self, trainer: Training) -> None:
+        """Before the first step."""
+        self._each(lambda callback: callback.started(trainer))
+
+    def before_optimizer_step(self, trainer: Training) -> None:
+        """Between the last backward pass and the update."""
+        self._each(lambda callback: callback.before_optimizer_step(trainer))
+
+    def step_done(self, trainer: Training) -> None:
+        """After each step."""
+        self._each(lambda callback: callback.step_done(trainer))
+
+    def measure(self, trainer: Training) -> dict[str, float]:
+        """Returns the numbers of all callbacks."""
+        measured = self._each(lambda callback: callback.measure(trainer))
+        return {name: value for numbers in measured for name, value in numbers.items()}
+
+    def reported(self, metrics: Metrics) -> None:
+        """There are new metrics."""
+        self._each(lambda callback: callback.reported(metrics))
+
+    def finished(self, trainer: Training) -> None:
+        """After the last step, not after an error."""
+        self._each(lambda callback: callback.finished(trainer))
+
+    def closed(self) -> None:
+        """Closes each of them, whatever another one raises.
+
+        Raises:
+            Exception: The first error of those that are not optional.
+        """
+        first: Exception | None = None
+        for callback in self._callbacks:
+            try:
+                self._call(callback, lambda callback: callback.closed())
+            except Exception as error:
+                log.error("%s, while it was closed: %s", _name(callback), cause_of(error))
+                first = first or error
+        if first is not None:
+            raise first
+
+    def closed_after(self, error: BaseException) -> None:
+        """Closes each of them after an error, which stays the one that is shown."""
+        try:
+            self.closed()
+        except Exception as other:
+            log.debug("besides %r: %r", error, other)  # `closed` has said it
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Returns the states of those that have one, by class name."""
+        states = self._each(lambda callback: (_name(callback), callback.state_dict()))
+        return {name: state for name, state in states if state}
+
+    def load_state_dict(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Gives each callback its state back; one that had none starts from scratch."""
+        self._each(
+            lambda callback: (
+                callback.load_state_dict(states[_name(callback)]) if _name(callback) in states else None
+            )
+        )
+
+    def add_tensors(self, fragments: Sequence[Fragment]) -> Sequence[Fragment]:
+        """Returns the trained state of this rank with the tensors of all callbacks."""
+        for callback in self._callbacks:
+            (fragments,) = self._call(callback, _adding(fragments)) or (fragments,)
+        return fragments
+
+    def load_tensors(self, saved: SavedFragments) -> None:
+        """Gives each callback its tensors back.
+
+        Raises:
+            CheckpointError: They are not there.
+        """
+        self._each(lambda callback: callback.load_tensors(saved))
+
+    def _each(self, call: Callable[[Callback], T]) -> list[T]:
+        """Calls all; returns what those returned that did not fail."""
+        results = [self._call(callback, call) for callback in self._callbacks]
+        return [result for returned in results for result in returned]
+
+    def _call(self, callback: Callback, call: Callable[[Callback], T]) -> tuple[T] | tuple[()]:
+        try:
+            return (call(callback),)
+        except Exception as error:
+            if not callback.optional or isinstance(error, TrainingError):
+                raise
+            if (callback, type(error)) not in self._reported:
+                self._reported.add((callback, type(error)))
+                log.error("%s failed, training continues: %s", _name(callback), cause_of(error))
+            log.debug("%s", _name(callback), exc_info=True)
+            return ()
+
+
+def _adding(fragments: Sequence[Fragment]) -> Callable[[Callback], Sequence[Fragment]]:
+    return lambda callback: callback.add_tensors(fragments)
+
+
+def _name(callback: Callback) -> str:
+    return type(callback).__name__
+
+
+def cause_of(error: Exception) -> str:
+    """Returns an error in words; of one that nobody foresaw also its kind."""
+    return str(error) if isinstance(error, SatTrainError) else f"{type(error).__name__}: {error}"
