@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.errors import DataError
@@ -111,8 +111,8 @@ def read_image(path: Path, *, height: int, width: int) -> Tensor:
     ):
         upright = ImageOps.exif_transpose(picture).convert("RGB")
     fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BICUBIC)
-    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(height, width, 3).permute(2, 0, 1).contiguous()
+    image_chw: Tensor = pil_to_tensor(fitted)
+    return image_chw
 
 
 def _slug(prompt: str) -> str:

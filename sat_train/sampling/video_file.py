@@ -9,9 +9,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.transforms.functional import pad, to_pil_image
+from torchvision.utils import make_grid
 
 from sat_train.errors import SatTrainError
 from sat_train.log import get_logger
@@ -84,23 +85,18 @@ def spread_frames(video_tchw: Tensor, columns: int = 8) -> Tensor:
 
 
 def _row(video_tchw: Tensor, caption: str, columns: int) -> Image.Image:
-    frames_tchw = spread_frames(video_tchw, columns)
-    frames, _, height, width = frames_tchw.shape
-    row = Image.new("RGB", (frames * (width + _GAP) - _GAP, _CAPTION_HEIGHT + height + _GAP), "white")
-    ImageDraw.Draw(row).text((2, 2), " ".join(caption.split()), fill="black")
-    for column, frame_chw in enumerate(frames_tchw):
-        pixels = frame_chw.permute(1, 2, 0).contiguous().cpu().numpy()
-        row.paste(Image.fromarray(pixels), (column * (width + _GAP), _CAPTION_HEIGHT))
+    frames_tchw = spread_frames(video_tchw, columns).cpu()
+    frames = to_pil_image(make_grid(frames_tchw, nrow=columns, padding=_GAP, pad_value=255))
+    row = Image.new("RGB", (frames.width, _CAPTION_HEIGHT + frames.height), "white")
+    ImageDraw.Draw(row).text((_GAP, _GAP), " ".join(caption.split()), fill="black")
+    row.paste(frames, (0, _CAPTION_HEIGHT))
     return row
 
 
 def _even_size(video_tchw: Tensor) -> Tensor:
     height, width = video_tchw.shape[-2:]
-    if height % 2 == 0 and width % 2 == 0:
-        return video_tchw
-    # torch has no replicate padding for uint8
-    padded = F.pad(video_tchw.float(), (0, width % 2, 0, height % 2), mode="replicate")
-    return padded.to(video_tchw.dtype)
+    padded: Tensor = pad(video_tchw, [0, 0, width % 2, height % 2], padding_mode="edge")
+    return padded
 
 
 def _codec() -> str:

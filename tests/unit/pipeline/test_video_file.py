@@ -74,11 +74,12 @@ def test_a_contact_sheet_shows_first_and_last_frame_of_every_clip(tmp_path):
     videos = [_video(frames=9), _video(frames=3, width=16)]
     write_contact_sheet(tmp_path / "sheet.png", videos, ["a caption", "another\none " * 50], columns=4)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    row = video_file._CAPTION_HEIGHT + 32 + video_file._GAP
-    assert sheet.shape == (2 * row, 4 * (48 + video_file._GAP) - video_file._GAP, 3)
+    gap = video_file._GAP
+    row = video_file._CAPTION_HEIGHT + 32 + 2 * gap
+    assert sheet.shape == (2 * row, 4 * (48 + gap) + gap, 3)
     middle = video_file._CAPTION_HEIGHT + 16
-    assert [int(sheet[middle, column * 50 + 24, 0]) for column in (0, 3)] == [20, 230]
-    assert [int(sheet[row + middle, column * 18 + 8, 0]) for column in (0, 2)] == [20, 230]
+    assert [int(sheet[middle, gap + column * (48 + gap) + 24, 0]) for column in (0, 3)] == [20, 230]
+    assert [int(sheet[row + middle, gap + column * (16 + gap) + 8, 0]) for column in (0, 2)] == [20, 230]
     # captions are drawn, in both rows
     assert (sheet[: video_file._CAPTION_HEIGHT] < 100).any()
     assert (sheet[row : row + video_file._CAPTION_HEIGHT] < 100).any()
