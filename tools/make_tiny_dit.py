@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sat_train.config import RunConfig, load_run_config
-from sat_train.data.batch import CachedSample, VideoBatch
 from sat_train.data.batches import StepPosition
 from sat_train.distributed.processes import start_single_process
+from sat_train.encoding.encoded_batch import EncodedBatch
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.training.models import build_models, find_start_weights
 
@@ -38,59 +38,45 @@ EMA_DECAY = 0.998
 SAVE_EVERY = 250
 
 
-def draw_batch(seeds: range, *, num_frames: int, size: tuple[int, int], fps: float) -> VideoBatch:
-    """Draws one clip a seed at twice the size and shrinks it, as the loader does with the demo's files."""
-    videos, captions = [], []
-    for seed in seeds:
-        frames_thwc, _, caption = draw_clip(
-            seed, height=2 * size[0], width=2 * size[1], fps=fps, num_frames=num_frames
-        )
-        frames = torch.from_numpy(frames_thwc).permute(0, 3, 1, 2).float()
-        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
-        videos.append(frames.round().clamp(0, 255).to(torch.uint8))
-        captions.append(caption)
-    return VideoBatch(
-        video_btchw=torch.stack(videos),
-        captions=tuple(captions),
-        image_bchw=None,
-        clip_ids=tuple(captions),
-        sample_indices=tuple(seeds),
+def draw_sample(seed: int, *, num_frames: int, size: tuple[int, int], fps: float) -> tuple[Tensor, str]:
+    """Draws a clip at twice the size and shrinks it, as the loader does with the demo's files."""
+    frames_thwc, _, caption = draw_clip(
+        seed, height=2 * size[0], width=2 * size[1], fps=fps, num_frames=num_frames
     )
+    frames = torch.from_numpy(frames_thwc).permute(0, 3, 1, 2).float()
+    frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+    return frames.round().clamp(0, 255).to(torch.uint8), caption
 
 
 def encode_clips(pipeline: VideoDiffusion, config: RunConfig, *, count: int, path: Path) -> dict[str, Tensor]:
     """Returns posterior moments and text embeddings of `count` drawn clips, from `path` when it has them."""
     if path.exists():
         return load_file(path)
-    params, parts = config.data.params, []
-    for start in range(0, count, 8):
-        seeds = range(FIRST_SEED + start, FIRST_SEED + start + 8)
-        batch = draw_batch(seeds, num_frames=params.max_num_frames, size=params.video_size, fps=params.fps)
-        with torch.no_grad():
-            mean, logvar = pipeline.encoders.video_moments(batch.video_btchw, subject="drawn clips")
-            parts.append((mean, logvar, pipeline.encoders.text(batch.captions)))
-        if start % 400 == 0:
-            print(f"encoded {start}/{count} clips", flush=True)
-    names = ("mean", "logvar", "text")
-    encoded = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(names)}
+    params, rows = config.data.params, []
+    for number in range(count):
+        video, caption = draw_sample(
+            FIRST_SEED + number, num_frames=params.max_num_frames, size=params.video_size, fps=params.fps
+        )
+        encoders = pipeline.encoders
+        rows.append({**encoders.video(video, subject="a drawn clip"), "text": encoders.text(caption)})
+        if number % 400 == 0:
+            print(f"encoded {number}/{count} clips", flush=True)
+    encoded = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     save_file(encoded, path)
     return encoded
 
 
-def cached_batch(encoded: dict[str, Tensor], step: int) -> VideoBatch:
+def encoded_batch(encoded: dict[str, Tensor], step: int) -> EncodedBatch:
     """Returns the batch of a step; a function of the step alone."""
     generator = torch.Generator().manual_seed(step)
     picked = torch.randint(len(encoded["mean"]), (BATCH_SIZE,), generator=generator)
-    cached = CachedSample(encoded["mean"][picked], encoded["logvar"][picked], encoded["text"][picked])
-    names = tuple(str(int(i)) for i in picked)
-    first = step * BATCH_SIZE
-    return VideoBatch(
-        video_btchw=None,
-        captions=names,
-        image_bchw=None,
-        clip_ids=names,
+    moments = {name: encoded[name][picked] for name in ("mean", "logvar")}
+    first, num_frames = step * BATCH_SIZE, 4 * encoded["mean"].shape[1] - 3
+    return EncodedBatch(
+        encodings={"clip": moments, "text": {"text": encoded["text"][picked]}},
+        clip_ids=tuple(str(int(i)) for i in picked),
         sample_indices=tuple(range(first, first + BATCH_SIZE)),
-        cached=cached,
+        num_shown=(num_frames,) * BATCH_SIZE,
         step_positions=tuple(StepPosition(step, position, BATCH_SIZE) for position in range(BATCH_SIZE)),
     )
 
@@ -118,7 +104,7 @@ def train(
         start = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, used_s / (minutes * 60))
-        loss = pipeline.training_loss(cached_batch(encoded, step)).loss
+        loss = pipeline.training_loss(encoded_batch(encoded, step)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

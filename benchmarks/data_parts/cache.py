@@ -15,15 +15,18 @@ from sat_train.config.shapes import ClipShape
 from sat_train.data.bad_clips import FailureLog
 from sat_train.data.batches import OrderedBatches
 from sat_train.data.buckets import one_bucket
-from sat_train.data.cache.file_metadata import FileMetadata
-from sat_train.data.cache.index import CacheIndex
-from sat_train.data.cache.key import EncoderDigests
-from sat_train.data.cache.samples import OpenCache, SampleCache
-from sat_train.data.cache.shards import EntryInfo, ShardWriter
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources.records import ClipRecord, ClipSource
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.index import CacheIndex, OpenCache
+from sat_train.encoding.cache.key import EncoderDigests
+from sat_train.encoding.cache.shards import ShardWriter
+from sat_train.encoding.conditions.image import ImageCondition
+from sat_train.encoding.conditions.text import TextCondition
+from sat_train.encoding.encoded_batch import EncodedBatch
+from sat_train.encoding.encoded_dataset import EncodedDataset
 
 MOMENTS, IMAGE, TEXT = (13, 16, 60, 90), (1, 16, 60, 90), (226, 4096)  # of CogVideoX-5B
 CLIPS, WARM = 24, 20
@@ -41,47 +44,48 @@ def write_plain(path: Path) -> None:
         container.mux(stream.encode())
 
 
-def open_dataset(folder: Path, image: bool) -> VideoDataset:
+def open_dataset(folder: Path, image: bool) -> EncodedDataset:
     """Returns a set whose clips begin at different moments of one file."""
     path = (folder / "clip.mp4").absolute()
     records = [ClipRecord(f"{i}", path, (f"caption {i}",), start=i * 0.2) for i in range(CLIPS)]
     cache = OpenCache(folder, CacheIndex(folder), FileMetadata(folder), ENCODERS, "require")
     shape = {"fps": 8, "max_upscale": 16.0}
-    samples = SampleCache(cache, image="noised" if image else None, **shape)
     sources = [ClipSource("benchmark", tuple(records), "")]
-    return VideoDataset(
+    videos = VideoDataset(
         sources=sources,
         order=GlobalOrder(seed=0, clip_weights=[[1.0] * CLIPS]),
         buckets=one_bucket(ClipShape(49, 480, 720), sources),
         seed=0,
         window="head",
         views=1,
-        cache=samples,
         **shape,
     )
+    text = TextCondition(null="zero", empty_prompt=lambda: torch.zeros(TEXT))
+    return EncodedDataset(videos, cache, [text, *([ImageCondition(scale=1.0)] if image else [])])
 
 
-def fill(folder: Path, dataset: VideoDataset, dtype: torch.dtype) -> None:
+def fill(folder: Path, dataset: EncodedDataset, dtype: torch.dtype) -> None:
     """Writes encodings of all samples of one epoch."""
     writer = ShardWriter(folder)
     for index in range(CLIPS):
-        keys = dataset.keys(index, dataset.order.clip_ref(index))
+        entries = dataset.entries(index, dataset.videos.order.clip_ref(index))
 
         def draw(*shape: int, seed: int = index) -> torch.Tensor:
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
-        moments = {"mean": draw(*MOMENTS), "logvar": draw(*MOMENTS)}
-        writer.add(keys.clip, moments, EntryInfo("clip", f"{index}", ENCODERS.vae, keys.clip_origin))
-        writer.add(keys.text, {"text": draw(*TEXT)}, EntryInfo("text", f"{index}", ENCODERS.text))
-        if keys.image is not None:
-            moments = {"mean": draw(*IMAGE), "logvar": draw(*IMAGE)}
-            writer.add(keys.image, moments, EntryInfo("image", f"{index}", ENCODERS.vae, keys.image_origin))
+        shapes = {"clip": MOMENTS, "image": IMAGE}
+        for name, entry in entries.items():
+            tensors = {"text": draw(*TEXT)}
+            if name in shapes:
+                tensors = {"mean": draw(*shapes[name]), "logvar": draw(*shapes[name])}
+            writer.add(entry.key, tensors, entry.info)
     writer.publish()
 
 
-def open_loader(dataset: VideoDataset, batch_size: int, workers: int) -> VideoLoader:
+def open_loader(dataset: EncodedDataset, batch_size: int, workers: int) -> VideoLoader:
     return VideoLoader(
-        dataset=dataset,
+        dataset=dataset.videos,
+        reader=dataset,
         batches=OrderedBatches([batch_size]),
         failures=FailureLog(num_clips=CLIPS, max_bad_fraction=0.0),
         num_workers=workers,
@@ -97,7 +101,7 @@ def measure(loader: VideoLoader, batches: int, step_s: float) -> dict[str, np.nd
         freed = time.process_time()
         batch = next(loader)
         got = time.process_time()
-        assert batch.cached is not None
+        assert isinstance(batch, EncodedBatch)
         rows.append((loader.data_wait_s, got - freed, freed - began))
         if step_s:
             time.sleep(step_s)
@@ -121,8 +125,8 @@ def run(batches: int, step_s: float = 0.05) -> None:
                     _row(open_dataset(folder, image), dtype, batch_size, batches, step_s)
 
 
-def _row(dataset: VideoDataset, dtype: torch.dtype, batch_size: int, batches: int, step_s: float) -> None:
-    task = "T2V" if dataset.cache.image is None else "I2V"
+def _row(dataset: EncodedDataset, dtype: torch.dtype, batch_size: int, batches: int, step_s: float) -> None:
+    task = "T2V" if len(dataset.conditions) == 1 else "I2V"
     alone = measure(open_loader(dataset, batch_size, 0), batches, 0)
     cells = [f"{_told(alone['wait']):>22}"]
     for workers in (1, 2):

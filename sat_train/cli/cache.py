@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from sat_train.config import load_run_config, split_command_line
-from sat_train.data.cache.file_metadata import FileMetadata
-from sat_train.data.cache.key import EncoderDigests
-from sat_train.data.cache.prune import CacheStats, Staleness, list_entries, prune_entries, verify_entries
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.key import EncoderDigests
+from sat_train.encoding.cache.prune import CacheStats, Staleness, list_entries, prune_entries, verify_entries
 from sat_train.errors import printable
 from sat_train.log import configure_logging
 
@@ -64,7 +64,7 @@ def _encoder_digests(rest: Sequence[str], file_metadata: FileMetadata) -> Encode
     base, words = split_command_line(rest)
     if not base and not words:
         return None
-    from sat_train.encoding.shared_cache import digest_encoders  # imports torch's and transformers' models
+    from sat_train.encoding.digests import digest_encoders  # imports torch's and transformers' models
 
     return digest_encoders(load_run_config(base, words, purpose="check"), file_metadata)
 

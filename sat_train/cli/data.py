@@ -147,15 +147,15 @@ def _long_captions(source: ClipSource, folder: Path, max_length: int) -> tuple[t
 
 def _preview(config: RunConfig, output: Path, count: int) -> int:
     loader = build_train_loader(config, start_single_process())
-    samples = [loader.dataset.read(index, pixels=True).sample for index in range(count)]
+    samples = [loader.dataset[index].sample for index in range(count)]
     for sample in samples:
-        path, video = output / f"{sample.sample_index:04d}.mp4", sample.pixels_tchw()
+        path, video = output / f"{sample.sample_index:04d}.mp4", sample.video_tchw
         write_mp4(path, video, fps=config.require_data().params.fps)
         times = f"{sample.times[0]:.2f} to {sample.times[-1]:.2f} s"
         shape = "x".join(str(side) for side in (len(video), *video.shape[-2:]))
         _show(f"{path}  {shape}  {sample.clip_id}  {times}  {sample.caption}")
     write_contact_sheet(
-        output / "contact_sheet.png", [s.pixels_tchw() for s in samples], [s.caption for s in samples]
+        output / "contact_sheet.png", [s.video_tchw for s in samples], [s.caption for s in samples]
     )
     _show(f"wrote {output / 'contact_sheet.png'}")
     return 0

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from sat_train.distributed.collectives import check_all_ranks, gather_objects, o
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
 from sat_train.distributed.work_queue import WorkQueue
-from sat_train.encoding.build import build_loaded_vae
+from sat_train.encoding.build import build_encoders
 from sat_train.errors import SatTrainError, Stopped
 from sat_train.interchange.locate import load_weights, locate_weights
 from sat_train.log import console, get_logger
@@ -24,7 +23,6 @@ from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import add_lora_for
 from sat_train.models.low_rank import common_scale
-from sat_train.models.text.build import build_text_encoder
 from sat_train.pipeline.build import build_pipeline
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
@@ -129,13 +127,9 @@ def build_sampler(config: RunConfig, mesh: ProcessMesh) -> VideoDiffusion:
 
     Ranks: all.
     """
-    dtype = torch.float32 if compute_dtype(config.args) == torch.float32 else torch.bfloat16
-    return build_pipeline(
-        config,
-        dit=build_loaded_dit(config, mesh),
-        vae=build_loaded_vae(config, mesh.device, dtype),
-        text_encoder=build_text_encoder(config.spec.text, device=mesh.device, dtype=dtype),
-    )
+    dit, encoders = build_loaded_dit(config, mesh), build_encoders(config, mesh.device)
+    encoders.load()
+    return build_pipeline(config, dit=dit, encoders=encoders)
 
 
 def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransformer:

@@ -7,17 +7,18 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sat_train.data.cache.key import SampleKeys
+from sat_train.data.sampler import ClipRef
 from sat_train.errors import DataError, SatTrainError
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
 _DETAIL_LENGTH = 300  # of an error that a library raised
+_TOLD = ("sample_index", "clip_id", "cause", "detail")  # of a failure, in the file
 # What may be otherwise next time: a busy disk or machine, too little memory.
 PASSING_CAUSES = frozenset({"timeout", "worker died"})
 
@@ -28,7 +29,7 @@ class BadClip(Exception):
     Args:
         cause: One of a few words to count by, e.g. `damaged`.
         detail: What was found.
-        may_pass: The next try may succeed (a network error): it is not kept in the cache.
+        may_pass: The next try may succeed (a network error): it is not remembered.
     """
 
     def __init__(self, cause: str, detail: str, *, may_pass: bool = False) -> None:
@@ -73,14 +74,16 @@ class ClipFailure:
         clip_id: The clip that failed.
         cause: A word to count by.
         detail: What was found.
-        keys: Where the cache keeps that; None without a cache, or when the file cannot even be opened.
+        ref: Which clip it is; None where the source could not even give it.
+        may_pass: The next try may succeed.
     """
 
     sample_index: int | None
     clip_id: str
     cause: str
     detail: str
-    keys: SampleKeys | None = None
+    ref: ClipRef | None = None
+    may_pass: bool = False
 
 
 class FailureLog:
@@ -112,13 +115,6 @@ class FailureLog:
         log.warning("%s cannot be used (%s: %s), another clip takes its place", *_words(failure))
         if self.path is not None:
             write_failures(self.path, [failure], rank=self.rank)
-
-    def causes(self) -> dict[str, int]:
-        """Returns how many clips were bad for which cause."""
-        counts: dict[str, int] = {}
-        for failure in self.by_clip.values():
-            counts[failure.cause] = counts.get(failure.cause, 0) + 1
-        return counts
 
     def check(self, found: Mapping[str, ClipFailure] | None = None) -> None:
         """Ends the run when more clips are bad than allowed.
@@ -157,8 +153,7 @@ def _append_failures(path: Path, failures: Sequence[ClipFailure], *, rank: int) 
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         for failure in failures:
-            told = asdict(failure)
-            del told["keys"]
+            told = {name: getattr(failure, name) for name in _TOLD}
             line = json.dumps({**told, "rank": rank, "time": round(time.time(), 3)})
             os.write(descriptor, (line + "\n").encode())  # one write: lines of several ranks do not mix
     finally:

@@ -186,30 +186,6 @@ class OrderedBatches:
         return index + count
 
 
-class ListedBatches:
-    """Batches of a rank's own list of samples: for work without an order.
-
-    Args:
-        indices: Global indices of the samples.
-        batch_size: Samples in a batch.
-    """
-
-    def __init__(self, indices: Sequence[int], *, batch_size: int = 1) -> None:
-        self.start = DataPosition()
-        self.stop = len(indices)
-        self._indices = tuple(indices)
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-self.stop // self._batch_size)
-
-    def micro_batches(self, position: DataPosition) -> Iterator[MicroBatch]:
-        """Yields the batches that follow a position in the list."""
-        for first in range(position.next, self.stop, self._batch_size):
-            taken = self._indices[first : first + self._batch_size]
-            yield MicroBatch(taken, taken, DataPosition(first + len(taken)))
-
-
 class QueuedBatches:
     """Batches of one sample, taken from a queue that ranks share when this rank is ready for one.
 
@@ -240,4 +216,4 @@ class QueuedBatches:
             yield MicroBatch(index, index, DataPosition(number + 1))
 
 
-Batches = TypeVar("Batches", bound=OrderedBatches | ListedBatches | QueuedBatches)
+Batches = TypeVar("Batches", bound=OrderedBatches | QueuedBatches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +12,9 @@ from sat_train.config import RunConfig
 from sat_train.config.shapes import ClipShape, allowed_shapes
 from sat_train.data.bad_clips import ClipFailure, FailureLog, write_failures
 from sat_train.data.batches import Batches, DataPosition, OrderedBatches
-from sat_train.data.cache.samples import Condition, OpenCache, SampleCache
 from sat_train.data.dataset import VideoDataset
-from sat_train.data.loader import OrderedLoader, VideoLoader
-from sat_train.data.prepass import ClipSet, SampleSpec, assign_clips, describe_clip_set, look_at
+from sat_train.data.loader import OrderedLoader, SampleReader, VideoLoader
+from sat_train.data.prepass import ClipSet, HeaderMemory, SampleSpec, assign_clips, describe_clip_set, look_at
 from sat_train.data.remote import file_name
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.shared_memory import bytes_in_flight, warn_of_little_shared_memory
@@ -32,6 +31,8 @@ log = get_logger(__name__)
 _TRAIN, _VALID = 0, 1
 QUARANTINE = "quarantine.jsonl"
 
+ReaderOf = Callable[[VideoDataset], SampleReader]
+
 
 def build_train_loader(
     config: RunConfig,
@@ -39,7 +40,8 @@ def build_train_loader(
     *,
     start: DataPosition | None = None,
     run_directory: Path | None = None,
-    cache: OpenCache | None = None,
+    headers: HeaderMemory | None = None,
+    reader_of: ReaderOf | None = None,
 ) -> OrderedLoader:
     """Builds the endless loader of this rank.
 
@@ -48,16 +50,18 @@ def build_train_loader(
         mesh: Who this rank is.
         start: Where the run stands, from the checkpoint; None: at the beginning.
         run_directory: Gets `quarantine.jsonl`; None: bad clips are only logged.
-        cache: Where encoded samples may be.
+        headers: Those that are known already.
+        reader_of: Data set -> what makes samples of its clips; None decodes them.
 
     Raises:
         DataError: No data, or data that cannot be used.
 
     Ranks: all.
     """
-    dataset = build_train_dataset(config, mesh, run_directory=run_directory, cache=cache)
+    dataset = build_train_dataset(config, mesh, run_directory=run_directory, headers=headers)
     batches = build_train_batches(config, mesh, dataset, start=start)
-    if mesh.local_rank == 0 and not (cache is not None and cache.use == "require"):
+    loader = build_loader(config, mesh, dataset, batches, run_directory, reader_of)
+    if mesh.local_rank == 0 and loader.reader.decodes:
         needed = bytes_in_flight(
             dataset.buckets.shapes,
             batch_sizes(config, config.args.batch_size),
@@ -65,7 +69,7 @@ def build_train_loader(
             prefetch_factor=config.args.prefetch_factor,
         )
         warn_of_little_shared_memory(needed, local_ranks=RankEnv.read().local_world_size)
-    return build_loader(config, mesh, dataset, batches, run_directory)
+    return loader
 
 
 def build_train_batches(
@@ -85,13 +89,7 @@ def build_train_batches(
 
 
 def count_steps(config: RunConfig, batches: OrderedBatches, steps_done: int = 0) -> int:
-    """Returns the steps of a run: `args.train_iters`, or those that `args.epochs` still needs and those done.
-
-    Args:
-        config: The configuration.
-        batches: What is left is counted by what plans it, from where it starts.
-        steps_done: Optimizer steps before that.
-    """
+    """Returns the steps of a run: `args.train_iters`, or those done and those that `args.epochs` needs."""
     if config.args.train_iters is not None:
         return config.args.train_iters
     micro_steps = batches.micro_steps_left(batches.start)
@@ -115,7 +113,7 @@ def build_train_dataset(
     mesh: ProcessMesh,
     *,
     run_directory: Path | None = None,
-    cache: OpenCache | None = None,
+    headers: HeaderMemory | None = None,
     each_view_once: bool = False,
 ) -> VideoDataset:
     """Builds the training set.
@@ -124,7 +122,7 @@ def build_train_dataset(
         config: `args` and `data` are read.
         mesh: Who this rank is.
         run_directory: Its `quarantine.jsonl` names the clips that are left out; None: only the log does.
-        cache: Where encoded samples may be.
+        headers: Those that are known already.
         each_view_once: Clips come as they are listed, all in their first view, then all in their second, ...
 
     Raises:
@@ -139,7 +137,7 @@ def build_train_dataset(
             remedy="--base ... args.train_data=[my_clips]",
         )
     sources = _read_sources(config, mesh, config.args.train_data, part=_TRAIN)
-    clip_set = _prepass(config, mesh, sources, config.args.batch_size, run_directory, cache)
+    clip_set = _prepass(config, mesh, sources, config.args.batch_size, run_directory, headers)
     if each_view_once:
         order = _listed_order(config, clip_set)
     else:
@@ -148,11 +146,16 @@ def build_train_dataset(
             clip_weights=[[record.weight for record in source.records] for source in clip_set.sources],
             source_weights=config.args.train_data_weights,
         )
-    return _build_dataset(config, clip_set, order, config.require_data().params.views, "noised", cache)
+    return _build_dataset(config, clip_set, order, views=config.require_data().params.views, training=True)
 
 
 def build_valid_loader(
-    config: RunConfig, mesh: ProcessMesh, *, run_directory: Path | None = None, cache: OpenCache | None = None
+    config: RunConfig,
+    mesh: ProcessMesh,
+    *,
+    run_directory: Path | None = None,
+    headers: HeaderMemory | None = None,
+    reader_of: ReaderOf | None = None,
 ) -> OrderedLoader | None:
     """Builds the loader of `args.eval_iters` validation batches of this rank, the same ones each time.
 
@@ -163,7 +166,7 @@ def build_valid_loader(
 
     Ranks: all.
     """
-    dataset = build_valid_dataset(config, mesh, run_directory=run_directory, cache=cache)
+    dataset = build_valid_dataset(config, mesh, run_directory=run_directory, headers=headers)
     if dataset is None:
         return None
     batch_size = _valid_batch_size(config)
@@ -175,11 +178,15 @@ def build_valid_loader(
         num_ranks=mesh.data_size,
         stop=stop,
     )
-    return build_loader(config, mesh, dataset, batches, run_directory)
+    return build_loader(config, mesh, dataset, batches, run_directory, reader_of)
 
 
 def build_valid_dataset(
-    config: RunConfig, mesh: ProcessMesh, *, run_directory: Path | None = None, cache: OpenCache | None = None
+    config: RunConfig,
+    mesh: ProcessMesh,
+    *,
+    run_directory: Path | None = None,
+    headers: HeaderMemory | None = None,
 ) -> VideoDataset | None:
     """Builds the validation set: each clip in one view, the same in every run.
 
@@ -195,8 +202,8 @@ def build_valid_dataset(
     if not entries or (not config.args.valid_data and not config.data_shares()[_VALID]):
         return None
     sources = _read_sources(config, mesh, entries, part=_VALID)
-    clip_set = _prepass(config, mesh, sources, _valid_batch_size(config), run_directory, cache)
-    return _build_dataset(config, clip_set, _listed_order(config, clip_set), 1, "plain", cache)
+    clip_set = _prepass(config, mesh, sources, _valid_batch_size(config), run_directory, headers)
+    return _build_dataset(config, clip_set, _listed_order(config, clip_set), views=1, training=False)
 
 
 def _valid_batch_size(config: RunConfig) -> int:
@@ -212,15 +219,12 @@ def _build_dataset(
     config: RunConfig,
     clip_set: ClipSet,
     order: GlobalOrder,
+    *,
     views: int | None,
-    condition: Condition,
-    cache: OpenCache | None,
+    training: bool,
 ) -> VideoDataset:
     data = config.require_data()
-    params, samples = data.params, None
-    if cache is not None:
-        image = condition if config.model.noised_image_input else None
-        samples = SampleCache(cache, fps=params.fps, max_upscale=params.max_upscale, image=image)
+    params = data.params
     return VideoDataset(
         sources=clip_set.sources,
         order=order,
@@ -234,7 +238,7 @@ def _build_dataset(
         timeout_s=data.worker_timeout_s,
         views=views,
         images=config.model.noised_image_input,
-        cache=samples,
+        training=training,
     )
 
 
@@ -258,6 +262,7 @@ def build_loader(
     dataset: VideoDataset,
     batches: Batches,
     run_directory: Path | None,
+    reader_of: ReaderOf | None = None,
 ) -> VideoLoader[Batches]:
     """Builds the loader of a data set, as `args` and `data` want it."""
     data = config.require_data()
@@ -271,6 +276,7 @@ def build_loader(
         dataset=dataset,
         batches=batches,
         failures=failures,
+        reader=reader_of and reader_of(dataset),
         num_workers=config.args.num_workers,
         prefetch_factor=config.args.prefetch_factor,
         pin_memory=mesh.device.type == "cuda",
@@ -306,7 +312,7 @@ def _prepass(
     sources: Sequence[ClipSource],
     batch_size: int,
     run_directory: Path | None,
-    cache: OpenCache | None,
+    headers: HeaderMemory | None,
 ) -> ClipSet:
     """Finds which clips are too short, which are cut, and the shape of each; says what came of it.
 
@@ -315,7 +321,7 @@ def _prepass(
     spec = build_sample_spec(config)
     look = functools.partial(
         look_at,
-        file_metadata=None if cache is None else cache.file_metadata,
+        headers=headers,
         with_turn=spec.needs_turn,
         timeout_s=config.require_data().worker_timeout_s,
     )
@@ -381,7 +387,7 @@ def sum_bad_clips(mesh: ProcessMesh, loader: OrderedLoader) -> int:
 
     Ranks: all.
     """
-    ours = {clip: replace(failure, keys=None) for clip, failure in loader.failures.by_clip.items()}
+    ours = loader.failures.by_clip
     found: dict[str, ClipFailure] = {}
     for theirs in gather_objects(mesh, ours):
         found.update(theirs)

@@ -17,7 +17,7 @@ from sat_train.data.bad_clips import BadClip
 from sat_train.data.clip_times import DECODER_ERRORS, first_and_last
 from sat_train.data.orientation import Orientation, frame_orientation, read_exif
 from sat_train.data.part_reader import PartReader, ReadableFile
-from sat_train.data.remote import RemoteFile, is_remote, shown
+from sat_train.data.remote import RemoteFile, is_remote, read_state, shown
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -306,3 +306,33 @@ def _is_turned(container: InputContainer, stream: VideoStream) -> bool:
 def _is_image(container: InputContainer) -> bool:
     name = container.format.name
     return name == "image2" or name.endswith("_pipe")
+
+
+def read_stamp(path: Path) -> tuple[int, ...]:
+    """Returns what tells one state of a file from others: size, mtime, ctime (ns) and inode.
+
+    Of a remote file it is the size, a number for what its storage tells of the change, and the time of that
+    where it may hide a second change. Zeros behind the size: nothing is known of changes.
+
+    Raises:
+        BadClip: The file is missing, or its storage does not answer.
+    """
+    if is_remote(path):
+        return _remote_stamp(path)
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # a name with a NUL in it, from a stranger's list
+        raise BadClip("missing", getattr(error, "strerror", None) or str(error)) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BadClip("unreadable", "it is not a regular file")
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _remote_stamp(path: Path) -> tuple[int, ...]:
+    try:
+        state = read_state(path)
+    except FileNotFoundError:
+        raise BadClip("missing", f"there is no {path}") from None
+    except OSError as error:
+        raise BadClip("unreadable", str(error), may_pass=True) from None
+    return state.size, state.change, state.mtime_ns

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +16,9 @@ from torch.utils.data import Dataset
 from sat_train.config.shapes import ClipShape
 from sat_train.data.augmentation_key import AugmentationKey, limited_augmentation_key
 from sat_train.data.bad_clips import BadClip, ClipFailure, one_clip
-from sat_train.data.batch import VideoSample
+from sat_train.data.batch import SampleBatch, VideoSample
 from sat_train.data.buckets import BucketAssignment
-from sat_train.data.cache.file_metadata import read_stamp
-from sat_train.data.cache.key import SampleKeys
-from sat_train.data.cache.samples import SampleCache
-from sat_train.data.clip_file import ClipInfo
+from sat_train.data.clip_file import ClipInfo, read_stamp
 from sat_train.data.frames import Frames, open_frames
 from sat_train.data.resize import CoverCrop, CropMode, cover_crop
 from sat_train.data.sampler import ClipRef, GlobalOrder
@@ -40,15 +38,18 @@ _SUBSTITUTES = 32  # clips to try for a sample before the set itself must be bro
 _DRAWS = 1024  # of other samples, for those in the same bucket
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class SampleResult:
+class SampleResult(Generic[T]):
     """A sample, and the clips that failed before one could give it."""
 
-    sample: VideoSample
+    sample: T
     failures: tuple[ClipFailure, ...]
 
 
-class VideoDataset(Dataset[SampleResult]):
+class VideoDataset(Dataset[SampleResult[VideoSample]]):
     """Samples by global index. The same index gives the same sample on any rank, worker and restart.
 
     Args:
@@ -65,8 +66,10 @@ class VideoDataset(Dataset[SampleResult]):
         timeout_s: A clip that takes longer to decode is given up; None: never.
         views: How many windows, crops and image noises each clip has; None: another one for every sample.
         images: Clips are conditioned on the images beside them; else these are not opened.
-        cache: Where encoded samples may be; None decodes all of them.
+        training: Conditions are augmented; off in validation.
     """
+
+    decodes = True
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class VideoDataset(Dataset[SampleResult]):
         timeout_s: float | None = None,
         views: int | None = None,
         images: bool = False,
-        cache: SampleCache | None = None,
+        training: bool = True,
     ) -> None:
         self.sources = tuple(sources)
         self.order = order
@@ -99,7 +102,7 @@ class VideoDataset(Dataset[SampleResult]):
         self.timeout_s = timeout_s
         self.views = views
         self.images = images
-        self.cache = cache
+        self.training = training
         self.given_up: dict[str, BadClip] = {}  # clips that made a worker hang or die
         self.on_attempt: Callable[[ClipRef], None] | None = None  # told of each clip before it is opened
 
@@ -117,16 +120,16 @@ class VideoDataset(Dataset[SampleResult]):
     def record(self, ref: ClipRef) -> ClipRecord:
         return self.sources[ref.source].clip(ref.clip)
 
-    def __getitem__(self, index: int) -> SampleResult:
-        """Returns a sample, encoded where the cache has it; see `read`."""
-        return self.read(index)
+    def __getitem__(self, index: int) -> SampleResult[VideoSample]:
+        """Returns a sample; where its clip is bad, that of another clip."""
+        return self.read(index, self.sample)
 
-    def read(self, index: int, *, pixels: bool = False) -> SampleResult:
-        """Returns a sample; where its clip is bad, that of another clip, chosen by the index alone.
+    def read(self, index: int, sample: Callable[[int, ClipRef], T]) -> SampleResult[T]:
+        """Returns what a clip gives; where it is bad, what another one gives, chosen by the index alone.
 
         Args:
             index: Global index.
-            pixels: Decode it even where the cache has its encodings.
+            sample: (index, clip) -> the sample; raises BadClip where the clip cannot give one.
 
         Raises:
             DataError: No substitute is usable either.
@@ -140,10 +143,9 @@ class VideoDataset(Dataset[SampleResult]):
                 if clip_id in self.given_up:
                     raise self.given_up[clip_id]
                 with one_clip():
-                    return SampleResult(self._find(index, ref, pixels=pixels), tuple(failures))
+                    return SampleResult(sample(index, ref), tuple(failures))
             except BadClip as error:
-                keys = None if error.may_pass else self._key_of_bad(index, ref)
-                failures.append(ClipFailure(index, clip_id, error.cause, error.detail, keys))
+                failures.append(ClipFailure(index, clip_id, error.cause, error.detail, ref, error.may_pass))
         tried = "".join(f"\n    {f.clip_id} ({f.cause}: {f.detail})" for f in failures[:10])
         raise DataError(
             f"sample {index}: none of {len(failures)} clips can be used:{tried}",
@@ -193,48 +195,12 @@ class VideoDataset(Dataset[SampleResult]):
         captions = self.record(ref).captions
         return captions[derive_seed(self.seed, "caption", index) % len(captions)]
 
-    def keys(self, index: int, ref: ClipRef) -> SampleKeys:
-        """Returns where the encodings of a sample belong in the cache.
+    def sample(self, index: int, ref: ClipRef) -> VideoSample:
+        """Decodes a clip for an index.
 
         Raises:
-            BadClip: The clip is missing, unreadable, or too short.
+            BadClip: It cannot give a sample.
         """
-        with one_clip():
-            return self._keys_and_window(index, ref)[0]
-
-    def _keys_and_window(self, index: int, ref: ClipRef) -> tuple[SampleKeys, Window]:
-        assert self.cache is not None, "a data set without a cache has no keys"
-        record, augmentation, shape = self.record(ref), self.augmentation_key(index, ref), self.shape(index)
-        info = self.cache.file_metadata.info(record.path, record.span)
-        window = self._window(info, record, augmentation, shape.frames)
-        size = (shape.height, shape.width)
-        return self.cache.keys(
-            record, self.caption(index, ref), window, augmentation, self.crop, size
-        ), window
-
-    def _key_of_bad(self, index: int, ref: ClipRef) -> SampleKeys | None:
-        """Returns where it belongs in the cache that a clip cannot be decoded."""
-        try:
-            return None if self.cache is None else self.keys(index, ref)
-        except BadClip:  # it cannot even be opened, which is found out again each time
-            return None
-
-    def _find(self, index: int, ref: ClipRef, *, pixels: bool) -> VideoSample:
-        if self.cache is None:
-            return self._sample(index, ref)
-        (keys, window), clip_id = self._keys_and_window(index, ref), self.record(ref).clip_id
-        cached = None if pixels else self.cache.read(keys, clip_id)
-        if cached is not None:
-            augmentation, caption = self.augmentation_key(index, ref), self.caption(index, ref)
-            return VideoSample(
-                None, caption, None, clip_id, index, window.count, (), augmentation, keys, cached
-            )
-        sample = replace(self._sample(index, ref), keys=keys)
-        if self.keys(index, ref) != keys:
-            raise BadClip("changed", "the file was changed while it was read")
-        return sample
-
-    def _sample(self, index: int, ref: ClipRef) -> VideoSample:
         record, augmentation, shape = self.record(ref), self.augmentation_key(index, ref), self.shape(index)
         frames, num_shown = self._frames(record, augmentation, shape)
         return VideoSample(
@@ -248,6 +214,24 @@ class VideoDataset(Dataset[SampleResult]):
             num_shown=num_shown,
             times=frames.times,
             augmentation=augmentation,
+            training=self.training,
+        )
+
+    @staticmethod
+    def collate(samples: Sequence[VideoSample]) -> SampleBatch:
+        """Puts samples of one shape into a batch."""
+        shapes = {tuple(sample.video_tchw.shape) for sample in samples}
+        assert len(shapes) == 1, f"a batch holds one shape, got {sorted(shapes)}: what plans it sees to that"
+        return SampleBatch(tuple(samples))
+
+    def clip_window(self, index: int, ref: ClipRef, info: ClipInfo) -> Window:
+        """Returns the moments of a clip that a sample shows.
+
+        Raises:
+            BadClip: The clip is missing or too short.
+        """
+        return self._window(
+            info, self.record(ref), self.augmentation_key(index, ref), self.shape(index).frames
         )
 
     def _frames(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sat_train.data.bad_clips import BadClip, ClipFailure, FailureLog
-from sat_train.data.batch import VideoBatch, collate
+from sat_train.data.batch import LoadedBatch
 from sat_train.data.batches import Batches, DataPosition, MicroBatch, OrderedBatches
 from sat_train.data.clip_pool import prepare_worker
 from sat_train.data.dataset import SampleResult, VideoDataset
@@ -34,11 +35,31 @@ _IDLE = -1
 _PID, _SOURCE, _CLIP, _SINCE_MS = range(4)  # columns of the board
 
 
+class SampleReader(Protocol):
+    """Makes samples of clips, in the workers. The data set itself is one, which decodes them.
+
+    Attributes:
+        decodes: Some samples may be pixels, which take much shared memory.
+    """
+
+    decodes: bool
+
+    def sample(self, index: int, ref: ClipRef) -> Any:
+        """Returns what a clip gives for an index.
+
+        Raises:
+            BadClip: It cannot give a sample.
+        """
+
+    def collate(self, samples: Sequence[Any]) -> LoadedBatch:
+        """Puts samples into a batch."""
+
+
 @dataclass(frozen=True)
 class _Packed:
     """What a worker sends: a batch and the clips that failed on the way, or the error that ends the run."""
 
-    batch: VideoBatch | None
+    batch: LoadedBatch | None
     failures: tuple[ClipFailure, ...]
     error: SatTrainError | None = None
 
@@ -49,22 +70,15 @@ class _Packed:
 class _Task(Dataset[Any]):
     """The data set as a worker runs it: errors are sent as values, and the board says what is being read."""
 
-    def __init__(self, dataset: VideoDataset, board_wf: Tensor) -> None:
+    def __init__(self, dataset: VideoDataset, reader: SampleReader, board_wf: Tensor) -> None:
         self._dataset = dataset
+        self._reader = reader
         self._board_wf = board_wf
 
-    def __getitems__(self, indices: list[int]) -> list[SampleResult | SatTrainError]:
-        """Reads a batch; one of which some samples are not in the cache is decoded as a whole."""
-        results = [self._read(index, pixels=False) for index in indices]
-        are_cached = {
-            result.sample.cached is not None for result in results if isinstance(result, SampleResult)
-        }
-        return results if len(are_cached) < 2 else [self._read(index, pixels=True) for index in indices]
-
-    def _read(self, index: int, *, pixels: bool) -> SampleResult | SatTrainError:
+    def __getitem__(self, index: int) -> SampleResult[Any] | SatTrainError:
         self._dataset.on_attempt = self._mark
         try:
-            return self._dataset.read(index, pixels=pixels)
+            return self._dataset.read(index, self._reader.sample)
         except SatTrainError as error:
             return error
         finally:
@@ -93,14 +107,14 @@ class _Indices:
         return (list(batch.mine) for batch in self._micro_batches)
 
 
-def _pack(results: list[SampleResult | SatTrainError]) -> _Packed:
-    whole: list[SampleResult] = []
+def _pack(reader: SampleReader, results: list[SampleResult[Any] | SatTrainError]) -> _Packed:
+    whole: list[SampleResult[Any]] = []
     for result in results:
         if isinstance(result, SatTrainError):
             return _Packed(None, (), result)
         whole.append(result)
     failures = tuple(failure for result in whole for failure in result.failures)
-    return _Packed(collate([result.sample for result in whole]), failures)
+    return _Packed(reader.collate([result.sample for result in whole]), failures)
 
 
 def _now_ms() -> int:
@@ -114,6 +128,7 @@ class VideoLoader(Generic[Batches]):
         dataset: Gives samples by global index.
         batches: Which samples this rank takes.
         failures: Counts bad clips.
+        reader: Makes samples of clips; None decodes them.
         num_workers: Decoding processes; 0 decodes in this process.
         prefetch_factor: Batches each worker prepares ahead.
         pin_memory: Page-locked batches, for a faster way to a CUDA device.
@@ -129,6 +144,7 @@ class VideoLoader(Generic[Batches]):
         dataset: VideoDataset,
         batches: Batches,
         failures: FailureLog,
+        reader: SampleReader | None = None,
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin_memory: bool = False,
@@ -137,6 +153,7 @@ class VideoLoader(Generic[Batches]):
         fingerprint: str = "",
     ) -> None:
         self.dataset = dataset
+        self.reader = reader or dataset
         self.failures = failures
         self.fingerprint = fingerprint
         self.data_wait_s = 0.0
@@ -176,7 +193,7 @@ class VideoLoader(Generic[Batches]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[VideoBatch]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         """Starts over at the first batch of a finite loader; an endless one continues where it stands."""
         if self._batches.stop is not None:
             self.close()
@@ -184,7 +201,7 @@ class VideoLoader(Generic[Batches]):
             self._micro_batches = self._batches.micro_batches(self._position)
         return self
 
-    def __next__(self) -> VideoBatch:
+    def __next__(self) -> LoadedBatch:
         """Returns the next batch; `data_wait_s` then says how long that took.
 
         Raises:
@@ -207,12 +224,12 @@ class VideoLoader(Generic[Batches]):
         self._iterator = None  # asks idle workers to leave and waits for them
         _kill_workers(self._board_wf)
 
-    def _move(self, packed: _Packed) -> VideoBatch:
+    def _move(self, packed: _Packed) -> LoadedBatch:
         micro_batch = next(self._micro_batches)
         assert packed.batch is not None
         assert packed.batch.sample_indices == micro_batch.mine, "the workers and the loader have parted"
         self._position = micro_batch.after
-        return replace(packed.batch, step_positions=micro_batch.step_positions)
+        return packed.batch.at(micro_batch.step_positions)
 
     def _next_packed(self) -> _Packed:
         began = time.monotonic()
@@ -232,11 +249,11 @@ class VideoLoader(Generic[Batches]):
     def _start(self) -> Iterator[_Packed]:
         self._board_wf.fill_(_IDLE)
         loader = DataLoader(
-            _Task(self.dataset, self._board_wf),
+            _Task(self.dataset, self.reader, self._board_wf),
             batch_sampler=_Indices(self._batches.micro_batches(self._position)),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_factor,
-            collate_fn=_pack,
+            collate_fn=functools.partial(_pack, self.reader),
             pin_memory=self._pin_memory,
             timeout=_POLL_S if self._num_workers else 0,
             worker_init_fn=prepare_worker,

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data.bad_clips import BadClip, ClipFailure, one_clip
 from sat_train.data.buckets import BucketAssignment, choose_bucket
-from sat_train.data.cache.file_metadata import FileMetadata, read_stamp
-from sat_train.data.clip_file import ClipInfo, read_headers
+from sat_train.data.clip_file import ClipInfo, Span, read_headers, read_stamp
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.dataset import usable_part
 from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults
@@ -37,6 +37,18 @@ _CLIPS_A_PROCESS = 16  # fewer are read before another process has started
 _SHOWN = 10  # clips in one message
 
 Look = Callable[[Sequence[ClipRecord]], list[ClipInfo | BadClip]]
+
+
+class HeaderMemory(Protocol):
+    """Headers of clips that were read before, for as long as their files stay as they are."""
+
+    def recall_info(
+        self, path: Path, span: Span | None, stamp: tuple[int, ...], *, with_turn: bool = False
+    ) -> ClipInfo | None:
+        """Returns the headers of a clip whose file has this state; None where it must be opened for them."""
+
+    def learn_info(self, path: Path, span: Span | None, stamp: tuple[int, ...], info: ClipInfo) -> None:
+        """Remembers the headers of a clip that were read after its file had this state."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,7 @@ def _assign_clip(record: ClipRecord, info: ClipInfo | BadClip, spec: SampleSpec)
 
 def look_at(
     records: Sequence[ClipRecord],
-    file_metadata: FileMetadata | None,
+    headers: HeaderMemory | None,
     *,
     with_turn: bool,
     timeout_s: float | None,
@@ -180,12 +192,12 @@ def look_at(
 
     Args:
         records: The clips.
-        file_metadata: What is known of files, where there is a cache: only the others are opened.
+        headers: Those that are known: only the other clips are opened.
         with_turn: As for `look_into`.
         timeout_s: A clip that takes longer is given up; None: never.
     """
     look = functools.partial(look_into, with_turn=with_turn, timeout_s=timeout_s)
-    if file_metadata is None:
+    if headers is None:
         return _look_into_all(records, look, timeout_s)
     stamps = _read_stamps(records)
     found: dict[int, ClipInfo | BadClip] = {}
@@ -194,7 +206,7 @@ def look_at(
         stamp = stamps[record.path]
         if isinstance(stamp, BadClip):
             found[i] = stamp
-        elif known := file_metadata.recall_info(record.path, record.span, stamp, with_turn=with_turn):
+        elif known := headers.recall_info(record.path, record.span, stamp, with_turn=with_turn):
             found[i] = known
         else:
             unknown[i] = stamp
@@ -202,7 +214,7 @@ def look_at(
     for (i, stamp), info in zip(unknown.items(), seen, strict=True):
         found[i] = info
         if isinstance(info, ClipInfo):
-            file_metadata.learn_info(records[i].path, records[i].span, stamp, info)
+            headers.learn_info(records[i].path, records[i].span, stamp, info)
     return [found[i] for i in range(len(records))]
 
 

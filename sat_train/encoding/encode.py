@@ -1,121 +1,106 @@
-"""Encodes samples as the cache keeps them: what the autoencoder and the text encoder give, before any draw.
+"""The stage between data and objective: encodes the samples that are not encoded yet.
 
-A sample is encoded by itself, here as in training without a cache, and kept in the dtype the encoders compute
-in, which loses nothing. So a loss from the cache has the bits of a loss without it.
+A sample is encoded by itself, with a cache and without one, in the dtype that the encoders compute in. So a
+loss from the cache has the bits of a loss without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
 
-import torch
 from torch import Tensor
 
-from sat_train.data.batch import CachedSample, VideoBatch, cat_cached
-from sat_train.data.cache.key import EncoderDigests
-from sat_train.data.cache.shards import EntryInfo, ShardWriter
-from sat_train.encoding.encoders import Encoders, conditioning_image
+from sat_train.data.batch import LoadedBatch, Sample, SampleBatch, VideoSample
+from sat_train.encoding.cache.entries import CacheEntry
+from sat_train.encoding.cache.shards import ShardWriter
+from sat_train.encoding.conditions.condition import Condition
+from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, EncodedSample, stack_samples
+from sat_train.encoding.encoded_dataset import UnencodedSample
+from sat_train.encoding.encoders import Encoders
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One of the encodings of a sample, not yet made."""
-
-    key: str
-    info: EntryInfo
-    encode: Callable[[], dict[str, Tensor]]
-
-
-class SampleEncoder:
-    """Encodes batches and hands what is new to the writer.
+class Encode:
+    """Turns batches of the loader into batches of encodings.
 
     Args:
-        encoders: The encoders.
+        encoders: The frozen models.
+        conditions: Conditions whose encodings belong to a sample.
+    """
+
+    def __init__(self, encoders: Encoders, conditions: Sequence[Condition]) -> None:
+        self._encoders = encoders
+        self._conditions = {each.name: each for each in conditions if each.tensors}
+
+    def __call__(self, batch: LoadedBatch) -> EncodedBatch:
+        """Returns a batch with encodings in place of pixels; one that was read from the cache as it is."""
+        if isinstance(batch, EncodedBatch):
+            return batch
+        assert isinstance(batch, SampleBatch), f"a loader gives no {type(batch).__name__}"
+        samples = [self.sample(sample).to(self._encoders.device) for sample in batch.samples]
+        return stack_samples(samples, batch.step_positions)
+
+    def sample(self, sample: Sample) -> EncodedSample:
+        """Returns a sample encoded; one that was read from the cache as it is."""
+        if isinstance(sample, EncodedSample):
+            return sample
+        assert isinstance(sample, VideoSample), f"a loader gives no {type(sample).__name__}"
+        return self._encode(sample)
+
+    def _encode(self, sample: VideoSample) -> EncodedSample:
+        encodings = {name: self._part(name, sample) for name in (CLIP, *self._conditions)}
+        return EncodedSample(sample.clip_id, sample.sample_index, sample.num_shown, encodings)
+
+    def _part(self, name: str, sample: VideoSample) -> dict[str, Tensor]:
+        if name == CLIP:
+            return self._encoders.video(sample.video_tchw, subject=sample.clip_id)
+        return self._conditions[name].encode(sample, self._encoders)
+
+
+class EncodeAndKeep(Encode):
+    """Also hands what is new to the writer of the cache.
+
+    Args:
+        encoders: The frozen models.
+        conditions: Conditions whose encodings belong to a sample.
         writer: Gets the entries.
-        encoder_digests: What the encoders are.
-        is_there: Whether an entry is in the cache already.
-        image: The image condition: None for text-to-video, `noised` in training, `plain` in validation.
+        is_there: Whether an entry is in the cache already, by its key.
     """
 
     def __init__(
         self,
         encoders: Encoders,
+        conditions: Sequence[Condition],
         *,
         writer: ShardWriter,
-        encoder_digests: EncoderDigests,
         is_there: Callable[[str], bool],
-        image: Literal["noised", "plain"] | None,
     ) -> None:
-        self._encoders, self._writer, self._encoder_digests = encoders, writer, encoder_digests
-        self._is_there, self._image = is_there, image
+        super().__init__(encoders, conditions)
+        self.writer, self._is_there = writer, is_there
 
-    def complete(self, batch: VideoBatch) -> VideoBatch:
-        """Returns a batch with its encodings in place of its pixels, and keeps those that are new."""
-        if batch.cached is not None:
-            return batch
-        samples = [self._complete(batch, row) for row in range(len(batch))]
-        return replace(batch, video_btchw=None, image_bchw=None, cached=cat_cached(samples))
+    def _encode(self, sample: VideoSample) -> EncodedSample:
+        encoded = super()._encode(sample)
+        assert isinstance(sample, UnencodedSample), "a sample that is kept knows where its encodings belong"
+        for name, entry in sample.entries.items():
+            if self._is_new(entry):
+                self.writer.add(entry.key, encoded.encodings[name], entry.info)
+        return encoded
 
-    def keep(self, batch: VideoBatch) -> int:
+    def keep(self, batch: SampleBatch) -> int:
         """Encodes what is new in a batch, captions aside, and keeps it; returns how many entries it was."""
-        parts = [part for row in range(len(batch)) for part in self._of_pixels(batch, row)]
-        new = [part for part in parts if self._is_new(part.key)]
-        for part in new:
-            self._writer.add(part.key, part.encode(), part.info)
+        new = [
+            (sample, name, entry)
+            for sample in batch.samples
+            if isinstance(sample, UnencodedSample)
+            for name, entry in sample.entries.items()
+            if name != "text" and self._is_new(entry)
+        ]
+        for sample, name, entry in new:
+            self.writer.add(entry.key, self._part(name, sample), entry.info)
         return len(new)
 
-    def keep_text(self, key: str, caption: str) -> None:
-        """Encodes one caption and keeps it."""
-        part = self._of_text(key, caption)
-        self._writer.add(key, part.encode(), part.info)
+    def keep_caption(self, entry: CacheEntry) -> None:
+        """Encodes a caption, which is the name of its entry, and keeps it."""
+        self.writer.add(entry.key, {"text": self._encoders.text(entry.info.name)}, entry.info)
 
-    def _complete(self, batch: VideoBatch, row: int) -> CachedSample:
-        text = self._of_text(batch.keys[row].text, batch.captions[row])
-        made = {part.info.kind: part.encode() for part in (*self._of_pixels(batch, row), text)}
-        for part in (*self._of_pixels(batch, row), text):
-            if self._is_new(part.key):
-                self._writer.add(part.key, made[part.info.kind], part.info)
-        image = made.get("image", {})
-        encodings = CachedSample(
-            mean_btchw=made["clip"]["mean"],
-            logvar_btchw=made["clip"]["logvar"],
-            text_bld=made["text"]["text"],
-            image_latent_btchw=image.get("mean"),
-            image_logvar_btchw=image.get("logvar"),
-        )
-        return encodings.unsqueezed()
-
-    def _is_new(self, key: str) -> bool:
-        return key not in self._writer and not self._is_there(key)
-
-    def _of_pixels(self, batch: VideoBatch, row: int) -> list[_Part]:
-        keys, name, vae = batch.keys[row], batch.clip_ids[row], self._encoder_digests.vae
-        info = EntryInfo("clip", name, vae, keys.clip_origin)
-        parts = [_Part(keys.clip, info, lambda: self._clip(batch, row))]
-        if keys.image is not None:
-            info = EntryInfo("image", name, vae, keys.image_origin)
-            parts.append(_Part(keys.image, info, lambda: self._condition(batch, row)))
-        return parts
-
-    def _of_text(self, key: str, caption: str) -> _Part:
-        info = EntryInfo("text", caption, self._encoder_digests.text)
-        return _Part(key, info, lambda: {"text": self._encoders.text([caption])[0]})
-
-    def _clip(self, batch: VideoBatch, row: int) -> dict[str, Tensor]:
-        assert batch.video_btchw is not None, "a batch has pixels or encodings"
-        pixels = batch.video_btchw[row : row + 1]
-        return self._moments(self._encoders.video_moments(pixels, subject=batch.clip_ids[row]))
-
-    def _condition(self, batch: VideoBatch, row: int) -> dict[str, Tensor]:
-        augmentations = batch.augmentations if self._image == "noised" else ()
-        image = conditioning_image(batch, augmentations, self._encoders.device)
-        return self._moments(self._encoders.image_moments(image[row : row + 1]))
-
-    def _moments(self, moments: Sequence[Tensor]) -> dict[str, Tensor]:
-        dtype = self._encoders.vae_dtype
-        kept = [tensor[0].to(dtype) for tensor in moments]
-        for tensor, exact in zip(kept, moments, strict=True):
-            assert torch.equal(tensor.to(exact.dtype), exact[0]), f"moments do not fit {dtype}"
-        return dict(zip(("mean", "logvar"), kept, strict=True))
+    def _is_new(self, entry: CacheEntry) -> bool:
+        return entry.key not in self.writer and not self._is_there(entry.key)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig
-from sat_train.data.bad_clips import ClipFailure
+from sat_train.data.bad_clips import BadClip, ClipFailure
+from sat_train.data.batch import SampleBatch
 from sat_train.data.batches import QueuedBatches
 from sat_train.data.build import (
     build_loader,
@@ -19,22 +20,23 @@ from sat_train.data.build import (
     build_valid_dataset,
     count_steps,
 )
-from sat_train.data.cache.key import text_key
-from sat_train.data.cache.missing import MissingEncodings, drop_repeated, find_missing
-from sat_train.data.cache.samples import Condition, OpenCache
-from sat_train.data.cache.shards import EntryInfo
 from sat_train.data.dataset import VideoDataset
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
 from sat_train.distributed.work_queue import WorkQueue, gather_after_work
-from sat_train.encoding.build import build_loaded_text_encoder, build_loaded_vae, build_writer, encoder_dtype
-from sat_train.encoding.encode import SampleEncoder
-from sat_train.encoding.encoders import Encoders
-from sat_train.encoding.shared_cache import open_cache, share_files
+from sat_train.encoding.build import build_encoding
+from sat_train.encoding.cache.entries import CacheEntry
+from sat_train.encoding.cache.index import OpenCache
+from sat_train.encoding.cache.shards import EntryInfo
+from sat_train.encoding.conditions.text import text_entry
+from sat_train.encoding.digests import share_files
+from sat_train.encoding.encode import EncodeAndKeep
+from sat_train.encoding.encoded_batch import CLIP
+from sat_train.encoding.encoded_dataset import EncodedDataset
+from sat_train.encoding.missing import MissingEncodings, drop_repeated, find_missing
 from sat_train.errors import Stopped
 from sat_train.log import console, get_logger
-from sat_train.models.build import compute_dtype
 
 log = get_logger(__name__)
 
@@ -46,11 +48,11 @@ class _Work:
     Args:
         dataset: Whose samples are encoded.
         indices: Samples of which something is missing, those of all ranks.
-        num_samples: Samples looked at.
+        num_samples: Samples inspected.
         queue: Hands out the places in `indices`.
     """
 
-    dataset: VideoDataset
+    dataset: EncodedDataset
     indices: tuple[int, ...]
     num_samples: int
     queue: WorkQueue
@@ -80,8 +82,14 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
     """
     for note in config.notes:
         log.info("%s", note)
-    cache = open_cache(config, mesh, "write")
-    works = [_find_work(mesh, cache, *part) for part in _datasets(config, mesh, cache)]
+    stage = build_encoding(config, mesh, "write")
+    cache, encode = stage.cache, stage.build_encode(mesh)
+    assert cache is not None, "it is written"
+    assert isinstance(encode, EncodeAndKeep), "it is written"
+    works = [
+        _find_work(mesh, name, EncodedDataset(videos, cache, stage.conditions), samples)
+        for name, videos, samples in _datasets(config, mesh, cache)
+    ]
     captions = _captions(config, cache, works)
     num_missing, num_samples = sum(len(w.indices) for w in works), sum(w.num_samples for w in works)
     log.info(
@@ -90,7 +98,8 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
     )
     if stop_request is not None:
         stop_request.defer()
-    encoding = _Encoding(config, mesh, cache, works, captions, stop_request)
+    stage.encoders.load(vae=any(work.indices for work in works), text=bool(captions))
+    encoding = _Encoding(config, mesh, encode, works, captions, stop_request)
     with _bar(mesh) as bar:
         total = sum(len(queue) for queue in encoding.queues)
         task = None if bar is None or not total else bar.add_task("encoding", total=total)
@@ -124,7 +133,7 @@ def _datasets(
     is_limited = params.views is not None or (
         params.window in ("head", "center") and not config.model.noised_image_input
     )
-    train = build_train_dataset(config, mesh, cache=cache, each_view_once=is_limited)
+    train = build_train_dataset(config, mesh, headers=cache.file_metadata, each_view_once=is_limited)
     if is_limited:
         samples: Sequence[int] = range(len(train) * (params.views or 1))
     else:
@@ -138,19 +147,17 @@ def _datasets(
         )
     valid = None
     if config.args.eval_interval is not None:
-        valid = build_valid_dataset(config, mesh, cache=cache)
+        valid = build_valid_dataset(config, mesh, headers=cache.file_metadata)
     return [("train", train, samples), *([] if valid is None else [("valid", valid, range(len(valid)))])]
 
 
-def _find_work(
-    mesh: ProcessMesh, cache: OpenCache, name: str, dataset: VideoDataset, samples: Sequence[int]
-) -> _Work:
+def _find_work(mesh: ProcessMesh, name: str, dataset: EncodedDataset, samples: Sequence[int]) -> _Work:
     """Finds what is missing, each rank in its share of the samples.
 
     Ranks: all.
     """
     share = find_missing(dataset, samples[mesh.rank :: mesh.world_size], retry_failed=True)
-    share_files(mesh, cache.file_metadata)
+    share_files(mesh, dataset.cache.file_metadata)
     found: list[MissingEncodings] = [
         sample for part in gather_objects(mesh, share) for sample in part if sample.keys
     ]
@@ -159,14 +166,16 @@ def _find_work(
     return _Work(dataset, indices, len(samples), WorkQueue(mesh, f"encode {name}", len(indices)))
 
 
-def _captions(config: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> dict[str, str]:
-    """Returns the captions that are not in the cache, by key; each text once."""
-    records = [record for work in works for source in work.dataset.sources for record in source.records]
+def _captions(config: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> list[CacheEntry]:
+    """Returns the captions that are not in the cache; each text once, in one order on all ranks."""
+    records = [
+        record for work in works for source in work.dataset.videos.sources for record in source.records
+    ]
     texts = {caption for record in records for caption in record.captions}
     if config.model.null_condition == "empty_prompt":
         texts.add("")
-    by_key = {text_key(text, text=cache.encoder_digests.text): text for text in texts}
-    return {key: text for key, text in by_key.items() if key not in cache.index}
+    entries = sorted((text_entry(text, cache.encoder_digests) for text in texts), key=lambda each: each.key)
+    return [entry for entry in entries if entry.key not in cache.index]
 
 
 class _Encoding:
@@ -175,9 +184,9 @@ class _Encoding:
     Args:
         config: The configuration.
         mesh: The process mesh.
-        cache: The open cache.
+        encode: Encodes samples and keeps what is new.
         works: What is to be encoded of each data set.
-        captions: Captions by key, the same on all ranks.
+        captions: Captions, the same on all ranks.
         stop_request: Whether this process was asked to stop; None: it cannot be.
     """
 
@@ -185,38 +194,37 @@ class _Encoding:
         self,
         config: RunConfig,
         mesh: ProcessMesh,
-        cache: OpenCache,
+        encode: EncodeAndKeep,
         works: Sequence[_Work],
-        captions: dict[str, str],
+        captions: Sequence[CacheEntry],
         stop_request: StopRequest | None,
     ) -> None:
-        self._config, self._mesh, self._cache = config, mesh, cache
-        self._works, self._captions = works, sorted(captions.items())
+        self._config, self._mesh, self._encode = config, mesh, encode
+        self._works, self._captions = works, captions
         self._stop_request = stop_request
         self._caption_queue = WorkQueue(mesh, "encode captions", len(captions))
-        self._writer = build_writer(config, mesh, cache)
         self.queues = [*(work.queue for work in works), self._caption_queue]
         self.encoded = 0
         self.failed: set[str] = set()
 
     def run(self) -> Iterator[None]:
         """Does the work and yields after each sample and caption; what is done is always published."""
-        with_vae = any(work.indices for work in self._works)
-        encoders = self._load(with_vae=with_vae, with_text_encoder=bool(self._captions))
         try:
             for work in self._works:
-                yield from self._run_samples(encoders, work)
-            yield from self._run_captions(encoders)
+                yield from self._run_samples(work)
+            yield from self._run_captions()
         finally:
-            self._writer.publish()
+            self._encode.writer.publish()
 
-    def _run_samples(self, encoders: Encoders, work: _Work) -> Iterator[None]:
-        assert work.dataset.cache is not None, "the data sets are built with the cache"
-        encoder = self._encoder(encoders, image=work.dataset.cache.image)
-        batches = QueuedBatches(work.indices, work.queue.take)
-        loader = build_loader(self._config, self._mesh, work.dataset, batches, self._cache.folder)
+    def _run_samples(self, work: _Work) -> Iterator[None]:
+        dataset, batches = work.dataset, QueuedBatches(work.indices, work.queue.take)
+        folder = dataset.cache.folder
+        loader = build_loader(
+            self._config, self._mesh, dataset.videos, batches, folder, lambda videos: dataset
+        )
         for batch in loader:
-            self.encoded += encoder.keep(batch)
+            assert isinstance(batch, SampleBatch), "nothing is read from a cache that is written"
+            self.encoded += self._encode.keep(batch)
             work.queue.finish_one()
             yield
             if self._must_stop():
@@ -224,12 +232,11 @@ class _Encoding:
                 break
         for failure in loader.failures.by_clip.values():
             self.failed.add(failure.clip_id)
-            self._keep_failure(failure)
+            self._keep_failure(dataset, failure)
 
-    def _run_captions(self, encoders: Encoders) -> Iterator[None]:
-        encoder = self._encoder(encoders, image=None)
+    def _run_captions(self) -> Iterator[None]:
         for number in self._caption_queue:
-            encoder.keep_text(*self._captions[number])
+            self._encode.keep_caption(self._captions[number])
             self.encoded += 1
             self._caption_queue.finish_one()
             yield
@@ -237,38 +244,23 @@ class _Encoding:
                 return
 
     def _must_stop(self) -> bool:
-        """Tells whether this rank was asked to stop; then the others get nothing more either."""
+        """Returns whether this rank was asked to stop; then the others get nothing more either."""
         if self._stop_request:
             for queue in self.queues:
                 queue.close()
         return bool(self._stop_request)
 
-    def _keep_failure(self, failure: ClipFailure) -> None:
+    def _keep_failure(self, dataset: EncodedDataset, failure: ClipFailure) -> None:
         """Keeps that a clip cannot be decoded: a run that reads the cache takes the same substitute."""
-        if failure.keys is not None:
-            detail = (failure.cause, failure.detail)
-            info = EntryInfo("failed", failure.clip_id, "", failure.keys.clip_origin, detail)
-            self._writer.add(failure.keys.clip, {}, info)
-
-    def _encoder(self, encoders: Encoders, *, image: Condition | None) -> SampleEncoder:
-        return SampleEncoder(
-            encoders,
-            writer=self._writer,
-            encoder_digests=self._cache.encoder_digests,
-            is_there=self._cache.index.__contains__,
-            image=image,
-        )
-
-    def _load(self, *, with_vae: bool, with_text_encoder: bool) -> Encoders:
-        config, device = self._config, self._mesh.device
-        return Encoders(
-            vae=build_loaded_vae(config, device, encoder_dtype(config)) if with_vae else None,
-            text_encoder=build_loaded_text_encoder(config, device) if with_text_encoder else None,
-            null_condition=config.model.null_condition,
-            null_text_ld=None,
-            dtype=compute_dtype(config.args),
-            device=device,
-        )
+        if failure.may_pass or failure.ref is None or failure.sample_index is None:
+            return
+        try:
+            clip = dataset.entries(failure.sample_index, failure.ref)[CLIP]
+        except BadClip:  # it cannot even be opened, which is found out again each time
+            return
+        detail = (failure.cause, failure.detail)
+        info = EntryInfo("failed", failure.clip_id, "", clip.info.origin, detail)
+        self._encode.writer.add(clip.key, {}, info)
 
 
 def _bar(mesh: ProcessMesh) -> AbstractContextManager[Progress | None]:

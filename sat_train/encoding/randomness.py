@@ -1,8 +1,8 @@
-"""The random numbers of a batch: one stream for each sample and purpose, whatever is beside the sample."""
+"""The random numbers of a batch: one stream for each sample and purpose, whatever is next to the sample."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,30 @@ from sat_train.data.batches import StepPosition
 from sat_train.distributed.seeds import derive_generator
 
 
+class Randomness:
+    """Draws for the samples of one batch, or for the prompts of one call.
+
+    Attributes:
+        posterior_sampling: Latents are drawn from their posterior; off, they are its mean.
+    """
+
+    posterior_sampling = True
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns unit normal numbers, float32, of shape (b, *shape), on the CPU."""
+        raise NotImplementedError
+
+    def latent(self, moments: Mapping[str, Tensor], purpose: str) -> Tensor:
+        """Returns unscaled latents of posteriors (`mean`, `logvar`), float32, on the device of these."""
+        mean = moments["mean"].float()
+        if not self.posterior_sampling:
+            return mean
+        eps = self.normal(purpose, tuple(mean.shape[1:])).to(mean.device)
+        return mean + (0.5 * moments["logvar"].float()).exp() * eps
+
+
 @dataclass(frozen=True)
-class SampleRandomness:
+class SampleRandomness(Randomness):
     """Draws for the samples of one batch, on the CPU, in full precision.
 
     A sample's numbers depend on `(seed, purpose, its index)` alone, its stratum on its position in the
@@ -23,10 +45,12 @@ class SampleRandomness:
     Args:
         seed: The run's seed.
         sample_indices: Global index of each sample of the batch.
+        posterior_sampling: Latents are drawn from their posterior; off, they are its mean.
     """
 
     seed: int
     sample_indices: tuple[int, ...]
+    posterior_sampling: bool = True
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Returns unit normal numbers, float32, of shape (b, *shape)."""
@@ -48,8 +72,7 @@ class SampleRandomness:
         return self.uniform(purpose) < probability
 
     def strata(self, purpose: str, step_positions: Sequence[StepPosition]) -> Tensor:
-        """Gives each sample of an optimizer step its own number below the step's size, shuffled from step to
-        step.
+        """Draws for each sample of an optimizer step a number of its own below the size of the step.
 
         A sample's number depends on its position in the step, not on its index: with buckets the samples of a
         step have no consecutive indices, and each step is to be covered.
@@ -72,3 +95,18 @@ class SampleRandomness:
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
         return [derive_generator(self.seed, purpose, index) for index in self.sample_indices]
+
+
+@dataclass(frozen=True)
+class PromptRandomness(Randomness):
+    """Draws for prompts, each from its own generator, in the order in which diffusers draws.
+
+    Args:
+        generators: One for each prompt, on the CPU.
+    """
+
+    generators: tuple[torch.Generator, ...]
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns the next unit normal numbers, float32, of shape (b, *shape)."""
+        return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])

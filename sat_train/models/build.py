@@ -71,3 +71,8 @@ def compute_dtype(args: ArgsConfig) -> torch.dtype:
     if args.bf16:
         return torch.bfloat16
     return torch.float16 if args.fp16 else torch.float32
+
+
+def encoder_dtype(args: ArgsConfig) -> torch.dtype:
+    """Returns what the frozen encoders compute in: half precision wherever the transformer does."""
+    return torch.bfloat16 if args.bf16 or args.fp16 else torch.float32

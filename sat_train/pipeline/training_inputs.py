@@ -1,4 +1,4 @@
-"""What goes into one loss, and what comes out."""
+"""Inputs of one loss, and its output."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sat_train.encoding.conditions.condition import DitInputs
+
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Everything one loss needs beside the weights; all of it is fixed before the network runs.
+    """Everything one loss needs next to the weights; all of it is fixed before the network runs.
 
     Args:
         x0_btchw: Scaled latent of the clips, padded in time, float32.
         eps_btchw: Noise of the same shape.
         timesteps_b: int64, on the CPU.
-        text_bld: Text embeddings after the caption drop, in the network's dtype.
-        image_latent_btchw: Condition of image-to-video, of the shape of `x0_btchw`; None for text-to-video.
+        dit: What the conditions give the transformer, dropped where they are.
         counted_bt: Which latent frames count in the loss, bool; None: all of them.
     """
 
     x0_btchw: Tensor
     eps_btchw: Tensor
     timesteps_b: Tensor
-    text_bld: Tensor
-    image_latent_btchw: Tensor | None
+    dit: DitInputs
     counted_bt: Tensor | None = None
 
 

@@ -1,4 +1,4 @@
-"""The model as training and sampling see it: encoders, transformer and diffusion together."""
+"""The objective: from encodings to losses, and from prompts to videos."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ import torch
 from torch import Tensor
 
 from sat_train.data.augmentation_key import AugmentationKey
+from sat_train.data.batch import VideoSample
 from sat_train.diffusion.guidance import Guidance
 from sat_train.diffusion.loss import min_snr_weight, offset_noise, v_mse_per_sample
 from sat_train.diffusion.parameterization import add_noise, v_target
 from sat_train.diffusion.samplers import OnStep, sample_ddim, sample_dpmpp_2m
 from sat_train.diffusion.timesteps import Spacing, stratified_timesteps, uniform_timesteps
 from sat_train.distributed.seeds import derive_seed
-from sat_train.encoding.encoders import Encoders, conditioning_image, pixels_to_unit
-from sat_train.encoding.image_latent import image_condition, sample_posterior
-from sat_train.encoding.randomness import SampleRandomness
+from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
+from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, stack_rows
+from sat_train.encoding.encoders import Encoders
+from sat_train.encoding.randomness import PromptRandomness, SampleRandomness
 from sat_train.models.geometry import check_size, counted_frames, latent_frames, pad_in_time, padding_frames
 from sat_train.pipeline.training_inputs import LossOutput, TrainingInputs
 
 if TYPE_CHECKING:
-    from sat_train.data.batch import VideoBatch
-    from sat_train.encoding.encoders import LoadEncoders
     from sat_train.models.dit.transformer import DiffusionTransformer
-    from sat_train.models.text.t5 import T5TextEncoder
-    from sat_train.models.vae.video_vae import VideoVAE
 
 Network = Callable[..., Tensor]
 Sampler = Literal["DDIM", "DPMPP2M"]
@@ -35,140 +33,96 @@ SAMPLERS = {"DDIM": sample_ddim, "DPMPP2M": sample_dpmpp_2m}
 
 
 class VideoDiffusion:
-    """Turns batches into losses, and prompts into videos.
+    """Turns encoded batches into losses, and prompts into videos.
 
     It owns no parameters: the transformer's belong to the training engine, and the two encoders are frozen.
     Every random number of training comes from `(seed, purpose, global sample index)`, see `SampleRandomness`.
 
     Args:
         dit: The transformer; its parameters' owner is the caller.
-        vae: Frozen video autoencoder; None when every batch comes from the cache and nothing is sampled.
-        text_encoder: Frozen text encoder; None when every batch comes from the cache and nothing is sampled.
+        encoders: The frozen models, which only `generate` uses.
+        conditions: What the model is conditioned on.
         alpha_bar: Noise schedule, float64 of shape (num_timesteps,).
         scale_factor: Latents are multiplied by this before the transformer sees them.
-        image_latent_scale: The factor of the image condition's latent.
-        noised_image_input: Image-to-video.
-        noised_image_dropout: Share of the training samples whose image condition is dropped.
-        caption_dropout: Share of the training samples whose caption is dropped (`ucg_rate`).
-        null_condition: What stands for a dropped caption, in training and in guidance: zeros, or the encoded
-            empty prompt.
-        null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
         posterior_sampling: Draw training latents from the autoencoder's posterior instead of taking its mean.
         offset_noise_level: Standard deviation of the noise that all elements of a sample share.
         min_snr_gamma: Cap of the loss weight; None for none.
         timestep_sampling: `uniform` draws each sample's timestep alone, `stratified` spreads them over the
             optimizer step.
         temporal_compression: Pixel frames in one latent frame after the first.
-        ofs: The `ofs` input of CogVideoX1.5-I2V, 2.0; None for models without it.
         seed: The run's seed.
         dtype: What the transformer computes in.
-        device: Where everything is computed. The encoders must be there already.
-        load_encoders: As `load` of `Encoders`.
+        device: Where everything is computed.
     """
 
     def __init__(
         self,
         *,
         dit: DiffusionTransformer,
-        vae: VideoVAE | None,
-        text_encoder: T5TextEncoder | None,
+        encoders: Encoders,
+        conditions: Sequence[Condition],
         alpha_bar: Tensor,
         scale_factor: float,
-        image_latent_scale: float,
-        noised_image_input: bool = False,
-        noised_image_dropout: float = 0.0,
-        caption_dropout: float = 0.0,
-        null_condition: Literal["zero", "empty_prompt"] = "zero",
-        null_text_ld: Tensor | None = None,
         posterior_sampling: bool = True,
         offset_noise_level: float = 0.0,
         min_snr_gamma: float | None = None,
         timestep_sampling: Literal["uniform", "stratified"] = "uniform",
         temporal_compression: int = 4,
-        ofs: float | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        load_encoders: LoadEncoders | None = None,
     ) -> None:
         assert alpha_bar.dtype == torch.float64, f"alpha_bar is {alpha_bar.dtype}, not float64"
-        self.dit = dit
-        self.encoders = Encoders(
-            vae=vae,
-            text_encoder=text_encoder,
-            null_condition=null_condition,
-            null_text_ld=null_text_ld,
-            dtype=dtype,
-            device=torch.device(device),
-            load=load_encoders,
-        )
+        self.dit, self.encoders, self.conditions = dit, encoders, tuple(conditions)
         self.alpha_bar = alpha_bar.cpu()
-        self.scale_factor, self.image_latent_scale = scale_factor, image_latent_scale
-        self.noised_image_input, self.noised_image_dropout = noised_image_input, noised_image_dropout
-        self.caption_dropout, self.posterior_sampling = caption_dropout, posterior_sampling
+        self.scale_factor, self.posterior_sampling = scale_factor, posterior_sampling
         self.offset_noise_level, self.min_snr_gamma = offset_noise_level, min_snr_gamma
         self.timestep_sampling = timestep_sampling
-        self.temporal_compression, self.ofs = temporal_compression, ofs
+        self.temporal_compression = temporal_compression
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
         self.patch_t = dit.patch_size[0]
 
     # Training
 
-    def training_loss(self, batch: VideoBatch, *, network: Network | None = None) -> LossOutput:
+    def training_loss(self, batch: EncodedBatch, *, network: Network | None = None) -> LossOutput:
         """Returns the loss that is optimized.
 
         Args:
-            batch: Clips with captions, or their cached encodings.
+            batch: Encoded clips and conditions.
             network: The transformer, or the engine around it; None takes `dit`.
         """
         return self.loss(self.training_inputs(batch), network=network)
 
     def validation_loss(
-        self, batch: VideoBatch, *, timesteps_b: Tensor, network: Network | None = None
+        self, batch: EncodedBatch, *, timesteps_b: Tensor, network: Network | None = None
     ) -> LossOutput:
         """Returns a loss that moves only with the weights: timesteps given, noise fixed, nothing dropped.
 
         Args:
-            batch: Clips with captions, or their cached encodings.
+            batch: Encoded clips and conditions.
             timesteps_b: int64 timesteps, one for each sample.
             network: The transformer, or the engine around it; None takes `dit`.
         """
         return self.loss(self.validation_inputs(batch, timesteps_b), network=network)
 
     @torch.no_grad()
-    def training_inputs(self, batch: VideoBatch) -> TrainingInputs:
-        """Encodes a batch and draws everything that is random about its loss."""
-        random = SampleRandomness(self.seed, batch.sample_indices)
-        text = self._batch_text(batch)
-        dropped = random.chance("caption_drop", self.caption_dropout).to(self.device)
-        text = torch.where(dropped[:, None, None], self.encoders.null_text_like(text), text)
-        x0 = self._clip_latent(batch, random)
-        image = None
-        if self.noised_image_input:
-            image = self._image_latent(batch, random, num_latent_frames=x0.shape[1], noised=True)
-            kept = ~random.chance("image_drop", self.noised_image_dropout).to(self.device)
-            image = image * kept[:, None, None, None, None]
-        eps, timesteps_b = self._noise_like(x0, random), self._timesteps(batch, random)
-        return TrainingInputs(x0, eps, timesteps_b, text, image, self._counted_frames(batch))
+    def training_inputs(self, batch: EncodedBatch) -> TrainingInputs:
+        """Draws everything that is random about the loss of a batch."""
+        random = SampleRandomness(self.seed, batch.sample_indices, self.posterior_sampling)
+        return self._inputs(batch, random, self._timesteps(batch, random), drops=True)
 
     @torch.no_grad()
-    def validation_inputs(self, batch: VideoBatch, timesteps_b: Tensor) -> TrainingInputs:
-        """As `training_inputs`, with the timesteps given, no condition dropped and the image as it is."""
-        random = SampleRandomness(derive_seed(self.seed, "validation"), batch.sample_indices)
-        x0 = self._clip_latent(batch, random)
-        image = None
-        if self.noised_image_input:
-            image = self._image_latent(batch, random, num_latent_frames=x0.shape[1], noised=False)
-        eps, text = self._noise_like(x0, random), self._batch_text(batch)
-        return TrainingInputs(x0, eps, timesteps_b.cpu(), text, image, self._counted_frames(batch))
+    def validation_inputs(self, batch: EncodedBatch, timesteps_b: Tensor) -> TrainingInputs:
+        """As `training_inputs`, with the timesteps given and no condition dropped."""
+        seed = derive_seed(self.seed, "validation")
+        random = SampleRandomness(seed, batch.sample_indices, self.posterior_sampling)
+        return self._inputs(batch, random, timesteps_b.cpu(), drops=False)
 
     def loss(self, inputs: TrainingInputs, *, network: Network | None = None) -> LossOutput:
         """Predicts v once and compares it with the target."""
         alpha_bar_b = self.alpha_bar[inputs.timesteps_b]
         x_t = add_noise(inputs.x0_btchw, inputs.eps_btchw, alpha_bar_b)
-        v_pred = self._predict(
-            network or self.dit, x_t, inputs.timesteps_b, inputs.text_bld, inputs.image_latent_btchw
-        )
+        v_pred = self._predict(network or self.dit, x_t, inputs.timesteps_b, inputs.dit)
         v_true = v_target(inputs.x0_btchw, inputs.eps_btchw, alpha_bar_b)
         loss_b = v_mse_per_sample(v_pred, v_true, inputs.counted_bt)
         if self.min_snr_gamma is not None:
@@ -222,12 +176,13 @@ class VideoDiffusion:
         """
         assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
         frames, latent_shape = self._latent_shape(num_frames, height, width)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        image = self._sampled_image_condition(image_bchw, generators, num_latent_frames=latent_shape[0])
+        random = PromptRandomness(tuple(torch.Generator().manual_seed(seed) for seed in seeds))
+        samples = as_samples(prompts, image_bchw)
+        inputs = self._sampling_inputs(samples, random, latent_shape, with_null=guidance.needs_null)
         with self._evaluation_mode():
             latent = SAMPLERS[sampler](
-                self._guided(network or self.dit, self.encoders.text(prompts), image, guidance, steps),
-                lambda: self._draw(generators, latent_shape),
+                self._guided(network or self.dit, inputs, guidance, steps),
+                lambda: random.normal("noise", latent_shape).to(self.device),
                 alpha_bar=self.alpha_bar,
                 steps=steps,
                 spacing=spacing,
@@ -237,33 +192,25 @@ class VideoDiffusion:
 
     # Parts of the above
 
-    def _predict(
-        self, network: Network, x_t: Tensor, timesteps_b: Tensor, text: Tensor, image: Tensor | None
-    ) -> Tensor:
+    def _predict(self, network: Network, x_t: Tensor, timesteps_b: Tensor, inputs: DitInputs) -> Tensor:
         """Calls the network in its own dtype and device; returns float32."""
-        ofs_b = None if self.ofs is None else torch.full((len(x_t),), self.ofs)
+        inputs = inputs.to(self.device, self.dtype)
         return network(
-            self._to_network(x_t),
+            x_t.to(self.device, self.dtype),
             timesteps_b.to(self.device),
-            self._to_network(text),
-            image_latent_btchw=self._to_network(image),
-            ofs_b=self._to_network(ofs_b),
+            inputs.text_bld,
+            image_latent_btchw=inputs.image_latent_btchw,
+            ofs_b=inputs.ofs_b,
         ).float()
 
-    def _to_network(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.device, self.dtype)
-
     def _guided(
-        self, network: Network, text: Tensor, image: Tensor | None, guidance: Guidance, steps: int
+        self, network: Network, inputs: DitInputs, guidance: Guidance, steps: int
     ) -> Callable[[Tensor, int], Tensor]:
         """Returns (latent, timestep) -> guided v; with guidance both predictions are made in one batch."""
-        if guidance.needs_null:
-            text = torch.cat([self.encoders.null_text_like(text), text])
-            image = None if image is None else torch.cat([image, image])
 
         def denoise(latent: Tensor, timestep: int) -> Tensor:
             latent = torch.cat([latent, latent]) if guidance.needs_null else latent
-            v = self._predict(network, latent, torch.full((len(latent),), timestep), text, image)
+            v = self._predict(network, latent, torch.full((len(latent),), timestep), inputs)
             if not guidance.needs_null:
                 return v
             v_null, v_text = v.chunk(2)
@@ -280,77 +227,55 @@ class VideoDiffusion:
         padded = frames + padding_frames(frames, patch_t)
         return frames, (padded, vae.z_channels, height // ratio, width // ratio)
 
-    def _sampled_image_condition(
-        self, image_bchw: Tensor | None, generators: list[torch.Generator], *, num_latent_frames: int
-    ) -> Tensor | None:
-        """Returns the condition that a given image makes; its posterior is the first thing that is drawn."""
-        assert (image_bchw is not None) == self.noised_image_input, "an image goes with image-to-video alone"
-        if image_bchw is None:
-            return None
-        mean, logvar = self.encoders.image_moments(pixels_to_unit(image_bchw, self.device))
-        latent = sample_posterior(mean, logvar, self._draw(generators, tuple(mean.shape[1:])))
-        return image_condition(latent, scale=self.image_latent_scale, num_latent_frames=num_latent_frames)
+    def _sampling_inputs(
+        self,
+        samples: Sequence[VideoSample],
+        random: PromptRandomness,
+        latent_shape: tuple[int, ...],
+        *,
+        with_null: bool,
+    ) -> DitInputs:
+        """Returns the inputs of prompts; with guidance, first those without the conditions that guide."""
+        shape, every = (len(samples), *latent_shape), torch.ones(len(samples), dtype=torch.bool)
+        null, full = [], []
+        for condition in self.conditions:
+            encoded = [condition.encode(sample, self.encoders) for sample in samples]
+            stacked = {part: stack_rows([each[part] for each in encoded]) for part in condition.tensors}
+            full.append(condition.inputs(stacked, random, shape))
+            null.append(full[-1])
+            if with_null and condition.guides:
+                dropped = condition.drop(stacked, every.to(self.device))
+                null[-1] = condition.inputs(dropped, random, shape)
+        if not with_null:
+            return DitInputs.merged(full)
+        return DitInputs.cat([DitInputs.merged(null), DitInputs.merged(full)])
 
-    def _batch_text(self, batch: VideoBatch) -> Tensor:
-        if batch.cached is not None:
-            return batch.cached.text_bld.to(self.device, self.dtype)
-        return self.encoders.text(batch.captions)
+    def _inputs(
+        self, batch: EncodedBatch, random: SampleRandomness, timesteps_b: Tensor, *, drops: bool
+    ) -> TrainingInputs:
+        batch = batch.to(self.device)
+        latent = random.latent(batch.encodings[CLIP], "posterior")
+        x0 = pad_in_time(self.scale_factor * latent, self.patch_t)
+        given = []
+        for condition in self.conditions:
+            encoded: Encoding = batch.encodings.get(condition.name, {})
+            if drops and condition.drop_probability:
+                dropped_b = random.chance(condition.drop_purpose, condition.drop_probability)
+                encoded = condition.drop(encoded, dropped_b.to(self.device))
+            given.append(condition.inputs(encoded, random, tuple(x0.shape)))
+        counted_bt = self._counted_frames(batch.num_shown, num_latent_frames=latent.shape[1])
+        eps = self._noise_like(x0, random)
+        return TrainingInputs(x0, eps, timesteps_b, DitInputs.merged(given), counted_bt)
 
-    def _clip_latent(self, batch: VideoBatch, random: SampleRandomness) -> Tensor:
-        """Returns the scaled latent of the clips, padded in time, float32."""
-        if batch.cached is not None:
-            mean, logvar = batch.cached.mean_btchw, batch.cached.logvar_btchw
-        else:
-            assert batch.video_btchw is not None, "a batch has pixels or encodings"
-            mean, logvar = self.encoders.video_moments(batch.video_btchw, subject=", ".join(batch.clip_ids))
-        return pad_in_time(
-            self.scale_factor * self._posterior(mean, logvar, random, "posterior"), self.patch_t
-        )
-
-    def _counted_frames(self, batch: VideoBatch) -> Tensor | None:
+    def _counted_frames(self, num_shown: Sequence[int], *, num_latent_frames: int) -> Tensor | None:
         """Returns which latent frames count: not those that only repeat the last frame of a short clip."""
-        if batch.cached is not None:
-            num_latent_frames = batch.cached.mean_btchw.shape[1]
-        else:
-            assert batch.video_btchw is not None, "a batch has pixels or encodings"
-            num_latent_frames = (batch.video_btchw.shape[1] - 1) // self.temporal_compression + 1
         counted_bt = counted_frames(
-            batch.num_shown,
+            num_shown,
             num_latent_frames=num_latent_frames,
             compression=self.temporal_compression,
             patch_t=self.patch_t,
         )
         return None if counted_bt is None else counted_bt.to(self.device)
-
-    def _image_latent(
-        self, batch: VideoBatch, random: SampleRandomness, *, num_latent_frames: int, noised: bool
-    ) -> Tensor:
-        """Returns the image condition of a training or validation batch, float32."""
-        if batch.cached is not None:
-            mean, logvar = batch.cached.image_latent_btchw, batch.cached.image_logvar_btchw
-            assert mean is not None, "image-to-video needs the image's latent in the cache"
-        else:
-            mean, logvar = self._image_moments(batch, noised=noised)
-        latent = self._posterior(mean, logvar, random, "image_posterior")
-        return image_condition(latent, scale=self.image_latent_scale, num_latent_frames=num_latent_frames)
-
-    def _image_moments(self, batch: VideoBatch, *, noised: bool) -> tuple[Tensor, Tensor]:
-        augmentations = batch.augmentations or tuple(
-            AugmentationKey(self.seed, index) for index in batch.sample_indices
-        )
-        return self.encoders.image_moments(
-            conditioning_image(batch, augmentations if noised else (), self.device)
-        )
-
-    def _posterior(
-        self, mean: Tensor, logvar: Tensor | None, random: SampleRandomness, purpose: str
-    ) -> Tensor:
-        """Draws latents, float32, or takes their mean where the variance is unknown or not wanted."""
-        mean = mean.to(self.device, torch.float32)
-        if logvar is None or not self.posterior_sampling:
-            return mean
-        eps = random.normal(purpose, tuple(mean.shape[1:])).to(self.device)
-        return sample_posterior(mean, logvar.to(self.device, torch.float32), eps)
 
     def _noise_like(self, x0: Tensor, random: SampleRandomness) -> Tensor:
         eps = random.normal("noise", tuple(x0.shape[1:]))
@@ -358,18 +283,13 @@ class VideoDiffusion:
             eps = offset_noise(eps, random.normal("offset_noise", ()), self.offset_noise_level)
         return eps.to(self.device)
 
-    def _timesteps(self, batch: VideoBatch, random: SampleRandomness) -> Tensor:
+    def _timesteps(self, batch: EncodedBatch, random: SampleRandomness) -> Tensor:
         uniform_b, num_timesteps = random.uniform("timestep"), len(self.alpha_bar)
         if self.timestep_sampling == "uniform":
             return uniform_timesteps(uniform_b, num_timesteps)
         strata_b = random.strata("timestep_strata", batch.step_positions)
         num_strata_b = torch.tensor([position.size for position in batch.step_positions])
         return stratified_timesteps(uniform_b, strata_b, num_strata_b, num_timesteps)
-
-    def _draw(self, generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(
-            self.device
-        )
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -379,3 +299,13 @@ class VideoDiffusion:
             yield
         finally:
             self.dit.train(was_training)
+
+
+def as_samples(prompts: Sequence[str], image_bchw: Tensor | None) -> list[VideoSample]:
+    """Returns prompts as conditions see them: samples that show a caption, and where given a first frame."""
+    videos = torch.empty(len(prompts), 0) if image_bchw is None else image_bchw[:, None]
+    key = AugmentationKey(0, 0)  # nothing about a prompt is augmented
+    return [
+        VideoSample("sample", 0, 0, video, prompt, None, key, training=False)
+        for prompt, video in zip(prompts, videos, strict=True)
+    ]

@@ -22,7 +22,7 @@ from sat_train.config.reading import RESOLVED
 from sat_train.config.resolved import write_resolved
 from sat_train.config.sat_args import write_model_config
 from sat_train.config.summary import summarize
-from sat_train.data.batch import VideoBatch
+from sat_train.data.batch import LoadedBatch
 from sat_train.distributed.collectives import broadcast_object, on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
@@ -45,7 +45,7 @@ from sat_train.training.loop.trainer import Trainer
 from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
 from sat_train.training.models import build_models, find_start_weights
 from sat_train.training.resume import CALLBACKS_KEY, CONFIG_KEY, COUNTERS_KEY, changes_since, find_resumed
-from sat_train.training.run_data import CacheFiller, RunData, open_data
+from sat_train.training.run_data import RunData, open_data
 from sat_train.training.run_directory import claim_run_directory, set_samples_aside
 from sat_train.training.run_lock import RunLock
 from sat_train.weights.names import dtype_name
@@ -88,7 +88,7 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
         log.info("this run:\n%s", summarize(config, data.facts(mesh)))
         start = find_start_weights(config, mesh, run_directory.point)
         pipeline = build_models(
-            config, mesh, start, with_encoders=data.needs_encoders, null_text_ld=data.null_text()
+            config, mesh, start, data.encoding.encoders, with_encoders=data.needs_encoders
         )
         engine = build_engine(config, pipeline.dit, build_optimizer(config, pipeline.dit), mesh)
         trainer = build_trainer(config, mesh, run_directory, data, pipeline, start.base, engine, stop_request)
@@ -219,12 +219,9 @@ def build_trainer(
 
     Ranks: all.
     """
-    filler = None
-    if data.cache is not None and config.require_data().cache == "fill":
-        filler = CacheFiller(config, mesh, pipeline.encoders, data.cache)
-    encode = filler.train() if filler is not None else lambda batch: batch
+    encode = data.encoding.build_encode(mesh)
 
-    def compute_loss(batch: VideoBatch) -> torch.Tensor:
+    def compute_loss(batch: LoadedBatch) -> torch.Tensor:
         # dropout takes its numbers from torch's global generator
         torch.manual_seed(derive_seed(config.args.seed, "dropout", batch.sample_indices[0]))
         return pipeline.training_loss(encode(batch), network=engine).loss
@@ -248,7 +245,7 @@ def build_trainer(
             run_directory.folder,
             train=data.train,
             valid=data.valid,
-            filler=filler,
+            encode=encode,
             pipeline=pipeline,
             engine=engine,
             save=build_save(config, mesh, run_directory, data, base_weights),

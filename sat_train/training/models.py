@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sat_train.checkpoint.consolidate import read_computing_weights
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.layout import step_folder
@@ -16,7 +14,8 @@ from sat_train.config import RunConfig
 from sat_train.config.paths import expand_assets
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.encoding.build import build_loaded_text_encoder, build_loaded_vae, encoder_dtype, load_encoders
+from sat_train.encoding.build import build_encoders
+from sat_train.encoding.encoders import Encoders
 from sat_train.errors import CheckpointError
 from sat_train.interchange.adapters import (
     ALPHA_KEY,
@@ -52,9 +51,9 @@ def build_models(
     config: RunConfig,
     mesh: ProcessMesh,
     start: StartWeights,
+    encoders: Encoders | None = None,
     *,
     with_encoders: bool = True,
-    null_text_ld: torch.Tensor | None = None,
 ) -> VideoDiffusion:
     """Builds transformer, autoencoder and text encoder with their weights, and says what trains.
 
@@ -62,8 +61,8 @@ def build_models(
         config: The configuration.
         mesh: The process mesh.
         start: Where the transformer's weights come from.
-        with_encoders: Off, all batches should come from the cache; the encoders are loaded if one does not.
-        null_text_ld: The encoded empty prompt, where there is no text encoder to make it.
+        encoders: Those of the run; None builds them.
+        with_encoders: Off, all batches should come from the cache; an encoder is loaded if one does not.
 
     Raises:
         ConfigError: An adapter's target or a prefix of frozen weights matches nothing.
@@ -71,14 +70,11 @@ def build_models(
 
     Ranks: all.
     """
-    return build_pipeline(
-        config,
-        dit=build_trained_dit(config, mesh, start),
-        vae=build_loaded_vae(config, mesh.device, encoder_dtype(config)) if with_encoders else None,
-        text_encoder=build_loaded_text_encoder(config, mesh.device) if with_encoders else None,
-        null_text_ld=null_text_ld,
-        load_encoders=None if with_encoders else lambda: load_encoders(config, mesh.device),
-    )
+    dit = build_trained_dit(config, mesh, start)
+    encoders = encoders or build_encoders(config, mesh.device)
+    if with_encoders:
+        encoders.load()
+    return build_pipeline(config, dit=dit, encoders=encoders)
 
 
 @dataclass(frozen=True)

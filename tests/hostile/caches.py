@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from sat_train.data.cache.shards import FOLDER, EntryInfo, Origin, ShardWriter
+from sat_train.encoding.cache.shards import FOLDER, EntryInfo, Origin, ShardWriter
 from tests.hostile.case import Case, Field
 from tests.hostile.clips import good_set
 from tests.hostile.words import PRECOMPUTE, TRAIN
-from tests.unit.data.cache import test_hostile as unit
-from tests.unit.data.cache.samples import tensors_of
+from tests.unit.encoding.cache import test_hostile as unit
+from tests.unit.encoding.cache.samples import tensors_of
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LOOKS = (

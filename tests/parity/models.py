@@ -9,6 +9,9 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor
 
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
+from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
+from sat_train.encoding.conditions.text import TextCondition
+from sat_train.encoding.encoders import Encoders
 from sat_train.models.vae.video_vae import VideoVAE
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.weights.diffusers_keys import transformer_from_diffusers
@@ -60,15 +63,25 @@ def pipeline_pair(
         ch=8, ch_mult=(1, 1, 1, 2), num_res_blocks=1, z_channels=family.out_channels, norm_num_groups=4
     ).eval()
     vae.load_state_dict(vae_state_from_diffusers(their_vae.state_dict()))
+    vae.requires_grad_(False)
+    encoders = Encoders(
+        load_vae=lambda: vae,
+        load_text_encoder=lambda: TableTextEncoder(family),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    encoders.load()
+    image_scale = 1 / SCALE_FACTOR if invert else SCALE_FACTOR
     pipeline = VideoDiffusion(
         dit=dit,
-        vae=vae.requires_grad_(False),
-        text_encoder=TableTextEncoder(family),
+        encoders=encoders,
+        conditions=[
+            TextCondition(null="zero", empty_prompt=encoders.empty_prompt),
+            *([ImageCondition(scale=image_scale)] if family.image_to_video else []),
+            *([OfsCondition(2.0)] if family.ofs else []),
+        ],
         alpha_bar=zero_snr_alpha_bar(1000, SHIFT_SCALE),
         scale_factor=SCALE_FACTOR,
-        image_latent_scale=1 / SCALE_FACTOR if invert else SCALE_FACTOR,
-        noised_image_input=family.image_to_video,
-        ofs=2.0 if family.ofs else None,
         **options,
     )
     return pipeline, transformer, their_vae

@@ -7,8 +7,10 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from torch import Tensor
 
-from sat_train.data.batch import VideoBatch
+from sat_train.data.augmentation_key import AugmentationKey
+from sat_train.data.batch import SampleBatch, VideoSample
 from sat_train.distributed.processes import start_single_process
+from sat_train.encoding.encode import Encode
 from sat_train.pipeline.training_inputs import TrainingInputs
 from sat_train.weights.diffusers_keys import transformer_to_diffusers
 from tests.parity.families import FAMILIES, Family
@@ -24,17 +26,17 @@ def _one_process() -> None:
     start_single_process()
 
 
-def _batch(family: Family) -> VideoBatch:
+def _batch(family: Family) -> SampleBatch:
     frames, height, width = (3, 8, 6) if family.patch_frames > 1 else family.latent_size
     shape = (2, (frames - 1) * 4 + 1, 3, height * 8, width * 8)
     generator = torch.Generator().manual_seed(5)
-    return VideoBatch(
-        video_btchw=torch.randint(256, shape, generator=generator, dtype=torch.uint8),
-        captions=("a red square", "a blue circle"),
-        image_bchw=None,
-        clip_ids=("a", "b"),
-        sample_indices=(6, 7),
-        num_shown=(shape[1], shape[1]),
+    videos = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    captions = ("a red square", "a blue circle")
+    return SampleBatch(
+        tuple(
+            VideoSample(caption, index, shape[1], video, caption, None, AugmentationKey(0, index))
+            for index, video, caption in zip((6, 7), videos, captions, strict=True)
+        )
     )
 
 
@@ -48,15 +50,14 @@ def _their_loss(family: Family, transformer: CogVideoXTransformer3DModel, inputs
     )
     x0, timesteps = inputs.x0_btchw, inputs.timesteps_b
     noisy = scheduler.add_noise(x0, inputs.eps_btchw, timesteps)
-    hidden = (
-        noisy if inputs.image_latent_btchw is None else torch.cat([noisy, inputs.image_latent_btchw], dim=2)
-    )
+    image = inputs.dit.image_latent_btchw
+    hidden = noisy if image is None else torch.cat([noisy, image], dim=2)
     rotary = None
     if family.positions != "sincos":
         rotary = Rotary(transformer).tables(x0.shape[1], *x0.shape[3:])
     v_pred = transformer(
         hidden_states=hidden,
-        encoder_hidden_states=inputs.text_bld,
+        encoder_hidden_states=inputs.dit.text_bld,
         timestep=timesteps,
         ofs=torch.full((1,), 2.0) if family.ofs else None,
         image_rotary_emb=rotary,
@@ -72,7 +73,7 @@ def _their_loss(family: Family, transformer: CogVideoXTransformer3DModel, inputs
 def test_loss_and_gradients_of_one_step(family):
     family = family.narrow()
     pipeline, transformer, _ = pipeline_pair(family)
-    inputs = pipeline.training_inputs(_batch(family))
+    inputs = pipeline.training_inputs(Encode(pipeline.encoders, pipeline.conditions)(_batch(family)))
     output = pipeline.loss(inputs)
     output.loss.backward()
     their_loss = _their_loss(family, transformer, inputs)

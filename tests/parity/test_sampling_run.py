@@ -70,7 +70,7 @@ def _theirs(
         return CogVideoXPipeline.decode_latents(pipe, latents)
 
     pipe.decode_latents = decode
-    text = encode(PROMPTS)
+    text = torch.stack([encode(prompt) for prompt in PROMPTS])
     video = pipe(
         **image,
         **_size(family),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sat_train.data.cache.file_metadata import FileMetadata
-from sat_train.data.cache.index import CacheIndex
-from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.index import CacheIndex
+from sat_train.encoding.cache.prune import Staleness, list_entries, verify_entries
 from tests.ranks.encoded_runs import load_run, make_set, make_vae
 
 pytestmark = pytest.mark.ranks

@@ -38,7 +38,7 @@ def _take(mesh: ProcessMesh, folder: str, batch_size: int, count: int, start: in
     taken = []
     for _ in range(count):
         batch = next(loader)
-        pixels = [int(video.long().sum()) for video in batch.video_btchw]
+        pixels = [int(sample.video_tchw.long().sum()) for sample in batch.samples]
         taken += zip(batch.sample_indices, batch.clip_ids, pixels, strict=True)
     return taken, loader.fingerprint
 

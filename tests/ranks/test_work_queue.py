@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from sat_train.data.cache.prune import verify_entries
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import WorkQueue, gather_after_work
+from sat_train.encoding.cache.prune import verify_entries
 from tests.ranks.encoded_runs import load_run, make_set, make_vae
 
 pytestmark = pytest.mark.ranks
@@ -67,10 +67,10 @@ def test_a_queue_that_one_rank_closes_hands_out_nothing_more_to_any(rank_pool):
 
 
 def _precompute(mesh: ProcessMesh, words: list[str]) -> int:
-    from sat_train.encoding.encode import SampleEncoder
+    from sat_train.encoding.encode import EncodeAndKeep
     from sat_train.encoding.precompute import precompute
 
-    keep, kept = SampleEncoder.keep, []
+    keep, kept = EncodeAndKeep.keep, []
 
     def keep_slowly(self, batch):
         if mesh.rank == 1 and not kept:
@@ -80,11 +80,11 @@ def _precompute(mesh: ProcessMesh, words: list[str]) -> int:
         kept.append(batch.clip_ids)
         return keep(self, batch)
 
-    SampleEncoder.keep = keep_slowly
+    EncodeAndKeep.keep = keep_slowly
     try:
         precompute(load_run(words, purpose="precompute"), mesh)
     finally:
-        SampleEncoder.keep = keep
+        EncodeAndKeep.keep = keep
     return len(kept)
 
 

@@ -140,6 +140,20 @@ def test_errors_are_never_swallowed() -> None:
     assert not found
 
 
+def test_data_are_pixels_and_know_nothing_of_the_cache() -> None:
+    """Encoding is a stage of its own above; a reader of `data/` need not know that it may be skipped."""
+    word = re.compile(r"cache|encoding", re.IGNORECASE)
+    # words of libraries, and the folder of the user where tables of contents of archives are remembered
+    other = re.compile(r'XDG_CACHE_HOME|~/\.cache|functools\.\w+|encoding="|invalidate_cache|cache_type')
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((PACKAGE / "data").rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if word.search(other.sub("", line))
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_shipped_assets_keep_their_size() -> None:
     """The pack is at most 10 MB, the demo data set at most 3 MB."""
     assets = PACKAGE / "assets"

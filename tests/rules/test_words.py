@@ -54,7 +54,10 @@ PLAIN = {
 }
 # First words of a docstring that describe a thing by a clause, instead of naming it.
 CLAUSES = {"What", "Which", "Where", "Who", "How", "Says", "Tells", "Gives", "Looks"}
-PLAIN_PACKAGES = ("checkpoint", "cli", "diffusion", "distributed", "interchange", "sampling", "weights")
+PLAIN_PACKAGES = (
+    *("cache", "checkpoint", "cli", "conditions", "diffusion", "distributed", "encoding"),
+    *("interchange", "pipeline", "sampling", "weights"),
+)
 PLAIN_FILES = [path for path in MODULES if path.parent.name in (*PLAIN_PACKAGES, "sat_train")]
 
 # The change log keeps the words of its day.

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat_train.data.cache.file_metadata import FileMetadata
-from sat_train.data.cache.prune import Staleness, list_entries, verify_entries
-from sat_train.data.cache.shards import read_header
 from sat_train.distributed.processes import start_single_process
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.prune import Staleness, list_entries, verify_entries
+from sat_train.encoding.cache.shards import read_header
 from sat_train.encoding.precompute import precompute, precompute_until_stopped
 from sat_train.errors import DataError, Stopped
 from sat_train.training.models import build_models, find_start_weights
-from sat_train.training.run_data import CacheFiller, open_data
+from sat_train.training.run_data import open_data
 from tests.ranks.encoded_runs import load_run, make_set, make_vae
 from tests.runs.launching import wait_until
 
@@ -62,22 +62,19 @@ def losses(words: list[str]) -> tuple[list[float], bool]:
         config,
         mesh,
         find_start_weights(config, mesh),
+        data.encoding.encoders,
         with_encoders=data.needs_encoders,
-        null_text_ld=data.null_text(),
     )
-    train = valid = lambda batch: batch
-    filler = None
-    if config.data.cache == "fill":
-        filler = CacheFiller(config, mesh, pipeline.encoders, data.cache)
-        train, valid = filler.train(), filler.valid()
+    encode = data.encoding.build_encode(mesh)
     found = []
     with torch.no_grad():
         for _ in range(3):
-            found += pipeline.training_loss(train(next(data.train))).loss_b.tolist()
+            found += pipeline.training_loss(encode(next(data.train))).loss_b.tolist()
         for batch in data.valid:
-            found += pipeline.validation_loss(valid(batch), timesteps_b=torch.tensor([500])).loss_b.tolist()
-    if filler is not None:
-        filler.closed()
+            timesteps_b = torch.tensor([500])
+            found += pipeline.validation_loss(encode(batch), timesteps_b=timesteps_b).loss_b.tolist()
+    if config.data.cache == "fill":
+        encode.writer.publish_or_warn()
     return found, data.needs_encoders
 
 
@@ -107,7 +104,7 @@ def test_a_damaged_entry_is_encoded_again_and_its_neighbours_are_read(words, tmp
     caplog.clear()
     assert losses([*words, "data.cache=read"]) == (without, False)
     assert caplog.text.count("damaged cache entry, taken as missing") == 1
-    assert "loading T5 and the VAE" in caplog.text
+    assert "loading the VAE" in caplog.text
     assert losses([*words, "data.cache=fill"]) == (without, False)
     assert len(list((tmp_path / "shards").iterdir())) == 2, "what was encoded again is kept"
     assert losses([*words, "data.cache=require"]) == (without, False)
@@ -129,7 +126,7 @@ def test_a_full_disk_ends_no_run_that_fills_the_cache(words, tmp_path: Path, cap
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sat_train.data.cache.shards.write_file", fail)
+    monkeypatch.setattr("sat_train.encoding.cache.shards.write_file", fail)
     words = [*words, f"data.cache_dir={tmp_path}", "data.cache_shard_mb=0.001", "data.cache=fill"]
     assert losses(words)[0] == losses([*words, "data.cache=off"])[0]
     assert caplog.text.count("training continues, and what is encoded waits in memory") == 1

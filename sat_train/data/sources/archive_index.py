@@ -236,8 +236,8 @@ def _text(file: _File) -> str:
 
 def _place(path: Path) -> Path:
     """Returns where the index of a remote archive is remembered: one file for each archive."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(caches, "sat_train", "archives", sha256(str(path).encode()).hexdigest() + ".json")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home, "sat_train", "archives", sha256(str(path).encode()).hexdigest() + ".json")
 
 
 def _key(path: Path, state: RemoteState) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
+from sat_train.encoding.encode import Encode, EncodeAndKeep
 from sat_train.engine.engine import TrainEngine
 from sat_train.log import get_logger
 from sat_train.pipeline.video_diffusion import VideoDiffusion
@@ -19,6 +20,7 @@ from sat_train.sampling.build import SamplingSettings, build_sampling
 from sat_train.sampling.generate import generate_video
 from sat_train.sampling.prompts import build_requests, read_image
 from sat_train.training.callbacks.bad_clip_count import BadClipCount
+from sat_train.training.callbacks.cache_publisher import CachePublisher
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.ema import ExponentialMovingAverage
 from sat_train.training.callbacks.metrics_file import NAME as METRICS
@@ -35,8 +37,6 @@ from sat_train.training.loop.metrics import ValidationMetrics
 if TYPE_CHECKING:
     import torch
 
-    from sat_train.data.batch import VideoBatch
-    from sat_train.training.run_data import CacheFiller
 
 log = get_logger(__name__)
 
@@ -50,7 +50,7 @@ def build_callbacks(
     *,
     train: OrderedLoader,
     valid: OrderedLoader | None,
-    filler: CacheFiller | None,
+    encode: Encode,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
     save: Callable[[Training], Path],
@@ -77,9 +77,9 @@ def build_callbacks(
         callbacks.append(checkpointer)
         if mesh.rank == 0:
             callbacks.append(PreemptedMarker(run_directory))
-    if filler is not None:
-        callbacks.append(filler)
-    return callbacks + _validation(config, mesh, run_directory, valid, filler, pipeline, engine)
+    if isinstance(encode, EncodeAndKeep):
+        callbacks.append(CachePublisher(encode.writer))
+    return callbacks + _validation(config, mesh, run_directory, valid, encode, pipeline, engine)
 
 
 def _reports(config: RunConfig, run_directory: Path | None) -> list[Callback]:
@@ -102,7 +102,7 @@ def _validation(
     mesh: ProcessMesh,
     run_directory: Path | None,
     loader: OrderedLoader | None,
-    filler: CacheFiller | None,
+    encode: Encode,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
 ) -> list[Callback]:
@@ -111,7 +111,6 @@ def _validation(
     if interval is None:
         return callbacks
     if loader is not None:
-        encode = filler.valid() if filler is not None else lambda batch: batch
         callbacks.append(
             Validation(
                 engine,
@@ -146,7 +145,7 @@ def _measure(
     mesh: ProcessMesh,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
-    encode: Callable[[VideoBatch], VideoBatch],
+    encode: Encode,
 ) -> Measure:
     timesteps = validation_timesteps(len(pipeline.alpha_bar))
 
@@ -214,7 +213,7 @@ def given_conditions(config: RunConfig, settings: SamplingSettings) -> tuple[lis
 def _conditions_of_clips(loader: OrderedLoader) -> tuple[list[str], list[torch.Tensor]]:
     """Returns captions and first frames of the first validation clips."""
     count = min(_CLIPS_SHOWN, loader.num_samples)
-    clips = [loader.dataset.read(index, pixels=True).sample for index in range(count)]
+    clips = [loader.dataset[index].sample for index in range(count)]
     return [clip.caption for clip in clips], [clip.conditioning_image_chw() for clip in clips]
 
 
@@ -224,11 +223,11 @@ def _video_sampling(
     """Returns the prompts and what generates video number `n`; None when there is nothing to generate."""
     settings = build_sampling(config)
     prompts, images = given_conditions(config, settings)
-    if loader is not None and (not prompts or (pipeline.noised_image_input and not images)):
+    if loader is not None and (not prompts or (config.model.noised_image_input and not images)):
         if prompts:
             log.info("args.valid_prompts have no images: validation videos show the validation clips instead")
         prompts, images = _conditions_of_clips(loader)
-    if not prompts or (pipeline.noised_image_input and not images):
+    if not prompts or (config.model.noised_image_input and not images):
         return None
 
     def generate(number: int) -> torch.Tensor:
@@ -236,7 +235,7 @@ def _video_sampling(
             pipeline,
             settings,
             prompt=prompts[number],
-            image_chw=images[number] if pipeline.noised_image_input else None,
+            image_chw=images[number] if config.model.noised_image_input else None,
             seed=derive_seed(config.args.seed, "validation_video", number),
             network=engine,
         )

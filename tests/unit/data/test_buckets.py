@@ -151,7 +151,8 @@ def shapes_of(loader, micro_steps):
     seen = {}
     for _ in range(micro_steps):
         batch = next(loader)
-        shape = (batch.video_btchw.shape[1], *batch.video_btchw.shape[3:])
+        frames, _, height, width = batch.samples[0].video_tchw.shape
+        shape = (frames, height, width)
         for clip in batch.clip_ids:
             seen.setdefault(clip.removeprefix("set/videos/"), set()).add(shape)
     return seen
@@ -181,7 +182,7 @@ def test_each_clip_is_seen_in_its_own_shape(mesh, folder, caplog, tmp_path):
 def test_frames_of_every_bucket_keep_the_wanted_pace(mesh, folder):
     loader = build_train_loader(load_config(folder), mesh)
     for index in range(20):
-        sample = loader.dataset.read(index).sample
+        sample = loader.dataset[index].sample
         if sample.clip_id.endswith("turned.mp4"):  # its numbers are on their side
             continue
         assert numbers_of(sample.video_tchw) == [round(time * 30) for time in sample.times]
@@ -214,10 +215,10 @@ def test_a_budget_of_tokens_gives_small_shapes_large_batches(mesh, folder):
     sizes = set()
     for _ in range(30):
         batch = next(loader)
-        frames, _, height, width = batch.video_btchw.shape[1:]
+        frames, _, height, width = batch.samples[0].video_tchw.shape
         tokens = config.spec.tokens(config.spec.latent(frames, height, width))
-        sizes.add(len(batch))
-        assert len(batch) * tokens <= 100 < (len(batch) + 1) * tokens
+        sizes.add(len(batch.samples))
+        assert len(batch.samples) * tokens <= 100 < (len(batch.samples) + 1) * tokens
     assert len(sizes) > 1
 
 
@@ -273,7 +274,7 @@ def test_the_only_clip_of_a_bucket_is_replaced_by_one_of_another_in_its_shape(me
         tmp_path / "set", "args.batch_size=1", "data.params.max_upscale=4", "data.max_bad_fraction=1"
     )
     loader = build_train_loader(config, mesh)
-    seen = {tuple(next(loader).video_btchw.shape[3:]) for _ in range(10)}
+    seen = {tuple(next(loader).samples[0].video_tchw.shape[2:]) for _ in range(10)}
     assert seen == {(32, 64), (64, 32)}
     assert [failure.cause for failure in loader.failures.by_clip.values()] == ["damaged"]
 

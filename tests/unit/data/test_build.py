@@ -34,9 +34,10 @@ def test_the_shipped_clips_train_at_once(mesh):
     config = load_run_config(["configs/sft.yaml"], ["args.num_workers=0"], purpose="train", check_paths=False)
     loader = build_train_loader(config, mesh)
     batch = next(loader)
-    assert batch.video_btchw.shape == (config.args.batch_size, 17, 3, 64, 96)
+    assert len(batch.samples) == config.args.batch_size
+    assert {tuple(sample.video_tchw.shape) for sample in batch.samples} == {(17, 3, 64, 96)}
     assert loader.epoch_length >= 42
-    assert all(batch.captions)
+    assert all(sample.caption for sample in batch.samples)
     valid = build_valid_loader(config, mesh)
     assert valid.num_samples == min(config.args.eval_iters * config.args.eval_batch_size, valid.epoch_length)
 

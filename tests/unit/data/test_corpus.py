@@ -71,7 +71,7 @@ def read_epoch(records, workers, path):
     )
     shown = {}
     for batch in take(loader, len(records)):
-        shown.setdefault(batch.clip_ids[0], numbers_of(batch.video_btchw[0]))
+        shown.setdefault(batch.clip_ids[0], numbers_of(batch.samples[0].video_tchw))
     causes = {clip: failure.cause for clip, failure in loader.failures.by_clip.items()}
     return shown, causes, [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -155,7 +155,7 @@ def problem_in_training(record) -> tuple[int, str | None]:
         SPEC.bucket(info, record)
         dataset = windows_of(record, info)
         for clip in range(len(dataset)):
-            dataset._sample(0, ClipRef(0, clip, 0))
+            dataset.sample(0, ClipRef(0, clip, 0))
     except BadClip as error:
         return 0, error.cause
     return len(dataset), None

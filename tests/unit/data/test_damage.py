@@ -25,7 +25,7 @@ def outcome(path, *, index=0):
     """Returns `right`, `wrong` or the cause for which the clip is refused."""
     dataset = make([record_of(path)], max_num_frames=9, timeout_s=20, max_upscale=1)
     try:
-        sample = dataset._sample(index, dataset.order.clip_ref(0))
+        sample = dataset.sample(index, dataset.order.clip_ref(0))
     except BadClip as error:
         return error.cause
     shown = [round(time * 30) for time in sample.times]

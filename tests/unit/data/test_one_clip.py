@@ -82,7 +82,7 @@ def test_every_number_of_an_mp4_header_may_be_absurd(mp4):
         with contextlib.suppress(BadClip):
             chunk_records(record, look_into(record, with_turn=True), SampleSpec((), fps=8), 5)
             dataset = make([record], timeout_s=20)
-            dataset._sample(0, dataset.order.clip_ref(0))
+            dataset.sample(0, dataset.order.clip_ref(0))
 
 
 @pytest.mark.parametrize(("aspect", "cause"), [((1, 1000), "unreadable"), ((2_000_000, 1), "too large")])

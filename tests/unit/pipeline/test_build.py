@@ -10,6 +10,7 @@ import torch
 from sat_train.config import load_run_config
 from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance
 from sat_train.distributed.processes import start_single_process
+from sat_train.encoding.build import build_encoders
 from sat_train.models.build import build_dit
 from sat_train.pipeline.build import build_alpha_bar, build_pipeline
 from sat_train.sampling.build import build_sampling
@@ -39,12 +40,13 @@ def test_released_numbers(name):
     config = _load(name)
     start_single_process()
     dit = build_dit(config.spec, device="meta", dtype=torch.float32)
-    pipeline = build_pipeline(config, dit=dit, vae=None, text_encoder=None)
+    pipeline = build_pipeline(config, dit=dit, encoders=build_encoders(config, torch.device("cpu")))
+    conditions = {condition.name: condition for condition in pipeline.conditions}
     assert pipeline.scale_factor == scale_factor
-    assert pipeline.noised_image_input == name.endswith("i2v")
+    assert ("image" in conditions) == name.endswith("i2v")
     if image_scale is not None:
-        assert pipeline.image_latent_scale == pytest.approx(image_scale)
-    assert pipeline.ofs == ofs
+        assert conditions["image"].scale == pytest.approx(image_scale)
+    assert (conditions["ofs"].value if "ofs" in conditions else None) == ofs
     assert pipeline.dtype == dtype
     snr = pipeline.alpha_bar / (1 - pipeline.alpha_bar)
     assert snr[0].item() == pytest.approx((1 / 0.00085 - 1) / shift, rel=1e-9)

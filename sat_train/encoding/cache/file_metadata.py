@@ -1,4 +1,4 @@
-"""What is known of files without reading them again: their identity, and the headers of clips."""
+"""Facts about files, kept so that none is read again: their identity, and the headers of clips."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import hashlib
 import json
 import math
 import secrets
-import stat
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sat_train.data.bad_clips import BadClip
-from sat_train.data.cache.key import Origin, digest
-from sat_train.data.clip_file import READER, ClipInfo, Span, open_part, read_headers
-from sat_train.data.remote import is_remote, read_state
+from sat_train.data.clip_file import READER, ClipInfo, Span, open_part, read_headers, read_stamp
+from sat_train.data.remote import is_remote
+from sat_train.encoding.cache.key import Origin, digest
 from sat_train.files import open_regular, read_text, write_text
 from sat_train.log import get_logger
 
@@ -190,36 +189,6 @@ class FileMetadata:
         if any(known.stamp[1:]) and time.time_ns() - max(known.stamp[1:3]) > _RACY_NS:
             name = _name(path, span)
             self._known[name] = self._new[name] = known
-
-
-def read_stamp(path: Path) -> tuple[int, ...]:
-    """Returns what tells one state of a file from others: size, mtime, ctime (ns) and inode.
-
-    Of a remote file it is the size, a number for what its storage tells of the change, and the time of that
-    where it may hide a second change. Zeros behind the size: nothing is known of changes.
-
-    Raises:
-        BadClip: The file is missing, or its storage does not answer.
-    """
-    if is_remote(path):
-        return _remote_stamp(path)
-    try:
-        found = path.stat()
-    except (OSError, ValueError) as error:  # a name with a NUL in it, from somebody's cache
-        raise BadClip("missing", getattr(error, "strerror", None) or str(error)) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise BadClip("unreadable", "it is not a regular file")
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-
-
-def _remote_stamp(path: Path) -> tuple[int, ...]:
-    try:
-        state = read_state(path)
-    except FileNotFoundError:
-        raise BadClip("missing", f"there is no {path}") from None
-    except OSError as error:
-        raise BadClip("unreadable", str(error), may_pass=True) from None
-    return state.size, state.change, state.mtime_ns
 
 
 def _name(path: Path, span: Span | None) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from sat_train.cli.main import main
-from sat_train.data.cache.file_metadata import FileMetadata
-from sat_train.data.cache.index import CacheIndex
-from sat_train.data.cache.shards import FOLDER, EntryInfo, Origin, ShardWriter
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.index import CacheIndex
+from sat_train.encoding.cache.shards import FOLDER, EntryInfo, Origin, ShardWriter
 from sat_train.errors import SatTrainError
-from tests.unit.data.cache.samples import tensors_of
+from tests.unit.encoding.cache.samples import tensors_of
 
 Case = Callable[[Path], None]
 

@@ -1,4 +1,4 @@
-"""What is missing from the cache: before a run, so that it need not load encoders or ends at once."""
+"""Finds what is missing from the cache before a run, so that it need not load encoders or ends at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sat_train.data.bad_clips import BadClip
-from sat_train.data.dataset import VideoDataset
+from sat_train.encoding.encoded_batch import CLIP
+from sat_train.encoding.encoded_dataset import EncodedDataset
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class MissingEncodings:
     Args:
         index: Its global index.
         clip_id: Its clip.
-        keys: Of what is missing of its pixels: clip, image.
+        keys: Of what is missing of its pixels.
         text: Whether its caption is missing.
     """
 
@@ -27,14 +28,14 @@ class MissingEncodings:
 
 
 def find_missing(
-    dataset: VideoDataset, indices: Iterable[int], *, retry_failed: bool = False
+    dataset: EncodedDataset, indices: Iterable[int], *, retry_failed: bool = False
 ) -> list[MissingEncodings]:
     """Returns which samples are not all in the cache.
 
     A clip that cannot be opened, or is known to be undecodable, counts as the clip that takes its place.
 
     Args:
-        dataset: With a cache.
+        dataset: The data set.
         indices: Global indices of the samples.
         retry_failed: Clips known to be undecodable are missing too.
     """
@@ -53,19 +54,17 @@ def drop_repeated(missing: Sequence[MissingEncodings]) -> list[MissingEncodings]
     return kept
 
 
-def _missing_of(dataset: VideoDataset, index: int, retry_failed: bool) -> MissingEncodings | None:
-    cache = dataset.cache
-    assert cache is not None, "a data set without a cache"
-    for ref in dataset.clip_refs(index):
+def _missing_of(dataset: EncodedDataset, index: int, retry_failed: bool) -> MissingEncodings | None:
+    for ref in dataset.videos.clip_refs(index):
         try:
-            keys = dataset.keys(index, ref)
+            entries = dataset.entries(index, ref)
         except BadClip:
             continue
-        parts = cache.missing(keys)
-        if not parts:
+        missing = dataset.missing(entries)
+        if not missing:
             return None
-        if "clip" in parts and not retry_failed and cache.known_failure(keys) is not None:
+        if CLIP in missing and not retry_failed and dataset.known_failure(entries) is not None:
             continue
-        wanted = tuple(key for part in parts if part != "text" for key in [getattr(keys, part)])
-        return MissingEncodings(index, dataset.record(ref).clip_id, wanted, "text" in parts)
+        wanted = tuple(entries[name].key for name in missing if name != "text")
+        return MissingEncodings(index, dataset.videos.record(ref).clip_id, wanted, "text" in missing)
     return None  # no usable clip at all: the loader says so

@@ -6,18 +6,19 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sat_train.data.cache.key import CODE_VERSION, Origin
+from sat_train.encoding.cache.key import CODE_VERSION, Origin
 from sat_train.errors import DataError
 from sat_train.files import open_regular, sync_folder, write_file
 from sat_train.log import get_logger
@@ -32,16 +33,16 @@ _RETRY_S = 60  # after a shard could not be written
 _MOST_WAITING = 4  # shards that may wait for a disk with room
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-Kind = Literal["clip", "image", "text", "failed"]
-_KINDS = ("clip", "image", "text", "failed")
+_KIND = re.compile(r"[a-z0-9_]{1,64}")
 
 
 @dataclass(frozen=True)
 class EntryInfo:
-    """What an entry is, beside its tensors.
+    """Description of an entry, without its tensors.
 
     Args:
-        kind: `failed` has no tensors: the clip cannot be decoded, and that is known.
+        kind: `clip`, or the name of a condition. `failed` has no tensors: the clip cannot be decoded, and
+            that is known.
         name: Clip or caption, for people.
         encoder: Digest of the encoder; empty for `failed`.
         origin: The file it was made from; None for texts.
@@ -50,7 +51,7 @@ class EntryInfo:
         sha256: Of the bytes of its tensors, in the order of their names.
     """
 
-    kind: Kind
+    kind: str
     name: str
     encoder: str
     origin: Origin | None = None
@@ -61,7 +62,7 @@ class EntryInfo:
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where a tensor lies in its file: shape, dtype, and first byte."""
+    """Place of a tensor in its file: shape, dtype, and first byte."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -75,7 +76,7 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class Header:
-    """What a shard holds.
+    """Contents of a shard.
 
     Args:
         entries: By key.
@@ -278,7 +279,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def are_finite(tensors: Mapping[str, Tensor]) -> bool:
-    """Tells whether no tensor holds an infinity or a NaN."""
+    """Returns whether no tensor holds an infinity or a NaN."""
     return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
@@ -302,8 +303,8 @@ def _entry_info(told: dict[str, Any]) -> EntryInfo:
         if [type(text) for text in detail] != [str, str]:
             raise ValueError("a failure is two texts")
     info = EntryInfo(**{**told, "origin": origin, "detail": detail})
-    _check_types(info, {"name": str, "encoder": str, "code_version": int, "sha256": str})
-    if info.kind not in _KINDS or (info.kind == "failed") != (detail is not None):
+    _check_types(info, {"kind": str, "name": str, "encoder": str, "code_version": int, "sha256": str})
+    if not _KIND.fullmatch(info.kind) or (info.kind == "failed") != (detail is not None):
         raise ValueError("an entry of no known kind")
     return info
 

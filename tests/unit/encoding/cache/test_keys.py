@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 
 from sat_train.data.bad_clips import BadClip
-from sat_train.data.cache import key as key_module
-from sat_train.data.cache.file_metadata import FileMetadata
-from sat_train.data.cache.key import EncoderDigests
 from sat_train.data.clip_file import Span
-from tests.unit.data.cache.samples import ENCODERS, keys_of, open_dataset
+from sat_train.encoding.cache import key as key_module
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.key import EncoderDigests
 from tests.unit.data.videos import record_of, write_numbered
+from tests.unit.encoding.cache.samples import ENCODERS, keys_of, open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_parts_of_a_file_and_files_of_other_lengths_have_views_of_their_own(tmp_
     longer = tmp_path / "longer.mp4"
     write_numbered(longer, num_frames=91)
     records = [record_of(clip), replace(record_of(clip), start=0.5), record_of(longer)]
-    dataset = open_dataset(tmp_path, records, views=2)
+    dataset = open_dataset(tmp_path, records, views=2).videos
     views = [dataset.augmentation_key(index, dataset.order.clip_ref(index)) for index in range(6)]
     assert len({view.number for view in views}) == 6
 
@@ -175,15 +175,17 @@ def test_an_image_of_its_own_conditions_by_its_contents(tmp_path, clip):
 
 def test_files_are_hashed_once_over_runs(tmp_path, clip, monkeypatch):
     os.utime(clip, ns=(1, 1))
-    monkeypatch.setattr("sat_train.data.cache.file_metadata._RACY_NS", 0)
+    monkeypatch.setattr("sat_train.encoding.cache.file_metadata._RACY_NS", 0)
     file_metadata = FileMetadata(tmp_path)
     assert file_metadata.info(clip).is_turned is None
     identity, info = file_metadata.origin(clip).identity, file_metadata.info(clip, with_turn=True)
     assert info.is_turned is False
     file_metadata.publish()
-    monkeypatch.setattr("sat_train.data.cache.file_metadata._hash", lambda *_: pytest.fail("hashed again"))
     monkeypatch.setattr(
-        "sat_train.data.cache.file_metadata.read_headers", lambda *_, **__: pytest.fail("opened again")
+        "sat_train.encoding.cache.file_metadata._hash", lambda *_: pytest.fail("hashed again")
+    )
+    monkeypatch.setattr(
+        "sat_train.encoding.cache.file_metadata.read_headers", lambda *_, **__: pytest.fail("opened again")
     )
     again = FileMetadata(tmp_path)
     assert (again.origin(clip).identity, again.info(clip)) == (identity, info)

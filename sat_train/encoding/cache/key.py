@@ -21,7 +21,7 @@ def digest(**facts: Any) -> str:
 
 @dataclass(frozen=True)
 class EncoderDigests:
-    """What the encoders are, each as one hash over weights, settings and dtype.
+    """Identity of the encoders, each as one hash over weights, settings and dtype.
 
     Args:
         vae: Of the video autoencoder.
@@ -49,25 +49,6 @@ class Origin:
     mtime_ns: int
     identity: str
     part: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class SampleKeys:
-    """Keys of one sample's encodings.
-
-    Args:
-        clip: Moments of the clip.
-        text: Embedding of the caption.
-        image: Moments of the first frame that conditions the clip; None for text-to-video.
-        clip_origin: The clip's file.
-        image_origin: The image's file, or the clip's where its first frame is the image.
-    """
-
-    clip: str
-    text: str
-    image: str | None
-    clip_origin: Origin
-    image_origin: Origin
 
 
 def clip_key(

@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from sat_train.data.bad_clips import FailureLog
-from sat_train.data.batches import ListedBatches
-from sat_train.data.cache.missing import drop_repeated, find_missing
-from sat_train.data.cache.shards import EntryInfo, ShardWriter
+from sat_train.data.batches import OrderedBatches
+from sat_train.data.dataset import VideoDataset
 from sat_train.data.loader import VideoLoader
+from sat_train.encoding.cache.shards import EntryInfo, ShardWriter
+from sat_train.encoding.encoded_batch import EncodedBatch, EncodedSample
+from sat_train.encoding.encoded_dataset import UnencodedSample
+from sat_train.encoding.missing import drop_repeated, find_missing
 from sat_train.errors import DataError
-from tests.unit.data.cache.samples import keep, open_dataset, tensors_of
 from tests.unit.data.videos import record_of, write_numbered
+from tests.unit.encoding.cache.samples import keep, open_dataset, read, tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def records(tmp_path_factory):
 def fill(folder, records, indices, **options):
     dataset, writer = open_dataset(folder, records, use="write", **options), ShardWriter(folder)
     for index in indices:
-        keep(writer, dataset[index].sample, index)
+        keep(writer, read(dataset, index).sample, index)
     writer.publish()
 
 
@@ -35,14 +38,11 @@ def test_samples_come_from_the_cache(tmp_path, records, image):
     fill(tmp_path, records, range(4), image=image)
     dataset = open_dataset(tmp_path, records, use="require", image=image)
     for index in range(4):
-        sample, made = dataset[index].sample, tensors_of(index)
-        assert sample.video_tchw is None
-        assert torch.equal(sample.cached.mean_btchw, made["clip"]["mean"][None])
-        assert torch.equal(sample.cached.logvar_btchw, made["clip"]["logvar"][None])
-        assert (sample.cached.image_latent_btchw is None) == (image is None)
-    decoded = dataset.read(1, pixels=True).sample
-    assert decoded.video_tchw is not None
-    assert decoded.cached is None
+        encodings, made = read(dataset, index).sample.encodings, tensors_of(index)
+        assert encodings.keys() == ({"clip", "text"} if image is None else made.keys())
+        for name in encodings.keys() - {"text"}:  # all have one caption
+            for part, tensor in encodings[name].items():
+                assert torch.equal(tensor, made[name][part])
 
 
 def test_identical_captions_are_one_entry(tmp_path, records):
@@ -53,17 +53,19 @@ def test_identical_captions_are_one_entry(tmp_path, records):
 
 def test_what_is_missing_is_decoded_or_refused(tmp_path, records):
     fill(tmp_path, records, [0])
-    assert open_dataset(tmp_path, records, use="read")[1].sample.video_tchw is not None
+    assert isinstance(read(open_dataset(tmp_path, records, use="read"), 1).sample, UnencodedSample)
     with pytest.raises(DataError, match=r"b.mp4: clip not in the cache[\s\S]*launch/precompute.py"):
-        open_dataset(tmp_path, records, use="require")[1]
+        read(open_dataset(tmp_path, records, use="require"), 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_batch_is_from_the_cache_as_a_whole_or_not_at_all(tmp_path, records, num_workers):
+def test_a_batch_decodes_only_the_samples_that_the_cache_lacks(tmp_path, records, num_workers):
     fill(tmp_path, records, [0, 1, 2])
+    dataset = open_dataset(tmp_path, records)
     loader = VideoLoader(
-        dataset=open_dataset(tmp_path, records),
-        batches=ListedBatches((0, 1, 2, 3), batch_size=2),
+        dataset=dataset.videos,
+        reader=dataset,
+        batches=OrderedBatches([2], stop=4),
         failures=FailureLog(num_clips=4, max_bad_fraction=0.0),
         num_workers=num_workers,
         prefetch_factor=2,
@@ -73,18 +75,19 @@ def test_a_batch_is_from_the_cache_as_a_whole_or_not_at_all(tmp_path, records, n
         fingerprint="",
     )
     first, second = loader
-    assert (first.video_btchw is None, first.cached.mean_btchw.shape[0]) == (True, 2)
-    assert (second.cached, second.video_btchw.shape[0]) == (None, 2)
-    assert len(second.keys) == len(second.augmentations) == 2
+    assert isinstance(first, EncodedBatch)
+    assert [float(mean.mean()) for mean in first.encodings["clip"]["mean"]] == [0.0, 1.0]
+    assert [type(sample) for sample in second.samples] == [EncodedSample, UnencodedSample]
+    assert second.samples[1].entries == dataset.entries(3, dataset.videos.order.clip_ref(3))
 
 
 def test_a_clip_known_to_be_undecodable_is_replaced_as_without_a_cache(tmp_path, records):
-    keys = open_dataset(tmp_path, records, use="write")[1].sample.keys
+    clip = read(open_dataset(tmp_path, records, use="write"), 1).sample.entries["clip"]
     writer = ShardWriter(tmp_path)
-    writer.add(keys.clip, {}, EntryInfo("failed", "b.mp4", "", keys.clip_origin, ("damaged", "at 1 s")))
+    writer.add(clip.key, {}, EntryInfo("failed", "b.mp4", "", clip.info.origin, ("damaged", "at 1 s")))
     writer.publish()
     fill(tmp_path, records, [0, 2, 3])
-    result = open_dataset(tmp_path, records, use="require")[1]
+    result = read(open_dataset(tmp_path, records, use="require"), 1)
     assert (result.failures[0].clip_id, result.failures[0].cause) == ("b.mp4", "damaged")
     assert result.sample.clip_id != "b.mp4"
     dataset = open_dataset(tmp_path, records)
@@ -105,7 +108,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, records, mon
     path = tmp_path / "clip.mp4"
     write_numbered(path, num_frames=30)
     dataset = open_dataset(tmp_path, [record_of(path), records[0]], use="write")
-    decode = type(dataset)._sample
+    decode = VideoDataset.sample
 
     def decode_and_edit(self, index, ref):
         sample = decode(self, index, ref)
@@ -113,7 +116,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, records, mon
             write_numbered(path, num_frames=31)
         return sample
 
-    monkeypatch.setattr(type(dataset), "_sample", decode_and_edit)
-    result = dataset[0]
+    monkeypatch.setattr(VideoDataset, "sample", decode_and_edit)
+    result = read(dataset, 0)
     assert result.failures[0].cause == "changed"
     assert result.sample.clip_id == "a.mp4"

@@ -11,11 +11,11 @@ import time
 import pytest
 import torch
 
-from sat_train.data.cache.index import CacheIndex
-from sat_train.data.cache.prune import verify_entries
-from sat_train.data.cache.shards import FOLDER, EntryInfo, ShardWriter
+from sat_train.encoding.cache.index import CacheIndex
+from sat_train.encoding.cache.prune import verify_entries
+from sat_train.encoding.cache.shards import FOLDER, EntryInfo, ShardWriter
 from sat_train.errors import DataError
-from tests.unit.data.cache.samples import tensors_of
+from tests.unit.encoding.cache.samples import tensors_of
 
 ABOUT = EntryInfo("clip", "a clip", "vae")
 
@@ -130,7 +130,9 @@ def test_an_entry_that_is_not_finite_is_neither_kept_nor_read(tmp_path, caplog, 
     writer.publish()
     assert "a clip: the encoded clip is not finite" in caplog.text
     assert "key" not in CacheIndex(tmp_path)
-    monkeypatch.setattr("sat_train.data.cache.shards.are_finite", lambda tensors: True)  # as others may write
+    monkeypatch.setattr(
+        "sat_train.encoding.cache.shards.are_finite", lambda tensors: True
+    )  # as others may write
     writer.add("key", broken, ABOUT)
     writer.publish()
     monkeypatch.undo()
@@ -183,7 +185,7 @@ def test_a_full_disk_is_named_and_what_was_published_is_kept(tmp_path, monkeypat
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sat_train.data.cache.shards.write_file", fail)
+    monkeypatch.setattr("sat_train.encoding.cache.shards.write_file", fail)
     with pytest.raises(DataError, match=r"No space left on device[\s\S]*make room"):
         write(tmp_path, [2])
     assert "key 1" in CacheIndex(tmp_path)

@@ -11,9 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from sat_train.data.bad_clips import BadClip
-from sat_train.data.cache.file_metadata import FileMetadata, read_stamp
-from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
-from sat_train.data.cache.shards import (
+from sat_train.data.clip_file import Span, read_stamp
+from sat_train.data.remote import is_remote, make_path
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.key import CODE_VERSION, EncoderDigests, Origin
+from sat_train.encoding.cache.shards import (
     FOLDER,
     EntryInfo,
     Header,
@@ -23,8 +25,6 @@ from sat_train.data.cache.shards import (
     read_header,
     read_tensor,
 )
-from sat_train.data.clip_file import Span
-from sat_train.data.remote import is_remote, make_path
 from sat_train.errors import DataError
 from sat_train.files import PART_SUFFIX, open_regular, sync_folder
 from sat_train.log import get_logger
@@ -73,7 +73,7 @@ def read_shards(cache_dir: Path) -> Iterator[tuple[Path, Header | None, str]]:
 
 
 class Staleness:
-    """Says which entries are of no use any more; asks about each file once.
+    """Decides which entries are of no use any more; asks about each file once.
 
     An entry is stale when the code that made it gave other values, when its file has changed (its contents,
     in a cache by content), when the same key was met before, when `encoders` are given and it is of others,

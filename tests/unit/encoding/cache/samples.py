@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.batch import VideoSample
 from sat_train.data.buckets import one_bucket
-from sat_train.data.cache.file_metadata import FileMetadata
-from sat_train.data.cache.index import CacheIndex
-from sat_train.data.cache.key import EncoderDigests, SampleKeys
-from sat_train.data.cache.samples import OpenCache, SampleCache
-from sat_train.data.cache.shards import EntryInfo, ShardWriter
-from sat_train.data.dataset import VideoDataset
+from sat_train.data.dataset import SampleResult, VideoDataset
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources.records import ClipSource
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.index import CacheIndex, OpenCache
+from sat_train.encoding.cache.key import EncoderDigests
+from sat_train.encoding.cache.shards import ShardWriter
+from sat_train.encoding.conditions.image import ImageCondition
+from sat_train.encoding.conditions.text import TextCondition
+from sat_train.encoding.encoded_dataset import EncodedDataset, UnencodedSample
 from tests.unit.data.videos import SIDE
 
 ENCODERS = EncoderDigests(vae="vae of the tests", text="text encoder of the tests")
@@ -32,8 +34,11 @@ def open_dataset(
     identity="content",
     shape=None,
     **options,
-) -> VideoDataset:
-    """Returns a data set with a cache in `folder`; each epoch takes the clips as they are listed."""
+) -> EncodedDataset:
+    """Returns a data set with a cache in `folder`; each epoch takes the clips as they are listed.
+
+    `image` is the image condition: None for text-to-video, `noised` in training, `plain` in validation.
+    """
     cache = OpenCache(
         folder, CacheIndex(folder), FileMetadata(folder, identity=identity), encoder_digests, use
     )
@@ -41,20 +46,34 @@ def open_dataset(
     size = options.pop("video_size", (SIDE, SIDE))
     sources = [ClipSource("test", tuple(records), "")]
     order = GlobalOrder(seed=1, clip_weights=[[1.0] * len(records)], shuffle=False)
-    return VideoDataset(
+    videos = VideoDataset(
         sources=sources,
         order=order,
         buckets=one_bucket(ClipShape(options.pop("max_num_frames", 5), *size), sources),
         seed=options.pop("seed", 1),
         window=options.pop("window", "head"),
-        cache=SampleCache(cache, image=image, **shape),
+        training=image != "plain",
         **shape,
         **options,
     )
+    text = TextCondition(null="zero", empty_prompt=lambda: torch.zeros(4, 8))
+    return EncodedDataset(videos, cache, [text, *([ImageCondition(scale=1.0)] if image else [])])
 
 
-def keys_of(dataset: VideoDataset, index: int = 0) -> SampleKeys:
-    return dataset.keys(index, dataset.order.clip_ref(index))
+def read(dataset: EncodedDataset, index: int) -> SampleResult:
+    return dataset.videos.read(index, dataset.sample)
+
+
+@dataclass(frozen=True)
+class Keys:
+    clip: str
+    text: str
+    image: str | None = None
+
+
+def keys_of(dataset: EncodedDataset, index: int = 0) -> Keys:
+    entries = dataset.entries(index, dataset.videos.order.clip_ref(index))
+    return Keys(**{name: entry.key for name, entry in entries.items()})
 
 
 def tensors_of(number: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -70,12 +89,7 @@ def tensors_of(number: int) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def keep(writer: ShardWriter, sample: VideoSample, number: int) -> None:
+def keep(writer: ShardWriter, sample: UnencodedSample, number: int) -> None:
     """Adds the encodings of a sample that was read without the cache."""
-    keys, made = sample.keys, tensors_of(number)
-    writer.add(keys.clip, made["clip"], EntryInfo("clip", sample.clip_id, ENCODERS.vae, keys.clip_origin))
-    writer.add(keys.text, made["text"], EntryInfo("text", sample.caption, ENCODERS.text))
-    if keys.image is not None:
-        writer.add(
-            keys.image, made["image"], EntryInfo("image", sample.clip_id, ENCODERS.vae, keys.image_origin)
-        )
+    for name, entry in sample.entries.items():
+        writer.add(entry.key, tensors_of(number)[name], entry.info)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from sat_train.cli.main import main
-from sat_train.data.cache.file_metadata import FileMetadata
-from sat_train.data.cache.index import CacheIndex
-from sat_train.data.cache.key import CODE_VERSION, EncoderDigests, Origin
-from sat_train.data.cache.prune import Staleness, list_entries, prune_entries, verify_entries
-from sat_train.data.cache.shards import FOLDER, EntryInfo, ShardWriter, read_header
 from sat_train.data.clip_file import Span
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.index import CacheIndex
+from sat_train.encoding.cache.key import CODE_VERSION, EncoderDigests, Origin
+from sat_train.encoding.cache.prune import Staleness, list_entries, prune_entries, verify_entries
+from sat_train.encoding.cache.shards import FOLDER, EntryInfo, ShardWriter, read_header
 from sat_train.errors import DataError
-from tests.unit.data.cache.samples import tensors_of
+from tests.unit.encoding.cache.samples import tensors_of
 
 
 @pytest.fixture

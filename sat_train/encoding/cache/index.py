@@ -6,11 +6,20 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from torch import Tensor
 
-from sat_train.data.cache.shards import FOLDER, EntryInfo, TensorSlot, find_fault, read_header, read_tensor
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.key import EncoderDigests
+from sat_train.encoding.cache.shards import (
+    FOLDER,
+    EntryInfo,
+    TensorSlot,
+    find_fault,
+    read_header,
+    read_tensor,
+)
 from sat_train.errors import DataError
 from sat_train.files import open_regular
 from sat_train.log import get_logger
@@ -19,10 +28,12 @@ log = get_logger(__name__)
 
 _OPEN_FILES = 64
 
+Use = Literal["read", "require", "write"]
+
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where the tensors of an entry lie, and what they must be."""
+    """The place of an entry's tensors, and what they must be."""
 
     shard: str
     slots: dict[str, TensorSlot]
@@ -67,7 +78,7 @@ class CacheIndex:
         return len(self._entries)
 
     def __contains__(self, key: str) -> bool:
-        """Tells whether the tensors of an entry are there."""
+        """Returns whether the tensors of an entry are there."""
         return key in self._entries or (self.refresh() and key in self._entries)
 
     def failure(self, key: str) -> tuple[str, str] | None:
@@ -79,7 +90,7 @@ class CacheIndex:
         return self._faults.get(key, "")
 
     def refresh(self) -> bool:
-        """Looks for shards published since the last look; tells whether there are any."""
+        """Searches for shards published since the last time; returns whether there are any."""
         try:
             return self._look()
         except OSError:  # a shared disk that does not answer now is asked again at the next miss
@@ -116,7 +127,7 @@ class CacheIndex:
         return None
 
     def is_whole(self, key: str) -> bool:
-        """Tells whether an entry is there and undamaged: reads it where this process has not yet."""
+        """Returns whether an entry is there and undamaged: reads it where this process has not yet."""
         return key in self and (key in self._whole or self.read(key) is not None)
 
     def drop(self, key: str, fault: str) -> None:
@@ -167,3 +178,23 @@ def _precedence(path: Path) -> tuple[bool, int, str]:
     except OSError:
         return True, 0, path.name  # it is said where its header is read
     return found.st_uid != os.getuid(), found.st_ctime_ns, path.name
+
+
+@dataclass(frozen=True)
+class OpenCache:
+    """A cache folder as one process has it open.
+
+    Args:
+        folder: The folder.
+        index: What it holds.
+        file_metadata: What is known of the files.
+        encoder_digests: What the encoders are.
+        use: `require`: what is missing is an error. `read`: it is not. `write`: nothing is read, samples only
+            say where their encodings belong.
+    """
+
+    folder: Path
+    index: CacheIndex
+    file_metadata: FileMetadata
+    encoder_digests: EncoderDigests
+    use: Use

@@ -1,4 +1,4 @@
-"""What the frozen encoders of a configuration are, as hashes, and the cache that belongs to them."""
+"""Hashes of the frozen encoders of a configuration, and the cache that belongs to them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from pathlib import Path
 
 from sat_train.config import RunConfig
 from sat_train.data.bad_clips import BadClip
-from sat_train.data.cache.file_metadata import FileMetadata
-from sat_train.data.cache.index import CacheIndex
-from sat_train.data.cache.key import EncoderDigests, digest
-from sat_train.data.cache.samples import OpenCache, Use
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import gather_after_work
-from sat_train.encoding.build import encoder_dtype
+from sat_train.encoding.cache.file_metadata import FileMetadata
+from sat_train.encoding.cache.index import CacheIndex, OpenCache, Use
+from sat_train.encoding.cache.key import EncoderDigests, digest
 from sat_train.errors import DataError
 from sat_train.interchange.sources import find_weights
-from sat_train.models.build import compute_dtype
+from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.models.text.t5 import find_t5_folders
 
 # Settings of the autoencoder that change what it encodes to, besides its numbers.
@@ -69,7 +67,7 @@ def digest_encoders(config: RunConfig, file_metadata: FileMetadata) -> EncoderDi
         **vae.model_dump(mode="json", include=_WITH_EFFECT),
         **config.spec.coder.model_dump(mode="json", exclude={"out_ch"}),
     }
-    dtype = encoder_dtype(config)
+    dtype = encoder_dtype(config.args)
     return EncoderDigests(
         vae=digest(
             kind="vae",

@@ -1,0 +1,100 @@
+"""Image-to-video: the first frame as a condition, with its noise, drop-out, scale and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sat_train.data.batch import VideoSample
+from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
+from sat_train.encoding.cache.key import image_key
+from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
+from sat_train.encoding.encoders import Encoders, pixels_to_unit
+from sat_train.encoding.randomness import Randomness
+
+# log of the standard deviation of the noise on the first frame, in pixels of [-1, 1]
+NOISE_LOG_MEAN, NOISE_LOG_STD = -3.0, 0.5
+
+
+class ImageCondition(Condition):
+    """The first frame's latent, in the first frame of further channels, with zeros after it.
+
+    Args:
+        scale: `image_latent_scale`. Diffusers multiplies with the autoencoder's factor for CogVideoX-5B-I2V
+            and divides by it for 1.5-I2V; CogVideo trains both with the product, and samples without either.
+        drop_probability: Share of the training samples whose image is dropped (`noised_image_dropout`).
+
+    Source: diffusers 0.42 `CogVideoXImageToVideoPipeline.prepare_latents`.
+    """
+
+    name = "image"
+    tensors = frozenset({"mean", "logvar"})
+    drop_purpose = "image_drop"
+
+    def __init__(self, *, scale: float, drop_probability: float = 0.0) -> None:
+        self.scale, self.drop_probability = scale, drop_probability
+
+    def encode(self, sample: VideoSample, encoders: Encoders) -> dict[str, Tensor]:
+        """Returns the moments of the first frame, noised in training, (1, c, h, w)."""
+        image = pixels_to_unit(sample.conditioning_image_chw(), encoders.device)
+        if sample.training:  # the numbers are drawn on the CPU
+            eps = torch.randn(image.shape, generator=sample.generator("image_noise"))
+            log_sigma_eps = torch.randn((), generator=sample.generator("image_noise_level"))
+            image = noise_image(image, eps.to(image.device), log_sigma_eps.to(image.device))
+        return encoders.frames(image[None])
+
+    def entry(self, facts: SampleFacts) -> CacheEntry:
+        """Returns the entry of the first frame, and in training of the noise on it."""
+        given, noise = facts.record.image, facts.view if facts.training else None
+        pixels = facts.clip if given is None else facts.picture(given)
+        key = image_key(pixels=pixels.key, noise=noise, vae=facts.encoder_digests.vae)
+        return CacheEntry(key, replace(pixels.info, kind="image"))
+
+    def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
+        """Replaces posteriors by one that is exactly zero."""
+        dropped = dropped_b[:, None, None, None, None]
+        mean, logvar = encoded["mean"], encoded["logvar"]
+        return {"mean": mean.masked_fill(dropped, 0.0), "logvar": logvar.masked_fill(dropped, -torch.inf)}
+
+    def inputs(self, encoded: Encoding, random: Randomness, latent_shape: Sequence[int]) -> DitInputs:
+        """Returns the scaled latent in the first of the frames, padding in front included."""
+        latent = self.scale * random.latent(encoded, "image_posterior")
+        b, t, c, h, w = latent_shape
+        return DitInputs(image_latent_btchw=torch.cat([latent, latent.new_zeros(b, t - 1, c, h, w)], dim=1))
+
+
+class OfsCondition(Condition):
+    """The `ofs` input of CogVideoX1.5-I2V, the same number for all samples.
+
+    Args:
+        value: The number.
+    """
+
+    name = "ofs"
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def inputs(self, encoded: Encoding, random: Randomness, latent_shape: Sequence[int]) -> DitInputs:
+        """Returns the number of each sample."""
+        return DitInputs(ofs_b=torch.full((latent_shape[0],), self.value))
+
+
+def noise_image(image_chw: Tensor, eps_chw: Tensor, log_sigma_eps: Tensor) -> Tensor:
+    """Noises a first frame a little, so that the model does not learn to copy it.
+
+    Args:
+        image_chw: Pixels in [-1, 1], float32.
+        eps_chw: Unit normal noise of the image's shape.
+        log_sigma_eps: One unit normal number: each image has its own noise level.
+
+    Returns:
+        Noised image, float32.
+
+    Source: zai-org/CogVideo@7a1af71 `sat/diffusion_video.py` add_noise_to_first_frame.
+    """
+    sigma = (NOISE_LOG_MEAN + NOISE_LOG_STD * log_sigma_eps).exp()
+    return image_chw + sigma * eps_chw

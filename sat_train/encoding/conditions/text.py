@@ -1,0 +1,69 @@
+"""Captions: their embeddings, and what stands for a missing one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sat_train.data.batch import VideoSample
+from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
+from sat_train.encoding.cache.key import EncoderDigests, text_key
+from sat_train.encoding.cache.shards import EntryInfo
+from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
+from sat_train.encoding.encoders import Encoders
+from sat_train.encoding.randomness import Randomness
+
+
+class TextCondition(Condition):
+    """The caption.
+
+    Args:
+        null: What stands for a missing caption, in training and in guidance: zeros, or the encoded empty
+            prompt.
+        empty_prompt: Returns the embedding of the empty prompt, (l, d).
+        drop_probability: Share of the training samples whose caption is dropped (`ucg_rate`).
+    """
+
+    name = "text"
+    tensors = frozenset({"text"})
+    drop_purpose = "caption_drop"
+    guides = True
+
+    def __init__(
+        self,
+        *,
+        null: Literal["zero", "empty_prompt"],
+        empty_prompt: Callable[[], Tensor],
+        drop_probability: float = 0.0,
+    ) -> None:
+        self._null, self._empty_prompt = null, empty_prompt
+        self.drop_probability = drop_probability
+
+    def encode(self, sample: VideoSample, encoders: Encoders) -> dict[str, Tensor]:
+        """Returns the embedding of the caption as `text`, (l, d)."""
+        return {"text": encoders.text(sample.caption)}
+
+    def entry(self, facts: SampleFacts) -> CacheEntry:
+        """Returns the entry of the caption, which samples of one caption share."""
+        return text_entry(facts.caption, facts.encoder_digests)
+
+    def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
+        """Replaces embeddings by the null embedding."""
+        text = encoded["text"]
+        null = torch.zeros_like(text)
+        if self._null == "empty_prompt":
+            null = self._empty_prompt().to(text).expand_as(text)
+        return {"text": torch.where(dropped_b[:, None, None], null, text)}
+
+    def inputs(self, encoded: Encoding, random: Randomness, latent_shape: Sequence[int]) -> DitInputs:
+        """Returns the embeddings."""
+        return DitInputs(text_bld=encoded["text"])
+
+
+def text_entry(caption: str, encoder_digests: EncoderDigests) -> CacheEntry:
+    """Returns where the embedding of a caption belongs in the cache."""
+    text = encoder_digests.text
+    return CacheEntry(text_key(caption, text=text), EntryInfo("text", caption, text))
