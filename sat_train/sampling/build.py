@@ -42,7 +42,7 @@ def build_sampling(config: RunConfig) -> SamplingSettings:
     """
     args, spec = config.args, config.spec
     if args.sampling_num_frames is None:
-        num_frames = spec.positions.frames
+        num_frames = spec.trained_frames
         if config.data is not None:
             num_frames = config.data.params.max_num_frames
     else:

@@ -25,7 +25,7 @@ def transformer_config(spec: ModelSpec) -> dict[str, Any]:
     patch_frames, patch_height, patch_width = spec.patch
     assert patch_height == patch_width, f"patches of {patch_height}x{patch_width}"
     time, space, _ = positions.interpolation
-    frames, height, width = positions.frames, *positions.latent_size[1:]
+    frames, height, width = spec.trained_frames, *positions.latent_size[1:]
     return {
         "_class_name": "CogVideoXTransformer3DModel",
         "_diffusers_version": _FORMAT_VERSION,

@@ -120,7 +120,7 @@ def test_the_embedded_model_becomes_a_complete_pipeline(tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     assert main([str(config.args.load), str(out), "--to", "diffusers", "--base", preset]) == 0
     pipeline = CogVideoXPipeline.from_pretrained(out)
-    text_length, frames = config.spec.text.max_length, config.spec.positions.frames
+    text_length, frames = config.spec.text.max_length, config.spec.trained_frames
     height, width = config.data.params.video_size
     video = pipeline(
         "a red ball",

@@ -118,9 +118,9 @@ def fixed_positions_fit_size(config: ParsedConfig) -> Iterator[Fault]:
         expected = f"no other size: this model's positions are those of {list(trained)} alone; {remedy}"
         yield config.fault(_BUCKETS, [str(other) for other in others], expected)
     frames = config.data.params.max_num_frames
-    if frames > positions.frames:
+    if frames > spec.trained_frames:
         yield config.fault(
-            "data.params.max_num_frames", frames, f"at most the {positions.frames} of this model"
+            "data.params.max_num_frames", frames, f"at most the {spec.trained_frames} of this model"
         )
 
 

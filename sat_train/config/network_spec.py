@@ -1,0 +1,141 @@
+"""Numbers of the transformer, and what follows from them: its weights, tokens and FLOPs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from sat_train.config.latent_geometry import Geometry, LatentShape
+from sat_train.config.schema.network import SizePolicy
+
+PositionKind = Literal["sincos", "rotary", "rotary_learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionSpec:
+    """The position embedding.
+
+    Args:
+        kind: `sincos` (2B), `rotary` (5B, 1.5) or `rotary_learned` (5B-I2V).
+        latent_size: Frames, height and width of the latent that tables are made for: that of pre-training.
+        text_length: Text tokens that tables leave room for.
+        interpolation: Positions along time, height and width are divided by these; 2B has (1, 1.875, 1.875).
+        theta: Base of the rotary frequencies.
+        size_policy: What a table does at other sizes: `refuse` or `interpolate`.
+    """
+
+    kind: PositionKind
+    latent_size: tuple[int, int, int]
+    text_length: int
+    interpolation: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    theta: float = 10000.0
+    size_policy: SizePolicy = "refuse"
+
+    @property
+    def is_table(self) -> bool:
+        """Other sizes need another table, not only other angles."""
+        return self.kind != "rotary"
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of a forward pass; a multiply-add is two.
+
+    The backward pass through weights that train takes twice `linear` and twice `attention`; frozen weights
+    take `linear` once, and `attention` still twice.
+    """
+
+    linear: int
+    attention: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec(Geometry):
+    """The diffusion transformer.
+
+    Args:
+        layers: Blocks.
+        width: Model width.
+        heads: Attention heads; their width must be divisible by 16.
+        in_channels: Channels of the latent, plus those of the image condition.
+        out_channels: Channels of the prediction.
+        text_width: Width of a text embedding.
+        time_width: Width of the time features.
+        ofs_width: Width of the `ofs` features (1.5 image-to-video), equal to `time_width`; None without.
+        qk_norm: Queries and keys are normalised.
+        affine_norms: Layer norms have a weight and a bias.
+        positions: The position embedding.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    in_channels: int
+    out_channels: int
+    text_width: int
+    time_width: int
+    ofs_width: int | None = None
+    qk_norm: bool = True
+    affine_norms: bool = True
+    positions: PositionSpec
+
+    @property
+    def family(self) -> Literal["1.0", "1.5"]:
+        """CogVideoX 1.5 has patches of several frames."""
+        return "1.0" if self.patch[0] == 1 else "1.5"
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads
+
+    def tokens(self, latent: LatentShape) -> int:
+        """Returns the tokens of one sample, text included: what memory and time grow with."""
+        return self.patches(latent) + self.positions.text_length
+
+    def linear_layers(self) -> tuple[str, ...]:
+        """Returns the names of the transformer's linear layers, which adapters may be given to."""
+        inside = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+        blocks = [f"transformer.layers.{layer}.{name}" for layer in range(self.layers) for name in inside]
+        modulations = [f"mixins.adaln_layer.adaLN_modulations.{layer}.1" for layer in range(self.layers)]
+        around = ["time_embed.0", "time_embed.2", "mixins.patch_embed.text_proj", "mixins.final_layer.linear"]
+        ofs = [] if self.ofs_width is None else ["ofs_embed.0", "ofs_embed.2"]
+        return (*blocks, *modulations, *around, "mixins.final_layer.adaLN_modulation.1", *ofs)
+
+    def parameters(self) -> dict[str, int]:
+        """Returns the numbers of weights of the transformer by part, without adapters."""
+        d, e, patch = self.width, self.time_width, math.prod(self.patch)
+        norm = 2 * d * self.affine_norms
+        qk_norm = 4 * self.head_width * self.affine_norms * self.qk_norm
+        table = math.prod(
+            size // side for size, side in zip(self.positions.latent_size, self.patch, strict=True)
+        )
+        parts = {
+            "transformer.layers": self.layers * (12 * d * d + 9 * d + 2 * norm),
+            "transformer.final_layernorm": norm,
+            "time_embed": d * e + e + e * e + e,
+            "ofs_embed": 0 if self.ofs_width is None else 2 * (e * e + e),
+            "mixins.pos_embed": (self.positions.text_length + table) * d
+            if self.positions.kind == "rotary_learned"
+            else 0,
+            "mixins.patch_embed": (self.in_channels * patch + self.text_width + 2) * d,
+            "mixins.adaln_layer": self.layers * (12 * d * (e + 1) + qk_norm),
+            "mixins.final_layer": norm + (d + 1) * patch * self.out_channels + 2 * d * (e + 1),
+        }
+        return {part: count for part, count in parts.items() if count}
+
+    def flops(self, tokens: int) -> Flops:
+        """Returns what the transformer's forward pass of one sample takes.
+
+        Args:
+            tokens: Of the sample, text included.
+        """
+        d, e = self.width, self.time_width
+        video, text = tokens - self.positions.text_length, self.positions.text_length
+        projections = video * math.prod(self.patch) * (self.in_channels + self.out_channels)
+        once = d * e + e * e + 2 * d * e + 12 * d * e * self.layers + (self.ofs_width is not None) * 2 * e * e
+        blocks = 12 * d * d * tokens * self.layers
+        return Flops(
+            linear=2 * (blocks + (projections + text * self.text_width) * d + once),
+            attention=4 * tokens**2 * d * self.layers,
+        )
