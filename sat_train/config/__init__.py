@@ -1,5 +1,6 @@
 """YAML in, one frozen and validated RunConfig out. Imports neither torch nor sat."""
 
+from sat_train.config.geometry import Geometry as Geometry
 from sat_train.config.loading import load_run_config as load_run_config
 from sat_train.config.model_spec import ModelSpec as ModelSpec
 from sat_train.config.network_spec import NetworkSpec as NetworkSpec

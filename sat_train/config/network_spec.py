@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from sat_train.config.latent_geometry import Geometry, LatentShape
+from sat_train.config.geometry import Geometry, LatentShape
 from sat_train.config.schema.network import SizePolicy
 
 PositionKind = Literal["sincos", "rotary", "rotary_learned"]

@@ -6,7 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
-from sat_train.config.latent_geometry import Geometry
+from sat_train.config.geometry import Geometry
 from sat_train.config.schema.data_section import VideoDatasetParams
 
 ASPECT = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})", re.ASCII)

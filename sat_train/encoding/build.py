@@ -87,6 +87,7 @@ def build_encoders(
     return Encoders(
         load_vae=lambda: build_loaded_vae(config, device),
         load_text_encoder=lambda: build_loaded_text_encoder(config, device),
+        geometry=config.spec,
         dtype=compute_dtype(config.args),
         device=device,
         known_empty_prompt=known_empty_prompt,

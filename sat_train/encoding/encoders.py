@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from sat_train.config import Geometry
 from sat_train.log import get_logger
-from sat_train.models.geometry import latent_frames
 
 if TYPE_CHECKING:
     from sat_train.models.text.t5 import T5TextEncoder
@@ -40,6 +40,7 @@ class Encoders:
     Args:
         load_vae: Loads the autoencoder.
         load_text_encoder: Loads the text encoder.
+        geometry: Frames that the autoencoder takes.
         dtype: Of the embeddings.
         device: Where both models go.
         known_empty_prompt: Returns the embedding of the empty prompt, if it need not be encoded.
@@ -50,6 +51,7 @@ class Encoders:
         *,
         load_vae: Callable[[], VideoVAE],
         load_text_encoder: Callable[[], T5TextEncoder],
+        geometry: Geometry,
         dtype: torch.dtype,
         device: torch.device,
         known_empty_prompt: Callable[[], Tensor | None] = lambda: None,
@@ -58,7 +60,7 @@ class Encoders:
         self._vae: VideoVAE | None = None
         self._text_encoder: T5TextEncoder | None = None
         self._known_empty_prompt = known_empty_prompt
-        self._dtype, self.device = dtype, device
+        self._geometry, self._dtype, self.device = geometry, dtype, device
 
     def load(self, *, vae: bool = True, text: bool = True) -> None:
         """Loads the models now; else each is loaded, with a warning, when it is first needed."""
@@ -95,7 +97,7 @@ class Encoders:
         Raises:
             SatTrainError: The number of frames does not fit the autoencoder.
         """
-        latent_frames(len(video_tchw), compression=self.vae.temporal_compression, subject=subject)
+        self._geometry.check_frames(len(video_tchw), subject=subject)
         return self.frames(pixels_to_unit(video_tchw, self.device))
 
     @torch.no_grad()

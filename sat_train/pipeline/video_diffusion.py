@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from sat_train.config import Geometry
 from sat_train.data.augmentation_key import AugmentationKey
 from sat_train.data.batch import VideoSample
 from sat_train.diffusion.guidance import Guidance
@@ -21,7 +22,7 @@ from sat_train.encoding.conditions.condition import Condition, DitInputs, Encodi
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, stack_rows
 from sat_train.encoding.encoders import Encoders
 from sat_train.encoding.randomness import PromptRandomness, SampleRandomness
-from sat_train.models.geometry import check_size, counted_frames, latent_frames, pad_in_time, padding_frames
+from sat_train.pipeline.padding import counted_frames, pad_in_time
 from sat_train.pipeline.training_inputs import LossOutput, TrainingInputs
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class VideoDiffusion:
         min_snr_gamma: Cap of the loss weight; None for none.
         timestep_sampling: `uniform` draws each sample's timestep alone, `stratified` spreads them over the
             optimizer step.
-        temporal_compression: Pixel frames in one latent frame after the first.
+        geometry: Sizes of patches and latents.
         seed: The run's seed.
         dtype: What the transformer computes in.
         device: Where everything is computed.
@@ -67,7 +68,7 @@ class VideoDiffusion:
         offset_noise_level: float = 0.0,
         min_snr_gamma: float | None = None,
         timestep_sampling: Literal["uniform", "stratified"] = "uniform",
-        temporal_compression: int = 4,
+        geometry: Geometry,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -78,9 +79,8 @@ class VideoDiffusion:
         self.scale_factor, self.posterior_sampling = scale_factor, posterior_sampling
         self.offset_noise_level, self.min_snr_gamma = offset_noise_level, min_snr_gamma
         self.timestep_sampling = timestep_sampling
-        self.temporal_compression = temporal_compression
+        self.geometry = geometry
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
-        self.patch_t = dit.patch_size[0]
 
     # Training
 
@@ -220,12 +220,11 @@ class VideoDiffusion:
 
     def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, tuple[int, ...]]:
         """Returns the latent frames of a video, and the shape of its latent with the padding in front."""
-        vae, (patch_t, patch_h, patch_w) = self.encoders.vae, self.dit.patch_size
-        ratio = vae.spatial_compression
-        check_size(height, width, multiple=(ratio * patch_h, ratio * patch_w), subject="sample")
-        frames = latent_frames(num_frames, compression=vae.temporal_compression, subject="sample")
-        padded = frames + padding_frames(frames, patch_t)
-        return frames, (padded, vae.z_channels, height // ratio, width // ratio)
+        self.geometry.check_size(height, width, subject="sample")
+        self.geometry.check_frames(num_frames, subject="sample")
+        latent = self.geometry.latent(num_frames, height, width)
+        shape = (latent.padded_frames, self.dit.out_channels, latent.height, latent.width)
+        return latent.frames, shape
 
     def _sampling_inputs(
         self,
@@ -255,7 +254,7 @@ class VideoDiffusion:
     ) -> TrainingInputs:
         batch = batch.to(self.device)
         latent = random.latent(batch.encodings[CLIP], "posterior")
-        x0 = pad_in_time(self.scale_factor * latent, self.patch_t)
+        x0 = pad_in_time(self.scale_factor * latent, self.geometry)
         given = []
         for condition in self.conditions:
             encoded: Encoding = batch.encodings.get(condition.name, {})
@@ -269,12 +268,7 @@ class VideoDiffusion:
 
     def _counted_frames(self, num_shown: Sequence[int], *, num_latent_frames: int) -> Tensor | None:
         """Returns which latent frames count: not those that only repeat the last frame of a short clip."""
-        counted_bt = counted_frames(
-            num_shown,
-            num_latent_frames=num_latent_frames,
-            compression=self.temporal_compression,
-            patch_t=self.patch_t,
-        )
+        counted_bt = counted_frames(num_shown, num_latent_frames, self.geometry)
         return None if counted_bt is None else counted_bt.to(self.device)
 
     def _noise_like(self, x0: Tensor, random: SampleRandomness) -> Tensor:

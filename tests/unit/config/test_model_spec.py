@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sat_train.config import ModelSpec, load_run_config
-from sat_train.config.latent_geometry import Geometry
+from sat_train.config.geometry import Geometry
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import SatTrainError
 from sat_train.models.build import build_dit

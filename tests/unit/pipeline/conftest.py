@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sat_train.config import Geometry
 from sat_train.data.augmentation_key import AugmentationKey
 from sat_train.data.batch import SampleBatch, VideoSample
 from sat_train.data.batches import StepPosition
@@ -73,9 +74,11 @@ def make_pipeline() -> Callable[..., VideoDiffusion]:
             for parameter in dit.parameters():  # also those that start at zero, so that every input is felt
                 parameter.normal_(std=0.05, generator=generator)
         vae = vae.eval().requires_grad_(False)
+        geometry = Geometry(patch=(patch_t, 2, 2), temporal_compression=4, spatial_compression=4)
         encoders = Encoders(
             load_vae=lambda: vae,
             load_text_encoder=TableTextEncoder,
+            geometry=geometry,
             dtype=options.get("dtype", torch.float32),
             device=torch.device("cpu"),
             known_empty_prompt=known_empty_prompt,
@@ -88,7 +91,7 @@ def make_pipeline() -> Callable[..., VideoDiffusion]:
             *([ImageCondition(scale=0.5, drop_probability=image_dropout)] if image_to_video else []),
             *([OfsCondition(ofs)] if ofs is not None else []),
         ]
-        defaults = {"alpha_bar": zero_snr_alpha_bar(), "scale_factor": 0.7, "seed": 3}
+        defaults = {"geometry": geometry, "alpha_bar": zero_snr_alpha_bar(), "scale_factor": 0.7, "seed": 3}
         return VideoDiffusion(dit=dit, encoders=encoders, conditions=conditions, **{**defaults, **options})
 
     return make

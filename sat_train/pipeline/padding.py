@@ -1,0 +1,38 @@
+"""Padding in time, which patches need, and the frames that count in a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sat_train.config import Geometry
+
+
+def counted_frames(num_shown: Sequence[int], num_latent_frames: int, geometry: Geometry) -> Tensor | None:
+    """Returns which latent frames of padded clips show something of the clip, bool `[b, t]`.
+
+    Args:
+        num_shown: Pixel frames that each clip gave; the rest of a sample repeats the last of them.
+        num_latent_frames: Latent frames of a sample, without those that `pad_in_time` puts in front.
+        geometry: Sizes of patches and latent frames.
+
+    Returns:
+        None where all of them do.
+    """
+    padding = geometry.padding(num_latent_frames)
+    compression = geometry.temporal_compression
+    filled = torch.tensor([-(-(shown - 1) // compression) + 1 for shown in num_shown])
+    counted_bt = torch.arange(padding + num_latent_frames) < padding + filled[:, None]
+    return None if counted_bt.all() else counted_bt
+
+
+def pad_in_time(latent_btchw: Tensor, geometry: Geometry) -> Tensor:
+    """Repeats the first latent frame in front until patches fill the clip.
+
+    Source: zai-org/CogVideo@7a1af71 `finetune/models/cogvideox1_5_t2v/lora_trainer.py`; diffusers 0.42
+    `CogVideoXPipeline.__call__` adds its padding, and drops it again, at the same end.
+    """
+    padding = geometry.padding(latent_btchw.shape[1])
+    return torch.cat([latent_btchw[:, :1].expand(-1, padding, -1, -1, -1), latent_btchw], dim=1)
