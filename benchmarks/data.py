@@ -1,10 +1,11 @@
 """Prints what reading costs: videos beside the ways of others, cached encodings, and the memory of a worker.
 
-    python benchmarks/data.py                                        # all three, small: about three minutes
+    python benchmarks/data.py                                        # all four, small: about three minutes
     python benchmarks/data.py decode --samples 8 --preset medium     # 720p and 1080p; decord if there
     python benchmarks/data.py decode --clip my_clip.mp4              # 30 frames a second
     python benchmarks/data.py cache --samples 200
     python benchmarks/data.py memory --samples 10000
+    python benchmarks/data.py resize
 
 `decode` takes 49 frames at 8 a second, 480x720, from random windows of H.264 clips of 30 frames a second. All
 ways run in turn, sample by sample, in one process with one thread each; what counts is the CPU time of the
@@ -21,7 +22,8 @@ process, all its threads included, from opening the file to the scaled frames:
 CogVideo takes frame floor(first + 183 i / 49), ours the one nearest in time to first + 3.75 i.
 
 `cache` reads encodings of CogVideoX-5B's size through the loader: in this process, and with workers that are
-ahead of steps of 50 ms. `memory` follows the loader's own worker over samples of the shipped clips.
+ahead of steps of 50 ms. `memory` follows the loader's own worker over samples of the shipped clips. `resize`
+compares FFmpeg's and torchvision's scaling of one frame.
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ import argparse
 from pathlib import Path
 
 import torch
-from data_parts import cache, decode, memory
+from data_parts import cache, decode, memory, resize
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("all", "decode", "cache", "memory"), default="all")
+    parser.add_argument(
+        "what", nargs="?", choices=("all", "decode", "cache", "memory", "resize"), default="all"
+    )
     parser.add_argument("--samples", type=int, help="windows, batches or samples")
     parser.add_argument("--heights", type=int, nargs="+", choices=(720, 1080), help="of the drawn clips")
     parser.add_argument("--preset", default="veryfast", help="of x264")
@@ -50,6 +54,8 @@ def main() -> None:
         decode.run(options.samples or (2 if small else 8), heights, options.preset, options.clip)
     if options.what in ("all", "cache"):
         cache.run(options.samples or (20 if small else 200))
+    if options.what in ("all", "resize"):
+        resize.run(options.samples or 20)
     if options.what in ("all", "memory"):
         memory.run(options.samples or (1000 if small else 10_000))
 
