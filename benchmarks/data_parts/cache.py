@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.bad_clips import FailureLog
 from sat_train.data.batches import OrderedBatches
 from sat_train.data.buckets import one_bucket
 from sat_train.data.dataset import VideoDataset
+from sat_train.data.failure_log import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources.records import ClipRecord, ClipSource

@@ -14,9 +14,9 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from sat_train.data.clip_file import open_clip
-from sat_train.data.frames import FrameReader
-from sat_train.data.resize import cover_crop
+from sat_train.data.clips.clip_file import open_clip
+from sat_train.data.clips.frames import FrameReader
+from sat_train.data.clips.resize import cover_crop
 
 FPS, NUM_FRAMES, SIZE, RATE = 8, 49, (480, 720), 30
 SPAN = int(NUM_FRAMES / FPS * RATE)  # source frames that CogVideo reads for a sample

@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from sat_train.data.orientation import Orientation
-from sat_train.data.resize import CoverCrop, cover_crop
-from sat_train.data.shaper import Shaper
+from sat_train.data.clips.orientation import Orientation
+from sat_train.data.clips.resize import CoverCrop, cover_crop
+from sat_train.data.clips.shaper import Shaper
 
 TARGET = (480, 720)
 _KR, _KB = 0.299, 0.114  # BT.601, which FFmpeg takes where a file says nothing

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sat_train.config.shapes import SAME_ASPECT, ClipShape
-from sat_train.data.bad_clips import BadClip
+from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.sampler import ClipRef
 from sat_train.data.sources.records import ClipSource
 from sat_train.data.window import ShortClip

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from sat_train.config import RunConfig
 from sat_train.config.shapes import ClipShape, allowed_shapes
-from sat_train.data.bad_clips import ClipFailure, FailureLog, write_failures
 from sat_train.data.batches import Batches, DataPosition, OrderedBatches
+from sat_train.data.clips.remote import file_name
 from sat_train.data.dataset import VideoDataset
+from sat_train.data.failure_log import ClipFailure, FailureLog, write_failures
 from sat_train.data.loader import OrderedLoader, SampleReader, VideoLoader
 from sat_train.data.prepass import ClipSet, HeaderMemory, SampleSpec, assign_clips, describe_clip_set, look_at
-from sat_train.data.remote import file_name
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.shared_memory import bytes_in_flight, warn_of_little_shared_memory
 from sat_train.data.sources.read import build_source_options, read_sources

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any, TypeVar
 
-from sat_train.data.bad_clips import BadClip, one_clip
+from sat_train.data.clips.bad_clip import BadClip, one_clip
 from sat_train.data.sources.records import ClipRecord
 from sat_train.errors import DataError
 

@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data.augmentation_key import AugmentationKey, limited_augmentation_key
-from sat_train.data.bad_clips import BadClip, ClipFailure, one_clip
 from sat_train.data.batch import SampleBatch, VideoSample
 from sat_train.data.buckets import BucketAssignment
-from sat_train.data.clip_file import ClipInfo, read_stamp
-from sat_train.data.frames import Frames, open_frames
-from sat_train.data.resize import CoverCrop, CropMode, cover_crop
+from sat_train.data.clips.bad_clip import BadClip, one_clip
+from sat_train.data.clips.clip_file import ClipInfo, read_stamp
+from sat_train.data.clips.frames import Frames, open_frames
+from sat_train.data.clips.resize import CoverCrop, CropMode, cover_crop
+from sat_train.data.failure_log import ClipFailure
 from sat_train.data.sampler import ClipRef, GlobalOrder
 from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.data.window import (

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sat_train.data.bad_clips import BadClip, one_clip
-from sat_train.data.clip_file import ClipInfo, open_part
 from sat_train.data.clip_pool import look_into_clips
+from sat_train.data.clips.bad_clip import BadClip, one_clip
+from sat_train.data.clips.clip_file import ClipInfo, open_part
+from sat_train.data.clips.frames import FrameReader, open_frames
+from sat_train.data.clips.resize import CoverCrop, cover_crop
 from sat_train.data.dataset import naming_image, usable_part
-from sat_train.data.frames import FrameReader, open_frames
 from sat_train.data.prepass import SampleSpec
-from sat_train.data.resize import CoverCrop, cover_crop
 from sat_train.data.sources.records import ClipRecord
 from sat_train.data.window import count_windows, split_chunks
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from sat_train.data.bad_clips import BadClip, ClipFailure, FailureLog
 from sat_train.data.batch import LoadedBatch
 from sat_train.data.batches import Batches, DataPosition, MicroBatch, OrderedBatches
 from sat_train.data.clip_pool import prepare_worker
+from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.dataset import SampleResult, VideoDataset
+from sat_train.data.failure_log import ClipFailure, FailureLog
 from sat_train.data.sampler import ClipRef
 from sat_train.data.shared_memory import REMEDY, describe_free
 from sat_train.errors import DataError, SatTrainError

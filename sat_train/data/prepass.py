@@ -15,11 +15,12 @@ from typing import Protocol
 import numpy as np
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.bad_clips import BadClip, ClipFailure, one_clip
 from sat_train.data.buckets import BucketAssignment, choose_bucket
-from sat_train.data.clip_file import ClipInfo, Span, read_headers, read_stamp
 from sat_train.data.clip_pool import look_into_clips
+from sat_train.data.clips.bad_clip import BadClip, one_clip
+from sat_train.data.clips.clip_file import ClipInfo, Span, read_headers, read_stamp
 from sat_train.data.dataset import usable_part
+from sat_train.data.failure_log import ClipFailure
 from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults
 from sat_train.data.window import (
     SHORT_REMEDY,

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from sat_train.data.bad_clips import BadClip
+from sat_train.data.clips.bad_clip import BadClip
 
 WindowMode = Literal["head", "center", "random", "uniform", "chunks"]
 ShortClip = Literal["error", "skip", "pad", "shrink"]

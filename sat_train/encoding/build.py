@@ -14,10 +14,10 @@ from sat_train.encoding.conditions.condition import Condition
 from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
 from sat_train.encoding.conditions.text import TextCondition
 from sat_train.encoding.digests import open_cache
-from sat_train.encoding.encoders import Encoders
 from sat_train.encoding.stage import EncodingStage, read_empty_prompt
 from sat_train.interchange.locate import check_state_dict, read_vae_weights
 from sat_train.models.build import compute_dtype, encoder_dtype
+from sat_train.models.encoders import Encoders
 from sat_train.models.text.build import build_text_encoder
 from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.models.vae.build import build_vae

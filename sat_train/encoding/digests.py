@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sat_train.config import RunConfig
-from sat_train.data.bad_clips import BadClip
+from sat_train.data.clips.bad_clip import BadClip
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import gather_after_work

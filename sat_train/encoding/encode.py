@@ -16,7 +16,7 @@ from sat_train.encoding.cache.shards import ShardWriter
 from sat_train.encoding.conditions.condition import Condition
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, EncodedSample, stack_samples
 from sat_train.encoding.encoded_dataset import UnencodedSample
-from sat_train.encoding.encoders import Encoders
+from sat_train.models.encoders import Encoders
 
 
 class Encode:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sat_train.data.bad_clips import BadClip
+from sat_train.data.clips.bad_clip import BadClip
 from sat_train.encoding.encoded_batch import CLIP
 from sat_train.encoding.encoded_dataset import EncodedDataset
 

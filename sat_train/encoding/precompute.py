@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig
-from sat_train.data.bad_clips import BadClip, ClipFailure
 from sat_train.data.batch import SampleBatch
 from sat_train.data.batches import QueuedBatches
 from sat_train.data.build import (
@@ -20,7 +19,9 @@ from sat_train.data.build import (
     build_valid_dataset,
     count_steps,
 )
+from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.dataset import VideoDataset
+from sat_train.data.failure_log import ClipFailure
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest

@@ -19,9 +19,9 @@ from sat_train.encoding.conditions.text import text_entry
 from sat_train.encoding.digests import share_files
 from sat_train.encoding.encode import Encode, EncodeAndKeep
 from sat_train.encoding.encoded_dataset import EncodedDataset
-from sat_train.encoding.encoders import Encoders
 from sat_train.encoding.missing import find_missing
 from sat_train.errors import DataError
+from sat_train.models.encoders import Encoders
 
 _SHOWN = 5  # clips in one message
 

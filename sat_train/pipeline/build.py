@@ -9,8 +9,8 @@ from torch import Tensor
 from sat_train.config import ModelSpec, RunConfig
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.encoding.build import build_conditions
-from sat_train.encoding.encoders import Encoders
 from sat_train.models.build import compute_dtype
+from sat_train.models.encoders import Encoders
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 
 if TYPE_CHECKING:

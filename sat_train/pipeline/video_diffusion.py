@@ -19,9 +19,9 @@ from sat_train.diffusion.samplers import OnStep, sample_ddim, sample_dpmpp_2m
 from sat_train.diffusion.timesteps import Spacing, stratified_timesteps, uniform_timesteps
 from sat_train.distributed.seeds import derive_seed
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
+from sat_train.encoding.conditions.randomness import PromptRandomness, SampleRandomness
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, stack_rows
-from sat_train.encoding.encoders import Encoders
-from sat_train.encoding.randomness import PromptRandomness, SampleRandomness
+from sat_train.models.encoders import Encoders
 from sat_train.pipeline.padding import counted_frames, pad_in_time
 from sat_train.pipeline.training_inputs import LossOutput, TrainingInputs
 

@@ -15,7 +15,6 @@ from sat_train.config.paths import expand_assets
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import build_encoders
-from sat_train.encoding.encoders import Encoders
 from sat_train.errors import CheckpointError
 from sat_train.interchange.adapters import (
     ALPHA_KEY,
@@ -36,6 +35,7 @@ from sat_train.interchange.locate import (
 from sat_train.log import get_logger
 from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.encoders import Encoders
 from sat_train.models.lora import adapter_state_dict, load_updates
 from sat_train.models.low_rank import Updates, common_scale, highest_rank, stacked, strengthened
 from sat_train.models.trainable import select_trainable

@@ -12,7 +12,7 @@ from sat_train.config import Geometry
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
 from sat_train.encoding.conditions.text import TextCondition
-from sat_train.encoding.encoders import Encoders
+from sat_train.models.encoders import Encoders
 from sat_train.models.vae.video_vae import VideoVAE
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 from sat_train.weights.diffusers_keys import transformer_from_diffusers

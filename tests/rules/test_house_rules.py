@@ -36,8 +36,8 @@ HOMES = {
     "transformers": ("models/text/",),
     "diffusers": ("interchange/", "weights/"),
     "av": ("data/", "sampling/video_file.py"),
-    "fsspec": ("data/remote.py",),
-    "upath": ("data/remote.py",),
+    "fsspec": ("data/clips/remote.py",),
+    "upath": ("data/clips/remote.py",),
     "wandb": ("training/callbacks/wandb.py",),
 }
 

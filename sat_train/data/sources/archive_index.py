@@ -14,9 +14,9 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from sat_train.data.part_reader import ReadableFile
-from sat_train.data.remote import RemoteFile, RemoteState, is_remote, read_state, shown
+from sat_train.data.clips.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from sat_train.data.clips.part_reader import ReadableFile
+from sat_train.data.clips.remote import RemoteFile, RemoteState, is_remote, read_state, shown
 from sat_train.data.sources.columns import COMMON, find_columns, shown_columns
 from sat_train.data.sources.records import check_name, clean_caption, parse_json
 from sat_train.errors import DataError

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from sat_train.data.clip_file import Span
-from sat_train.data.remote import file_name, is_remote
+from sat_train.data.clips.clip_file import Span
+from sat_train.data.clips.remote import file_name, is_remote
 from sat_train.data.sources.archive_index import index_archives
 from sat_train.data.sources.records import (
     DEFAULT_OPTIONS,

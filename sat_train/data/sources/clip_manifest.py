@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from sat_train.data.clips.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sat_train.data.sources.columns import check_columns, find_columns, shown_columns
 from sat_train.data.sources.records import (
     DEFAULT_OPTIONS,

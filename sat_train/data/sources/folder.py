@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from sat_train.data.clips.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sat_train.data.sources.listing import Found, Listing, describe, exchange_folder
 from sat_train.data.sources.lists import CAPTION_LISTS, VIDEO_LIST, find_lists, read_lists
 from sat_train.data.sources.records import (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sat_train.data.clip_file import Span
+from sat_train.data.clips.clip_file import Span
 from sat_train.data.sources.arrow import checked_rows, import_pyarrow
 from sat_train.data.sources.clip_manifest import canonical_row, make_record, unused_columns
 from sat_train.data.sources.columns import check_columns, find_columns

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sat_train.data.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from sat_train.data.clips.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sat_train.data.sources.links import leads_out, refuse_links
 from sat_train.data.sources.records import SourceOptions, name_some
 from sat_train.errors import DataError

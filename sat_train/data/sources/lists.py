@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sat_train.data.clip_file import IMAGE_SUFFIXES
+from sat_train.data.clips.clip_file import IMAGE_SUFFIXES
 from sat_train.data.sources.clip_manifest import make_record
 from sat_train.data.sources.listing import Found, Listing, describe
 from sat_train.data.sources.records import ClipRecord, ClipSource, SourceOptions, check_faults, make_source

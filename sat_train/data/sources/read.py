@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sat_train.config.schema.data_section import DataConfig
-from sat_train.data.remote import find_remote, make_path, shown
+from sat_train.data.clips.remote import find_remote, make_path, shown
 from sat_train.data.sources.archives import read_archives
 from sat_train.data.sources.clip_manifest import read_manifest
 from sat_train.data.sources.columns import KINDS

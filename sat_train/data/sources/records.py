@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sat_train.data.clip_file import Span
+from sat_train.data.clips.clip_file import Span
 from sat_train.errors import DataError
 
 MAX_CAPTION_CHARS = 20_000

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sat_train.data.bad_clips import BadClip
-from sat_train.data.clip_file import READER, ClipInfo, Span, open_part, read_headers, read_stamp
-from sat_train.data.remote import is_remote
+from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.clip_file import READER, ClipInfo, Span, open_part, read_headers, read_stamp
+from sat_train.data.clips.remote import is_remote
 from sat_train.encoding.cache.key import Origin, digest
 from sat_train.files import open_regular, read_text, write_text
 from sat_train.log import get_logger

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sat_train.data.bad_clips import BadClip
-from sat_train.data.clip_file import Span, read_stamp
-from sat_train.data.remote import is_remote, make_path
+from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.clip_file import Span, read_stamp
+from sat_train.data.clips.remote import is_remote, make_path
 from sat_train.encoding.cache.file_metadata import FileMetadata
 from sat_train.encoding.cache.key import CODE_VERSION, EncoderDigests, Origin
 from sat_train.encoding.cache.shards import (

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sat_train.data.batch import VideoSample
 from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
-from sat_train.encoding.encoders import Encoders
-from sat_train.encoding.randomness import Randomness
+from sat_train.encoding.conditions.randomness import Randomness
+from sat_train.models.encoders import Encoders
 
 Encoding = Mapping[str, Tensor]
 

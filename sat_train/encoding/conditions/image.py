@@ -12,8 +12,8 @@ from sat_train.data.batch import VideoSample
 from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
 from sat_train.encoding.cache.key import image_key
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
-from sat_train.encoding.encoders import Encoders, pixels_to_unit
-from sat_train.encoding.randomness import Randomness
+from sat_train.encoding.conditions.randomness import Randomness
+from sat_train.models.encoders import Encoders, pixels_to_unit
 
 # log of the standard deviation of the noise on the first frame, in pixels of [-1, 1]
 NOISE_LOG_MEAN, NOISE_LOG_STD = -3.0, 0.5

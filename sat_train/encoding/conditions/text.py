@@ -13,8 +13,8 @@ from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
 from sat_train.encoding.cache.key import EncoderDigests, text_key
 from sat_train.encoding.cache.shards import EntryInfo
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
-from sat_train.encoding.encoders import Encoders
-from sat_train.encoding.randomness import Randomness
+from sat_train.encoding.conditions.randomness import Randomness
+from sat_train.models.encoders import Encoders
 
 
 class TextCondition(Condition):

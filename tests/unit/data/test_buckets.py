@@ -9,10 +9,10 @@ import pytest
 
 from sat_train.config import load_run_config
 from sat_train.config.shapes import ClipShape, allowed_shapes, size_of_aspect
-from sat_train.data.bad_clips import BadClip
 from sat_train.data.batches import DataPosition
 from sat_train.data.buckets import choose_bucket
 from sat_train.data.build import build_train_loader, build_valid_loader
+from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.prepass import look_into
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import DataError

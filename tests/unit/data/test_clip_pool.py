@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sat_train.data.bad_clips import BadClip
 from sat_train.data.clip_pool import look_into_clips
+from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.sources.records import ClipRecord
 from sat_train.errors import DataError
 

@@ -12,7 +12,7 @@ import pytest
 
 from sat_train.cli.main import main
 from sat_train.config.shapes import ClipShape
-from sat_train.data.bad_clips import BadClip
+from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.inspect import inspect_clips
 from sat_train.data.prepass import SampleSpec, chunk_records, look_into
 from sat_train.data.sampler import ClipRef

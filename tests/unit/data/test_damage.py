@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sat_train.data.bad_clips import BadClip
-from sat_train.data.clip_file import open_clip
+from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.clip_file import open_clip
 from sat_train.data.sources.read import read_source
 from sat_train.errors import DataError
 from tests.unit.data.test_dataset import make

@@ -2,7 +2,7 @@
 
 import logging
 
-from sat_train.data.bad_clips import ClipFailure, FailureLog
+from sat_train.data.failure_log import ClipFailure, FailureLog
 
 
 def test_a_list_that_cannot_be_written_ends_nothing_and_is_named(tmp_path, caplog, monkeypatch):

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sat_train.data.bad_clips import BadClip
-from sat_train.data.clip_file import open_clip
-from sat_train.data.frames import FrameReader
-from sat_train.data.resize import cover_crop
+from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.clip_file import open_clip
+from sat_train.data.clips.frames import FrameReader
+from sat_train.data.clips.resize import cover_crop
 from tests.unit.data.videos import SIDE, read_number, write_numbered
 
 RATES = [6, 7, 8, 10, 12, 15, Fraction(24000, 1001), 24, 25, Fraction(30000, 1001), 30, 48, 50]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sat_train.data.clip_file import read_headers
-from sat_train.data.frames import open_frames
-from sat_train.data.resize import cover_crop
+from sat_train.data.clips.clip_file import read_headers
+from sat_train.data.clips.frames import open_frames
+from sat_train.data.clips.resize import cover_crop
 from sat_train.sampling.prompts import read_image
 
 HEIGHT, WIDTH = 32, 64

@@ -10,8 +10,8 @@ import pytest
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data import shared_memory
-from sat_train.data.bad_clips import FailureLog
 from sat_train.data.batches import OrderedBatches
+from sat_train.data.failure_log import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.shared_memory import bytes_in_flight, warn_of_little_shared_memory
 from sat_train.errors import DataError

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from sat_train.data.bad_clips import BadClip
+from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.window import (
     HEADER_ROUNDING_S,
     count_frames,

@@ -11,9 +11,9 @@ import av
 import numpy as np
 import pytest
 
-from sat_train.data.bad_clips import BadClip
-from sat_train.data.frames import open_frames
-from sat_train.data.resize import cover_crop
+from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.frames import open_frames
+from sat_train.data.clips.resize import cover_crop
 from tests.unit.data.videos import SIDE, draw_number, read_number, write_numbered
 
 FILES = Path(__file__).parent / "files"

@@ -18,8 +18,8 @@ from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
 from sat_train.encoding.conditions.text import TextCondition
 from sat_train.encoding.encode import Encode
 from sat_train.encoding.encoded_batch import EncodedBatch
-from sat_train.encoding.encoders import Encoders
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.encoders import Encoders
 from sat_train.models.vae.video_vae import VideoVAE
 from sat_train.pipeline.video_diffusion import VideoDiffusion
 

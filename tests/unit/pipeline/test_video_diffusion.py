@@ -11,10 +11,10 @@ import torch
 from sat_train.data.batches import StepPosition
 from sat_train.diffusion.loss import min_snr_weight
 from sat_train.encoding.conditions.image import noise_image
+from sat_train.encoding.conditions.randomness import SampleRandomness
 from sat_train.encoding.encode import Encode
-from sat_train.encoding.encoders import pixels_to_unit
-from sat_train.encoding.randomness import SampleRandomness
 from sat_train.errors import SatTrainError
+from sat_train.models.encoders import pixels_to_unit
 
 EVERYTHING = {"caption_dropout": 0.4, "offset_noise_level": 0.1, "min_snr_gamma": 5.0}
 

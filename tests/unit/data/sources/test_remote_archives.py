@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.bad_clips import BadClip
-from sat_train.data.clip_file import open_clip, open_part
+from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.clip_file import open_clip, open_part
+from sat_train.data.clips.remote import make_path, shown
 from sat_train.data.inspect import inspect_clips
 from sat_train.data.prepass import SampleSpec, look_at
-from sat_train.data.remote import make_path, shown
 from sat_train.data.sources.archive_index import index_archives
 from sat_train.data.sources.read import read_source
 from sat_train.encoding.cache.file_metadata import FileMetadata
@@ -391,7 +391,7 @@ def test_an_archive_is_asked_about_once_for_all_its_clips(tmp_path, clip, web):
 def test_a_part_of_a_remote_file_is_a_file(web):
     web.files = {"a.bin": os.urandom(100_000)}
     data = web.files["a.bin"]
-    from sat_train.data.clip_file import Span
+    from sat_train.data.clips.clip_file import Span
 
     with open_part(make_path(f"{web.url}/a.bin"), Span(10_000, 70_000), block_bytes=4096) as file:
         for begin, count in ((0, 10), (4090, 20), (69_990, 100), (5, 20_000), (0, -1), (80_000, 5)):

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from sat_train.data.bad_clips import BadClip
-from sat_train.data.clip_file import Span
+from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.clip_file import Span
 from sat_train.encoding.cache import key as key_module
 from sat_train.encoding.cache.file_metadata import FileMetadata
 from sat_train.encoding.cache.key import EncoderDigests

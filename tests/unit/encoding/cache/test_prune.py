@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sat_train.cli.main import main
-from sat_train.data.clip_file import Span
+from sat_train.data.clips.clip_file import Span
 from sat_train.encoding.cache.file_metadata import FileMetadata
 from sat_train.encoding.cache.index import CacheIndex
 from sat_train.encoding.cache.key import CODE_VERSION, EncoderDigests, Origin

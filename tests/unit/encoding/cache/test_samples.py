@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sat_train.data.bad_clips import FailureLog
 from sat_train.data.batches import OrderedBatches
 from sat_train.data.dataset import VideoDataset
+from sat_train.data.failure_log import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.encoding.cache.shards import EntryInfo, ShardWriter
 from sat_train.encoding.encoded_batch import EncodedBatch, EncodedSample

@@ -11,7 +11,7 @@ from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
 from PIL import Image
 
-from sat_train.data.part_reader import ReadableFile
+from sat_train.data.clips.part_reader import ReadableFile
 
 _EXIF_ORIENTATION = 0x0112
 _EXIF_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")

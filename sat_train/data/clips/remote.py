@@ -14,7 +14,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
-from sat_train.data.part_reader import PartReader
+from sat_train.data.clips.part_reader import PartReader
 from sat_train.errors import DataError
 from sat_train.patterns import expand_braces
 

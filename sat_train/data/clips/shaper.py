@@ -8,8 +8,8 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from sat_train.data.orientation import Orientation, frame_orientation
-from sat_train.data.resize import CoverCrop
+from sat_train.data.clips.orientation import Orientation, frame_orientation
+from sat_train.data.clips.resize import CoverCrop
 
 
 class Shaper:

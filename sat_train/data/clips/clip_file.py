@@ -13,11 +13,11 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from sat_train.data.bad_clips import BadClip
-from sat_train.data.clip_times import DECODER_ERRORS, first_and_last
-from sat_train.data.orientation import Orientation, frame_orientation, read_exif
-from sat_train.data.part_reader import PartReader, ReadableFile
-from sat_train.data.remote import RemoteFile, is_remote, read_state, shown
+from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.clip_times import DECODER_ERRORS, first_and_last
+from sat_train.data.clips.orientation import Orientation, frame_orientation, read_exif
+from sat_train.data.clips.part_reader import PartReader, ReadableFile
+from sat_train.data.clips.remote import RemoteFile, is_remote, read_state, shown
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),

@@ -12,7 +12,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from sat_train.data.bad_clips import BadClip
+from sat_train.data.clips.bad_clip import BadClip
 
 VideoPacket: TypeAlias = "Packet[VideoStream]"
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers

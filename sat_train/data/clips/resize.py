@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from sat_train.data.bad_clips import BadClip
+from sat_train.data.clips.bad_clip import BadClip
 
 MAX_SCALED_PIXELS = 1 << 26  # as many as a picture may have; a stripe that is enlarged could have more
 CropMode = Literal["center", "random"]

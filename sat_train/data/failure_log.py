@@ -5,64 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sat_train.data.sampler import ClipRef
-from sat_train.errors import DataError, SatTrainError
+from sat_train.errors import DataError
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-_DETAIL_LENGTH = 300  # of an error that a library raised
 _TOLD = ("sample_index", "clip_id", "cause", "detail")  # of a failure, in the file
-# What may be otherwise next time: a busy disk or machine, too little memory.
-PASSING_CAUSES = frozenset({"timeout", "worker died"})
-
-
-class BadClip(Exception):
-    """One clip cannot give a sample. The data set catches it and takes another clip.
-
-    Args:
-        cause: One of a few words to count by, e.g. `damaged`.
-        detail: What was found.
-        may_pass: The next try may succeed (a network error): it is not remembered.
-    """
-
-    def __init__(self, cause: str, detail: str, *, may_pass: bool = False) -> None:
-        super().__init__(f"{cause}: {detail}")
-        self.cause = cause
-        self.detail = detail
-        self.may_pass = may_pass
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _bad_clip, (self.cause, self.detail, self.may_pass)  # ranks tell each other
-
-
-@contextmanager
-def one_clip() -> Iterator[None]:
-    """Surrounds all that is done with one clip: whatever goes wrong inside is the fault of this clip alone.
-
-    Decoders and libraries fail in as many ways as there are odd files: no list of errors would be complete.
-
-    Raises:
-        BadClip: Any other exception came up, but for errors of the whole run (`SatTrainError`), which pass.
-    """
-    try:
-        yield
-    except (BadClip, SatTrainError):
-        raise
-    except Exception as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
-        log.debug("a clip fails", exc_info=error)
-        raise BadClip("unreadable", found[:_DETAIL_LENGTH]) from error
-
-
-def _bad_clip(cause: str, detail: str, may_pass: bool) -> BadClip:
-    return BadClip(cause, detail, may_pass=may_pass)
 
 
 @dataclass(frozen=True)

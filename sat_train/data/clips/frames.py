@@ -17,9 +17,9 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from sat_train.data.bad_clips import BadClip
-from sat_train.data.clip_file import Span, open_clip, read_info, read_orientation
-from sat_train.data.clip_times import (
+from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.clip_file import Span, open_clip, read_info, read_orientation
+from sat_train.data.clips.clip_times import (
     DECODER_ERRORS,
     VideoPacket,
     is_avi,
@@ -27,9 +27,9 @@ from sat_train.data.clip_times import (
     settled,
     time_base,
 )
-from sat_train.data.orientation import Orientation
-from sat_train.data.resize import CoverCrop
-from sat_train.data.shaper import Shaper
+from sat_train.data.clips.orientation import Orientation
+from sat_train.data.clips.resize import CoverCrop
+from sat_train.data.clips.shaper import Shaper
 
 _REORDER = 33  # packets to read past the window where decode times are unknown: more than any codec reorders
 # Decoders that obey `skip_frame` packet by packet. Not mpeg4, where one packet may hold two frames.
