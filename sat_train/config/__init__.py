@@ -7,14 +7,5 @@ from sat_train.config.network_spec import NetworkSpec as NetworkSpec
 from sat_train.config.network_spec import PositionSpec as PositionSpec
 from sat_train.config.run import RunConfig as RunConfig
 from sat_train.config.schema.args import ArgsConfig as ArgsConfig
-from sat_train.config.schema.data_section import DataConfig as DataConfig
-from sat_train.config.schema.data_section import VideoDatasetParams as VideoDatasetParams
 from sat_train.config.schema.deepspeed import DeepSpeedConfig as DeepSpeedConfig
-from sat_train.config.schema.deepspeed import OptimizerParams as OptimizerParams
-from sat_train.config.schema.encoder_slots import T5TextEncoderParams as T5TextEncoderParams
-from sat_train.config.schema.encoder_slots import VideoCoderParams as VideoCoderParams
-from sat_train.config.schema.encoder_slots import VideoVAEParams as VideoVAEParams
-from sat_train.config.schema.model_section import ModelConfig as ModelConfig
-from sat_train.config.schema.network import DiffusionTransformerParams as DiffusionTransformerParams
-from sat_train.config.schema.network import LoraParams as LoraParams
 from sat_train.config.words import split_command_line as split_command_line

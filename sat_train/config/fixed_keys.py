@@ -6,26 +6,25 @@ are no part of the schema.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic_core import PydanticUndefined
 
 from sat_train.config.aliases import get_value
-from sat_train.config.catalog import pattern_of, suggest_value
+from sat_train.config.catalog import suggest_value
 from sat_train.config.layers import Merged, forget_sources
 from sat_train.config.values import show_value
 from sat_train.errors import Fault
 
 _NETWORK = "model.network_config.params"
-_TEXT = "model.conditioner_config.params.emb_models.*"
+_TEXT = "model.conditioner_config.params.emb_models.0"
 _VAE = "model.first_stage_config.params"
 _DENOISER = "model.denoiser_config.params"
 _TIMESTEPS = "model.loss_fn_config.params.sigma_sampler_config"
 _SGM = "sgm.modules.diffusionmodules"
 _SCHEDULE = ("ZeroSNRDDPMDiscretization", f"{_SGM}.discretizer.ZeroSNRDDPMDiscretization")
 
-# What each key may hold, classes under our name and CogVideo's; `*` stands for a place in a list.
+# What each key may hold, classes under our name and CogVideo's.
 FIXED: dict[str, tuple[Any, ...]] = {
     "data.target": ("VideoDataset", "data_video.SFTDataset"),
     "model.noised_image_all_concat": (False,),
@@ -83,7 +82,7 @@ WITHOUT_SETTINGS = (
 
 def only_value(path: str) -> str:
     """Returns in words what a key can hold that can hold one value; an empty text for all other keys."""
-    allowed = FIXED.get(pattern_of(path))
+    allowed = FIXED.get(path)
     return "" if allowed is None else show_value(allowed[0])
 
 
@@ -94,28 +93,18 @@ def drop_fixed_keys(merged: Merged, faults: list[Fault]) -> None:
         merged: Changed in place, before it is validated.
         faults: Gets those that hold another value.
     """
-    for pattern, allowed in FIXED.items():
-        for path in _places(merged.tree, pattern):
-            value = get_value(merged.tree, path)
-            if not any(_is_same(value, one) for one in allowed):
-                shown, expected = show_value(value), show_value(allowed[0])
-                suggestion = suggest_value(shown, [expected])
-                faults.append(Fault(path, shown, expected, merged.source_of(path), suggestion))
-            _take_out(merged, path)
+    for path, allowed in FIXED.items():
+        value = get_value(merged.tree, path)
+        if value is PydanticUndefined:
+            continue
+        if not any(_is_same(value, one) for one in allowed):
+            shown, expected = show_value(value), show_value(allowed[0])
+            suggestion = suggest_value(shown, [expected])
+            faults.append(Fault(path, shown, expected, merged.source_of(path), suggestion))
+        _take_out(merged, path)
     for group in WITHOUT_SETTINGS:
         if get_value(merged.tree, group) in (None, {}, {"params": {}}):
             _take_out(merged, group)
-
-
-def _places(tree: Any, pattern: str) -> Iterator[str]:
-    """Yields the paths of a pattern that the tree has."""
-    group, _, rest = pattern.partition(".*.")
-    if not rest:
-        yield from [pattern] if get_value(tree, pattern) is not PydanticUndefined else []
-        return
-    items = get_value(tree, group)
-    for place, item in enumerate(items if isinstance(items, list) else ()):
-        yield from (f"{group}.{place}.{path}" for path in _places(item, rest))
 
 
 def _is_same(value: Any, allowed: Any) -> bool:

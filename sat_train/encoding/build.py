@@ -18,7 +18,6 @@ from sat_train.encoding.stage import EncodingStage, read_empty_prompt
 from sat_train.interchange.locate import check_state_dict, read_vae_weights
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.models.encoders import Encoders
-from sat_train.models.text.build import build_text_encoder
 from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
@@ -96,7 +95,8 @@ def build_encoders(
 
 def build_loaded_text_encoder(config: RunConfig, device: torch.device) -> T5TextEncoder:
     """Builds the text encoder with its weights."""
-    return build_text_encoder(config.spec.text, device=device, dtype=encoder_dtype(config.args))
+    text, dtype = config.spec.text, encoder_dtype(config.args)
+    return T5TextEncoder.from_folder(text.model_dir, max_length=text.max_length, dtype=dtype, device=device)
 
 
 def build_loaded_vae(config: RunConfig, device: torch.device) -> VideoVAE:

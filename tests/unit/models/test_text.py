@@ -8,10 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sat_train.config import T5TextEncoderParams
 from sat_train.config.paths import ASSETS
 from sat_train.errors import CheckpointError
-from sat_train.models.text.build import build_text_encoder
 from sat_train.models.text.t5 import T5TextEncoder
 
 TINY = ASSETS / "tiny" / "t5"
@@ -58,9 +56,7 @@ def test_it_stays_frozen_in_evaluation_mode():
 
 
 def test_bf16_weights_and_embeddings_throughout():
-    text_encoder = build_text_encoder(
-        T5TextEncoderParams(model_dir=str(TINY), max_length=16), dtype=torch.bfloat16
-    )
+    text_encoder = encoder(max_length=16, dtype=torch.bfloat16)
     assert {weight.dtype for weight in text_encoder.parameters()} == {torch.bfloat16}
     text = text_encoder.encode(CAPTIONS)
     assert text.dtype == torch.bfloat16
