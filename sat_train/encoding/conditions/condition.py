@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,21 +35,24 @@ class DitInputs:
         """Returns the inputs of several conditions together; no two may give the same one."""
         given: dict[str, Tensor] = {}
         for part in parts:
-            own = {name: tensor for name, tensor in vars(part).items() if tensor is not None}
-            assert not given.keys() & own.keys(), f"two conditions give {sorted(given.keys() & own.keys())}"
-            given |= own
+            twice = given.keys() & part.given().keys()
+            assert not twice, f"two conditions give {sorted(twice)}"
+            given |= part.given()
         return DitInputs(**given)
 
     @staticmethod
     def cat(parts: Sequence[DitInputs]) -> DitInputs:
         """Returns batches of inputs as one batch."""
-        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(DitInputs)}
-        return DitInputs(**{name: torch.cat(c) for name, c in columns.items() if c[0] is not None})
+        names = parts[0].given()
+        return DitInputs(**{name: torch.cat([part.given()[name] for part in parts]) for name in names})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> DitInputs:
         """Returns the inputs on a device and in a dtype."""
-        given = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return DitInputs(**{name: tensor.to(device, dtype) for name, tensor in given.items()})
+        return DitInputs(**{name: tensor.to(device, dtype) for name, tensor in self.given().items()})
+
+    def given(self) -> dict[str, Tensor]:
+        """Returns the inputs that there are, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
 class Condition:

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
 
 import torch
 
+from sat_train.data.batch import LoadedBatch
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.training.loop.metrics import ValidationMetrics
 
 NUM_TIMESTEPS = 8
-
-
-class IndexedBatch(Protocol):
-    """What the validation loss needs to know of a batch."""
-
-    @property
-    def sample_indices(self) -> tuple[int, ...]:
-        """Global positions of its samples."""
-
-
-B = TypeVar("B", bound=IndexedBatch)
 
 
 def validation_timesteps(num_timesteps: int, count: int = NUM_TIMESTEPS) -> tuple[int, ...]:
@@ -34,8 +23,8 @@ def validation_timesteps(num_timesteps: int, count: int = NUM_TIMESTEPS) -> tupl
 def validation_loss(
     *,
     step: int,
-    batches: Iterable[B],
-    losses_of: Callable[[B, torch.Tensor], torch.Tensor],
+    batches: Iterable[LoadedBatch],
+    losses_of: Callable[[LoadedBatch, torch.Tensor], torch.Tensor],
     num_samples: int,
     timesteps: Sequence[int],
     mesh: ProcessMesh,

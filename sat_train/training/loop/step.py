@@ -6,26 +6,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from sat_train.data.batch import LoadedBatch
 from sat_train.distributed.collectives import gather_objects, max_flags
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import TrainingError
-
-
-class Batch(Protocol):
-    """What a step needs to know of a batch: names of its samples for messages, and so their number."""
-
-    @property
-    def clip_ids(self) -> tuple[str, ...]:
-        """Names of its samples."""
-
-
-B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,7 @@ class StepResult:
     num_samples: int
 
 
-class TrainStep(Generic[B]):
+class TrainStep:
     """Makes optimizer steps.
 
     Args:
@@ -62,8 +51,8 @@ class TrainStep(Generic[B]):
         self,
         *,
         engine: TrainEngine,
-        compute_loss: Callable[[B], torch.Tensor],
-        batches: Iterator[B],
+        compute_loss: Callable[[LoadedBatch], torch.Tensor],
+        batches: Iterator[LoadedBatch],
         mesh: ProcessMesh,
         stop_request: StopRequest,
     ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from sat_train.errors import TrainingError
 from sat_train.training.loop.callback import Callback, Callbacks
@@ -40,7 +39,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        train_step: TrainStep[Any],
+        train_step: TrainStep,
         meter: Meter,
         learning_rate: LearningRate,
         train_iters: int,
