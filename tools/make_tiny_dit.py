@@ -26,7 +26,7 @@ from sat_train.config import RunConfig, load_run_config
 from sat_train.data.batches import StepPosition
 from sat_train.distributed.processes import start_single_process
 from sat_train.encoding.encoded_batch import EncodedBatch
-from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.models import build_models, find_start_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,8 +23,8 @@ from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import add_lora_for
 from sat_train.models.low_rank import common_scale
-from sat_train.pipeline.build import build_pipeline
-from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.objective.build import build_pipeline
+from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
 from sat_train.sampling.generate import generate_video
 from sat_train.sampling.prompts import SampleRequest, build_requests, read_image, read_prompt_file

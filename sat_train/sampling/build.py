@@ -8,7 +8,7 @@ from sat_train.config import ModelSpec, RunConfig
 from sat_train.config.schema.diffusion import ConstantGuidanceParams
 from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance, Guidance
 from sat_train.errors import ConfigError, Fault
-from sat_train.pipeline.video_diffusion import Sampler
+from sat_train.objective.video_diffusion import Sampler
 
 
 @dataclass(frozen=True)

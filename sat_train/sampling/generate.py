@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sat_train.pipeline.video_diffusion import Network, VideoDiffusion
+from sat_train.objective.video_diffusion import Network, VideoDiffusion
 from sat_train.sampling.build import SamplingSettings
 
 

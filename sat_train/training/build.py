@@ -34,7 +34,7 @@ from sat_train.errors import CheckpointError, LaunchError, Stopped
 from sat_train.files import reading
 from sat_train.log import get_logger
 from sat_train.models.build import compute_dtype
-from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, owes_validation
 from sat_train.training.loop.callback import Training
 from sat_train.training.loop.learning_rate import LearningRate, warmup_steps

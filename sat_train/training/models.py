@@ -39,8 +39,8 @@ from sat_train.models.encoders import Encoders
 from sat_train.models.lora import adapter_state_dict, load_updates
 from sat_train.models.low_rank import Updates, common_scale, highest_rank, stacked, strengthened
 from sat_train.models.trainable import select_trainable
-from sat_train.pipeline.build import build_pipeline
-from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.objective.build import build_pipeline
+from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.weights.lazy import LazyWeights
 from sat_train.weights.tensor_parallel import slice_weights
 

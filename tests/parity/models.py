@@ -14,7 +14,7 @@ from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
 from sat_train.encoding.conditions.text import TextCondition
 from sat_train.models.encoders import Encoders
 from sat_train.models.vae.video_vae import VideoVAE
-from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.weights.diffusers_keys import transformer_from_diffusers
 from sat_train.weights.diffusers_vae_keys import vae_state_from_diffusers
 from tests.parity.families import Family, randomize

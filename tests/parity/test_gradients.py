@@ -11,7 +11,7 @@ from sat_train.data.augmentation_key import AugmentationKey
 from sat_train.data.batch import SampleBatch, VideoSample
 from sat_train.distributed.processes import start_single_process
 from sat_train.encoding.encode import Encode
-from sat_train.pipeline.training_inputs import TrainingInputs
+from sat_train.objective.training_inputs import TrainingInputs
 from sat_train.weights.diffusers_keys import transformer_to_diffusers
 from tests.parity.families import FAMILIES, Family
 from tests.parity.models import SHIFT_SCALE, pipeline_pair

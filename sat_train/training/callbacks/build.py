@@ -15,7 +15,7 @@ from sat_train.distributed.seeds import derive_seed
 from sat_train.encoding.encode import Encode, EncodeAndKeep
 from sat_train.engine.engine import TrainEngine
 from sat_train.log import get_logger
-from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
 from sat_train.sampling.generate import generate_video
 from sat_train.sampling.prompts import build_requests, read_image

@@ -12,7 +12,7 @@ from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance
 from sat_train.distributed.processes import start_single_process
 from sat_train.encoding.build import build_encoders
 from sat_train.models.build import build_dit
-from sat_train.pipeline.build import build_alpha_bar, build_pipeline
+from sat_train.objective.build import build_alpha_bar, build_pipeline
 from sat_train.sampling.build import build_sampling
 
 CONFIGS = Path(__file__).parents[3] / "configs"

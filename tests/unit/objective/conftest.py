@@ -21,7 +21,7 @@ from sat_train.encoding.encoded_batch import EncodedBatch
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.encoders import Encoders
 from sat_train.models.vae.video_vae import VideoVAE
-from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.objective.video_diffusion import VideoDiffusion
 
 CHANNELS, TEXT_LENGTH, TEXT_WIDTH = 4, 3, 8
 

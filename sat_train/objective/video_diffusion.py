@@ -22,8 +22,8 @@ from sat_train.encoding.conditions.condition import Condition, DitInputs, Encodi
 from sat_train.encoding.conditions.randomness import PromptRandomness, SampleRandomness
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, stack_rows
 from sat_train.models.encoders import Encoders
-from sat_train.pipeline.padding import counted_frames, pad_in_time
-from sat_train.pipeline.training_inputs import LossOutput, TrainingInputs
+from sat_train.objective.padding import counted_frames, pad_in_time
+from sat_train.objective.training_inputs import LossOutput, TrainingInputs
 
 if TYPE_CHECKING:
     from sat_train.models.dit.transformer import DiffusionTransformer

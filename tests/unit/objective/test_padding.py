@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_train.config import Geometry
-from sat_train.pipeline.padding import counted_frames, pad_in_time
+from sat_train.objective.padding import counted_frames, pad_in_time
 
 
 def geometry(patch_t: int) -> Geometry:

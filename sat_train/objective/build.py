@@ -11,7 +11,7 @@ from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.encoding.build import build_conditions
 from sat_train.models.build import compute_dtype
 from sat_train.models.encoders import Encoders
-from sat_train.pipeline.video_diffusion import VideoDiffusion
+from sat_train.objective.video_diffusion import VideoDiffusion
 
 if TYPE_CHECKING:
     from sat_train.models.dit.transformer import DiffusionTransformer

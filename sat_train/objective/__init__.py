@@ -1,0 +1,1 @@
+"""From encodings to losses, and from prompts to videos: noise, timesteps and the target of the prediction."""

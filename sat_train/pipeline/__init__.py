@@ -1,1 +1,0 @@
-"""Text encoder, video autoencoder, transformer and diffusion together: losses, and videos."""
