@@ -31,7 +31,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
 class T5TextEncoder(nn.Module):
-    """Captions to embeddings; frozen, never in training mode.
+    """Encodes captions to embeddings; frozen, never in training mode.
 
     Args:
         transformer: The encoder stack with its weights.
@@ -79,7 +79,7 @@ class T5TextEncoder(nn.Module):
         return cls(transformer=transformer, tokenizer=tokenizer, max_length=max_length).to(device)
 
     def train(self, mode: bool = True) -> T5TextEncoder:
-        """Stays in evaluation mode, whatever contains it does: the encoder is frozen."""
+        """Stays in evaluation mode, whatever its parent module does: the encoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()
@@ -105,14 +105,14 @@ class T5TextEncoder(nn.Module):
         return text_bld
 
     def token_length(self, caption: str) -> int:
-        """Tokens of a caption before cutting and padding, the end token among them; it is cut if above
+        """Returns the number of tokens of a caption, including the end token; it is truncated above
         `max_length`.
         """
         return _count(self.tokenizer, caption)
 
 
 def find_t5_folders(folder: Path) -> tuple[Path, Path]:
-    """Finds weights and tokenizer by looking.
+    """Finds the folders of weights and tokenizer below a path.
 
     Args:
         folder: As for `T5TextEncoder.from_folder`.
@@ -156,7 +156,7 @@ def _find_t5_folders(folder: Path) -> tuple[Path, Path]:
 
 
 def count_tokens(folder: Path, captions: Sequence[str]) -> list[int]:
-    """Returns the tokens of each caption, its end token included, without loading the encoder.
+    """Returns the number of tokens of each caption, including its end token, without loading the encoder.
 
     Args:
         folder: As for `T5TextEncoder.from_folder`.
@@ -189,7 +189,7 @@ def _read_tokenizer(folder: Path) -> T5Tokenizer:
 
 
 def _read_transformer(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
-    """Reads the weights; unlike transformers itself, fails where one of them is missing."""
+    """Reads the weights; unlike transformers itself, fails if a weight is missing."""
     config = read_config(folder)
     if (folder / _ADAPTER).exists():
         raise CheckpointError(

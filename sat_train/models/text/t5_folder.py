@@ -1,4 +1,4 @@
-"""A folder of T5: which of its files are read, and what of its config.json counts.
+"""Reads a T5 folder: a fixed list of its files, and a fixed list of keys of its config.json.
 
 `transformers` takes config.json whole: it may name kernels or adapters to fetch, quantisation, or sizes of
 any height. So it is read here, by a list of what is known, and compared with the weights that are there.
@@ -46,12 +46,12 @@ _LEAST_BYTES_OF_A_WEIGHT = 2
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files of weights and their index, by name."""
+    """Returns the weight files and their index, by name."""
     return sorted(path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Reads what counts of a T5's config.json.
+    """Reads the known keys of a T5's config.json.
 
     Raises:
         CheckpointError: It is no T5's, or a size is none.
@@ -78,7 +78,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> T5Config:
-    """Returns the configuration of an encoder whose weights are there in that size.
+    """Returns the configuration of an encoder, after checking it against the size of the weights.
 
     Raises:
         CheckpointError: As `read_settings`; a file that is no regular one; fewer weights than are claimed.
@@ -97,7 +97,7 @@ def read_config(folder: Path) -> T5Config:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Checks that what a tokenizer reads are regular files of a believable size.
+    """Checks that the files of a tokenizer are regular files of a plausible size.
 
     Raises:
         CheckpointError: One is not.
@@ -111,7 +111,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def _checked_size(path: Path) -> int:
-    """Returns the bytes of a file of weights; an index has none of its own, and names files beside it."""
+    """Returns the size of a weight file in bytes; an index has no size of its own, and names other files."""
     with reading(path, error=CheckpointError, expected="weights of T5"):
         if path.suffix != ".json":
             refuse_packed(path)
@@ -123,7 +123,7 @@ def _checked_size(path: Path) -> int:
 
 
 def publishable_files(folder: Path, *, tokenizer: bool) -> Iterator[Path]:
-    """Yields the files that an exported model may hold: known names, regular files, from this very folder.
+    """Yields the files that an exported model may hold: known names, regular files, from this folder only.
 
     Raises:
         CheckpointError: A link that leads out of the folder; those into the store of a Hugging Face cache,

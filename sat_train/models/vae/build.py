@@ -61,7 +61,7 @@ def build_vae(
 
 
 def warn_of_slow_conv3d(device: torch.device, dtype: torch.dtype) -> None:
-    """Warns where PyTorch computes 3D convolutions in half precision without cuDNN.
+    """Warns if PyTorch computes 3D convolutions in half precision without cuDNN.
 
     They then take up to 20 times the time and three times the memory. PyTorch 2.10 brings cuDNN 9.10.
 

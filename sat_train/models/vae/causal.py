@@ -1,4 +1,4 @@
-"""Layers of the 3D causal VAE: no frame ever sees a later one, so a clip can be taken in chunks of frames.
+"""Layers of the 3D causal VAE: no frame depends on a later one, so a clip can be processed in chunks.
 
 Inside the VAE the layout is bcthw. A clip goes through a coder as one or several chunks, in order. What a
 chunk needs from the ones before it travels in a `ClipState` that belongs to that one pass: the modules hold
@@ -25,7 +25,7 @@ NORM_EPS = 1e-6
 
 @dataclass
 class ClipState:
-    """What one pass over one clip carries from chunk to chunk.
+    """State that one pass over a clip carries from chunk to chunk.
 
     Args:
         at_start: The chunk about to be taken holds the clip's first frame.
@@ -38,7 +38,8 @@ class ClipState:
 
 
 def _conv3d(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """Applies a stride-1 3D convolution without padding in time; on a CPU as a 2D one over stacked frames.
+    """Applies a stride-1 3D convolution without padding in time; on a CPU as a 2D convolution over stacked
+    frames.
 
     oneDNN's 3D kernels are five to eight times slower than its 2D ones at the widths a CPU can train.
     """
@@ -54,8 +55,7 @@ def _conv3d(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 
 class CausalConv3d(nn.Module):
-    """3D convolution that pads in front of time with the frames before, or with copies of the very first
-    one.
+    """3D convolution, padded in time with the previous frames, or with copies of the first frame.
 
     Args:
         in_channels: Channels in.
@@ -103,7 +103,7 @@ class CausalConv3d(nn.Module):
 
 
 def spread_nearest(x: Tensor, factor_t: int, factor_h: int, factor_w: int) -> Tensor:
-    """Repeats each voxel: nearest-neighbour enlargement by whole factors.
+    """Repeats each voxel: nearest-neighbour enlargement by integer factors.
 
     Args:
         x: (b, c, t, h, w).
@@ -169,7 +169,7 @@ def _norm(num_channels: int, num_groups: int, z_channels: int | None) -> nn.Modu
 
 
 class ResnetBlock3D(nn.Module):
-    """Norm, SiLU, causal convolution, twice, added to its input (pointwise convolved where the width
+    """Twice norm, SiLU and causal convolution, added to the input (with a pointwise convolution if the width
     changes).
 
     Args:
@@ -207,7 +207,7 @@ def _conv_each_frame(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Downsample3D(nn.Module):
-    """Halves height and width (floor), and time too where `compress_time`: the first frame stays as it is.
+    """Halves height and width (floor), and also time with `compress_time`; the first frame is kept.
 
     Args:
         channels: Channels in and out.
@@ -229,7 +229,7 @@ class Downsample3D(nn.Module):
 
 
 class Upsample3D(nn.Module):
-    """Doubles height and width, and time too where `compress_time`: the clip's first frame stays single.
+    """Doubles height and width, and also time with `compress_time`; the clip's first frame is not doubled.
 
     Args:
         channels: Channels in and out.

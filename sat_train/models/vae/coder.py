@@ -23,7 +23,7 @@ from sat_train.models.vae.causal import (
 
 
 class Level(nn.Module):
-    """The blocks at one resolution, and the way out of it: none in the last level.
+    """Blocks at one resolution, and the layer that leaves it, except in the last level.
 
     Args:
         block: Residual blocks in order.
@@ -52,7 +52,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """The two residual blocks at the smallest resolution."""
+    """Two residual blocks at the smallest resolution."""
 
     def __init__(self, width: int, *, num_groups: int, z_channels: int | None = None) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Middle(nn.Module):
 
 
 class Encoder3D(nn.Module):
-    """Frames to posterior moments.
+    """Encodes frames to posterior moments.
 
     Args:
         ch: Base width.
@@ -116,7 +116,7 @@ class Encoder3D(nn.Module):
 
 
 class Decoder3D(nn.Module):
-    """Latent to frames; every norm is conditioned on the latent.
+    """Decodes latents to frames; every norm is conditioned on the latent.
 
     `up[i]` is the level of `ch_mult[i]`, so decoding runs through `up` from its end to its start.
 

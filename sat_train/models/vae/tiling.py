@@ -1,4 +1,4 @@
-"""Overlapping spatial tiles, blended: bounds the VAE's memory by the tile instead of the picture.
+"""Overlapping, blended spatial tiles, which bound the VAE's memory by the tile instead of the picture.
 
 Each tile is coded as a picture of its own (own borders, own norm statistics), so the result is near the
 untiled one, not equal to it.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes of tiles in pixels; all are multiples of the VAE's spatial compression.
+    """Tile sizes in pixels, all multiples of the VAE's spatial compression.
 
     Args:
         height: Of a tile.
@@ -33,7 +33,7 @@ class Tiling:
     overlap_width: int = 72
 
     def is_needed(self, height: int, width: int) -> bool:
-        """Whether a picture of this many pixels is larger than one tile."""
+        """Returns whether a picture of this size is larger than one tile."""
         return height > self.height or width > self.width
 
 

@@ -1,4 +1,4 @@
-"""The video VAE as the rest of the project sees it: pixels to moments, latents to pixels, btchw everywhere.
+"""The video VAE of the project: pixels to moments, latents to pixels, in btchw.
 
 What "chunked" means here. Convolutions, up- and downsampling give the same values however a clip is cut,
 thanks to the causal state. The group norms do not: their statistics are over the frames of a chunk. So the
@@ -35,7 +35,7 @@ LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
 def chunk_lengths(num_frames: int, frames_per_chunk: int | None) -> list[int]:
-    """Cuts a clip: chunks of `frames_per_chunk`, the first one also takes what is left over.
+    """Splits a clip into chunks of `frames_per_chunk`; the first one also takes the remainder.
 
     Args:
         num_frames: Of the clip, >= 1.
@@ -51,7 +51,7 @@ def chunk_lengths(num_frames: int, frames_per_chunk: int | None) -> list[int]:
 
 
 class VideoVAE(nn.Module):
-    """3D causal VAE of CogVideoX. The defaults are the released model's.
+    """3D causal VAE of CogVideoX, with the released model's settings as defaults.
 
     Runs in the dtype of its parameters and records gradients only if they do (`build_vae` gives it frozen).
 
@@ -173,8 +173,8 @@ class VideoVAE(nn.Module):
     def _code_in_space(
         self, x: Tensor, code: Callable[[Tensor], Tensor], pixels_in: int, pixels_out: int
     ) -> Tensor:
-        """Codes x, in tiles if it is larger than one; a latent pixel is `pixels_in` wide in x, `pixels_out`
-        after.
+        """Codes x, in tiles if it is larger than one; a latent pixel is `pixels_in` wide in x, and
+        `pixels_out` wide after.
         """
         tiling, side = self.tiling, self.spatial_compression
         latent_size = (x.shape[3] // pixels_in, x.shape[4] // pixels_in)
