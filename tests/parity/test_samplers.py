@@ -33,7 +33,7 @@ def _noise():
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 @pytest.mark.parametrize("shift_scale", [1.0, 3.0])
 @pytest.mark.parametrize("steps", STEPS)
-def test_ddim(steps, shift_scale, spacing):
+def test_ddim_equals_diffusers(steps, shift_scale, spacing):
     scheduler = _scheduler(CogVideoXDDIMScheduler, shift_scale, spacing)
     scheduler.set_timesteps(steps)
     theirs = _noise()
@@ -50,7 +50,7 @@ def test_ddim(steps, shift_scale, spacing):
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 @pytest.mark.parametrize("shift_scale", [1.0, 3.0])
 @pytest.mark.parametrize("steps", STEPS)
-def test_dpmpp_2m_draws_the_same_noise_and_goes_the_same_way(steps, shift_scale, spacing):
+def test_dpmpp_2m_draws_the_same_noise_and_takes_the_same_path(steps, shift_scale, spacing):
     scheduler = _scheduler(CogVideoXDPMScheduler, shift_scale, spacing)
     scheduler.set_timesteps(steps)
     x0_last, generator = None, torch.Generator().manual_seed(1)

@@ -107,7 +107,7 @@ def _compare(family, monkeypatch, *, sampler, guidance, spacing="trailing") -> N
 
 @pytest.mark.parametrize("sampler", ["DDIM", "DPMPP2M"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_guided_run_draws_the_video_of_diffusers(family, sampler, monkeypatch):
+def test_a_guided_run_samples_the_video_of_diffusers(family, sampler, monkeypatch):
     _compare(family, monkeypatch, sampler=sampler, guidance=ConstantGuidance(6.0))
 
 

@@ -73,7 +73,7 @@ def test_whole_clip_encoding_equals_theirs_without_chunks():
 
 
 @pytest.mark.parametrize("size", [(40, 72), (64, 91)])
-def test_tiles(size):
+def test_tiles_equal_those_of_diffusers(size):
     theirs = reference()
     theirs.enable_tiling(TILING.height, TILING.width, 1 / 4, 1 / 3)
     vae, video = ours(theirs, tiling=TILING), clips(1, 9, 3, *size)

@@ -51,7 +51,7 @@ def _records(folder: Path, name: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_that_goes_on_equals_one_that_never_stopped_bit_for_bit(rank_pool, folder, world_size):
+def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(rank_pool, folder, world_size):
     pool, names = rank_pool(world_size), [f"{kind}{world_size}" for kind in ("straight", "resumed")]
     pool(train_micro, folder, _words(folder, names[0], 6))
     pool(train_micro, folder, _words(folder, names[1], 3))
@@ -61,7 +61,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped_bit_for_bit(rank_pool,
     assert resumed == straight
 
 
-def test_a_run_may_go_on_with_another_number_of_ranks(rank_pool, folder):
+def test_a_run_may_resume_with_another_number_of_ranks(rank_pool, folder):
     """Two ranks of two samples or one of four: the same batches, whoever has done the steps before."""
     rank_pool(2)(train_micro, folder, _words(folder, "two", 6))
     rank_pool(2)(train_micro, folder, _words(folder, "mixed", 3))

@@ -99,7 +99,7 @@ def test_half_the_strength_is_half_the_update(rank_pool, folder, first):
             torch.testing.assert_close(ours.delta(), 0.5 * theirs.delta(), rtol=1e-5, atol=1e-7)
 
 
-def test_a_run_resumes_on_its_base_wherever_that_lies_now(rank_pool, folder, tmp_path):
+def test_a_run_resumes_on_its_base_after_that_has_moved(rank_pool, folder, tmp_path):
     base = tmp_path / "base.safetensors"
     base.write_bytes((folder / "dit.safetensors").read_bytes())
     words = (f"args.load={base}", "args.lr=1e-3", "args.lr_decay_style=constant")

@@ -108,7 +108,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("preset", "world_size", "words"), CASES)
-def test_a_run_that_goes_on_equals_one_that_never_stopped_bit_for_bit(
+def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
     rank_pool, folder, preset, world_size, words
 ):
     name = f"{preset}{world_size}{''.join(words)}".replace("args.", "").replace("=", "").replace(".", "")
@@ -159,7 +159,7 @@ def _train_and_stop(mesh: ProcessMesh, folder: Path, words: list[str]) -> None:
     train_micro(mesh, folder, words)
 
 
-def test_a_signal_to_one_rank_saves_leaves_a_marker_and_the_run_goes_on(rank_pool, folder):
+def test_a_signal_to_one_rank_saves_and_leaves_a_marker_and_the_run_resumes(rank_pool, folder):
     words = _words("stopped", 300)
     rank_pool(2)(_train_and_stop, folder, words)
     run_directory = _run_directory(folder, "stopped")
@@ -316,7 +316,7 @@ def with_base(folder, rank_pool) -> Path:
         (["args.resume=none", "args.save=/proc/nowhere"], r"args\.save = /proc/nowhere"),
     ],
 )
-def test_what_cannot_go_on_is_refused(rank_pool, with_base, words, message):
+def test_a_run_that_cannot_resume_is_refused(rank_pool, with_base, words, message):
     (found,) = rank_pool(1)(_refused, with_base, _words("base", 4, *words))
     assert re.search(message, found)
 

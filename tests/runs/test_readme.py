@@ -42,7 +42,7 @@ def test_the_readme_has_commands_to_run() -> None:
 
 
 @pytest.mark.parametrize("line", runnable())
-def test_command(line: str, tmp_path: Path) -> None:
+def test_every_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
     words = _requoted(line)
     short = "" if "--help" in words else SHORT[words[1]].format(folder=tmp_path)
     done = run_words([str(BIN / words[0]), *words[1:], *shlex.split(short)])

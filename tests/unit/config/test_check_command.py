@@ -81,7 +81,9 @@ def test_success_keeps_its_code() -> None:
 
 
 @pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0), (["chekc"], 2)])
-def test_usage(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_help_and_a_typo_list_all_commands(
+    words: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == code
     said = capsys.readouterr()
     assert all(name in said.out + said.err for name in COMMANDS)

@@ -128,7 +128,7 @@ def test_the_embedded_model_without_other_data_runs_the_demo() -> None:
 
 
 @pytest.mark.parametrize("key", ["valid_data=[mine]", "valid_prompts=[mine]"])
-def test_own_validation_is_kept_beside_own_data(key: str) -> None:
+def test_own_validation_is_kept_with_own_data(key: str) -> None:
     words = ["args.train_data=[my_clips]", f"args.{key}"]
     config = load_run_config(["configs/sft.yaml"], words, check_paths=False)
     assert getattr(config.args, key.partition("=")[0]) == ("mine",)

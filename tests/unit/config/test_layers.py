@@ -163,7 +163,7 @@ def test_sources_know_every_value(load: Load) -> None:
     assert set(leaves(config.tree())) == set(config.sources)
 
 
-def test_a_part_is_told_what_it_lacks() -> None:
+def test_an_incomplete_configuration_names_what_it_needs() -> None:
     config = load_run_config(["configs/model/cogvideox_5b.yaml"], purpose="check", check_paths=False)
     line = config.needs
     assert "to train it needs args.train_iters" in line

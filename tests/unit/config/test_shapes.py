@@ -20,7 +20,7 @@ def sizes(*words: str, model: str = "cogvideox_5b"):
     return allowed_sizes(config.data.params, config.spec)
 
 
-def test_sizes_are_those_given_beside_video_size_each_once() -> None:
+def test_sizes_are_video_size_and_those_given_each_once() -> None:
     words = ["data.params.buckets.sizes=[[480,720],[720,480]]", "data.params.buckets.aspects=['3:2','1:1']"]
     assert sizes(*words) == ((480, 720), (720, 480), (576, 576))
     assert sizes() == ((480, 720),)

@@ -95,7 +95,7 @@ def test_few_samples_wait():
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (4, 1), (3, 2), (2, 4)])
 @pytest.mark.parametrize("stopped_after", [1, 7, 50])
-def test_a_run_goes_on_anywhere_with_any_number_of_ranks(before, after, stopped_after):
+def test_a_position_resumes_anywhere_with_any_number_of_ranks(before, after, stopped_after):
     first = list(itertools.islice(plans(of_ranks(before))[0], stopped_after))
     position = first[-1].after
     second = list(itertools.islice(plans(of_ranks(after, start=position))[0], 80))

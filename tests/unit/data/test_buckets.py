@@ -191,7 +191,7 @@ def test_frames_of_every_bucket_keep_the_wanted_pace(mesh, folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_is_each_sample_once_and_a_run_goes_on_in_its_middle(mesh, folder, workers):
+def test_an_epoch_is_each_sample_once_and_a_run_resumes_in_its_middle(mesh, folder, workers):
     config = load_config(folder, f"args.num_workers={workers}")
     straight = build_train_loader(config, mesh)
     whole = [next(straight).sample_indices for _ in range(20)]

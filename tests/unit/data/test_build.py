@@ -65,7 +65,7 @@ def test_a_share_of_the_training_data_can_be_kept_for_validation(mesh, folder):
     assert train.fingerprint != valid.fingerprint
 
 
-def test_clips_of_sets_with_one_name_are_told_apart(mesh, folder, tmp_path):
+def test_clips_of_sets_with_the_same_name_are_distinguished(mesh, folder, tmp_path):
     other = make_folder(tmp_path / "six", "ab", num_frames=30)
     loader = build_train_loader(load_config(train=f"{folder},{other}"), mesh)
     names = [record.clip_id for source in loader.dataset.sources for record in source.records]

@@ -30,7 +30,7 @@ def clips(count):
 
 
 @pytest.mark.parametrize("num_processes", [1, 3, 50])
-def test_results_come_in_order_and_each_is_told(left_over, num_processes):
+def test_results_come_in_order_and_each_is_reported(left_over, num_processes):
     seen = []
     found = look_into_clips(
         clips(20),

@@ -63,7 +63,7 @@ def test_every_clip_is_counted_once(report):
     assert told["not clips"] == "1 .md"
 
 
-def test_the_page_stands_alone_and_escapes_what_it_shows(report):
+def test_the_page_is_self_contained_and_escapes_what_it_shows(report):
     page = render_page([report])
     assert page.count("<figure") == 8
     assert page.count("data:image/jpeg;base64,") == 7
@@ -151,7 +151,7 @@ def test_numbers_that_are_none_are_refused(word, capsys):
     assert "is not a whole number of at least" in capsys.readouterr().err
 
 
-def test_images_are_looked_at_where_the_model_takes_them(tmp_path):
+def test_images_are_inspected_if_the_model_takes_them(tmp_path):
     root = make_folder(tmp_path / "set", "ab", num_frames=60)
     (root / "images").mkdir()
     (root / "images" / "a.png").write_bytes(b"no picture")

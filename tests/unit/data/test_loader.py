@@ -83,7 +83,7 @@ def test_samples_do_not_depend_on_workers_or_ranks(clips):
 
 
 @pytest.mark.parametrize("stopped_at", [4, 8, 20])
-def test_resume_goes_on_anywhere_with_another_number_of_ranks(clips, stopped_at):
+def test_a_run_resumes_anywhere_with_another_number_of_ranks(clips, stopped_at):
     whole = [i for b in take(make_loader(make_dataset(clips), batch_size=4), 8) for i in b.clip_ids]
     before = make_loader(make_dataset(clips), batch_size=4)
     done = take(before, stopped_at // 4)
@@ -103,7 +103,7 @@ def test_a_finite_loader_starts_over(clips):
     assert loader.num_samples == 10
 
 
-def test_a_closed_loader_goes_on_at_its_position(clips):
+def test_a_closed_loader_continues_at_its_position(clips):
     loader = make_loader(make_dataset(clips), num_workers=1)
     assert next(loader).sample_indices == (0, 1)
     loader.close()
@@ -218,7 +218,7 @@ def test_first_frames_stand_in_for_missing_images():
     assert [int(each.conditioning_image_chw()[0, 0, 0]) for each in shown] == [3, 77]
 
 
-def test_a_reason_can_be_told_to_other_ranks():
+def test_a_bad_clip_can_be_sent_to_other_ranks():
     told = pickle.loads(pickle.dumps(BadClip("unreadable", "no answer", may_pass=True)))
     assert (str(told), told.cause, told.may_pass) == ("unreadable: no answer", "unreadable", True)
 

@@ -54,7 +54,7 @@ def test_any_error_while_a_clip_is_read_is_a_bad_clip_with_its_name(mp4, monkeyp
     assert type(error).__name__ in next(f.detail for result in results for f in result.failures)
 
 
-def test_any_error_while_headers_are_looked_at_is_a_bad_clip(mp4):
+def test_any_error_while_headers_are_read_is_a_bad_clip(mp4):
     def look(record):
         raise ERRORS[int(record.clip_id)]
 

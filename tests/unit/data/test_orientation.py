@@ -48,7 +48,7 @@ def assert_alike(picture, expected):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 @pytest.mark.parametrize("tag", range(1, 9))
-def test_a_picture_lies_as_its_exif_data_say(tmp_path, suffix, tag):
+def test_a_picture_is_rotated_as_its_exif_data_say(tmp_path, suffix, tag):
     exif = Image.Exif()
     exif[ORIENTATION] = tag
     path = tmp_path / f"a{suffix}"
@@ -97,7 +97,7 @@ def test_a_video_is_shown_as_its_display_matrix_says(tmp_path, matrix):
     assert info.shown_size == expected.shape[:2]
 
 
-def test_a_picture_whose_exif_data_are_damaged_lies_as_it_is_stored(tmp_path):
+def test_a_picture_with_damaged_exif_data_is_shown_as_stored(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(four_colours()).save(path, exif=b"Exif\0\0" + b"\xff" * 40, quality=95)
     assert_alike(shown(path, HEIGHT, WIDTH), four_colours())

@@ -36,7 +36,7 @@ def test_without_a_launcher_the_process_is_alone():
     assert (env.rank, env.world_size, env.launcher) == (0, 1, "single")
 
 
-def test_torchrun():
+def test_torchrun_variables_are_read():
     assert RankEnv.read(TORCHRUN) == RankEnv(5, 1, 8, 4, "gpu03", 29501, "torchrun")
 
 

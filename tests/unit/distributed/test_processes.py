@@ -114,7 +114,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         (["GPU-1", "GPU-1"], ["", ""], True),
     ],
 )
-def test_two_processes_on_one_gpu_are_told_from_two_that_see_one_each(monkeypatch, uuids, visible, is_shared):
+def test_two_processes_on_one_gpu_are_distinguished_from_two_that_see_one_each(
+    monkeypatch, uuids, visible, is_shared
+):
     store = dist.HashStore()
     envs = [RankEnv(rank, rank, 2, 2, "gpu03", 29500, "torchrun") for rank in (0, 1)]
     for env, uuid, names in zip(envs, uuids, visible, strict=True):

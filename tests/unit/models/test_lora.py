@@ -105,7 +105,7 @@ def test_all_gradients_reach_the_adapters():
     assert all(dict(dit.named_parameters())[name].grad.any() for name in names)
 
 
-def test_adapters_stay_fp32_beside_half_weights():
+def test_adapters_stay_fp32_on_half_precision_weights():
     dit = randomized().to(torch.bfloat16)
     add_lora(dit, rank=2)
     assert {value.dtype for key, value in adapter_state_dict(dit).items() if "matrix" in key} == {

@@ -169,7 +169,7 @@ def test_log_variance_is_clamped():
 
 
 @pytest.mark.parametrize("size", [(7, 5), (16, 9), (12, 24), (9, 9)])
-def test_tiles_put_a_picture_together_again(size):
+def test_tiles_reassemble_the_picture(size):
     """A code that treats every pixel alone gives the same blended from tiles, for any size."""
     x = clips(1, 2, 3, *size)
     grid = (-(-size[0] // 4), -(-size[1] // 3))

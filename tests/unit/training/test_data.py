@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory):
     return load_run([*words, "args.valid_video_interval=null", buckets, "args.batch_size=2"])
 
 
-def test_a_run_goes_on_with_the_next_sample_and_those_that_wait(config, caplog) -> None:
+def test_a_run_resumes_with_the_next_sample_and_the_waiting_ones(config, caplog) -> None:
     mesh = start_single_process()
     new = open_data(config, mesh)
     taken = [next(new.train).sample_indices for _ in range(8)]
@@ -57,7 +57,7 @@ def test_a_run_goes_on_with_the_next_sample_and_those_that_wait(config, caplog) 
     assert "are not those of the checkpoint" not in caplog.text
 
 
-def test_a_run_that_goes_on_over_other_data_says_so(config, caplog) -> None:
+def test_a_run_that_resumes_on_other_data_says_so(config, caplog) -> None:
     open_data(config, start_single_process(), point=point("another", 6))
     assert "the training data are not those of the checkpoint (fingerprint " in caplog.text
     assert "was another): the run continues at sample 6 of the new order" in caplog.text

@@ -213,7 +213,7 @@ def test_the_recipe_finds_the_step_with_the_lowest_validation_loss(tmp_path):
     assert json.loads(found.stdout)["step"] == 4
 
 
-def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path):
+def test_a_resumed_run_drops_the_lines_of_steps_it_will_repeat(tmp_path):
     metrics = MetricsFile(tmp_path)
     metrics.started(_at(0))
     for step in (1, 2, 3):

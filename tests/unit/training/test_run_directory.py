@@ -45,7 +45,7 @@ def test_a_new_folder_carries_name_and_time_and_no_two_are_the_same(mesh, tmp_pa
         lock.release()
 
 
-def test_a_living_run_of_another_process_is_seen_and_its_death_too(tmp_path):
+def test_a_run_of_another_process_is_noticed_and_so_is_its_end(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     assert is_alive(tmp_path)

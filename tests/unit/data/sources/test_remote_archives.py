@@ -97,7 +97,7 @@ def told(source):
     return [(record.clip_id, record.captions, record.span) for record in source.records]
 
 
-def test_a_set_is_the_same_wherever_it_lies(tmp_path, clip, web):
+def test_a_set_is_the_same_wherever_it_is_stored(tmp_path, clip, web):
     archives = two_archives(clip)
     put(tmp_path / "set", archives)
     put("memory://set", archives)
@@ -113,7 +113,7 @@ def test_a_set_is_the_same_wherever_it_lies(tmp_path, clip, web):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_read_what_lies_on_a_server(tmp_path, clip, web, workers):
+def test_workers_read_files_on_a_server(tmp_path, clip, web, workers):
     """The parent has used its connection before it forks; workers must not wait for it or break it."""
     archives = {"0.tar": packed(members(clip, *"abcdef"))}
     put(tmp_path / "set", archives)
@@ -165,7 +165,7 @@ def test_the_index_of_a_remote_archive_is_remembered_until_it_changes(clip, web,
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "text"])
-def test_a_damaged_index_is_made_anew(clip, web, home, damage):
+def test_a_damaged_index_is_rebuilt(clip, web, home, damage):
     web.files = {"a.tar": packed(members(clip, "a", "b"))}
     first = read_source(f"{web.url}/a.tar")
     (remembered,) = home.rglob("*.json")
@@ -193,7 +193,7 @@ def test_several_may_remember_at_once(clip, home):
     assert len(list(home.rglob("*.*"))) == 1
 
 
-def test_nothing_is_remembered_where_changes_are_not_told(clip, web, home):
+def test_no_index_is_kept_if_changes_are_not_reported(clip, web, home):
     web.files, web.tells_changes = {"a.tar": packed(members(clip, "a"))}, False
     read_source(f"{web.url}/a.tar")
     assert not list(home.rglob("*.json"))

@@ -41,7 +41,7 @@ def test_only_the_last_folder_called_videos_is_exchanged(tmp_path):
     assert read_source(root).records[0].captions == ("a caption",)
 
 
-def test_captions_may_stand_beside_their_clips(tmp_path):
+def test_captions_may_be_next_to_their_clips(tmp_path):
     place(tmp_path, "a.mp4", "a.txt", "deep/b.MOV", "deep/b.txt")
     assert [record.clip_id for record in read_source(tmp_path).records] == ["a.mp4", "deep/b.MOV"]
 

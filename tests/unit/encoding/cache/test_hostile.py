@@ -186,7 +186,7 @@ def no_requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_strangers_cache_is_looked_at_without_harm(
+def test_a_strangers_cache_is_inspected_without_harm(
     cache: Path, no_requests, capfd, caplog, case: str
 ) -> None:
     CASES[case](sorted((cache / FOLDER).glob("*.safetensors"))[0])

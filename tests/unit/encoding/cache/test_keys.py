@@ -123,7 +123,7 @@ def test_limited_views_repeat_and_are_the_same_in_every_run(tmp_path, clip):
     assert len(set(first)) == 3
 
 
-def test_limited_views_do_not_hang_on_names_or_on_what_is_beside_a_clip(tmp_path, clip):
+def test_limited_views_do_not_depend_on_names_or_on_other_clips(tmp_path, clip):
     """A renamed file or folder, a set of the same last name beside it, an archive that holds the file."""
     other, archive = tmp_path / "elsewhere" / "b.mp4", tmp_path / "a.tar"
     other.parent.mkdir()

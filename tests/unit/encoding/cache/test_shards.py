@@ -191,7 +191,7 @@ def test_a_full_disk_is_named_and_what_was_published_is_kept(tmp_path, monkeypat
     assert "key 1" in CacheIndex(tmp_path)
 
 
-def test_known_failures_are_told_and_a_later_success_wins(tmp_path):
+def test_known_failures_are_reported_and_a_later_success_wins(tmp_path):
     writer = ShardWriter(tmp_path)
     writer.add("key 1", {}, EntryInfo("failed", "a clip", "", None, ("damaged", "at 3 s")))
     writer.publish()
