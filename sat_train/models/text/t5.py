@@ -149,7 +149,7 @@ def _find_t5_folders(folder: Path) -> tuple[Path, Path]:
     if tokenizer is None:
         raise CheckpointError(
             f"{folder} holds no T5 tokenizer",
-            expected=f"{' or '.join(_TOKENIZER_FILES)} there or in tokenizer/ beside text_encoder/",
+            expected=f"{' or '.join(_TOKENIZER_FILES)} there or in tokenizer/ next to text_encoder/",
             remedy="copy the tokenizer's files of google/t5-v1_1-xxl into it",
         )
     return weights, tokenizer

@@ -89,7 +89,7 @@ def read_config(folder: Path) -> T5Config:
         count = sum(parameter.numel() for parameter in T5EncoderModel(config).parameters())
     if count * _LEAST_BYTES_OF_A_WEIGHT > held:
         raise CheckpointError(
-            f"{folder / CONFIG} claims {count:,} weights, and the files beside it have {held:,} bytes",
+            f"{folder / CONFIG} claims {count:,} weights, but the files next to it have {held:,} bytes",
             expected="all weights that it calls for, in at least 16 bits each",
             remedy="check that every shard is there and that config.json belongs to the weights",
         )
@@ -118,7 +118,7 @@ def _checked_size(path: Path) -> int:
             return path.stat().st_size
         weight_map = json.loads(read_text(path, limit=_MOST_TEXT_BYTES))["weight_map"]
         if outside := [name for name in weight_map.values() if not _WEIGHTS.fullmatch(name)]:
-            raise ValueError(f"names {outside[0]}, which is no file of weights beside it")
+            raise ValueError(f"names {outside[0]}, which is not a weight file next to it")
         return 0
 
 

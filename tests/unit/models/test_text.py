@@ -121,7 +121,7 @@ def test_truncated_weights_are_refused(tmp_path):
     content = path.read_bytes()
     for length, message in (
         (400_000, "cannot be read"),
-        (1000, "claims 127,360 weights, and the files beside it"),
+        (1000, "claims 127,360 weights, but the files next to it"),
     ):
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match=message):
