@@ -14,6 +14,7 @@ from sat_train.data.batch import LoadedBatch, Sample, SampleBatch, VideoSample
 from sat_train.encoding.cache.entries import CacheEntry
 from sat_train.encoding.cache.shards import ShardWriter
 from sat_train.encoding.conditions.condition import Condition
+from sat_train.encoding.conditions.text import TextCondition
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, EncodedSample, stack_samples
 from sat_train.encoding.encoded_dataset import UnencodedSample
 from sat_train.models.encoders import Encoders
@@ -92,7 +93,7 @@ class EncodeAndKeep(Encode):
             for sample in batch.samples
             if isinstance(sample, UnencodedSample)
             for name, entry in sample.entries.items()
-            if name != "text" and self._is_new(entry)
+            if name != TextCondition.name and self._is_new(entry)
         ]
         for sample, name, entry in new:
             self.writer.add(entry.key, self._part(name, sample), entry.info)

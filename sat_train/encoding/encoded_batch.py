@@ -60,9 +60,6 @@ class EncodedBatch:
     num_shown: tuple[int, ...]
     step_positions: tuple[StepPosition, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.sample_indices)
-
     def __reduce__(self) -> tuple[Callable[..., EncodedBatch], tuple[Any, ...]]:
         """Travels to another process as one tensor: each that is sent costs a round trip and a mapping."""
         rest = {field.name: getattr(self, field.name) for field in fields(self)[1:]}

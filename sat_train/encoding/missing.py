@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sat_train.data.clips.bad_clip import BadClip
+from sat_train.encoding.conditions.text import TextCondition
 from sat_train.encoding.encoded_batch import CLIP
 from sat_train.encoding.encoded_dataset import EncodedDataset
 
@@ -17,14 +18,12 @@ class MissingEncodings:
     Args:
         index: Its global index.
         clip_id: Its clip.
-        keys: Of what is missing of its pixels.
-        text: Whether its caption is missing.
+        keys: Of what is missing, its caption aside.
     """
 
     index: int
     clip_id: str
     keys: tuple[str, ...]
-    text: bool
 
 
 def find_missing(
@@ -65,6 +64,6 @@ def _missing_of(dataset: EncodedDataset, index: int, retry_failed: bool) -> Miss
             return None
         if CLIP in missing and not retry_failed and dataset.known_failure(entries) is not None:
             continue
-        wanted = tuple(entries[name].key for name in missing if name != "text")
-        return MissingEncodings(index, dataset.videos.record(ref).clip_id, wanted, "text" in missing)
+        keys = tuple(entries[name].key for name in missing if name != TextCondition.name)
+        return MissingEncodings(index, dataset.videos.record(ref).clip_id, keys)
     return None  # no usable clip at all: the loader says so
