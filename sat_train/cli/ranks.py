@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.distributed.environment import RankEnv, tell_torchrun
+from sat_train.distributed.signals import StopRequest
 from sat_train.errors import SatTrainError, Stopped
 from sat_train.log import configure_logging
 
@@ -43,8 +43,8 @@ def run_on_ranks(
         Exit code: 0 if the work is complete or was stopped in order, 2 for faults of the command line,
         configuration, data or weights, 1 for a failure of the work.
     """
-    signal.signal(signal.SIGTERM, _stop_before_start)  # until `StopRequest` takes over
     try:
+        StopRequest("stopped before the start").listen()  # until the work listens itself
         return _run_on_ranks(purpose, work, words)
     except Stopped as request:
         print(request, file=sys.stderr)
@@ -52,10 +52,6 @@ def run_on_ranks(
     except KeyboardInterrupt:
         print("interrupted before the start", file=sys.stderr)
         return _INTERRUPTED
-
-
-def _stop_before_start(number: int, frame: FrameType | None) -> None:
-    raise Stopped(number, f"{signal.Signals(number).name} before the start")
 
 
 def _run_on_ranks(

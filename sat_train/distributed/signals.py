@@ -24,16 +24,19 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ONE_REQUEST_S = 1.0
 # An exception of a handler is lost in destructors and fork hooks, so it is raised again after this time.
 _AGAIN_S = 0.1
+# A handler runs once the main thread is back in Python, which one that waits for a lost rank never is.
+_UNHEARD_S = 5.0
 _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
 
 class StopRequest:
     """A request to stop this process; true once a signal has arrived.
 
-    Before `defer` SIGINT and SIGTERM raise `Stopped` at once. After it the first signal is remembered, so
-    that the step can end and the run save itself. A second SIGINT or SIGTERM, more than a second later,
-    ends the process at once. SIGUSR1 is a scheduler's early warning: it is always remembered, and a second
-    one changes nothing.
+    Before `defer` SIGINT and SIGTERM raise `Stopped` at once, or end the process after five seconds in which
+    its main thread waited outside of Python, as for a rank that is gone. After it the first signal is
+    remembered, so that the step can end and the run save itself. A second SIGINT or SIGTERM, more than a
+    second later, ends the process at once. SIGUSR1 is a scheduler's early warning: it is always remembered,
+    and a second one changes nothing.
 
     Args:
         nothing_yet: Message of `Stopped`.
@@ -93,6 +96,12 @@ class StopRequest:
         again.daemon = True
         again.start()
 
+    def _end_unheard(self, number: signal.Signals) -> None:
+        """Ends a process that has nothing to save and whose main thread does not come back to hear it."""
+        if not self._raised and not self._deferred:
+            log.error("%s while waiting, perhaps for another rank: %s", number.name, self._nothing_yet)
+            os._exit(128 + number)
+
     def _hear(self, descriptor: int) -> None:
         while True:
             for number in os.read(descriptor, 64):
@@ -109,5 +118,9 @@ class StopRequest:
             self._asked_at = now
             if self._deferred:
                 log.info("%s: stopping after this %s; once more ends at once", number.name, self._unit)
+            else:
+                unheard = threading.Timer(_UNHEARD_S, self._end_unheard, (number,))
+                unheard.daemon = True
+                unheard.start()
         elif number == signal.SIGUSR1:
             log.info("SIGUSR1: stopping after this %s", self._unit)
