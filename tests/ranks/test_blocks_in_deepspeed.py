@@ -8,12 +8,13 @@ import torch
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.models.lora import adapter_state_dict, add_lora
 from sat_train.models.trainable import group_parameters, select_trainable
+from tests.unit.models.mixins import Branch, Fuser, Head
 from tests.unit.models.narrow import inputs, randomized
 
 pytestmark = pytest.mark.ranks
 
 
-def _train(mesh: ProcessMesh, stage: int, lora: bool, compiled: bool) -> tuple[list[float], dict, int]:
+def _train(mesh: ProcessMesh, stage: int, added: str, compiled: bool) -> tuple[list[float], dict, int]:
     """Returns the losses of three steps, the graph breaks and the number of graphs."""
     from torch._dynamo.utils import counters
 
@@ -23,13 +24,16 @@ def _train(mesh: ProcessMesh, stage: int, lora: bool, compiled: bool) -> tuple[l
     counters.clear()
     # ZeRO-3 gathers every weight where a module computes: the learned table and the adapters among them
     dit = randomized(positions="rotary_learned", activation_checkpointing=True)
-    if lora:
+    if added == "modules":
+        for name, mixin in {"control": Branch(0, 1), "motion": Fuser(1), "head": Head()}.items():
+            dit.add_mixin(name, mixin)
+    if added == "lora":
         add_lora(dit, rank=2, targets=(r"attention\.", r"mlp\."))
         with torch.no_grad():
             for key, matrix in adapter_state_dict(dit).items():
                 if "matrix_B" in key:
                     matrix.fill_(0.1)
-    select_trainable(dit, not_trainable_prefixes=["all"] if lora else [])
+    select_trainable(dit, not_trainable_prefixes=["all"] if added == "lora" else [])
     if compiled:
         dit.compile_blocks(backend="aot_eager")
     groups = group_parameters(dit, weight_decay=0.0)
@@ -43,20 +47,22 @@ def _train(mesh: ProcessMesh, stage: int, lora: bool, compiled: bool) -> tuple[l
     engine = import_deepspeed().initialize(model=dit, optimizer=optimizer, config=config)[0]
     losses = []
     for _ in range(3):
-        loss = engine(*inputs()).square().mean()
+        v, outputs = engine(*inputs(), return_outputs=True)
+        loss = sum((output.square().mean() for output in outputs.values()), v.square().mean())
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
     return losses, dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["sft", "lora"])
-def test_every_stage_and_compiled_blocks_give_the_same_losses(rank_pool, lora):
-    expected, _, _ = rank_pool(1)(_train, 1, lora, False)[0]
+@pytest.mark.parametrize("added", ["base", "lora", "modules"])
+def test_every_stage_and_compiled_blocks_give_the_same_losses(rank_pool, added):
+    expected, _, _ = rank_pool(1)(_train, 1, added, False)[0]
     assert expected[2] < expected[1] < expected[0]
     for stage, compiled in ((1, True), (2, True), (3, False)):
-        losses, breaks, graphs = rank_pool(1)(_train, stage, lora, compiled)[0]
+        losses, breaks, graphs = rank_pool(1)(_train, stage, added, compiled)[0]
         assert losses == pytest.approx(expected, rel=1e-5), (stage, compiled)  # fp32, sums in another order
         assert not breaks
-        # with frozen weights the first block's input needs no gradient, which is a graph of its own
-        assert graphs == (0 if not compiled else 2 if lora else 1)
+        # with frozen weights the first block's input needs no gradient, which is a graph of its own; with
+        # modules the blocks differ in who acts there
+        assert graphs == (0 if not compiled else 1 if added == "base" else 2)

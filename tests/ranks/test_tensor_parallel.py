@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from sat_train.distributed.processes import ProcessMesh, start_single_process
-from sat_train.errors import CheckpointError
+from sat_train.errors import CheckpointError, ConfigError
+from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.sharding import merge_shards, shard_weight, tensor_parallel_layout
+from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import add_lora, lora_layers, merge_lora
+from tests.unit.models.mixins import Branch, Fuser, Remembering
 from tests.unit.models.narrow import build, inputs
 
 TARGETS = (r"attention\.", r"mlp\.", r"adaLN_modulations\.")
@@ -28,13 +31,21 @@ def _noise_of(dit: torch.nn.Module) -> dict[str, Tensor]:
     return {key: _noise(key, parameter.shape) for key, parameter in dit.named_parameters()}
 
 
-def _run(
-    weights: dict[str, Tensor] | None, mesh: ProcessMesh, positions: str, lora: bool
-) -> tuple[Tensor, dict]:
-    """Returns the output and this rank's gradients; `weights` are whole, None takes fresh ones."""
+def _build(positions: str, added: str) -> DiffusionTransformer:
     dit = build(positions=positions)
-    if lora:
+    if added == "lora":
         add_lora(dit, rank=3, targets=TARGETS)
+    if added == "modules":
+        for name, mixin in {"control": Branch(0, 1), "motion": Fuser(0), "reference": Remembering(1)}.items():
+            dit.add_mixin(name, mixin)
+    return dit
+
+
+def _run(
+    weights: dict[str, Tensor] | None, mesh: ProcessMesh, positions: str, added: str
+) -> tuple[Tensor, dict, Tensor | None]:
+    """Returns the output and this rank's gradients; `weights` are whole, None takes fresh ones."""
+    dit = _build(positions, added)
     if weights is not None:
         with torch.no_grad():
             for key, parameter in dit.named_parameters():
@@ -44,31 +55,28 @@ def _run(
     marked = {key for key, parameter in dit.named_parameters() if getattr(parameter, "model_parallel", False)}
     assert marked == {key for key, _ in dit.named_parameters() if tensor_parallel_layout(key)}
     merged = None
-    if lora:
+    if added == "lora":
         merge_lora(dit.eval())
         merged = dit(*inputs()).detach()
     gradients = {key: parameter.grad for key, parameter in dit.named_parameters()}
     return output.detach(), gradients, merged
 
 
-def _on_rank(mesh: ProcessMesh, weights: dict[str, Tensor], positions: str, lora: bool):
-    return _run(weights, mesh, positions, lora)
+def _on_rank(mesh: ProcessMesh, weights: dict[str, Tensor], positions: str, added: str):
+    return _run(weights, mesh, positions, added)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
+@pytest.mark.parametrize("added", ["base", "lora", "modules"])
 @pytest.mark.parametrize("positions", ["sincos", "rotary_learned"])
-def test_two_ranks_compute_what_one_does(rank_pool, positions, lora):
+def test_two_ranks_compute_what_one_does(rank_pool, positions, added):
     mesh = start_single_process()
-    whole = build(positions=positions)
-    if lora:
-        add_lora(whole, rank=3, targets=TARGETS)
-    weights = _noise_of(whole)
-    expected, gradients, merged = _run(weights, mesh, positions, lora)
-    results = rank_pool(2)(_on_rank, weights, positions, lora, model_parallel_size=2)
+    weights = _noise_of(_build(positions, added))
+    expected, gradients, merged = _run(weights, mesh, positions, added)
+    results = rank_pool(2)(_on_rank, weights, positions, added, model_parallel_size=2)
     for output, _, merged_here in results:
         assert torch.allclose(output, expected, atol=TOLERANCE * expected.abs().max())
-        if lora:
+        if added == "lora":
             assert torch.allclose(merged_here, merged, atol=TOLERANCE * merged.abs().max())
     # without rotation a bias of all keys has no effect: its gradient is zero, noise in fp32
     floor = 1e-3 * max(gradient.abs().max() for gradient in gradients.values())
@@ -78,6 +86,32 @@ def test_two_ranks_compute_what_one_does(rank_pool, positions, lora):
             assert torch.equal(*slices), f"{key} differs between the ranks and would drift apart"
         actual = merge_shards(key, slices)
         assert (actual - gradient).abs().max() < TOLERANCE * gradient.abs().max().clamp(min=floor), key
+
+
+class _OwnHeads(Mixin):
+    """Has weights that each rank's heads use: every rank would have a part of their gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Linear(32, 32)
+
+    def attention_fn(self, query, key, value, *, part, block, context, old_impl):
+        return self.scale(old_impl(query, key, value, block=block, context=context))
+
+
+class _OwnHeadsSharded(_OwnHeads):
+    tensor_parallel = "sharded"
+
+
+def _add_own_heads(mesh: ProcessMesh) -> None:
+    with pytest.raises(ConfigError, match=r"own_heads.*does not work under tensor parallelism"):
+        build().add_mixin("own_heads", _OwnHeads())
+    build().add_mixin("own_heads", _OwnHeadsSharded())
+
+
+@pytest.mark.ranks
+def test_replicated_weights_inside_attention_are_refused_under_tensor_parallelism(rank_pool):
+    rank_pool(2)(_add_own_heads, model_parallel_size=2)
 
 
 def _initial(mesh: ProcessMesh) -> dict[str, Tensor]:

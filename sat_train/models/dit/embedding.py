@@ -10,7 +10,7 @@ from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
-from sat_train.models.dit.grid import PatchGrid
+from sat_train.models.dit.grid import PatchGrid, to_patches
 
 
 def timestep_features(values_b: Tensor, dim: int) -> Tensor:
@@ -84,8 +84,7 @@ class PatchEmbed(BaseMixin):
 
     def word_embedding_forward(self, latent_btchw: Tensor, text_bld: Tensor) -> Tensor:
         """SAT hook: `[b, t, c, h, w]` and `[b, l, text width]` to `[b, l + tokens, d]`."""
-        o, p, q = self.patch_size
-        patches = rearrange(latent_btchw, "b (t o) c (h p) (w q) -> b (t h w) (c o p q)", o=o, p=p, q=q)
+        patches = to_patches(latent_btchw, self.patch_size).flatten(1, 3)
         return torch.cat([self.text_proj(text_bld), self.proj(patches)], dim=1)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from sat.model.base_model import BaseMixin, non_conflict
+from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
 from sat_train.errors import ConfigError, Fault
-from sat_train.models.dit.grid import Block, BlockContext, PatchGrid
+from sat_train.models.dit.grid import PatchGrid
 
 Device = torch.device | str
 
@@ -266,20 +265,36 @@ class RotaryPositions(BaseMixin):
                 self._tables[key] = (angles.cos(), angles.sin())
         return self._tables[key]
 
-    @non_conflict  # type: ignore[untyped-decorator]  # SAT has no types
-    def attention_fn(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        block: Block,
-        context: BlockContext,
-        old_impl: Callable[..., Tensor],
-    ) -> Tensor:
-        """SAT hook: rotates queries and keys, then attends."""
-        assert context.cos_lk is not None, "rotary positions give cosines"
-        assert context.sin_lk is not None, "rotary positions give sines"
-        query = rotate_pairs(query, context.cos_lk, context.sin_lk)
-        key = rotate_pairs(key, context.cos_lk, context.sin_lk)
-        return old_impl(query, key, value, block=block, context=context)
+
+def build_positions(
+    kind: str,
+    *,
+    base: PatchGrid,
+    hidden_size: int,
+    head_dim: int,
+    text_length: int,
+    fit_to_base: bool,
+    interpolation: tuple[float, float, float],
+    theta: float,
+    size_policy: str,
+) -> SincosPositions | RotaryPositions:
+    """Builds the positions of a family: `sincos`, `rotary` or `rotary_learned`."""
+    assert kind in ("sincos", "rotary", "rotary_learned"), kind
+    if kind == "sincos":
+        return SincosPositions(
+            base=base,
+            dim=hidden_size,
+            text_length=text_length,
+            interpolation=interpolation,
+            size_policy=size_policy,
+        )
+    return RotaryPositions(
+        base=base,
+        head_dim=head_dim,
+        fit_to_base=fit_to_base,
+        interpolation=interpolation,
+        theta=theta,
+        learned_dim=hidden_size if kind == "rotary_learned" else None,
+        text_length=text_length,
+        size_policy=size_policy,
+    )

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from sat.model.base_model import BaseModel, replacable
-from sat.model.transformer import BaseTransformer
+from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sat_train.models.dit.adaln import AdaLNLayer
+from sat_train.models.dit.block import AdaLNLayer, DitBlock
+from sat_train.models.dit.context import BlockContext, ForwardContext, cast_extras
 from sat_train.models.dit.embedding import FinalLayer, PatchEmbed, timestep_features
-from sat_train.models.dit.grid import Block, BlockContext, PatchGrid
+from sat_train.models.dit.grid import PatchGrid
+from sat_train.models.dit.hooks import OWNERS, HookOrder, Hooks, check_mixin
 from sat_train.models.dit.initialization import initialize_weights
-from sat_train.models.dit.positions import RotaryPositions, SincosPositions
-
-# what SAT's transformer gives its layers, and diffusers all of them
-_NORM_EPS = 1e-5
+from sat_train.models.dit.mixin import Mixin
+from sat_train.models.dit.positions import RotaryPositions, build_positions
+from sat_train.models.dit.sat_layers import NORM_EPS, build_layers, building
 
 
 class DiffusionTransformer(BaseModel):
@@ -44,6 +42,7 @@ class DiffusionTransformer(BaseModel):
         qk_norm: Normalise queries and keys.
         elementwise_affine: LayerNorms have weights.
         size_policy: What a position table does at other sizes: `refuse` or `interpolate`.
+        hook_order: By hook, names of the modules around it, outermost first; needed where several are.
         activation_checkpointing: Keep only each block's input and compute the rest again in the backward.
         device: Where parameters live; `meta` costs neither time nor memory.
         dtype: Dtype of parameters and of computation.
@@ -75,33 +74,39 @@ class DiffusionTransformer(BaseModel):
         qk_norm: bool = True,
         elementwise_affine: bool = True,
         size_policy: str = "refuse",
+        hook_order: HookOrder | None = None,
         activation_checkpointing: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         init_seed: int | None = 0,
     ) -> None:
         base = PatchGrid(*(size // patch for size, patch in zip(latent_size, patch_size, strict=True)))
-        with _building(torch.device(device), dtype):
-            layers = _build_layers(num_layers, hidden_size, num_attention_heads, elementwise_affine)
+        with building(torch.device(device), dtype):
+            layers = build_layers(num_layers, hidden_size, num_attention_heads, elementwise_affine)
             super().__init__(None, transformer=layers)
             self.hidden_size, self.in_channels, self.out_channels = hidden_size, in_channels, out_channels
             self.patch_size, self.text_length, self.ofs_embed_dim = patch_size, text_length, ofs_embed_dim
             self.head_dim = hidden_size // num_attention_heads
+            self.hook_order: HookOrder = hook_order or {}
             self.activation_checkpointing = activation_checkpointing
-            self._run_block = self._forward_block
+            self.run_block = self._run_block
             self.time_embed = _two_layers(hidden_size, time_embed_dim)
             if ofs_embed_dim is not None:
                 assert ofs_embed_dim == time_embed_dim, "ofs features are added to the time features"
                 self.ofs_embed = _two_layers(ofs_embed_dim, ofs_embed_dim)
-            self._add_positions(positions, base, interpolation, rotary_theta, size_policy)
-            patch_embed = PatchEmbed(
-                in_channels=in_channels,
+            pos_embed = build_positions(
+                positions,
+                base=base,
                 hidden_size=hidden_size,
-                patch_size=patch_size,
-                text_hidden_size=text_hidden_size,
+                head_dim=self.head_dim,
+                text_length=text_length,
+                fit_to_base=patch_size[0] == 1,
+                interpolation=interpolation,
+                theta=rotary_theta,
+                size_policy=size_policy,
             )
-            self.add_mixin("patch_embed", patch_embed)
-            self._add_modulation(num_layers, time_embed_dim, qk_norm, elementwise_affine)
+            super().add_mixin("pos_embed", pos_embed)
+            self._add_layers(num_layers, text_hidden_size, time_embed_dim, qk_norm, elementwise_affine)
         if init_seed is not None and torch.device(device).type != "meta":
             initialize_weights(self, seed=init_seed, num_layers=num_layers)
 
@@ -122,37 +127,44 @@ class DiffusionTransformer(BaseModel):
         text_bld: Tensor,
         image_latent_btchw: Tensor | None = None,
         ofs_b: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        extras: Mapping[str, Tensor] | None = None,
+        return_outputs: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Predicts v.
 
         Args:
             latent_btchw: Noised latent, `[b, t, c, h, w]`; t, h, w divisible by the patch size.
             timesteps_b: Discrete timesteps, `[b]`.
             text_bld: Text embeddings, `[b, l, text_hidden_size]`.
-            image_latent_btchw: Latent of the image condition, stood beside the noised one on channels (I2V).
+            image_latent_btchw: Latent of the image condition, next to the noised one on channels (I2V).
             ofs_b: `ofs` values, `[b]` (1.5-I2V).
+            extras: Named tensors for modules, batch first. Floating ones are cast to the dtype of the
+                weights, unless their name ends in `_fp32`: pixel coordinates do not survive half precision.
+            return_outputs: Run the modules' `tap`, and return what they hand to the loss as well.
 
         Returns:
-            `[b, t, out_channels, h, w]` in the dtype of the weights.
+            v, `[b, t, out_channels, h, w]` in the dtype of the weights; with `return_outputs` (v, outputs).
 
         Raises:
             ConfigError: A position table refuses this size.
         """
         if image_latent_btchw is not None:
             latent_btchw = torch.cat([latent_btchw, image_latent_btchw.to(latent_btchw)], dim=2)
-        grid, text_length = self.patch_grid(latent_btchw), text_bld.shape[1]
-        hidden_bld = self.hooks["word_embedding_forward"](
-            latent_btchw.to(self.dtype), text_bld.to(self.dtype)
-        )
-        positions = self.hooks["position_embedding_forward"](grid, text_length)
-        if positions is not None:
-            hidden_bld = hidden_bld + positions.to(hidden_bld.dtype)
-        context = self._block_context(self.time_features(timesteps_b, ofs_b), grid, text_length)
-        for block in self.mixins["adaln_layer"].blocks():
-            hidden_bld = self._run_block(hidden_bld, block, context)
-        video_bld = self.transformer.final_layernorm(hidden_bld[:, text_length:])
-        v_btchw: Tensor = self.hooks["final_forward"](video_bld, context.emb_bd, grid)
-        return v_btchw
+        latent_btchw, text_bld = latent_btchw.to(self.dtype), text_bld.to(self.dtype)
+        given = cast_extras(extras or {}, latent_btchw)
+        forward = ForwardContext(self, latent_btchw, text_bld, timesteps_b, ofs_b, given)
+        hidden_bld = self.embed(latent_btchw, text_bld, forward)
+        emb_bd = self.time_features(timesteps_b, ofs_b, forward)
+        forward.block_context = context = self.block_context(emb_bd, latent_btchw, text_bld)
+        self._run_before_blocks(hidden_bld, forward)
+        for block in self.blocks:
+            hidden_bld = self.run_block(block, hidden_bld, context.for_block(block.index, forward.extras))
+            for mixin in self.hooks.between["tap"] if return_outputs else ():
+                mixin.tap(hidden_bld, block, forward)
+        video_bld = self.transformer.final_layernorm(hidden_bld[:, context.text_length :])
+        v_btchw: Tensor = self._step("final_forward", forward)(video_bld, emb_bd, context.grid)
+        return (v_btchw, forward.outputs) if return_outputs else v_btchw
 
     def patch_grid(self, latent_btchw: Tensor) -> PatchGrid:
         """Returns the number of patches of a latent along each axis."""
@@ -164,79 +176,109 @@ class DiffusionTransformer(BaseModel):
         )
         return PatchGrid(*(size // patch for size, patch in sizes))
 
-    def time_features(self, timesteps_b: Tensor, ofs_b: Tensor | None = None) -> Tensor:
+    def embed(self, latent_btchw: Tensor, text_bld: Tensor, forward: ForwardContext | None = None) -> Tensor:
+        """Embeds text and patches with their positions.
+
+        Args:
+            latent_btchw: All channels, `[b, t, c, h, w]`.
+            text_bld: Text embeddings.
+            forward: The forward whose modules act; None: none do.
+
+        Returns:
+            Tokens, `[b, l, d]`.
+        """
+        hidden_bld: Tensor = self._step("word_embedding_forward", forward)(latent_btchw, text_bld)
+        grid, text_length = self.patch_grid(latent_btchw), text_bld.shape[1]
+        positions = self._step("position_embedding_forward", forward)(grid, text_length)
+        return hidden_bld if positions is None else hidden_bld + positions.to(hidden_bld.dtype)
+
+    def time_features(
+        self, timesteps_b: Tensor, ofs_b: Tensor | None = None, forward: ForwardContext | None = None
+    ) -> Tensor:
         """Returns what modulates every block, `[b, time_embed_dim]`; sines and cosines are fp32."""
         assert (ofs_b is None) == (self.ofs_embed_dim is None), "ofs goes with models that embed it"
         emb_bd: Tensor = self.time_embed(timestep_features(timesteps_b, self.hidden_size).to(self.dtype))
         if ofs_b is not None and self.ofs_embed_dim is not None:
             emb_bd = emb_bd + self.ofs_embed(timestep_features(ofs_b, self.ofs_embed_dim).to(self.dtype))
+        if forward is not None:
+            for mixin in self.hooks.between["time_features"]:
+                added = mixin.time_features(forward)
+                emb_bd = emb_bd if added is None else emb_bd + added
         return emb_bd
+
+    def block_context(self, emb_bd: Tensor, latent_btchw: Tensor, text_bld: Tensor) -> BlockContext:
+        """Returns what blocks read besides their tokens, without extras."""
+        grid, text_length = self.patch_grid(latent_btchw), text_bld.shape[1]
+        is_text_l1 = torch.arange(text_length + grid.tokens, device=emb_bd.device)[:, None] < text_length
+        cos_lk, sin_lk, pos_embed = None, None, self.mixins["pos_embed"]
+        if isinstance(pos_embed, RotaryPositions):
+            cos_lk, sin_lk = pos_embed.rotary_tables(grid, text_length, emb_bd.device)
+        return BlockContext(emb_bd, is_text_l1, cos_lk, sin_lk, grid, text_length)
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles the block, once for all layers, for each size and mode. Call it before DeepSpeed."""
         # training and sampling of a dozen sizes; past the limit torch goes back to eager without a word
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self._run_block = torch.compile(self._forward_block, backend=backend, dynamic=False)
+        self.run_block = torch.compile(self._run_block, backend=backend, dynamic=False)
+
+    def add_mixin(self, name: str, new_mixin: BaseMixin, reinit: bool = False) -> None:
+        """SAT: adds a module under `mixins.NAME`. The order in which modules are added decides nothing.
+
+        Raises:
+            ConfigError: The blocks cannot run it, or `hook_order` does not say where it stands.
+        """
+        check_mixin(name, new_mixin, num_layers=len(self.transformer.layers))
+        if isinstance(new_mixin, Mixin):
+            new_mixin.name = name
+        super().add_mixin(name, new_mixin, reinit)
 
     def derived_keys(self) -> frozenset[str]:
         """Returns the keys of the state dict that a formula gives: weights from elsewhere may lack them."""
         return frozenset(f"mixins.{name}" for name, _ in self.mixins.named_buffers())
 
-    def collect_hooks_(self) -> dict[str, object]:
-        """SAT: asks the model and its mixins for hooks; the transformer's layers share what is found."""
-        hooks: dict[str, object] = super().collect_hooks_()
-        if hasattr(self, "transformer"):
-            self.transformer.hooks.clear()
-            self.transformer.hooks.update(hooks)
-        return hooks
+    def collect_hooks_(self) -> None:
+        """SAT: finds out who acts where, after a mixin was added or taken away, and makes the blocks."""
+        if "adaln_layer" not in self.mixins:  # SAT also calls this while the base is being built
+            return
+        layers, adaln_layer = self.transformer.layers, self.mixins["adaln_layer"]
+        assert isinstance(adaln_layer, AdaLNLayer), "the base's own"
+        self.hooks = Hooks(self.mixins, order=self.hook_order, num_layers=len(layers))
+        self.hook_origins = self.hooks.origins()
+        self.blocks = adaln_layer.blocks(layers, acting=self.hooks.in_block)
 
-    @replacable  # type: ignore[untyped-decorator]  # SAT has no types
-    def attention_fn(
-        self, query: Tensor, key: Tensor, value: Tensor, *, block: Block, context: BlockContext
-    ) -> Tensor:
-        """SAT hook: attention of all tokens to all tokens, `[b, n, l, k]`."""
-        return F.scaled_dot_product_attention(query, key, value)
+    def _step(self, hook: str, forward: ForwardContext | None) -> Callable[..., Any]:
+        step = getattr(self.mixins[OWNERS[hook]], hook)
+        return step if forward is None else self.hooks.around(hook, step, forward)
 
-    @replacable  # type: ignore[untyped-decorator]  # SAT has no types
-    def mlp_forward(self, x_bld: Tensor, *, block: Block) -> Tensor:
-        """SAT hook: `[b, l, d]` to `[b, l, d]`."""
-        mlp = block.layer.mlp
-        y_bld: Tensor = mlp.dense_4h_to_h(F.gelu(mlp.dense_h_to_4h(x_bld), approximate="tanh"))
-        return y_bld
+    def _run_before_blocks(self, hidden_bld: Tensor, forward: ForwardContext) -> None:
+        """Adds what modules return to the extras; each of them saw those of the conditions alone."""
+        modules = self.hooks.between["before_blocks"]
+        for extras in [mixin.before_blocks(hidden_bld, forward) or {} for mixin in modules]:
+            twice = sorted(extras.keys() & forward.extras.keys())
+            assert not twice, f"extras {', '.join(twice)} are given twice: name them after the module"
+            forward.extras.update(extras)
 
-    def _add_positions(
-        self,
-        kind: str,
-        base: PatchGrid,
-        interpolation: tuple[float, float, float],
-        theta: float,
-        size_policy: str,
-    ) -> None:
-        assert kind in ("sincos", "rotary", "rotary_learned"), kind
-        if kind == "sincos":
-            positions = SincosPositions(
-                base=base,
-                dim=self.hidden_size,
-                text_length=self.text_length,
-                interpolation=interpolation,
-                size_policy=size_policy,
-            )
+    def _run_block(self, block: DitBlock, hidden_bld: Tensor, context: BlockContext) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            hidden_bld = checkpoint(block, hidden_bld, context, use_reentrant=False)
         else:
-            positions = RotaryPositions(
-                base=base,
-                head_dim=self.head_dim,
-                fit_to_base=self.patch_size[0] == 1,
-                interpolation=interpolation,
-                theta=theta,
-                learned_dim=self.hidden_size if kind == "rotary_learned" else None,
-                text_length=self.text_length,
-                size_policy=size_policy,
-            )
-        self.add_mixin("pos_embed", positions)
+            hidden_bld = block(hidden_bld, context)
+        return hidden_bld
 
-    def _add_modulation(
-        self, num_layers: int, time_embed_dim: int, qk_norm: bool, elementwise_affine: bool
+    def _add_layers(
+        self,
+        num_layers: int,
+        text_hidden_size: int,
+        time_embed_dim: int,
+        qk_norm: bool,
+        elementwise_affine: bool,
     ) -> None:
+        patch_embed = PatchEmbed(
+            in_channels=self.in_channels,
+            hidden_size=self.hidden_size,
+            patch_size=self.patch_size,
+            text_hidden_size=text_hidden_size,
+        )
         adaln_layer = AdaLNLayer(
             num_layers=num_layers,
             hidden_size=self.hidden_size,
@@ -251,63 +293,14 @@ class DiffusionTransformer(BaseModel):
             patch_size=self.patch_size,
             out_channels=self.out_channels,
             elementwise_affine=elementwise_affine,
-            eps=_NORM_EPS,
+            eps=NORM_EPS,
         )
-        self.add_mixin("adaln_layer", adaln_layer)
-        self.add_mixin("final_layer", final_layer)
-
-    def _forward_block(self, hidden_bld: Tensor, block: Block, context: BlockContext) -> Tensor:
-        layer_forward = self.hooks["layer_forward"]
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            hidden_bld = checkpoint(layer_forward, hidden_bld, block, context, use_reentrant=False)
-        else:
-            hidden_bld = layer_forward(hidden_bld, block, context)
-        return hidden_bld
-
-    def _block_context(self, emb_bd: Tensor, grid: PatchGrid, text_length: int) -> BlockContext:
-        is_text_l1 = torch.arange(text_length + grid.tokens, device=emb_bd.device)[:, None] < text_length
-        pos_embed = self.mixins["pos_embed"]
-        if not isinstance(pos_embed, RotaryPositions):
-            return BlockContext(emb_bd, is_text_l1, None, None)
-        return BlockContext(emb_bd, is_text_l1, *pos_embed.rotary_tables(grid, text_length, emb_bd.device))
+        super().add_mixin("patch_embed", patch_embed)
+        super().add_mixin("adaln_layer", adaln_layer)
+        super().add_mixin("final_layer", final_layer)
 
 
 def _two_layers(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(in_features, out_features), nn.SiLU(), nn.Linear(out_features, out_features)
     )
-
-
-def _build_layers(
-    num_layers: int, hidden_size: int, num_attention_heads: int, elementwise_affine: bool
-) -> BaseTransformer:
-    """Builds SAT's transformer without the word and position embeddings that a video has no use for.
-
-    SAT builds it on the CPU unless told otherwise; its linear layers ignore torch's default device and dtype.
-    """
-    transformer = BaseTransformer(
-        num_layers=num_layers,
-        vocab_size=1,
-        hidden_size=hidden_size,
-        num_attention_heads=num_attention_heads,
-        max_sequence_length=1,
-        layernorm_epsilon=_NORM_EPS,
-        layernorm=functools.partial(nn.LayerNorm, elementwise_affine=elementwise_affine),
-        skip_init=True,
-        params_dtype=torch.get_default_dtype(),
-        device=torch.get_default_device(),
-    )
-    del transformer.word_embeddings, transformer.position_embeddings
-    return transformer
-
-
-@contextlib.contextmanager
-def _building(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Makes parameters on a device and in a dtype, and gives the global generators back as they were."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
-            yield
-    finally:
-        torch.set_default_dtype(before)

@@ -13,16 +13,16 @@ from sat_train.models.dit.positions import RotaryPositions, rotary_angles, rotat
 from tests.unit.models.narrow import NARROW, build, inputs, randomized
 
 
-def test_every_hook_says_which_mixin_it_comes_from():
+def test_every_hook_of_sat_says_whose_step_it_is():
     assert build().hook_origins == {
         "word_embedding_forward": "patch_embed",
         "position_embedding_forward": "pos_embed",
-        "layer_forward": "adaln_layer",
-        "attention_fn": "adaln_layer -> pos_embed -> model",
-        "mlp_forward": "model",
+        "layer_forward": "block",
+        "attention_forward": "block",
+        "attention_fn": "block",
+        "mlp_forward": "block",
         "final_forward": "final_layer",
     }
-    assert build(positions="sincos").hook_origins["attention_fn"] == "adaln_layer -> model"
 
 
 def test_state_dict_keys_are_sat_s():
@@ -255,21 +255,6 @@ def test_timestep_features_are_cosines_then_sines_in_fp32():
     angles = torch.tensor([999.0, 999.0 * 0.01])
     assert torch.allclose(features[1], torch.cat([angles.cos(), angles.sin()]), atol=1e-4)
     assert features[0].tolist() == [1, 1, 0, 0]
-
-
-def test_a_plugin_s_mixin_may_take_over_attention():
-    from sat.model.base_model import BaseMixin
-
-    class Averaging(BaseMixin):
-        def mlp_forward(self, x_bld, *, block):
-            return torch.zeros_like(x_bld)
-
-    dit = randomized()
-    before = dit(*inputs())
-    with pytest.warns(UserWarning, match="mlp_forward at averaging replaces model"):
-        dit.add_mixin("averaging", Averaging())
-    assert dit.hook_origins["mlp_forward"] == "averaging"
-    assert not torch.allclose(dit(*inputs()), before)
 
 
 def test_meta_device_computes_shapes():

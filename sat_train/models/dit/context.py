@@ -1,0 +1,135 @@
+"""The contexts of one forward: that of its blocks, which may only read it, and that between blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sat_train.models.dit.grid import PatchGrid, to_patches
+
+if TYPE_CHECKING:
+    from sat_train.models.dit.transformer import DiffusionTransformer
+
+# by name; a mapping by block index is dealt out, each block its own
+Extras = dict[str, Tensor | dict[int, Tensor]]
+
+
+class BlockContext(NamedTuple):
+    """Inputs of a block other than its tokens. They cannot be changed: a block may run twice (checkpointing).
+
+    Tokens are text, then video, then what modules appended.
+
+    Args:
+        emb_bd: Timestep (and `ofs`) features, `[b, time_embed_dim]`.
+        is_text_l1: True at text tokens, `[l, 1]`.
+        cos_lk: Cosine of each token's rotary angles, fp32 `[l, k / 2]`; 1 at tokens that are not rotated.
+            None: no rotary positions.
+        sin_lk: Sine of the same; 0 at tokens that are not rotated.
+        grid: Patches of the video.
+        text_length: Text tokens.
+        extras: Named tensors of conditions and modules, batch first: those of all blocks and this block's.
+    """
+
+    emb_bd: Tensor
+    is_text_l1: Tensor
+    cos_lk: Tensor | None
+    sin_lk: Tensor | None
+    grid: PatchGrid
+    text_length: int
+    extras: Mapping[str, Tensor] = MappingProxyType({})
+
+    def video(self, x_bld: Tensor) -> Tensor:
+        """Returns the video tokens alone, `[b, l, d]` to `[b, t, h, w, d]`."""
+        video_bld = x_bld[:, self.text_length : self.text_length + self.grid.tokens]
+        video_bthwd: Tensor = video_bld.unflatten(1, self.grid)
+        return video_bthwd
+
+    def tokens(self, video_bthwd: Tensor) -> Tensor:
+        """Returns video tokens in their place among all tokens, `[b, l, d]`; the others are zero."""
+        behind = len(self.is_text_l1) - self.text_length - self.grid.tokens
+        return F.pad(video_bthwd.flatten(1, 3), (0, 0, self.text_length, behind))
+
+    def with_tokens(self, count: int) -> BlockContext:
+        """Returns the context of a sequence with more tokens at its end; these are not rotated."""
+        more = (0, 0, 0, count)
+        return self._replace(
+            is_text_l1=F.pad(self.is_text_l1, more),
+            cos_lk=None if self.cos_lk is None else F.pad(self.cos_lk, more, value=1.0),
+            sin_lk=None if self.sin_lk is None else F.pad(self.sin_lk, more),
+        )
+
+    def for_block(self, index: int, extras: Extras) -> BlockContext:
+        """Returns the context of one block, which sees the extras of all blocks and its own."""
+        if not extras:
+            return self
+        dealt = {
+            name: value[index] if isinstance(value, dict) else value
+            for name, value in extras.items()
+            if not isinstance(value, dict) or index in value
+        }
+        return self._replace(extras=MappingProxyType(dealt))
+
+
+def cast_extras(extras: Mapping[str, Tensor], latent_btchw: Tensor) -> Extras:
+    """Returns the tensors of conditions as the network computes with them, next to a latent."""
+    for name, value in extras.items():
+        assert len(value) == len(latent_btchw), f"extras {name}: {len(value)} rows, another batch"
+    return {
+        name: value.to(latent_btchw) if value.is_floating_point() and not name.endswith("_fp32") else value
+        for name, value in extras.items()
+    }
+
+
+@dataclass
+class ForwardContext:
+    """One forward as the hooks between blocks see it. They may keep things: nothing here is computed twice.
+
+    Args:
+        dit: The transformer.
+        latent_btchw: All channels that are embedded: the noised latent and those next to it.
+        text_bld: Text embeddings, `[b, l, text_hidden_size]`.
+        timesteps_b: The samples' timesteps, `[b]`.
+        ofs_b: `ofs` values, `[b]`; None for models without.
+        extras: Named tensors of the conditions; those of `before_blocks` join them.
+        outputs: What hooks hand to the loss, by name.
+    """
+
+    dit: DiffusionTransformer
+    latent_btchw: Tensor
+    text_bld: Tensor
+    timesteps_b: Tensor
+    ofs_b: Tensor | None
+    extras: Extras
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    block_context: BlockContext | None = None
+
+    @property
+    def block(self) -> BlockContext:
+        """What all blocks read, without extras. Known once the time features are."""
+        assert self.block_context is not None, "the time features come before the blocks"
+        return self.block_context
+
+    @property
+    def training(self) -> bool:
+        """Whether the transformer is in training mode."""
+        return bool(self.dit.training)
+
+    def patches(self, latent_btchw: Tensor) -> Tensor:
+        """Cuts a latent of any channels into patches, `[b, t, h, w, channels * patch volume]`."""
+        return to_patches(latent_btchw, self.dit.patch_size)
+
+    def embed(
+        self, latent_btchw: Tensor, text_bld: Tensor, timesteps_b: Tensor
+    ) -> tuple[Tensor, BlockContext]:
+        """Embeds another sequence as the base does, without any module.
+
+        Returns:
+            Tokens `[b, l, d]` and their context.
+        """
+        emb_bd = self.dit.time_features(timesteps_b, self.ofs_b)
+        return self.dit.embed(latent_btchw, text_bld), self.dit.block_context(emb_bd, latent_btchw, text_bld)

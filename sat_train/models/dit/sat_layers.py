@@ -1,0 +1,49 @@
+"""SAT's layers, made on the device and in the dtype that are wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from sat.model.transformer import BaseTransformer
+from torch import nn
+
+# what SAT's transformer gives its layers, and diffusers all of them
+NORM_EPS = 1e-5
+
+
+def build_layers(
+    num_layers: int, hidden_size: int, num_attention_heads: int, elementwise_affine: bool
+) -> BaseTransformer:
+    """Builds SAT's transformer without the word and position embeddings that a video has no use for.
+
+    SAT builds it on the CPU unless told otherwise; its linear layers ignore torch's default device and dtype.
+    """
+    transformer = BaseTransformer(
+        num_layers=num_layers,
+        vocab_size=1,
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        max_sequence_length=1,
+        layernorm_epsilon=NORM_EPS,
+        layernorm=functools.partial(nn.LayerNorm, elementwise_affine=elementwise_affine),
+        skip_init=True,
+        params_dtype=torch.get_default_dtype(),
+        device=torch.get_default_device(),
+    )
+    del transformer.word_embeddings, transformer.position_embeddings
+    return transformer
+
+
+@contextlib.contextmanager
+def building(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Makes parameters on a device and in a dtype, and gives the global generators back as they were."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
