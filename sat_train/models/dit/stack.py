@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sat_train.config import ModelSpec
+from sat_train.config import NetworkSpec
 from sat_train.models.dit.block import AdaLNLayer
 from sat_train.models.dit.context import BlockContext, ForwardContext
 from sat_train.models.dit.initialization import initialize_weights
@@ -28,7 +28,7 @@ class BlockStack(nn.Module):
         heads: Heads, from which the width follows; None: the base's.
     """
 
-    def __init__(self, model: ModelSpec, *, layers: int, heads: int | None = None) -> None:
+    def __init__(self, model: NetworkSpec, *, layers: int, heads: int | None = None) -> None:
         super().__init__()
         heads = heads or model.heads
         self.width = heads * model.head_width
