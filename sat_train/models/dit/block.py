@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from sat_train.models.dit.context import BlockContext
 from sat_train.models.dit.positions import rotate_pairs
 
-if TYPE_CHECKING:
-    from sat_train.models.dit.mixin import Acting
+# modules that act at one hook of one block, outermost first, each with its part there
+Acting = tuple[tuple[BaseMixin, nn.Module | None], ...]
 
 
 @dataclass(eq=False, repr=False)

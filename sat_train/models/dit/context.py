@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
+from sat.model.base_model import BaseModel
 from torch import Tensor
 
 from sat_train.models.dit.grid import PatchGrid, to_patches
-
-if TYPE_CHECKING:
-    from sat_train.models.dit.transformer import DiffusionTransformer
 
 # by name; a mapping by block index is dealt out, each block its own
 Extras = dict[str, Tensor | dict[int, Tensor]]
@@ -90,7 +88,7 @@ class ForwardContext:
     """One forward as the hooks between blocks see it. They may keep things: nothing here is computed twice.
 
     Args:
-        dit: The transformer.
+        dit: The `DiffusionTransformer`.
         latent_btchw: All channels that are embedded: the noised latent and those next to it.
         text_bld: Text embeddings, `[b, l, text_hidden_size]`.
         timesteps_b: The samples' timesteps, `[b]`.
@@ -99,7 +97,7 @@ class ForwardContext:
         outputs: What hooks hand to the loss, by name.
     """
 
-    dit: DiffusionTransformer
+    dit: BaseModel
     latent_btchw: Tensor
     text_bld: Tensor
     timesteps_b: Tensor

@@ -10,8 +10,9 @@ from sat.mpu import get_model_parallel_world_size
 from torch import nn
 
 from sat_train.errors import ConfigError, Fault
+from sat_train.models.dit.block import Acting
 from sat_train.models.dit.context import ForwardContext
-from sat_train.models.dit.mixin import Acting, Mixin
+from sat_train.models.dit.mixin import Mixin
 
 # SAT's hooks around the steps of a block
 _AROUND_BLOCK = ("layer_forward", "attention_forward", "attention_fn", "mlp_forward")

@@ -149,7 +149,3 @@ class Mixin(BaseMixin):
     ) -> Tensor:
         """Stands around the final layer: normalised video tokens and time features, to `[b, t, c, h, w]`."""
         return old_impl(video_bld, emb_bd, grid)
-
-
-# modules that act at one hook of one block, outermost first, each with its part there
-Acting = tuple[tuple[Mixin, nn.Module | None], ...]

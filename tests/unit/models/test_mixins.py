@@ -125,7 +125,7 @@ def test_two_modules_around_one_step_need_an_order():
 
 @pytest.mark.parametrize("outermost", ["twice", "one"])
 def test_the_module_that_is_named_first_is_outermost(outermost):
-    order = {"mlp_forward": sorted(["twice", "one"], reverse=outermost == "one")}
+    order = {"mlp_forward": sorted(["twice", "one"], reverse=outermost == "twice")}
     modules = {"one": PlusOne(), "twice": Doubling()}
     block = with_modules(modules, hook_order=order).blocks[2]
     base = with_modules({})
