@@ -253,7 +253,7 @@ BROKEN: list[tuple[Breaker, str]] = [
     (vae_for_a_transformer, "holds a VAE"),
     (text_encoder_for_a_transformer, "holds a T5 text encoder"),
     (another_model, r"holds other weights: blocks\.0\.attn\.wq\.weight"),
-    (another_diffusers_model, r"not a CogVideoX transformer's: transformer_blocks\.0\.attn2"),
+    (another_diffusers_model, r"do not belong to a CogVideoX transformer: transformer_blocks\.0\.attn2"),
     (part_of_a_fused_weight_missing, r"lacks transformer_blocks\.1\.attn1\.to_k\.weight"),
     (diffusers_folder_without_transformer, "is a diffusers model without a transformer/"),
     (several_files, "holds several files of weights: a.safetensors, b.safetensors"),

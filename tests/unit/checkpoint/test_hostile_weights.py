@@ -108,7 +108,7 @@ def test_a_lora_header_with_an_alpha_that_is_no_number_is_refused(tmp_path: Path
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
     for alpha in ("x", "nan", "-1", "0", "inf"):
         save_file(tensors, tmp_path / "a.safetensors", metadata={"sat_train.lora_alpha": alpha})
-        with pytest.raises(CheckpointError, match=r"a\.safetensors: sat_train\.lora_alpha is no positive"):
+        with pytest.raises(CheckpointError, match=r"a\.safetensors: sat_train\.lora_alpha is not a positive"):
             read_lora(tmp_path / "a.safetensors")
 
 
