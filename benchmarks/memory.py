@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sat_train.config import RunConfig, load_run_config
+from sat_train.config.parts.optimizer_parts import AdamParams
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
@@ -35,7 +36,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GB = 1e9
 T5_XXL_WEIGHTS = 4.762e9  # google/t5-v1_1-xxl, encoder only
 CONTEXT_GB = 2  # CUDA context and NCCL: not counted, added to what the configuration files say
-_STATES = 12  # bytes a trained weight: fp32 master, exp_avg, exp_avg_sq
+_STATES = 4 + AdamParams.bytes_per_weight()  # a trained weight: fp32 master and moments
 _UPDATE = 4 + 4 - 2  # fp32 gradient and foreach's temporary, in place of the half-precision gradient
 
 

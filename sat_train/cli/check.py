@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.config.explain import explain_key, list_values
+from sat_train.config.extensions import load_extensions
 from sat_train.config.json_schema import render_json_schema
 from sat_train.config.summary import ClipCounts, RunFacts, summarize
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(argv)
     base, words = split_command_line(rest)
     if options.schema:
+        load_extensions(words)
         print(render_json_schema(), end="")
         return 0
     if options.explain and not base and not words:
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads a configuration as training would; names every fault, or shows the settings and a "
         "summary.",
         usage="sat-train check --base FILE [FILE ...] [key.path=value ...] [--flag value ...] "
-        "[--all | --explain KEY | --build | --schema] [--no-paths]",
+        "[--extension NAME ...] [--all | --explain KEY | --build | --schema] [--no-paths]",
         allow_abbrev=False,
     )
     parser.add_argument("--all", action="store_true", help="show defaults and the model's numbers too")

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from sat_train.cli.diffusers_snippet import diffusers_snippet
 from sat_train.config import RunConfig, load_run_config
+from sat_train.config.extensions import load_extensions
 from sat_train.config.layers import EMBEDDED
-from sat_train.config.run_model import find_resolved
+from sat_train.config.run_model import check_recorded_extensions, find_resolved
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError, printable
 from sat_train.interchange.conversion import LORA_FILE_STEM, Conversion, convert
@@ -41,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
     start_single_process()  # before DeepSpeed, whose files are read, looks for an accelerator
     find_weights(options.source)  # reports a missing source before anything near it is read
     needs_model = options.to == "diffusers" or options.base
-    config = read_run(options.source, options.base) if needs_model else None
+    words = [word for name in options.extension for word in ("--extension", name)]
+    words += ["--accept-changed-extension"] * options.accept_changed_extension
+    check_recorded_extensions(load_extensions(words)[0], [], find_resolved(str(options.source)))
+    config = read_run(options.source, options.base, words) if needs_model else None
     conversion = Conversion(
         source=options.source,
         dest=options.dest,
@@ -70,19 +74,24 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_run(source: Path, base: Sequence[Path]) -> RunConfig | None:
+def read_run(source: Path, base: Sequence[Path], words: Sequence[str] = ()) -> RunConfig | None:
     """Returns the configuration of the model: from the given files, else the run's own, else None.
+
+    Args:
+        source: What is converted.
+        base: YAML files that say which model it is.
+        words: Extensions, as a command line names them.
 
     Raises:
         CheckpointError: The run's own configuration describes no model.
-        ConfigError: The configuration is faulty.
+        ConfigError: It is faulty, or the run was made with an extension that is not among the words.
     """
     if base:
-        return load_run_config(base, purpose="check", check_paths=False)
+        return load_run_config(base, words, purpose="check", check_paths=False)
     resolved = find_resolved(str(source))
     if resolved is None:
         return None
-    config = load_run_config([resolved], purpose="check", check_paths=False)
+    config = load_run_config([resolved], words, purpose="check", check_paths=False)
     if config.sources["model.network_config.params.hidden_size"] == EMBEDDED:
         raise CheckpointError(
             f"{resolved} describes no model",
@@ -177,6 +186,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the model's YAML, for sources that are not a run",
     )
+    parser.add_argument(
+        "--extension", action="append", default=[], metavar="NAME", help="what the run was made with"
+    )
+    parser.add_argument("--accept-changed-extension", action="store_true", help="although its files differ")
     return parser
 
 

@@ -99,6 +99,7 @@ def render_usage(command: str) -> str:
         f"       torchrun ... launch/{_LAUNCHERS[command]} (the same words)",
         "",
         "Later files win over earlier ones, and the command line over all files.",
+        "--extension NAME (repeatable) loads a Python file, folder or package that registers parts.",
         "",
         "Examples",
     ]

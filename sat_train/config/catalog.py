@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from sat_train.config.other_trainers import OUR_KEYS
+from sat_train.config.parts.registry import Choice, parts_of, registry_revision
 from sat_train.config.run import Sections
 from sat_train.config.schema.record import FILE_NAME, Record
 
@@ -29,7 +30,7 @@ class Key:
     """One key of the configuration.
 
     Args:
-        path: Dotted path; `*` stands for a place in a list.
+        path: Dotted path; `*` stands for a place in a list or a name in a mapping.
         description: What it does.
         expected: What it may hold, in words.
         default: Its default, or None.
@@ -47,9 +48,26 @@ class Key:
     is_nullable: bool
 
 
-@lru_cache(maxsize=1)
+@dataclass(frozen=True)
+class Targets:
+    """What may be named at one place.
+
+    Args:
+        key: The key that holds the name: `target`, or `type` for the optimizer.
+        params: Record of the `params` of each, by name.
+    """
+
+    key: str
+    params: dict[str, type[Record]]
+
+
 def all_keys() -> dict[str, Key]:
     """Returns every key by path. Where a target may be one of several, the keys of all of them."""
+    return _keys_at(registry_revision())
+
+
+@lru_cache(maxsize=1)
+def _keys_at(revision: int) -> dict[str, Key]:
     keys: dict[str, Key] = {}
     for key in _walk(Sections, ""):
         if key.path not in keys or (keys[key.path].required and not key.required):
@@ -57,23 +75,47 @@ def all_keys() -> dict[str, Key]:
     return keys
 
 
+def slot_targets() -> dict[str, Targets]:
+    """Returns, for each place where something is named, the closed table of what that may be."""
+    return _targets_at(registry_revision())
+
+
 @lru_cache(maxsize=1)
-def slot_targets() -> dict[str, dict[str, type[Record]]]:
-    """Returns, for each slot's path, the closed table of targets and the record of their `params`."""
-    tables: dict[str, dict[str, type[Record]]] = {}
+def _targets_at(revision: int) -> dict[str, Targets]:
+    tables: dict[str, Targets] = {}
     for path, record in _walk_records(Sections, ""):
-        target = record.model_fields.get("target")
-        if target is None:
+        key = record.key if issubclass(record, Choice) else "target"
+        if (target := record.model_fields.get(key)) is None:
             continue
         params_record = cast("type[Record]", record.model_fields["params"].annotation)
         for name in get_args(target.annotation):
-            tables.setdefault(path, {})[name] = params_record
+            tables.setdefault(path, Targets(key, {})).params[name] = params_record
     return tables
 
 
+def target_names(path: str) -> list[str]:
+    """Returns what may be named at a key such as `model.sampler_config.target`; nothing for other keys."""
+    place, _, key = pattern_of(path).rpartition(".")
+    table = slot_targets().get(place)
+    return sorted(table.params) if table is not None and table.key == key else []
+
+
 def pattern_of(path: str) -> str:
-    """Returns the path with `*` for places in lists, as `all_keys` spells it."""
-    return ".".join("*" if is_place(part) else part for part in path.split("."))
+    """Returns the path with `*` for places in lists and names in mappings, as `all_keys` spells it."""
+    parts: list[str] = []
+    for part in path.split("."):
+        is_name = ".".join(parts) in _mappings_at(registry_revision())
+        parts.append("*" if is_name or is_place(part) else part)
+    return ".".join(parts)
+
+
+@lru_cache(maxsize=1)
+def _mappings_at(revision: int) -> frozenset[str]:
+    """Returns the paths of the groups whose keys are names of a person's choice."""
+    records: list[tuple[str, type[Record]]] = [("", Sections)]
+    records += ((f"{path}.", record) for path, record in _walk_records(Sections, ""))
+    fields = [(f"{path}{name}", field) for path, each in records for name, field in each.model_fields.items()]
+    return frozenset(path for path, field in fields if get_origin(field.annotation) is dict)
 
 
 def is_place(part: str) -> bool:
@@ -117,7 +159,7 @@ def _walk(record: type[Record], prefix: str) -> Iterator[Key]:
         yield Key(
             path=path,
             description=field.description or "",
-            expected="a section" if inner else _describe(field),
+            expected=_describe_names(record, name) or ("a section" if inner else _describe(field)),
             default=default,
             required=field.is_required(),
             is_section=bool(inner),
@@ -125,6 +167,11 @@ def _walk(record: type[Record], prefix: str) -> Iterator[Key]:
         )
         for inner_record, in_list in inner:
             yield from _walk(inner_record, f"{path}.*." if in_list else f"{path}.")
+
+
+def _describe_names(record: type[Record], key: str) -> str:
+    is_name = issubclass(record, Choice) and key == record.key
+    return f"one of {', '.join(parts_of(record.slot))}" if is_name else ""  # type: ignore[attr-defined]
 
 
 def _walk_records(record: type[Record], prefix: str) -> Iterator[tuple[str, type[Record]]]:
@@ -136,11 +183,13 @@ def _walk_records(record: type[Record], prefix: str) -> Iterator[tuple[str, type
 
 
 def _records_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Record], bool]]:
-    if isinstance(annotation, type) and issubclass(annotation, Record):
+    if isinstance(annotation, type) and issubclass(annotation, Choice) and annotation.is_slot():
+        yield from ((record, in_list) for record in annotation.records().values())
+    elif isinstance(annotation, type) and issubclass(annotation, Record):
         yield annotation, in_list
     for inner in get_args(annotation):
         if get_origin(annotation) is not Literal:
-            yield from _records_in(inner, in_list or get_origin(annotation) is tuple)
+            yield from _records_in(inner, in_list or get_origin(annotation) in (tuple, dict))
 
 
 def _describe(field: FieldInfo) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sat_train.config.catalog import Key, all_keys, pattern_of, slot_targets, suggest_key
+from sat_train.config.catalog import Key, all_keys, pattern_of, suggest_key, target_names
 from sat_train.config.fixed_keys import only_value
 from sat_train.config.layers import DEFAULT
 from sat_train.config.legacy import reason_without_effect
@@ -60,8 +60,7 @@ def explain_key(path: str, config: RunConfig | None) -> str:
     if key.is_section:
         lines += _explain_group(path)
     else:
-        choices = sorted(slot_targets().get(pattern_of(path.removesuffix(".target")), {}))
-        lines.append(f"  holds    {', '.join(choices) if path.endswith('.target') else key.expected}")
+        lines.append(f"  holds    {', '.join(target_names(path)) or key.expected}")
         lines.append(f"  default  {'none: it must be given' if key.required else _show(_plain(key.default))}")
     if config is not None and path in config.sources:
         lines.append(f"  value    {_show(leaves(config.shown_tree())[path])}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sat_train.config.catalog import all_keys, is_place, pattern_of, slot_targets
+from sat_train.config.extensions import KEY
 from sat_train.config.legacy import modernize
 from sat_train.config.paths import PACKAGE
 from sat_train.config.reading import FileReader
@@ -29,6 +30,7 @@ class Layer:
         dropped: Keys of older files that have no effect, with the reason.
         is_embedded: Nobody named this file; it stands in for a model that no file chooses.
         is_unread: It could not be read, so what it would have said is not known.
+        extensions: What a run recorded of the extensions that it was made with; None where there were none.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Layer:
     dropped: dict[str, str]
     is_embedded: bool = False
     is_unread: bool = False
+    extensions: Any = None
 
 
 @dataclass
@@ -98,8 +101,9 @@ def _layer(name: str, content: dict[str, Any] | None, faults: list[Fault]) -> La
     for path, value, expected in list(unusable(content)):
         replace_value(content, path.split("."), None)  # it must not keep the others from being read
         faults.append(Fault(path, value, expected, name))
+    extensions = content.pop(KEY, None)
     tree, dropped = modernize(content)
-    return Layer(name, tree, dropped)
+    return Layer(name, tree, dropped, extensions=extensions)
 
 
 def merge_layers(layers: Sequence[Layer]) -> Merged:
@@ -166,9 +170,10 @@ def _drop_params_of_other_target(
     into: dict[str, Any], layer: dict[str, Any], path: str, sources: dict[str, str]
 ) -> None:
     """Where a layer chooses another target, keeps only those earlier params that it knows too."""
-    params, target = into.get("params"), layer.get("target")
-    record = slot_targets().get(pattern_of(path), {}).get(str(target))
-    if not isinstance(params, dict) or record is None or target == into.get("target"):
+    table = slot_targets().get(pattern_of(path))
+    params, key = into.get("params"), table.key if table is not None else ""
+    record = table.params.get(str(layer.get(key))) if table is not None else None
+    if not isinstance(params, dict) or record is None or layer[key] == into.get(key):
         return
     for key in [key for key in params if key not in record.model_fields]:
         del params[key]

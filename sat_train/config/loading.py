@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from sat_train.config.aliases import fold_aliases, get_value
 from sat_train.config.demo import drop_demo
+from sat_train.config.extensions import KEY, Extensions, load_extensions
 from sat_train.config.fixed_keys import drop_fixed_keys
 from sat_train.config.layers import (
     DEFAULT,
@@ -24,14 +25,15 @@ from sat_train.config.layers import (
 from sat_train.config.legacy import NO_EFFECT
 from sat_train.config.paths import PACKAGE, expand_assets
 from sat_train.config.references import resolve_references
-from sat_train.config.rules import PATH_RULES, RULES, check_rules
+from sat_train.config.rules import all_rules, check_rules, warnings_of
 from sat_train.config.rules.path_rules import placeholders
 from sat_train.config.rules.rule import ParsedConfig, Purpose
 from sat_train.config.run import RunConfig, Sections
-from sat_train.config.run_model import use_model_of_run
+from sat_train.config.run_model import check_recorded_extensions, find_run, use_model_of_run
 from sat_train.config.schema.record import Record
 from sat_train.config.section_check import validate
 from sat_train.config.weights_folder import fill_frozen_models
+from sat_train.config.words import COMMAND_LINE
 from sat_train.errors import ConfigError, Fault
 
 
@@ -46,7 +48,8 @@ def load_run_config(
 
     Args:
         base: YAML files, merged in order.
-        words: The rest of the command line: `key.path=value` words and SAT flags. They win over all files.
+        words: The rest of the command line: `key.path=value` words and SAT flags, which win over all
+            files, and `--extension NAME`.
         purpose: What the run is for; sampling, for example, needs no training data.
         check_paths: Also check that data and weights exist.
 
@@ -54,19 +57,17 @@ def load_run_config(
         The frozen configuration.
 
     Raises:
-        ConfigError: Something is wrong; it names every fault.
+        ConfigError: Something is wrong; it names every fault. An extension that cannot be imported, or is
+            missing, is named alone: the other faults might follow from it.
     """
     faults: list[Fault] = []
+    extensions, words = load_extensions(words)
     layers = read_layers(base, words, faults)
     if purpose == "sample":
         layers = use_model_of_run(layers, faults)
     merged = merge_layers(layers)
-    drop_fixed_keys(merged, faults)
-    fold_aliases(merged, faults)
-    resolve_references(merged, faults)
-    drop_demo(merged)
-    merged.tree = expand_assets(merged.tree)
-    fill_frozen_models(merged)
+    check_recorded_extensions(extensions, layers, find_run(merged, purpose))
+    _settle(merged, faults)
     is_whole = not any(layer.is_unread for layer in layers)
     sections = validate(merged, _embedded_tree, faults, is_whole=is_whole)
     if sections is None or not is_whole:  # what a file that cannot be read would have said, nobody knows
@@ -79,9 +80,9 @@ def load_run_config(
         purpose=purpose,
         source_of=partial(_source_of_given, merged),
     )
-    check_rules(parsed_config, RULES, faults)
+    check_rules(parsed_config, all_rules(), faults)
     if check_paths:
-        check_rules(parsed_config, PATH_RULES, faults)
+        check_rules(parsed_config, all_rules(looking_at_paths=True), faults)
     if faults:
         raise ConfigError(faults)
     return RunConfig(
@@ -89,10 +90,21 @@ def load_run_config(
         model=sections.model,
         data=sections.data,
         deepspeed=sections.deepspeed,
-        sources=_sources(sections, merged),
-        notes=tuple(_notes(layers, parsed_config)),
+        sources=_sources(sections, merged, extensions),
+        extensions=extensions,
+        notes=(*_notes(layers, parsed_config), *warnings_of(parsed_config)),
         needs=_missing_for_use(parsed_config) if purpose == "check" else "",
     )
+
+
+def _settle(merged: Merged, faults: list[Fault]) -> None:
+    """Brings other spellings, references and what is found beside weights to their places in the tree."""
+    drop_fixed_keys(merged, faults)
+    fold_aliases(merged, faults)
+    resolve_references(merged, faults)
+    drop_demo(merged)
+    merged.tree = expand_assets(merged.tree)
+    fill_frozen_models(merged)
 
 
 def _embedded_tree() -> dict[str, Any]:
@@ -115,8 +127,9 @@ def _source_of_given(merged: Merged, path: str) -> str:
     return DEFAULT if is_default else _source(merged, path)
 
 
-def _sources(sections: Sections, merged: Merged) -> dict[str, str]:
-    return {path: _source_of_given(merged, path) for path in leaves(sections)}
+def _sources(sections: Sections, merged: Merged, extensions: Extensions) -> dict[str, str]:
+    of_sections = {path: _source_of_given(merged, path) for path in leaves(sections)}
+    return of_sections | dict.fromkeys(leaves({KEY: extensions.tree()}), COMMAND_LINE)
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
@@ -163,7 +176,7 @@ def _missing_for_use(config: ParsedConfig) -> str:
     """Returns what a configuration that may be a part still needs before it trains, or samples."""
     verb: Purpose = "sample" if config.args.mode == "inference" else "train"
     faults: list[Fault] = []
-    check_rules(replace(config, purpose=verb), RULES, faults)
+    check_rules(replace(config, purpose=verb), all_rules(), faults)
     needs = [f"{fault.path}: {fault.expected}" for fault in faults]
     needs += [f"{path}, to be filled in" for path in placeholders(config)]
     return f"to {verb} it needs {'; '.join(needs)}" if needs else ""

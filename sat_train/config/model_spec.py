@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sat_train.config.network_spec import NetworkSpec, PositionKind, PositionSpec
+from sat_train.config.parts.adapter_parts import AdapterConfig
 from sat_train.config.schema.diffusion import (
     ConstantGuidanceParams,
     DynamicGuidanceParams,
@@ -15,7 +16,6 @@ from sat_train.config.schema.encoder_slots import T5TextEncoderParams, VideoCode
 from sat_train.config.schema.model_section import ModelConfig
 from sat_train.config.schema.network import (
     DiffusionTransformerParams,
-    LoraParams,
     Rotary3DPositionEmbeddingParams,
 )
 
@@ -36,7 +36,7 @@ class ModelSpec(NetworkSpec):
         sampler: Which sampler.
         sampling_steps: Its denoising steps.
         guidance: Its classifier-free guidance.
-        lora: Adapters; None trains the weights themselves.
+        adapter: Adapters; None trains the weights themselves.
         conditions: What the model is given besides noise and time.
         latent_scale: Latents are multiplied by this before the transformer sees them.
         image_latent_scale: Factor on the latent of the image condition.
@@ -55,7 +55,7 @@ class ModelSpec(NetworkSpec):
     sampler: Literal["DDIM", "DPMPP2M"]
     sampling_steps: int
     guidance: ConstantGuidanceParams | DynamicGuidanceParams
-    lora: LoraParams | None
+    adapter: AdapterConfig | None
     conditions: tuple[str, ...]
     latent_scale: float
     image_latent_scale: float
@@ -99,7 +99,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         sampler=model.sampler_config.target,
         sampling_steps=sampler.num_steps,
         guidance=sampler.guider_config.params,
-        lora=None if network.modules.lora_config is None else network.modules.lora_config.params,
+        adapter=network.modules.lora_config,
         conditions=("text", "image") if model.noised_image_input else ("text",),
         latent_scale=model.scale_factor,
         image_latent_scale=model.image_latent_scale or model.scale_factor,

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
+from sat_train.config.extensions import KEY, Extensions
 from sat_train.config.model_spec import ModelSpec, build_model_spec
 from sat_train.config.paths import shorten_assets
 from sat_train.config.schema.args import ArgsConfig
@@ -31,6 +32,7 @@ _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
         "log_interval",
         "tensorboard",
         "wandb",
+        "silence",
         "wandb_project_name",
         "resume",
         "load_base",
@@ -44,6 +46,7 @@ _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
     ]
 )
 
+_NO_EXTENSIONS = Extensions()
 _FPS_WITHOUT_DATA = 8.0  # of the first CogVideoX
 _SPLIT_WITH_VALIDATION = "95,5,0"
 
@@ -77,6 +80,7 @@ class RunConfig:
         sources: For each dotted key with a value, the file it came from, `command line` or `default`.
         notes: What the person should hear once, e.g. old keys without effect.
         needs: What is still missing before this configuration can be used; empty when nothing is.
+        extensions: The extensions that were loaded for it.
     """
 
     args: ArgsConfig
@@ -86,6 +90,7 @@ class RunConfig:
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
     needs: str = ""
+    extensions: Extensions = _NO_EXTENSIONS
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -103,13 +108,16 @@ class RunConfig:
         return shown
 
     def tree(self) -> dict[str, Any]:
-        """Returns the four sections as plain dictionaries, lists and scalars; shipped files as `asset:`."""
+        """Returns the four sections as plain dictionaries, lists and scalars; shipped files as `asset:`.
+
+        With extensions, also what is recorded of them.
+        """
         records = {name: getattr(self, name) for name in Sections.model_fields}
         sections = {
             name: record.model_dump(mode="json") for name, record in records.items() if record is not None
         }
         shortened: dict[str, Any] = shorten_assets(sections)
-        return shortened
+        return {**shortened, KEY: self.extensions.tree()} if self.extensions.loaded else shortened
 
     @property
     def sampling_fps(self) -> float:

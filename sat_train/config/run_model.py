@@ -1,15 +1,20 @@
-"""Sampling from a run directory: the model is the one that the run trained, adapters included."""
+"""What a run directory says to those who sample from it or resume it: its model, and its extensions."""
 
 from __future__ import annotations
 
+import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sat_train.config.layers import Layer, merge_layers, read_layer
+from sat_train.config.extensions import Extensions
+from sat_train.config.layers import Layer, Merged, merge_layers, read_layer
 from sat_train.config.paths import exists
 from sat_train.config.reading import RESOLVED
-from sat_train.errors import Fault
+from sat_train.config.rules.rule import Purpose
+from sat_train.config.schema.args import ArgsConfig
+from sat_train.errors import ConfigError, Fault
 
 # What belongs to the model and its samples, not to the training of it.
 _ARGS = (
@@ -49,6 +54,46 @@ def use_model_of_run(layers: list[Layer], faults: list[Fault]) -> list[Layer]:
         tree[section] = {key: values[key] for key in keys if key in values}
     chosen = [layer for layer in layers if not layer.is_embedded]
     return [Layer(resolved.name, {name: section for name, section in tree.items() if section}, {}), *chosen]
+
+
+def check_recorded_extensions(extensions: Extensions, layers: Sequence[Layer], resolved: Path | None) -> None:
+    """Compares the extensions with those that files, and a run that is taken up again, were made with.
+
+    Args:
+        extensions: What was loaded.
+        layers: The files.
+        resolved: `resolved.yaml` of the run; None where there is none.
+
+    Raises:
+        ConfigError: Some are missing, or have changed and `--accept-changed-extension` is not given.
+    """
+    of_run = [read_layer(resolved, [])] if resolved is not None else []
+    faults = {
+        fault.path: fault
+        for layer in [*layers, *of_run]
+        if layer.extensions is not None
+        for fault in extensions.faults(layer.extensions, layer.name)
+    }
+    if faults:
+        raise ConfigError(list(faults.values()))
+
+
+def find_run(merged: Merged, purpose: Purpose) -> Path | None:
+    """Returns the `resolved.yaml` of the run that is sampled or resumed; None where there is none."""
+    args = merged.tree.get("args")
+    args = args if isinstance(args, dict) else {}
+    load, resume, save = args.get("load"), args.get("resume"), args.get("save", ArgsConfig().save)
+    if purpose == "sample":
+        return find_resolved(load) if isinstance(load, str) else None
+    if resume not in ("auto", "must"):
+        return find_resolved(resume) if isinstance(resume, str) and resume != "none" else None
+    if not isinstance(save, str):
+        return None
+    name = str(args.get("experiment_name", ArgsConfig().experiment_name))
+    digits = "[0-9]"  # of the date and time behind the name
+    folders = f"{glob.escape(name)}-{digits * 8}-{digits * 6}"
+    runs = sorted(Path(os.path.expanduser(save)).glob(f"{folders}/{RESOLVED}"))
+    return runs[-1] if runs else None
 
 
 def find_resolved(load: str) -> Path | None:

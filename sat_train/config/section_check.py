@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,20 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from sat_train.config.aliases import get_value
-from sat_train.config.catalog import all_keys, pattern_of, slot_targets, suggest_key, suggest_value
+from sat_train.config.catalog import (
+    all_keys,
+    pattern_of,
+    slot_targets,
+    suggest_key,
+    suggest_value,
+    target_names,
+)
 from sat_train.config.layers import Merged
 from sat_train.config.run import Sections
 from sat_train.config.values import show_value
 from sat_train.errors import Fault
 
+_KEY = ("[key]",)  # pydantic's mark of a key that is wrong itself
 _ROUNDS = 5  # a value is taken out, then replaced, and its replacement may hold such a value in turn
 
 
@@ -48,8 +57,8 @@ def validate(
                 if is_new and not any(_is_within(path, known) or _is_within(known, path) for known in named):
                     faults.append(_fault(detail, path, merged))
                 named.add(path)
-                if path.endswith(".target"):  # what its params may be is not known then
-                    named.add(f"{path.removesuffix('.target')}.params")
+                if target_names(path):  # what its params may be is not known then
+                    named.add(f"{path.rpartition('.')[0]}.params")
                 _repair(tree, path, stand_in() if detail["type"] == "missing" else {})
     return None
 
@@ -57,6 +66,7 @@ def validate(
 def _path_of(location: tuple[int | str, ...], tree: Any) -> str:
     """Returns the dotted path of an error, without the union members that pydantic puts in between."""
     parts: list[str] = []
+    location = location[:-1] if location[-1:] == _KEY else location
     for index, part in enumerate(location):
         inner = get_value(tree, str(part))
         is_last = index == len(location) - 1
@@ -78,12 +88,14 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
     shown = "" if value is PydanticUndefined else show_value(value)
     suggestion = ""
     if kind == "extra_forbidden":
-        expected, suggestion = "a key that exists", suggest_key(path)
+        expected, suggestion = _expected_key(path, merged)
         shown = shown if "." in path else ""  # a file that is no configuration may hold anything
+    elif detail["loc"][-1:] == _KEY:
+        shown, expected = "", "a name of letters, digits and `_`, which begins with a letter"
     elif kind == "missing":
         expected = f"{_expected(path)}, but it is missing"
     elif kind == "union_tag_not_found":
-        expected = f"a target: one of {', '.join(_targets(path))}"
+        expected = f"a target: one of {', '.join(target_names(f'{path}.target'))}"
     elif kind in ("union_tag_invalid", "literal_error"):
         choices = _choices(path)
         expected, suggestion = f"one of {', '.join(choices)}", suggest_value(shown, choices)
@@ -96,6 +108,18 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
     )
 
 
+def _expected_key(path: str, merged: Merged) -> tuple[str, str]:
+    """Returns what might stand in place of an unknown key: in a part's `params`, one of that part's own."""
+    place, _, key = path.rpartition(".params.")
+    table = slot_targets().get(pattern_of(place))
+    name = get_value(merged.tree, f"{place}.{table.key}") if table is not None else None
+    record = table.params.get(str(name)) if table is not None else None
+    if record is None or pattern_of(path) not in all_keys():
+        return "a key that exists", suggest_key(path)
+    near = difflib.get_close_matches(key, record.model_fields, n=1)
+    return f"a setting of {name}: {', '.join(record.model_fields)}", "".join(near)
+
+
 def _expected(path: str) -> str:
     """Returns in words what a key may hold; for a place in a list, what the list may hold."""
     keys, pattern = all_keys(), pattern_of(path)
@@ -106,13 +130,7 @@ def _expected(path: str) -> str:
 
 
 def _choices(path: str) -> list[str]:
-    if path.endswith(".target"):
-        return _targets(path.removesuffix(".target"))
-    return _expected(path).removeprefix("one of ").removesuffix(" or null").split(", ")
-
-
-def _targets(path: str) -> list[str]:
-    return sorted(slot_targets().get(pattern_of(path), {}))
+    return target_names(path) or _expected(path).removeprefix("one of ").removesuffix(" or null").split(", ")
 
 
 def _repair(tree: Any, path: str, stand_in: dict[str, Any]) -> None:

@@ -78,11 +78,13 @@ def _model(config: RunConfig) -> str:
 
 
 def _trained(config: RunConfig) -> str:
-    lora = config.spec.lora
-    if lora is None:
+    adapter = config.spec.adapter
+    if adapter is None:
         frozen = config.model.not_trainable_prefixes
         return "all weights of the transformer" + (f" but {', '.join(frozen)}" if frozen else "")
-    return f"LoRA of rank {lora.r}, alpha {lora.lora_alpha:g}: scale {lora.lora_alpha / lora.r:.3g}"
+    name = "LoRA" if adapter.target == "Lora" else adapter.target
+    given = adapter.params
+    return f"{name} of rank {given.r}, alpha {given.lora_alpha:g}: scale {given.alpha / given.r:.3g}"
 
 
 def _data(config: RunConfig, facts: RunFacts) -> str:
@@ -162,9 +164,9 @@ def _checkpoints(config: RunConfig) -> str:
 
 
 def _doubts(config: RunConfig, facts: RunFacts) -> Iterator[str]:
-    lora = config.spec.lora
-    if lora is not None:
-        step = config.args.lr * lora.lora_alpha / lora.r
+    adapter = config.spec.adapter
+    if adapter is not None:
+        step = config.args.lr * adapter.params.alpha / adapter.params.r
         if step > _BOLD_LORA_STEP:
             yield f"lr x alpha / r = {step:.1g} is high: lr 1e-3 is for alpha = 1, with alpha = r use 1e-4"
     if config.data is not None and not math.isclose(config.data.params.fps, config.spec.trained_fps):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+COMMAND_LINE = "command line"  # where a value came from, beside the names of files
 _LARGEST = 2**63 - 1  # of what torch, DeepSpeed and JSON's readers keep exactly
 
 

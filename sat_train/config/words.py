@@ -10,10 +10,10 @@ from typing import Any, Union, get_args, get_origin
 from sat_train.config.catalog import suggest_key
 from sat_train.config.legacy import reason_without_effect
 from sat_train.config.schema.args import ArgsConfig
+from sat_train.config.values import COMMAND_LINE as COMMAND_LINE
 from sat_train.config.yaml_text import WANTED_REFERENCE, NotPlain, parse_value
 from sat_train.errors import Fault
 
-COMMAND_LINE = "command line"
 WANTED_BASE = "`--base` in front of a YAML file"
 _WORD = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=", re.ASCII)
 _BOOLEANS = {"true": True, "false": False}

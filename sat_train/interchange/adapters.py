@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sat_train.checkpoint.manifest import verify_checkpoint
+from sat_train.config.parts.adapter_parts import ALPHA_KEY, LORA_MATRIX, RANK_KEY, find_adapter_tensor
 from sat_train.errors import CheckpointError
 from sat_train.interchange.locate import read_own_weights
 from sat_train.interchange.sources import find_weights
@@ -28,16 +29,13 @@ from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
 from sat_train.weights.lora_files import PEFT_METADATA_KEY, holds_lora, read_lora_modules
 from sat_train.weights.readers import read_metadata, read_weight_files
 
-RANK_KEY = "mixins.lora.rank"
-ALPHA_KEY = "mixins.lora.alpha"
 TRAINED_ALPHA_KEY = "sat_train.lora_alpha"
-_ADAPTER = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
 _DEFAULT_ALPHA = 1.0  # SAT's, whose checkpoints do not hold it
 
 
 def is_adapter_key(key: str) -> bool:
     """Returns whether a SAT key belongs to an adapter."""
-    return bool(_ADAPTER.fullmatch(key)) or key in (RANK_KEY, ALPHA_KEY)
+    return find_adapter_tensor(key) is not None or key in (RANK_KEY, ALPHA_KEY)
 
 
 def without_adapters(weights: LazyWeights) -> LazyWeights:
@@ -67,7 +65,7 @@ def read_lora(path: str | Path, *, ema: bool = False) -> Updates:
             modules = read_lora_modules(weights, source.files[0])
             updates = updates_of_modules(modules, where=weights.where)
             return _at_trained_alpha(updates, read_metadata(source.files[0]), weights.where)
-        if any(_ADAPTER.search(key) for key in weights):
+        if any(LORA_MATRIX.search(key) for key in weights):
             bare = weights.select(lambda key: re.sub(r"^(module\.)?model\.diffusion_model\.", "", key))
             return updates_of(bare)
     return updates_of(read_own_weights(source, ema=ema))
@@ -93,7 +91,7 @@ def updates_of(weights: LazyWeights) -> Updates:
     """
     layers: dict[str, dict[str, dict[int, Tensor]]] = {}
     for key in weights:
-        if match := _ADAPTER.fullmatch(key):
+        if match := LORA_MATRIX.fullmatch(key):
             layers.setdefault(match[1], {"A": {}, "B": {}})[match[2]][int(match[3])] = weights[key]
     if not layers:
         return {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sat_train.config import ArgsConfig, ModelSpec
+from sat_train.models.adapter import add_adapters
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.lora import add_lora
 
 
 def build_dit(
@@ -58,11 +58,10 @@ def build_dit(
         dtype=dtype,
         init_seed=seed if initialize else None,
     )
-    lora = spec.lora if with_adapters else None
-    if lora is not None:
-        add_lora(
-            dit, rank=lora.r, alpha=lora.lora_alpha, dropout=lora.dropout, targets=lora.targets, seed=seed
-        )
+    adapter = spec.adapter if with_adapters else None
+    if adapter is not None:
+        given = adapter.params
+        add_adapters(dit, adapter.build, rank=given.r, alpha=given.alpha, targets=given.targets, seed=seed)
     return dit
 
 

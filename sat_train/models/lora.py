@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) on SAT's linear layers, right under tensor parallelism.
+"""Low-rank adapters (LoRA) on SAT's linear layers.
 
 An adapted layer keeps its own weight under its own key and gains `matrix_A.i` and `matrix_B.i`: one pair for
 each of the equal parts of its output, three for the fused q, k, v. These are the names, shapes and scale
@@ -11,36 +11,28 @@ Source: THUDM/SwissArmyTransformer@63dc23a `sat/model/finetune/lora2.py`; there 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from sat import mpu
-from sat.model.base_model import BaseMixin
-from sat.mpu import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_model_parallel_region,
-    reduce_from_model_parallel_region,
-)
 from torch import Tensor, nn
 
-from sat_train.errors import CheckpointError, ConfigError, Fault
-from sat_train.models.dit.initialization import initialize_parameter
+from sat_train.config.parts.adapter_parts import AdapterParams
+from sat_train.errors import CheckpointError
+from sat_train.models.adapter import (
+    PARAMS_KEY,
+    Adapter,
+    LinearShape,
+    adapted_layers,
+    add_adapters,
+    linear_layers,
+)
 from sat_train.models.dit.sharding import full_shape, shard_weight
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.low_rank import LowRank, Updates, common_scale, highest_rank, misfits
 
 DEFAULT_TARGETS = (r"attention\.query_key_value$", r"attention\.dense$")
-
-_PARAMS_KEY = "model.network_config.params.modules.lora_config.params"
-
-
-# The layers people adapt, and what diffusers and PEFT call them.
-_SUGGESTED = (
-    r"attention\.query_key_value (to_q, to_k, to_v elsewhere), attention\.dense (to_out.0), mlp\. (ff.net), "
-    r"adaLN_modulations\. (norm1.linear, norm2.linear)"
-)
 
 
 class _Matrices(nn.Module):
@@ -71,71 +63,43 @@ class Up(_Matrices):
         return torch.cat(outputs, dim=-1)
 
 
-class _LowRank(nn.Module):
-    """What the adapted layers share: `y + B(between(A(dropout(x)) * scale))`."""
+class Lora(Adapter):
+    """An update of low rank, which starts at zero: `B(reduce(A(dropout(x)) * scale))`.
 
-    weight: Tensor  # of the layer
-    matrix_A: Down
-    matrix_B: Up
-    lora_dropout: nn.Module
-    lora_scale: float
-    lora_merged: bool
+    Args:
+        layer: The layer.
+        rank: Inner width.
+        scale: Factor on the update.
+        dropout: Probability that an input channel of the update is dropped in training.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the layer and its update."""
-        y: Tensor = super().forward(x)
-        if self.lora_merged:
-            assert not self.training, "unmerge the adapters before training"
-        else:
-            y = y + self.matrix_B(self._between(self.matrix_A(self.lora_dropout(x)) * self.lora_scale))
-        return y
-
-    @staticmethod
-    def _between(h: Tensor) -> Tensor:
-        return h
-
-    def low_rank_weight(self) -> Tensor:
-        """Returns what merging adds to the weight, fp32, this rank's slice."""
-        pairs = zip(self.matrix_A.parameters(), self.matrix_B.parameters(), strict=True)
-        return torch.cat([up.float() @ down.float() for down, up in pairs]) * self.lora_scale
-
-
-class LoraLinear(_LowRank, nn.Linear):
-    """An adapted plain layer."""
-
-
-class LoraColumnParallelLinear(_LowRank, ColumnParallelLinear):
-    """An adapted layer whose output is sharded: A whole on every rank, B sharded; A's gradient is summed."""
-
-    @staticmethod
-    def _between(h: Tensor) -> Tensor:
-        copied: Tensor = copy_to_model_parallel_region(h)
-        return copied
-
-
-class LoraRowParallelLinear(_LowRank, RowParallelLinear):
-    """An adapted layer whose input is sharded: A sharded, B whole on every rank; partial sums are added."""
-
-    @staticmethod
-    def _between(h: Tensor) -> Tensor:
-        reduced: Tensor = reduce_from_model_parallel_region(h)
-        return reduced
-
-
-_ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: LoraLinear,
-    ColumnParallelLinear: LoraColumnParallelLinear,
-    RowParallelLinear: LoraRowParallelLinear,
-}
-
-
-class LoraMixin(BaseMixin):
-    """Marks a transformer as adapted, and keeps rank and alpha with its weights."""
-
-    def __init__(self, *, rank: int, alpha: float) -> None:
+    def __init__(self, layer: LinearShape, *, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.register_buffer("rank", torch.tensor(rank))
-        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float32))
+        rows = layer.out_features // layer.parts
+        downs = (torch.empty(rank, layer.in_features, dtype=torch.float32) for _ in range(layer.parts))
+        self.matrix_A = Down(downs)
+        self.matrix_B = Up(torch.empty(rows, rank, dtype=torch.float32) for _ in range(layer.parts))
+        self.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.layer, self.rank, self.scale = layer, rank, scale
+
+    def delta(self, x: Tensor) -> Tensor:
+        """Returns what is added to the layer's output."""
+        update: Tensor = self.matrix_B(self.layer.reduce(self.matrix_A(self.lora_dropout(x)) * self.scale))
+        return update
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Returns the weight with the update, fp32, this rank's shard."""
+        return weight.float() + torch.cat([part.up @ part.down for part in self.export()]) * self.scale
+
+    def export(self) -> tuple[LowRank, ...]:
+        """Returns the update of each part of the output, fp32, this rank's shard."""
+        pairs = zip(self.matrix_A.parameters(), self.matrix_B.parameters(), strict=True)
+        return tuple(LowRank(down.float(), up.float(), self.scale) for down, up in pairs)
+
+
+def build(params: AdapterParams, layer: LinearShape) -> Lora:
+    """Builds the adapter of a layer."""
+    return Lora(layer, rank=params.r, scale=params.alpha / params.r, dropout=params.dropout)
 
 
 def add_lora(
@@ -154,20 +118,17 @@ def add_lora(
         rank: Inner width of an update.
         alpha: Updates are scaled by alpha / rank. SAT's convention is 1.
         dropout: Probability that an input channel of an update is dropped in training.
-        targets: Regular expressions searched in module names such as
-            `transformer.layers.0.attention.query_key_value`.
+        targets: Regular expressions searched in module names.
         seed: The run's seed.
 
     Raises:
         ConfigError: A pattern matches no linear layer.
     """
-    layers = {name: module for name, module in dit.named_modules() if type(module) in _ADAPTED}
-    _check_targets(targets, layers)
-    for name, module in layers.items():
-        if any(re.search(target, name) for target in targets):
-            _adapt(name, module, rank=rank, scale=alpha / rank, dropout=dropout, seed=seed)
-    with torch.device(dit.device):
-        dit.add_mixin("lora", LoraMixin(rank=rank, alpha=alpha))
+
+    def build_one(layer: LinearShape) -> Lora:
+        return Lora(layer, rank=rank, scale=alpha / rank, dropout=dropout)
+
+    add_adapters(dit, build_one, rank=rank, alpha=alpha, targets=targets, seed=seed)
 
 
 def add_lora_for(dit: DiffusionTransformer, updates: Updates) -> None:
@@ -177,8 +138,7 @@ def add_lora_for(dit: DiffusionTransformer, updates: Updates) -> None:
         CheckpointError: An update of a layer that the transformer does not have, or of another shape.
     """
     rank, scale = highest_rank(updates), common_scale(updates)
-    names = {name for name, module in dit.named_modules() if type(module) in _ADAPTED}
-    if unknown := sorted(updates.keys() - names):
+    if unknown := sorted(updates.keys() - linear_layers(dit).keys()):
         raise CheckpointError(
             f"the adapter is of layers that this model does not have: {', '.join(unknown[:5])}",
             expected="an adapter of this model",
@@ -188,75 +148,10 @@ def add_lora_for(dit: DiffusionTransformer, updates: Updates) -> None:
     load_updates(dit, updates)
 
 
-def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
-    faults = [
-        Fault(
-            path=f"{_PARAMS_KEY}.targets",
-            value=target,
-            expected=f"a pattern that some linear layer matches, such as {_SUGGESTED}",
-        )
-        for target in targets
-        if not any(re.search(target, name) for name in layers)
-    ]
-    if faults:
-        raise ConfigError(faults)
-
-
-def _adapt(name: str, layer: nn.Module, *, rank: int, scale: float, dropout: float, seed: int) -> None:
-    plain = type(layer)
-    parts = layer.stride if isinstance(layer, ColumnParallelLinear) else 1
-    # the layer stays the object it is, so its weight, its key and whoever holds it stay too
-    layer.__class__ = _ADAPTED[plain]
-    assert isinstance(layer, _LowRank)
-    out_features, in_features = layer.weight.shape
-    with layer.weight.device:
-        layer.matrix_A = Down(torch.empty(rank, in_features, dtype=torch.float32) for _ in range(parts))
-        layer.matrix_B = Up(
-            torch.empty(out_features // parts, rank, dtype=torch.float32) for _ in range(parts)
-        )
-    layer.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-    layer.lora_scale, layer.lora_merged = scale, False
-    # SAT's mark of a slice, by which DeepSpeed counts it once on each rank in the gradient's norm
-    sharded = {ColumnParallelLinear: layer.matrix_B, RowParallelLinear: layer.matrix_A}.get(plain)
-    for matrix in sharded.parameters() if sharded else ():
-        matrix.model_parallel = True  # type: ignore[attr-defined]  # an attribute that SAT adds
-    full_in = getattr(layer, "input_size", in_features)
-    if layer.weight.device.type != "meta":
-        for suffix, matrix in layer.named_parameters():
-            if suffix.startswith("matrix_"):
-                initialize_parameter(f"{name}.{suffix}", matrix, seed=seed, fan_in=full_in)
-
-
-def lora_layers(dit: nn.Module) -> Iterator[tuple[str, _LowRank]]:
-    """Yields the adapted layers and their names."""
-    return ((name, module) for name, module in dit.named_modules() if isinstance(module, _LowRank))
-
-
-@torch.no_grad()
-def merge_lora(dit: nn.Module) -> None:
-    """Adds the updates to the weights in place, for sampling at the base model's speed."""
-    for _, layer in lora_layers(dit):
-        if not layer.lora_merged:
-            layer.weight.copy_(layer.weight.float() + layer.low_rank_weight())
-            layer.lora_merged = True
-
-
-@torch.no_grad()
-def unmerge_lora(dit: nn.Module) -> None:
-    """Takes merged updates out again, to rounding in the dtype of the weights."""
-    for _, layer in lora_layers(dit):
-        if layer.lora_merged:
-            layer.weight.copy_(layer.weight.float() - layer.low_rank_weight())
-            layer.lora_merged = False
-
-
-def adapter_state_dict(dit: nn.Module) -> dict[str, Tensor]:
-    """Returns the updates alone, with rank and alpha: `...matrix_A.i`, `...matrix_B.i`, `mixins.lora.*`."""
-    return {
-        key: value
-        for key, value in dit.state_dict().items()
-        if re.search(r"\.matrix_[AB]\.\d+$", key) or key.startswith("mixins.lora.")
-    }
+def lora_layers(dit: nn.Module) -> Iterator[tuple[str, Lora]]:
+    """Yields the low-rank adapters under the names of their layers."""
+    layers = ((name, layer.adapter) for name, layer in adapted_layers(dit))
+    return ((name, adapter) for name, adapter in layers if isinstance(adapter, Lora))
 
 
 @torch.no_grad()
@@ -274,36 +169,35 @@ def load_updates(dit: nn.Module, updates: Updates) -> None:
     Raises:
         CheckpointError: A layer that has no adapter here, another shape, or too high a rank; names them all.
     """
-    layers = dict(lora_layers(dit))
+    adapters, size = dict(lora_layers(dit)), _model_size()
     shapes = {
-        name: full_shape(f"{name}.weight", layer.weight.shape, _model_size())
-        for name, layer in layers.items()
+        name: full_shape(f"{name}.weight", (each.layer.out_features, each.layer.in_features), size)
+        for name, each in adapters.items()
     }
     faults = misfits(updates, shapes)
-    for name in updates.keys() & layers.keys():
-        own = [tuple(matrix.shape) for matrix in layers[name].matrix_A.parameters()]
-        if len(own) != len(updates[name]):
-            faults.append(f"{name} has updates of {len(updates[name])} parts, and {len(own)} adapters here")
-        ranks = {part.rank for part in updates[name] if part is not None and part.rank > own[0][0]}
+    for name in updates.keys() & adapters.keys():
+        own, parts = adapters[name], updates[name]
+        if own.layer.parts != len(parts):
+            faults.append(f"{name} has updates of {len(parts)} parts, and {own.layer.parts} adapters here")
+        ranks = {part.rank for part in parts if part is not None and part.rank > own.rank}
         faults += [
-            f"{name} has an update of rank {rank}, and its adapter here has rank {own[0][0]}"
-            for rank in ranks
+            f"{name} has an update of rank {rank}, and its adapter here has rank {own.rank}" for rank in ranks
         ]
     if faults:
         raise CheckpointError(
             "\n  - ".join([f"the adapter does not fit ({len(faults)} faults):", *sorted(faults)]),
-            expected=f"updates of the layers that {_PARAMS_KEY}.targets names, of rank .r at most",
-            remedy=f"set {_PARAMS_KEY}.targets and .r as the adapter was trained",
+            expected=f"updates of the layers that {PARAMS_KEY}.targets names, of rank .r at most",
+            remedy=f"set {PARAMS_KEY}.targets and .r as the adapter was trained",
         )
     for name, parts in updates.items():
         for index, part in enumerate(parts):
             if part is not None:
-                _load_update(name, index, layers[name], part)
+                _load_update(name, index, adapters[name], part)
 
 
-def _load_update(name: str, index: int, layer: _LowRank, update: LowRank) -> None:
-    for side, matrix in (("matrix_A", update.down.float()), ("matrix_B", update.scaled_up(layer.lora_scale))):
-        target = getattr(layer, side).get_parameter(str(index))
+def _load_update(name: str, index: int, adapter: Lora, update: LowRank) -> None:
+    for side, matrix in (("matrix_A", update.down.float()), ("matrix_B", update.scaled_up(adapter.scale))):
+        target = getattr(adapter, side).get_parameter(str(index))
         key = f"{name}.{side}.{index}"
         given = shard_weight(key, matrix, rank=mpu.get_model_parallel_rank(), size=_model_size())
         if side == "matrix_A":

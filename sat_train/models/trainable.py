@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from sat_train.config.parts.adapter_parts import find_adapter_tensor
 from sat_train.errors import ConfigError, Fault
 
 _KEY = "model.not_trainable_prefixes"
-_ADAPTER = re.compile(r"\.matrix_[AB]\.\d+$")
 
 # CogVideo counts names from the whole engine; the text encoder and the VAE stand outside the transformer here
 _ENGINE_PREFIX = "model.diffusion_model."
@@ -61,7 +60,7 @@ class ParameterGroup:
 
 
 def select_trainable(dit: nn.Module, *, not_trainable_prefixes: Sequence[str] = ()) -> TrainableSummary:
-    """Freezes weights by the beginning of their names; adapters (`matrix_A`, `matrix_B`) always train.
+    """Freezes weights by the beginning of their names; adapters always train.
 
     Args:
         dit: The transformer, changed in place.
@@ -79,7 +78,7 @@ def select_trainable(dit: nn.Module, *, not_trainable_prefixes: Sequence[str] = 
     _check_prefixes(prefixes, dit)
     for name, parameter in dit.named_parameters():
         frozen = any(prefix == "all" or name.startswith(prefix) for prefix in prefixes)
-        parameter.requires_grad_(not frozen or bool(_ADAPTER.search(name)))
+        parameter.requires_grad_(not frozen or find_adapter_tensor(name) is not None)
     summary = summarize_parameters(dit)
     if summary.num_trainable == 0:
         text = f"at least one weight that trains, under one of {', '.join(sorted(summary.frozen))}"

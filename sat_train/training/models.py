@@ -11,14 +11,13 @@ from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.layout import step_folder
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.config import RunConfig
+from sat_train.config.parts.adapter_parts import ALPHA_KEY, RANK_KEY
 from sat_train.config.paths import expand_assets
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import build_encoders
 from sat_train.errors import CheckpointError
 from sat_train.interchange.adapters import (
-    ALPHA_KEY,
-    RANK_KEY,
     merge_updates,
     read_given_lora,
     updates_of,
@@ -33,10 +32,11 @@ from sat_train.interchange.locate import (
     read_located,
 )
 from sat_train.log import get_logger
+from sat_train.models.adapter import adapter_state_dict
 from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.encoders import Encoders
-from sat_train.models.lora import adapter_state_dict, load_updates
+from sat_train.models.lora import load_updates
 from sat_train.models.low_rank import Updates, common_scale, highest_rank, stacked, strengthened
 from sat_train.models.trainable import select_trainable
 from sat_train.objective.build import build_pipeline
@@ -118,7 +118,7 @@ def find_start_weights(
 
 
 def _find_start_weights(config: RunConfig, point: ResumePoint | None) -> StartWeights:
-    args, has_lora = config.args, config.spec.lora is not None
+    args, has_lora = config.args, config.spec.adapter is not None
     if point is not None and point.manifest.base_weights is not None:
         recorded = find_resumed_base(point, args.load_base, args.load)
         return StartWeights(Located(Path(expand_assets(recorded.source))), recorded)
@@ -155,7 +155,7 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
     if start.resumed is not None:
         load_resumed_weights(dit, mesh, start.resumed)
     elif start.located is not None:
-        has_adapters = config.spec.lora is not None
+        has_adapters = config.spec.adapter is not None
         load_first_weights(dit, mesh, start, has_adapters=has_adapters)
     summary = select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     log.info("weights of the transformer%s:\n%s", _of_one_rank(mesh), summary)

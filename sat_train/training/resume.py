@@ -10,6 +10,7 @@ from typing import Any
 from sat_train.checkpoint.find import ResumePoint, find_resume_point
 from sat_train.checkpoint.load import read_client_state
 from sat_train.config import RunConfig
+from sat_train.config.extensions import KEY
 from sat_train.config.loading import leaves
 from sat_train.errors import CheckpointError, ConfigError, Fault
 from sat_train.log import get_logger
@@ -92,7 +93,8 @@ def check_config_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
         ConfigError: Names every setting that differs and may not.
     """
     changes = list(_changes(saved, config.shown_tree()))
-    faults = [
+    faults = [*config.extensions.faults(saved.get(KEY, {}), "the checkpoint")]
+    faults += [
         Fault(path, str(new), f"{old}, as in the checkpoint (args.load starts another run from its weights)")
         for path, old, new in changes
         if _is_fixed(path)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.models.lora import adapter_state_dict, add_lora
+from sat_train.models.adapter import adapter_state_dict
+from sat_train.models.lora import add_lora
 from sat_train.models.trainable import group_parameters, select_trainable
 from tests.unit.models.mixins import Branch, Fuser, Head
 from tests.unit.models.narrow import inputs, randomized

@@ -17,7 +17,8 @@ from sat_train.interchange.adapters import is_adapter_key, read_lora
 from sat_train.interchange.conversion import Conversion, convert
 from sat_train.interchange.locate import load_weights, read_transformer_weights
 from sat_train.interchange.sources import hash_weights
-from sat_train.models.lora import adapter_state_dict, load_updates
+from sat_train.models.adapter import adapter_state_dict
+from sat_train.models.lora import load_updates
 
 pytestmark = pytest.mark.ranks
 
@@ -39,7 +40,7 @@ def _train_and_save(
     dit = build_dit(model, device="cpu", dtype=torch.bfloat16)
     weights = read_transformer_weights(base, model_rank=mesh.model_rank, model_size=mesh.model_size)
     load_weights(dit, weights, may_lack=adapter_state_dict(dit).keys())
-    select_trainable(dit, not_trainable_prefixes=() if model.lora is None else ["all"])
+    select_trainable(dit, not_trainable_prefixes=() if model.adapter is None else ["all"])
     trained = [parameter for parameter in dit.parameters() if parameter.requires_grad]
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -65,7 +66,7 @@ def _train_and_save(
         engine.backward(loss)
         engine.step(lr)
         average.update()
-    has_lora = model.lora is not None
+    has_lora = model.adapter is not None
     on_rank_0(mesh, lambda: run_directory.mkdir(parents=True))
     save_training_checkpoint(
         mesh,
@@ -123,8 +124,8 @@ def test_without_learning_an_export_is_the_base_bit_for_bit(
 def test_trained_adapters_come_out_apart_merged_and_with_their_base(
     rank_pool: Callable[..., Any], tmp_path: Path
 ) -> None:
+    from sat_train.models.adapter import merge_adapters
     from sat_train.models.build import build_dit
-    from sat_train.models.lora import merge_lora
 
     _, adapted, weights, base = _models("cogvideox_5b", tmp_path)
     run = tmp_path / "lora"
@@ -146,7 +147,7 @@ def test_trained_adapters_come_out_apart_merged_and_with_their_base(
         assert torch.equal(own[key].double(), whole[key].double()), key  # alpha / rank is a power of two
 
     merged = read_transformer_weights(convert(Conversion(run, tmp_path / "merged", "sat", merge_lora=True)))
-    merge_lora(dit)
+    merge_adapters(dit)
     for key in weights:
         assert torch.equal(merged[key], dit.state_dict()[key]), key
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.errors import CheckpointError, ConfigError
+from sat_train.models.adapter import merge_adapters
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.sharding import merge_shards, shard_weight, tensor_parallel_layout
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.lora import add_lora, lora_layers, merge_lora
+from sat_train.models.lora import add_lora, lora_layers
 from tests.unit.models.mixins import Branch, Fuser, Remembering
 from tests.unit.models.narrow import build, inputs
 
@@ -56,7 +57,7 @@ def _run(
     assert marked == {key for key, _ in dit.named_parameters() if tensor_parallel_layout(key)}
     merged = None
     if added == "lora":
-        merge_lora(dit.eval())
+        merge_adapters(dit.eval())
         merged = dit(*inputs()).detach()
     gradients = {key: parameter.grad for key, parameter in dit.named_parameters()}
     return output.detach(), gradients, merged

@@ -48,7 +48,7 @@ def test_loads_behind_sft(path: Path) -> None:
 @pytest.mark.parametrize("what", ["sft", "lora"])
 def test_each_model_with_each_way_to_train(model: Path, what: str) -> None:
     config = load(model, CONFIGS / f"{what}.yaml")
-    assert (config.spec.lora is not None) == (what == "lora")
+    assert (config.spec.adapter is not None) == (what == "lora")
     assert config.args.fp16 == ("2b" in model.name)
     assert config.args.bf16 == ("5b" in model.name)
 

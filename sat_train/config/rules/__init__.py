@@ -1,15 +1,22 @@
 """Rules between settings: what each single value cannot know."""
 
-from sat_train.config.rules import model_rules, path_rules, run_rules
+from collections.abc import Iterable
+
+from sat_train.config.parts.registry import registered_checks
+from sat_train.config.rules import model_rules as model_rules
+from sat_train.config.rules import path_rules as path_rules
+from sat_train.config.rules import run_rules
 from sat_train.config.rules.rule import ParsedConfig, Rule
 from sat_train.config.run import RunConfig
 from sat_train.errors import ConfigError, Fault
 
-RULES: tuple[Rule, ...] = (*run_rules.RULES, *model_rules.RULES)
-PATH_RULES: tuple[Rule, ...] = path_rules.RULES
+
+def all_rules(*, looking_at_paths: bool = False) -> list[Rule]:
+    """Returns the rules of the package and of extensions: those that look at paths, or those that do not."""
+    return [rule for rule in registered_checks() if rule.looks_at_paths == looking_at_paths]
 
 
-def check_rules(config: ParsedConfig, rules: tuple[Rule, ...], faults: list[Fault]) -> None:
+def check_rules(config: ParsedConfig, rules: Iterable[Rule], faults: list[Fault]) -> None:
     """Adds what the rules find; those that read a key with a fault are left out.
 
     Args:
@@ -19,8 +26,18 @@ def check_rules(config: ParsedConfig, rules: tuple[Rule, ...], faults: list[Faul
     """
     faulty = {fault.path for fault in faults}
     for rule in rules:
-        if rule.can_be_checked(faulty):
+        if rule.severity == "error" and rule.can_be_checked(faulty):
             faults.extend(rule.check(config))
+
+
+def warnings_of(config: ParsedConfig) -> list[str]:
+    """Returns what the rules find that only warn, unless `args.silence` names them."""
+    return [
+        f"{fault} ({'; '.join(filter(None, [rule.source, f'args.silence=[{rule.name}] hides this']))})"
+        for rule in all_rules()
+        if rule.severity == "warning" and rule.name not in config.args.silence
+        for fault in rule.check(config)
+    ]
 
 
 def check_on_device(config: RunConfig, device: str) -> None:

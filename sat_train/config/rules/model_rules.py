@@ -229,7 +229,7 @@ def guidance_grows_over_all_steps(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule(f"{_NETWORK}.modules.lora_config", "model.not_trainable_prefixes")
 def adapters_have_a_frozen_base(config: ParsedConfig) -> Iterator[Fault]:
-    has_adapters = config.spec.lora is not None
+    has_adapters = config.spec.adapter is not None
     frozen = config.model.not_trainable_prefixes
     if has_adapters and "all" not in frozen:
         yield config.fault("model.not_trainable_prefixes", frozen, "['all'], because lora_config is given")
@@ -243,8 +243,8 @@ def adapters_have_a_frozen_base(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule(f"{_NETWORK}.modules.lora_config", f"{_NETWORK}.num_layers", f"{_NETWORK}.ofs_embed_dim")
 def adapters_find_their_layers(config: ParsedConfig) -> Iterator[Fault]:
-    lora, names = config.spec.lora, config.spec.linear_layers()
-    for index, target in enumerate(lora.targets if lora is not None else ()):
+    adapter, names = config.spec.adapter, config.spec.linear_layers()
+    for index, target in enumerate(adapter.params.targets if adapter is not None else ()):
         expected = _wanted_of_pattern(target, names)
         if expected:
             ours = LORA_TARGETS.get(target.rpartition("attn1.")[2], "")
@@ -265,23 +265,3 @@ def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:
     except (re.error, OverflowError, RecursionError):
         return "a regular expression"
     return "" if finds else f"a pattern that finds a linear layer, such as {names[0]} or {names[2]}"
-
-
-RULES = (
-    frames_are_4k_plus_1,
-    aspects_are_ratios,
-    budget_holds_one_sample,
-    sampled_latents_fill_patches,
-    sizes_fill_patches,
-    fixed_positions_fit_size,
-    channels_fit,
-    heads_fit,
-    ofs_adds_to_time,
-    text_lengths_agree,
-    coders_agree,
-    autoencoder_divides_evenly,
-    one_noise_schedule,
-    guidance_grows_over_all_steps,
-    adapters_have_a_frozen_base,
-    adapters_find_their_layers,
-)

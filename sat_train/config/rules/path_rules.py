@@ -29,7 +29,7 @@ def placeholders(config: ParsedConfig) -> list[str]:
     ]
 
 
-@rule()
+@rule(looks_at_paths=True)
 def needed_paths_exist(config: ParsedConfig) -> Iterator[Fault]:
     for key, path in _needed_paths(config):
         if is_placeholder(path):
@@ -115,6 +115,3 @@ def _weight_paths(config: ParsedConfig) -> Iterator[tuple[str, str]]:
         yield "args.load_base", args.load_base
     if args.load_lora is not None and args.resume == "none":
         yield "args.load_lora", args.load_lora
-
-
-RULES = (needed_paths_exist,)

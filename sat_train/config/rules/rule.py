@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from sat_train.config.model_spec import ModelSpec, build_model_spec
+from sat_train.config.parts.registry import register_check
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.config.schema.data_section import DataConfig
 from sat_train.config.schema.deepspeed import DeepSpeedConfig
@@ -63,10 +64,21 @@ class Rule:
     Args:
         reads: Keys or groups it depends on; with a fault in one of them it cannot be checked.
         check: Yields the faults.
+        severity: `error` refuses the configuration; `warning` is shown, unless `args.silence` names the rule.
+        source: Where the reason can be read; shown with a warning.
+        looks_at_paths: It needs the files that the configuration names.
     """
 
     reads: tuple[str, ...]
     check: Callable[[ParsedConfig], Iterator[Fault]]
+    severity: Literal["error", "warning"] = "error"
+    source: str = ""
+    looks_at_paths: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name, by which a warning can be silenced."""
+        return self.check.__name__
 
     def can_be_checked(self, faulty: set[str]) -> bool:
         """Tells whether nothing that the rule reads is a fault already."""
@@ -77,6 +89,27 @@ class Rule:
         )
 
 
-def rule(*reads: str) -> Callable[[Callable[[ParsedConfig], Iterator[Fault]]], Rule]:
-    """Makes a rule of a function; the arguments are the keys it reads."""
-    return lambda check: Rule(reads, check)
+def rule(
+    *reads: str,
+    severity: Literal["error", "warning"] = "error",
+    source: str = "",
+    looks_at_paths: bool = False,
+) -> Callable[[Callable[[ParsedConfig], Iterator[Fault]]], Rule]:
+    """Makes a rule of a function and registers it under the function's name. To extensions, a guard rail.
+
+    Args:
+        reads: Keys or groups that it reads, such as `args.lr`.
+        severity: See `Rule`.
+        source: See `Rule`.
+        looks_at_paths: See `Rule`.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def register(check: Callable[[ParsedConfig], Iterator[Fault]]) -> Rule:
+        registered = Rule(reads, check, severity, source, looks_at_paths)
+        register_check(registered.name, check, registered)
+        return registered
+
+    return register

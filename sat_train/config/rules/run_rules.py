@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from sat_train.config.parts.registry import choices_in
 from sat_train.config.rules.rule import ParsedConfig, rule
 from sat_train.config.schema.args import IMAGE_SEPARATOR, ArgsConfig
 from sat_train.config.words import COMMAND_LINE
@@ -20,7 +21,7 @@ TRAINING_ONLY = frozenset(
         *("train_iters", "epochs", "batch_size", "gradient_accumulation_steps", "lr", "weight_decay"),
         *("clip_grad", "warmup", "lr_decay_style", "lr_decay_iters", "lr_decay_ratio", "ema_decay"),
         *("zero_stage", "checkpoint_activations", "compile", "experiment_name", "resume", "save"),
-        *("save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb"),
+        *("save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb", "callbacks"),
         *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "valid_prompts"),
         *("valid_images", "valid_video_interval", "train_data", "train_data_weights", "valid_data"),
         *("split", "num_workers", "prefetch_factor"),
@@ -86,11 +87,20 @@ def offload_needs_a_stage(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault(path, zero.offload_optimizer.device, "none at ZeRO stage 0")
 
 
-@rule("deepspeed.optimizer.params.betas")
-def betas_below_one(config: ParsedConfig) -> Iterator[Fault]:
-    betas = config.deepspeed.optimizer.params.betas
-    if not all(0 <= beta < 1 for beta in betas):
-        yield config.fault("deepspeed.optimizer.params.betas", betas, "two numbers from 0 to below 1")
+@rule("deepspeed.optimizer", "args.zero_stage")
+def zero_splits_elementwise_optimizers_only(config: ParsedConfig) -> Iterator[Fault]:
+    optimizer = config.deepspeed.optimizer
+    if config.args.zero_stage and not optimizer.params.elementwise:
+        expected = "0: at other stages a rank steps pieces of weights, and this optimizer needs whole ones"
+        yield config.fault("args.zero_stage", config.args.zero_stage, f"{expected} ({optimizer.type})")
+
+
+@rule("model")
+def parts_fit_the_model(config: ParsedConfig) -> Iterator[Fault]:
+    sections = {"args": config.args, "model": config.model, "deepspeed": config.deepspeed}
+    for path, choice in choices_in(sections):
+        for key, expected in choice.params.check(config.spec):
+            yield config.fault(f"{path}.params.{key}", getattr(choice.params, key), expected)
 
 
 @rule("args.distributed_backend", "args.device")
@@ -264,25 +274,3 @@ def keys_have_a_reader(config: ParsedConfig) -> Iterator[Fault]:
 
 # What also depends on the device that `auto` finds; the engine asks again once it is known.
 ENGINE_RULES = (stage_zero_in_fp32_only, no_compile_with_stage_three, fp16_on_gpus_only)
-RULES = (
-    keys_have_a_reader,
-    one_precision,
-    *ENGINE_RULES,
-    gradients_stay_in_order,
-    offload_needs_a_stage,
-    betas_below_one,
-    backend_fits_device,
-    one_length,
-    whole_warmup,
-    validation_lines_up_with_saves,
-    videos_at_validations,
-    shares_of_the_data,
-    one_weight_a_source,
-    mode_fits_purpose,
-    finetune_has_weights,
-    lora_has_a_base,
-    data_is_given,
-    cache_has_a_folder,
-    there_is_a_prompt,
-    validation_images_fit,
-)

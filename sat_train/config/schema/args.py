@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from sat_train.config.parts.callback_parts import CallbackConfig
 from sat_train.config.schema.record import (
     FileName,
     Floats,
     HeightWidth,
+    PlainName,
     Record,
     Text,
     Texts,
@@ -129,6 +131,10 @@ class ArgsConfig(Record):
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
     wandb: bool = Field(False, description="Report to Weights & Biases.")
     wandb_project_name: Text = Field("sat_train", description="Weights & Biases project.")
+    callbacks: dict[PlainName, CallbackConfig] = Field(
+        {}, description="Further callbacks, by a name of your own: target and params."
+    )
+    silence: Texts = Field((), description="Names of guard rails whose warnings are not shown.")
     eval_interval: int | None = Field(
         None, ge=1, description="Steps between validations; null: no validation."
     )
@@ -196,3 +202,14 @@ class ArgsConfig(Record):
         None, description="Wins over `model.sampler_config.target`."
     )
     guidance_scale: float | None = Field(None, ge=0, description="Wins over the guider's `scale`.")
+
+    def all_callbacks(self) -> tuple[CallbackConfig, ...]:
+        """Returns the callbacks that flags ask for, then those of `callbacks`; what is named there wins."""
+        asked: dict[str, dict[str, str]] = {"MetricsFile": {}}
+        if self.tensorboard:
+            asked["TensorBoard"] = {}
+        if self.wandb:
+            asked["WeightsAndBiases"] = {"project": self.wandb_project_name}
+        given = {each.target for each in self.callbacks.values()}
+        by_flags = [CallbackConfig.of(name, params) for name, params in asked.items() if name not in given]
+        return (*by_flags, *self.callbacks.values())

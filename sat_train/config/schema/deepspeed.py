@@ -6,27 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from sat_train.config.schema.record import Betas, Record, Whole, ZeroStage
-
-
-class OptimizerParams(Record):
-    """Adam's numbers."""
-
-    lr: float = Field(1e-4, ge=0, description="Highest learning rate; the same setting as `args.lr`.")
-    betas: Betas = Field((0.9, 0.999), description="Decay of the first and second moment.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
-    weight_decay: float = Field(
-        0.01, ge=0, description="Decoupled weight decay; the same setting as `args.weight_decay`."
-    )
-
-
-class OptimizerConfig(Record):
-    """The optimizer of the trained weights."""
-
-    type: Literal["AdamW", "Adam"] = Field(
-        "AdamW", description="Both decouple the weight decay, as FusedEmaAdam did."
-    )
-    params: OptimizerParams = Field(OptimizerParams(), description="Its numbers.")
+from sat_train.config.parts.optimizer_parts import OptimizerConfig
+from sat_train.config.schema.record import Record, Whole, ZeroStage
 
 
 class OffloadConfig(Record):
@@ -97,4 +78,4 @@ class DeepSpeedConfig(Record):
     zero_optimization: ZeroConfig = Field(ZeroConfig(), description="ZeRO.")
     fp16: Fp16Config = Field(Fp16Config(), description="float16.")
     bf16: Bf16Config = Field(Bf16Config(), description="bfloat16.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig.default(), description="The optimizer.")

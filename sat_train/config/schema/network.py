@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from sat_train.config.schema.record import Record, Texts
+from sat_train.config.parts.adapter_parts import AdapterConfig
+from sat_train.config.schema.record import Record
 
 SizePolicy = Literal["refuse", "interpolate"]
 
@@ -65,23 +66,6 @@ class AdaLNParams(Record):
     qk_ln: bool = Field(True, description="Normalise queries and keys of each head.")
 
 
-class LoraParams(Record):
-    """Low-rank adapters beside frozen weights."""
-
-    r: int = Field(ge=1, description="Rank.")
-    lora_alpha: float = Field(
-        1.0,
-        gt=0,
-        description="The adapter's scale is lora_alpha / r. SAT's convention is 1, with lr 1e-3.",
-    )
-    targets: Texts = Field(
-        (r"attention\.query_key_value$", r"attention\.dense$"),
-        min_length=1,
-        description="Regular expressions searched in the module names; each must find one.",
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
-
-
 class Sincos3DPositionEmbeddingSlot(Record):
     """Fixed sines and cosines."""
 
@@ -113,20 +97,15 @@ class AdaLNGroup(Record):
     params: AdaLNParams = Field(AdaLNParams(), description="Its settings.")
 
 
-class LoraSlot(Record):
-    """Adapters."""
-
-    target: Literal["Lora"] = Field("Lora", description="Kind of adapter.")
-    params: LoraParams = Field(description="Its settings.")
-
-
 class NetworkModules(Record):
     """SAT mixins of the transformer."""
 
     pos_embed_config: PositionEmbeddingSlot = Field(description="Where a token is.")
     patch_embed_config: ImagePatchEmbeddingGroup = Field(description="Latents and text to tokens.")
     adaln_layer_config: AdaLNGroup = Field(AdaLNGroup(), description="Modulation of each layer.")
-    lora_config: LoraSlot | None = Field(None, description="Adapters; null trains the weights themselves.")
+    lora_config: AdapterConfig | None = Field(
+        None, description="Adapters; null trains the weights themselves."
+    )
 
 
 class TransformerArgs(Record):

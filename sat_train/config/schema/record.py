@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 FILE_NAME = r"^[\w-][\w.-]*$"
+PLAIN_NAME = r"^[A-Za-z]\w*$"
 _EXACT_FLOAT = 2**53  # above it a float is not every whole number
 
 
@@ -72,5 +73,7 @@ Whole = Annotated[int, BeforeValidator(_whole_float_to_int)]
 Text = str
 # Part of a file's name: nothing that leaves its folder, hides it or breaks a line.
 FileName = Annotated[str, Field(pattern=FILE_NAME)]
+# Key of a mapping, which is a part of a dotted path.
+PlainName = Annotated[str, Field(pattern=PLAIN_NAME)]
 # Pydantic alone takes true for 1 and false for 0.
 ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth_value)]

@@ -9,6 +9,7 @@ import torch
 from sat import mpu
 from torch import Tensor, nn
 
+from sat_train.config.parts.adapter_parts import find_adapter_tensor
 from sat_train.distributed.seeds import derive_generator
 from sat_train.models.dit.sharding import full_shape, shard_weight
 
@@ -16,8 +17,6 @@ _STD = 0.02
 
 # The first pattern found in a weight's name decides; what none matches is a plain linear layer.
 _RULES = (
-    (r"matrix_A\.\d+$", "linear"),
-    (r"matrix_B\.\d+$", "zeros"),
     (r"norm.*\.weight$", "ones"),
     (r"norm.*\.bias$", "zeros"),
     (r"adaLN_modulations\.", "zeros"),
@@ -60,7 +59,9 @@ def initialize_parameter(
         fan_in: Inputs of the layer; sets the range of plain linear layers.
         num_layers: Blocks of the model.
     """
-    rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), "linear")
+    adapter = find_adapter_tensor(name)
+    found = (rule for pattern, rule in _RULES if re.search(pattern, name))
+    rule = adapter[1].init if adapter else next(found, "linear")
     full = torch.empty(full_shape(name, parameter.shape, _model_size()))
     _fill(full, rule, fan_in, num_layers, derive_generator(seed, f"initial weight {name}"))
     parameter.copy_(shard_weight(name, full, rank=mpu.get_model_parallel_rank(), size=_model_size()))

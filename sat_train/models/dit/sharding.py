@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sat_train.config.parts.adapter_parts import find_adapter_tensor
 from sat_train.errors import CheckpointError
 
 # (key pattern, dim that is sharded, equal parts of it that are each sharded by themselves); every rank holds
@@ -16,13 +17,20 @@ from sat_train.errors import CheckpointError
 _LAYOUTS = (
     (r"attention\.query_key_value\.(weight|bias)$", 0, 3),
     (r"mlp\.dense_h_to_4h\.(weight|bias)$", 0, 1),
-    (r"(attention\.query_key_value|mlp\.dense_h_to_4h)\.matrix_B\.\d+$", 0, 1),
-    (r"(attention\.dense|mlp\.dense_4h_to_h)\.(weight|matrix_A\.\d+)$", 1, 1),
+    (r"(attention\.dense|mlp\.dense_4h_to_h)\.weight$", 1, 1),
 )
 
 
 def tensor_parallel_layout(key: str) -> tuple[int, int] | None:
-    """Returns (dim, parts) for a weight that is sharded, None for one that every rank holds whole."""
+    """Returns (dim, parts) for a weight that is sharded, None for one that every rank holds whole.
+
+    An adapter's tensor is sharded on the side on which its layer is.
+    """
+    if adapter := find_adapter_tensor(key):
+        layer, tensor = adapter
+        of_layer = tensor_parallel_layout(f"{layer}.weight")
+        side = "" if of_layer is None else ("out", "in")[of_layer[0]]
+        return (of_layer[0], 1) if of_layer is not None and tensor.shard == side else None
     return next(((dim, parts) for pattern, dim, parts in _LAYOUTS if re.search(pattern, key)), None)
 
 

@@ -24,14 +24,12 @@ from sat_train.training.callbacks.cache_publisher import CachePublisher
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.ema import ExponentialMovingAverage
 from sat_train.training.callbacks.metrics_file import NAME as METRICS
-from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
+from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.callbacks.progress import build_progress
-from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Measure, Validation
 from sat_train.training.callbacks.validation_loss import validation_loss, validation_timesteps
 from sat_train.training.callbacks.validation_videos import SampleVideos, contact_sheet
-from sat_train.training.callbacks.wandb import WeightsAndBiases
-from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.callback import Callback, CallbackContext, Training
 from sat_train.training.loop.metrics import ValidationMetrics
 
 if TYPE_CHECKING:
@@ -63,8 +61,7 @@ def build_callbacks(
     callbacks: list[Callback] = [BadClipCount(mesh, train)]
     if config.args.ema_decay:
         callbacks.append(ExponentialMovingAverage(engine, config.args.ema_decay))
-    if mesh.rank == 0:
-        callbacks += _reports(config, run_directory)
+    callbacks += _registered(config, mesh, run_directory)
     if run_directory is not None:
         checkpointer = Checkpointer(
             mesh,
@@ -82,19 +79,16 @@ def build_callbacks(
     return callbacks + _validation(config, mesh, run_directory, valid, encode, pipeline, engine)
 
 
-def _reports(config: RunConfig, run_directory: Path | None) -> list[Callback]:
-    reports: list[Callback] = [build_progress()]
-    if run_directory is not None:
-        reports.append(MetricsFile(run_directory))
-        if config.args.tensorboard:
-            reports.append(TensorBoard(run_directory))
-        if config.args.wandb:
-            reports.append(
-                WeightsAndBiases(
-                    run_directory, project=config.args.wandb_project_name, config=config.shown_tree()
-                )
-            )
-    return reports
+def _registered(config: RunConfig, mesh: ProcessMesh, run_directory: Path | None) -> list[Callback]:
+    """Returns the callbacks that YAML names, and the log lines."""
+    context = CallbackContext(config, mesh, run_directory)
+    parts: list[Callback] = [
+        choice.build(context)
+        for choice in config.args.all_callbacks()
+        if (mesh.rank == 0 or choice.params.every_rank)
+        and (run_directory is not None or not choice.params.writes_files)
+    ]
+    return [build_progress(), *parts] if mesh.rank == 0 else parts
 
 
 def _validation(

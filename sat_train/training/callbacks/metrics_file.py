@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sat_train.config.parts.callback_parts import MetricsFileParams
 from sat_train.files import read_bytes, write_text
 from sat_train.training.callbacks.appended_file import AppendedFile
-from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.callback import Callback, CallbackContext, Training
 from sat_train.training.loop.metrics import Metrics, VideoMetrics, as_json
 
 NAME = "metrics.jsonl"
@@ -71,3 +72,8 @@ def _finite_or_none(value: object) -> object:
     if isinstance(value, dict):
         return {name: _finite_or_none(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def build(params: MetricsFileParams, context: CallbackContext) -> MetricsFile:
+    """Builds the callback of a run."""
+    return MetricsFile(context.folder())

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sat_train.config.parts.callback_parts import TensorBoardParams
 from sat_train.files import read_bytes
 from sat_train.training.callbacks.appended_file import AppendedFile
-from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.callback import Callback, CallbackContext, Training
 from sat_train.training.loop.metrics import Metrics, VideoMetrics, scalars
 
 _MOST_IMAGE_BYTES = 2**28
@@ -76,3 +77,8 @@ def _image(path: Path) -> Any:
     png = read_bytes(path, limit=_MOST_IMAGE_BYTES)
     width, height = struct.unpack(">II", png[16:24])  # the header chunk comes first in every PNG
     return Summary.Image(height=height, width=width, colorspace=_RGB, encoded_image_string=png)
+
+
+def build(params: TensorBoardParams, context: CallbackContext) -> TensorBoard:
+    """Builds the callback of a run."""
+    return TensorBoard(context.folder())

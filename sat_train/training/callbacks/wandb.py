@@ -6,9 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from sat_train.config.parts.callback_parts import WeightsAndBiasesParams
 from sat_train.errors import LaunchError
 from sat_train.files import read_text, write_text
-from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.callback import Callback, CallbackContext, Training
 from sat_train.training.loop.metrics import Metrics, VideoMetrics, scalars
 
 _ID_FILE = "wandb_id"
@@ -79,3 +80,8 @@ def _media(metrics: VideoMetrics) -> dict[str, Any]:
         for path, caption in zip(metrics.videos, metrics.captions, strict=True)
     ]
     return {"valid/videos": videos, "valid/samples": wandb.Image(str(metrics.contact_sheet))}
+
+
+def build(params: WeightsAndBiasesParams, context: CallbackContext) -> WeightsAndBiases:
+    """Builds the callback of a run."""
+    return WeightsAndBiases(context.folder(), project=params.project, config=context.config.shown_tree())

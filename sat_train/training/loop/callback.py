@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from sat_train.checkpoint.fragments import Fragment, SavedFragments
+from sat_train.config import RunConfig
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
@@ -50,6 +54,26 @@ class Training(Protocol):
 
     def settle(self) -> None:
         """Brings `state` up to date with the steps done. Ranks: all."""
+
+
+@dataclass(frozen=True)
+class CallbackContext:
+    """What a registered callback is built from, besides its parameters.
+
+    Args:
+        config: The configuration.
+        mesh: The process mesh.
+        run_directory: The run directory; None for a run that keeps nothing.
+    """
+
+    config: RunConfig
+    mesh: ProcessMesh
+    run_directory: Path | None
+
+    def folder(self) -> Path:
+        """Returns the run directory for what `writes_files`, which a run without one does not have."""
+        assert self.run_directory is not None, "its record says `writes_files`"
+        return self.run_directory
 
 
 class Callback:

@@ -113,7 +113,7 @@ CASES = [
         "deepspeed.optimizer.params.betas",
         "below 1",
     ),
-    Case("optimizer", "deepspeed: {optimizer: {type: AdaFactor}}", "deepspeed.optimizer.type", "AdamW, Adam"),
+    Case("optimizer", "deepspeed: {optimizer: {type: AdaFactor}}", "deepspeed.optimizer.type", "Adam, AdamW"),
     Case(
         "stage",
         "deepspeed: {zero_optimization: {stage: 4}}",

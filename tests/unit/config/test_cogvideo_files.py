@@ -111,7 +111,7 @@ def test_cpu_offload_becomes_offload_optimizer(write: Write) -> None:
 
 
 def test_legacy_names_lead_to_targets_that_exist() -> None:
-    known = {name for table in slot_targets().values() for name in table}
+    known = {name for table in slot_targets().values() for name in table.params}
     assert set(TARGETS.values()) <= known
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 
 import pytest
 
 from sat_train.config.catalog import all_keys
 from sat_train.config.explain import explain_key, list_values
 from sat_train.config.json_schema import render_json_schema
+from sat_train.config.parts.registry import parts_of, slot_names
 from sat_train.config.sat_args import build_sat_args
 from sat_train.errors import ConfigError
 from tests.unit.config.conftest import Load
@@ -73,3 +76,11 @@ def test_sat_namespace_holds_the_sections(load: Load) -> None:
     )
     assert args.model_config["network_config"]["params"]["num_layers"] == 6
     assert args.deepspeed_config["gradient_clipping"] == 0.1
+
+
+def test_the_pages_name_every_slot_and_every_part() -> None:
+    extend = Path("docs/extend.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", extend, re.MULTILINE)) == slot_names()
+    config = Path("docs/config.md").read_text(encoding="utf-8")
+    names = [name for slot in slot_names() for name in parts_of(slot)]
+    assert [name for name in names if f"`{name}`" not in config + extend] == []

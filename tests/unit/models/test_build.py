@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sat_train.config import RunConfig, load_run_config
+from sat_train.models.adapter import adapter_state_dict
 from sat_train.models.build import build_dit
-from sat_train.models.lora import adapter_state_dict
 from sat_train.models.trainable import select_trainable
 from tests.parity.families import FAMILIES, Family
 
@@ -48,7 +48,7 @@ def test_lora_works_in_front_of_every_model_file(name):
     assert len(matrices) == 8 * spec.layers
     assert {value.dtype for value in matrices.values()} == {torch.float32}
     summary = select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
-    assert summary.num_trainable == 8 * spec.layers * spec.lora.r * spec.width
+    assert summary.num_trainable == 8 * spec.layers * spec.adapter.params.r * spec.width
 
 
 def test_settings_reach_the_transformer():

@@ -5,15 +5,8 @@ import torch
 
 from sat_train.errors import CheckpointError, ConfigError
 from sat_train.interchange.adapters import updates_of
-from sat_train.models.lora import (
-    adapter_state_dict,
-    add_lora,
-    add_lora_for,
-    load_updates,
-    lora_layers,
-    merge_lora,
-    unmerge_lora,
-)
+from sat_train.models.adapter import adapter_state_dict, merge_adapters
+from sat_train.models.lora import add_lora, add_lora_for, load_updates, lora_layers
 from sat_train.weights.lazy import from_tensors
 from tests.unit.models.narrow import inputs, randomized
 
@@ -64,11 +57,9 @@ def test_merged_equals_unmerged(targets):
     plain = randomized()(*inputs())
     expected = dit(*inputs())
     assert (expected - plain).abs().max() > 0.01 * plain.abs().max()
-    merge_lora(dit)
-    merge_lora(dit)
+    merge_adapters(dit)
+    merge_adapters(dit)
     # fp32 rounding of W + BA against Wx + B(Ax), through two blocks
-    assert torch.allclose(dit(*inputs()), expected, atol=1e-5 * expected.abs().max().item())
-    unmerge_lora(dit)
     assert torch.allclose(dit(*inputs()), expected, atol=1e-5 * expected.abs().max().item())
 
 
@@ -80,7 +71,7 @@ def test_the_update_is_alpha_over_rank_times_b_a_for_each_of_q_k_v():
         [weights[f"{name}.matrix_B.{i}"] @ weights[f"{name}.matrix_A.{i}"] for i in range(3)]
     )
     before = weights[f"{name}.weight"].clone()
-    merge_lora(dit)
+    merge_adapters(dit)
     assert torch.allclose(dit.state_dict()[f"{name}.weight"], before + expected * 2.0 / 4, atol=1e-6)
 
 
@@ -175,7 +166,7 @@ def test_adapters_keep_their_effect_in_a_model_of_another_alpha_or_a_higher_rank
     torch.testing.assert_close(fresh(*inputs()), trained(*inputs()), rtol=1e-5, atol=1e-5)
     own = adapter_state_dict(fresh)
     assert (own["mixins.lora.rank"], own["mixins.lora.alpha"]) == (rank, torch.tensor(alpha))
-    assert all((name, layer.lora_scale) == (name, alpha / rank) for name, layer in lora_layers(fresh)), (
+    assert all((name, each.scale) == (name, alpha / rank) for name, each in lora_layers(fresh)), (
         "the scale that computes is the one that is exported"
     )
     spare = own["transformer.layers.0.attention.dense.matrix_A.0"][3:]
@@ -213,8 +204,8 @@ def test_adapters_that_do_not_fit_are_refused_whole():
 
 def test_merged_adapters_do_not_train():
     dit = adapted(trained=True)
-    merge_lora(dit)
-    with pytest.raises(AssertionError, match="unmerge"):
+    merge_adapters(dit)
+    with pytest.raises(AssertionError, match="merged into the weights do not train"):
         dit(*inputs())
 
 

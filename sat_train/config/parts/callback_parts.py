@@ -1,0 +1,57 @@
+"""Slot `callback` (`args.callbacks.NAME`) and the trackers that come with the package.
+
+A builder gets the parameters and a `CallbackContext`, and returns a `Callback`
+(`sat_train/training/loop/callback.py`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from sat_train.config.parts.registry import Choice, Params, part
+from sat_train.config.schema.record import Text
+
+
+class CallbackParams(Params):
+    """Base of the settings of callbacks.
+
+    `every_rank`: for what calls collectives or changes what is computed; else rank 0 alone has it.
+    `writes_files`: it is left out of a run that keeps nothing.
+    """
+
+    every_rank: ClassVar[bool] = False
+    writes_files: ClassVar[bool] = False
+
+
+class CallbackConfig(Choice):
+    """A side-concern of the training loop."""
+
+    slot: ClassVar[str] = "callback"
+
+    target: str = Field(description="The callback.")
+    params: CallbackParams = Field(description="Its settings.")
+
+
+@part("callback", "MetricsFile", build="sat_train.training.callbacks.metrics_file:build")
+class MetricsFileParams(CallbackParams):
+    """Appends the metrics of each logged step to `metrics.jsonl`; every run that is kept has it."""
+
+    writes_files: ClassVar[bool] = True
+
+
+@part("callback", "TensorBoard", build="sat_train.training.callbacks.tensorboard:build")
+class TensorBoardParams(CallbackParams):
+    """Writes scalars and contact sheets for TensorBoard; `args.tensorboard` asks for it."""
+
+    writes_files: ClassVar[bool] = True
+
+
+@part("callback", "WeightsAndBiases", build="sat_train.training.callbacks.wandb:build")
+class WeightsAndBiasesParams(CallbackParams):
+    """Reports to Weights & Biases; `args.wandb` asks for it."""
+
+    writes_files: ClassVar[bool] = True
+
+    project: Text = Field("sat_train", description="Weights & Biases project.")

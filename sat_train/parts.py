@@ -1,0 +1,13 @@
+"""The names that an extension imports to register parts; torch-free (`docs/extend.md`)."""
+
+from sat_train.config.parts.adapter_parts import AdapterParams as AdapterParams
+from sat_train.config.parts.adapter_parts import AdapterTensor as AdapterTensor
+from sat_train.config.parts.adapter_parts import LoraParams as LoraParams
+from sat_train.config.parts.callback_parts import CallbackParams as CallbackParams
+from sat_train.config.parts.optimizer_parts import OptimizerParams as OptimizerParams
+from sat_train.config.parts.registry import Field as Field
+from sat_train.config.parts.registry import Params as Params
+from sat_train.config.parts.registry import part as part
+from sat_train.config.rules.rule import rule
+
+guard_rail = rule
