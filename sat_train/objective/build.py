@@ -30,7 +30,6 @@ def build_pipeline(config: RunConfig, *, dit: DiffusionTransformer, encoders: En
         offset_noise_level=spec.offset_noise_level,
         min_snr_gamma=spec.min_snr_gamma,
         timestep_sampling=spec.timestep_sampling,
-        geometry=spec,
         seed=args.seed,
         dtype=compute_dtype(args),
         device=next(dit.parameters()).device,

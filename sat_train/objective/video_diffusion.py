@@ -50,7 +50,6 @@ class VideoDiffusion:
         min_snr_gamma: Cap of the loss weight; None for none.
         timestep_sampling: `uniform` draws each sample's timestep alone, `stratified` spreads them over the
             optimizer step.
-        geometry: Sizes of patches and latents.
         seed: The run's seed.
         dtype: What the transformer computes in.
         device: Where everything is computed.
@@ -68,7 +67,6 @@ class VideoDiffusion:
         offset_noise_level: float = 0.0,
         min_snr_gamma: float | None = None,
         timestep_sampling: Literal["uniform", "stratified"] = "uniform",
-        geometry: Geometry,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -79,7 +77,7 @@ class VideoDiffusion:
         self.scale_factor, self.posterior_sampling = scale_factor, posterior_sampling
         self.offset_noise_level, self.min_snr_gamma = offset_noise_level, min_snr_gamma
         self.timestep_sampling = timestep_sampling
-        self.geometry = geometry
+        self.geometry: Geometry = dit.spec
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
 
     # Training
@@ -223,7 +221,7 @@ class VideoDiffusion:
         self.geometry.check_size(height, width, subject="sample")
         self.geometry.check_frames(num_frames, subject="sample")
         latent = self.geometry.latent(num_frames, height, width)
-        shape = (latent.padded_frames, self.dit.out_channels, latent.height, latent.width)
+        shape = (latent.padded_frames, self.dit.spec.out_channels, latent.height, latent.width)
         return latent.frames, shape
 
     def _sampling_inputs(

@@ -8,6 +8,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from sat_train.models.dit.transformer import DiffusionTransformer
+from tests.networks import build_network
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,18 @@ class Family:
     def ours(self, **options: object) -> DiffusionTransformer:
         """Builds this project's transformer."""
         scale = 1.875 if self.positions == "sincos" else 1.0
-        return DiffusionTransformer(
-            num_layers=self.num_layers,
-            hidden_size=self.heads * self.head_dim,
-            num_attention_heads=self.heads,
+        return build_network(
+            layers=self.num_layers,
+            width=self.heads * self.head_dim,
+            heads=self.heads,
             in_channels=self.in_channels,
             out_channels=self.out_channels,
-            patch_size=(self.patch_frames, 2, 2),
+            patch=(self.patch_frames, 2, 2),
             latent_size=self.latent_size,
-            text_hidden_size=self.text_width,
+            text_width=self.text_width,
             text_length=self.text_length,
-            time_embed_dim=self.time_embed_dim,
-            ofs_embed_dim=self.time_embed_dim if self.ofs else None,
+            time_width=self.time_embed_dim,
+            ofs_width=self.time_embed_dim if self.ofs else None,
             positions=self.positions,
             interpolation=(1.0, scale, scale),
             **options,

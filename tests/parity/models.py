@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor
 
-from sat_train.config import Geometry
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
 from sat_train.encoding.conditions.text import TextCondition
@@ -65,11 +64,10 @@ def pipeline_pair(
     ).eval()
     vae.load_state_dict(vae_state_from_diffusers(their_vae.state_dict()))
     vae.requires_grad_(False)
-    geometry = Geometry(patch=dit.patch_size, temporal_compression=4, spatial_compression=8)
     encoders = Encoders(
         load_vae=lambda: vae,
         load_text_encoder=lambda: TableTextEncoder(family),
-        geometry=geometry,
+        geometry=dit.spec,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -83,7 +81,6 @@ def pipeline_pair(
             *([ImageCondition(scale=image_scale)] if family.image_to_video else []),
             *([OfsCondition(2.0)] if family.ofs else []),
         ],
-        geometry=geometry,
         alpha_bar=zero_snr_alpha_bar(1000, SHIFT_SCALE),
         scale_factor=SCALE_FACTOR,
         **options,

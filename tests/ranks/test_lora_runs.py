@@ -128,9 +128,10 @@ def _outputs(mesh: ProcessMesh, folder: Path) -> tuple[torch.Tensor, torch.Tenso
     """Returns what a model with weights of noise computes without and with the adapters of a file."""
     from sat_train.models.dit.sharding import full_shape, shard_weight
     from sat_train.models.lora import add_lora, load_updates
-    from tests.unit.models.narrow import build, inputs
+    from tests.networks import build_network
+    from tests.unit.models.narrow import inputs
 
-    dit = build()
+    dit = build_network()
     for key, parameter in dit.named_parameters():
         whole = full_shape(key, parameter.shape, mesh.model_size)
         noise = 0.2 * torch.randn(whole, generator=torch.Generator().manual_seed(sum(map(ord, key))))

@@ -13,8 +13,9 @@ from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.sharding import merge_shards, shard_weight, tensor_parallel_layout
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import add_lora, lora_layers
+from tests.networks import build_network
 from tests.unit.models.mixins import Branch, Fuser, Remembering
-from tests.unit.models.narrow import build, inputs
+from tests.unit.models.narrow import inputs
 
 TARGETS = (r"attention\.", r"mlp\.", r"adaLN_modulations\.")
 
@@ -33,7 +34,7 @@ def _noise_of(dit: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _build(positions: str, added: str) -> DiffusionTransformer:
-    dit = build(positions=positions)
+    dit = build_network(positions=positions)
     if added == "lora":
         add_lora(dit, rank=3, targets=TARGETS)
     if added == "modules":
@@ -106,8 +107,8 @@ class _OwnHeadsSharded(_OwnHeads):
 
 def _add_own_heads(mesh: ProcessMesh) -> None:
     with pytest.raises(ConfigError, match=r"own_heads.*does not work under tensor parallelism"):
-        build().add_mixin("own_heads", _OwnHeads())
-    build().add_mixin("own_heads", _OwnHeadsSharded())
+        build_network().add_mixin("own_heads", _OwnHeads())
+    build_network().add_mixin("own_heads", _OwnHeadsSharded())
 
 
 @pytest.mark.ranks
@@ -116,7 +117,7 @@ def test_replicated_weights_inside_attention_are_refused_under_tensor_parallelis
 
 
 def _initial(mesh: ProcessMesh) -> dict[str, Tensor]:
-    dit = build(init_seed=11)
+    dit = build_network(init_seed=11)
     add_lora(dit, rank=3, targets=TARGETS, seed=11)
     assert len(list(lora_layers(dit))) == 10
     return {key: parameter.detach() for key, parameter in dit.named_parameters()}
@@ -152,6 +153,6 @@ def test_a_weight_that_cannot_be_cut_is_an_error():
 
 def _adapted():
     start_single_process()
-    dit = build(num_layers=1)
+    dit = build_network(layers=1)
     add_lora(dit, rank=4, targets=TARGETS)
     return dit

@@ -119,7 +119,7 @@ class ForwardContext:
 
     def patches(self, latent_btchw: Tensor) -> Tensor:
         """Cuts a latent of any channels into patches, `[b, t, h, w, channels * patch volume]`."""
-        return to_patches(latent_btchw, self.dit.patch_size)
+        return to_patches(latent_btchw, self.dit.spec.patch)
 
     def embed(
         self, latent_btchw: Tensor, text_bld: Tensor, timesteps_b: Tensor

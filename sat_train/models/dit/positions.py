@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
+from sat_train.config import NetworkSpec
 from sat_train.errors import ConfigError, Fault
 from sat_train.models.dit.grid import PatchGrid
 
@@ -266,35 +267,25 @@ class RotaryPositions(BaseMixin):
         return self._tables[key]
 
 
-def build_positions(
-    kind: str,
-    *,
-    base: PatchGrid,
-    hidden_size: int,
-    head_dim: int,
-    text_length: int,
-    fit_to_base: bool,
-    interpolation: tuple[float, float, float],
-    theta: float,
-    size_policy: str,
-) -> SincosPositions | RotaryPositions:
-    """Builds the positions of a family: `sincos`, `rotary` or `rotary_learned`."""
-    assert kind in ("sincos", "rotary", "rotary_learned"), kind
-    if kind == "sincos":
+def build_positions(spec: NetworkSpec) -> SincosPositions | RotaryPositions:
+    """Builds the positions of a transformer, with tables for the size of pre-training."""
+    own = spec.positions
+    base = PatchGrid(*(size // patch for size, patch in zip(own.latent_size, spec.patch, strict=True)))
+    if own.kind == "sincos":
         return SincosPositions(
             base=base,
-            dim=hidden_size,
-            text_length=text_length,
-            interpolation=interpolation,
-            size_policy=size_policy,
+            dim=spec.width,
+            text_length=own.text_length,
+            interpolation=own.interpolation,
+            size_policy=own.size_policy,
         )
     return RotaryPositions(
         base=base,
-        head_dim=head_dim,
-        fit_to_base=fit_to_base,
-        interpolation=interpolation,
-        theta=theta,
-        learned_dim=hidden_size if kind == "rotary_learned" else None,
-        text_length=text_length,
-        size_policy=size_policy,
+        head_dim=spec.head_width,
+        fit_to_base=spec.family == "1.0",
+        interpolation=own.interpolation,
+        theta=own.theta,
+        learned_dim=spec.width if own.kind == "rotary_learned" else None,
+        text_length=own.text_length,
+        size_policy=own.size_policy,
     )

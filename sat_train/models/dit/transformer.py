@@ -10,6 +10,7 @@ from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sat_train.config import NetworkSpec
 from sat_train.models.dit.block import AdaLNLayer, DitBlock
 from sat_train.models.dit.context import BlockContext, ForwardContext, cast_extras
 from sat_train.models.dit.embedding import FinalLayer, PatchEmbed, timestep_features
@@ -25,23 +26,7 @@ class DiffusionTransformer(BaseModel):
     """Predicts v from a noised latent, a timestep and a text: CogVideoX 1.0 and 1.5, T2V and I2V.
 
     Args:
-        num_layers: Blocks.
-        hidden_size: Model width.
-        num_attention_heads: Heads; their width must be divisible by 16.
-        in_channels: Channels of the latent, plus those of the image condition (I2V).
-        out_channels: Channels of the prediction.
-        patch_size: (frames, height, width) of a patch: (1, 2, 2) is 1.0, (2, 2, 2) is 1.5.
-        latent_size: (frames, height, width) of the latent in pre-training: what position tables are made for.
-        text_hidden_size: Width of the text embeddings.
-        text_length: Text tokens that position tables leave room for.
-        time_embed_dim: Width of the time features.
-        positions: `sincos` (2B), `rotary` (5B, 1.5) or `rotary_learned` (5B-I2V).
-        interpolation: Positions along (t, h, w) are divided by these; 2B has (1, 1.875, 1.875).
-        rotary_theta: Base of the rotary frequencies.
-        ofs_embed_dim: Width of the `ofs` features (1.5-I2V), equal to `time_embed_dim`; None without.
-        qk_norm: Normalise queries and keys.
-        elementwise_affine: LayerNorms have weights.
-        size_policy: What a position table does at other sizes: `refuse` or `interpolate`.
+        spec: Its numbers; those of a whole model will do.
         hook_order: By hook, names of the modules around it, outermost first; needed where several are.
         activation_checkpointing: Keep only each block's input and compute the rest again in the backward.
         device: Where parameters live; `meta` costs neither time nor memory.
@@ -56,59 +41,29 @@ class DiffusionTransformer(BaseModel):
 
     def __init__(
         self,
+        spec: NetworkSpec,
         *,
-        num_layers: int,
-        hidden_size: int,
-        num_attention_heads: int,
-        in_channels: int,
-        out_channels: int,
-        patch_size: tuple[int, int, int],
-        latent_size: tuple[int, int, int],
-        text_hidden_size: int,
-        text_length: int,
-        time_embed_dim: int,
-        positions: str,
-        interpolation: tuple[float, float, float] = (1.0, 1.0, 1.0),
-        rotary_theta: float = 10000.0,
-        ofs_embed_dim: int | None = None,
-        qk_norm: bool = True,
-        elementwise_affine: bool = True,
-        size_policy: str = "refuse",
         hook_order: HookOrder | None = None,
         activation_checkpointing: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         init_seed: int | None = 0,
     ) -> None:
-        base = PatchGrid(*(size // patch for size, patch in zip(latent_size, patch_size, strict=True)))
+        assert spec.ofs_width in (None, spec.time_width), "ofs features are added to the time features"
         with building(torch.device(device), dtype):
-            layers = build_layers(num_layers, hidden_size, num_attention_heads, elementwise_affine)
+            layers = build_layers(spec.layers, spec.width, spec.heads, spec.affine_norms)
             super().__init__(None, transformer=layers)
-            self.hidden_size, self.in_channels, self.out_channels = hidden_size, in_channels, out_channels
-            self.patch_size, self.text_length, self.ofs_embed_dim = patch_size, text_length, ofs_embed_dim
-            self.head_dim = hidden_size // num_attention_heads
+            self.spec = spec
             self.hook_order: HookOrder = hook_order or {}
             self.activation_checkpointing = activation_checkpointing
             self.run_block = self._run_block
-            self.time_embed = _two_layers(hidden_size, time_embed_dim)
-            if ofs_embed_dim is not None:
-                assert ofs_embed_dim == time_embed_dim, "ofs features are added to the time features"
-                self.ofs_embed = _two_layers(ofs_embed_dim, ofs_embed_dim)
-            pos_embed = build_positions(
-                positions,
-                base=base,
-                hidden_size=hidden_size,
-                head_dim=self.head_dim,
-                text_length=text_length,
-                fit_to_base=patch_size[0] == 1,
-                interpolation=interpolation,
-                theta=rotary_theta,
-                size_policy=size_policy,
-            )
-            super().add_mixin("pos_embed", pos_embed)
-            self._add_layers(num_layers, text_hidden_size, time_embed_dim, qk_norm, elementwise_affine)
+            self.time_embed = _two_layers(spec.width, spec.time_width)
+            if spec.ofs_width is not None:
+                self.ofs_embed = _two_layers(spec.ofs_width, spec.ofs_width)
+            super().add_mixin("pos_embed", build_positions(spec))
+            self._add_layers()
         if init_seed is not None and torch.device(device).type != "meta":
-            initialize_weights(self, seed=init_seed, num_layers=num_layers)
+            initialize_weights(self, seed=init_seed, num_layers=spec.layers)
 
     @property
     def device(self) -> torch.device:
@@ -169,10 +124,12 @@ class DiffusionTransformer(BaseModel):
     def patch_grid(self, latent_btchw: Tensor) -> PatchGrid:
         """Returns the number of patches of a latent along each axis."""
         frames, channels, *area = latent_btchw.shape[1:]
-        assert channels == self.in_channels, f"{channels} latent channels, the model takes {self.in_channels}"
-        sizes = tuple(zip((frames, *area), self.patch_size, strict=True))
+        assert channels == self.spec.in_channels, (
+            f"{channels} latent channels, the model takes {self.spec.in_channels}"
+        )
+        sizes = tuple(zip((frames, *area), self.spec.patch, strict=True))
         assert all(size % patch == 0 for size, patch in sizes), (
-            f"latent {(frames, *area)}, patch {self.patch_size}"
+            f"latent {(frames, *area)}, patch {self.spec.patch}"
         )
         return PatchGrid(*(size // patch for size, patch in sizes))
 
@@ -196,10 +153,10 @@ class DiffusionTransformer(BaseModel):
         self, timesteps_b: Tensor, ofs_b: Tensor | None = None, forward: ForwardContext | None = None
     ) -> Tensor:
         """Returns what modulates every block, `[b, time_embed_dim]`; sines and cosines are fp32."""
-        assert (ofs_b is None) == (self.ofs_embed_dim is None), "ofs goes with models that embed it"
-        emb_bd: Tensor = self.time_embed(timestep_features(timesteps_b, self.hidden_size).to(self.dtype))
-        if ofs_b is not None and self.ofs_embed_dim is not None:
-            emb_bd = emb_bd + self.ofs_embed(timestep_features(ofs_b, self.ofs_embed_dim).to(self.dtype))
+        assert (ofs_b is None) == (self.spec.ofs_width is None), "ofs goes with models that embed it"
+        emb_bd: Tensor = self.time_embed(timestep_features(timesteps_b, self.spec.width).to(self.dtype))
+        if ofs_b is not None and self.spec.ofs_width is not None:
+            emb_bd = emb_bd + self.ofs_embed(timestep_features(ofs_b, self.spec.ofs_width).to(self.dtype))
         if forward is not None:
             for mixin in self.hooks.between["time_features"]:
                 added = mixin.time_features(forward)
@@ -265,34 +222,28 @@ class DiffusionTransformer(BaseModel):
             hidden_bld = block(hidden_bld, context)
         return hidden_bld
 
-    def _add_layers(
-        self,
-        num_layers: int,
-        text_hidden_size: int,
-        time_embed_dim: int,
-        qk_norm: bool,
-        elementwise_affine: bool,
-    ) -> None:
+    def _add_layers(self) -> None:
+        spec = self.spec
         patch_embed = PatchEmbed(
-            in_channels=self.in_channels,
-            hidden_size=self.hidden_size,
-            patch_size=self.patch_size,
-            text_hidden_size=text_hidden_size,
+            in_channels=spec.in_channels,
+            hidden_size=spec.width,
+            patch_size=spec.patch,
+            text_hidden_size=spec.text_width,
         )
         adaln_layer = AdaLNLayer(
-            num_layers=num_layers,
-            hidden_size=self.hidden_size,
-            head_dim=self.head_dim,
-            time_embed_dim=time_embed_dim,
-            qk_norm=qk_norm,
-            elementwise_affine=elementwise_affine,
+            num_layers=spec.layers,
+            hidden_size=spec.width,
+            head_dim=spec.head_width,
+            time_embed_dim=spec.time_width,
+            qk_norm=spec.qk_norm,
+            elementwise_affine=spec.affine_norms,
         )
         final_layer = FinalLayer(
-            hidden_size=self.hidden_size,
-            time_embed_dim=time_embed_dim,
-            patch_size=self.patch_size,
-            out_channels=self.out_channels,
-            elementwise_affine=elementwise_affine,
+            hidden_size=spec.width,
+            time_embed_dim=spec.time_width,
+            patch_size=spec.patch,
+            out_channels=spec.out_channels,
+            elementwise_affine=spec.affine_norms,
             eps=NORM_EPS,
         )
         super().add_mixin("patch_embed", patch_embed)

@@ -274,7 +274,7 @@ def test_a_broken_source_is_one_clear_error(
     assert not Path("/tmp/sat_train_ran_code_from_a_checkpoint").exists()
 
 
-@pytest.mark.parametrize("family", [{"patch_size": (2, 2, 2), "latent_size": (4, 4, 4)}, {"in_channels": 8}])
+@pytest.mark.parametrize("family", [{"patch": (2, 2, 2), "latent_size": (4, 4, 4)}, {"in_channels": 8}])
 def test_another_family_is_refused_by_names_and_shapes(mesh: ProcessMesh, family: dict[str, object]) -> None:
     weights = from_tensors(random_weights(**family), where="other_family.pt")
     message = (

@@ -110,7 +110,7 @@ def test_a_rank_of_the_model_axis_reads_its_slice(mesh: ProcessMesh, tmp_path: P
 def test_what_does_not_fit_is_listed_with_both_shapes_and_nothing_is_copied(mesh: ProcessMesh) -> None:
     from sat_train.weights.lazy import from_tensors
 
-    weights = random_weights(hidden_size=64)
+    weights = random_weights(width=64)
     weights["stray"] = weights.pop("time_embed.0.bias")
     model = build_transformer()
     before = {key: value.clone() for key, value in model.state_dict().items()}

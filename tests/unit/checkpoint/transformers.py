@@ -12,25 +12,13 @@ from torch import Tensor
 from sat_train.models.dit.sharding import shard_weight
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.weights.diffusers_keys import transformer_to_diffusers
+from tests.networks import build_network
 
 PREFIX = "model.diffusion_model."
 
 
 def build_transformer(**options: object) -> DiffusionTransformer:
-    settings: dict[str, object] = {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "in_channels": 4,
-        "out_channels": 4,
-        "patch_size": (1, 2, 2),
-        "latent_size": (3, 4, 4),
-        "text_hidden_size": 12,
-        "text_length": 5,
-        "time_embed_dim": 8,
-        "positions": "rotary",
-    }
-    return DiffusionTransformer(**{**settings, **options})
+    return build_network(**{"width": 32, "latent_size": (3, 4, 4), "time_width": 8, **options})
 
 
 def random_weights(seed: int = 0, dtype: torch.dtype = torch.float32, **options: object) -> dict[str, Tensor]:

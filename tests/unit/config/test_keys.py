@@ -13,10 +13,8 @@ from sat_train.config.catalog import Key, all_keys
 from sat_train.config.parts.adapter_parts import LoraParams
 from sat_train.config.schema.diffusion import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.schema.encoder_slots import VideoCoderParams
-from sat_train.config.schema.network import DiffusionTransformerParams
 from sat_train.config.schema.record import Record
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
-from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.lora import add_lora
 from sat_train.models.vae.video_vae import VideoVAE
 
@@ -54,20 +52,6 @@ def test_every_key_is_read() -> None:
 
 # A record, what is built from it, and the words that the two sides spell differently.
 BUILT: list[tuple[type[Record], object, dict[str, str]]] = [
-    (
-        DiffusionTransformerParams,
-        DiffusionTransformer.__init__,
-        {
-            "num_frames": "latent_size",
-            "latent_height": "latent_size",
-            "latent_width": "latent_size",
-            "height_interpolation": "interpolation",
-            "width_interpolation": "interpolation",
-            "time_interpolation": "interpolation",
-            "transformer_args": "activation_checkpointing",
-            "modules": "positions",
-        },
-    ),
     (LoraParams, add_lora, {"r": "rank", "lora_alpha": "alpha"}),
     (
         VideoCoderParams,

@@ -8,10 +8,11 @@ from torch import nn
 from sat_train.models.dit.context import BlockContext
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.transformer import DiffusionTransformer
-from tests.unit.models.narrow import NARROW, inputs, randomized
+from tests.networks import SMALL
+from tests.unit.models.narrow import inputs, randomized
 
 LAYERS = 4
-WIDTH = NARROW["hidden_size"]
+WIDTH = SMALL["width"]
 
 
 def parts(*blocks: int, zero: bool = False) -> nn.ModuleDict:
@@ -111,7 +112,7 @@ def several() -> dict[str, Mixin]:
 
 
 def with_modules(modules: dict[str, Mixin], **options: object) -> DiffusionTransformer:
-    dit = randomized(num_layers=LAYERS, **options)
+    dit = randomized(layers=LAYERS, **options)
     for name, mixin in modules.items():
         dit.add_mixin(name, mixin)
     return dit

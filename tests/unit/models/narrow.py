@@ -8,30 +8,12 @@ import torch
 from torch import Tensor
 
 from sat_train.models.dit.transformer import DiffusionTransformer
-
-NARROW: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 64,
-    "num_attention_heads": 2,
-    "in_channels": 4,
-    "out_channels": 4,
-    "patch_size": (1, 2, 2),
-    "latent_size": (3, 4, 6),
-    "text_hidden_size": 12,
-    "text_length": 5,
-    "time_embed_dim": 16,
-    "positions": "rotary",
-}
-
-
-def build(**options: Any) -> DiffusionTransformer:
-    """Builds a narrow transformer; options replace its numbers."""
-    return DiffusionTransformer(**{**NARROW, **options})
+from tests.networks import build_network
 
 
 def randomized(seed: int = 5, **options: Any) -> DiffusionTransformer:
     """Builds one whose blocks do something: the gates of a new one are zero."""
-    dit = build(**options)
+    dit = build_network(**options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in dit.parameters():

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sat_train.models.dit.block import attention_forward
 from sat_train.models.dit.mixin import Mixin
+from tests.networks import build_network
 from tests.unit.models.mixins import WIDTH, Branch, context_of, with_modules
-from tests.unit.models.narrow import build, inputs
+from tests.unit.models.narrow import inputs
 
 
 def test_blocks_can_read_their_context_and_not_write_it():
@@ -24,17 +25,17 @@ def test_blocks_can_read_their_context_and_not_write_it():
     with pytest.raises(TypeError, match="does not support item assignment"):
         with_modules({"writing": Writing()})(*inputs())
     with pytest.raises(AttributeError, match="can't set attribute"):
-        context_of(build()).text_length = 3
+        context_of(build_network()).text_length = 3
 
 
 def test_each_block_sees_the_extras_of_all_and_its_own():
-    context, everywhere, own = context_of(build()), torch.ones(2), torch.zeros(2)
+    context, everywhere, own = context_of(build_network()), torch.ones(2), torch.zeros(2)
     dealt = [context.for_block(index, {"a": everywhere, "b": {1: own}}).extras for index in (0, 1)]
     assert dealt == [{"a": everywhere}, {"a": everywhere, "b": own}]
 
 
 def test_video_tokens_go_out_and_back_to_their_place():
-    context = context_of(build()).with_tokens(2)
+    context = context_of(build_network()).with_tokens(2)
     x_bld = torch.randn(2, 5 + 18 + 2, WIDTH)
     video_bthwd = context.video(x_bld)
     assert video_bthwd.shape == (2, 3, 2, 3, WIDTH)
@@ -86,6 +87,6 @@ def test_extras_are_cast_to_the_dtype_of_the_weights_unless_they_say_fp32():
 
 def test_extras_have_a_name_of_their_own_and_a_row_for_each_sample():
     with pytest.raises(AssertionError, match="extras control: 1 rows, another batch"):
-        build()(*inputs(), extras={"control": torch.ones(1, 2)})
+        build_network()(*inputs(), extras={"control": torch.ones(1, 2)})
     with pytest.raises(AssertionError, match="extras control are given twice: name them after the module"):
         with_modules({"control": Branch(0)})(*inputs(), extras={"control": torch.ones(2, 1)})

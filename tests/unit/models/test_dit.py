@@ -10,11 +10,12 @@ from sat_train.errors import ConfigError
 from sat_train.models.dit.embedding import timestep_features
 from sat_train.models.dit.grid import PatchGrid
 from sat_train.models.dit.positions import RotaryPositions, rotary_angles, rotate_pairs, sincos_table
-from tests.unit.models.narrow import NARROW, build, inputs, randomized
+from tests.networks import SMALL, build_network
+from tests.unit.models.narrow import inputs, randomized
 
 
 def test_every_hook_of_sat_says_whose_step_it_is():
-    assert build().hook_origins == {
+    assert build_network().hook_origins == {
         "word_embedding_forward": "patch_embed",
         "position_embedding_forward": "pos_embed",
         "layer_forward": "block",
@@ -26,7 +27,7 @@ def test_every_hook_of_sat_says_whose_step_it_is():
 
 
 def test_state_dict_keys_are_sat_s():
-    keys = set(build(num_layers=1, positions="rotary_learned", ofs_embed_dim=16).state_dict())
+    keys = set(build_network(layers=1, positions="rotary_learned", ofs_width=16).state_dict())
     linear = {
         "transformer.layers.0.input_layernorm",
         "transformer.layers.0.attention.query_key_value",
@@ -50,14 +51,14 @@ def test_state_dict_keys_are_sat_s():
     }
     expected = {f"{module}.{kind}" for module in linear for kind in ("weight", "bias")}
     assert keys == expected | {"mixins.pos_embed.pos_embedding"}
-    assert build(num_layers=1, positions="sincos").derived_keys() == {"mixins.pos_embed.pos_embedding"}
+    assert build_network(layers=1, positions="sincos").derived_keys() == {"mixins.pos_embed.pos_embedding"}
 
 
 def test_building_leaves_the_global_generators_alone():
     torch.manual_seed(3)
     random.seed(3)
     before, python = torch.get_rng_state(), random.getstate()
-    build()
+    build_network()
     assert torch.equal(torch.get_rng_state(), before)
     assert random.getstate() == python
     assert torch.get_default_dtype() == torch.float32
@@ -65,19 +66,21 @@ def test_building_leaves_the_global_generators_alone():
 
 def test_initial_weights_are_a_function_of_the_seed_and_the_name():
     torch.manual_seed(1)
-    first = build(init_seed=7).state_dict()
+    first = build_network(init_seed=7).state_dict()
     torch.manual_seed(2)
-    assert all(torch.equal(first[key], value) for key, value in build(init_seed=7).state_dict().items())
-    deeper = build(init_seed=7, num_layers=3).state_dict()
+    assert all(
+        torch.equal(first[key], value) for key, value in build_network(init_seed=7).state_dict().items()
+    )
+    deeper = build_network(init_seed=7, layers=3).state_dict()
     shared = "transformer.layers.1.attention.query_key_value.weight"
     assert torch.equal(first[shared], deeper[shared])
-    assert not torch.equal(first[shared], build(init_seed=8).state_dict()[shared])
+    assert not torch.equal(first[shared], build_network(init_seed=8).state_dict()[shared])
     other_layer = "transformer.layers.0.attention.query_key_value.weight"
     assert not torch.equal(first[shared], first[other_layer])
 
 
 def test_a_new_model_has_zero_gates_and_upstream_s_ranges():
-    weights = build().state_dict()
+    weights = build_network().state_dict()
     assert not any(value.any() for key, value in weights.items() if "adaLN_modulations" in key)
     assert weights["transformer.layers.0.mlp.dense_h_to_4h.weight"].std().item() == pytest.approx(
         0.02, rel=0.05
@@ -107,7 +110,9 @@ def test_computes_in_the_dtype_of_its_weights(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_builds_in_a_dtype(dtype):
-    assert {value.dtype for value in build(dtype=dtype, positions="sincos").state_dict().values()} == {dtype}
+    assert {
+        value.dtype for value in build_network(dtype=dtype, positions="sincos").state_dict().values()
+    } == {dtype}
 
 
 def test_patch_weight_loads_in_either_shape():
@@ -116,10 +121,10 @@ def test_patch_weight_loads_in_either_shape():
     key = "mixins.patch_embed.proj.weight"
     assert weights[key].shape == (64, 4, 2, 2)
     weights[key] = weights[key].flatten(1)
-    other = build()
+    other = build_network()
     other.load_state_dict(weights)
     assert torch.equal(other.state_dict()[key], dit.state_dict()[key])
-    assert build(patch_size=(2, 2, 2), latent_size=(4, 4, 6)).state_dict()[key].shape == (64, 32)
+    assert build_network(patch=(2, 2, 2), latent_size=(4, 4, 6)).state_dict()[key].shape == (64, 32)
     weights[key] = weights[key][:, :8]
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict(weights)
@@ -141,7 +146,7 @@ def test_compiled_blocks_have_no_graph_break_and_the_same_gradients():
 
     torch._dynamo.reset()
     counters.clear()
-    eager, compiled = randomized(num_layers=3), randomized(num_layers=3)
+    eager, compiled = randomized(layers=3), randomized(layers=3)
     compiled.compile_blocks(backend="aot_eager")
     for dit in (eager, compiled):
         dit(*inputs()).square().sum().backward()
@@ -178,10 +183,10 @@ def test_sampling_first_does_not_spoil_training():
 def test_sincos_refuses_or_computes_other_sizes():
     latent_size = (3, 6, 4)
     with pytest.raises(ConfigError, match=r"size_policy = refuse: expected 3x2x3 patches .* not 3x3x2"):
-        build(positions="sincos")(*inputs(latent_size))
+        build_network(positions="sincos")(*inputs(latent_size))
     with pytest.raises(ConfigError, match="not 4x2x3"):
-        build(positions="sincos")(*inputs((4, 4, 6)))
-    dit = build(positions="sincos", size_policy="interpolate", interpolation=(1.0, 1.5, 1.5))
+        build_network(positions="sincos")(*inputs((4, 4, 6)))
+    dit = build_network(positions="sincos", size_policy="interpolate", interpolation=(1.0, 1.5, 1.5))
     given = dit.mixins["pos_embed"].position_embedding_forward(PatchGrid(4, 3, 2), 5)
     formula = sincos_table(PatchGrid(4, 3, 2), 64, interpolation=(1.0, 1.5, 1.5))
     assert torch.equal(given[0, 5:], formula)
@@ -199,8 +204,8 @@ def test_fewer_frames_take_the_first_rows_of_a_table():
 
 def test_a_learned_table_is_refused_or_interpolated_in_rows_and_columns():
     with pytest.raises(ConfigError, match="not 3x3x2"):
-        build(positions="rotary_learned")(*inputs((3, 6, 4)))
-    dit = build(positions="rotary_learned", size_policy="interpolate", latent_size=(2, 8, 8))
+        build_network(positions="rotary_learned")(*inputs((3, 6, 4)))
+    dit = build_network(positions="rotary_learned", size_policy="interpolate", latent_size=(2, 8, 8))
     table = dit.mixins["pos_embed"].pos_embedding
     rows = torch.arange(4.0)
     with torch.no_grad():  # each patch of the table holds frame, row and column
@@ -231,7 +236,7 @@ def test_rotary_positions_at_the_base_size_are_whole_numbers():
 
 
 def test_rotary_tables_are_made_once_for_a_size():
-    dit = build()
+    dit = build_network()
     pos_embed = dit.mixins["pos_embed"]
     assert isinstance(pos_embed, RotaryPositions)
     dit(*inputs())
@@ -258,7 +263,7 @@ def test_timestep_features_are_cosines_then_sines_in_fp32():
 
 
 def test_meta_device_computes_shapes():
-    dit = build(device="meta")
+    dit = build_network(device="meta")
     latent, timesteps, text = (tensor.to("meta") for tensor in inputs())
     assert dit(latent, timesteps, text).shape == latent.shape
-    assert NARROW["hidden_size"] == dit.hidden_size
+    assert SMALL["width"] == dit.spec.width

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat_train.config import Geometry
 from sat_train.data.augmentation_key import AugmentationKey
 from sat_train.data.batch import SampleBatch, VideoSample
 from sat_train.data.batches import StepPosition
@@ -18,10 +17,10 @@ from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
 from sat_train.encoding.conditions.text import TextCondition
 from sat_train.encoding.encode import Encode
 from sat_train.encoding.encoded_batch import EncodedBatch
-from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.encoders import Encoders
 from sat_train.models.vae.video_vae import VideoVAE
 from sat_train.objective.video_diffusion import VideoDiffusion
+from tests.networks import build_network
 
 CHANNELS, TEXT_LENGTH, TEXT_WIDTH = 4, 3, 8
 
@@ -55,30 +54,26 @@ def make_pipeline() -> Callable[..., VideoDiffusion]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             vae = VideoVAE(ch=4, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=CHANNELS, norm_num_groups=2)
-        dit = DiffusionTransformer(
-            num_layers=1,
-            hidden_size=64,
-            num_attention_heads=2,
+        dit = build_network(
+            layers=1,
             in_channels=2 * CHANNELS if image_to_video else CHANNELS,
             out_channels=CHANNELS,
-            patch_size=(patch_t, 2, 2),
+            patch=(patch_t, 2, 2),
+            spatial_compression=4,
             latent_size=(4, 8, 8),
-            text_hidden_size=TEXT_WIDTH,
+            text_width=TEXT_WIDTH,
             text_length=TEXT_LENGTH,
-            time_embed_dim=16,
-            positions="rotary",
-            ofs_embed_dim=None if ofs is None else 16,
+            ofs_width=None if ofs is None else 16,
         )
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in dit.parameters():  # also those that start at zero, so that every input is felt
                 parameter.normal_(std=0.05, generator=generator)
         vae = vae.eval().requires_grad_(False)
-        geometry = Geometry(patch=(patch_t, 2, 2), temporal_compression=4, spatial_compression=4)
         encoders = Encoders(
             load_vae=lambda: vae,
             load_text_encoder=TableTextEncoder,
-            geometry=geometry,
+            geometry=dit.spec,
             dtype=options.get("dtype", torch.float32),
             device=torch.device("cpu"),
             known_empty_prompt=known_empty_prompt,
@@ -91,7 +86,7 @@ def make_pipeline() -> Callable[..., VideoDiffusion]:
             *([ImageCondition(scale=0.5, drop_probability=image_dropout)] if image_to_video else []),
             *([OfsCondition(ofs)] if ofs is not None else []),
         ]
-        defaults = {"geometry": geometry, "alpha_bar": zero_snr_alpha_bar(), "scale_factor": 0.7, "seed": 3}
+        defaults = {"alpha_bar": zero_snr_alpha_bar(), "scale_factor": 0.7, "seed": 3}
         return VideoDiffusion(dit=dit, encoders=encoders, conditions=conditions, **{**defaults, **options})
 
     return make

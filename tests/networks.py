@@ -1,0 +1,39 @@
+"""Small transformers by their numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sat_train.config import NetworkSpec, PositionSpec
+from sat_train.models.dit.transformer import DiffusionTransformer
+
+SMALL: dict[str, Any] = {
+    "layers": 2,
+    "width": 64,
+    "heads": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "patch": (1, 2, 2),
+    "text_width": 12,
+    "time_width": 16,
+    "positions": "rotary",
+    "latent_size": (3, 4, 6),
+    "text_length": 5,
+}
+_OF_POSITIONS = ("latent_size", "text_length", "interpolation", "size_policy")
+
+
+def network_spec(**numbers: Any) -> NetworkSpec:
+    """Returns a spec; `positions` is their kind, and their own numbers stand beside those of the network."""
+    own = {name: numbers.pop(name) for name in _OF_POSITIONS if name in numbers}
+    positions = PositionSpec(kind=numbers.pop("positions"), **own)
+    return NetworkSpec(
+        **{"temporal_compression": 4, "spatial_compression": 8, **numbers}, positions=positions
+    )
+
+
+def build_network(**options: Any) -> DiffusionTransformer:
+    """Builds a small transformer; options replace its numbers, or are those of `DiffusionTransformer`."""
+    others = ("hook_order", "activation_checkpointing", "device", "dtype", "init_seed")
+    building = {name: options.pop(name) for name in others if name in options}
+    return DiffusionTransformer(network_spec(**{**SMALL, **options}), **building)
