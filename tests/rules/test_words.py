@@ -56,7 +56,7 @@ PLAIN = {
 CLAUSES = {"What", "Which", "Where", "Who", "How", "Says", "Tells", "Gives", "Looks"}
 PLAIN_PACKAGES = (
     *("cache", "checkpoint", "cli", "conditions", "diffusion", "distributed", "encoding"),
-    *("interchange", "objective", "sampling", "text", "vae", "weights"),
+    *("interchange", "objective", "sampling", "sources", "text", "vae", "weights"),
 )
 PLAIN_FILES = [path for path in MODULES if path.parent.name in (*PLAIN_PACKAGES, "sat_train")]
 

@@ -1,1 +1,1 @@
-"""Where clips and captions come from: every kind of source gives the same sorted list of records."""
+"""Sources of clips and captions; every kind gives the same sorted list of records."""

@@ -1,4 +1,4 @@
-"""What lies where in tar archives, from their headers alone; of remote archives it is remembered."""
+"""Indexes tar archives from their headers alone; indexes of remote archives are kept between runs."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Member:
     """One clip of an archive.
 
     Args:
-        name: In the archive.
-        offset: Where its bytes begin.
-        size: Bytes.
-        caption: Its text.
+        name: Name of the member.
+        offset: Position of its first byte.
+        size: Size in bytes.
+        caption: Caption of the clip.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Member:
 
 @dataclass(frozen=True)
 class ArchiveIndex:
-    """What an archive holds.
+    """Contents of an archive.
 
     Args:
-        clips: In the order of their first members.
-        faults: Clips without a usable caption, by name, and why.
-        ignored: Members that are not used, by suffix.
-        skipped: Members that are not even looked at, by what they are.
+        clips: Clips in the order of their first members.
+        faults: Clips without a usable caption, by name, with the reason.
+        ignored: Unused members, by suffix.
+        skipped: Number of members that are not read, by kind.
     """
 
     clips: tuple[Member, ...]
@@ -70,7 +70,7 @@ class ArchiveIndex:
 
 @dataclass(frozen=True)
 class _File:
-    """A regular member; `text` is what a caption's file holds."""
+    """A regular member; `text` is the content of a caption file."""
 
     name: str
     offset: int
@@ -79,7 +79,7 @@ class _File:
 
 
 def index_archives(paths: Sequence[Path]) -> list[ArchiveIndex]:
-    """Indexes archives, several at once.
+    """Indexes archives, several in parallel.
 
     Raises:
         DataError: One is missing, broken or compressed, or its storage does not answer.
@@ -93,9 +93,9 @@ def _index(path: Path) -> ArchiveIndex:
         return _sort(*_read_members(path))
     with _readable(path):
         state = read_state(path)
-    known = _recall(path, state)
-    if known is not None:
-        return known
+    saved_index = _recall(path, state)
+    if saved_index is not None:
+        return saved_index
     index = _sort(*_read_members(path))
     with _readable(path):
         if read_state(path) != state:
@@ -106,7 +106,7 @@ def _index(path: Path) -> ArchiveIndex:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what can go wrong with an archive into one error that names it."""
+    """Converts any error with an archive into one that names it."""
     try:
         yield
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def _reason(error: Exception) -> str:
 
 
 class _HeaderReader:
-    """An archive for tarfile, which reads a long name as a whole, whatever length its header claims."""
+    """A file for tarfile that limits a long name, whatever length its header claims."""
 
     def __init__(self, raw: ReadableFile) -> None:
         self._raw = raw
@@ -145,7 +145,7 @@ def _open_tar(raw: ReadableFile) -> tarfile.TarFile:
 
 
 def _read_members(path: Path) -> tuple[dict[str, dict[str, _File]], Counter[str]]:
-    """Returns the regular files of an archive by key and suffix, and what its other members are."""
+    """Returns the regular files of an archive by key and suffix, and the number of other members by kind."""
     samples: dict[str, dict[str, _File]] = {}
     skipped: Counter[str] = Counter()
     end = -1
@@ -174,7 +174,7 @@ _FOLDER = "folder"
 
 
 def _kind(member: tarfile.TarInfo, name: PurePosixPath) -> str | None:
-    """Returns what a member is that is not looked at; None for a file."""
+    """Returns the kind of a member that is not read, or None for a file."""
     if member.isdir():
         return _FOLDER
     if name.name.startswith("."):
@@ -211,11 +211,11 @@ def _sort(samples: dict[str, dict[str, _File]], skipped: Counter[str]) -> Archiv
 
 
 def _caption(files: dict[str, _File]) -> tuple[str, str]:
-    """Returns the suffix of the file that holds a clip's caption, and the caption."""
+    """Returns the caption of a clip and the suffix of the file that holds it."""
     if ".txt" in files:
         return ".txt", clean_caption(_text(files[".txt"]), ".txt")
     if ".json" not in files:
-        raise DataError("there is no .txt and no .json beside it")
+        raise DataError("there is no .txt or .json next to it")
     content = parse_json(_text(files[".json"]))
     names = list(content) if isinstance(content, dict) else []
     column = find_columns((name for name in names if name not in COMMON["video"]), {}, place="its .json")
@@ -235,7 +235,7 @@ def _text(file: _File) -> str:
 
 
 def _place(path: Path) -> Path:
-    """Returns where the index of a remote archive is remembered: one file for each archive."""
+    """Returns the path of a remote archive's saved index, one file per archive."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home, "sat_train", "archives", sha256(str(path).encode()).hexdigest() + ".json")
 
@@ -245,18 +245,18 @@ def _key(path: Path, state: RemoteState) -> dict[str, Any]:
 
 
 def _recall(path: Path, state: RemoteState) -> ArchiveIndex | None:
-    """Returns the remembered index; None when there is none, it is of another state, or it is damaged."""
+    """Returns the saved index, or None if it is missing, outdated or damaged."""
     place = _place(path)
     try:
         body = json.loads(read_text(place, limit=_INDEX_BYTES))
         if body["key"] != _key(path, state) or body["sha256"] != _hash(body["index"]):
             return None
-        told = body["index"]
+        values = body["index"]
         return ArchiveIndex(
-            tuple(Member(**clip) for clip in told["clips"]),
-            tuple((name, why) for name, why in told["faults"]),
-            tuple((suffix, count) for suffix, count in told["ignored"]),
-            tuple((what, count) for what, count in told["skipped"]),
+            tuple(Member(**clip) for clip in values["clips"]),
+            tuple((name, why) for name, why in values["faults"]),
+            tuple((suffix, count) for suffix, count in values["ignored"]),
+            tuple((what, count) for what, count in values["skipped"]),
         )
     except FileNotFoundError:
         return None
@@ -266,11 +266,11 @@ def _recall(path: Path, state: RemoteState) -> ArchiveIndex | None:
 
 
 def _remember(path: Path, state: RemoteState, index: ArchiveIndex) -> None:
-    """Writes the index for the next start, unless a later change of the archive could go unseen."""
+    """Saves the index for the next start, unless later changes of the archive could go unnoticed."""
     if not state.shows_changes():
         return
-    told = json.loads(json.dumps(asdict(index)))
-    body = {"key": _key(path, state), "sha256": _hash(told), "index": told}
+    values = json.loads(json.dumps(asdict(index)))
+    body = {"key": _key(path, state), "sha256": _hash(values), "index": values}
     place = _place(path)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -279,5 +279,5 @@ def _remember(path: Path, state: RemoteState, index: ArchiveIndex) -> None:
         log.warning("%s cannot be written (%s): the next start indexes %s again", place, error, shown(path))
 
 
-def _hash(told: Any) -> str:
-    return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def _hash(values: Any) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

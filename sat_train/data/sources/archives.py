@@ -22,7 +22,7 @@ from sat_train.errors import DataError
 
 
 def read_archives(name: str, paths: Sequence[Path], options: SourceOptions = DEFAULT_OPTIONS) -> ClipSource:
-    """Reads the members of plain tar files: `KEY.mp4` with `KEY.txt`, or `KEY.json` with a `caption` in it.
+    """Reads plain tar files with members `KEY.mp4` and `KEY.txt`, or `KEY.json` with a `caption` in it.
 
     The key is the member's name up to the first dot of its last part. Where there is no video, an image is a
     clip of one frame.
@@ -40,11 +40,11 @@ def read_archives(name: str, paths: Sequence[Path], options: SourceOptions = DEF
     faults: list[tuple[str, str]] = []
     ignored: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
-    for path, shown, index in zip(paths, _names(paths), index_archives(paths), strict=True):
+    for path, archive, index in zip(paths, _names(paths), index_archives(paths), strict=True):
         for clip in index.clips:
             span = Span(clip.offset, clip.size)
-            records.append(ClipRecord(f"{shown}/{clip.name}", path, (clip.caption,), span=span))
-        faults += [(f"{shown}/{clip}", why) for clip, why in index.faults]
+            records.append(ClipRecord(f"{archive}/{clip.name}", path, (clip.caption,), span=span))
+        faults += [(f"{archive}/{clip}", why) for clip, why in index.faults]
         ignored.update(dict(index.ignored))
         skipped.update(dict(index.skipped))
     check_faults(
@@ -59,7 +59,7 @@ def read_archives(name: str, paths: Sequence[Path], options: SourceOptions = DEF
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Returns the archives' file names; where two are alike, their paths below the folder of all."""
+    """Returns the archives' file names or, if two are equal, their paths below the common folder."""
     names = [file_name(path) for path in paths]
     if len(set(names)) == len(names):
         return names

@@ -1,4 +1,4 @@
-"""Arrow data from outside, looked at only after it has been validated."""
+"""Reads Arrow data from strangers, validated before use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TEXT_BYTES = 1 << 30  # of one batch; what is read becomes Python objects
 
 
 def import_pyarrow(path: Path) -> Any:
-    """Returns the module pyarrow.
+    """Imports pyarrow.
 
     Raises:
         DataError: It is not installed.
@@ -24,7 +24,7 @@ def import_pyarrow(path: Path) -> Any:
 
 
 def checked_rows(batch: Any, *, place: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a batch, whose offsets and texts have been checked: Arrow itself trusts them.
+    """Returns the rows of a batch after checking offsets and texts, which Arrow itself trusts.
 
     Raises:
         DataError: A column has a type that a manifest cannot have, or too many bytes.
@@ -45,7 +45,7 @@ def checked_rows(batch: Any, *, place: Path) -> list[dict[str, Any]]:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Texts, lists of texts, numbers: types whose values cannot be larger than their buffers."""
+    """Returns whether a type holds texts, lists of texts or numbers, whose values fit into their buffers."""
     import pyarrow.types as types
 
     if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):

@@ -1,4 +1,4 @@
-"""A table of clips: JSON lines, JSON, CSV or Parquet."""
+"""Reads tables of clips: JSON lines, JSON, CSV or Parquet."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def read_manifest(path: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipS
             columns are not there, or there is no row.
     """
     table = read_table(path, options.columns)
-    found = find_columns(table.columns, options.columns, place=str(path))
+    columns = find_columns(table.columns, options.columns, place=str(path))
     if any(isinstance(row, dict) for _, row in table.rows):
-        check_columns(found, table.columns, place=str(path))
+        check_columns(columns, table.columns, place=str(path))
     records, faults, turned = [], [], 0
     for line, row in table.rows:
         try:
-            record = make_record(canonical_row(row, found), path.absolute().parent)
+            record = make_record(canonical_row(row, columns), path.absolute().parent)
         except DataError as error:
             faults.append((f"{path}:{line}", error.problem))
             continue
         records.append(record)
-        turned += isinstance(row, dict) and "\\" in row[found["video"]] and "\\" not in record.clip_id
+        turned += isinstance(row, dict) and "\\" in row[columns["video"]] and "\\" not in record.clip_id
     allowed = options.max_bad_fraction * len(table.rows)
     check_faults(faults, f"{path}: {len(faults)} of {len(table.rows)} rows cannot be used", allowed=allowed)
     if not records:
         raise DataError(f"{path}: this manifest has no rows", expected="one row for each clip")
-    notes = unused_columns(table.columns, found)
+    notes = unused_columns(table.columns, columns)
     notes += [f"{turned} paths hold backslashes, which are read as slashes"] if turned else []
     return make_source(str(path), records, notes=notes, faults=faults)
 
 
-def canonical_row(row: dict[str, Any] | DataError, found: Mapping[str, str]) -> dict[str, Any]:
+def canonical_row(row: dict[str, Any] | DataError, columns: Mapping[str, str]) -> dict[str, Any]:
     """Returns the values of a row under the names of `KINDS`.
 
     Raises:
@@ -66,21 +66,21 @@ def canonical_row(row: dict[str, Any] | DataError, found: Mapping[str, str]) -> 
     """
     if isinstance(row, DataError):
         raise row
-    named = {kind: row[name] for kind, name in found.items() if name in row}
+    values = {kind: row[name] for kind, name in columns.items() if name in row}
     for kind in ("video", "caption"):
-        if kind not in named:
-            raise DataError(f"column `{found.get(kind, kind)}` is missing; {shown_columns(row)}")
-    return named
+        if kind not in values:
+            raise DataError(f"column `{columns.get(kind, kind)}` is missing; {shown_columns(row)}")
+    return values
 
 
 def unused_columns(columns: tuple[str, ...], found: Mapping[str, str]) -> list[str]:
-    """Returns a sentence that names the columns that mean nothing, where there are any."""
+    """Returns a sentence that names the unused columns, if there are any."""
     unused = sorted(set(columns) - set(found.values()))
     return [f"columns that are not used: {name_some(unused)}"] if unused else []
 
 
 def make_record(row: Mapping[str, Any], root: Path) -> ClipRecord:
-    """Makes a record of the columns of one row.
+    """Builds a record from the columns of one row.
 
     Args:
         row: Values by kind of column; those that have none are left out.
@@ -94,7 +94,7 @@ def make_record(row: Mapping[str, Any], root: Path) -> ClipRecord:
     texts = row.get("caption", [])
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError("column `caption` is missing or no text")
+        raise DataError("column `caption` is missing or not a text")
     captions = tuple(clean_caption(text, "column `caption`") for text in texts)
     start, end = _number(row, "start"), _number(row, "end")
     if start is not None and end is not None and end <= start:
@@ -113,10 +113,10 @@ def make_record(row: Mapping[str, Any], root: Path) -> ClipRecord:
 
 
 def _path(row: Mapping[str, Any], kind: str, root: Path) -> str:
-    """Returns the path in a cell; one written on Windows, with slashes."""
+    """Returns the path in a cell, with Windows backslashes turned into slashes."""
     path = row.get(kind)
     if not isinstance(path, str):
-        raise DataError(f"column `{kind}` is missing" if path is None else f"column `{kind}` is no text")
+        raise DataError(f"column `{kind}` is missing" if path is None else f"column `{kind}` is not a text")
     if "://" in path:
         raise DataError(f"column `{kind}`: remote files are read from .tar archives only")
     check_name(path)
@@ -125,7 +125,7 @@ def _path(row: Mapping[str, Any], kind: str, root: Path) -> str:
 
 
 def _check_no_folder(path: Path) -> None:
-    """Says of folders of frames that they are not read; files with a known suffix are not asked about."""
+    """Refuses folders of frames; only paths without a known suffix are checked on disk."""
     if path.suffix.lower() not in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES) and os.path.isdir(path):
         raise DataError("`video` names a folder; folders of frames are not read, make a video file of each")
 
@@ -137,7 +137,7 @@ def _number(row: Mapping[str, Any], key: str, *, limit: float = 1e12) -> float |
     try:
         number = float("" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"`{key}` = {repr(value)[:40]} is no number") from None
+        raise DataError(f"`{key}` = {repr(value)[:40]} is not a number") from None
     if not 0 <= number <= limit:
         raise DataError(f"`{key}` = {number:g} is not a finite number from 0 to {limit:g}")
     return number

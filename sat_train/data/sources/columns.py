@@ -1,4 +1,4 @@
-"""Which column of a table says what: by its own name, by a common one, or as `data.columns` says."""
+"""Maps the columns of a table to their meaning: by exact name, by a common name, or by `data.columns`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMON = {
 
 
 def find_columns(names: Iterable[str], wanted: Mapping[str, str], *, place: str) -> dict[str, str]:
-    """Finds what the columns of a table mean.
+    """Finds the columns of a table by their meaning.
 
     What `data.columns` names counts first, then a column of the very name, then, for `video` and `caption`,
     the one of a common name, in any case.
@@ -36,7 +36,7 @@ def find_columns(names: Iterable[str], wanted: Mapping[str, str], *, place: str)
         DataError: Several columns may be meant, or one of `wanted` is missing.
     """
     names = list(dict.fromkeys(names))
-    found = {}
+    columns = {}
     for kind in KINDS:
         candidates = _candidates(kind, names)
         if kind in wanted:
@@ -50,13 +50,13 @@ def find_columns(names: Iterable[str], wanted: Mapping[str, str], *, place: str)
         if len(candidates) > 1:
             listed = ", ".join(f"`{name}`" for name in candidates)
             raise DataError(
-                f"{place}: any of the columns {listed} may be the {kind}",
-                expected=f"one column `{kind}`, or to be told which of them it is",
+                f"{place}: each of the columns {listed} may be the {kind}",
+                expected=f"one column `{kind}`, or a choice among these",
                 remedy=f"data.columns.{kind}={candidates[0]}",
             )
         if candidates:
-            found[kind] = candidates[0]
-    return found
+            columns[kind] = candidates[0]
+    return columns
 
 
 def _candidates(kind: str, names: Sequence[str]) -> list[str]:
@@ -65,23 +65,23 @@ def _candidates(kind: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if kind in COMMON and name.strip().lower() in (kind, *COMMON[kind])]
 
 
-def check_columns(found: Mapping[str, str], names: Iterable[str], *, place: str) -> None:
-    """Refuses a table without the columns that every table needs.
+def check_columns(columns: Mapping[str, str], names: Iterable[str], *, place: str) -> None:
+    """Refuses a table without the required columns.
 
     Raises:
         DataError: One is missing; the message lists those that were found and says what to do.
     """
     names = list(names)
     for kind, common in COMMON.items():
-        if kind not in found:
+        if kind not in columns:
             raise DataError(
                 f"{place}: there is no column `{kind}`; {shown_columns(names)}",
                 expected=f"`{kind}`, or one of {', '.join(common)}",
-                remedy=f"say which one it is with data.columns.{kind}=NAME",
+                remedy=f"choose it with data.columns.{kind}=NAME",
             )
 
 
 def shown_columns(names: Iterable[str]) -> str:
-    """Returns the columns that were found, for a message."""
+    """Returns a message that lists the columns of a table."""
     names = [f"`{name}`" for name in names]
     return f"the columns found are {name_some(names)}" if names else "it has no columns"

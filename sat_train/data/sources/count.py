@@ -1,4 +1,4 @@
-"""Counts clips by the names of files, without opening one."""
+"""Counts clips by file names, without opening them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of clips, with a caption file for each or with one list of all captions."""
+"""Reads a folder of clips, with one caption file per clip or one list of all captions."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _MANY_PICTURES = 8  # of one folder look like the frames of a clip
 def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSource:
     """Reads a folder of clips at any depth.
 
-    The caption of `.../videos/a/b.mp4` is `.../labels/a/b.txt`: the last folder called `videos` is
-    exchanged, no other. Where that file does not exist it is `b.txt` beside the clip. An image under
-    `videos/` is a clip of one frame; `.../images/a/b.png` conditions the clip `.../videos/a/b.mp4`. Where no
-    clip has a caption of its own, `videos.txt` and `prompt.txt` give them line by line.
+    The caption of `.../videos/a/b.mp4` is `.../labels/a/b.txt`: only the last folder called `videos` is
+    replaced. If that file does not exist, it is `b.txt` next to the clip. An image under `videos/` is a clip
+    of one frame; `.../images/a/b.png` conditions the clip `.../videos/a/b.mp4`. If no clip has a caption of
+    its own, `videos.txt` and `prompt.txt` hold them line by line.
 
-    Every other file is counted, and named where it could have been meant to be used.
+    Every other file is counted, and named if it may have been meant to be used.
 
     Raises:
         DataError: There is no clip, more clips than allowed have no caption (all of them are counted, the
@@ -45,18 +45,18 @@ def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSou
     """
     place = root.absolute()
     listing = Listing(place, options)
-    found = listing.walk()
-    pairs = [_pair(listing, path) for path in found.clips]
-    lists = find_lists(place, found.texts)
+    files = listing.walk()
+    pairs = [_pair(listing, path) for path in files.clips]
+    lists = find_lists(place, files.texts)
     if lists.complete and not any(pair.caption for pair in pairs):
         listing.check_links()
-        return read_lists(root, listing, found, lists.complete, options)
+        return read_lists(root, listing, files, lists.complete, options)
     if not pairs:
         raise DataError(
             f"{root}: there is no clip in this folder",
             expected=f"videos/NAME.mp4 with labels/NAME.txt, or {VIDEO_LIST} with {CAPTION_LISTS[0]}; "
             f"suffixes {' '.join(VIDEO_SUFFIXES)}",
-            remedy=f"correct the path. {_other_files(place, found)}{_frames_hint(found)}",
+            remedy=f"correct the path. {_other_files(place, files)}{_frames_hint(files)}",
         )
     listing.check_links()
     records, faults = [], []
@@ -72,18 +72,18 @@ def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSou
         faults,
         f"{root}: {len(faults)} of {len(pairs)} clips have no usable name and caption",
         allowed=options.max_bad_fraction * len(pairs),
-        remedy=f"write the captions, or move these clips away{lists.hint()}{_frames_hint(found)}",
+        remedy=f"write the captions, or move these clips away{lists.hint()}{_frames_hint(files)}",
     )
     if not records:
         raise DataError(f"{root}: no clip of this folder can be used", expected="clips with captions")
     used = {path for pair in pairs for path in (pair.caption, pair.image) if path}
-    notes = [*_missing_images(place, pairs), *found.notes(place, used)]
-    return make_source(str(root), records, ignored=found.unused(used), notes=notes, faults=faults)
+    notes = [*_missing_images(place, pairs), *files.notes(place, used)]
+    return make_source(str(root), records, ignored=files.unused(used), notes=notes, faults=faults)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A clip with what belongs to it; `expected` is where its caption should be."""
+    """A clip with its caption and image; `expected` is the place of its caption."""
 
     clip: Path
     caption: Path | None
@@ -111,7 +111,7 @@ def read_caption(path: Path | None, expected: Path) -> str:
         expected: Where it should be.
 
     Raises:
-        DataError: It is missing, empty, too long, not UTF-8, or no regular file.
+        DataError: It is missing, empty, too long, not UTF-8, or not a regular file.
     """
     if path is None:
         raise DataError(f"there is no caption file {expected}")
@@ -125,26 +125,26 @@ def read_caption(path: Path | None, expected: Path) -> str:
 
 
 def _missing_images(root: Path, pairs: Sequence[_Pair]) -> list[str]:
-    """Says which clips fall back to their first frame, where others have a picture."""
+    """Returns a note that names clips without an image, which use their first frame, if others have one."""
     clips = [pair for pair in pairs if pair.clip.suffix.lower() in VIDEO_SUFFIXES]
     without = [pair.clip for pair in clips if pair.image is None]
     if len(without) == len(clips):
         return []
-    return describe(root, "clips have no picture in images/ (their first frame is the condition)", without)
+    return describe(root, "clips have no image in images/ (their first frame is the condition)", without)
 
 
-def _other_files(root: Path, found: Found) -> str:
-    counts = found.unused(set())
-    named = name_some(path.relative_to(root).as_posix() for path in sorted([*found.pictures, *found.texts]))
+def _other_files(root: Path, files: Found) -> str:
+    counts = files.unused(set())
+    names = name_some(path.relative_to(root).as_posix() for path in sorted([*files.pictures, *files.texts]))
     counted = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
-    pictures = "; pictures are clips of one frame in a folder `videos`" if found.pictures else ""
-    return f"Other files found: {counted or 'none'}" + (f" ({named})" if named else "") + pictures
+    pictures = "; pictures are clips of one frame in a folder `videos`" if files.pictures else ""
+    return f"Other files found: {counted or 'none'}" + (f" ({names})" if names else "") + pictures
 
 
-def _frames_hint(found: Found) -> str:
-    """Says of folders of frames, where these seem to be meant, that they are not read."""
-    clips = (path for path in found.clips if path.suffix.lower() in IMAGE_SUFFIXES)
-    folders = Counter(path.parent for path in _numbered([*found.pictures, *clips]))
+def _frames_hint(files: Found) -> str:
+    """Returns a hint that folders of frames are not read, if there seem to be some."""
+    clips = (path for path in files.clips if path.suffix.lower() in IMAGE_SUFFIXES)
+    folders = Counter(path.parent for path in _numbered([*files.pictures, *clips]))
     frames = [folder for folder, count in folders.items() if count >= _MANY_PICTURES]
     if not frames:
         return ""

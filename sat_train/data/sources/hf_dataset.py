@@ -1,4 +1,4 @@
-"""Hugging Face datasets on disk, read where they lie: no copy, no `datasets` package."""
+"""Reads Hugging Face datasets on disk in place: no copy, no `datasets` package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STATE_BYTES = 16 << 20
 
 
 def is_hf_dataset(folder: Path) -> bool:
-    """Tells whether `Dataset.save_to_disk` wrote this folder."""
+    """Returns whether `Dataset.save_to_disk` wrote this folder."""
     return (folder / _STATE).is_file() and (folder / "dataset_info.json").is_file()
 
 
@@ -88,7 +88,7 @@ def _data_files(folder: Path, options: SourceOptions) -> list[str]:
 
 
 def _record(row: dict[str, Any], span: Span | None, file: Path, number: int) -> ClipRecord:
-    """Makes a record whose clip is a file of its own or a part of an Arrow file."""
+    """Builds a record whose clip is a file or a part of an Arrow file."""
     if span is None:
         return make_record(row, file.parent)
     name = f"row-{number:06d}" + (f"/{Path(row['video']).name}" if isinstance(row["video"], str) else "")
@@ -99,7 +99,8 @@ _Row = tuple[tuple[str, ...], dict[str, str], dict[str, Any], Span | None]
 
 
 def _rows(path: Path, wanted: Mapping[str, str]) -> Iterator[_Row]:
-    """Yields columns, what they mean, a row without the video's bytes, and where in the file these lie.
+    """Yields columns, their meaning, a row without the video's bytes, and the position of these bytes in the
+    file.
 
     The value of a video that has no name of its own is True.
     """
@@ -120,7 +121,7 @@ def _rows(path: Path, wanted: Mapping[str, str]) -> Iterator[_Row]:
 def _batch_rows(
     batch: Any, found: Mapping[str, str], base: int, size: int, path: Path
 ) -> list[tuple[dict[str, Any], Span | None]]:
-    """Returns the rows of a batch. Arrow trusts offsets, so nothing is read before they have been checked."""
+    """Returns the rows of a batch. Arrow trusts offsets, so they are checked before anything is read."""
     import pyarrow as pa
 
     name = found["video"]
@@ -148,7 +149,7 @@ def _present(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spans(data: Any, base: int, size: int, path: Path) -> list[Span | None]:
-    """Returns where the values of a binary column lie in the mapped file."""
+    """Returns the positions of a binary column's values in the mapped file."""
     import pyarrow as pa
 
     wide = pa.types.is_large_binary(data.type)

@@ -1,4 +1,4 @@
-"""Links in somebody's folder: followed inside it, and out of it only when that is asked for."""
+"""Checks links in a folder: they are followed inside it, and out of it only if that is allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sat_train.data.sources.records import SourceOptions, check_faults
 
 
 def leads_out(path: Path, real_root: str) -> bool:
-    """Tells whether a file lies elsewhere than its name says: not below a folder.
+    """Returns whether a path leads out of a folder.
 
     Args:
         path: The file.

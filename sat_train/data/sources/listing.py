@@ -1,4 +1,4 @@
-"""What lies in a folder of clips, each folder listed once, links that lead out of it kept apart."""
+"""Lists a folder of clips, each subfolder once, and collects links that lead out of it."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Found:
     repeated: list[Path] = field(default_factory=list)
 
     def unused(self, used: set[Path]) -> Counter[str]:
-        """Returns how many files are not used, by suffix.
+        """Returns the number of unused files by suffix.
 
         Args:
             used: Captions, pictures and lists that are.
         """
-        left = (path for path in (*self.pictures, *self.texts) if path not in used)
-        return self.others + Counter(path.suffix.lower() for path in left)
+        unused_paths = (path for path in (*self.pictures, *self.texts) if path not in used)
+        return self.others + Counter(path.suffix.lower() for path in unused_paths)
 
     def notes(self, root: Path, used: set[Path]) -> list[str]:
-        """Returns sentences that name the files that may have been meant to be used, and are not."""
+        """Returns sentences that name unused files that may have been meant to be used."""
         groups = [
             ("pictures are neither images/NAME of a clip videos/NAME nor in videos/", self.pictures),
             ("text files have the name of no clip", self.texts),
@@ -58,7 +58,7 @@ class Found:
 
 
 class Listing:
-    """Lists folders and finds files in them by stem, the suffix in any case.
+    """Lists folders and finds files in them by stem and suffix, in any case of the suffix.
 
     Args:
         root: The folder that was given, absolute.
@@ -79,30 +79,30 @@ class Listing:
         Raises:
             DataError: A folder below it cannot be listed, or a linked one lies elsewhere.
         """
-        found, seen, waiting = Found(), set(), [self.root]
+        files, seen, waiting = Found(), set(), [self.root]
         while waiting:
             folder = waiting.pop()
             real = os.path.realpath(folder)
             if real in seen:
-                found.repeated.append(folder)
+                files.repeated.append(folder)
                 continue
             seen.add(real)
             folders = []
             for entry in self._scan(folder):
                 path = Path(entry.path)
                 if entry.name.startswith("."):
-                    found.hidden.append(path)
+                    files.hidden.append(path)
                 elif not _is_folder(entry):
-                    self._sort(path, found)
+                    self._sort(path, files)
                 elif self._may_follow(path, is_link=entry.is_symlink()):
                     folders.append(path)
             waiting += sorted(folders, reverse=True)
         self.check_links()
-        found.clips.sort()
-        return found
+        files.clips.sort()
+        return files
 
     def find(self, stem: Path, suffixes: tuple[str, ...], *, base: Path | None = None) -> Path | None:
-        """Returns the file of a name and one of several suffixes; a suffix in small letters, then the first.
+        """Finds a file by stem and one of several suffixes; lower case wins, then the first suffix.
 
         Args:
             stem: Path without suffix.
@@ -126,19 +126,19 @@ class Listing:
         return path
 
     def find_beside(self, clip: Path, folder: str, suffixes: tuple[str, ...]) -> Path | None:
-        """Returns what belongs to `.../videos/a/b.mp4` in another folder: `.../labels/a/b.txt`, ..."""
+        """Finds the counterpart of `.../videos/a/b.mp4` in another folder: `.../labels/a/b.txt`, ..."""
         path, base = exchange_folder(clip, folder)
         if base is None:
             return None
         return self.find(path, suffixes, base=None if path.is_relative_to(self.root) else base)
 
     def use(self, path: Path) -> Path:
-        """Returns a file of the root that is going to be read; where it is elsewhere, that is remembered."""
+        """Returns a file of the root that will be read; a file that is outside is noted."""
         self._may_follow(path, is_link=path in self._links)
         return path
 
     def check_links(self) -> None:
-        """Refuses the links that lead out, found so far.
+        """Refuses the links found so far that lead out.
 
         Raises:
             DataError: There are some.
@@ -172,16 +172,16 @@ class Listing:
                 self._links.add(Path(entry.path))
         return listed
 
-    def _sort(self, path: Path, found: Found) -> None:
+    def _sort(self, path: Path, files: Found) -> None:
         suffix = path.suffix.lower()
         if suffix in VIDEO_SUFFIXES or (suffix in IMAGE_SUFFIXES and "videos" in path.parts[:-1]):
-            found.clips.append(path)
+            files.clips.append(path)
         elif suffix in IMAGE_SUFFIXES:
-            found.pictures.append(path)
+            files.pictures.append(path)
         elif suffix == ".txt":
-            found.texts.append(path)
+            files.texts.append(path)
         else:
-            found.others[suffix or "(none)"] += 1
+            files.others[suffix or "(none)"] += 1
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -190,7 +190,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def exchange_folder(clip: Path, folder: str) -> tuple[Path, Path | None]:
-    """Returns a clip's path without suffix, its last folder called `videos` exchanged, and the new folder."""
+    """Returns a clip's path without suffix, with its last folder `videos` replaced, and the new folder."""
     parts = list(clip.with_suffix("").parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i] == "videos":
@@ -200,6 +200,6 @@ def exchange_folder(clip: Path, folder: str) -> tuple[Path, Path | None]:
 
 
 def describe(root: Path, what: str, paths: list[Path]) -> list[str]:
-    """Returns a sentence that counts and names files, where there are any."""
+    """Returns a sentence that counts and names files, if there are any."""
     names = [path.relative_to(root).as_posix() for path in sorted(paths)]
     return [f"{len(names)} {what}: {name_some(names)}"] if names else []

@@ -1,4 +1,4 @@
-"""Clips and captions listed line by line in two files: `videos.txt` with `prompt.txt`."""
+"""Reads clips and captions listed line by line in two files: `videos.txt` and `prompt.txt`."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Lists:
 
 @dataclass(frozen=True)
 class FoundLists:
-    """What there is of lists in a folder, complete or not."""
+    """The lists found in a folder, complete or not."""
 
     names: tuple[str, ...]
     complete: Lists | None
 
     def hint(self) -> str:
-        """Returns how lists could help where captions are missing."""
+        """Returns a hint how lists could supply missing captions."""
         if self.complete:
             return ""
         if not self.names:
@@ -53,7 +53,7 @@ class FoundLists:
 
 
 def find_lists(root: Path, texts: Sequence[Path]) -> FoundLists:
-    """Finds the lists that lie directly in a folder.
+    """Finds the lists directly in a folder.
 
     Raises:
         DataError: Several files may hold the captions.
@@ -73,19 +73,19 @@ def find_lists(root: Path, texts: Sequence[Path]) -> FoundLists:
 
 
 def read_lists(
-    root: Path, listing: Listing, found: Found, lists: Lists, options: SourceOptions
+    root: Path, listing: Listing, files: Found, lists: Lists, options: SourceOptions
 ) -> ClipSource:
     """Reads the clips of a folder that its lists name. Paths start at the folder.
 
     Args:
         root: The folder, as the person wrote it.
-        listing: The folder.
-        found: What lies in it.
+        listing: Listing of the folder.
+        files: The files in it.
         lists: Its lists.
         options: How many lines may be unusable.
 
     Raises:
-        DataError: The lists have not equally many lines, or more lines are unusable than allowed.
+        DataError: The lists have different numbers of lines, or more lines are unusable than allowed.
     """
     rows = _read_rows(lists)
     records: list[ClipRecord] = []
@@ -108,17 +108,17 @@ def read_lists(
         listing.use(path)
     listing.check_links()
     used |= {record.image for record in records if record.image}
-    named = {record.path for record in records}
-    unnamed = [path for path in found.clips if path not in named | used]
+    listed_paths = {record.path for record in records}
+    unnamed = [path for path in files.clips if path not in listed_paths | used]
     notes = [
         *describe(listing.root, f"clips are not in {VIDEO_LIST}, and not used", unnamed),
-        *found.notes(listing.root, used),
+        *files.notes(listing.root, used),
     ]
-    return make_source(str(root), records, ignored=found.unused(used), notes=notes, faults=faults)
+    return make_source(str(root), records, ignored=files.unused(used), notes=notes, faults=faults)
 
 
 def _read_rows(lists: Lists) -> list[tuple[int, dict[str, str]]]:
-    """Returns what stands in each line of all lists; lines that are blank in all of them are left out.
+    """Returns the cells of each line of all lists; lines that are blank in all of them are left out.
 
     Lists of different length are compared without their blank lines too, as other trainers read them.
     """
@@ -130,7 +130,7 @@ def _read_rows(lists: Lists) -> list[tuple[int, dict[str, str]]]:
     if len(set(map(len, columns.values()))) > 1:
         counts = ", ".join(f"{paths[kind].name} {len(lines)}" for kind, lines in columns.items())
         raise DataError(
-            f"{lists.videos.parent}: the lists have not equally many lines: {counts}",
+            f"{lists.videos.parent}: the lists have different numbers of lines: {counts}",
             expected="the caption of each clip in the line of the same number",
         )
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
@@ -146,7 +146,7 @@ def _read_column(path: Path) -> list[str]:
 
 
 def _filled(row: dict[str, str], lists: Lists, number: int) -> dict[str, str]:
-    """Returns what a line says.
+    """Returns the cells of a line that are not blank.
 
     Raises:
         DataError: The clip or its caption is missing.

@@ -1,4 +1,4 @@
-"""Reads whatever an entry of the training data names, and splits it."""
+"""Reads the sources of the training data, and splits them into parts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LEAST_EPOCH, _LONGEST_EPOCH = 1e-6, 1e8  # samples, by the weights
 
 
 def build_source_options(data: DataConfig) -> SourceOptions:
-    """Returns how section `data` wants sources to be read."""
+    """Builds the options for reading sources from section `data`."""
     names = {kind: getattr(data.columns, kind) for kind in KINDS}
     return SourceOptions(
         columns={kind: name for kind, name in names.items() if name is not None},
@@ -35,15 +35,15 @@ def build_source_options(data: DataConfig) -> SourceOptions:
 
 
 def read_source(path: str | Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSource:
-    """Reads what is at a place: a folder of clips, a manifest, tar archives, or a Hugging Face dataset.
+    """Reads a source: a folder of clips, a manifest, tar archives, or a Hugging Face dataset.
 
     Args:
-        path: The place. `.tar` archives may be remote (`s3://bucket/set`), and several at once: `{000..099}`,
+        path: Its path. `.tar` archives may be remote (`s3://bucket/set`), and several at once: `{000..099}`,
             `{a,b}`, `*.tar`.
-        options: Names of columns, what is done about links, and how many clips may be unusable.
+        options: Names of columns, handling of links, and the share of clips that may be unusable.
 
     Raises:
-        DataError: There is nothing at `path`, no clip in it, or too many clips cannot be used.
+        DataError: `path` does not exist, holds no clip, or too many of its clips cannot be used.
     """
     entry = str(path)
     if entry.startswith("file://"):
@@ -56,7 +56,7 @@ def read_source(path: str | Path, options: SourceOptions = DEFAULT_OPTIONS) -> C
 
 
 def _matches(entry: str) -> list[Path]:
-    """Returns the archives that a pattern stands for, in its order; none where it is no pattern."""
+    """Returns the archives that match a pattern, in its order; none if it is not a pattern."""
     names = expand_braces(entry)
     archives: list[Path] = []
     for name in names:
@@ -67,8 +67,8 @@ def _matches(entry: str) -> list[Path]:
             inside = sorted(place.glob("*.tar")) if place.is_dir() else [place]
             if not inside or any(path.suffix != ".tar" for path in inside):
                 raise DataError(
-                    f"{entry}: {place} is no .tar archive and no folder of them",
-                    expected="a pattern that stands for archives only",
+                    f"{entry}: {place} is neither a .tar archive nor a folder of them",
+                    expected="a pattern that matches archives only",
                 )
             archives += inside
     return list(dict.fromkeys(archives))
@@ -109,13 +109,13 @@ PARTS = ("training", "validation", "test")
 def read_sources(
     entries: Sequence[str], options: SourceOptions, *, shares: Sequence[float] | None, part: int
 ) -> list[ClipSource]:
-    """Reads the entries of a set, or one part of each.
+    """Reads the sources of a set, or one part of each.
 
     Args:
-        entries: Of `args.train_data` or `args.valid_data`.
-        options: How they are read.
-        shares: Of training, validation and test in each entry; None: nothing is divided.
-        part: Which of them is wanted: an index into `PARTS`.
+        entries: Items of `args.train_data` or `args.valid_data`.
+        options: Options for reading them.
+        shares: Shares of training, validation and test in each source; None: sources are not split.
+        part: Index into `PARTS` of the part to read.
 
     Raises:
         DataError: As `read_source`; or the part is empty, or all its weights are 0.
@@ -130,11 +130,11 @@ def read_sources(
 
 
 def _take_part(sources: Sequence[ClipSource], shares: Sequence[float], part: int) -> list[ClipSource]:
-    """Returns the part of each source; of validation, those that have one."""
+    """Returns one part of each source; for validation, of the sources that have one."""
     parts = [split_source(source, shares, part) for source in sources]
-    left = [source for source in parts if len(source)]
-    if left and (PARTS[part] != "training" or len(left) == len(parts)):
-        return left
+    non_empty = [source for source in parts if len(source)]
+    if non_empty and (PARTS[part] != "training" or len(non_empty) == len(parts)):
+        return non_empty
     empty = next(source for source, of in zip(sources, parts, strict=True) if not len(of))
     split = ",".join(f"{share:g}" for share in shares)
     raise DataError(
@@ -145,14 +145,14 @@ def _take_part(sources: Sequence[ClipSource], shares: Sequence[float], part: int
 
 
 def split_source(source: ClipSource, shares: Sequence[float], part: int) -> ClipSource:
-    """Takes one part of a set, by a hash of the names: more clips later do not move the others.
+    """Takes one part of a source, by a hash of the names, so that new clips do not move others.
 
     A part whose share is above 0 has at least one clip, as far as there are clips; earlier parts come first.
 
     Args:
         source: The set.
-        shares: Of training, validation and test, in any unit.
-        part: Which of them.
+        shares: Shares of training, validation and test, in any unit.
+        part: Index into `PARTS` of the part to take.
     """
     places = [_place(record) for record in source.records]
     edges = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
@@ -160,8 +160,8 @@ def split_source(source: ClipSource, shares: Sequence[float], part: int) -> Clip
     for i, share in enumerate(shares):
         if share and i not in parts:
             _fill(i, parts, places, edges)
-    taken = source.with_records([r for r, of in zip(source.records, parts, strict=True) if of == part])
-    return replace(taken, part=f"its {PARTS[part]} part, {len(taken)} of {len(source)} clips")
+    subset = source.with_records([r for r, of in zip(source.records, parts, strict=True) if of == part])
+    return replace(subset, part=f"its {PARTS[part]} part, {len(subset)} of {len(source)} clips")
 
 
 def _place(record: ClipRecord) -> float:
@@ -183,5 +183,5 @@ def _check_weights(source: ClipSource) -> None:
         raise DataError(
             f"{source.name}: the weights of its {len(source)} clips sum up to {total:g}",
             expected=f"the samples of one epoch, {_LEAST_EPOCH:g} to {_LONGEST_EPOCH:g}",
-            remedy="correct the column `weight`, or leave this entry out",
+            remedy="correct the column `weight`, or leave this source out",
         )

@@ -1,4 +1,4 @@
-"""A clip of a set, and a set of clips: what every kind of source gives."""
+"""Clips and sources of clips, as every kind of source gives them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SHOWN = 10  # names in one message
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How the entries of `args.train_data` and `args.valid_data` are read.
+    """Options for reading the items of `args.train_data` and `args.valid_data`.
 
     Args:
-        columns: For a column of a table, the name that it has there (`data.columns`).
-        follow_links: Links that lead out of a given folder are followed (`data.follow_links`).
-        max_bad_fraction: Share of clips of an entry that may be unusable (`data.max_bad_fraction`).
+        columns: Names of a table's columns, by kind (`data.columns`).
+        follow_links: Follow links that lead out of a source's folder (`data.follow_links`).
+        max_bad_fraction: Share of a source's clips that may be unusable (`data.max_bad_fraction`).
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -48,9 +48,9 @@ class ClipRecord:
         clip_id: Name for messages and for the fingerprint: the path below the set's root, and the part taken.
         path: The file, absolute, or remote (`remote.make_path`).
         captions: One or several texts for it; a sample takes one of them.
-        start: Begin of the part to use, in seconds from the first frame; None: from the beginning.
+        start: Start of the part to use, in seconds from the first frame; None: from the beginning.
         end: End of the part; None: to the end.
-        image: File of the image that conditions the clip; None: its first frame is it.
+        image: File of the image that conditions the clip; None: its first frame.
         weight: How often an epoch takes the clip, on average.
         span: Bytes of `path` that hold the clip; None: all of them.
     """
@@ -67,16 +67,16 @@ class ClipRecord:
 
 @dataclass(frozen=True)
 class ClipSource:
-    """The clips of one entry of `args.train_data`, sorted by name.
+    """The clips of one item of `args.train_data`, sorted by name.
 
     Args:
-        name: The entry, as the person wrote it.
+        name: The item, as the user wrote it.
         records: The clips.
-        fingerprint: Hash of what they are: names, file sizes, captions, parts and weights.
-        ignored: Files that were found and are not used, by suffix.
-        notes: What else was found and is not used, or stands in for what is missing; one sentence each.
-        faults: Clips that cannot be used, by name or row, and why; few enough to do without.
-        part: Which part of its clips it holds, in words; empty: all.
+        fingerprint: Hash of names, file sizes, captions, parts and weights.
+        ignored: Unused files, by suffix.
+        notes: Sentences about other unused files, and about substitutes for missing ones.
+        faults: Unusable clips, by name or row, with the reason; few enough to leave out.
+        part: Description of the part of its clips that it holds; empty for all.
     """
 
     name: str
@@ -95,15 +95,15 @@ class ClipSource:
 
     def left_out(self) -> str:
         """Returns a sentence that names the clips that cannot be used."""
-        named = name_some((f"{name} ({why})" for name, why in self.faults), shown=5)
-        return f"{len(self.faults)} clips or rows are left out: {named}"
+        names = name_some((f"{name} ({why})" for name, why in self.faults), shown=5)
+        return f"{len(self.faults)} clips or rows are left out: {names}"
 
     def with_records(self, records: Sequence[ClipRecord]) -> ClipSource:
         """Returns the source with some of its clips, or with parts of them."""
         if tuple(records) == self.records:
             return self
-        told = [[record.clip_id, record.start, record.end] for record in records]
-        return replace(self, records=tuple(records), fingerprint=_hash([self.fingerprint, told]))
+        spans = [[record.clip_id, record.start, record.end] for record in records]
+        return replace(self, records=tuple(records), fingerprint=_hash([self.fingerprint, spans]))
 
 
 def make_source(
@@ -114,10 +114,10 @@ def make_source(
     notes: Sequence[str] = (),
     faults: Sequence[tuple[str, str]] = (),
 ) -> ClipSource:
-    """Makes a source of clips in any order.
+    """Builds a source from clips in any order.
 
     Args:
-        name: The entry, as the person wrote it.
+        name: The item, as the user wrote it.
         records: Its clips.
         ignored: See `ClipSource`.
         notes: Likewise.
@@ -143,12 +143,12 @@ def _size(path: Path) -> int | None:
     return state.st_size if stat.S_ISREG(state.st_mode) else None
 
 
-def _hash(told: Any) -> str:
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def clean_caption(text: str, place: str) -> str:
-    """Joins lines and runs of blanks by one space (the tokenizer sees no difference).
+    """Joins lines and runs of blanks by single spaces (the tokenizer sees no difference).
 
     Raises:
         DataError: The caption is empty, too long, or holds what UTF-8 cannot.
@@ -161,7 +161,7 @@ def clean_caption(text: str, place: str) -> str:
             f"the caption in {place} has {len(caption)} characters, more than {MAX_CAPTION_CHARS}"
         )
     if not is_text(caption):
-        raise DataError(f"the caption in {place} holds half a surrogate pair, which is no character")
+        raise DataError(f"the caption in {place} holds half a surrogate pair, which is not a character")
     return caption
 
 
@@ -172,7 +172,7 @@ def check_name(name: str) -> None:
         DataError: Such a name.
     """
     if not is_text(name) or "\n" in name:
-        raise DataError("its name is no line of text in UTF-8")
+        raise DataError("its name is not a line of text in UTF-8")
     if "\0" in name:
         raise DataError("its name holds a NUL character")
     parts = name.encode().split(b"/")
@@ -181,7 +181,7 @@ def check_name(name: str) -> None:
 
 
 def is_text(text: str) -> bool:
-    """Tells whether UTF-8 can hold a text: a name of other bytes, or half of a surrogate pair, is none."""
+    """Returns whether UTF-8 can hold a text; other bytes or half of a surrogate pair cannot be held."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -190,7 +190,7 @@ def is_text(text: str) -> bool:
 
 
 def parse_json(text: str) -> Any:
-    """Reads JSON from outside.
+    """Parses JSON from a stranger.
 
     Raises:
         DataError: It is none, is nested too deeply, or holds a number of thousands of digits.
@@ -198,15 +198,15 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"this is no JSON ({error.msg})") from None
+        raise DataError(f"this is not JSON ({error.msg})") from None
     except RecursionError:
-        raise DataError("this is no JSON for a table (nested too deeply)") from None
+        raise DataError("this is not JSON for a table (nested too deeply)") from None
     except ValueError as error:
-        raise DataError(f"this is no JSON for a table ({error})") from None
+        raise DataError(f"this is not JSON for a table ({error})") from None
 
 
 def name_some(names: Iterable[str], *, shown: int = _SHOWN) -> str:
-    """Joins names for a message; of many, the first ones."""
+    """Joins names for a message; of many names only the first ones."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
@@ -220,14 +220,14 @@ def check_faults(
     expected: str = "one caption in UTF-8 for each clip",
     remedy: str = "write the captions, or move these clips away",
 ) -> None:
-    """Raises one error for all the faults of a source, the first ten of them named.
+    """Raises one error for all faults of a source, which names the first ten.
 
     Args:
-        faults: Names or rows, and what is wrong with each.
-        problem: What they have in common.
-        allowed: So many faults are no error.
-        expected: What would have been right.
-        remedy: What to do now.
+        faults: Names or rows, and the fault of each.
+        problem: Summary of the faults.
+        allowed: Number of faults that are accepted.
+        expected: Description of correct clips.
+        remedy: Advice for the user.
 
     Raises:
         DataError: There are more faults.

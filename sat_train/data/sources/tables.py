@@ -1,4 +1,4 @@
-"""Tables from outside: JSON lines, JSON, CSV and Parquet, read with a cap on everything."""
+"""Reads tables from strangers: JSON lines, JSON, CSV and Parquet, with a limit on everything."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = dict[str, Any] | DataError
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it was found.
+    """A table in its original form.
 
     Args:
         columns: All that it has, in order.
@@ -68,7 +68,7 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields number and text of each line, its end included, without byte order mark.
+    """Yields number and text of each line, including its line ending, without byte order mark.
 
     Raises:
         DataError: A line is too long, or the file is UTF-16.
@@ -160,11 +160,11 @@ def _csv_rows(path: Path, columns: dict[str, None], wanted: Mapping[str, str]) -
 
 
 def _delimiter(header: str, candidates: str, wanted: Mapping[str, str]) -> str:
-    """Returns what parts the cells: the first sign with which the header names the video."""
-    known = {wanted["video"]} if "video" in wanted else {"video", *COMMON["video"]}
+    """Returns the delimiter of the cells: the first candidate that separates a video column in the header."""
+    video_names = {wanted["video"]} if "video" in wanted else {"video", *COMMON["video"]}
     for sign in candidates:
         names = next(csv.reader([header], delimiter=sign), [])
-        if known & {variant for name in names for variant in (name, name.strip().lower())}:
+        if video_names & {variant for name in names for variant in (name, name.strip().lower())}:
             return sign
     return max(candidates, key=header.count)
 

@@ -60,7 +60,7 @@ def test_members_without_caption_are_named(tmp_path, clip):
         read_source(tmp_path / "a.tar")
     text = str(caught.value)
     assert "2 of 3 clips have no usable caption" in text
-    assert "a.tar/a.mp4: there is no .txt and no .json beside it" in text
+    assert "a.tar/a.mp4: there is no .txt or .json next to it" in text
     assert "a.tar/b.mp4: its .json has no `caption`" in text
 
 

@@ -36,7 +36,7 @@ def test_the_picture_of_a_clip_may_have_any_suffix_in_any_case(tmp_path, suffix)
     source = accounted(tmp_path)
     assert source.records[0].image == tmp_path / f"images/a.{suffix}"
     assert source.notes == (
-        "1 clips have no picture in images/ (their first frame is the condition): videos/b.mp4",
+        "1 clips have no image in images/ (their first frame is the condition): videos/b.mp4",
     )
 
 

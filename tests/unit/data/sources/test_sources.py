@@ -142,9 +142,9 @@ def test_a_manifest_may_hold_several_captions(tmp_path):
         ({"caption": "x"}, "column `video` is missing"),
         ({"video": "a.mp4"}, "column `caption` is missing"),
         ({"video": "a.mp4", "caption": "  "}, "the caption in column `caption` is empty"),
-        ({"video": "a.mp4", "caption": [1]}, "column `caption` is missing or no text"),
+        ({"video": "a.mp4", "caption": [1]}, "column `caption` is missing or not a text"),
         ({"video": "a.mp4", "caption": "x" * 30_000}, "has 30000 characters"),
-        ({"video": "a.mp4", "caption": "x", "start": "soon"}, "`start` = 'soon' is no number"),
+        ({"video": "a.mp4", "caption": "x", "start": "soon"}, "`start` = 'soon' is not a number"),
         ({"video": "a.mp4", "caption": "x", "start": 3, "end": 2}, "`end` = 2 is not after `start` = 3"),
         ({"video": "a.mp4", "caption": "x", "weight": -1}, "`weight` = -1 is not a finite number"),
     ],
@@ -201,5 +201,5 @@ def test_a_name_that_is_no_text_is_refused_by_name(tmp_path):
     (tmp_path / "videos" / "two\nlines.mp4").write_bytes(b"x")
     with pytest.raises(DataError, match=r"2 of 3 clips have no usable name and caption") as caught:
         read_source(tmp_path)
-    assert r"caf\udce9.mp4': its name is no line of text in UTF-8" in str(caught.value)
+    assert r"caf\udce9.mp4': its name is not a line of text in UTF-8" in str(caught.value)
     str(caught.value).encode()
