@@ -11,7 +11,7 @@ from sat_train.distributed.seeds import derive_generator, derive_seed
 
 @dataclass(frozen=True)
 class AugmentationKey:
-    """Key of everything that is random about a sample's pixels: window, crop, noise on its first frame.
+    """Key of everything random about a sample's pixels: window, crop, noise on its first frame.
 
     Args:
         seed: The run's seed; 0 where a clip has only a few views, which are the same in every run.
@@ -24,14 +24,14 @@ class AugmentationKey:
     turn: int = 0
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Returns the generator of one random thing about the pixels."""
+        """Returns the random generator for one purpose."""
         return derive_generator(self.seed, purpose, self.number)
 
 
 def limited_augmentation_key(
     size: int, start: float | None, end: float | None, visit: int, views: int
 ) -> AugmentationKey:
-    """Returns the view that a clip shows at its `visit`-th turn when it has `views` of them.
+    """Returns the key of a clip's `visit`-th use, if it has only `views` of them.
 
     They follow each other, so that every one is shown equally often, and depend on the clip alone: another
     seed, another order, another name or folder, or more clips beside it meet the same ones. What is known of

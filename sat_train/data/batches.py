@@ -1,4 +1,4 @@
-"""Which samples each rank takes in each micro-step, and where that leaves the run in the data."""
+"""Assigns samples to ranks and micro-steps, and tracks the position of the run in the data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 @dataclass(frozen=True)
 class DataPosition:
-    """Where a run stands in the global order. The same on all ranks.
+    """Position of a run in the global order, the same on all ranks.
 
     Args:
         next: The first sample that is not looked at yet.
@@ -29,7 +29,7 @@ class DataPosition:
 
 @dataclass(frozen=True)
 class StepPosition:
-    """Identifies the position of a sample in the optimizer step that takes it, for what covers a step evenly.
+    """Position of a sample in its optimizer step, for whatever is spread evenly over a step.
 
     Args:
         step: Tells steps apart: the samples consumed before this one, in units of its size.
@@ -44,7 +44,7 @@ class StepPosition:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What all ranks together take in one micro-step.
+    """The samples that all ranks together take in one micro-step.
 
     Args:
         indices: Global indices of its samples, of one bucket, rising.
@@ -60,7 +60,7 @@ class MicroBatch:
 
 
 class OrderedBatches:
-    """Batches in global order, all samples of one from the same bucket.
+    """Batches in global order; all samples of a batch are from one bucket.
 
     Samples are looked at in their order. Each waits until as many of its bucket have come as all ranks take
     in a micro-step; then these are taken, rank r the r-th slice of them. So every sample is taken once, those
@@ -127,12 +127,16 @@ class OrderedBatches:
             position = step[-1][1]
 
     def indices(self, position: DataPosition, micro_steps: int | None = None) -> list[int]:
-        """Returns the samples that all ranks take after a position, in so many micro-steps or to the end."""
+        """Returns the samples that all ranks take after a position, over a number of micro-steps or to the
+        end.
+        """
         micro_batches = itertools.islice(self.micro_batches(position), micro_steps)
         return sorted(index for batch in micro_batches for index in batch.indices)
 
     def micro_steps_left(self, position: DataPosition) -> int:
-        """Returns the micro-steps from a position until no sample before `goal` or `stop` is left."""
+        """Returns the number of micro-steps from a position until all samples before `goal` or `stop` are
+        taken.
+        """
         assert self._end is not None, "the training order has no end"
         count, taken = 0, self._take_from(position)
         while position.next < self._end or any(index < self._end for index in position.waiting):
@@ -141,7 +145,9 @@ class OrderedBatches:
         return count
 
     def _take_from(self, position: DataPosition) -> Iterator[tuple[tuple[int, ...], DataPosition]]:
-        """Yields the samples of each micro-batch, and where the run stands then: a function of that alone."""
+        """Yields the samples of each micro-batch and the position after it, which depend on the first
+        position alone.
+        """
         queues: list[deque[int]] = [deque() for _ in self._full]
         for index in position.waiting:
             queues[self._bucket_of(index)].append(index)
@@ -159,12 +165,12 @@ class OrderedBatches:
                 index = self._look_on(queues, index)
 
     def _count_left(self, queues: Sequence[deque[int]]) -> list[int]:
-        """Returns how many samples before the end wait in each bucket."""
+        """Returns the number of samples before the end that wait in each bucket."""
         assert self._end is not None
         return [sum(index < self._end for index in queue) for queue in queues]
 
     def _find_ready(self, queues: Sequence[deque[int]], left: list[int] | None) -> tuple[int, int]:
-        """Returns the bucket of the next micro-batch and its size; 0: none is ready."""
+        """Returns the bucket of the next micro-batch and its size, or size 0 if none is ready."""
         counts: Sequence[int] = self._full
         if left is not None and any(left):
             smallest = [-(-count // self._num_ranks) * self._num_ranks for count in left]
@@ -175,7 +181,7 @@ class OrderedBatches:
         return 0, 0
 
     def _look_on(self, queues: Sequence[deque[int]], index: int) -> int:
-        """Puts the next sample into its queue (of one bucket, all that a micro-batch lacks)."""
+        """Queues the next sample in its bucket; with one bucket, all samples that a micro-batch lacks."""
         if len(queues) > 1:
             queues[self._bucket_of(index)].append(index)
             return index + 1
@@ -187,7 +193,7 @@ class OrderedBatches:
 
 
 class QueuedBatches:
-    """Batches of one sample, taken from a queue that ranks share when this rank is ready for one.
+    """Batches of one sample, taken from a queue that all ranks share.
 
     Args:
         indices: Global indices of the samples of all ranks.
@@ -205,7 +211,7 @@ class QueuedBatches:
         return self.stop
 
     def micro_batches(self, position: DataPosition) -> Iterator[MicroBatch]:
-        """Yields the batches that follow a position: those that were taken before, then new ones."""
+        """Yields the batches after a position: those taken before, then new ones."""
         for number in itertools.count(position.next):
             if number == len(self._taken):
                 position_in_indices = self._take()

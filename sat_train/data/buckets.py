@@ -1,4 +1,4 @@
-"""Which shape the samples of a clip have."""
+"""Assigns the samples of each clip to a shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sat_train.data.window import ShortClip
 
 @dataclass(frozen=True)
 class BucketAssignment:
-    """The shape of each clip of a set.
+    """Shapes of the clips of a set.
 
     Args:
         shapes: The buckets' shapes.
@@ -36,14 +36,14 @@ class BucketAssignment:
         return self.shapes[self.bucket(ref)]
 
     def counts(self) -> list[int]:
-        """Returns how many clips each bucket has."""
+        """Returns the number of clips in each bucket."""
         clips = np.concatenate(self.of_clips)
         counts: list[int] = np.bincount(clips, minlength=len(self.shapes)).tolist()
         return counts
 
 
 def one_bucket(shape: ClipShape, sources: Sequence[ClipSource]) -> BucketAssignment:
-    """Returns the buckets of a set all of whose samples have one shape."""
+    """Returns the buckets of a set whose samples all have the same shape."""
     return BucketAssignment((shape,), tuple(np.zeros(len(source), np.int64) for source in sources))
 
 
@@ -55,7 +55,7 @@ def choose_bucket(
     short_clip: ShortClip,
     max_upscale: float,
 ) -> int:
-    """Returns the bucket of a clip: the most frames that it gives, then the size nearest to its aspect.
+    """Chooses the bucket of a clip: the most frames that it fills, then the size nearest in aspect ratio.
 
     Of sizes of one aspect it is the largest for which the clip need not be enlarged too much.
 

@@ -1,4 +1,4 @@
-"""Looks into many clips at once, in processes that no clip can stop by crashing or hanging."""
+"""Inspects many clips in parallel, in processes that no clip can stop by crashing or hanging."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def look_into_clips(
 
 
 def prepare_worker(worker_id: int = 0) -> None:
-    """Leaves signals to the training process, and ends with it whatever ends it."""
+    """Leaves signals to the training process, and makes the worker end together with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: Linux only, as this project
 
 
 class _Worker:
-    """A process, the end of the pipe to it, the clip it is at, and since when."""
+    """A worker process with its pipe, its current clip and the time it started on it."""
 
     def __init__(self, records: Sequence[ClipRecord], look: Callable[[ClipRecord], Any]) -> None:
         self.pipe, theirs = _FORK.Pipe()
@@ -82,7 +82,7 @@ class _Worker:
 
 
 class _Pool:
-    """The loop that hands out clips and looks after the workers."""
+    """The loop that hands out clips and supervises the workers."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class _Pool:
 
 
 def _serve(pipe: Any, parents: Any, records: Sequence[ClipRecord], look: Callable[[ClipRecord], Any]) -> None:
-    """What a worker does until its parent has no more clips for it, or is gone."""
+    """Runs a worker until its parent has no more clips or is gone."""
     parents.close()
     prepare_worker()
     while True:

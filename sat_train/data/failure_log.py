@@ -1,4 +1,4 @@
-"""Clips that cannot be used: each is counted, named with its cause, written down, and replaced by another."""
+"""Bad clips: counted, named with their cause, recorded, and replaced by other clips."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOLD = ("sample_index", "clip_id", "cause", "detail")  # of a failure, in the f
 
 @dataclass(frozen=True)
 class ClipFailure:
-    """A sample whose clip was bad.
+    """Record of a sample whose clip was bad.
 
     Args:
         sample_index: Global position of the sample; None: the clip was left out before the first one.
@@ -40,7 +40,7 @@ class ClipFailure:
 
 
 class FailureLog:
-    """Collects the bad clips that this rank meets and ends the run when there are too many.
+    """Collects the bad clips of this rank, and ends the run if there are too many.
 
     Args:
         num_clips: Clips in the whole set.
@@ -60,7 +60,7 @@ class FailureLog:
         self.num_samples = 0
 
     def add(self, failure: ClipFailure) -> None:
-        """Counts one failure; the first one of a clip is also logged and written to the file."""
+        """Counts one failure; the first failure of a clip is also logged and written to the file."""
         self.num_samples += 1
         if failure.clip_id in self.by_clip:
             return
@@ -70,7 +70,7 @@ class FailureLog:
             write_failures(self.path, [failure], rank=self.rank)
 
     def check(self, found: Mapping[str, ClipFailure] | None = None) -> None:
-        """Ends the run when more clips are bad than allowed.
+        """Ends the run if more clips are bad than allowed.
 
         Args:
             found: Bad clips of all ranks, when the caller has gathered them; None: those of this rank.
@@ -94,7 +94,7 @@ class FailureLog:
 
 
 def write_failures(path: Path, failures: Sequence[ClipFailure], *, rank: int) -> None:
-    """Appends one JSON object for each clip to a file; no training ends because it cannot be written."""
+    """Appends one JSON object per clip to a file; an error in writing does not end training."""
     try:
         _append_failures(path, failures, rank=rank)
     except OSError as error:

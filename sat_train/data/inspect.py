@@ -1,4 +1,4 @@
-"""Looks at every clip of a set once and says what it holds."""
+"""Inspects every clip of a set once and reports what it holds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SAMPLED_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What was found out about one clip.
+    """Facts about one inspected clip.
 
     Args:
         record: The clip.
@@ -65,7 +65,7 @@ def inspect_clips(
     timeout_s: float | None = None,
     on_clip: Callable[[], None] = lambda: None,
 ) -> list[ClipFacts]:
-    """Reads headers, windows and images of clips by the functions that training reads them by.
+    """Reads headers, windows and images of clips with the functions that training uses.
 
     Args:
         records: Clips.
@@ -89,7 +89,7 @@ def inspect_clips(
 
 
 class Inspection:
-    """One clip while it is looked at: what is known of it so far remains where the next step fails.
+    """Inspection of one clip; keeps what is known so far if the next step fails.
 
     Args:
         record: The clip.
@@ -106,7 +106,7 @@ class Inspection:
         self._facts = ClipFacts(record)
 
     def run(self) -> ClipFacts:
-        """Returns what was found."""
+        """Runs the inspection and returns the facts."""
         try:
             with one_clip():
                 self._look()
@@ -142,7 +142,7 @@ class Inspection:
         self._learn(bucket=bucket, windows=count_windows(available, spec.shapes[bucket].frames))
 
     def _read_windows(self) -> None:
-        """Decodes the frames of windows from the clip's begin to its end.
+        """Decodes the frames of windows from the beginning of the clip to its end.
 
         Raises:
             BadClip: One of them does not give its frames.
@@ -159,7 +159,7 @@ class Inspection:
             self._learn(decoded=number)
 
     def _read_image(self) -> None:
-        """Reads the image that conditions the clip, where the model takes one.
+        """Reads the image that conditions the clip, if the model takes one.
 
         Raises:
             BadClip: Training would refuse it.
@@ -182,20 +182,20 @@ class Inspection:
 
 
 def _spread_over(parts: Sequence[tuple[float, float]], limit: int | None) -> list[tuple[float, float]]:
-    """Returns at most so many parts, the first and the last among them, the others at equal distances."""
+    """Returns at most a number of items at equal distances, the first and the last among them."""
     if limit is None or len(parts) <= limit:
         return list(parts)
     return [parts[round(i * (len(parts) - 1) / max(1, limit - 1))] for i in range(limit)]
 
 
 def _small(height: int, width: int) -> CoverCrop:
-    """Crops a thumbnail: all of the picture, unless it is a stripe."""
+    """Crops a thumbnail: the whole picture, unless it is very long or tall."""
     shown = min(max(1, round(width * _THUMBNAIL_HEIGHT / height)), 4 * _THUMBNAIL_HEIGHT)
     return cover_crop(source=(height, width), target=(_THUMBNAIL_HEIGHT, shown), max_upscale=math.inf)
 
 
 def _thumbnail(reader: FrameReader, moment: float) -> tuple[tuple[int, int], bytes]:
-    """Returns a clip's height and width as shown, and the frame at a moment as a small JPEG file."""
+    """Returns a clip's height and width as shown, and the frame at a time as a small JPEG file."""
     sizes: list[tuple[int, int]] = []
 
     def choose_crop(height: int, width: int) -> CoverCrop:
@@ -228,7 +228,7 @@ def _content_key(record: ClipRecord) -> str:
 
 @dataclass(frozen=True)
 class SetReport:
-    """What a set holds.
+    """Report on a set of clips.
 
     Args:
         name: The set.
@@ -256,7 +256,7 @@ class SetReport:
         return [clip for clip in self.clips if clip.info is not None]
 
     def problems(self) -> dict[str, list[ClipFacts]]:
-        """Returns the clips that cannot be used, by cause, the most frequent first."""
+        """Returns the unusable clips by cause, the most frequent first."""
         found: dict[str, list[ClipFacts]] = {}
         for clip in self.clips:
             if clip.problem is not None:
@@ -272,7 +272,7 @@ class SetReport:
         return [group for group in groups.values() if len(group) > 1]
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """Yields what to show, as names and values."""
+        """Yields the lines of the report, as names and values."""
         infos = [clip.info for clip in self.readable() if clip.info is not None]
         words = [len(caption.split()) for clip in self.clips for caption in clip.record.captions]
         usable = len(self.clips) - sum(map(len, self.problems().values()))

@@ -1,5 +1,4 @@
-"""What must be known of all clips before the first sample: which are too short, which are cut, which shape
-the samples of each have."""
+"""Prepass over all clips before the first sample: finds short clips, splits long ones, assigns buckets."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ class HeaderMemory(Protocol):
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What samples are to be, and what happens to clips that do not give them.
+    """Shape and rate of the samples, and the treatment of clips that do not fit.
 
     Args:
         shapes: Shapes that samples may have.
@@ -76,16 +75,16 @@ class SampleSpec:
 
     @property
     def least_frames(self) -> int:
-        """Frames that a clip must give."""
+        """Smallest number of frames that a clip must give."""
         return min(shape.frames for shape in self.shapes)
 
     @property
     def needs_turn(self) -> bool:
-        """There is a choice of sizes, so it matters whether a picture is shown on its side."""
+        """Whether it matters that a picture is shown on its side, because there is a choice of sizes."""
         return len({(shape.height, shape.width) for shape in self.shapes}) > 1
 
     def available(self, info: ClipInfo, record: ClipRecord) -> int:
-        """Returns how many frames a clip can give."""
+        """Returns the number of frames that a clip can give."""
         first, last = usable_part(info, record, self.skip_frms_num)
         return count_frames(first=first, last=last, rate=info.rate, fps=self.fps)
 
@@ -106,7 +105,7 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class ClipAssignment:
-    """A clip with what was found out about it.
+    """A clip with its headers and bucket.
 
     Args:
         record: The clip.
@@ -125,7 +124,7 @@ class ClipAssignment:
 
 @dataclass(frozen=True)
 class ClipSet:
-    """A set as it is trained on.
+    """A set of clips as it is trained on.
 
     Args:
         sources: Its clips, without those that are left out, long ones cut where that is wanted.
@@ -141,7 +140,7 @@ class ClipSet:
 
 
 def assign_clips(mesh: ProcessMesh, sources: Sequence[ClipSource], spec: SampleSpec, look: Look) -> ClipSet:
-    """Looks into all clips, each rank into its share.
+    """Inspects all clips, each rank its share.
 
     Args:
         mesh: The process mesh.
@@ -189,7 +188,7 @@ def look_at(
     with_turn: bool,
     timeout_s: float | None,
 ) -> list[ClipInfo | BadClip]:
-    """Reads the headers of many clips, several at once; one that cannot be read gives its reason.
+    """Reads the headers of many clips in parallel; an unreadable clip gives its reason.
 
     Args:
         records: The clips.
@@ -227,7 +226,7 @@ def _look_into_all(
 
 
 def _read_stamps(records: Sequence[ClipRecord]) -> dict[Path, tuple[int, ...] | BadClip]:
-    """Asks about each file once, however many clips lie in it, several at once."""
+    """Reads the state of each file once, in parallel, however many clips it holds."""
 
     def read(path: Path) -> tuple[int, ...] | BadClip:
         try:
@@ -242,12 +241,12 @@ def _read_stamps(records: Sequence[ClipRecord]) -> dict[Path, tuple[int, ...] | 
 
 
 def look_into(record: ClipRecord, *, with_turn: bool = False, timeout_s: float | None = None) -> ClipInfo:
-    """Reads the headers of a clip; see `read_headers`."""
+    """Reads the headers of one clip; see `read_headers`."""
     return read_headers(record.path, span=record.span, with_turn=with_turn, timeout_s=timeout_s)
 
 
 def describe_clip_set(clip_set: ClipSet, batch_sizes: Sequence[int], tokens: Sequence[int]) -> str:
-    """Returns a table of the buckets, and what is left out or padded.
+    """Returns a table of the buckets, and of the clips that are left out or padded.
 
     Args:
         clip_set: The set.
@@ -273,7 +272,7 @@ def describe_clip_set(clip_set: ClipSet, batch_sizes: Sequence[int], tokens: Seq
 
 
 def chunk_records(record: ClipRecord, info: ClipInfo, spec: SampleSpec, num_frames: int) -> list[ClipRecord]:
-    """Turns a long clip into several records of equal length, one for each window that fits."""
+    """Splits a long clip into records of equal length, one for each window that fits."""
     count = count_windows(spec.available(info, record), num_frames)
     if count == 1:
         return [record]
@@ -303,7 +302,7 @@ def _check_lengths(clips: Sequence[ClipAssignment], spec: SampleSpec) -> None:
 def _arrange(
     sources: Sequence[ClipSource], clips: Sequence[ClipAssignment], spec: SampleSpec
 ) -> tuple[tuple[ClipSource, ...], BucketAssignment]:
-    """Returns the sources with the clips that stay, and the bucket of each of these.
+    """Returns the sources with the remaining clips, and the bucket of each clip.
 
     A clip that cannot be read stays, in the bucket that most clips have: it is counted and replaced when its
     turn comes.

@@ -1,4 +1,4 @@
-"""A set as a page to look at: numbers, histograms, thumbnails."""
+"""Renders the report on a set as a page: numbers, histograms, thumbnails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ figcaption{font-size:12px;color:#555;overflow-wrap:anywhere}.bad img{outline:3px
 
 
 def render_page(reports: Sequence[SetReport], *, max_thumbnails: int = 300) -> str:
-    """Returns one HTML file that needs no other.
+    """Renders one self-contained HTML file.
 
     Args:
         reports: The sets.

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of seed and position, whoever asks."""
+"""The order of samples, as a pure function of seed and position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST_BLOCK = 10_000_000
 
 @dataclass(frozen=True)
 class ClipRef:
-    """What a sample shows.
+    """Identifies the clip of a sample: source, clip and visit.
 
     Args:
         source: Index of the source.
@@ -29,7 +29,7 @@ class ClipRef:
 
 
 class GlobalOrder:
-    """Says which clip each sample shows, for any position, without state.
+    """Maps every position in the order to a clip, without state.
 
     One epoch of a source takes each of its clips once, or `weight` times on average; each epoch in
     another order. Sources without weights are shuffled together. With weights, each 1000 samples (10,000,
@@ -68,11 +68,11 @@ class GlobalOrder:
 
     @property
     def epoch_length(self) -> int:
-        """Samples of one epoch: of a mixture, as many as all its sources' epochs hold together."""
+        """Samples of one epoch; for a mixture, the total of all its sources' epochs."""
         return sum(self._lengths)
 
     def clip_ref(self, sample: int) -> ClipRef:
-        """Returns what sample number `sample` (from 0) shows."""
+        """Returns the clip of sample number `sample` (from 0)."""
         assert sample >= 0, sample
         pool, position = self._position(sample)
         epoch, offset = divmod(position, self._lengths[pool])
@@ -83,7 +83,7 @@ class GlobalOrder:
         return ClipRef(source, clip - sum(self._sizes[:source]), epoch)
 
     def _position(self, sample: int) -> tuple[int, int]:
-        """Returns the pool a sample is drawn from and how many samples that pool gave before."""
+        """Returns the pool that a sample comes from, and the number of samples that the pool gave before."""
         if len(self._pools) == 1:
             return 0, sample
         block, offset = divmod(sample, self._block)
@@ -92,7 +92,7 @@ class GlobalOrder:
         return pool, block * int(self._quotas[pool]) + int(before[offset])
 
     def _block_pools(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the pool of each sample of a block, and how many samples before it are of that pool."""
+        """Returns the pool of each sample of a block, and the number of samples of that pool before it."""
         if block not in self._blocks:
             pools = np.repeat(np.arange(len(self._quotas)), self._quotas)
             pools = pools[_permutation(len(pools), derive_seed(self._seed, "mixture", block))]
@@ -103,7 +103,7 @@ class GlobalOrder:
         return self._blocks[block]
 
     def _epoch_clips(self, pool: int, epoch: int) -> np.ndarray:
-        """Returns the clips of one epoch in order, from memory for the last two epochs of each pool."""
+        """Returns the clips of one epoch in order; the last two epochs of each pool are kept in memory."""
         if (pool, epoch) not in self._epochs:
             if len(self._epochs) >= 2 * len(self._pools):
                 self._epochs.clear()
@@ -111,7 +111,7 @@ class GlobalOrder:
         return self._epochs[pool, epoch]
 
     def _order_epoch(self, pool: int, epoch: int) -> np.ndarray:
-        """Returns the clips of one epoch in order; one of weight w stands there w times on average."""
+        """Returns the clips of one epoch in order; a clip of weight w appears w times on average."""
         weights = self._pools[pool]
         offset = derive_seed(self._seed, "weights", pool, epoch) / 2**63 if np.any(weights != 1) else 0.0
         edges = np.cumsum(weights) * (self._lengths[pool] / weights.sum())
@@ -125,7 +125,7 @@ class GlobalOrder:
 
 
 def _choose_quotas(shares: Sequence[float]) -> np.ndarray:
-    """Returns how many samples of a block each source gives: at least one, so the block may have to grow."""
+    """Returns the number of samples of each source in a block; the block grows until it is at least one."""
     block = _BLOCK
     while (quotas := _round_shares(shares, block)).min() == 0 and block < _LONGEST_BLOCK:
         block *= 10
@@ -134,7 +134,7 @@ def _choose_quotas(shares: Sequence[float]) -> np.ndarray:
 
 
 def _round_shares(shares: Sequence[float], total: int) -> np.ndarray:
-    """Returns whole numbers in the given proportion that sum to `total` (largest remainders)."""
+    """Returns integers in the given proportion that sum to `total` (largest remainders)."""
     exact = np.asarray(shares, float) / sum(shares) * total
     whole = np.floor(exact).astype(np.int64)
     for i in np.argsort(whole - exact, kind="stable")[: total - int(whole.sum())]:

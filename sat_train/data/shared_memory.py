@@ -1,4 +1,4 @@
-"""Room in /dev/shm, through which data workers hand their batches over: 64 MB in a plain container."""
+"""Checks the space in /dev/shm, through which data workers hand over batches: 64 MB in a plain container."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ REMEDY = (
 def bytes_in_flight(
     shapes: Sequence[ClipShape], batch_sizes: Sequence[int], *, num_workers: int, prefetch_factor: int
 ) -> int:
-    """Returns the most that the workers of one rank hold: what they prepare ahead, and what it takes."""
+    """Returns the largest total size of the batches that one rank's workers hold."""
     pixels = [3 * shape.frames * shape.height * shape.width for shape in shapes]
     largest = max(size * count for size, count in zip(pixels, batch_sizes, strict=True))
     return largest * (num_workers * prefetch_factor + 1) if num_workers else 0
 
 
 def warn_of_little_shared_memory(needed: int, *, local_ranks: int) -> None:
-    """Says that there is less shared memory than the ranks of this machine need, before a worker dies of it.
+    """Warns if the ranks of this machine need more shared memory than there is, before a worker dies of it.
 
     Args:
         needed: Bytes of one rank.
@@ -47,7 +47,7 @@ def warn_of_little_shared_memory(needed: int, *, local_ranks: int) -> None:
 
 
 def describe_free() -> str:
-    """Returns how much is free, for a message."""
+    """Returns the free space, for a message."""
     try:
         return f"{SHARED_MEMORY} has {_size(shutil.disk_usage(SHARED_MEMORY).free)} free"
     except OSError:

@@ -1,4 +1,4 @@
-"""Which moments of a clip a sample shows."""
+"""Chooses the times of a clip that a sample shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADER_ROUNDING_S = 1.5e-3  # mp4 and mkv give a file's length in milliseconds
 
 @dataclass(frozen=True)
 class Window:
-    """The moments that a sample shows: `start + i / fps`.
+    """Times of a sample's frames: `start + i / fps`.
 
     Args:
         start: When the first frame is shown, in seconds of the file's clock.
@@ -35,7 +35,8 @@ class Window:
 
 
 def count_frames(*, first: float, last: float, rate: float, fps: float) -> int:
-    """Returns how many frames at `fps` a clip can give, the last one at most half a source frame late.
+    """Returns the number of frames at `fps` that a clip can give, the last one at most half a source frame
+    late.
 
     Args:
         first: When the first usable frame is shown, in seconds.
@@ -49,7 +50,7 @@ def count_frames(*, first: float, last: float, rate: float, fps: float) -> int:
 
 
 def fit_frames(available: int, *, num_frames: int, policy: ShortClip) -> tuple[int, int]:
-    """Decides what a sample of a clip holds.
+    """Decides the number of frames of a clip's samples.
 
     Args:
         available: Frames that the clip can give.
@@ -78,7 +79,7 @@ def window_start(
     generator: torch.Generator | None = None,
     visit: int = 0,
 ) -> float:
-    """Returns when the window begins.
+    """Returns the start of the window.
 
     Args:
         mode: `head` the beginning; `center` the middle; `random` (and `chunks`, within a chunk) anywhere;
@@ -110,7 +111,7 @@ def _spread(visit: int) -> float:
 
 
 def count_windows(available: int, num_frames: int) -> int:
-    """Returns how many windows a clip holds that share no frame; one that is too short is padded to one.
+    """Returns the number of windows in a clip that share no frame; a clip that is too short counts as one.
 
     Args:
         available: Frames that the clip can give, from `count_frames`.
@@ -120,7 +121,7 @@ def count_windows(available: int, num_frames: int) -> int:
 
 
 def split_chunks(*, first: float, last: float, count: int) -> Sequence[tuple[float, float]]:
-    """Cuts a long clip into equal parts; each becomes a sample.
+    """Splits a long clip into equal parts, each of which becomes a sample.
 
     Each of `count_windows` parts gives the frames of a window: its share of the time is at least that from
     the window's first frame to its last.

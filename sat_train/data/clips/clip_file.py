@@ -1,4 +1,4 @@
-"""Opens a video or image file and says what is in it, without decoding."""
+"""Opens a video or image file and reads its headers, without decoding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BLOCK_BYTES = 1 << 20  # of one request to remote storage: a small clip is one,
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What a file's headers say.
+    """Headers of a clip.
 
     Args:
         height: Of the picture as stored; `is_turned` says whether it is shown so.
@@ -65,19 +65,19 @@ class ClipInfo:
 
     @property
     def duration(self) -> float:
-        """Seconds from the first frame to the end of the last."""
+        """Time from the first frame to the end of the last, in seconds."""
         return self.last - self.first + 1 / self.rate
 
     @property
     def shown_size(self) -> tuple[int, int]:
-        """Height and width as shown, as far as is known."""
+        """Height and width as shown, as far as they are known."""
         size = (self.height, self.width)
         return size[::-1] if self.is_turned else size
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of a file that lies inside another one (a member of a tar archive)."""
+    """Byte range of a file inside another one, such as a member of a tar archive."""
 
     offset: int
     size: int
@@ -103,7 +103,7 @@ class _SpanReader(PartReader):
 
 
 class _RemoteReader(RemoteFile):
-    """A part of a remote file; what goes wrong on the way is the fault of this clip only, and may pass."""
+    """A part of a remote file; an error is the fault of this clip only, and may be temporary."""
 
     def read(self, size: int = -1) -> bytes:
         try:
@@ -116,7 +116,7 @@ _Reader = TypeVar("_Reader", bound=_RemoteReader)
 
 
 class _QuietReader(_RemoteReader):
-    """Ends where reading fails, and keeps the error.
+    """Reader that ends where reading fails, and keeps the error.
 
     What a reader raises, PyAV keeps until FFmpeg is back, and loses or raises it while it reads another clip
     where FFmpeg takes the error for the end of the file.
@@ -134,7 +134,7 @@ class _QuietReader(_RemoteReader):
 
 
 def open_part(path: Path, span: Span | None = None, *, block_bytes: int = _BLOCK_BYTES) -> ReadableFile:
-    """Opens a file, or a part of one, for reading in binary mode; each process opens it for itself.
+    """Opens a file, or a part of one, for binary reading; each process opens it for itself.
 
     Args:
         path: The file.
@@ -200,7 +200,7 @@ def open_clip(
 
 
 def _check_reader(remote: _QuietReader | None) -> None:
-    """Says that the storage failed, whatever came of it."""
+    """Raises the error of the storage, whatever FFmpeg made of it."""
     if remote is not None and remote.error is not None:
         raise remote.error from None
 
@@ -219,7 +219,7 @@ def _check_file(path: Path) -> None:
 
 
 def _said(error: Exception) -> str:
-    """FFmpeg's own words without its number and the path, which the message names anyway."""
+    """Returns FFmpeg's message without its number and the path, which our message has already."""
     if isinstance(error, av.ArgumentError):  # what FFmpeg says of a format that is not on the list
         return "its format is none of those that are read"
     return getattr(error, "strerror", None) or str(error)
@@ -265,7 +265,7 @@ def read_headers(
 
 
 def read_info(container: InputContainer, stream: VideoStream) -> ClipInfo:
-    """Reads the headers of a clip that has just been opened.
+    """Reads the headers of an open clip.
 
     Raises:
         BadClip: There are no presentation times, the file ends before its index says, or the shape of its
@@ -282,13 +282,13 @@ def read_info(container: InputContainer, stream: VideoStream) -> ClipInfo:
 
 
 def read_orientation(path: Path, span: Span | None = None) -> Orientation:
-    """Returns how a picture is to be shown, as its EXIF data tell."""
+    """Returns the orientation of an image from its EXIF data."""
     with open_part(path, span) as file:
         return read_exif(file)
 
 
 def _is_turned(container: InputContainer, stream: VideoStream) -> bool:
-    """Decodes the first frame, which says whether the picture is shown on its side.
+    """Returns whether a clip is shown on its side; decodes the first frame to find out.
 
     Raises:
         BadClip: It cannot be decoded.

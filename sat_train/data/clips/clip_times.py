@@ -1,4 +1,4 @@
-"""When the first and the last frame of a clip are shown: from headers where these can be trusted."""
+"""Finds the times of the first and last frame of a clip, from headers if they can be trusted."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ MAX_SECONDS = 7 * 24 * 3600.0  # a clip that claims to last longer would be cut 
 
 
 def time_base(stream: VideoStream) -> Fraction:
-    """Returns the unit of a stream's time stamps, in seconds; every stream of an open file has one."""
+    """Returns the unit of a stream's time stamps in seconds; every stream of an open file has one."""
     assert stream.time_base is not None, "a stream without a unit of time"
     return stream.time_base
 
 
 def is_avi(container: InputContainer) -> bool:
-    """Whether packets carry their place in the file's steady pace, not when their frames are shown."""
+    """Returns whether packets carry their slot at the file's constant rate instead of presentation times."""
     return container.format.name == "avi"
 
 
 def is_program_stream(container: InputContainer) -> bool:
-    """Whether a few packets behind each jump have their times from guesses, until the next time stamps."""
+    """Returns whether the times of a few packets after each seek are guesses, until the next time stamps."""
     return container.format.name == "mpeg"
 
 
 def first_and_last(container: InputContainer, stream: VideoStream, rate: float) -> tuple[float, float]:
-    """Returns when the first and the last frame that can be decoded are shown, on the file's clock.
+    """Returns the times of the first and the last frame that can be decoded, on the file's clock.
 
     Args:
         container: Just opened: nothing has been read from it yet.
@@ -63,7 +63,7 @@ def first_and_last(container: InputContainer, stream: VideoStream, rate: float) 
 
 
 def _check_complete(container: InputContainer, stream: VideoStream) -> None:
-    """An index that points past the end of the file is the mark of a copy that was broken off."""
+    """Refuses an index that points past the end of the file, the sign of an incomplete copy."""
     entries = stream.index_entries
     if container.size > 0 and len(entries):
         end = entries[-1].pos + entries[-1].size
@@ -72,7 +72,7 @@ def _check_complete(container: InputContainer, stream: VideoStream) -> None:
 
 
 def _first(container: InputContainer, stream: VideoStream) -> float:
-    """A recording may begin between keyframes; nothing before the first of these can be decoded."""
+    """Returns the time of the first keyframe; a recording may begin between keyframes."""
     start = float((stream.start_time or 0) * time_base(stream))
     entries = stream.index_entries
     if "mp4" in container.format.name and len(entries) and entries[0].is_keyframe:
@@ -98,7 +98,8 @@ def _last(container: InputContainer, stream: VideoStream, rate: float) -> float:
 
 
 def _is_even(container: InputContainer, stream: VideoStream, rate: float) -> bool:
-    """Whether all frames seem to last equally long, so that a file's length tells when its last one is shown.
+    """Returns whether all frames seem to last equally long, so that the file's length gives the last frame's
+    time.
 
     The length of an mp4 file is the sum of the times between decoded frames. Where these differ, reordering
     and the last frame's own duration put it off by up to some pauses. One pause among the last frames of an
@@ -116,7 +117,7 @@ def _is_even(container: InputContainer, stream: VideoStream, rate: float) -> boo
 
 
 def _packet_times(container: InputContainer, stream: VideoStream, *, tail: bool) -> list[float]:
-    """Returns the presentation times of the file's packets, or of those behind its last keyframe."""
+    """Returns the presentation times of the file's packets, or of those after its last keyframe."""
     try:
         end = container.duration if tail and container.duration else 0
         container.seek(end, backward=True)
@@ -126,7 +127,7 @@ def _packet_times(container: InputContainer, stream: VideoStream, *, tail: bool)
 
 
 def _last_of_program_stream(container: InputContainer, stream: VideoStream) -> float:
-    """Reads the file's end, and more of it until there are packets whose times can be trusted."""
+    """Reads the end of the file, and more of it until it holds packets with reliable times."""
     start = container.start_time or 0
     length = (container.duration or 0) / av.time_base
     back = _TAIL_S
@@ -145,7 +146,7 @@ def _last_of_program_stream(container: InputContainer, stream: VideoStream) -> f
 
 
 def settled(packets: Iterable[VideoPacket], *, from_start: bool) -> Iterator[VideoPacket]:
-    """Yields the packets of a program stream, without those behind a jump whose times are guesses.
+    """Yields the packets of a program stream, without those after a seek whose times are guesses.
 
     The reader lands inside a frame and takes the rest of it for one. Times are right from the next time
     stamp on: at the latest in the third block that is read and a second later.
@@ -162,7 +163,7 @@ def settled(packets: Iterable[VideoPacket], *, from_start: bool) -> Iterator[Vid
 
 
 def _slots(container: InputContainer, stream: VideoStream) -> tuple[float, float]:
-    """An AVI file shows one frame in each slot of its index, a keyframe first."""
+    """Returns the slots of an AVI file's index, each of which shows one frame; a keyframe comes first."""
     if stream.codec_context.name in _REORDERED and stream.codec_context.has_b_frames:
         raise BadClip("no times", "AVI does not tell the order of H.264's or HEVC's B-frames")
     slots = [(entry.timestamp, entry.is_keyframe) for entry in stream.index_entries]
@@ -175,7 +176,7 @@ def _slots(container: InputContainer, stream: VideoStream) -> tuple[float, float
 
 
 def _shown_times(packets: Iterable[VideoPacket]) -> list[float]:
-    """Returns when frames are shown that have a time and that no edit list cuts off."""
+    """Returns the times of the frames that have one and are not cut off by an edit list."""
     return [float(p.pts * p.time_base) for p in packets if p.pts is not None and not p.is_discard]
 
 

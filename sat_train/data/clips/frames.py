@@ -1,4 +1,4 @@
-"""Frames of a clip by presentation time, decoding and scaling only what is needed."""
+"""Reads frames of a clip by presentation time, decoding and scaling only those needed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders of
 
 @dataclass(frozen=True)
 class Frames:
-    """What was read.
+    """Frames of a clip with their times.
 
     Args:
         video_thwc: uint8 RGB.
@@ -94,7 +94,7 @@ class FrameReader:
         self._context.thread_count = 1  # many workers decode side by side; one thread each is fastest
 
     def read(self, targets: Sequence[float], choose_crop: Callable[[int, int], CoverCrop]) -> Frames:
-        """Reads the frame nearest to each moment.
+        """Reads the frame nearest to each time.
 
         Args:
             targets: Moments in seconds of the file's clock, rising.
@@ -142,7 +142,8 @@ class FrameReader:
     def _nearest_slots(
         self, targets: Sequence[float], shape: Callable[[VideoFrame], np.ndarray]
     ) -> Iterator[tuple[float, np.ndarray]]:
-        """As `_nearest`, of an AVI file: a frame is shown in the slot of the packet that brings it out.
+        """Does the same as `_nearest` for an AVI file, which shows a frame in the slot of the packet that
+        outputs it.
 
         Times that FFmpeg gives its packets are guesses, wrong for packed B-frames. Frames come in the order
         in which they are shown, so the nearest is one of the two around a moment; all of them are decoded.
@@ -161,7 +162,7 @@ class FrameReader:
             yield slot * self._tick, shape(frame)
 
     def _slots_from(self, moment: float) -> Iterator[tuple[int, VideoFrame]]:
-        """Yields slots and frames, the first of them at or before a moment unless it is the file's first."""
+        """Yields slots and frames; the first is at or before a time, unless it is the first of the file."""
         back = 0.0
         while True:
             begin = max(self.info.first, moment - back)
@@ -184,7 +185,9 @@ class FrameReader:
             yield int(slot), frame
 
     def _check_end(self, packets: list[VideoPacket], last: int, target: float) -> None:
-        """A window that reaches past the last frame's own duration means that the file is cut off."""
+        """Refuses a window that reaches past the end of the last frame, which means that the file is
+        truncated.
+        """
         held = max((packet.duration or 0) for packet in packets if packet.pts == last)
         end = last * self._tick + max(held * self._tick, 1 / self.info.rate)
         if target > end + 1e-6:
@@ -231,8 +234,9 @@ class FrameReader:
             raise BadClip("damaged", f"reading fails: {error}") from None
 
     def _until(self, packets: Iterator[VideoPacket], first: float, last: float) -> list[VideoPacket]:
-        """Returns the packets from the last keyframe at or before `first`, where there is one, until no later
-        one can be nearer to `last`."""
+        """Returns the packets from the last keyframe at or before `first`, if there is one, until no later
+        packet can be nearer to `last`.
+        """
         found: list[VideoPacket] = []
         after: int | None = None  # earliest frame at or after `last`
         past = 0
@@ -283,7 +287,7 @@ class FrameReader:
 
 
 def _nearest_index(values: list[int], target: float) -> int:
-    """Returns the index of the value nearest to `target` in a rising list; the earlier one of two."""
+    """Returns the index of the value nearest to `target` in a sorted list; of two, the earlier one."""
     right = bisect.bisect_left(values, target)
     if right == 0:
         return 0
@@ -293,7 +297,7 @@ def _nearest_index(values: list[int], target: float) -> int:
 
 
 def _decoder(stream: VideoStream) -> VideoCodecContext:
-    """Returns the stream's decoder, or the one that also decodes its transparency.
+    """Returns the stream's decoder, or one that also decodes its transparency.
 
     Raises:
         BadClip: This FFmpeg has none for it.

@@ -1,4 +1,4 @@
-"""How a stored picture is turned and mirrored to be shown upright."""
+"""Rotates and mirrors stored pictures so that they are shown upright."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXIF_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 
 @dataclass(frozen=True)
 class Orientation:
-    """One of the eight ways to lay a picture: rows and columns exchanged first, then each order reversed.
+    """One of the eight orientations of a picture: rows and columns exchanged first, then each order reversed.
 
     Args:
         is_transposed: Rows become columns.
@@ -32,7 +32,7 @@ class Orientation:
     is_mirrored: bool = False
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the height and width as shown of a stored picture, or the reverse."""
+        """Returns the shown height and width of a stored picture, or the reverse."""
         return (width, height) if self.is_transposed else (height, width)
 
     def apply(self, picture: np.ndarray) -> np.ndarray:
@@ -54,7 +54,7 @@ _EXIF = {
 
 
 def read_exif(file: ReadableFile) -> Orientation:
-    """Returns the orientation that a picture file's EXIF data tell; upright where they tell none.
+    """Returns the orientation in a picture's EXIF data; upright by default.
 
     Pillow reads it: PyAV shows the angle alone, in which a mirrored picture looks like a turned one.
     """
@@ -66,7 +66,7 @@ def read_exif(file: ReadableFile) -> Orientation:
 
 
 def frame_orientation(frame: VideoFrame) -> Orientation:
-    """Returns the orientation that a video frame's display matrix asks for, to the nearest right angle."""
+    """Returns the orientation in a video frame's display matrix, rounded to a right angle."""
     try:
         matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # PyAV's types know texts
     except ValueError:  # PyAV does not know the kind of another of the frame's side data
@@ -75,7 +75,9 @@ def frame_orientation(frame: VideoFrame) -> Orientation:
 
 
 def _from_matrix(matrix: bytes) -> Orientation:
-    """The matrix sends a stored point (x, y), y downwards, to (a x + c y, b x + d y)."""
+    """Returns the orientation of a matrix that sends a stored point (x, y), y downwards, to (a x + c y, b x +
+    d y).
+    """
     a, b, _, c, d = struct.unpack("=5i", matrix[:20])
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Orientation(is_flipped=d < 0, is_mirrored=a < 0)
@@ -83,6 +85,6 @@ def _from_matrix(matrix: bytes) -> Orientation:
 
 
 def _from_angle(degrees: float) -> Orientation:
-    """As `_from_matrix`, of a turn counterclockwise."""
+    """Returns the orientation of a counterclockwise rotation."""
     turns = round(degrees / 90) % 4 if math.isfinite(degrees) else 0
     return (Orientation(), _EXIF[8], _EXIF[3], _EXIF[6])[turns]

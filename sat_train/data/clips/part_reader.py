@@ -1,4 +1,4 @@
-"""A part of a file as a file of its own: where it stands, without how it is read."""
+"""Presents a part of a file as a file: keeps the position, while subclasses read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class ReadableFile(Protocol):
-    """What is asked of a file that is read in binary mode, whoever reads it."""
+    """The interface of a file that is open for binary reading."""
 
     def read(self, size: int = -1, /) -> bytes: ...
     def seek(self, offset: int, whence: int = 0, /) -> int: ...
@@ -21,7 +21,7 @@ class ReadableFile(Protocol):
 
 
 class PartReader(io.RawIOBase):
-    """Keeps the position; `read` is its subclasses'.
+    """Keeps the position; subclasses implement `read`.
 
     Args:
         size: Bytes of the part.
@@ -47,6 +47,6 @@ class PartReader(io.RawIOBase):
         return self._at
 
     def _left(self, size: int) -> int:
-        """Returns how many bytes a call of `read` gives."""
+        """Returns the number of bytes that a call of `read` returns."""
         left = max(0, self._size - self._at)
         return left if size < 0 else min(size, left)

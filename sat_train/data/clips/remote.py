@@ -1,4 +1,4 @@
-"""Files on remote storage, through fsspec: what they are now, and reading parts of them."""
+"""Files on remote storage, through fsspec: their state, and reading parts of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RemoteState:
-    """What a storage tells of a file.
+    """State of a remote file.
 
     Args:
         size: Bytes.
@@ -58,12 +58,12 @@ class RemoteState:
     mtime_ns: int
 
     def shows_changes(self) -> bool:
-        """Tells whether every change from now on will give another state."""
+        """Returns whether every later change will give another state."""
         return self.change != 0 and time.time_ns() - self.mtime_ns > _RACY_NS
 
 
 def make_path(text: str) -> Path:
-    """Returns the path that a text names: on this machine, or a `UPath` where it holds `://`.
+    """Returns the path of a name: local, or a `UPath` if it holds `://`.
 
     A `UPath` is a name here: what it stands for is asked of `read_state` and `RemoteFile`, which also work in
     a forked worker.
@@ -103,12 +103,12 @@ def make_path(text: str) -> Path:
 
 
 def _url(path: Path) -> UPath:
-    """Returns the `UPath` that `make_path` found: it does what a `Path` does without being one."""
+    """Returns the `UPath` that `make_path` made, typed; it behaves like a `Path` without being one."""
     return cast("UPath", path)
 
 
 def _missing_package(protocol: str, error: ImportError) -> str:
-    """Returns the package that brings a protocol, or that fsspec's own class for it imports in vain."""
+    """Returns the package that provides a protocol, or that fsspec's own class for it fails to import."""
     from fsspec.registry import known_implementations
 
     package = known_implementations[protocol]["class"].partition(".")[0]
@@ -116,17 +116,17 @@ def _missing_package(protocol: str, error: ImportError) -> str:
 
 
 def is_remote(path: PurePath) -> bool:
-    """Tells whether `make_path` found a path to be remote."""
+    """Returns whether a path from `make_path` is remote."""
     return not isinstance(path, PurePath)
 
 
 def shown(text: PurePath | str) -> str:
-    """Returns a path, a URL, or a text with URLs in it, without their passwords and signatures."""
+    """Hides the passwords and signatures in a path, a URL, or a text with URLs."""
     return _QUERY.sub(r"\1?***", _USER.sub("://***@", str(text)))
 
 
 def file_name(path: PurePath | str) -> str:
-    """Returns the last part of a path or URL, without what a web address asks behind it."""
+    """Returns the last part of a path or URL, without the query of a web address."""
     text = str(path)
     if text.startswith(("http://", "https://")):
         text = urlsplit(text).path
@@ -134,7 +134,7 @@ def file_name(path: PurePath | str) -> str:
 
 
 def find_remote(entry: str) -> list[Path]:
-    """Returns the archives that an entry of the training data names, in its order.
+    """Returns the archives that an item of the training data names, in its order.
 
     Names that are written out are not looked for here: reading them finds out, with many at once.
 
@@ -175,7 +175,7 @@ def _glob(url: str) -> list[Path]:
 
 
 def _cut(url: str) -> tuple[str, str]:
-    """Splits a URL before the first of its parts that has a wildcard."""
+    """Splits a URL before its first part with a wildcard."""
     protocol, _, rest = url.partition("://")
     parts = rest.split("/")
     at = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*[?"))
@@ -183,7 +183,7 @@ def _cut(url: str) -> tuple[str, str]:
 
 
 def read_state(path: Path) -> RemoteState:
-    """Asks the storage about a file.
+    """Reads the state of a remote file.
 
     Raises:
         FileNotFoundError: There is none.
@@ -204,7 +204,7 @@ def _plain(key: str) -> str:
 
 
 class RemoteFile(PartReader):
-    """A part of a remote file as a file of its own, read in blocks; the last few stay in memory.
+    """A part of a remote file as a file, read in blocks; the last few blocks stay in memory.
 
     Args:
         path: The file, of `make_path`.
@@ -258,7 +258,7 @@ class RemoteFile(PartReader):
 
 
 def _open(path: Path) -> tuple[Any, int]:
-    """Returns a file that reads exactly what is asked for, and its size."""
+    """Opens a remote file for exact reads, and returns it with its size."""
     file = _filesystem(path).open(_url(path).path, "rb", cache_type="none")
     if getattr(file, "size", 0) is None:
         raise OSError("the server does not tell its size")
@@ -276,7 +276,7 @@ def _filesystem(path: Path) -> Any:
 
 
 def _patiently(ask: Callable[[], Result]) -> Result:
-    """Asks again where the error may pass.
+    """Retries a call if the error may be temporary.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -296,7 +296,7 @@ def _patiently(ask: Callable[[], Result]) -> Result:
 
 
 def _cause(error: Exception) -> Exception:
-    """Returns what happened: fsspec says of any error of a web server that there is no such file."""
+    """Returns the real cause, since fsspec reports any error of a web server as a missing file."""
     inner = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(inner, Exception) and _status(inner) not in _GONE:
         return inner

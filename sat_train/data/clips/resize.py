@@ -1,4 +1,4 @@
-"""From a picture of any size to the training size: scale until it covers, then cut."""
+"""Scales pictures of any size until they cover the training size, and crops them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CropMode = Literal["center", "random"]
 
 @dataclass(frozen=True)
 class CoverCrop:
-    """How one clip is brought to the training size. The same for all of its frames.
+    """Scaling and cropping of one clip, the same for all of its frames.
 
     Args:
         scaled_height: Size after scaling, at least the target's.
@@ -43,7 +43,7 @@ def cover_crop(
     crop: CropMode = "center",
     generator: torch.Generator | None = None,
 ) -> CoverCrop:
-    """Finds the scale at which a picture just covers the target, and what is cut off.
+    """Finds the scale at which a picture just covers the target, and the crop.
 
     Args:
         source: Height and width of the picture as shown.

@@ -1,4 +1,4 @@
-"""Turns decoded frames into pictures of the training size."""
+"""Scales, rotates and crops decoded frames to the training size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sat_train.data.clips.resize import CoverCrop
 
 
 class Shaper:
-    """Scales, turns and crops the frames of one clip, all in the same way.
+    """Scales, rotates and crops the frames of one clip, all in the same way.
 
     Args:
         size: Height and width of a frame as stored, in square pixels.
@@ -45,7 +45,7 @@ class Shaper:
         return picture[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
 
     def _scaled(self, frame: VideoFrame, height: int, width: int) -> np.ndarray:
-        """Scales and turns into RGB.
+        """Scales a frame and converts it to RGB.
 
         YUV is scaled as it is, at full colour resolution, and turned into RGB after that: twice as fast as
         FFmpeg's way in one step, and without its darkening by one or two levels.
