@@ -14,9 +14,9 @@ class AugmentationKey:
     """Key of everything random about a sample's pixels: window, crop, noise on its first frame.
 
     Args:
-        seed: The run's seed; 0 where a clip has only a few views, which are the same in every run.
-        number: Tells views apart: the global sample index, or a number made of clip and turn.
-        turn: How often the clip was taken before, for windows that spread evenly over it.
+        seed: The run's seed; 0 if a clip has only a few views, which are the same in every run.
+        number: Distinguishes views: the global sample index, or a number made of clip and turn.
+        turn: Number of earlier uses of the clip, for windows that spread evenly over it.
     """
 
     seed: int
@@ -33,16 +33,16 @@ def limited_augmentation_key(
 ) -> AugmentationKey:
     """Returns the key of a clip's `visit`-th use, if it has only `views` of them.
 
-    They follow each other, so that every one is shown equally often, and depend on the clip alone: another
-    seed, another order, another name or folder, or more clips beside it meet the same ones. What is known of
-    a file's contents without reading it is its size: enough to give each clip windows of its own.
+    Views take turns, so that each is shown equally often. They depend on the clip alone, not on the seed, the
+    order, the name, the folder or other clips. The size of a file is known without reading it, and is enough
+    to give each clip its own windows.
 
     Args:
-        size: Bytes of the clip.
-        start: Begin of the part that is used, in seconds; None: the file's.
-        end: End of the part; None: the file's.
-        visit: How often the clip was taken before.
-        views: How many views it has.
+        size: Size of the clip in bytes.
+        start: Start of the part to use, in seconds; None: that of the file.
+        end: End of the part; None: that of the file.
+        visit: Number of earlier uses of the clip.
+        views: Number of its views.
     """
     turn = visit % views
     return AugmentationKey(0, derive_seed(turn, f"view of {size} bytes, {start} to {end}"), turn)

@@ -14,8 +14,9 @@ class DataPosition:
     """Position of a run in the global order, the same on all ranks.
 
     Args:
-        next: The first sample that is not looked at yet.
-        waiting: Samples before it that are still to come, rising: their bucket has not filled a batch.
+        next: The first sample that has not been visited.
+        waiting: Samples before it, ascending, that are still to come because their bucket has not filled a
+            batch.
     """
 
     next: int = 0
@@ -32,9 +33,9 @@ class StepPosition:
     """Position of a sample in its optimizer step, for whatever is spread evenly over a step.
 
     Args:
-        step: Tells steps apart: the samples consumed before this one, in units of its size.
-        position: Among the samples of the step, in [0, size).
-        size: Samples of the step, of all ranks.
+        step: Distinguishes steps: the samples consumed before it, in units of its size.
+        position: Position among the samples of the step, in [0, size).
+        size: Samples of the step on all ranks.
     """
 
     step: int
@@ -47,10 +48,10 @@ class MicroBatch:
     """The samples that all ranks together take in one micro-step.
 
     Args:
-        indices: Global indices of its samples, of one bucket, rising.
-        mine: Those of this rank.
-        after: Where the run stands then.
-        step_positions: Of the samples of this rank in their optimizer step; empty where there are no steps.
+        indices: Global indices of its samples, of one bucket, ascending.
+        mine: The samples of this rank.
+        after: Position of the run after it.
+        step_positions: Positions of this rank's samples in their optimizer step; empty without steps.
     """
 
     indices: tuple[int, ...]
@@ -62,26 +63,25 @@ class MicroBatch:
 class OrderedBatches:
     """Batches in global order; all samples of a batch are from one bucket.
 
-    Samples are looked at in their order. Each waits until as many of its bucket have come as all ranks take
-    in a micro-step; then these are taken, rank r the r-th slice of them. So every sample is taken once, those
-    of one bucket in their order, all ranks have the same shape and as much work, and with one bucket the
-    samples of a micro-step are consecutive. Which samples there are does not depend on the number of ranks
-    or on the batch size, only when they come does.
+    Samples are visited in global order and queued per bucket. When a queue holds a micro-batch for every rank
+    it is emitted; rank r takes the r-th contiguous slice. So every sample is taken once, those of one bucket
+    in their order, all ranks have the same shape and the same amount of work, and with one bucket the samples
+    of a micro-step are consecutive. The samples do not depend on the number of ranks or the batch size; only
+    the time at which they come does.
 
-    Where samples come to an end (`goal`, `stop`), those that still wait are taken in smaller micro-batches:
-    just as many a rank as are needed. Where they cannot be divided among the ranks, the next samples of their
-    bucket complete them.
+    At the end of the samples (`goal`, `stop`), waiting samples are taken in smaller micro-batches. If they
+    cannot be divided among the ranks, the next samples of their bucket complete them.
 
     Args:
-        batch_sizes: Samples of one rank in a micro-batch, for each bucket.
-        bucket_of: Bucket of a sample; needed when there are several.
+        batch_sizes: Samples per rank in a micro-batch, for each bucket.
+        bucket_of: Returns the bucket of a sample; needed with several buckets.
         rank: This rank on the data axis.
         num_ranks: Ranks on the data axis.
         accumulation: Micro-steps of an optimizer step.
-        start: Where the run stands, between two optimizer steps.
-        goal: All samples before this one are taken before any that is not needed to complete a micro-batch
-            of theirs; then the order continues. None: nothing is taken ahead of its time.
-        stop: The same, and the iteration ends then; None: there is no end.
+        start: Position of the run, between two optimizer steps.
+        goal: All samples before this one are taken before any other that is not needed to complete their
+            micro-batches; then the order continues. None: no such goal.
+        stop: The same, but the iteration ends there; None: there is no end.
     """
 
     def __init__(

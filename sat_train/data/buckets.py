@@ -57,18 +57,18 @@ def choose_bucket(
 ) -> int:
     """Chooses the bucket of a clip: the most frames that it fills, then the size nearest in aspect ratio.
 
-    Of sizes of one aspect it is the largest for which the clip need not be enlarged too much.
+    Of several sizes with the same aspect ratio it takes the largest that does not enlarge the clip too much.
 
     Args:
         available: Frames that the clip can give.
         size: Its height and width as shown.
         shapes: The buckets' shapes.
-        short_clip: `pad` takes a clip that is shorter than all of them into the shortest one.
-        max_upscale: Largest factor by which a picture may be enlarged. Where there is no choice of sizes it
-            is checked when the clip is read.
+        short_clip: With `pad`, a clip shorter than all shapes goes into the shortest one.
+        max_upscale: Largest factor by which a picture may be enlarged. Without a choice of sizes it is
+            checked when the clip is read.
 
     Raises:
-        BadClip: It is too short, or too small for every size.
+        BadClip: The clip is too short, or too small for every size.
     """
     least = min(shape.frames for shape in shapes)
     if available < least and (short_clip != "pad" or available < 1):
@@ -83,7 +83,7 @@ def choose_bucket(
         raise BadClip(
             "too small",
             f"{size[0]}x{size[1]} (height x width) must be enlarged {least_enlarged:.2f} times for the "
-            f"smallest bucket, data.params.max_upscale allows {max_upscale:g}",
+            f"smallest bucket, but data.params.max_upscale allows {max_upscale:g}",
         )
     nearest = min(_aspect_distance(size, shapes[bucket]) for bucket in usable)
     same = [b for b in usable if _aspect_distance(size, shapes[b]) <= nearest + SAME_ASPECT]

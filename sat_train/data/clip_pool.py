@@ -18,8 +18,8 @@ from sat_train.errors import DataError
 Found = TypeVar("Found")
 
 _POLL_S = 1.0
-_GRACE_S = 2.0  # over the deadline that a worker keeps itself
-_FORK = multiprocessing.get_context("fork")  # what is done need not be picklable, nothing is imported again
+_GRACE_S = 2.0  # beyond the deadline that a worker observes itself
+_FORK = multiprocessing.get_context("fork")  # functions need not be picklable, and nothing is imported again
 
 
 def look_into_clips(
@@ -34,16 +34,16 @@ def look_into_clips(
 
     Args:
         records: The clips.
-        look: Done in another process; its result is sent back. May raise BadClip.
-        num_processes: At most so many at once.
-        timeout_s: A clip that takes longer is given up, and its process killed; None: never.
+        look: Called in another process, which sends back its result. May raise BadClip.
+        num_processes: Largest number of processes.
+        timeout_s: Time after which a clip is abandoned and its process killed; None: never.
         on_clip: Called after each clip, in this process.
 
     Returns:
-        What was found, or why the clip is bad, in the order of `records`.
+        The result for each clip, or the reason why it is bad, in the order of `records`.
 
     Raises:
-        DataError: Processes die without a clip.
+        DataError: A process dies before it has a clip.
     """
     pool = _Pool(records, look, timeout_s, on_clip)
     try:
@@ -126,8 +126,8 @@ class _Pool:
             worker.give(index)
         except OSError:
             raise DataError(
-                f"process {worker.process.pid}, which looks into clips, died before it got one",
-                remedy="often memory ran out",
+                f"worker process {worker.process.pid}, which inspects clips, died at its start",
+                remedy="check that there is enough memory; `dmesg` names a process killed for lack of it",
             ) from None
 
     def _receive(self, worker: _Worker) -> None:
@@ -145,8 +145,8 @@ class _Pool:
         if self._timeout_s is None or worker.index is None:
             return
         if time.monotonic() - worker.since > 1.2 * self._timeout_s + _GRACE_S:
-            told = f"reading hangs (data.worker_timeout_s = {self._timeout_s:g})"
-            self._lose(worker, BadClip("timeout", told))
+            detail = f"reading hangs (data.worker_timeout_s = {self._timeout_s:g})"
+            self._lose(worker, BadClip("timeout", detail))
 
     def _lose(self, worker: _Worker, reason: BadClip) -> None:
         self._take(worker, reason)
@@ -156,7 +156,7 @@ class _Pool:
             self._start()
 
     def _take(self, worker: _Worker, found: Any) -> None:
-        assert worker.index is not None, "an idle worker has found nothing"
+        assert worker.index is not None, "an idle worker has no result"
         self._found[worker.index] = found
         worker.index = None
         self._on_clip()

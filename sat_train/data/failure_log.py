@@ -45,7 +45,7 @@ class FailureLog:
     Args:
         num_clips: Clips in the whole set.
         max_bad_fraction: Share of them that may be bad (`data.max_bad_fraction`).
-        path: File that gets one JSON object for each bad clip; None writes none.
+        path: File for one JSON object per bad clip; None: no file.
         rank: Global rank, for the file.
     """
 

@@ -25,8 +25,8 @@ from sat_train.data.prepass import SampleSpec
 from sat_train.data.sources.records import ClipRecord
 from sat_train.data.window import count_windows, split_chunks
 
-MAX_WINDOWS = 8  # of a clip that are decoded, unless more are wanted
-_MANY_WINDOWS = 1000  # of a clip all of which are decoded: no more are waited for
+MAX_WINDOWS = 8  # windows to decode per clip by default
+_MANY_WINDOWS = 1000  # for the timeout of a clip when all of its windows are decoded
 _THUMBNAIL_HEIGHT = 90
 _SAMPLED_BYTES = 1 << 16
 
@@ -37,13 +37,13 @@ class ClipFacts:
 
     Args:
         record: The clip.
-        info: Its headers; None when these cannot be read.
-        bucket: Which of the shapes its samples have; None when it cannot be used.
-        windows: Windows without a common frame that it holds; 0 when it cannot be used.
-        decoded: Windows of which every frame was decoded.
-        problem: Why it cannot be used; None: it can.
-        content_key: The same for files of the same content: their size, beginning and end.
-        thumbnail: Its middle frame as a JPEG file; empty when there is none.
+        info: Its headers; None if they cannot be read.
+        bucket: Index of its samples' shape; None if it cannot be used.
+        windows: Number of windows that share no frame; 0 if it cannot be used.
+        decoded: Number of windows of which every frame was decoded.
+        problem: Reason why it cannot be used; None if it can.
+        content_key: Key of its contents: size, beginning and end of the file.
+        thumbnail: Its middle frame as a JPEG file; empty if there is none.
     """
 
     record: ClipRecord
@@ -68,11 +68,11 @@ def inspect_clips(
     """Reads headers, windows and images of clips with the functions that training uses.
 
     Args:
-        records: Clips.
-        spec: What samples are to be.
-        num_processes: Clips that are read at once.
-        max_windows: Windows of one clip that are decoded, spread over it; None: all.
-        timeout_s: A window that takes longer is given up.
+        records: The clips.
+        spec: Shape and rate of the samples.
+        num_processes: Clips to read in parallel.
+        max_windows: Windows to decode per clip, spread over it; None: all.
+        timeout_s: Time after which a window is abandoned.
         on_clip: Called after each clip.
     """
     found = look_into_clips(
@@ -93,9 +93,9 @@ class Inspection:
 
     Args:
         record: The clip.
-        spec: What samples are to be.
+        spec: Shape and rate of the samples.
         max_windows: Windows to decode; None: all.
-        timeout_s: Of one window.
+        timeout_s: Time limit of one window.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Inspection:
                 self._read_image()
         except BadClip as error:
             self._learn(problem=error, bucket=None, windows=0)
-        if self._facts.info is not None:  # a pipe would be waited for
+        if self._facts.info is not None:  # opening a pipe would block
             self._learn(content_key=_content_key(self._facts.record))
         return self._facts
 
@@ -233,13 +233,13 @@ class SetReport:
     Args:
         name: The set.
         fingerprint: See `ClipSource`.
-        ignored: Files that are no clips, by suffix.
-        spec: What samples are to be.
-        clips: Facts of every clip.
-        long_captions: Captions that the text encoder cuts, with their tokens; None: not counted.
-        max_tokens: Tokens that the text encoder takes.
-        notes: What else a person should know of the files; see `ClipSource`.
-        tokenizer: Whose tokens these are: the text encoder's folder.
+        ignored: Files that are not clips, by suffix.
+        spec: Shape and rate of the samples.
+        clips: Facts about every clip.
+        long_captions: Captions that the text encoder truncates, with their tokens; None: not counted.
+        max_tokens: Largest number of tokens for the text encoder.
+        notes: Notes on the files; see `ClipSource`.
+        tokenizer: The text encoder's folder, with the tokenizer.
     """
 
     name: str
@@ -298,7 +298,7 @@ class SetReport:
         if self.long_captions is not None:
             whose = f" of the text encoder in {self.tokenizer}" if self.tokenizer else ""
             yield (
-                "cut captions",
+                "long captions",
                 f"{len(self.long_captions)} have more than the {self.max_tokens} tokens{whose}",
             )
         for cause, clips in self.problems().items():

@@ -57,12 +57,12 @@ class SampleSpec:
 
     Args:
         shapes: Shapes that samples may have.
-        fps: Frames a second.
+        fps: Frames per second.
         skip_frms_num: Source frames left out at both ends of a file.
-        window: Which part of a longer clip is taken.
-        short_clip: What to do with a clip shorter than the window.
+        window: Choice of the part of a longer clip.
+        short_clip: Treatment of a clip shorter than the window.
         max_upscale: Largest factor by which a picture may be enlarged.
-        images: Clips are conditioned on the images beside them.
+        images: Whether clips are conditioned on their images.
     """
 
     shapes: tuple[ClipShape, ...]
@@ -109,10 +109,10 @@ class ClipAssignment:
 
     Args:
         record: The clip.
-        info: Its headers; None when they cannot be read.
+        info: Its headers; None if they cannot be read.
         available: Frames that it can give.
-        bucket: Which of the shapes its samples have; None when it fits none.
-        problem: Why there are no headers or no bucket.
+        bucket: Index of its samples' shape; None if it fits none.
+        problem: Reason why it has no headers or no bucket.
     """
 
     record: ClipRecord
@@ -127,8 +127,8 @@ class ClipSet:
     """A set of clips as it is trained on.
 
     Args:
-        sources: Its clips, without those that are left out, long ones cut where that is wanted.
-        buckets: The shape of each.
+        sources: Its clips, without those that are left out; long clips are split if the window asks for it.
+        buckets: The shape of each clip.
         left_out: Clips that are too short or too small.
         num_padded: Clips whose last frame is repeated.
     """
@@ -145,11 +145,11 @@ def assign_clips(mesh: ProcessMesh, sources: Sequence[ClipSource], spec: SampleS
     Args:
         mesh: The process mesh.
         sources: The clips, the same on all ranks.
-        spec: What samples are to be.
+        spec: Shape and rate of the samples.
         look: Reads the headers of clips.
 
     Raises:
-        DataError: Clips are too short under `short_clip: error`; all of them are counted.
+        DataError: Clips are too short under `short_clip: error`; the message counts them.
 
     Ranks: all.
     """
@@ -194,7 +194,7 @@ def look_at(
         records: The clips.
         headers: Those that are known: only the other clips are opened.
         with_turn: As for `look_into`.
-        timeout_s: A clip that takes longer is given up; None: never.
+        timeout_s: Time after which a clip is abandoned; None: never.
     """
     look = functools.partial(look_into, with_turn=with_turn, timeout_s=timeout_s)
     if headers is None:

@@ -24,7 +24,7 @@ def render_page(reports: Sequence[SetReport], *, max_thumbnails: int = 300) -> s
 
     Args:
         reports: The sets.
-        max_thumbnails: Clips shown of each set; the bad ones come first.
+        max_thumbnails: Largest number of clips shown per set, bad ones first.
     """
     sets = "".join(_render_set(report, max_thumbnails) for report in reports)
     return (

@@ -9,7 +9,7 @@ import numpy as np
 
 from sat_train.distributed.seeds import derive_seed
 
-_BLOCK = 1000  # samples over which a mixture keeps its shares exactly; more where a share needs it
+_BLOCK = 1000  # samples over which a mixture keeps its shares exactly; more if a share needs it
 _LONGEST_BLOCK = 10_000_000
 
 
@@ -20,7 +20,7 @@ class ClipRef:
     Args:
         source: Index of the source.
         clip: Index of the clip in it.
-        visit: How many samples of this epoch's predecessors took the clip, that is the source's epoch.
+        visit: Epoch of the source: how often the clip was used before.
     """
 
     source: int
@@ -31,16 +31,15 @@ class ClipRef:
 class GlobalOrder:
     """Maps every position in the order to a clip, without state.
 
-    One epoch of a source takes each of its clips once, or `weight` times on average; each epoch in
-    another order. Sources without weights are shuffled together. With weights, each 1000 samples (10,000,
-    ... where a share is below a thousandth) hold the shares exactly, and every source goes through its own
-    epochs.
+    One epoch of a source takes each of its clips once, or `weight` times on average, in a new order each
+    time. Sources without weights are shuffled together. With weights, each block of 1000 samples (10,000, ...
+    if a share is below a thousandth) holds the shares exactly, and every source goes through its own epochs.
 
     Args:
         seed: The run's seed.
         clip_weights: For each source, the weight of each clip.
-        source_weights: Share of each source; None: sources are one set.
-        shuffle: Off, clips come as they are listed.
+        source_weights: Share of each source; None: all sources form one set.
+        shuffle: Whether to shuffle; otherwise clips come in their listed order.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def warn_of_little_shared_memory(needed: int, *, local_ranks: int) -> None:
     """Warns if the ranks of this machine need more shared memory than there is, before a worker dies of it.
 
     Args:
-        needed: Bytes of one rank.
+        needed: Bytes that one rank needs.
         local_ranks: Ranks on this machine.
     """
     try:
@@ -40,7 +40,7 @@ def warn_of_little_shared_memory(needed: int, *, local_ranks: int) -> None:
         return
     if free < needed * local_ranks:
         log.warning(
-            "%s has %s free, and the data workers of %d ranks may hold %s of batches in it: they would die "
+            "%s has %s free, but the data workers of %d ranks may hold %s of batches in it and then die "
             "of a bus error; %s",
             *(SHARED_MEMORY, _size(free), local_ranks, _size(needed * local_ranks), REMEDY),
         )

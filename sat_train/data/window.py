@@ -24,9 +24,9 @@ class Window:
     """Times of a sample's frames: `start + i / fps`.
 
     Args:
-        start: When the first frame is shown, in seconds of the file's clock.
+        start: Time of the first frame, in seconds of the file's clock.
         count: Frames to read.
-        total: Frames of the sample: more than read where the last one is repeated.
+        total: Frames of the sample; more than `count` if the last one is repeated.
     """
 
     start: float
@@ -41,8 +41,8 @@ def count_frames(*, first: float, last: float, rate: float, fps: float) -> int:
     Args:
         first: When the first usable frame is shown, in seconds.
         last: When the last usable frame is shown.
-        rate: Source frames a second.
-        fps: Frames a second wanted.
+        rate: Frames per second of the source.
+        fps: Frames per second of the sample.
     """
     if last <= first:
         return 1 if last == first else 0
@@ -54,14 +54,14 @@ def fit_frames(available: int, *, num_frames: int, policy: ShortClip) -> tuple[i
 
     Args:
         available: Frames that the clip can give.
-        num_frames: Frames wanted.
-        policy: What to do when they are fewer. `shrink` has chosen a smaller number before.
+        num_frames: Frames of a sample.
+        policy: Treatment of shorter clips. `shrink` has chosen a smaller number before.
 
     Returns:
-        Frames to read, and frames of the sample: more than read where the last one is repeated.
+        Frames to read, and frames of the sample, which are more if the last one is repeated.
 
     Raises:
-        BadClip: The clip is too short and the policy does not bend.
+        BadClip: The clip is too short for the policy.
     """
     if available >= num_frames:
         return num_frames, num_frames
@@ -87,8 +87,8 @@ def window_start(
         first: When the first usable frame is shown, in seconds.
         last: When the last usable frame is shown.
         length: Seconds from the window's first frame to its last.
-        generator: For `random`.
-        visit: How often the clip was taken before, for `uniform`.
+        generator: Generator for `random`.
+        visit: Number of earlier uses of the clip, for `uniform`.
     """
     slack = max(0.0, last - first - length)
     if mode == "head":
@@ -123,8 +123,8 @@ def count_windows(available: int, num_frames: int) -> int:
 def split_chunks(*, first: float, last: float, count: int) -> Sequence[tuple[float, float]]:
     """Splits a long clip into equal parts, each of which becomes a sample.
 
-    Each of `count_windows` parts gives the frames of a window: its share of the time is at least that from
-    the window's first frame to its last.
+    With `count_windows` parts each part holds a window: it is at least as long as the time from the window's
+    first frame to its last.
 
     Args:
         first: When the first usable frame is shown, in seconds.
@@ -132,7 +132,7 @@ def split_chunks(*, first: float, last: float, count: int) -> Sequence[tuple[flo
         count: Number of parts.
 
     Returns:
-        When each part begins and ends.
+        Start and end of each part, in seconds.
     """
     edges = [first + (last - first) * i / count for i in range(count + 1)]
     return list(itertools.pairwise(edges))

@@ -24,19 +24,21 @@ VIDEO_SUFFIXES = (
     *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
 )
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# FFmpeg's names of what is opened at all. None of these formats holds names of other files.
+# FFmpeg's names of the formats to open. None of them holds names of other files.
 _VIDEO_FORMATS = "asf,avi,flv,gif,matroska,mov,mpeg,mpegts,ogg"
 _IMAGE_FORMATS = "image2,bmp_pipe,jpeg_pipe,png_pipe,tiff_pipe,webp_pipe"
-_RAW_FORMATS = "h264,hevc,m4v,mpegvideo"  # frames without times, which is said later
+_RAW_FORMATS = "h264,hevc,m4v,mpegvideo"  # frames without times, which is reported later
 _OPTIONS = {
     "format_whitelist": f"{_VIDEO_FORMATS},{_IMAGE_FORMATS},{_RAW_FORMATS}",
     "protocol_whitelist": "file",
-    "pattern_type": "none",  # `%d` in the name of a picture is no number of others
+    "pattern_type": "none",  # `%d` in the name of a picture does not stand for several files
 }
-READER = 2  # raise it when the same file begins to give another `ClipInfo`
+READER = 2  # increase it when the same file gives another `ClipInfo`
 _MAX_IMAGE_BYTES = 1 << 30
 MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
-_BLOCK_BYTES = 1 << 20  # of one request to remote storage: a small clip is one, a window in a long one few
+_BLOCK_BYTES = (
+    1 << 20
+)  # of one request to remote storage: one for a small clip, a few for a window of a long one
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,14 @@ class ClipInfo:
     """Headers of a clip.
 
     Args:
-        height: Of the picture as stored; `is_turned` says whether it is shown so.
-        width: Likewise, counted in square pixels.
-        rate: Average frames a second.
-        first: When the first frame is shown, in seconds of the file's clock.
-        last: When the last frame is shown.
+        height: Height of the picture as stored; see `is_turned`.
+        width: Width as stored, in square pixels.
+        rate: Average frames per second.
+        first: Time of the first frame, in seconds of the file's clock.
+        last: Time of the last frame.
         codec: Name of the codec.
-        is_image: One still picture.
-        is_turned: The picture is shown on its side; None: not looked at.
+        is_image: Whether it is a single image.
+        is_turned: Whether the picture is shown on its side; None: not known.
     """
 
     height: int
@@ -118,8 +120,8 @@ _Reader = TypeVar("_Reader", bound=_RemoteReader)
 class _QuietReader(_RemoteReader):
     """Reader that ends where reading fails, and keeps the error.
 
-    What a reader raises, PyAV keeps until FFmpeg is back, and loses or raises it while it reads another clip
-    where FFmpeg takes the error for the end of the file.
+    PyAV holds exceptions from read callbacks until FFmpeg returns. When FFmpeg treats the failed read as end
+    of file, the exception is lost, or raised later while another clip is being read.
     """
 
     error: BadClip | None = None
@@ -139,7 +141,7 @@ def open_part(path: Path, span: Span | None = None, *, block_bytes: int = _BLOCK
     Args:
         path: The file.
         span: Part of it; None: all of it.
-        block_bytes: Bytes of one request to remote storage.
+        block_bytes: Size of one request to remote storage.
 
     Raises:
         BadClip: It is remote, and missing or cannot be reached.
@@ -169,16 +171,16 @@ def open_clip(
     """Opens a file and finds its video stream.
 
     Args:
-        path: Must be absolute, so that nothing in it is taken for a protocol, or a remote path.
+        path: A remote path, or an absolute one, so that no part of it is taken for a protocol.
         span: Part of the file that holds the clip; None: all of it.
-        timeout_s: Reading that blocks longer than this fails.
+        timeout_s: Time after which a blocked read fails.
 
     Yields:
         The container and its first video stream that is not a cover picture.
 
     Raises:
         BadClip: The file is missing, empty, not a video, or has no decodable video stream; or its storage did
-            not answer, which is said at the end of the context at the latest.
+            not answer, which is raised at the end of the context at the latest.
     """
     assert is_remote(path) or path.is_absolute(), f"{path} must be absolute"
     remote = _open_remote(_QuietReader, path, span) if is_remote(path) else None
@@ -210,7 +212,7 @@ def _check_file(path: Path) -> None:
         state = path.stat()
     except OSError as error:
         raise BadClip("missing", error.strerror or str(error)) from None
-    if not stat.S_ISREG(state.st_mode):  # to open a pipe is to wait for whoever writes to it
+    if not stat.S_ISREG(state.st_mode):  # opening a pipe would wait for its writer
         raise BadClip("unreadable", "it is not a file")
     if path.suffix.lower() in IMAGE_SUFFIXES and state.st_size > _MAX_IMAGE_BYTES:  # FFmpeg reads it whole
         raise BadClip("too large", f"an image of {state.st_size:,} bytes")
@@ -220,8 +222,8 @@ def _check_file(path: Path) -> None:
 
 def _said(error: Exception) -> str:
     """Returns FFmpeg's message without its number and the path, which our message has already."""
-    if isinstance(error, av.ArgumentError):  # what FFmpeg says of a format that is not on the list
-        return "its format is none of those that are read"
+    if isinstance(error, av.ArgumentError):  # FFmpeg's error for a format that is not on the list
+        return "its format is not supported"
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -249,11 +251,11 @@ def read_headers(
     Args:
         path: As for `open_clip`.
         span: Likewise.
-        with_turn: Decode its first frame too, which alone says whether the picture is to be turned.
-        timeout_s: Reading that blocks longer than this fails; None: never.
+        with_turn: Decode the first frame too, to find out whether the picture is shown on its side.
+        timeout_s: Time after which a blocked read fails; None: never.
 
     Raises:
-        BadClip: It is missing, empty, or no video.
+        BadClip: It is missing, empty, or not a video.
     """
     with open_clip(path, span=span, timeout_s=timeout_s) as (container, stream):
         info = read_info(container, stream)
@@ -268,8 +270,8 @@ def read_info(container: InputContainer, stream: VideoStream) -> ClipInfo:
     """Reads the headers of an open clip.
 
     Raises:
-        BadClip: There are no presentation times, the file ends before its index says, or the shape of its
-            pixels makes it a line or larger than any picture.
+        BadClip: There are no presentation times, the file is truncated, or the aspect ratio of its pixels
+            makes the picture degenerate or too large.
     """
     width = round(stream.width * float(stream.sample_aspect_ratio or 1))
     if not 1 <= width * stream.height <= MAX_PIXELS:

@@ -16,11 +16,11 @@ from sat_train.data.clips.bad_clip import BadClip
 
 VideoPacket: TypeAlias = "Packet[VideoStream]"
 DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the last two from absurd headers
-_EDGE = 34  # index entries looked at: twice the frames that a codec reorders, and the gaps between them
-_TAIL_S = 3.0  # read of a program stream to find its last frame: its time stamps are at most 0.7 s apart
+_EDGE = 34  # index entries to inspect: twice the frames that a codec reorders, and the gaps between them
+_TAIL_S = 3.0  # end of a program stream to read for its last frame: time stamps are at most 0.7 s apart
 _SETTLED_S = 1.0
-_REORDERED = ("h264", "hevc")  # codecs of which a slot in AVI does not tell when a frame is shown
-MAX_SECONDS = 7 * 24 * 3600.0  # a clip that claims to last longer would be cut into endless samples
+_REORDERED = ("h264", "hevc")  # codecs whose slots in AVI do not give presentation times
+MAX_SECONDS = 7 * 24 * 3600.0  # a clip that claims more would be split into endless samples
 
 
 def time_base(stream: VideoStream) -> Fraction:
@@ -43,12 +43,12 @@ def first_and_last(container: InputContainer, stream: VideoStream, rate: float) 
     """Returns the times of the first and the last frame that can be decoded, on the file's clock.
 
     Args:
-        container: Just opened: nothing has been read from it yet.
-        stream: Its video.
-        rate: Average frames a second.
+        container: A container that was just opened and not yet read.
+        stream: Its video stream.
+        rate: Average frames per second.
 
     Raises:
-        BadClip: There are no presentation times, or the file ends before its index says.
+        BadClip: There are no presentation times, or the file is truncated.
     """
     _check_complete(container, stream)
     if is_avi(container):
@@ -78,11 +78,11 @@ def _first(container: InputContainer, stream: VideoStream) -> float:
     if "mp4" in container.format.name and len(entries) and entries[0].is_keyframe:
         return start
     try:
-        for packet in container.demux(stream):  # FFmpeg has read the first ones already to know the codec
+        for packet in container.demux(stream):  # FFmpeg has already read the first ones to find the codec
             if packet.is_keyframe and (times := _shown_times([packet])):
                 return max(start, *times)
     except DECODER_ERRORS:
-        pass  # whoever reads that far says it
+        pass  # reported when that part is read
     return start
 
 
@@ -148,8 +148,8 @@ def _last_of_program_stream(container: InputContainer, stream: VideoStream) -> f
 def settled(packets: Iterable[VideoPacket], *, from_start: bool) -> Iterator[VideoPacket]:
     """Yields the packets of a program stream, without those after a seek whose times are guesses.
 
-    The reader lands inside a frame and takes the rest of it for one. Times are right from the next time
-    stamp on: at the latest in the third block that is read and a second later.
+    A seek ends inside a frame, whose rest is taken for a frame. Times are right from the next time stamp on:
+    at the latest in the third block and a second later.
     """
     blocks: set[int | None] = set()
     begin = None
@@ -165,7 +165,7 @@ def settled(packets: Iterable[VideoPacket], *, from_start: bool) -> Iterator[Vid
 def _slots(container: InputContainer, stream: VideoStream) -> tuple[float, float]:
     """Returns the slots of an AVI file's index, each of which shows one frame; a keyframe comes first."""
     if stream.codec_context.name in _REORDERED and stream.codec_context.has_b_frames:
-        raise BadClip("no times", "AVI does not tell the order of H.264's or HEVC's B-frames")
+        raise BadClip("no times", "AVI does not store the order of H.264's or HEVC's B-frames")
     slots = [(entry.timestamp, entry.is_keyframe) for entry in stream.index_entries]
     if len(slots) < 2:
         slots = [(p.dts, p.is_keyframe) for p in container.demux(stream) if p.dts is not None and p.size]

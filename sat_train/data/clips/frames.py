@@ -31,10 +31,10 @@ from sat_train.data.clips.orientation import Orientation
 from sat_train.data.clips.resize import CoverCrop
 from sat_train.data.clips.shaper import Shaper
 
-_REORDER = 33  # packets to read past the window where decode times are unknown: more than any codec reorders
+_REORDER = 33  # packets to read past the window without decode times: more than any codec reorders
 # Decoders that obey `skip_frame` packet by packet. Not mpeg4, where one packet may hold two frames.
 _SPARING = ("h264", "hevc", "mpeg2video", "vp9")
-_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders of these leave transparency out
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders of these ignore transparency
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Frames:
 
     Args:
         video_thwc: uint8 RGB.
-        times: When each frame is shown, in seconds from the clip's first frame.
+        times: Time of each frame, in seconds from the clip's first frame.
     """
 
     video_thwc: np.ndarray
@@ -59,10 +59,10 @@ def open_frames(
     Args:
         path: As for `open_clip`.
         span: Likewise.
-        timeout_s: A clip that takes longer, from now on, is given up; None: never.
+        timeout_s: Time from now on after which the clip is abandoned; None: never.
 
     Raises:
-        BadClip: It is missing or no video, or reading it fails.
+        BadClip: It is missing or not a video, or reading it fails.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     with open_clip(path, span=span, timeout_s=timeout_s) as (container, stream):
@@ -78,7 +78,7 @@ class FrameReader:
     Args:
         container: From `open_clip`.
         stream: Likewise.
-        deadline: `time.monotonic()` after which the clip is given up; None: never.
+        deadline: `time.monotonic()` at which the clip is abandoned; None: never.
     """
 
     def __init__(
@@ -89,16 +89,16 @@ class FrameReader:
         self._deadline = deadline
         self._tick = float(time_base(stream))
         self.info = read_info(container, stream)
-        self.orientation: Orientation | None = None  # of a picture; a video's frames say it themselves
+        self.orientation: Orientation | None = None  # of an image; a video's frames carry their own
         self._context = _decoder(stream)
-        self._context.thread_count = 1  # many workers decode side by side; one thread each is fastest
+        self._context.thread_count = 1  # many workers decode in parallel; one thread each is fastest
 
     def read(self, targets: Sequence[float], choose_crop: Callable[[int, int], CoverCrop]) -> Frames:
         """Reads the frame nearest to each time.
 
         Args:
-            targets: Moments in seconds of the file's clock, rising.
-            choose_crop: Gives scaling and cropping for a picture's height and width as shown; asked once.
+            targets: Times in seconds of the file's clock, ascending.
+            choose_crop: Returns the crop for a picture's height and width as shown; called once.
 
         Raises:
             BadClip: The file is damaged or ends inside the window, or `choose_crop` refuses its size.
@@ -124,7 +124,7 @@ class FrameReader:
         pts, before = next(waiting), -math.inf
         for frame in self._decode(iter(packets), wanted=set(wanted)):
             if frame.pts is None or frame.pts <= before:
-                raise BadClip("no times", "its frames come in another order than their times say")
+                raise BadClip("no times", "its frames are not in the order of their times")
             before = frame.pts
             if frame.pts < pts:
                 continue
@@ -145,8 +145,8 @@ class FrameReader:
         """Does the same as `_nearest` for an AVI file, which shows a frame in the slot of the packet that
         outputs it.
 
-        Times that FFmpeg gives its packets are guesses, wrong for packed B-frames. Frames come in the order
-        in which they are shown, so the nearest is one of the two around a moment; all of them are decoded.
+        FFmpeg's times of these packets are guesses, and wrong for packed B-frames. Frames come in display
+        order, so the nearest one is one of the two around a target; all frames are decoded.
         """
         slots = self._slots_from(targets[0])
         before, after = None, next(slots, None)
@@ -195,7 +195,9 @@ class FrameReader:
 
     @staticmethod
     def _ended(end: float, target: float) -> BadClip:
-        return BadClip("truncated", f"its last frame ends at {end:.2f} s, its header promises {target:.2f} s")
+        return BadClip(
+            "truncated", f"its last frame ends at {end:.2f} s, but its header promises {target:.2f} s"
+        )
 
     def _window(self, first: float, last: float) -> list[VideoPacket]:
         """Reads the packets from the keyframe at or before `first` up to the frames around `last`."""
@@ -203,8 +205,8 @@ class FrameReader:
         is_guessed = is_program_stream(self._container)
         back = 3.0 if is_guessed else 0.0
         while True:
-            at_start = self.info.is_image or first - back <= start  # an image stands at its only packet
-            if not self.info.is_image:  # large ones cannot be sought
+            at_start = self.info.is_image or first - back <= start  # an image has only one packet
+            if not self.info.is_image:  # seeking fails in large images
                 self._seek(max(first - back, start))
             packets: Iterator[VideoPacket] = self._packets()
             if is_guessed:
@@ -228,7 +230,9 @@ class FrameReader:
         try:
             for packet in self._container.demux(self._stream):
                 self._check_deadline()
-                if packet.dts is not None or packet.pts is not None:  # else it is the empty one at the end
+                if (
+                    packet.dts is not None or packet.pts is not None
+                ):  # otherwise it is the empty packet at the end
                     yield packet
         except DECODER_ERRORS as error:
             raise BadClip("damaged", f"reading fails: {error}") from None
@@ -258,8 +262,8 @@ class FrameReader:
         """Decodes packets in order.
 
         Args:
-            wanted: Presentation times of the frames that are needed; None: all are. Others are decoded only
-                where these refer to them.
+            wanted: Presentation times of the frames that are needed; None: all. Other frames are decoded only
+                if these refer to them.
         """
         context = self._context
         try:

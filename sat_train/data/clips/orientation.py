@@ -22,9 +22,9 @@ class Orientation:
     """One of the eight orientations of a picture: rows and columns exchanged first, then each order reversed.
 
     Args:
-        is_transposed: Rows become columns.
-        is_flipped: The shown picture has its rows in reverse: the top below.
-        is_mirrored: The shown picture has its columns in reverse: the left at the right.
+        is_transposed: Whether rows become columns.
+        is_flipped: Whether the rows are then reversed, top to bottom.
+        is_mirrored: Whether the columns are then reversed, left to right.
     """
 
     is_transposed: bool = False
@@ -56,12 +56,12 @@ _EXIF = {
 def read_exif(file: ReadableFile) -> Orientation:
     """Returns the orientation in a picture's EXIF data; upright by default.
 
-    Pillow reads it: PyAV shows the angle alone, in which a mirrored picture looks like a turned one.
+    Pillow reads it, because PyAV gives the angle alone, which does not distinguish mirroring from rotation.
     """
     try:
         with Image.open(file, formats=_EXIF_FORMATS) as picture:  # type: ignore[arg-type]  # it only reads
             return _EXIF.get(picture.getexif().get(_EXIF_ORIENTATION), Orientation())
-    except Exception:  # EXIF is an extra: pictures without any that Pillow understands lie as they are stored
+    except Exception:  # EXIF is optional: without any that Pillow understands, a picture is shown as stored
         return Orientation()
 
 
@@ -69,7 +69,7 @@ def frame_orientation(frame: VideoFrame) -> Orientation:
     """Returns the orientation in a video frame's display matrix, rounded to a right angle."""
     try:
         matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # PyAV's types know texts
-    except ValueError:  # PyAV does not know the kind of another of the frame's side data
+    except ValueError:  # PyAV does not know the type of some other side data of the frame
         return _from_angle(frame.rotation)
     return Orientation() if matrix is None else _from_matrix(bytes(matrix))
 

@@ -24,7 +24,7 @@ class PartReader(io.RawIOBase):
     """Keeps the position; subclasses implement `read`.
 
     Args:
-        size: Bytes of the part.
+        size: Size of the part in bytes.
     """
 
     def __init__(self, size: int) -> None:

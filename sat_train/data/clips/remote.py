@@ -25,19 +25,19 @@ _USER = re.compile(r"://[^/\s@'\"]*@")
 _QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\")]+")
 _HERE = ("file://", "local://")
 _KEPT_BYTES = 16 << 20  # of the blocks of one open file
-_WAITS_S = (0.2, 0.6, 1.8)  # before a request that failed is sent again
-_RACY_NS = 2_000_000_000  # a file younger than this may change again within the second that is told
-_BUSY = (408, 425, 429)  # statuses below 500 after which it is worth trying again
+_WAITS_S = (0.2, 0.6, 1.8)  # pauses before a failed request is repeated
+_RACY_NS = 2_000_000_000  # a file younger than this may change again within the same second
+_BUSY = (408, 425, 429)  # statuses below 500 after which a retry may help
 _GONE = (404, 410)
-# Errors that the next try would meet again.
+# Errors that a retry would meet again.
 _LASTING = (PermissionError, ValueError, TypeError, LookupError, NotImplementedError, ImportError)
-# What storages tell of a file that is another after each change, in letters of one case and without dashes.
+# Metadata that differs after each change of a file; keys in lower case and without dashes.
 _TOLD = {"etag", "contentmd5", "md5hash", "md5", "crc32c", "digest", "generation", "versionid", "blobid"} | {
     *("lastmodified", "updated", "mtime", "modified", "modify", "modificationtime", "created"),
 }
 
-# File systems stay here for ever. Dropped in a forked worker, that of the parent would first wait for an
-# event loop that runs in the parent only, to close connections that are the parent's.
+# File systems are kept here for good. If a forked worker dropped its parent's, that would wait for an event
+# loop that runs only in the parent, to close the parent's connections.
 _FILESYSTEMS: dict[int, Any] = {}
 
 Result = TypeVar("Result")
@@ -48,9 +48,10 @@ class RemoteState:
     """State of a remote file.
 
     Args:
-        size: Bytes.
-        change: A number that is another after each change; 0: the storage tells nothing of changes.
-        mtime_ns: Time of the last change, where only that is told and in whole seconds; else 0.
+        size: Size in bytes.
+        change: Differs whenever the object changes (from ETag, checksum or mtime); 0 if the storage reports
+            none.
+        mtime_ns: Time of the last change, if the storage reports only that, in whole seconds; else 0.
     """
 
     size: int
@@ -191,7 +192,7 @@ def read_state(path: Path) -> RemoteState:
     """
     info = _patiently(lambda: _filesystem(path).info(_url(path).path))
     if info.get("size") is None:
-        raise OSError("the server does not tell its size")
+        raise OSError("the server does not report its size")
     told = {_plain(key): str(value) for key, value in info.items() if _plain(key) in _TOLD and value}
     change = int(hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12], 16)
     coarse = info.get("Last-Modified") if set(told) == {"lastmodified"} else None
@@ -207,14 +208,14 @@ class RemoteFile(PartReader):
     """A part of a remote file as a file, read in blocks; the last few blocks stay in memory.
 
     Args:
-        path: The file, of `make_path`.
-        block_bytes: Bytes of one request.
-        start: Where the part begins.
-        size: Bytes of the part; None: to the end of the file.
+        path: The file, from `make_path`.
+        block_bytes: Size of one request.
+        start: Position of the part's first byte.
+        size: Size of the part in bytes; None: to the end of the file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: The storage does not answer, or serves no parts of files.
+        OSError: The storage does not answer, or does not support range requests.
     """
 
     def __init__(self, path: Path, *, block_bytes: int, start: int = 0, size: int | None = None) -> None:
@@ -253,7 +254,7 @@ class RemoteFile(PartReader):
         self._file.seek(begin)
         data: bytes = self._file.read(count)
         if len(data) != count:
-            raise OSError(f"{len(data)} of {count} bytes came")
+            raise OSError(f"{len(data)} of {count} bytes received")
         return data
 
 
@@ -261,7 +262,7 @@ def _open(path: Path) -> tuple[Any, int]:
     """Opens a remote file for exact reads, and returns it with its size."""
     file = _filesystem(path).open(_url(path).path, "rb", cache_type="none")
     if getattr(file, "size", 0) is None:
-        raise OSError("the server does not tell its size")
+        raise OSError("the server does not report its size")
     file.seek(0, io.SEEK_END)
     return file, file.tell()
 

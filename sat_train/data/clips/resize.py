@@ -10,7 +10,7 @@ import torch
 
 from sat_train.data.clips.bad_clip import BadClip
 
-MAX_SCALED_PIXELS = 1 << 26  # as many as a picture may have; a stripe that is enlarged could have more
+MAX_SCALED_PIXELS = 1 << 26  # the limit of a picture, which a very long one could exceed once enlarged
 CropMode = Literal["center", "random"]
 
 
@@ -21,8 +21,8 @@ class CoverCrop:
     Args:
         scaled_height: Size after scaling, at least the target's.
         scaled_width: Likewise.
-        top: First row that is kept.
-        left: First column that is kept.
+        top: First row of the crop.
+        left: First column of the crop.
         height: Target size.
         width: Likewise.
     """
@@ -47,10 +47,10 @@ def cover_crop(
 
     Args:
         source: Height and width of the picture as shown.
-        target: Height and width wanted.
+        target: Height and width of the result.
         max_upscale: Largest factor by which a picture may be enlarged.
         crop: `center` keeps the middle, `random` any part.
-        generator: For `random`.
+        generator: Generator for `random`.
 
     Raises:
         BadClip: The picture would have to be enlarged more than `max_upscale`.
@@ -62,7 +62,7 @@ def cover_crop(
         raise BadClip(
             "too small",
             f"{source[0]}x{source[1]} (height x width) must be enlarged {scale:.2f} times to cover "
-            f"{target[0]}x{target[1]}, data.params.max_upscale allows {max_upscale:g}",
+            f"{target[0]}x{target[1]}, but data.params.max_upscale allows {max_upscale:g}",
         )
     height = max(target[0], round(source[0] * scale))
     width = max(target[1], round(source[1] * scale))

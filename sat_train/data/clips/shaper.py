@@ -17,8 +17,8 @@ class Shaper:
 
     Args:
         size: Height and width of a frame as stored, in square pixels.
-        choose_crop: Gives scaling and cropping for a picture's height and width as shown; asked once.
-        orientation: How frames are shown; None: the first one says it.
+        choose_crop: Returns the crop for a picture's height and width as shown; called once.
+        orientation: Orientation of the frames; None: that of the first frame.
     """
 
     def __init__(
@@ -31,7 +31,10 @@ class Shaper:
         self._choose_crop = choose_crop
         self._crop: CoverCrop | None = None
         self._orientation = orientation
-        self._scaler, self._converter = VideoReformatter(), VideoReformatter()  # they keep their tables
+        self._scaler, self._converter = (
+            VideoReformatter(),
+            VideoReformatter(),
+        )  # reused, because they keep their tables
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         """Returns the picture, uint8 RGB `[height, width, 3]`."""
@@ -47,8 +50,8 @@ class Shaper:
     def _scaled(self, frame: VideoFrame, height: int, width: int) -> np.ndarray:
         """Scales a frame and converts it to RGB.
 
-        YUV is scaled as it is, at full colour resolution, and turned into RGB after that: twice as fast as
-        FFmpeg's way in one step, and without its darkening by one or two levels.
+        YUV is scaled first, at full colour resolution, and converted to RGB afterwards. This is twice as fast
+        as FFmpeg's single step, and avoids its darkening by one or two levels.
         """
         has_alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
         if frame.format.is_rgb or has_alpha:
@@ -65,5 +68,5 @@ class Shaper:
         ).to_ndarray()
         if not has_alpha:
             return picture
-        opacity = picture[..., 3:] / 255.0  # over black: what lies under a transparent pixel is arbitrary
+        opacity = picture[..., 3:] / 255.0  # over black: the colour of a transparent pixel is arbitrary
         return (picture[..., :3] * opacity + 0.5).astype(np.uint8)
