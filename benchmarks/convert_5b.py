@@ -35,7 +35,7 @@ sys.exit(code)
 
 
 def random_weights(words: list[str]) -> LazyWeights:
-    """Weights of the preset, drawn when they are read."""
+    """Random weights of the preset, generated on access."""
     start_single_process()
     spec = load_run_config([PRESET], words, purpose="check", check_paths=False).spec
     shapes = build_dit(spec, device="meta", dtype=torch.bfloat16).state_dict()

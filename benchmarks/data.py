@@ -1,4 +1,4 @@
-"""Prints what reading costs: videos beside the ways of others, cached encodings, and the memory of a worker.
+"""Measures reading: videos compared with other readers, cached encodings, and the memory of a worker.
 
     python benchmarks/data.py                                        # all four, small: about three minutes
     python benchmarks/data.py decode --samples 8 --preset medium     # 720p and 1080p; decord if there

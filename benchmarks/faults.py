@@ -37,7 +37,7 @@ from benchmarks.fault_parts.trials import (
 def run_trials(
     count: int, *, seed: int, root: Path, recipes: Sequence[Recipe] = RECIPES
 ) -> Iterator[Verdict]:
-    """Runs trials one after the other; the recipes take turns, fault and moment are drawn.
+    """Runs trials one after the other; recipes take turns, and fault and moment are random.
 
     Args:
         count: How many.
@@ -86,10 +86,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         for number, verdict in enumerate(run_trials(options.trials, seed=options.seed, root=Path(root))):
             verdicts.append(verdict)
-            told = "; ".join(verdict.problems) or "kept"
+            result = "; ".join(verdict.problems) or "kept"
             recipe = f"{verdict.recipe.method} ZeRO-{verdict.recipe.stage}"
             print(
-                f"{number:>4} {verdict.kind:<26} {recipe:<12} {verdict.moment_s:5.1f} s  {told}", flush=True
+                f"{number:>4} {verdict.kind:<26} {recipe:<12} {verdict.moment_s:5.1f} s  {result}", flush=True
             )
             if verdict.problems and options.keep is not None:
                 options.keep.mkdir(parents=True, exist_ok=True)

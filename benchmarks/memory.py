@@ -129,7 +129,7 @@ class Need:
 
     @property
     def total(self) -> float:
-        """With text encoder and autoencoder beside."""
+        """Total memory, including text encoder and autoencoder."""
         return self.cached + self.encoders
 
 

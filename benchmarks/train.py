@@ -1,4 +1,5 @@
-"""How long the shipped presets take to train on this machine: seconds a step, and 1000 steps in minutes.
+"""Measures the training time of the shipped presets on this machine: seconds a step, and minutes for 1000
+steps.
 
     python benchmarks/train.py [--steps 200] [--preset configs/sft.yaml ...] [key.path=value ...]
 

@@ -1,4 +1,4 @@
-"""What a batch of cached encodings costs in the reading process and in the training process."""
+"""Measures the cost of a batch of cached encodings in the reading process and in the training process."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def measure(loader: VideoLoader, batches: int, step_s: float) -> dict[str, np.nd
 
 
 def run(batches: int, step_s: float = 0.05) -> None:
-    """Prints what reading costs in one process, and what a training step waits for beside workers."""
+    """Prints the cost of reading in one process, and the time that a training step waits for workers."""
     print(f"{batches} batches each, milliseconds a batch: p10 / median / p90; steps of {1e3 * step_s:.0f} ms")
     heads = f"{'here':>22}" + "".join(f"{f'wait, {n} worker':>24}{'CPU':>22}{'to free':>8}" for n in (1, 2))
     print(" " * 26 + heads)
@@ -128,14 +128,14 @@ def run(batches: int, step_s: float = 0.05) -> None:
 def _row(dataset: EncodedDataset, dtype: torch.dtype, batch_size: int, batches: int, step_s: float) -> None:
     task = "T2V" if len(dataset.conditions) == 1 else "I2V"
     alone = measure(open_loader(dataset, batch_size, 0), batches, 0)
-    cells = [f"{_told(alone['wait']):>22}"]
+    cells = [f"{_format(alone['wait']):>22}"]
     for workers in (1, 2):
-        beside = measure(open_loader(dataset, batch_size, workers), batches, step_s)
+        loaded = measure(open_loader(dataset, batch_size, workers), batches, step_s)
         cells.append(
-            f"{_told(beside['wait']):>24}{_told(beside['cpu']):>22}{np.median(beside['free']):>8.2f}"
+            f"{_format(loaded['wait']):>24}{_format(loaded['cpu']):>22}{np.median(loaded['free']):>8.2f}"
         )
     print(f"{task}, {str(dtype)[6:]}, batch {batch_size}".ljust(26) + "".join(cells), flush=True)
 
 
-def _told(values: np.ndarray) -> str:
+def _format(values: np.ndarray) -> str:
     return " / ".join(f"{np.percentile(values, share):.2f}" for share in (10, 50, 90))

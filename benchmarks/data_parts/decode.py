@@ -1,4 +1,4 @@
-"""What a sample of a video file costs, beside the ways of others."""
+"""Measures the cost of a sample of a video file, compared with other readers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def ours(path: Path, first: int) -> Found:
 
 
 def their_numbers(first: int) -> list[int]:
-    """Which frames CogVideo takes: `load_video` in sat/data_video.py, zai-org/CogVideo@7a1af71."""
+    """Returns the frames that CogVideo takes: `load_video` in sat/data_video.py, zai-org/CogVideo@7a1af71."""
     return np.arange(first, first + SPAN, SPAN / NUM_FRAMES).astype(int).tolist()
 
 
@@ -186,7 +186,7 @@ def ways() -> dict[str, Callable[[Path, int], Found]]:
 def check_same(path: Path, first: int) -> str:
     """Compares the frames that the ways return, and says how they differ."""
     mine, my_numbers = ours(path, first)
-    told = []
+    differences = []
     for way in sorted(ways().keys() & {"span", "decord", "decord_used"}):
         theirs, numbers = ways()[way](path, first)
         apart = [abs(a - b) for a, b in zip(my_numbers, numbers, strict=True)]
@@ -194,10 +194,10 @@ def check_same(path: Path, first: int) -> str:
         error = np.abs(mine[same].astype(np.int16) - theirs[same]).mean()
         assert max(apart) <= 2, f"{way} takes other frames: {numbers} instead of {my_numbers}"
         assert error < 3, f"{way} gives other pictures: {error:.2f} levels apart on average"
-        told.append(f"{way} {error:.2f}")
+        differences.append(f"{way} {error:.2f}")
     return (
         f"of {NUM_FRAMES} frames they take {len(same)} as ours, the others at most {max(apart)} earlier; "
-        f"the same frames differ by {', '.join(told)} levels on average"
+        f"the same frames differ by {', '.join(differences)} levels on average"
     )
 
 
@@ -206,14 +206,14 @@ def compare(path: Path, name: str, samples: int) -> None:
     with open_clip(path) as (container, stream):
         last = round(FrameReader(container, stream).info.duration * RATE) - SPAN - RATE // FPS
     firsts = np.random.default_rng(1).integers(0, last, samples).tolist()
-    told = check_same(path, firsts[0])
+    summary = check_same(path, firsts[0])
     costs: dict[str, list[float]] = {way: [] for way in ways()}
     for first in firsts:
         for way, read in ways().items():
             began = time.process_time()
             read(path, first)
             costs[way].append(1e3 * (time.process_time() - began))
-    print(f"\n{name}, {path.stat().st_size / 1e6:.1f} MB, {samples} windows; {told}")
+    print(f"\n{name}, {path.stat().st_size / 1e6:.1f} MB, {samples} windows; {summary}")
     for way, cost in costs.items():
         row = f"  {way:<12}{statistics.median(cost):8.0f} ms of CPU"
         ratios = [theirs / mine for theirs, mine in zip(cost, costs["ours"], strict=True)]
@@ -221,7 +221,7 @@ def compare(path: Path, name: str, samples: int) -> None:
 
 
 def run(samples: int, heights: Sequence[int], preset: str, clip: Path | None = None) -> None:
-    """Compares on drawn clips, or on one clip of 30 frames a second."""
+    """Compares readers on synthetic clips, or on one clip of 30 frames a second."""
     if clip is not None:
         compare(clip.absolute(), clip.name, samples)
         return

@@ -1,1 +1,1 @@
-"""What `benchmarks/faults.py` is made of: ranks that start at once, faults, and a judge."""
+"""Parts of `benchmarks/faults.py`: ranks that start at once, faults, and a judge."""

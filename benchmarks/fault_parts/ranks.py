@@ -22,7 +22,7 @@ _LAST_GRACE_S = 20.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How the ranks of one run ended.
+    """Outcome of the ranks of one run.
 
     Args:
         codes: Exit codes, negative for a signal; None for a rank that had to be killed.

@@ -46,7 +46,7 @@ _FAILING_FILES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained.
+    """Settings of the run under test.
 
     Args:
         method: `sft` or `lora`: the preset.
@@ -76,7 +76,7 @@ RECIPES = tuple(Recipe(method, stage) for method in ("sft", "lora") for stage in
 
 @dataclass(frozen=True)
 class TrialFolder:
-    """Where a trial lives: its own clips, cache and run directories."""
+    """Folder of a trial: its own clips, cache and run directories."""
 
     root: Path
 
@@ -136,7 +136,7 @@ class TrialFolder:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a run of a recipe gives when nothing goes wrong."""
+    """Result of an undisturbed run of a recipe."""
 
     losses: dict[int, float]
     weights: dict[str, Any]
@@ -273,7 +273,7 @@ def draw_fault(chance: random.Random) -> Fault:
 
 @dataclass
 class Verdict:
-    """What a trial showed; `problems` is empty when all laws held."""
+    """Result of a trial; `problems` is empty if all promises held."""
 
     kind: str
     recipe: Recipe
