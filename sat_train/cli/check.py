@@ -60,8 +60,8 @@ def _sum_up(config: RunConfig, *, looks_at_data: bool) -> str:
 def _count_clips(config: RunConfig) -> ClipCounts | None:
     """Counts the clips of local sources; remote ones are read only when a run starts."""
     args = config.args
-    entries = [*(args.train_data or ()), *(args.valid_data or ())]
-    if config.data is None or not args.train_data or any("://" in entry for entry in entries):
+    paths = [*(args.train_data or ()), *(args.valid_data or ())]
+    if config.data is None or not args.train_data or any("://" in path for path in paths):
         return None
     from sat_train.data.sources.count import count_clips  # imports PyAV
     from sat_train.data.sources.read import build_source_options

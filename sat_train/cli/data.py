@@ -86,8 +86,8 @@ def _at_least(least: int) -> Callable[[str], int]:
 def _inspect(config: RunConfig, output: Path, num_processes: int, max_windows: int | None) -> int:
     spec = build_sample_spec(config)
     reports = []
-    for entry in dict.fromkeys((*(config.args.train_data or ()), *(config.args.valid_data or ()))):
-        source = read_source(entry, build_source_options(config.require_data()))
+    for path in dict.fromkeys((*(config.args.train_data or ()), *(config.args.valid_data or ()))):
+        source = read_source(path, build_source_options(config.require_data()))
         report = _report(config, source, spec, num_processes, max_windows)
         reports.append(report)
         _show("".join(f"{name:<13} {value}\n" for name, value in report.lines()))

@@ -132,13 +132,13 @@ class _Pool:
 
     def _receive(self, worker: _Worker) -> None:
         try:
-            found = worker.pipe.recv()
+            result = worker.pipe.recv()
         except (EOFError, OSError):
             self._lose(worker, BadClip("worker died", "the process that read it ended"))
             return
-        if isinstance(found, BaseException) and not isinstance(found, BadClip):
-            raise found
-        self._take(worker, found)
+        if isinstance(result, BaseException) and not isinstance(result, BadClip):
+            raise result
+        self._take(worker, result)
         self._give_next(worker)
 
     def _check_time(self, worker: _Worker) -> None:
@@ -155,9 +155,9 @@ class _Pool:
         if self._next < len(self._records):
             self._start()
 
-    def _take(self, worker: _Worker, found: Any) -> None:
+    def _take(self, worker: _Worker, result: Any) -> None:
         assert worker.index is not None, "an idle worker has no result"
-        self._found[worker.index] = found
+        self._found[worker.index] = result
         worker.index = None
         self._on_clip()
 
@@ -173,7 +173,7 @@ def _serve(pipe: Any, parents: Any, records: Sequence[ClipRecord], look: Callabl
             os._exit(0)
         try:
             with one_clip():
-                found = look(record)
+                result = look(record)
         except Exception as error:
-            found = error
-        pipe.send(found)
+            result = error
+        pipe.send(result)

@@ -75,7 +75,7 @@ def inspect_clips(
         timeout_s: Time after which a window is abandoned.
         on_clip: Called after each clip.
     """
-    found = look_into_clips(
+    results = look_into_clips(
         records,
         lambda record: Inspection(record, spec, max_windows, timeout_s).run(),
         num_processes=num_processes,
@@ -84,7 +84,7 @@ def inspect_clips(
     )
     return [
         ClipFacts(record, problem=facts) if isinstance(facts, BadClip) else facts
-        for record, facts in zip(records, found, strict=True)
+        for record, facts in zip(records, results, strict=True)
     ]
 
 
@@ -257,11 +257,11 @@ class SetReport:
 
     def problems(self) -> dict[str, list[ClipFacts]]:
         """Returns the unusable clips by cause, the most frequent first."""
-        found: dict[str, list[ClipFacts]] = {}
+        by_cause: dict[str, list[ClipFacts]] = {}
         for clip in self.clips:
             if clip.problem is not None:
-                found.setdefault(clip.problem.cause, []).append(clip)
-        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+                by_cause.setdefault(clip.problem.cause, []).append(clip)
+        return dict(sorted(by_cause.items(), key=lambda item: -len(item[1])))
 
     def duplicates(self) -> list[list[ClipFacts]]:
         """Returns groups of clips with the same content."""
@@ -277,13 +277,13 @@ class SetReport:
         words = [len(caption.split()) for clip in self.clips for caption in clip.record.captions]
         usable = len(self.clips) - sum(map(len, self.problems().values()))
         yield "set", f"{self.name} (fingerprint {self.fingerprint})"
-        found = Counter(clip.bucket for clip in self.clips)
-        empty = sum(bucket not in found for bucket in range(len(self.spec.shapes)))
+        counts = Counter(clip.bucket for clip in self.clips)
+        empty = sum(bucket not in counts for bucket in range(len(self.spec.shapes)))
         others = f" ({empty} other shapes have no clip)" if empty else ""
         yield "samples", f"{self.spec.fps:g} frames a second; frames x height x width{others}:"
         for bucket, shape in enumerate(self.spec.shapes):
-            if bucket in found:
-                yield f"  {shape}", f"{found[bucket]} clips"
+            if bucket in counts:
+                yield f"  {shape}", f"{counts[bucket]} clips"
         yield "clips", f"{len(self.clips)}, of which {usable} usable"
         if infos:
             durations = [info.duration for info in infos]

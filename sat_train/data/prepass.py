@@ -200,7 +200,7 @@ def look_at(
     if headers is None:
         return _look_into_all(records, look, timeout_s)
     stamps = _read_stamps(records)
-    found: dict[int, ClipInfo | BadClip] = {}
+    infos: dict[int, ClipInfo | BadClip] = {}
     unknown: dict[int, tuple[int, ...]] = {}  # the state of their files
     for i, record in enumerate(records):
         stamp = stamps[record.path]
@@ -210,9 +210,9 @@ def look_at(
             found[i] = known
         else:
             unknown[i] = stamp
-    seen = _look_into_all([records[i] for i in unknown], look, timeout_s)
-    for (i, stamp), info in zip(unknown.items(), seen, strict=True):
-        found[i] = info
+    new_infos = _look_into_all([records[i] for i in unknown], look, timeout_s)
+    for (i, stamp), info in zip(unknown.items(), new_infos, strict=True):
+        infos[i] = info
         if isinstance(info, ClipInfo):
             headers.learn_info(records[i].path, records[i].span, stamp, info)
     return [found[i] for i in range(len(records))]

@@ -111,7 +111,7 @@ class _RemoteReader(RemoteFile):
         try:
             return super().read(size)
         except OSError as error:
-            raise BadClip("unreadable", _said(error), may_pass=True) from None
+            raise BadClip("unreadable", _message(error), may_pass=True) from None
 
 
 _Reader = TypeVar("_Reader", bound=_RemoteReader)
@@ -161,7 +161,7 @@ def _open_remote(
     except FileNotFoundError:
         raise BadClip("missing", f"there is no {shown(path)}") from None
     except OSError as error:
-        raise BadClip("unreadable", _said(error), may_pass=True) from None
+        raise BadClip("unreadable", _message(error), may_pass=True) from None
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def open_clip(
         container = av.open(source, "r", timeout=timeout_s, options=_OPTIONS, metadata_errors="replace")
     except DECODER_ERRORS as error:
         _check_reader(remote)
-        raise BadClip("unreadable", _said(error)) from None
+        raise BadClip("unreadable", _message(error)) from None
     with container:
         try:
             yield container, _video_stream(container)
@@ -220,7 +220,7 @@ def _check_file(path: Path) -> None:
         raise BadClip("unreadable", "the file is empty")
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """Returns FFmpeg's message without its number and the path, which our message has already."""
     if isinstance(error, av.ArgumentError):  # FFmpeg's error for a format that is not on the list
         return "its format is not supported"
@@ -302,7 +302,7 @@ def _is_turned(container: InputContainer, stream: VideoStream) -> bool:
     except StopIteration:
         raise BadClip("damaged", "there is no frame that can be decoded") from None
     except DECODER_ERRORS as error:
-        raise BadClip("damaged", f"decoding its first frame fails: {_said(error)}") from None
+        raise BadClip("damaged", f"decoding its first frame fails: {_message(error)}") from None
 
 
 def _is_image(container: InputContainer) -> bool:

@@ -88,13 +88,13 @@ def _first(container: InputContainer, stream: VideoStream) -> float:
 
 def _last(container: InputContainer, stream: VideoStream, rate: float) -> float:
     start = float((stream.start_time or 0) * time_base(stream))
-    said = max(start, start + float((stream.duration or 0) * time_base(stream)) - 1 / rate)
+    end = max(start, start + float((stream.duration or 0) * time_base(stream)) - 1 / rate)
     if stream.duration and _is_even(container, stream, rate):
-        return said
+        return end
     times = _packet_times(container, stream, tail=True) or _packet_times(container, stream, tail=False)
     if not times and not stream.duration:
         raise _no_times()
-    return max(times, default=said)
+    return max(times, default=end)
 
 
 def _is_even(container: InputContainer, stream: VideoStream, rate: float) -> bool:

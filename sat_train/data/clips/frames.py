@@ -105,9 +105,9 @@ class FrameReader:
         """
         shape = Shaper((self.info.height, self.info.width), choose_crop, self.orientation)
         nearest = self._nearest_slots if is_avi(self._container) else self._nearest
-        found = list(nearest(targets, shape))
-        times = tuple(moment - self.info.first for moment, _ in found)
-        return Frames(np.stack([picture for _, picture in found]), times)
+        pictures = list(nearest(targets, shape))
+        times = tuple(moment - self.info.first for moment, _ in pictures)
+        return Frames(np.stack([picture for _, picture in pictures]), times)
 
     def _nearest(
         self, targets: Sequence[float], shape: Callable[[VideoFrame], np.ndarray]
@@ -168,12 +168,12 @@ class FrameReader:
             begin = max(self.info.first, moment - back)
             self._seek(begin)
             frames = self._slotted()
-            found = next(frames, None)
-            if begin <= self.info.first or (found is not None and found[0] * self._tick <= moment):
+            first = next(frames, None)
+            if begin <= self.info.first or (first is not None and first[0] * self._tick <= moment):
                 break
             back = max(1.0, 2 * back)
-        if found is not None:
-            yield found
+        if first is not None:
+            yield first
             yield from frames
 
     def _slotted(self) -> Iterator[tuple[int, VideoFrame]]:
@@ -211,10 +211,10 @@ class FrameReader:
             packets: Iterator[VideoPacket] = self._packets()
             if is_guessed:
                 packets = settled(packets, from_start=at_start)
-            found = self._until(packets, first, last)
-            begin = found[0].pts if found and found[0].is_keyframe else None
+            window = self._until(packets, first, last)
+            begin = window[0].pts if window and window[0].is_keyframe else None
             if at_start or (begin is not None and begin * self._tick <= first):
-                return found
+                return window
             back = max(1.0, 2 * back)
 
     def _seek(self, moment: float) -> None:
@@ -241,7 +241,7 @@ class FrameReader:
         """Returns the packets from the last keyframe at or before `first`, if there is one, until no later
         packet can be nearer to `last`.
         """
-        found: list[VideoPacket] = []
+        window: list[VideoPacket] = []
         after: int | None = None  # earliest frame at or after `last`
         past = 0
         for packet in packets:
@@ -252,11 +252,11 @@ class FrameReader:
                 if packet.dts >= after if packet.dts is not None else past > _REORDER:
                     break
             elif packet.is_keyframe and packet.pts * self._tick <= first:
-                found.clear()
-            found.append(packet)
+                window.clear()
+            window.append(packet)
             if packet.pts * self._tick >= last:
                 after = packet.pts if after is None else min(after, packet.pts)
-        return found
+        return window
 
     def _decode(self, packets: Iterator[VideoPacket], *, wanted: set[int] | None) -> Iterator[VideoFrame]:
         """Decodes packets in order.

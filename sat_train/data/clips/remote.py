@@ -32,7 +32,7 @@ _GONE = (404, 410)
 # Errors that a retry would meet again.
 _LASTING = (PermissionError, ValueError, TypeError, LookupError, NotImplementedError, ImportError)
 # Metadata that differs after each change of a file; keys in lower case and without dashes.
-_TOLD = {"etag", "contentmd5", "md5hash", "md5", "crc32c", "digest", "generation", "versionid", "blobid"} | {
+_CHANGE_KEYS = {"etag", "contentmd5", "md5hash", "md5", "crc32c", "digest", "generation", "versionid", "blobid"} | {
     *("lastmodified", "updated", "mtime", "modified", "modify", "modificationtime", "created"),
 }
 
@@ -134,7 +134,7 @@ def file_name(path: PurePath | str) -> str:
     return PurePosixPath(text).name
 
 
-def find_remote(entry: str) -> list[Path]:
+def find_remote(pattern: str) -> list[Path]:
     """Returns the archives that an item of the training data names, in its order.
 
     Names that are written out are not looked for here: reading them finds out, with many at once.
@@ -143,7 +143,7 @@ def find_remote(entry: str) -> list[Path]:
         DataError: Nothing matches a wildcard, a folder holds no archive, or the storage does not answer.
     """
     found: list[Path] = []
-    for url in expand_braces(entry):
+    for url in expand_braces(pattern):
         magic = "*[" if url.startswith("http") else "*[?"
         if any(sign in url for sign in magic):
             found += _glob(url)
@@ -193,11 +193,11 @@ def read_state(path: Path) -> RemoteState:
     info = _patiently(lambda: _filesystem(path).info(_url(path).path))
     if info.get("size") is None:
         raise OSError("the server does not report its size")
-    told = {_plain(key): str(value) for key, value in info.items() if _plain(key) in _TOLD and value}
-    change = int(hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12], 16)
-    coarse = info.get("Last-Modified") if set(told) == {"lastmodified"} else None
+    metadata = {_plain(key): str(value) for key, value in info.items() if _plain(key) in _CHANGE_KEYS and value}
+    change = int(hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12], 16)
+    coarse = info.get("Last-Modified") if set(metadata) == {"lastmodified"} else None
     mtime_ns = int(parsedate_to_datetime(coarse).timestamp()) * 10**9 if coarse else 0
-    return RemoteState(info["size"], change if told else 0, mtime_ns)
+    return RemoteState(info["size"], change if metadata else 0, mtime_ns)
 
 
 def _plain(key: str) -> str:

@@ -28,7 +28,7 @@ def read_archives(name: str, paths: Sequence[Path], options: SourceOptions = DEF
     clip of one frame.
 
     Args:
-        name: The entry, as the person wrote it.
+        name: The item of `args.train_data`, as the user wrote it.
         paths: The archives, on this machine or remote.
         options: How many clips may be unusable.
 

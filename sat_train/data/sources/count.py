@@ -22,10 +22,10 @@ def count_clips(
         train: Entries of `args.train_data`.
         valid: Entries of `args.valid_data`; None: a share of `train`.
         shares: Of `train` for training, validation and test, where `valid` is None.
-        options: How the entries are read.
+        options: Options for reading them.
 
     Raises:
-        DataError: An entry cannot be read, or a part is empty.
+        DataError: A source cannot be read, or a part is empty.
     """
     if valid:
         parts = [

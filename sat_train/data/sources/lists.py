@@ -78,7 +78,7 @@ def read_lists(
     """Reads the clips of a folder that its lists name. Paths start at the folder.
 
     Args:
-        root: The folder, as the person wrote it.
+        root: The folder, as the user wrote it.
         listing: Listing of the folder.
         files: The files in it.
         lists: Its lists.

@@ -45,19 +45,19 @@ def read_source(path: str | Path, options: SourceOptions = DEFAULT_OPTIONS) -> C
     Raises:
         DataError: `path` does not exist, holds no clip, or too many of its clips cannot be used.
     """
-    entry = str(path)
-    if entry.startswith("file://"):
-        entry = str(make_path(entry))
-    if "://" in entry:
-        return read_archives(shown(entry), find_remote(entry), options)
-    if not Path(entry).exists() and (places := _matches(entry)):
-        return read_archives(entry, places, options)
-    return _read_place(Path(entry), entry, options)
+    name = str(path)
+    if name.startswith("file://"):
+        name = str(make_path(name))
+    if "://" in name:
+        return read_archives(shown(name), find_remote(name), options)
+    if not Path(name).exists() and (places := _matches(name)):
+        return read_archives(name, places, options)
+    return _read_place(Path(name), name, options)
 
 
-def _matches(entry: str) -> list[Path]:
+def _matches(pattern: str) -> list[Path]:
     """Returns the archives that match a pattern, in its order; none if it is not a pattern."""
-    names = expand_braces(entry)
+    names = expand_braces(pattern)
     archives: list[Path] = []
     for name in names:
         places = find_local(name)
@@ -67,7 +67,7 @@ def _matches(entry: str) -> list[Path]:
             inside = sorted(place.glob("*.tar")) if place.is_dir() else [place]
             if not inside or any(path.suffix != ".tar" for path in inside):
                 raise DataError(
-                    f"{entry}: {place} is neither a .tar archive nor a folder of them",
+                    f"{pattern}: {place} is neither a .tar archive nor a folder of them",
                     expected="a pattern that matches archives only",
                 )
             archives += inside
@@ -107,12 +107,12 @@ PARTS = ("training", "validation", "test")
 
 
 def read_sources(
-    entries: Sequence[str], options: SourceOptions, *, shares: Sequence[float] | None, part: int
+    paths: Sequence[str], options: SourceOptions, *, shares: Sequence[float] | None, part: int
 ) -> list[ClipSource]:
     """Reads the sources of a set, or one part of each.
 
     Args:
-        entries: Items of `args.train_data` or `args.valid_data`.
+        paths: Items of `args.train_data` or `args.valid_data`.
         options: Options for reading them.
         shares: Shares of training, validation and test in each source; None: sources are not split.
         part: Index into `PARTS` of the part to read.
@@ -120,7 +120,7 @@ def read_sources(
     Raises:
         DataError: As `read_source`; or the part is empty, or all its weights are 0.
     """
-    sources = [read_source(entry, options) for entry in entries]
+    sources = [read_source(path, options) for path in paths]
     if shares is not None:
         sources = _take_part(sources, shares, part)
     if PARTS[part] == "training":
