@@ -32,7 +32,17 @@ _GONE = (404, 410)
 # Errors that a retry would meet again.
 _LASTING = (PermissionError, ValueError, TypeError, LookupError, NotImplementedError, ImportError)
 # Metadata that differs after each change of a file; keys in lower case and without dashes.
-_CHANGE_KEYS = {"etag", "contentmd5", "md5hash", "md5", "crc32c", "digest", "generation", "versionid", "blobid"} | {
+_CHANGES = {
+    "etag",
+    "contentmd5",
+    "md5hash",
+    "md5",
+    "crc32c",
+    "digest",
+    "generation",
+    "versionid",
+    "blobid",
+} | {
     *("lastmodified", "updated", "mtime", "modified", "modify", "modificationtime", "created"),
 }
 
@@ -193,7 +203,7 @@ def read_state(path: Path) -> RemoteState:
     info = _patiently(lambda: _filesystem(path).info(_url(path).path))
     if info.get("size") is None:
         raise OSError("the server does not report its size")
-    metadata = {_plain(key): str(value) for key, value in info.items() if _plain(key) in _CHANGE_KEYS and value}
+    metadata = {_plain(key): str(value) for key, value in info.items() if _plain(key) in _CHANGES and value}
     change = int(hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12], 16)
     coarse = info.get("Last-Modified") if set(metadata) == {"lastmodified"} else None
     mtime_ns = int(parsedate_to_datetime(coarse).timestamp()) * 10**9 if coarse else 0
