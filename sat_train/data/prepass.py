@@ -192,7 +192,7 @@ def look_at(
 
     Args:
         records: The clips.
-        headers: Those that are known: only the other clips are opened.
+        headers: Known headers; only the other clips are opened.
         with_turn: As for `look_into`.
         timeout_s: Time after which a clip is abandoned; None: never.
     """
@@ -205,9 +205,9 @@ def look_at(
     for i, record in enumerate(records):
         stamp = stamps[record.path]
         if isinstance(stamp, BadClip):
-            found[i] = stamp
+            infos[i] = stamp
         elif known := headers.recall_info(record.path, record.span, stamp, with_turn=with_turn):
-            found[i] = known
+            infos[i] = known
         else:
             unknown[i] = stamp
     new_infos = _look_into_all([records[i] for i in unknown], look, timeout_s)
@@ -215,7 +215,7 @@ def look_at(
         infos[i] = info
         if isinstance(info, ClipInfo):
             headers.learn_info(records[i].path, records[i].span, stamp, info)
-    return [found[i] for i in range(len(records))]
+    return [infos[i] for i in range(len(records))]
 
 
 def _look_into_all(
