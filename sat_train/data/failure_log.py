@@ -106,8 +106,8 @@ def _append_failures(path: Path, failures: Sequence[ClipFailure], *, rank: int) 
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         for failure in failures:
-            told = {name: getattr(failure, name) for name in _FIELDS}
-            line = json.dumps({**told, "rank": rank, "time": round(time.time(), 3)})
+            record = {name: getattr(failure, name) for name in _FIELDS}
+            line = json.dumps({**record, "rank": rank, "time": round(time.time(), 3)})
             os.write(descriptor, (line + "\n").encode())  # one write: lines of several ranks do not mix
     finally:
         os.close(descriptor)

@@ -36,9 +36,8 @@ _OPTIONS = {
 READER = 2  # increase it when the same file gives another `ClipInfo`
 _MAX_IMAGE_BYTES = 1 << 30
 MAX_PIXELS = 1 << 26  # twice 8K; a header that claims more is an attack on memory or damage
-_BLOCK_BYTES = (
-    1 << 20
-)  # of one request to remote storage: one for a small clip, a few for a long one's window
+# Of one request to remote storage: one for a small clip, a few for a window of a long one.
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
