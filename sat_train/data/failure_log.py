@@ -15,7 +15,7 @@ from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-_TOLD = ("sample_index", "clip_id", "cause", "detail")  # of a failure, in the file
+_FIELDS = ("sample_index", "clip_id", "cause", "detail")  # of a failure, in the file
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ from sat_train.log import get_logger
 log = get_logger(__name__)
 
 _DETAIL_LENGTH = 300  # of an error that a library raised
-# What may be otherwise next time: a busy disk or machine, too little memory.
+# Causes that may be temporary: a busy disk or machine, too little memory.
 PASSING_CAUSES = frozenset({"timeout", "worker died"})
 
 
 class BadClip(Exception):
-    """One clip cannot give a sample. The data set catches it and takes another clip.
+    """A clip that cannot give a sample. The data set catches it and takes another clip.
 
     Args:
-        cause: One of a few words to count by, e.g. `damaged`.
-        detail: What was found.
-        may_pass: The next try may succeed (a network error): it is not remembered.
+        cause: One of a few categories to count by, e.g. `damaged`.
+        detail: Description of the fault.
+        may_pass: Whether a retry may succeed (a network error); if so, it is not remembered.
     """
 
     def __init__(self, cause: str, detail: str, *, may_pass: bool = False) -> None:
@@ -37,21 +37,21 @@ class BadClip(Exception):
 
 @contextmanager
 def one_clip() -> Iterator[None]:
-    """Surrounds all that is done with one clip: whatever goes wrong inside is the fault of this clip alone.
+    """Converts any error while one clip is processed into a `BadClip` of that clip.
 
     Decoders and libraries fail in as many ways as there are odd files: no list of errors would be complete.
 
     Raises:
-        BadClip: Any other exception came up, but for errors of the whole run (`SatTrainError`), which pass.
+        BadClip: Instead of any exception except errors of the whole run (`SatTrainError`), which pass through.
     """
     try:
         yield
     except (BadClip, SatTrainError):
         raise
     except Exception as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
+        detail = " ".join(f"{type(error).__name__}: {error}".split())
         log.debug("a clip fails", exc_info=error)
-        raise BadClip("unreadable", found[:_DETAIL_LENGTH]) from error
+        raise BadClip("unreadable", detail[:_DETAIL_LENGTH]) from error
 
 
 def _bad_clip(cause: str, detail: str, may_pass: bool) -> BadClip:
