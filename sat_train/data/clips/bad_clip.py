@@ -42,7 +42,7 @@ def one_clip() -> Iterator[None]:
     Decoders and libraries fail in as many ways as there are odd files: no list of errors would be complete.
 
     Raises:
-        BadClip: Instead of any exception except errors of the whole run (`SatTrainError`), which pass through.
+        BadClip: In place of any exception but errors of the whole run (`SatTrainError`), which pass through.
     """
     try:
         yield
