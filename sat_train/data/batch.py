@@ -1,4 +1,4 @@
-"""What the loader hands over: one sample of pixels, and a batch of samples."""
+"""Samples of pixels and batches of samples, as the loader returns them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sat_train.data.batches import StepPosition
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample, in whatever form.
+    """Base of one sample, as pixels or as encodings.
 
     Args:
         clip_id: Name for messages.
         sample_index: Global position. Key of all randomness.
-        num_shown: Frames that the clip gave; the rest repeats the last of them.
+        num_shown: Frames that the clip gave; the rest repeats the last one.
     """
 
     clip_id: str
@@ -37,11 +37,11 @@ class VideoSample(Sample):
 
     Args:
         video_tchw: Pixels, uint8 RGB.
-        caption: Its text.
-        image_chw: Pixels of a given conditioning image, uint8; None: the first frame is it.
-        augmentation: Key of what is random about its pixels.
-        times: When each frame is shown in its file, in seconds.
-        training: Its conditions are augmented; off in validation and sampling, which take them as they are.
+        caption: Caption.
+        image_chw: Pixels of a given conditioning image, uint8; None: the first frame conditions the clip.
+        augmentation: Key of everything random about its pixels.
+        times: Time of each frame in its file, in seconds.
+        training: Whether its conditions are augmented; off in validation and sampling.
     """
 
     video_tchw: Tensor
@@ -56,7 +56,7 @@ class VideoSample(Sample):
         return self.video_tchw[0] if self.image_chw is None else self.image_chw
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Returns the generator of one random thing about the pixels."""
+        """Returns the random generator for one purpose."""
         return self.augmentation.generator(purpose)
 
     def pin_memory(self) -> VideoSample:
@@ -66,30 +66,30 @@ class VideoSample(Sample):
 
 
 class LoadedBatch(Protocol):
-    """What the training step and the loader need to know of a batch."""
+    """The interface of a batch for the training step and the loader."""
 
     @property
     def clip_ids(self) -> tuple[str, ...]:
-        """Names for messages."""
+        """Clip names, for messages."""
 
     @property
     def sample_indices(self) -> tuple[int, ...]:
-        """Global positions. Key of all randomness."""
+        """Global positions, the key of all randomness."""
 
     def pin_memory(self) -> LoadedBatch:
-        """Returns the batch in page-locked memory. PyTorch's loader calls this by its name."""
+        """Returns the batch in page-locked memory. PyTorch's loader calls this method by name."""
 
     def at(self, step_positions: tuple[StepPosition, ...]) -> LoadedBatch:
-        """Returns the batch with the positions of its samples in the optimizer step that takes it."""
+        """Returns the batch with the positions of its samples in their optimizer step."""
 
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Samples that are taken together. They are not stacked: each is encoded by itself.
+    """Samples that are taken together; not stacked, because each is encoded separately.
 
     Args:
         samples: The samples.
-        step_positions: Of each sample in the optimizer step that takes it; empty outside training.
+        step_positions: Position of each sample in its optimizer step; empty outside training.
     """
 
     samples: tuple[Sample, ...]
@@ -97,18 +97,18 @@ class SampleBatch:
 
     @property
     def clip_ids(self) -> tuple[str, ...]:
-        """Names for messages."""
+        """Clip names, for messages."""
         return tuple(sample.clip_id for sample in self.samples)
 
     @property
     def sample_indices(self) -> tuple[int, ...]:
-        """Global positions. Key of all randomness."""
+        """Global positions, the key of all randomness."""
         return tuple(sample.sample_index for sample in self.samples)
 
     def pin_memory(self) -> SampleBatch:
-        """Returns the batch in page-locked memory. PyTorch's loader calls this by its name."""
+        """Returns the batch in page-locked memory. PyTorch's loader calls this method by name."""
         return replace(self, samples=tuple(sample.pin_memory() for sample in self.samples))
 
     def at(self, step_positions: tuple[StepPosition, ...]) -> SampleBatch:
-        """Returns the batch with the positions of its samples in the optimizer step that takes it."""
+        """Returns the batch with the positions of its samples in their optimizer step."""
         return replace(self, step_positions=step_positions)

@@ -1,4 +1,4 @@
-"""From the run's configuration to its loaders."""
+"""Builds the loaders of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def build_train_loader(
 def build_train_batches(
     config: RunConfig, mesh: ProcessMesh, dataset: VideoDataset, *, start: DataPosition | None = None
 ) -> OrderedBatches:
-    """Builds what says which samples this rank trains on."""
+    """Builds the assignment of samples to this rank."""
     epochs = config.args.epochs if config.args.train_iters is None else None
     return OrderedBatches(
         batch_sizes(config, config.args.batch_size),
@@ -89,7 +89,9 @@ def build_train_batches(
 
 
 def count_steps(config: RunConfig, batches: OrderedBatches, steps_done: int = 0) -> int:
-    """Returns the steps of a run: `args.train_iters`, or those done and those that `args.epochs` needs."""
+    """Returns the number of steps of a run: `args.train_iters`, or those done plus those that `args.epochs`
+    needs.
+    """
     if config.args.train_iters is not None:
         return config.args.train_iters
     micro_steps = batches.micro_steps_left(batches.start)
@@ -97,7 +99,7 @@ def count_steps(config: RunConfig, batches: OrderedBatches, steps_done: int = 0)
 
 
 def batch_sizes(config: RunConfig, batch_size: int) -> list[int]:
-    """Returns the samples of one rank in a micro-batch for each shape: as many as the budget has room for."""
+    """Returns the samples per rank in a micro-batch of each shape: as many as fit into the budget."""
     params = config.require_data().params
     budget = None if params.buckets is None else params.buckets.max_tokens
     shapes = allowed_shapes(params, config.spec)
@@ -243,7 +245,7 @@ def _build_dataset(
 
 
 def build_sample_spec(config: RunConfig) -> SampleSpec:
-    """Returns what samples are to be."""
+    """Builds the shape and rate of the samples."""
     params = config.require_data().params
     return SampleSpec(
         shapes=allowed_shapes(params, config.spec),
@@ -264,7 +266,7 @@ def build_loader(
     run_directory: Path | None,
     reader_of: ReaderOf | None = None,
 ) -> VideoLoader[Batches]:
-    """Builds the loader of a data set, as `args` and `data` want it."""
+    """Builds the loader of a data set from the sections `args` and `data`."""
     data = config.require_data()
     failures = FailureLog(
         num_clips=sum(len(source) for source in dataset.sources),
@@ -289,7 +291,7 @@ def build_loader(
 def _read_sources(
     config: RunConfig, mesh: ProcessMesh, entries: Sequence[str], *, part: int
 ) -> list[ClipSource]:
-    """Reads the sets on rank 0 and tells the others, so that all ranks hold the same list.
+    """Reads the sources on rank 0 and sends them to the others, so that all ranks hold the same list.
 
     Args:
         part: What they are for, and what is kept of them where there is no `args.valid_data`.
@@ -314,7 +316,7 @@ def _prepass(
     run_directory: Path | None,
     headers: HeaderMemory | None,
 ) -> ClipSet:
-    """Finds which clips are too short, which are cut, and the shape of each; says what came of it.
+    """Finds short clips, splits long ones and assigns shapes; logs the result.
 
     Ranks: all.
     """
@@ -345,12 +347,12 @@ def _prepass(
 
 
 def _left_out(sources: Sequence[ClipSource]) -> list[ClipFailure]:
-    """Returns the clips that their sources could not give."""
+    """Returns the clips that their sources could not use."""
     return [ClipFailure(None, name, "unusable", why) for source in sources for name, why in source.faults]
 
 
 def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
-    """Puts a set's name before its clips' names: its last folder, or all of it where two end alike."""
+    """Prefixes clip names with their source's last folder, or its whole name if two of these are equal."""
     ends = [file_name(source.name) for source in sources]
     named = []
     for source, end in zip(sources, ends, strict=True):
@@ -377,7 +379,7 @@ def _fingerprint(sources: Sequence[ClipSource]) -> str:
 
 
 def sum_bad_clips(mesh: ProcessMesh, loader: OrderedLoader) -> int:
-    """Counts the clips that are bad on any rank, and ends the run on all ranks when there are too many.
+    """Counts the bad clips of all ranks, and ends the run on all ranks if there are too many.
 
     Returns:
         Clips that are bad, on any rank.

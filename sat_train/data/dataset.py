@@ -1,4 +1,4 @@
-"""From a global sample index to a sample: which clip, which window, which crop, which caption."""
+"""Maps a global sample index to a sample: clip, window, crop and caption."""
 
 from __future__ import annotations
 
@@ -44,30 +44,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SampleResult(Generic[T]):
-    """A sample, and the clips that failed before one could give it."""
+    """A sample, and the clips that failed before it."""
 
     sample: T
     failures: tuple[ClipFailure, ...]
 
 
 class VideoDataset(Dataset[SampleResult[VideoSample]]):
-    """Samples by global index. The same index gives the same sample on any rank, worker and restart.
+    """Samples by global index; an index gives the same sample on any rank, worker and restart.
 
     Args:
-        sources: Clips.
-        order: Says which clip each sample shows.
+        sources: Sources of clips.
+        order: Maps samples to clips.
         buckets: The shape of each clip's samples.
-        fps: Frames a second of a sample, whatever the file's rate.
+        fps: Frames per second of a sample, whatever the file's rate.
         seed: The run's seed: key of windows, crops, choice of captions and substitutes.
-        skip_frms_num: Source frames left out at the begin and at the end of each file.
-        window: Which part of a longer clip is taken.
-        short_clip: What to do with a clip shorter than the window.
-        crop: Which part of the covering picture is kept.
+        skip_frms_num: Source frames left out at the beginning and at the end of each file.
+        window: Choice of the part of a longer clip.
+        short_clip: Treatment of a clip shorter than the window.
+        crop: Choice of the part of the scaled picture.
         max_upscale: Largest factor by which a picture may be enlarged.
-        timeout_s: A clip that takes longer to decode is given up; None: never.
-        views: How many windows, crops and image noises each clip has; None: another one for every sample.
-        images: Clips are conditioned on the images beside them; else these are not opened.
-        training: Conditions are augmented; off in validation.
+        timeout_s: Time after which decoding a clip is abandoned; None: never.
+        views: Number of windows, crops and image noises of each clip; None: new ones for every sample.
+        images: Whether clips are conditioned on their images; if not, these are not opened.
+        training: Whether conditions are augmented; off in validation.
     """
 
     decodes = True
@@ -105,13 +105,13 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         self.images = images
         self.training = training
         self.given_up: dict[str, BadClip] = {}  # clips that made a worker hang or die
-        self.on_attempt: Callable[[ClipRef], None] | None = None  # told of each clip before it is opened
+        self.on_attempt: Callable[[ClipRef], None] | None = None  # called with each clip before it is opened
 
     def __len__(self) -> int:
         return self.order.epoch_length
 
     def bucket(self, index: int) -> int:
-        """Returns the bucket of a sample. It has this bucket's shape whatever clip it shows in the end."""
+        """Returns the bucket of a sample, whose shape it has even if another clip replaces its own."""
         return self.buckets.bucket(self.order.clip_ref(index))
 
     def shape(self, index: int) -> ClipShape:
@@ -122,15 +122,15 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         return self.sources[ref.source].clip(ref.clip)
 
     def __getitem__(self, index: int) -> SampleResult[VideoSample]:
-        """Returns a sample; where its clip is bad, that of another clip."""
+        """Returns a sample; a bad clip is replaced by another one."""
         return self.read(index, self.sample)
 
     def read(self, index: int, sample: Callable[[int, ClipRef], T]) -> SampleResult[T]:
-        """Returns what a clip gives; where it is bad, what another one gives, chosen by the index alone.
+        """Returns the sample of a clip; a bad clip is replaced by another one, chosen by the index alone.
 
         Args:
             index: Global index.
-            sample: (index, clip) -> the sample; raises BadClip where the clip cannot give one.
+            sample: (index, clip) -> the sample; raises BadClip if the clip cannot give one.
 
         Raises:
             DataError: No substitute is usable either.
@@ -155,9 +155,9 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         )
 
     def clip_refs(self, index: int) -> Iterator[ClipRef]:
-        """Yields the clip of a sample, then those that take its place, in turn, where it is bad.
+        """Yields the clip of a sample, then its substitutes in turn.
 
-        They are of the same bucket; only where few are found, as in a bucket of one clip, of any.
+        Substitutes are from the same bucket, or from any bucket if that has too few clips.
         """
         own = self.order.clip_ref(index)
         yield own
@@ -180,7 +180,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         yield from others[: _SUBSTITUTES - found]
 
     def augmentation_key(self, index: int, ref: ClipRef) -> AugmentationKey:
-        """Returns which of the samples that a clip can give is shown.
+        """Returns the key of the sample's augmentation.
 
         Raises:
             BadClip: The clip is missing.
@@ -192,7 +192,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         return limited_augmentation_key(size, record.start, record.end, ref.visit, self.views)
 
     def caption(self, index: int, ref: ClipRef) -> str:
-        """Returns the caption that a sample takes."""
+        """Returns the caption of a sample."""
         captions = self.record(ref).captions
         return captions[derive_seed(self.seed, "caption", index) % len(captions)]
 
@@ -222,11 +222,11 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
     def collate(samples: Sequence[VideoSample]) -> SampleBatch:
         """Puts samples of one shape into a batch."""
         shapes = {tuple(sample.video_tchw.shape) for sample in samples}
-        assert len(shapes) == 1, f"a batch holds one shape, got {sorted(shapes)}: what plans it sees to that"
+        assert len(shapes) == 1, f"a batch must hold one shape, got {sorted(shapes)}"
         return SampleBatch(tuple(samples))
 
     def clip_window(self, index: int, ref: ClipRef, info: ClipInfo) -> Window:
-        """Returns the moments of a clip that a sample shows.
+        """Returns the times of a clip that a sample shows.
 
         Raises:
             BadClip: The clip is missing or too short.
@@ -238,7 +238,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
     def _frames(
         self, record: ClipRecord, augmentation: AugmentationKey, shape: ClipShape
     ) -> tuple[Frames, int]:
-        """Returns the frames of a sample, and how many of them the clip gave."""
+        """Returns the frames of a sample, and the number of frames that the clip gave."""
         with open_frames(record.path, span=record.span, timeout_s=self.timeout_s) as reader:
             window = self._window(reader.info, record, augmentation, shape.frames)
             times = [window.start + i / self.fps for i in range(window.count)]
@@ -269,7 +269,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
     def _crop_chooser(
         self, augmentation: AugmentationKey, shape: ClipShape
     ) -> Callable[[int, int], CoverCrop]:
-        """Returns what `FrameReader.read` asks for the crop; video and image of a sample are cut alike."""
+        """Returns the crop function for `FrameReader.read`; video and image of a sample are cropped alike."""
 
         def choose_crop(height: int, width: int) -> CoverCrop:
             return cover_crop(
@@ -285,7 +285,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
 
 @contextmanager
 def naming_image(path: Path) -> Iterator[None]:
-    """Says that it is the image beside a clip that is bad."""
+    """Names the image of a clip in a `BadClip` raised inside."""
     try:
         with one_clip():
             yield
@@ -295,7 +295,7 @@ def naming_image(path: Path) -> Iterator[None]:
 
 
 def usable_part(info: ClipInfo, record: ClipRecord, skip_frms_num: int) -> tuple[float, float]:
-    """Returns when the first and the last usable frame are shown, in seconds of the file's clock."""
+    """Returns the times of the first and the last usable frame, in seconds of the file's clock."""
     if info.is_image:
         return info.first, info.first
     margin = skip_frms_num / info.rate

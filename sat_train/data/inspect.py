@@ -148,8 +148,8 @@ class Inspection:
             BadClip: One of them does not give its frames.
         """
         facts, spec = self._facts, self._spec
-        assert facts.info is not None, "the clip has not been looked at"
-        assert facts.bucket is not None, "the clip has not been looked at"
+        assert facts.info is not None, "the clip has not been inspected"
+        assert facts.bucket is not None, "the clip has not been inspected"
         first, last = usable_part(facts.info, facts.record, spec.skip_frms_num)
         frames = min(spec.shapes[facts.bucket].frames, spec.available(facts.info, facts.record))
         parts = split_chunks(first=first, last=last, count=facts.windows)
@@ -167,7 +167,7 @@ class Inspection:
         record, bucket = self._facts.record, self._facts.bucket
         if not self._spec.images or record.image is None:
             return
-        assert bucket is not None, "the clip has not been looked at"
+        assert bucket is not None, "the clip has not been inspected"
         with naming_image(record.image), open_frames(record.image, timeout_s=self._timeout_s) as reader:
             reader.read([reader.info.first], lambda *size: self._crop(bucket, size))
 

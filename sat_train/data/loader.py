@@ -31,22 +31,22 @@ from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-_POLL_S = 1  # how often the state of the workers is looked at while there is no batch
+_POLL_S = 1  # interval at which the state of the workers is checked while there is no batch
 _IDLE = -1
 _PID, _SOURCE, _CLIP, _SINCE_MS = range(4)  # columns of the board
 
 
 class SampleReader(Protocol):
-    """Makes samples of clips, in the workers. The data set itself is one, which decodes them.
+    """Makes samples from clips, in the workers. The data set itself is a reader, which decodes them.
 
     Attributes:
-        decodes: Some samples may be pixels, which take much shared memory.
+        decodes: Whether samples may be pixels, which take much shared memory.
     """
 
     decodes: bool
 
     def sample(self, index: int, ref: ClipRef) -> Any:
-        """Returns what a clip gives for an index.
+        """Returns the sample of a clip for an index.
 
         Raises:
             BadClip: It cannot give a sample.
@@ -58,7 +58,7 @@ class SampleReader(Protocol):
 
 @dataclass(frozen=True)
 class _Packed:
-    """What a worker sends: a batch and the clips that failed on the way, or the error that ends the run."""
+    """Message of a worker: a batch and the clips that failed, or the error that ends the run."""
 
     batch: LoadedBatch | None
     failures: tuple[ClipFailure, ...]
@@ -69,7 +69,7 @@ class _Packed:
 
 
 class _Task(Dataset[Any]):
-    """The data set as a worker runs it: errors are sent as values, and the board says what is being read."""
+    """The data set in a worker: sends errors as values, and marks the current clip on the board."""
 
     def __init__(self, dataset: VideoDataset, reader: SampleReader, board_wf: Tensor) -> None:
         self._dataset = dataset
@@ -99,7 +99,7 @@ class _Task(Dataset[Any]):
 
 
 class _Indices:
-    """The samples of this rank's batches, as PyTorch's loader asks for them."""
+    """The samples of this rank's batches, in the form of PyTorch's batch sampler."""
 
     def __init__(self, micro_batches: Iterator[MicroBatch]) -> None:
         self._micro_batches = micro_batches
@@ -123,18 +123,18 @@ def _now_ms() -> int:
 
 
 class VideoLoader(Generic[Batches]):
-    """Iterates over batches of one rank; position, not state, decides what comes next.
+    """Iterates over the batches of one rank; the position alone decides the next batch.
 
     Args:
-        dataset: Gives samples by global index.
-        batches: Which samples this rank takes.
+        dataset: Samples by global index.
+        batches: Assignment of samples to this rank.
         failures: Counts bad clips.
-        reader: Makes samples of clips; None decodes them.
+        reader: Makes samples from clips; None decodes them.
         num_workers: Decoding processes; 0 decodes in this process.
         prefetch_factor: Batches each worker prepares ahead.
-        pin_memory: Page-locked batches, for a faster way to a CUDA device.
-        worker_timeout_s: A clip that takes longer is given up, by force when it must be.
-        replaces_lost: A clip that makes a worker die or hang is replaced as any bad clip is. Off where
+        pin_memory: Whether batches are page-locked, for a faster copy to a CUDA device.
+        worker_timeout_s: Time after which a clip is abandoned, by force if necessary.
+        replaces_lost: Whether a clip that makes a worker die or hang is replaced like any bad clip. Off if
             several ranks must see the same sample: the others would not know of it, so it ends the run.
         fingerprint: Hash of the sources, for the checkpoint.
     """
@@ -172,12 +172,12 @@ class VideoLoader(Generic[Batches]):
 
     @property
     def batches(self) -> Batches:
-        """Which samples this rank takes."""
+        """The batches of samples that this rank takes."""
         return self._batches
 
     @property
     def position(self) -> DataPosition:
-        """Where the run stands before the next micro-step, whatever the workers prepare ahead."""
+        """Position of the run before the next micro-step, whatever the workers prepare ahead."""
         return self._position
 
     @property
@@ -195,7 +195,7 @@ class VideoLoader(Generic[Batches]):
         return len(self._batches)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
-        """Starts over at the first batch of a finite loader; an endless one continues where it stands."""
+        """Restarts a finite loader at its first batch; an endless one continues at its position."""
         if self._batches.stop is not None:
             self.close()
             self._position = self._batches.start
@@ -203,7 +203,7 @@ class VideoLoader(Generic[Batches]):
         return self
 
     def __next__(self) -> LoadedBatch:
-        """Returns the next batch; `data_wait_s` then says how long that took.
+        """Returns the next batch; `data_wait_s` is then the time that it took.
 
         Raises:
             DataError: Too many clips are bad, or one ends the run.
@@ -228,7 +228,9 @@ class VideoLoader(Generic[Batches]):
     def _move(self, packed: _Packed) -> LoadedBatch:
         micro_batch = next(self._micro_batches)
         assert packed.batch is not None
-        assert packed.batch.sample_indices == micro_batch.mine, "the workers and the loader have parted"
+        assert packed.batch.sample_indices == micro_batch.mine, (
+            "the workers and the loader disagree on the order"
+        )
         self._position = micro_batch.after
         return packed.batch.at(micro_batch.step_positions)
 
@@ -258,13 +260,13 @@ class VideoLoader(Generic[Batches]):
             pin_memory=self._pin_memory,
             timeout=_POLL_S if self._num_workers else 0,
             worker_init_fn=prepare_worker,
-            generator=torch.Generator(),  # else it draws from the global one, which is the model's
+            generator=torch.Generator(),  # else it draws from the global generator, which is the model's
         )
         with _own_sigchld():
             return iter(loader)
 
     def _look_after_workers(self, error: RuntimeError, *, waited_s: float) -> None:
-        """Finds the worker that died or hangs; does nothing while all of them are merely busy."""
+        """Finds a worker that died or hangs; does nothing while all of them are busy."""
         alive = {child.pid for child in multiprocessing.active_children()}
         if any(worker.exitcode == -signal.SIGBUS for worker in getattr(self._iterator, "_workers", ())):
             self.close()
@@ -288,16 +290,16 @@ class VideoLoader(Generic[Batches]):
             self.close()
             raise DataError(
                 f"the data workers stopped outside of any clip: {error}",
-                remedy="often memory ran out: lower args.num_workers or args.prefetch_factor",
+                remedy="probably out of memory: lower args.num_workers or args.prefetch_factor",
             )
 
     def _lose(self, row: list[int], cause: str, detail: str) -> None:
-        """Gives up the clip that a lost worker was reading, and starts new workers at the same position."""
+        """Drops the clip of a lost worker, and starts new workers at the same position."""
         if row[_CLIP] == _IDLE:
             self.close()
             raise DataError(
-                f"data worker {row[_PID]} died while it read no clip",
-                remedy="often memory ran out: lower args.num_workers or args.prefetch_factor",
+                f"data worker {row[_PID]} died outside of any clip",
+                remedy="probably out of memory: lower args.num_workers or args.prefetch_factor",
             )
         record = self.dataset.record(ClipRef(row[_SOURCE], row[_CLIP], 0))
         self.close()
@@ -307,7 +309,7 @@ class VideoLoader(Generic[Batches]):
                 expected="with args.model_parallel_size > 1, clips that neither crash nor hang the decoder",
                 remedy=f"remove {record.path}",
             )
-        log.warning("%s: %s; starting the data workers again without it", record.clip_id, detail)
+        log.warning("%s: %s; restarting the data workers without it", record.clip_id, detail)
         self.dataset.given_up[record.clip_id] = BadClip(cause, detail)
 
 
@@ -316,7 +318,7 @@ OrderedLoader = VideoLoader[OrderedBatches]
 
 @contextlib.contextmanager
 def _own_sigchld() -> Iterator[None]:
-    """Keeps PyTorch from raising in the middle of a training step when a worker dies; `next` will notice."""
+    """Keeps PyTorch from raising in the middle of a training step when a worker dies; `next` notices it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -328,7 +330,7 @@ def _own_sigchld() -> Iterator[None]:
 
 
 def _kill_workers(board_wf: Tensor) -> None:
-    """Ends those workers that are still there. They ignore SIGTERM, which is for the training process."""
+    """Kills the remaining workers. They ignore SIGTERM, which is meant for the training process."""
     alive = {child.pid for child in multiprocessing.active_children()}
     for pid in board_wf[:, _PID].tolist():
         if pid in alive:

@@ -55,7 +55,7 @@ PLAIN = {
 # First words of a docstring that describe a thing by a clause, instead of naming it.
 CLAUSES = {"What", "Which", "Where", "Who", "How", "Says", "Tells", "Gives", "Looks"}
 PLAIN_PACKAGES = (
-    *("cache", "checkpoint", "cli", "conditions", "diffusion", "distributed", "encoding"),
+    *("cache", "checkpoint", "cli", "clips", "conditions", "data", "diffusion", "distributed", "encoding"),
     *("interchange", "objective", "sampling", "sources", "text", "vae", "weights"),
 )
 PLAIN_FILES = [path for path in MODULES if path.parent.name in (*PLAIN_PACKAGES, "sat_train")]

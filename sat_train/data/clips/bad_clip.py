@@ -1,4 +1,4 @@
-"""Why one clip cannot be used."""
+"""The error for a clip that cannot be used."""
 
 from __future__ import annotations
 
