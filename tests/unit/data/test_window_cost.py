@@ -124,7 +124,7 @@ def whole(height, width):
 def test_reordered_h264_in_avi_is_refused_whichever_window_is_wanted(tmp_path):
     write_numbered(tmp_path / "a.avi", num_frames=50, rate=25)
     for start in (0.0, 0.5, 1.2):
-        with pytest.raises(BadClip, match="no times: AVI does not tell the order"):
+        with pytest.raises(BadClip, match="no times: AVI does not store the order"):
             read(tmp_path / "a.avi", start)
 
 

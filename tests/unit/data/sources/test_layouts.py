@@ -122,7 +122,7 @@ def test_pictures_may_be_listed_too(tmp_path):
 def test_lists_that_do_not_fit_are_refused(tmp_path):
     place(tmp_path, "videos/a.mp4", "videos/b.mp4")
     lists(tmp_path, "videos/a.mp4\nvideos/b.mp4\n", "one\n")
-    with pytest.raises(DataError, match=r"not equally many lines: videos.txt 2, prompt.txt 1"):
+    with pytest.raises(DataError, match=r"different numbers of lines: videos.txt 2, prompt.txt 1"):
         read_source(tmp_path)
     lists(tmp_path, "videos/a.mp4\n\nvideos/b.mp4\n", "one\ntwo\n\n")
     assert [record.captions for record in read_source(tmp_path).records] == [("one",), ("two",)]
@@ -183,7 +183,7 @@ def test_a_column_of_the_very_name_wins_and_equal_ones_are_refused(tmp_path):
     source = read_source(table(tmp_path / "a.csv", "path,video,caption,text\nz.mp4,a.mp4,x,y\n"))
     assert source.records[0].clip_id == "a.mp4"
     assert source.records[0].captions == ("x",)
-    with pytest.raises(DataError, match="any of the columns `text`, `prompt` may be the caption"):
+    with pytest.raises(DataError, match="each of the columns `text`, `prompt` may be the caption"):
         read_source(table(tmp_path / "b.csv", "video,text,prompt\na.mp4,x,y\n"))
     with pytest.raises(DataError, match="the column `video` stands in the header more than once"):
         read_source(table(tmp_path / "c.csv", "video,caption,video\na.mp4,x,b.mp4\n"))

@@ -221,7 +221,7 @@ def test_ranges_lists_and_wildcards_name_archives(tmp_path, clip):
     with pytest.raises(DataError, match=r"there is no \.tar archive at this place"):
         read_source("memory://set/none-*.tar")
     (tmp_path / "set" / "list.jsonl").write_text("{}")
-    with pytest.raises(DataError, match=r"list\.jsonl is no \.tar archive"):
+    with pytest.raises(DataError, match=r"list\.jsonl is neither a \.tar archive"):
         read_source(tmp_path / "set" / "*")
 
 

@@ -159,7 +159,7 @@ def test_unusable_rows_are_named_by_line(tmp_path, row, message):
 
 def test_broken_tables_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"video": "a.mp4", "caption": "x"}\n{"video": \n')
-    with pytest.raises(DataError, match=r"a.jsonl:2: this is no JSON"):
+    with pytest.raises(DataError, match=r"a.jsonl:2: this is not JSON"):
         read_source(tmp_path / "a.jsonl")
     (tmp_path / "a.csv").write_text("video,caption\na.mp4,one,two\n")
     with pytest.raises(DataError, match=r"a.csv:2: more cells than the header has columns"):
