@@ -89,9 +89,7 @@ def build_train_batches(
 
 
 def count_steps(config: RunConfig, batches: OrderedBatches, steps_done: int = 0) -> int:
-    """Returns the number of steps of a run: `args.train_iters`, or those done plus those that `args.epochs`
-    needs.
-    """
+    """Returns the steps of a run: `args.train_iters`, or those done plus those that `args.epochs` needs."""
     if config.args.train_iters is not None:
         return config.args.train_iters
     micro_steps = batches.micro_steps_left(batches.start)
