@@ -14,7 +14,7 @@ from sat_train.data.batches import StepPosition
 
 @dataclass(frozen=True)
 class Sample:
-    """Base of one sample, as pixels or as encodings.
+    """Base of one sample, in any form.
 
     Args:
         clip_id: Name for messages.
