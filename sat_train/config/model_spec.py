@@ -76,6 +76,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
     network, sampler = model.network_config.params, model.sampler_config.params
     conditioner, first_stage = model.conditioner_config.params.emb_models[0], model.first_stage_config.params
     loss, coder = model.loss_fn_config.params, first_stage.encoder_config.params
+    coder = coder.model_copy(update={"out_ch": first_stage.decoder_config.params.out_ch})
     return ModelSpec(
         patch=network.patch_size,
         temporal_compression=coder.temporal_compress_times,

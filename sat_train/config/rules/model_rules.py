@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from sat_train.config.other_trainers import LORA_TARGETS
 from sat_train.config.rules.rule import ParsedConfig, rule
 from sat_train.config.schema.diffusion import ZeroSNRDDPMDiscretizationParams
+from sat_train.config.schema.encoder_slots import VideoCoderParams
 from sat_train.config.shapes import ASPECT, allowed_shapes, allowed_sizes
 from sat_train.errors import Fault
 
@@ -15,14 +16,7 @@ _NETWORK = "model.network_config.params"
 _POSITION = f"{_NETWORK}.modules.pos_embed_config"
 _VAE = "model.first_stage_config.params"
 _CODER, _DECODER = f"{_VAE}.encoder_config.params", f"{_VAE}.decoder_config.params"
-_CODERS_SHARE = (
-    "ch",
-    "ch_mult",
-    "num_res_blocks",
-    "z_channels",
-    "norm_num_groups",
-    "temporal_compress_times",
-)
+_OF_ONE_CODER = {"in_channels", "out_ch"}
 _TIMESTEPS = "model.loss_fn_config.params.sigma_sampler_config.params"
 _SAMPLER = "model.sampler_config.params"
 _BUCKETS = "data.params.buckets"
@@ -183,7 +177,7 @@ def text_lengths_agree(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule(_VAE)
 def coders_agree(config: ParsedConfig) -> Iterator[Fault]:
-    for name in _CODERS_SHARE:
+    for name in (key for key in VideoCoderParams.model_fields if key not in _OF_ONE_CODER):
         yield from _repeats(
             config, f"{_DECODER}.{name}", getattr(config.spec.coder, name), "as the encoder's"
         )

@@ -37,17 +37,10 @@ def build_vae(
         The VAE.
     """
     warn_of_slow_conv3d(torch.device(device), dtype)
-    coder, own = spec.coder, spec.vae
+    own = spec.vae
     with torch.device("meta"):
         vae = VideoVAE(
-            ch=coder.ch,
-            ch_mult=coder.ch_mult,
-            num_res_blocks=coder.num_res_blocks,
-            z_channels=coder.z_channels,
-            in_channels=coder.in_channels,
-            out_ch=coder.out_ch,
-            temporal_compress_times=coder.temporal_compress_times,
-            norm_num_groups=coder.norm_num_groups,
+            **spec.coder.model_dump(),
             encode_chunk_frames=own.encode_chunk_frames,
             decode_chunk_frames=own.decode_chunk_frames,
             clips_at_once=own.clips_at_once,

@@ -92,3 +92,10 @@ def test_sizes_that_patches_do_not_fill_are_refused(height: int, width: int) -> 
 )
 def test_latent_counts_of_old_sampling_files(latent: int, patch_t: int, pixels: int) -> None:
     assert geometry(patch_t).pixel_frames(latent) == pixels
+
+
+def test_channels_of_a_frame_are_the_encoders_in_and_the_decoders_out() -> None:
+    path = "model.first_stage_config.params"
+    words = [f"{path}.encoder_config.params.in_channels=4", f"{path}.decoder_config.params.out_ch=5"]
+    coder = load_run_config(MODELS[:1], words, purpose="check", check_paths=False).spec.coder
+    assert (coder.in_channels, coder.out_ch) == (4, 5)
