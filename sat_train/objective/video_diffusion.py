@@ -146,7 +146,7 @@ class VideoDiffusion:
         network: Network | None = None,
         progress: OnStep | None = None,
     ) -> Tensor:
-        """Draws one video for each prompt.
+        """Generates one video for each prompt.
 
         A prompt's video depends on its own seed only, not on the other prompts. In float32 it is the video
         that diffusers draws with `torch.Generator().manual_seed(seed)`: the same numbers are taken in the

@@ -112,7 +112,7 @@ GuidanceSlot = Annotated[ConstantGuidanceSlot | DynamicGuidanceSlot, Field(discr
 
 
 class SamplerParams(Record):
-    """How samples are drawn."""
+    """Settings of the sampler."""
 
     num_steps: int = Field(50, ge=1, description="Denoising steps.")
     guider_config: GuidanceSlot = Field(DynamicGuidanceSlot(), description="Classifier-free guidance.")

@@ -45,4 +45,4 @@ class ModelConfig(Record):
     first_stage_config: VideoVAEGroup = Field(description="The video autoencoder.")
     denoiser_config: DenoiserGroup = Field(DenoiserGroup(), description="Noise schedule and prediction.")
     loss_fn_config: LossGroup = Field(LossGroup(), description="The training loss.")
-    sampler_config: SamplerSlot = Field(DPMPP2MSlot(), description="How samples are drawn.")
+    sampler_config: SamplerSlot = Field(DPMPP2MSlot(), description="Settings of the sampler.")
