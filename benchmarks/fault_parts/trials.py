@@ -233,7 +233,7 @@ def draw_fault(chance: random.Random) -> Fault:
         _signals("SIGTERM, all ranks", signal.SIGTERM, list(range(RANKS)), ended),
         _signals("SIGINT, one rank", signal.SIGINT, one, ended),
         _signals("SIGINT, all ranks", signal.SIGINT, list(range(RANKS)), ended),
-        _signals("SIGKILL, one rank", signal.SIGKILL, one, r"rank \d|lost|step 12/12"),
+        _signals("SIGKILL, one rank", signal.SIGKILL, one, r"rank \d|another rank|lost|step 12/12"),
         _signals("SIGKILL, all ranks", signal.SIGKILL, list(range(RANKS)), r""),
         Fault("disk full", r"No space left|step 12/12", strike=_fill, mend=_free, intervals=3),
         Fault(
