@@ -4,6 +4,8 @@ from sat_train.config.parts.adapter_parts import AdapterParams as AdapterParams
 from sat_train.config.parts.adapter_parts import AdapterTensor as AdapterTensor
 from sat_train.config.parts.adapter_parts import LoraParams as LoraParams
 from sat_train.config.parts.callback_parts import CallbackParams as CallbackParams
+from sat_train.config.parts.condition_parts import ConditionParams as ConditionParams
+from sat_train.config.parts.module_parts import ModuleParams as ModuleParams
 from sat_train.config.parts.optimizer_parts import OptimizerParams as OptimizerParams
 from sat_train.config.parts.registry import Field as Field
 from sat_train.config.parts.registry import Params as Params

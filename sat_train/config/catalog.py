@@ -171,7 +171,10 @@ def _walk(record: type[Record], prefix: str) -> Iterator[Key]:
 
 def _describe_names(record: type[Record], key: str) -> str:
     is_name = issubclass(record, Choice) and key == record.key
-    return f"one of {', '.join(parts_of(record.slot))}" if is_name else ""  # type: ignore[attr-defined]
+    if not is_name:
+        return ""
+    names = ", ".join(parts_of(record.slot))  # type: ignore[attr-defined]
+    return f"one of {names or 'the parts of an extension, and none is loaded'}"
 
 
 def _walk_records(record: type[Record], prefix: str) -> Iterator[tuple[str, type[Record]]]:
@@ -184,7 +187,9 @@ def _walk_records(record: type[Record], prefix: str) -> Iterator[tuple[str, type
 
 def _records_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Record], bool]]:
     if isinstance(annotation, type) and issubclass(annotation, Choice) and annotation.is_slot():
-        yield from ((record, in_list) for record in annotation.records().values())
+        # a slot without parts stands for itself: its keys exist, and only an extension gives it something
+        records = annotation.records().values() or (annotation,)
+        yield from ((record, in_list) for record in records)
     elif isinstance(annotation, type) and issubclass(annotation, Record):
         yield annotation, in_list
     for inner in get_args(annotation):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from sat_train.config.network_spec import NetworkSpec, PositionKind, PositionSpec
 from sat_train.config.parts.adapter_parts import AdapterConfig
+from sat_train.config.parts.module_parts import ModuleConfig
 from sat_train.config.schema.diffusion import (
     ConstantGuidanceParams,
     DynamicGuidanceParams,
@@ -37,6 +39,7 @@ class ModelSpec(NetworkSpec):
         sampling_steps: Its denoising steps.
         guidance: Its classifier-free guidance.
         adapter: Adapters; None trains the weights themselves.
+        modules: Further network modules, by name.
         conditions: What the model is given besides noise and time.
         latent_scale: Latents are multiplied by this before the transformer sees them.
         image_latent_scale: Factor on the latent of the image condition.
@@ -56,6 +59,7 @@ class ModelSpec(NetworkSpec):
     sampling_steps: int
     guidance: ConstantGuidanceParams | DynamicGuidanceParams
     adapter: AdapterConfig | None
+    modules: Mapping[str, ModuleConfig]
     conditions: tuple[str, ...]
     latent_scale: float
     image_latent_scale: float
@@ -101,6 +105,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         sampling_steps=sampler.num_steps,
         guidance=sampler.guider_config.params,
         adapter=network.modules.lora_config,
+        modules=model.modules,
         conditions=("text", "image") if model.noised_image_input else ("text",),
         latent_scale=model.scale_factor,
         image_latent_scale=model.image_latent_scale or model.scale_factor,

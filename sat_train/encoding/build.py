@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sat_train.config import RunConfig
+from sat_train.config import ModelSpec, RunConfig
+from sat_train.config.parts.condition_parts import ConditionConfig
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.conditions.condition import Condition
 from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
@@ -70,7 +71,14 @@ def build_conditions(config: RunConfig, encoders: Encoders) -> tuple[Condition, 
         conditions.append(ImageCondition(scale=spec.image_latent_scale, drop_probability=drop_probability))
     if spec.ofs_width is not None:
         conditions.append(OfsCondition(_OFS))
-    return tuple(conditions)
+    return (*conditions, *(_build_own(name, choice, spec) for name, choice in model.conditions.items()))
+
+
+def _build_own(name: str, choice: ConditionConfig, spec: ModelSpec) -> Condition:
+    condition: Condition = choice.build(spec)
+    condition.name, condition.settings = name, choice.params.model_dump(mode="json")
+    condition.drop_probability, condition.drop_purpose = choice.drop, f"condition_drop.{name}"
+    return condition
 
 
 def build_encoders(

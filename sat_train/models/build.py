@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from sat_train.config import ArgsConfig, ModelSpec
+from sat_train.distributed.seeds import derive_seed
 from sat_train.models.adapter import add_adapters
+from sat_train.models.dit.sat_layers import building
 from sat_train.models.dit.transformer import DiffusionTransformer
 
 
@@ -42,6 +44,11 @@ def build_dit(
         dtype=dtype,
         init_seed=seed if initialize else None,
     )
+    for name, module in spec.modules.items():
+        with building(torch.device(device), dtype):
+            torch.manual_seed(derive_seed(seed, f"module {name}"))
+            mixin = module.build(spec)
+        dit.add_mixin(name, mixin)
     adapter = spec.adapter if with_adapters else None
     if adapter is not None:
         given = adapter.params

@@ -59,13 +59,17 @@ class ParameterGroup:
     weight_decay: float
 
 
-def select_trainable(dit: nn.Module, *, not_trainable_prefixes: Sequence[str] = ()) -> TrainableSummary:
+def select_trainable(
+    dit: nn.Module, *, not_trainable_prefixes: Sequence[str] = (), added: Sequence[str] = ()
+) -> TrainableSummary:
     """Freezes weights by the beginning of their names; adapters always train.
 
     Args:
         dit: The transformer, changed in place.
         not_trainable_prefixes: Beginnings of names, with or without CogVideo's `model.diffusion_model.`;
             `all` is every name. With adapters and no prefixes everything trains, as in SAT.
+        added: Beginnings of the names of added modules, which `all` does not freeze. What a module has frozen
+            itself stays so.
 
     Raises:
         ConfigError: A prefix matches nothing, or nothing is left to train.
@@ -77,7 +81,11 @@ def select_trainable(dit: nn.Module, *, not_trainable_prefixes: Sequence[str] = 
     ]
     _check_prefixes(prefixes, dit)
     for name, parameter in dit.named_parameters():
-        frozen = any(prefix == "all" or name.startswith(prefix) for prefix in prefixes)
+        named = any(prefix != "all" and name.startswith(prefix) for prefix in prefixes)
+        if name.startswith(tuple(added)):
+            parameter.requires_grad_(parameter.requires_grad and not named)
+            continue
+        frozen = named or "all" in prefixes
         parameter.requires_grad_(not frozen or find_adapter_tensor(name) is not None)
     summary = summarize_parameters(dit)
     if summary.num_trainable == 0:

@@ -193,12 +193,14 @@ class VideoDiffusion:
     def _predict(self, network: Network, x_t: Tensor, timesteps_b: Tensor, inputs: DitInputs) -> Tensor:
         """Calls the network in its own dtype and device; returns float32."""
         inputs = inputs.to(self.device, self.dtype)
+        extras = {"extras": inputs.extras} if inputs.extras else {}
         return network(
             x_t.to(self.device, self.dtype),
             timesteps_b.to(self.device),
             inputs.text_bld,
             image_latent_btchw=inputs.image_latent_btchw,
             ofs_b=inputs.ofs_b,
+            **extras,
         ).float()
 
     def _guided(

@@ -157,7 +157,11 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
     elif start.located is not None:
         has_adapters = config.spec.adapter is not None
         load_first_weights(dit, mesh, start, has_adapters=has_adapters)
-    summary = select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
+    summary = select_trainable(
+        dit,
+        not_trainable_prefixes=config.model.not_trainable_prefixes,
+        added=tuple(dit.modules_of_its_own()),
+    )
     log.info("weights of the transformer%s:\n%s", _of_one_rank(mesh), summary)
     return dit
 
@@ -178,12 +182,20 @@ def load_first_weights(
     if updates and not has_adapters:
         log.info("the LoRA adapters are merged into the weights: this run trains all of them")
         base = merge_updates(base, updates)
-    own = adapter_state_dict(dit).keys()
+    new = {
+        prefix: mixin
+        for prefix, mixin in dit.modules_of_its_own().items()
+        if not any(key.startswith(prefix) for key in base)
+    }
+    own = {key for key in dit.state_dict() if key.startswith(tuple(new))} | adapter_state_dict(dit).keys()
     load_weights(
         dit,
         slice_weights(base, rank=mesh.model_rank, size=mesh.model_size),
         may_lack=dit.derived_keys() | own,
     )
+    for prefix, mixin in new.items():
+        log.info("%s* is new: these weights have none for it", prefix)
+        mixin.reinit(dit)
     if updates and has_adapters:
         load_updates(dit, updates)
         _tell_of_adapters(dit, updates)

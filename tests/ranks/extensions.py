@@ -10,7 +10,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/extend.md"
 
 def write_extensions(folder: Path) -> None:
     """Writes each file that the page shows, under its name."""
-    shown = re.findall(r"`([\w/]+\.py)`\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    page = PAGE.read_text(encoding="utf-8")
+    shown = re.findall(r"`([\w/]+\.(?:py|yaml))`\n```(?:python|yaml)\n(.*?)```", page, re.DOTALL)
     for name, code in shown:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(code, encoding="utf-8")

@@ -243,3 +243,63 @@ def test_a_tracker_is_named_and_its_settings_are_checked(folder):
         micro_run(folder, *tracked(folder, "typo", 1, "args.callbacks.table.params.fil=x"))
     with pytest.raises(ConfigError, match=r"callbacks\.a-b: expected a name of letters, digits and `_`"):
         micro_run(folder, *tracked(folder, "typo", 1), "args.callbacks={a-b: {target: CsvTracker}}")
+
+
+def bright(folder: Path, name: str, steps: int, *words: str) -> list[str]:
+    choice = ["model.conditions.brightness.target=Brightness", f"args.experiment_name={name}"]
+    module = "model.modules.brightness.target=BrightnessFeatures"
+    extension = ["--extension", str(folder / "brightness")]
+    return [*extension, *choice, module, f"args.train_iters={steps}", *CONSTANT, *words]
+
+
+def test_a_condition_with_a_network_module_from_outside_trains_and_resumes(rank_pool, folder):
+    run = partial(rank_pool(2), train_micro, folder)
+    run(["args.experiment_name=dark0", "args.train_iters=4", *CONSTANT])
+    run(bright(folder, "bright", 4))
+    run(bright(folder, "brighthalf", 2))
+    run(bright(folder, "brighthalf", 4, "args.resume=must"))
+    base, ours = losses(folder, "dark0"), losses(folder, "bright")
+    assert ours[0] == base[0], "a module that begins at zero leaves the model as it is"
+    assert ours[2:] != base[2:]
+    assert losses(folder, "brighthalf") == ours
+    saved = read_fragments(
+        run_directory(folder, "bright") / "4",
+        read_manifest(run_directory(folder, "bright") / "4"),
+        model_rank=0,
+        model_size=1,
+    )
+    assert saved.whole("master")["mixins.brightness.project.weight"][:].abs().max() > 0
+
+
+def test_its_encodings_are_cached_and_dropped_like_those_of_the_package(rank_pool, folder):
+    run = partial(rank_pool(1), train_micro, folder)
+    drop = "model.conditions.brightness.drop=0.5"
+    cache = f"data.cache_dir={folder}/cache"
+    run(bright(folder, "uncached", 4, drop))
+    run(bright(folder, "filled", 4, drop, cache, "data.cache=fill"))
+    run(bright(folder, "reread", 4, drop, cache, "data.cache=require"))
+    run(bright(folder, "undropped", 4, cache, "data.cache=require"))
+    assert losses(folder, "filled") == losses(folder, "uncached")
+    assert losses(folder, "reread") == losses(folder, "uncached")
+    assert losses(folder, "undropped")[2:] != losses(folder, "uncached")[2:]
+
+
+def test_with_lora_the_module_trains_next_to_the_adapters_and_videos_are_sampled(rank_pool, folder):
+    words = ["args.eval_interval=2", "args.valid_video_interval=2", "args.valid_prompts=[a ball]"]
+    size = ["args.sampling_num_frames=5", "args.sampling_image_size=[32,32]", "args.sampling_steps=2"]
+    rank_pool(1)(train_micro, folder, bright(folder, "brightlora", 2, *words, *size), "lora")
+    saved = state_of(run_directory(folder, "brightlora") / "2")
+    assert "mixins.brightness.project.weight" in saved.shapes
+    assert any(".matrix_A." in name for name in saved.shapes)
+    assert (run_directory(folder, "brightlora") / "samples/000002/00.mp4").exists()
+
+
+def test_conditions_and_modules_are_named_where_they_are_missing_or_misspelt(folder):
+    with pytest.raises(
+        ConfigError, match=r"Brightness: expected one of the parts of an extension, and none is loaded"
+    ):
+        micro_run(folder, *bright(folder, "x", 1)[2:])
+    with pytest.raises(ConfigError, match=r"target = Brightnes: expected .*did you mean 'Brightness'"):
+        micro_run(folder, *bright(folder, "x", 1, "model.conditions.brightness.target=Brightnes"))
+    with pytest.raises(ConfigError, match=r"model\.modules\.lora = lora: expected another name"):
+        micro_run(folder, *bright(folder, "x", 1, "model.modules.lora.target=BrightnessFeatures"))

@@ -226,9 +226,14 @@ class Choice(Record):
 
     @classmethod
     def _choose(cls, value: Any) -> Any:
-        if isinstance(value, cls) or not isinstance(value, dict):
-            return value if isinstance(value, cls) else cls.records_by_default().model_validate(value)
         field, records = cls.model_fields[cls.key], cls.records()
+        if isinstance(value, cls):
+            return value
+        if not records:
+            given = value if isinstance(value, dict) else {}
+            raise _refused(cls, given, "the parts of an extension, and none is loaded")
+        if not isinstance(value, dict):
+            return cls.records_by_default().model_validate(value)
         name = value.get(cls.key, None if field.is_required() else field.default)
         record = records.get(name) if isinstance(name, str) else None
         if record is None:
@@ -253,7 +258,8 @@ class Choice(Record):
     ) -> JsonSchemaValue:
         if not cls.is_slot():
             return handler(schema)
-        return {"anyOf": [handler(record.__pydantic_core_schema__) for record in cls.records().values()]}
+        records = [handler(record.__pydantic_core_schema__) for record in cls.records().values()]
+        return {"anyOf": records} if records else {"type": "object"}
 
 
 def _refused(choice: type[Choice], value: dict[str, Any], names: str) -> ValidationError:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from sat_train.config.other_trainers import LORA_TARGETS
+from sat_train.config.parts import condition_parts, module_parts
 from sat_train.config.rules.rule import ParsedConfig, rule
 from sat_train.config.schema.diffusion import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.schema.encoder_slots import VideoCoderParams
@@ -259,3 +260,14 @@ def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:
     except (re.error, OverflowError, RecursionError):
         return "a regular expression"
     return "" if finds else f"a pattern that finds a linear layer, such as {names[0]} or {names[2]}"
+
+
+@rule("model.conditions", "model.modules")
+def names_of_parts_are_free(config: ParsedConfig) -> Iterator[Fault]:
+    taken = {"conditions": condition_parts.TAKEN, "modules": module_parts.TAKEN}
+    for group, names in taken.items():
+        for name in getattr(config.model, group):
+            if name in names:
+                yield config.fault(
+                    f"model.{group}.{name}", name, f"another name: {', '.join(names)} are taken"
+                )

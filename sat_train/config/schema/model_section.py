@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from sat_train.config.parts.condition_parts import ConditionConfig
+from sat_train.config.parts.module_parts import ModuleConfig
 from sat_train.config.schema.diffusion import (
     DenoiserGroup,
     DPMPP2MSlot,
@@ -14,7 +16,7 @@ from sat_train.config.schema.diffusion import (
 )
 from sat_train.config.schema.encoder_slots import ConditionerGroup, VideoVAEGroup
 from sat_train.config.schema.network import DiffusionTransformerSlot
-from sat_train.config.schema.record import Record, Texts
+from sat_train.config.schema.record import PlainName, Record, Texts
 
 
 class ModelConfig(Record):
@@ -39,6 +41,12 @@ class ModelConfig(Record):
     )
     null_condition: Literal["zero", "empty_prompt"] = Field(
         "zero", description="What a dropped caption becomes: a zero embedding, or the encoded empty prompt."
+    )
+    conditions: dict[PlainName, ConditionConfig] = Field(
+        {}, description="Further inputs of the model, by a name of your own: target, params and drop."
+    )
+    modules: dict[PlainName, ModuleConfig] = Field(
+        {}, description="Further network modules, by a name of your own: target and params."
     )
     network_config: DiffusionTransformerSlot = Field(description="The transformer.")
     conditioner_config: ConditionerGroup = Field(description="The text encoder.")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sat_train.data.batch import VideoSample
 from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
+from sat_train.encoding.cache.key import digest
 from sat_train.encoding.conditions.randomness import Randomness
 from sat_train.models.encoders import Encoders
 
@@ -24,35 +29,51 @@ class DitInputs:
         text_bld: Text embeddings.
         image_latent_btchw: Latent that stands next to the noised one on channels, of its shape.
         ofs_b: The `ofs` input of CogVideoX1.5-I2V.
+        extras: Named tensors for network modules.
     """
 
     text_bld: Tensor | None = None
     image_latent_btchw: Tensor | None = None
     ofs_b: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def merged(parts: Iterable[DitInputs]) -> DitInputs:
         """Returns the inputs of several conditions together; no two may give the same one."""
         given: dict[str, Tensor] = {}
         for part in parts:
-            twice = given.keys() & part.given().keys()
-            assert not twice, f"two conditions give {sorted(twice)}"
-            given |= part.given()
-        return DitInputs(**given)
+            own = part.tensors()
+            assert not given.keys() & own.keys(), f"two conditions give {sorted(given.keys() & own.keys())}"
+            given |= own
+        return DitInputs.of(given)
 
     @staticmethod
     def cat(parts: Sequence[DitInputs]) -> DitInputs:
         """Returns batches of inputs as one batch."""
-        names = parts[0].given()
-        return DitInputs(**{name: torch.cat([part.given()[name] for part in parts]) for name in names})
+        columns = [part.tensors() for part in parts]
+        return DitInputs.of({name: torch.cat([column[name] for column in columns]) for name in columns[0]})
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> DitInputs:
+        """Returns the inputs of these names, as `tensors` gives them."""
+        own = {each.name for each in fields(DitInputs)}
+        extras = {name: tensor for name, tensor in tensors.items() if name not in own}
+        return DitInputs(**{name: tensors[name] for name in tensors.keys() & own}, extras=extras)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns what is given, extras included, by name."""
+        given = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        assert not given.keys() & self.extras.keys(), f"extras {sorted(self.extras)} need other names"
+        return {**given, **self.extras}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> DitInputs:
-        """Returns the inputs on a device and in a dtype."""
-        return DitInputs(**{name: tensor.to(device, dtype) for name, tensor in self.given().items()})
-
-    def given(self) -> dict[str, Tensor]:
-        """Returns the inputs that there are, by name."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        """Returns the inputs on a device, and but for the extras in a dtype: those the transformer casts."""
+        return DitInputs.of(
+            {
+                name: tensor.to(device) if name in self.extras else tensor.to(device, dtype)
+                for name, tensor in self.tensors().items()
+            }
+        )
 
 
 class Condition:
@@ -64,6 +85,8 @@ class Condition:
         drop_probability: Share of the training samples that go without it.
         drop_purpose: Key of the random numbers that choose those.
         guides: Guidance contrasts the prediction with one that goes without it.
+        augments: `encode` draws random numbers (`sample.generator`).
+        settings: What `encode` depends on besides the sample, as JSON has it.
     """
 
     name: str
@@ -71,14 +94,30 @@ class Condition:
     drop_probability = 0.0
     drop_purpose = ""
     guides = False
+    augments = False
+    settings: Mapping[str, Any] = {}
 
     def encode(self, sample: VideoSample, encoders: Encoders) -> dict[str, Tensor]:
         """Encodes one sample: what the cache keeps, without batch dimension."""
         return {}
 
     def entry(self, facts: SampleFacts) -> CacheEntry:
-        """Returns where the encoding of a sample belongs in the cache, by everything that it depends on."""
-        raise NotImplementedError(f"{self.name} encodes nothing")
+        """Returns where the encoding of a sample belongs in the cache, by everything that it depends on.
+
+        Here: the clip's pixels, its caption, the settings, the source file of the condition and, where it
+        augments, the augmentation.
+        """
+        source = hashlib.sha256(Path(inspect.getfile(type(self))).read_bytes()).hexdigest()
+        key = digest(
+            kind="condition",
+            name=self.name,
+            settings=dict(self.settings),
+            source=source,
+            pixels=facts.clip.key,
+            caption=facts.caption,
+            noise=list(facts.view) if self.augments and facts.training else None,
+        )
+        return CacheEntry(key, replace(facts.clip.info, kind=self.name.lower()))
 
     def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
         """Replaces samples of a batch by those without the condition: in training, and for guidance.
@@ -86,8 +125,14 @@ class Condition:
         Args:
             encoded: Its encoding, batch first.
             dropped_b: bool, which samples.
+
+        Returns:
+            Here: zeros for those samples.
         """
-        return encoded
+        return {
+            name: tensor.masked_fill(dropped_b.view(-1, *[1] * (tensor.dim() - 1)), 0)
+            for name, tensor in encoded.items()
+        }
 
     def inputs(self, encoded: Encoding, random: Randomness, latent_shape: Sequence[int]) -> DitInputs:
         """Turns the encoding of a batch into inputs of the transformer.

@@ -193,6 +193,11 @@ class DiffusionTransformer(BaseModel):
         """Returns the keys of the state dict that a formula gives: weights from elsewhere may lack them."""
         return frozenset(f"mixins.{name}" for name, _ in self.mixins.named_buffers())
 
+    def modules_of_its_own(self) -> dict[str, Mixin]:
+        """Returns the network modules that were added to the base, by the beginning of their keys."""
+        own = self.mixins.items()
+        return {f"mixins.{name}.": mixin for name, mixin in own if isinstance(mixin, Mixin)}
+
     def collect_hooks_(self) -> None:
         """SAT: finds out who acts where, after a mixin was added or taken away, and makes the blocks."""
         if "adaln_layer" not in self.mixins:  # SAT also calls this while the base is being built

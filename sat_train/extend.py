@@ -1,0 +1,9 @@
+"""What an extension imports to compute with, in files that `build=` names (`docs/extend.md`)."""
+
+from sat_train.encoding.conditions.condition import Condition as Condition
+from sat_train.encoding.conditions.condition import DitInputs as DitInputs
+from sat_train.models.adapter import Adapter as Adapter
+from sat_train.models.dit.mixin import Mixin as Mixin
+from sat_train.models.dit.stack import BlockStack as BlockStack
+from sat_train.training.loop.callback import Callback as Callback
+from sat_train.training.loop.metrics import TrainMetrics as TrainMetrics
