@@ -98,6 +98,8 @@ def check_mixin(name: str, mixin: nn.Module, *, num_layers: int) -> None:
             the model does not have, or does not work under tensor parallelism.
     """
     misfits = _misfits(mixin, num_layers) if isinstance(mixin, Mixin) else _foreign_hooks(mixin)
+    if hasattr(nn.ModuleDict, name):  # torch would raise a bare KeyError
+        misfits = [f"another name than {name}, which torch's modules have a use for", *misfits]
     if misfits:
         path = f"{_MODULES_KEY}.{name}"
         raise ConfigError([Fault(path, type(mixin).__name__, expected) for expected in misfits])
