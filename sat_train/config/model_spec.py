@@ -40,6 +40,7 @@ class ModelSpec(NetworkSpec):
         guidance: Its classifier-free guidance.
         adapter: Adapters; None trains the weights themselves.
         modules: Further network modules, by name.
+        hook_order: By hook, names of the modules around it, outermost first.
         conditions: What the model is given besides noise and time.
         latent_scale: Latents are multiplied by this before the transformer sees them.
         image_latent_scale: Factor on the latent of the image condition.
@@ -60,6 +61,7 @@ class ModelSpec(NetworkSpec):
     guidance: ConstantGuidanceParams | DynamicGuidanceParams
     adapter: AdapterConfig | None
     modules: Mapping[str, ModuleConfig]
+    hook_order: Mapping[str, tuple[str, ...]]
     conditions: tuple[str, ...]
     latent_scale: float
     image_latent_scale: float
@@ -106,6 +108,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         guidance=sampler.guider_config.params,
         adapter=network.modules.lora_config,
         modules=model.modules,
+        hook_order=model.hook_order,
         conditions=("text", "image") if model.noised_image_input else ("text",),
         latent_scale=model.scale_factor,
         image_latent_scale=model.image_latent_scale or model.scale_factor,

@@ -43,6 +43,7 @@ def build_dit(
         device=device,
         dtype=dtype,
         init_seed=seed if initialize else None,
+        hook_order=spec.hook_order,
     )
     for name, module in spec.modules.items():
         with building(torch.device(device), dtype):

@@ -48,6 +48,9 @@ class ModelConfig(Record):
     modules: dict[PlainName, ModuleConfig] = Field(
         {}, description="Further network modules, by a name of your own: target and params."
     )
+    hook_order: dict[PlainName, Texts] = Field(
+        {}, description="By hook, names of modules that act around one step, outermost first."
+    )
     network_config: DiffusionTransformerSlot = Field(description="The transformer.")
     conditioner_config: ConditionerGroup = Field(description="The text encoder.")
     first_stage_config: VideoVAEGroup = Field(description="The video autoencoder.")

@@ -29,7 +29,8 @@ _IN_BLOCK = (*_AROUND_BLOCK, "after_block")
 
 HookOrder = Mapping[str, Sequence[str]]
 
-_MODULES_KEY = "model.network_config.params.modules"
+_MODULES_KEY = "model.modules"
+_ORDER_KEY = "model.hook_order"
 
 
 class Hooks:
@@ -82,7 +83,7 @@ class Hooks:
         names = self._sorted(hook, set(found))
         if hook in _AROUND and len(names) > 1 and not set(names) <= set(self._order.get(hook, ())):
             expected = f"{hook}: [{', '.join(names)}], outermost first: all of these act around that step"
-            raise ConfigError([Fault(f"{_MODULES_KEY}.hook_order", str(dict(self._order)), expected)])
+            raise ConfigError([Fault(_ORDER_KEY, str(dict(self._order)), expected)])
         return tuple(found[name] for name in names)
 
     def _sorted(self, hook: str, names: set[str]) -> list[str]:

@@ -224,6 +224,8 @@ def test_what_a_model_cannot_run_is_refused_when_it_is_added():
     for message, mixin in refused.items():
         with pytest.raises(ConfigError, match=rf"modules\.extra.*{message}"):
             with_modules({"extra": mixin})
+    with pytest.raises(ConfigError, match=r"modules\.half.*another name than half"):
+        with_modules({"half": Fuser(0)})
 
 
 def test_a_module_that_is_taken_away_leaves_the_base():
