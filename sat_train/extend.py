@@ -1,4 +1,4 @@
-"""What an extension imports to compute with, in files that `build=` names (`docs/extend.md`)."""
+"""Classes that an extension computes with, in files that `build=` names (`docs/extend.md`)."""
 
 from sat_train.encoding.conditions.condition import Condition as Condition
 from sat_train.encoding.conditions.condition import DitInputs as DitInputs
