@@ -10,6 +10,6 @@ from sat_train.config.parts.optimizer_parts import OptimizerParams as OptimizerP
 from sat_train.config.parts.registry import Field as Field
 from sat_train.config.parts.registry import Params as Params
 from sat_train.config.parts.registry import part as part
-from sat_train.config.rules.rule import rule
+from sat_train.config.rule import rule
 
 guard_rail = rule

@@ -13,9 +13,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from sat_train.config.other_trainers import OUR_KEYS
+from sat_train.config.parts.record import FILE_NAME, Record
 from sat_train.config.parts.registry import Choice, parts_of, registry_revision
 from sat_train.config.run import Sections
-from sat_train.config.schema.record import FILE_NAME, Record
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 _LENGTHS = {"min_length": "at least", "max_length": "at most"}

@@ -23,14 +23,14 @@ from sat_train.config.layers import (
     read_layers,
 )
 from sat_train.config.legacy import NO_EFFECT
+from sat_train.config.parts.record import Record
+from sat_train.config.path_rules import placeholders
 from sat_train.config.paths import PACKAGE, expand_assets
 from sat_train.config.references import resolve_references
+from sat_train.config.rule import ParsedConfig, Purpose
 from sat_train.config.rules import all_rules, check_rules, warnings_of
-from sat_train.config.rules.path_rules import placeholders
-from sat_train.config.rules.rule import ParsedConfig, Purpose
 from sat_train.config.run import RunConfig, Sections
 from sat_train.config.run_model import check_recorded_extensions, find_run, use_model_of_run
-from sat_train.config.schema.record import Record
 from sat_train.config.section_check import validate
 from sat_train.config.weights_folder import fill_frozen_models
 from sat_train.config.words import COMMAND_LINE

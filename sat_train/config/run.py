@@ -13,12 +13,12 @@ from pydantic import Field
 
 from sat_train.config.extensions import KEY, Extensions
 from sat_train.config.model_spec import ModelSpec, build_model_spec
+from sat_train.config.parts.record import Record
 from sat_train.config.paths import shorten_assets
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.config.schema.data_section import DataConfig
 from sat_train.config.schema.deepspeed import DeepSpeedConfig
 from sat_train.config.schema.model_section import ModelConfig
-from sat_train.config.schema.record import Record
 from sat_train.errors import without_secrets
 
 # Settings that say where things are kept and what is shown, not which numbers come out.

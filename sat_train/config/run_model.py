@@ -12,7 +12,7 @@ from sat_train.config.extensions import Extensions
 from sat_train.config.layers import Layer, Merged, merge_layers, read_layer
 from sat_train.config.paths import exists
 from sat_train.config.reading import RESOLVED
-from sat_train.config.rules.rule import Purpose
+from sat_train.config.rule import Purpose
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.errors import ConfigError, Fault
 

@@ -11,8 +11,8 @@ from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from sat_train.config.parts.record import Texts
 from sat_train.config.parts.registry import Choice, Params, part, parts_of, registry_revision
-from sat_train.config.schema.record import Texts
 
 # Keys beside the adapters, in SAT's spelling, and the matrices of a plain LoRA
 MIXIN = "lora"

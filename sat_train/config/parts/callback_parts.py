@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from sat_train.config.parts.record import Text
 from sat_train.config.parts.registry import Choice, Params, part
-from sat_train.config.schema.record import Text
 
 
 class CallbackParams(Params):

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from sat_train.config.parts.record import Betas
 from sat_train.config.parts.registry import Choice, Params, part
-from sat_train.config.schema.record import Betas
 
 
 class OptimizerParams(Params):

@@ -21,7 +21,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 
-from sat_train.config.schema.record import Record
+from sat_train.config.parts.record import Record
 from sat_train.errors import LaunchError
 
 _NAME = re.compile(r"[A-Za-z]\w*")

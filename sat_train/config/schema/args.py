@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from sat_train.config.parts.callback_parts import CallbackConfig
-from sat_train.config.schema.record import (
+from sat_train.config.parts.record import (
     FileName,
     Floats,
     HeightWidth,

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from sat_train.config.parts.optimizer_parts import OptimizerConfig
-from sat_train.config.schema.record import Record, Whole, ZeroStage
+from sat_train.config.parts.record import Record, Whole, ZeroStage
 
 
 class OffloadConfig(Record):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sat_train.config.schema.record import Record
+from sat_train.config.parts.record import Record
 
 
 class ZeroSNRDDPMDiscretizationParams(Record):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from sat_train.config.schema.record import (
+from sat_train.config.parts.record import (
     HeightWidth,
     Ints,
     Record,

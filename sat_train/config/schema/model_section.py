@@ -8,6 +8,7 @@ from pydantic import Field
 
 from sat_train.config.parts.condition_parts import ConditionConfig
 from sat_train.config.parts.module_parts import ModuleConfig
+from sat_train.config.parts.record import PlainName, Record, Texts
 from sat_train.config.schema.diffusion import (
     DenoiserGroup,
     DPMPP2MSlot,
@@ -16,7 +17,6 @@ from sat_train.config.schema.diffusion import (
 )
 from sat_train.config.schema.encoder_slots import ConditionerGroup, VideoVAEGroup
 from sat_train.config.schema.network import DiffusionTransformerSlot
-from sat_train.config.schema.record import PlainName, Record, Texts
 
 
 class ModelConfig(Record):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from sat_train.config.parts.adapter_parts import AdapterConfig
-from sat_train.config.schema.record import Record
+from sat_train.config.parts.record import Record
 
 SizePolicy = Literal["refuse", "interpolate"]
 

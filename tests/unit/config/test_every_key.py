@@ -12,8 +12,8 @@ from sat_train.config.aliases import SAME, get_value
 from sat_train.config.catalog import Key, all_keys, pattern_of
 from sat_train.config.layers import Layer, merge_layers
 from sat_train.config.loading import leaves
-from sat_train.config.rules.run_rules import SAMPLING_ONLY, TRAINING_ONLY
 from sat_train.config.run import Sections
+from sat_train.config.run_rules import SAMPLING_ONLY, TRAINING_ONLY
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.config.section_check import validate
 from sat_train.config.yaml_text import parse_value

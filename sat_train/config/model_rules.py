@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from sat_train.config.other_trainers import LORA_TARGETS
 from sat_train.config.parts import condition_parts, module_parts
-from sat_train.config.rules.rule import ParsedConfig, rule
+from sat_train.config.rule import ParsedConfig, rule
 from sat_train.config.schema.diffusion import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.schema.encoder_slots import VideoCoderParams
 from sat_train.config.shapes import ASPECT, allowed_shapes, allowed_sizes

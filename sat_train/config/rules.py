@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 
+from sat_train.config import model_rules as model_rules
+from sat_train.config import path_rules as path_rules
+from sat_train.config import run_rules
 from sat_train.config.parts.registry import registered_checks
-from sat_train.config.rules import model_rules as model_rules
-from sat_train.config.rules import path_rules as path_rules
-from sat_train.config.rules import run_rules
-from sat_train.config.rules.rule import ParsedConfig, Rule
+from sat_train.config.rule import ParsedConfig, Rule
 from sat_train.config.run import RunConfig
 from sat_train.errors import ConfigError, Fault
 

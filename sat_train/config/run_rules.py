@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from sat_train.config.parts.registry import choices_in
-from sat_train.config.rules.rule import ParsedConfig, rule
+from sat_train.config.rule import ParsedConfig, rule
 from sat_train.config.schema.args import IMAGE_SEPARATOR, ArgsConfig
 from sat_train.config.words import COMMAND_LINE
 from sat_train.errors import Fault

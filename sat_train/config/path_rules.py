@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from sat_train.config.paths import exists, is_placeholder
-from sat_train.config.rules.rule import ParsedConfig, rule
+from sat_train.config.rule import ParsedConfig, rule
 from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.config.weights_folder import AUTOENCODER, TEXT_ENCODER
 from sat_train.errors import Fault
