@@ -142,9 +142,14 @@ def add_adapters(
         dit.add_mixin(MIXIN, AdapterMixin(rank=rank, alpha=alpha))
 
 
-def linear_layers(dit: nn.Module) -> dict[str, nn.Module]:
-    """Returns the linear layers that can be adapted, by name."""
-    return {name: module for name, module in dit.named_modules() if type(module) in _ADAPTED}
+def linear_layers(dit: DiffusionTransformer) -> dict[str, nn.Module]:
+    """Returns the linear layers that can be adapted, by name: those of the base, not of added modules."""
+    added = tuple(dit.modules_of_its_own())
+    return {
+        name: module
+        for name, module in dit.named_modules()
+        if type(module) in _ADAPTED and not name.startswith(added)
+    }
 
 
 def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Module]) -> None:

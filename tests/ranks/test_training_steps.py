@@ -22,7 +22,7 @@ def _losses(mesh: ProcessMesh, options: dict, steps: int = STEPS) -> tuple[list[
     for number in range(1, steps + 1):
         result = train_step.step(number, 1e-2)
         losses.append(float(sum_over_data(mesh, result.loss.clone())) / mesh.data_size)
-        norms.append(train_step.grad_norm())
+        norms.append(train_step.engine.grad_norm())
     return losses, norms
 
 

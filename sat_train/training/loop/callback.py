@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,7 @@ class Callbacks:
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = tuple(callbacks)
+        self._keys = _unique_names(self._callbacks)
         self._reported: set[tuple[Callback, type[Exception]]] = set()
 
     def started(self, trainer: Training) -> None:
@@ -192,15 +194,17 @@ class Callbacks:
             log.debug("besides %r: %r", error, other)  # `closed` has said it
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Returns the states of those that have one, by class name."""
-        states = self._each(lambda callback: (_name(callback), callback.state_dict()))
+        """Returns the states of those that have one, by class name; a second of a class is `Name 2`."""
+        states = self._each(lambda callback: (self._keys[callback], callback.state_dict()))
         return {name: state for name, state in states if state}
 
     def load_state_dict(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Gives each callback its state back; one that had none starts from scratch."""
         self._each(
             lambda callback: (
-                callback.load_state_dict(states[_name(callback)]) if _name(callback) in states else None
+                callback.load_state_dict(states[self._keys[callback]])
+                if self._keys[callback] in states
+                else None
             )
         )
 
@@ -238,6 +242,16 @@ class Callbacks:
 
 def _adding(fragments: Sequence[Fragment]) -> Callable[[Callback], Sequence[Fragment]]:
     return lambda callback: callback.add_tensors(fragments)
+
+
+def _unique_names(callbacks: Sequence[Callback]) -> dict[Callback, str]:
+    counts = Counter[str]()
+    names = {}
+    for callback in callbacks:
+        counts[_name(callback)] += 1
+        count = counts[_name(callback)]
+        names[callback] = _name(callback) if count == 1 else f"{_name(callback)} {count}"
+    return names
 
 
 def _name(callback: Callback) -> str:

@@ -5,9 +5,12 @@ import torch
 
 from sat_train.errors import CheckpointError, ConfigError
 from sat_train.interchange.adapters import updates_of
-from sat_train.models.adapter import adapter_state_dict, merge_adapters
+from sat_train.models.adapter import adapted_layers, adapter_state_dict, merge_adapters
+from sat_train.models.dit.mixin import Mixin
+from sat_train.models.dit.stack import BlockStack
 from sat_train.models.lora import add_lora, add_lora_for, load_updates, lora_layers
 from sat_train.weights.lazy import from_tensors
+from tests.networks import SMALL, network_spec
 from tests.unit.models.narrow import inputs, randomized
 
 EVERYTHING = (r"attention\.", r"mlp\.", r"adaLN_modulations\.")
@@ -214,3 +217,15 @@ def test_adapts_on_the_meta_device():
     add_lora(dit, rank=2)
     assert {value.device.type for value in dit.state_dict().values()} == {"meta"}
     assert len(list(lora_layers(dit))) == 4
+
+
+def test_adapters_go_to_the_base_and_not_into_a_branch_of_its_blocks():
+    class Branch(Mixin):
+        def __init__(self):
+            super().__init__()
+            self.stack = BlockStack(network_spec(**SMALL), layers=1)
+
+    dit = randomized()
+    dit.add_mixin("branch", Branch())
+    add_lora(dit, rank=3)
+    assert {name.split(".")[0] for name, _ in adapted_layers(dit)} == {"transformer"}

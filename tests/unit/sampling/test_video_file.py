@@ -83,3 +83,16 @@ def test_a_contact_sheet_shows_first_and_last_frame_of_every_clip(tmp_path):
     # captions are drawn, in both rows
     assert (sheet[: video_file._CAPTION_HEIGHT] < 100).any()
     assert (sheet[row : row + video_file._CAPTION_HEIGHT] < 100).any()
+
+
+def test_the_same_frames_give_the_same_bytes_whatever_memory_held_before(tmp_path):
+    frames = torch.randint(
+        0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    files = set()
+    for number in range(25):
+        leftovers = [torch.randn(1 + 7919 * number * step % 100_000) for step in range(5)]
+        write_mp4(tmp_path / "a.mp4", frames.clone(), fps=8)
+        files.add((tmp_path / "a.mp4").read_bytes())
+        del leftovers
+    assert len(files) == 1

@@ -130,4 +130,8 @@ def test_a_callback_resumes_from_what_it_saved_and_its_numbers_are_metrics():
     resumed.load_state_dict(saved)
     resumed.step_done(None)
     assert resumed.measure(None) == {"counted": 2}
+    both = Callbacks([Counter(), resumed_twice := Counter()])
+    both.load_state_dict({"Counter": {"count": 3}, "Counter 2": {"count": 5}})
+    assert resumed_twice.count == 5, "two of one class keep their own"
+    assert both.state_dict() == {"Counter": {"count": 3}, "Counter 2": {"count": 5}}
     resumed.load_state_dict({})  # the run was saved before it had this callback
