@@ -26,8 +26,8 @@ _FORBIDDEN_EVENTS = (
     *("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"),
     *("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"),
 )
-# DeepSpeed's import looks for libraries in these ways.
-_PROBES = ("gcc", "/sbin/ldconfig", "ld", "objdump")
+# DeepSpeed's import looks for libraries in these ways; the compiler may have its platform in front of its name.
+_PROBES = re.compile(r"([\w-]+-)?gcc|/sbin/ldconfig|ld|objdump")
 _ESCAPES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _LIVE_TAGS = ("script", "iframe", "object", "embed", "link", "base", "form", "a", "foreignobject")
 _PROGRESS = re.compile(r"\x1b\[\??[0-9;]*[a-zA-Z]|\r")  # what a progress bar of ours prints
@@ -216,6 +216,6 @@ def _perform(words: list[str], field: Field, log: str, report: str) -> None:
 
 
 def _note(event: str, args: tuple[Any, ...], events: list[str]) -> None:
-    is_probe = event == "subprocess.Popen" and args[0] in _PROBES
+    is_probe = event == "subprocess.Popen" and bool(_PROBES.fullmatch(str(args[0])))
     if event in _FORBIDDEN_EVENTS and not is_probe:
         events.append(" ".join(f"{event} {args!r}".split())[:200])

@@ -10,7 +10,7 @@ from sat_train.errors import SatTrainError, TrainingError
 from sat_train.training.loop.callback import Callback, Callbacks
 
 METHODS = [name for name, _ in inspect.getmembers(Callback, inspect.isfunction)]
-ARGUMENTS = {"closed": (), "state_dict": (), "load_state_dict": ({"Listener": {}},)}
+ARGUMENTS = {"closed": (), "state_dict": (), "load_state_dict": ({"Listener": {}, "Listener 2": {}},)}
 
 
 class Listener(Callback):
