@@ -26,7 +26,7 @@ _FORBIDDEN_EVENTS = (
     *("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"),
     *("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"),
 )
-# DeepSpeed's import looks for libraries in these ways; the compiler may have its platform in front of its name.
+# DeepSpeed looks for libraries in these ways; the compiler may have its platform in front of its name.
 _PROBES = re.compile(r"([\w-]+-)?gcc|/sbin/ldconfig|ld|objdump")
 _ESCAPES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _LIVE_TAGS = ("script", "iframe", "object", "embed", "link", "base", "form", "a", "foreignobject")
