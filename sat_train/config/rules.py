@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from sat_train.config import guard_rails as guard_rails
 from sat_train.config import model_rules as model_rules
 from sat_train.config import path_rules as path_rules
 from sat_train.config import run_rules

@@ -118,25 +118,6 @@ def one_length(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault("args.train_iters", None, "a number of steps, or args.epochs")
 
 
-@rule("args.warmup", "args.train_iters")
-def whole_warmup(config: ParsedConfig) -> Iterator[Fault]:
-    warmup, iters = config.args.warmup, config.args.train_iters
-    if warmup >= 1 and not warmup.is_integer():
-        yield config.fault("args.warmup", warmup, "a whole number of steps, or a share of all steps below 1")
-    elif iters is not None and warmup >= max(iters, 1):
-        yield config.fault("args.warmup", warmup, f"fewer steps than args.train_iters = {iters}")
-
-
-@rule("args.eval_interval", "args.save_interval")
-def validation_lines_up_with_saves(config: ParsedConfig) -> Iterator[Fault]:
-    every, save = config.args.eval_interval, config.args.save_interval
-    if every is not None and every % save and save % every:
-        nearest = max(round(every / save), 1) * save
-        yield config.fault(
-            "args.eval_interval", every, f"a multiple of args.save_interval = {save}, e.g. {nearest}"
-        )
-
-
 @rule("args.valid_video_interval", "args.eval_interval")
 def videos_at_validations(config: ParsedConfig) -> Iterator[Fault]:
     videos, every = config.args.valid_video_interval, config.args.eval_interval

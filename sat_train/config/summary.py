@@ -10,10 +10,6 @@ from sat_train.config.paths import shorten_assets
 from sat_train.config.run import RunConfig
 from sat_train.config.schema.data_section import DataConfig
 
-# Above this, what Adam does to an adapted weight in a step, lr * alpha / r, tends to destroy the model: it is
-# three times the 1e-4 that is usual with alpha = r.
-_BOLD_LORA_STEP = 3e-4
-
 
 @dataclass(frozen=True)
 class ClipCounts:
@@ -164,11 +160,6 @@ def _checkpoints(config: RunConfig) -> str:
 
 
 def _doubts(config: RunConfig, facts: RunFacts) -> Iterator[str]:
-    adapter = config.spec.adapter
-    if adapter is not None:
-        step = config.args.lr * adapter.params.alpha / adapter.params.r
-        if step > _BOLD_LORA_STEP:
-            yield f"lr x alpha / r = {step:.1g} is high: lr 1e-3 is for alpha = 1, with alpha = r use 1e-4"
     if config.data is not None and not math.isclose(config.data.params.fps, config.spec.trained_fps):
         fps = config.data.params.fps
         yield f"data.params.fps = {fps:g}, but this model was trained at {config.spec.trained_fps}"

@@ -49,10 +49,6 @@ def test_the_presets_look_as_intended(model: Path, recipe: str) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (
-            ("model.network_config.params.modules.lora_config.params.lora_alpha=128",),
-            "lr x alpha / r = 0.001",
-        ),
         (("data.params.fps=16",), "trained at 8"),
         (("args.batch_size=16",), "64 samples and there are 50 clips"),
     ],

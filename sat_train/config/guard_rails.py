@@ -1,0 +1,199 @@
+"""Guard rails: settings that waste GPU hours, judged by the numbers that CogVideoX is known to train with.
+
+Each is in the table of `docs/recipes.md`, in the words of its docstring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sat_train.config.rule import ParsedConfig, rule
+from sat_train.errors import Fault
+
+SAT_FILE = "https://github.com/zai-org/CogVideo/blob/main/sat/configs/sft.yaml"
+DIFFUSERS_SETTINGS = "https://github.com/zai-org/CogVideo/blob/main/finetune/schemas/args.py"
+DIFFUSERS_GUIDE = "https://github.com/zai-org/CogVideo/blob/main/finetune/README.md"
+EMA_LENGTHS = "https://arxiv.org/abs/2312.02696"
+
+# Adam changes an adapted weight in proportion to lr * alpha / r, the effective rate. Known to work are SAT's
+# (lr 5e-4 to 1e-3, alpha 1, rank 128: 3.9e-6 to 7.8e-6) and that of diffusers (2e-5, 64, 128: 1e-5).
+_KNOWN_LORA_RATES = (5e-4 / 128, 1e-5)
+# No warning between a quarter of the lowest, which is slow, and ten times the highest: 1e-4 is usual with
+# alpha = r in other trainers.
+_LORA_RATES = (5e-4 / 128 / 4, 1e-4)
+_SAT_LORA_RATES, _SAT_SFT_RATE = (5e-4, 1e-3), 1e-5
+_HIGHEST_SFT_RATE = 5e-5
+_FEWEST_STEPS = {"LoRA": 1000, "SFT": 500}
+_SHORTEST_TIMEOUT = 30.0  # minutes
+_LARGEST_START_SHARE = 0.05  # of the initial weights in the average at the end of a run
+_RELEASED = {(30, 1920): "2B", (42, 3072): "5B"}  # layers and width
+_ROUNDING = 1 + 1e-9
+# Rates of other optimizers have other scales.
+_ADAM = ("Adam", "AdamW")
+
+
+def _trains(config: ParsedConfig) -> bool:
+    """Returns whether the configuration describes a whole training run: no part of one, and no sampling."""
+    has_length = config.args.train_iters is not None or config.args.epochs is not None
+    return config.purpose in ("train", "check") and config.args.mode != "inference" and has_length
+
+
+def _release(config: ParsedConfig) -> str:
+    """Returns the size of a released network; nothing for others, such as the embedded one."""
+    return _RELEASED.get((config.spec.layers, config.spec.width), "")
+
+
+@rule("args.warmup", "args.train_iters")
+def whole_warmup(config: ParsedConfig) -> Iterator[Fault]:
+    """A warm-up as long as the run or longer, or of a number of steps that is not whole."""
+    warmup, iters = config.args.warmup, config.args.train_iters
+    if warmup >= 1 and not warmup.is_integer():
+        yield config.fault("args.warmup", warmup, "a whole number of steps, or a share of all steps below 1")
+    elif iters is not None and warmup >= max(iters, 1):
+        yield config.fault("args.warmup", warmup, f"fewer steps than args.train_iters = {iters}")
+
+
+@rule("args.eval_interval", "args.save_interval", source=DIFFUSERS_SETTINGS)
+def validation_lines_up_with_saves(config: ParsedConfig) -> Iterator[Fault]:
+    """Intervals of validation and checkpoints of which neither is a multiple of the other."""
+    every, save = config.args.eval_interval, config.args.save_interval
+    if every is not None and every % save and save % every:
+        nearest = max(round(every / save), 1) * save
+        yield config.fault(
+            "args.eval_interval", every, f"a multiple of args.save_interval = {save}, e.g. {nearest}"
+        )
+
+
+@rule("args.eval_interval", "args.save_interval", severity="warning", source=DIFFUSERS_SETTINGS)
+def validated_weights_are_saved(config: ParsedConfig) -> Iterator[Fault]:
+    """More validations than checkpoints, as in CogVideo's own file: the best weights may not be kept."""
+    every, save = config.args.eval_interval, config.args.save_interval
+    if _trains(config) and config.args.save and every is not None and every < save and save % every == 0:
+        yield config.fault(
+            "args.eval_interval",
+            every,
+            f"a multiple of args.save_interval = {save}, as weights between checkpoints are lost",
+        )
+
+
+@rule("args.lr", "model.network_config", "deepspeed.optimizer", severity="warning", source=SAT_FILE)
+def lora_rate_fits_its_scale(config: ParsedConfig) -> Iterator[Fault]:
+    """LoRA with Adam at an effective rate, lr x alpha / r, outside 1e-6 to 1e-4."""
+    adapter, lr = config.spec.adapter, config.args.lr
+    if adapter is None or not _trains(config) or config.deepspeed.optimizer.type not in _ADAM:
+        return
+    scale = adapter.params.alpha / adapter.params.r
+    lowest, highest = _LORA_RATES
+    if not lowest / _ROUNDING <= lr * scale <= highest * _ROUNDING:
+        low, high = (f"{rate / scale:.0e}" for rate in _KNOWN_LORA_RATES)
+        effect = "hardly learns" if lr * scale < lowest else "tends to destroy the model"
+        yield config.fault(
+            "args.lr",
+            lr,
+            f"{low} to {high} with alpha {adapter.params.alpha:g} and rank {adapter.params.r}: "
+            f"updates are scaled by alpha / r, and at an effective rate of {lr * scale:.1e} a LoRA {effect}",
+        )
+
+
+@rule("args.lr", "model", "deepspeed.optimizer", severity="warning", source=SAT_FILE)
+def sft_rate_is_low(config: ParsedConfig) -> Iterator[Fault]:
+    """Full fine-tuning of a released model with Adam at a learning rate above 5e-5."""
+    args = config.args
+    is_sft = _trains(config) and config.spec.adapter is None and args.mode == "finetune" and _release(config)
+    if is_sft and config.deepspeed.optimizer.type in _ADAM and args.lr > _HIGHEST_SFT_RATE * _ROUNDING:
+        expected = "1e-5 (SAT) or 2e-5 (diffusers): above 5e-5 full fine-tuning forgets what the model knows"
+        yield config.fault("args.lr", args.lr, expected)
+
+
+@rule("deepspeed.optimizer", severity="warning", source=SAT_FILE)
+def second_moment_is_recent(config: ParsedConfig) -> Iterator[Fault]:
+    """A second beta of 0.999, the optimizer's default, or above."""
+    betas: tuple[float, ...] = getattr(config.deepspeed.optimizer.params, "betas", ())
+    if _trains(config) and len(betas) > 1 and betas[1] >= 0.999:
+        yield config.fault(
+            "deepspeed.optimizer.params.betas",
+            betas,
+            "[0.9, 0.95]: 0.999 averages squared gradients over 1000 steps and reacts late in a short run",
+        )
+
+
+@rule("args.clip_grad", severity="warning", source=SAT_FILE)
+def gradients_are_clipped(config: ParsedConfig) -> Iterator[Fault]:
+    """Gradients that are not clipped."""
+    if _trains(config) and not config.args.clip_grad:
+        yield config.fault(
+            "args.clip_grad",
+            config.args.clip_grad,
+            "0.1 with SAT's learning rates, 1.0 with those of diffusers: one odd clip can undo a run",
+        )
+
+
+@rule("args.clip_grad", "args.lr", "model.network_config", severity="warning", source=SAT_FILE)
+def sat_rates_clip_at_a_tenth(config: ParsedConfig) -> Iterator[Fault]:
+    """SAT's learning rate (1e-5; LoRA of alpha 1: 5e-4 to 1e-3) with gradients clipped at 1.0 or above."""
+    adapter, lr, limit = config.spec.adapter, config.args.lr, config.args.clip_grad
+    lowest, highest = (_SAT_SFT_RATE, _SAT_SFT_RATE) if adapter is None else _SAT_LORA_RATES
+    has_sat_scale = adapter is None or adapter.params.alpha == 1
+    if _trains(config) and limit >= 1 and has_sat_scale and lowest / _ROUNDING <= lr <= highest * _ROUNDING:
+        expected = f"0.1, which belongs to SAT's lr = {lr:g}; 1.0 belongs to the 2e-5 of diffusers"
+        yield config.fault("args.clip_grad", limit, expected)
+
+
+@rule("args.train_iters", "model.network_config", severity="warning", source=SAT_FILE)
+def steps_are_enough(config: ParsedConfig) -> Iterator[Fault]:
+    """Fewer than 1000 steps of LoRA, or 500 of full fine-tuning, on a released model."""
+    kind = "SFT" if config.spec.adapter is None else "LoRA"
+    iters, fewest = config.args.train_iters, _FEWEST_STEPS[kind]
+    if _trains(config) and _release(config) and iters is not None and iters < fewest:
+        expected = f"{fewest} or more: {kind} of a CogVideoX has not learned much before"
+        yield config.fault("args.train_iters", iters, expected)
+
+
+@rule("args.valid_video_interval", "args.zero_stage", severity="warning", source=DIFFUSERS_GUIDE)
+def zero3_samples_no_videos(config: ParsedConfig) -> Iterator[Fault]:
+    """Validation videos under ZeRO-3."""
+    videos = config.args.valid_video_interval
+    if _trains(config) and videos is not None and config.args.zero_stage == 3:
+        yield config.fault(
+            "args.valid_video_interval",
+            videos,
+            "null with args.zero_stage = 3, which gathers all weights again at every denoising step; "
+            "`sat-train sample` samples from the checkpoints",
+        )
+
+
+@rule("args.fp16", "args.bf16", "model.network_config", severity="warning", source=SAT_FILE)
+def precision_is_that_of_the_release(config: ParsedConfig) -> Iterator[Fault]:
+    """fp16 for a 5B model, which overflows, or bf16 for the 2B model, which was trained in fp16."""
+    args, release = config.args, _release(config)
+    if _trains(config) and release == "5B" and args.fp16:
+        yield config.fault("args.fp16", True, "args.bf16=true instead: 5B was trained in bf16 and overflows")
+    if _trains(config) and release == "2B" and args.bf16:
+        yield config.fault("args.bf16", True, "args.fp16=true instead: 2B was trained in fp16")
+
+
+@rule("args.distributed_timeout_minutes", "data.cache", severity="warning", source=DIFFUSERS_SETTINGS)
+def timeout_outlasts_encoding(config: ParsedConfig) -> Iterator[Fault]:
+    """A timeout below 30 minutes in `sat-train precompute`, or with `data.cache: fill`."""
+    minutes = config.args.distributed_timeout_minutes
+    fills = _trains(config) and config.data is not None and config.data.cache == "fill"
+    if (fills or config.purpose == "precompute") and minutes < _SHORTEST_TIMEOUT:
+        yield config.fault(
+            "args.distributed_timeout_minutes",
+            minutes,
+            "30 or more: ranks wait for each other while clips are encoded, and a timeout ends the run",
+        )
+
+
+@rule("args.ema_decay", "args.train_iters", severity="warning", source=EMA_LENGTHS)
+def average_leaves_the_start(config: ParsedConfig) -> Iterator[Fault]:
+    """A moving average that still holds more than 5 % of the initial weights when the run ends."""
+    decay, iters = config.args.ema_decay, config.args.train_iters
+    if _trains(config) and decay is not None and iters is not None and decay**iters > _LARGEST_START_SHARE:
+        longest = _LARGEST_START_SHARE ** (1 / iters)
+        yield config.fault(
+            "args.ema_decay",
+            decay,
+            f"at most {int(longest * 1e4) / 1e4:g} for {iters} steps: {decay**iters:.0%} of the average "
+            "would be the weights that the run has started from",
+        )

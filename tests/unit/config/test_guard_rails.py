@@ -1,0 +1,264 @@
+"""Guard rails: quiet for what is shipped, loud for what is known to waste a run, and listed in the docs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sat_train.config import RunConfig, guard_rails, load_run_config
+from sat_train.config.rule import Purpose, Rule
+from sat_train.config.rules import all_rules
+from sat_train.errors import ConfigError
+
+RAILS = {rule.name: rule for rule in all_rules() if rule.check.__module__ == guard_rails.__name__}
+WARNINGS = {name: rule for name, rule in RAILS.items() if rule.severity == "warning"}
+MODELS = sorted(Path("configs/model").glob("*.yaml"))
+RECIPES = sorted([*Path("configs/recipe").glob("*.yaml"), *Path("configs/parallel").glob("*.yaml")])
+ALPHA = "model.network_config.params.modules.lora_config.params.lora_alpha"
+RANK = "model.network_config.params.modules.lora_config.params.r"
+ONE_SIZE = ("cogvideox_2b", "cogvideox_5b_i2v")  # models with position tables
+
+
+def makes_sense(model: Path, preset: str, recipe: Path) -> bool:
+    if recipe.stem == "buckets":
+        return model.stem not in ONE_SIZE
+    if recipe.stem == "image_to_video":  # trains a network from random weights
+        return preset == "sft" and not model.stem.endswith("i2v")
+    kind = recipe.stem.rpartition("_")[2]
+    return kind not in ("sft", "lora") or kind == preset
+
+
+COMBINATIONS = [
+    (model, preset, recipe)
+    for model in MODELS
+    for preset in ("sft", "lora")
+    for recipe in RECIPES
+    if makes_sense(model, preset, recipe)
+]
+
+
+def load(
+    model: str | Path, preset: str, *words: str, behind: tuple[Path, ...] = (), purpose: Purpose = "train"
+) -> RunConfig:
+    model = model if isinstance(model, Path) else f"configs/model/cogvideox_{model}.yaml"
+    files = [model, f"configs/{preset}.yaml", *behind]
+    words = ("args.train_data=[clips]", *words)
+    return load_run_config(files, words, purpose=purpose, check_paths=False)
+
+
+def warned(config: RunConfig) -> dict[str, str]:
+    """Warnings by the name of their guard rail."""
+    found = {}
+    for note in config.notes:
+        if named := re.search(r"args\.silence=\[(\w+)\] hides this\)$", note):
+            found[named[1]] = note
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """Words that break a guard rail, and nearly the same ones that do not."""
+
+    name: str
+    breaking: tuple[str, ...]
+    clean: tuple[str, ...]
+    says: str
+    model: str = "5b"
+    preset: str = "sft"
+    purpose: Purpose = "train"
+
+
+BETAS = "deepspeed.optimizer.params.betas"
+CASES = [
+    Case(
+        "validated_weights_are_saved",
+        ("args.eval_interval=100", "args.save_interval=500", "args.valid_video_interval=null"),
+        ("args.eval_interval=500", "args.save_interval=100"),
+        "args.eval_interval = 100: expected a multiple of args.save_interval = 500",
+    ),
+    Case(
+        "lora_rate_fits_its_scale",
+        ("args.lr=2e-5",),
+        ("args.lr=5e-4",),
+        "args.lr = 2e-05: expected 5e-04 to 1e-03 with alpha 1 and rank 128: .* 1.6e-07 a LoRA hardly learns",
+        preset="lora",
+    ),
+    Case(
+        "lora_rate_fits_its_scale",
+        (f"{ALPHA}=128",),
+        (f"{ALPHA}=96", f"{RANK}=96", "args.lr=1e-4"),
+        "args.lr = 0.001: expected 4e-06 to 1e-05 with alpha 128 and rank 128: .* destroy the model",
+        preset="lora",
+    ),
+    Case("sft_rate_is_low", ("args.lr=6e-5",), ("args.lr=5e-5",), "args.lr = 6e-05: expected 1e-5"),
+    Case(
+        "sft_rate_is_low",
+        ("args.lr=1e-4", "args.clip_grad=1.0"),
+        ("args.lr=1e-4", "args.mode=pretrain"),
+        "args.lr = 0.0001: expected 1e-5",
+    ),
+    Case(
+        "second_moment_is_recent",
+        (f"{BETAS}=[0.9,0.999]",),
+        (f"{BETAS}=[0.9,0.99]",),
+        rf"{BETAS} = \[0.9, 0.999\]: expected \[0.9, 0.95\]",
+    ),
+    Case(
+        "gradients_are_clipped",
+        ("args.clip_grad=0",),
+        ("args.clip_grad=0.1",),
+        "args.clip_grad = 0.0: expected 0.1 with SAT's learning rates, 1.0 with",
+    ),
+    Case(
+        "sat_rates_clip_at_a_tenth",
+        ("args.clip_grad=1.0",),
+        ("args.clip_grad=1.0", "args.lr=2e-5"),
+        "args.clip_grad = 1.0: expected 0.1, which belongs to SAT's lr = 1e-05",
+    ),
+    Case(
+        "sat_rates_clip_at_a_tenth",
+        ("args.clip_grad=1.0", "args.lr=5e-4"),
+        ("args.clip_grad=0.5",),
+        "args.clip_grad = 1.0: expected 0.1, which belongs to SAT's lr = 0.0005",
+        preset="lora",
+    ),
+    Case(
+        "steps_are_enough",
+        ("args.train_iters=499",),
+        ("args.train_iters=500",),
+        "args.train_iters = 499: expected 500 or more: SFT",
+    ),
+    Case(
+        "steps_are_enough",
+        ("args.train_iters=999",),
+        ("args.train_iters=null", "args.epochs=3"),
+        "args.train_iters = 999: expected 1000 or more: LoRA",
+        preset="lora",
+    ),
+    Case(
+        "zero3_samples_no_videos",
+        ("args.zero_stage=3",),
+        ("args.zero_stage=3", "args.valid_video_interval=null"),
+        "args.valid_video_interval = 500: expected null with args.zero_stage = 3",
+    ),
+    Case(
+        "precision_is_that_of_the_release",
+        ("args.fp16=true", "args.bf16=false"),
+        ("args.bf16=false",),
+        "args.fp16 = true: expected args.bf16=true instead",
+    ),
+    Case(
+        "precision_is_that_of_the_release",
+        ("args.fp16=false", "args.bf16=true"),
+        ("args.fp16=true",),
+        "args.bf16 = true: expected args.fp16=true instead",
+        model="2b",
+    ),
+    Case(
+        "timeout_outlasts_encoding",
+        ("args.distributed_timeout_minutes=29", "data.cache=fill", "data.cache_dir=cache"),
+        ("args.distributed_timeout_minutes=29", "data.cache=require", "data.cache_dir=cache"),
+        "args.distributed_timeout_minutes = 29.0: expected 30 or more",
+    ),
+    Case(
+        "timeout_outlasts_encoding",
+        ("args.distributed_timeout_minutes=29", "data.cache_dir=cache"),
+        ("args.distributed_timeout_minutes=30", "data.cache_dir=cache"),
+        "args.distributed_timeout_minutes = 29.0: expected 30 or more",
+        purpose="precompute",
+    ),
+    Case(
+        "average_leaves_the_start",
+        ("args.ema_decay=0.9999",),
+        ("args.ema_decay=0.9999", "args.train_iters=30000"),
+        "args.ema_decay = 0.9999: expected at most 0.997 for 1000 steps: 90% of the average",
+    ),
+]
+IDS = [f"{case.name}-{case.preset}-{index}" for index, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_one_that_is_broken_says_what_why_and_where_and_can_be_silenced(case: Case) -> None:
+    def warnings(*words: str) -> dict[str, str]:
+        return warned(load(case.model, case.preset, *words, purpose=case.purpose))
+
+    note = warnings(*case.breaking)[case.name]
+    assert re.search(case.says, note)
+    assert f"({RAILS[case.name].source}; " in note
+    assert case.name not in warnings(*case.breaking, f"args.silence=[{case.name}]")
+    assert case.name not in warnings(*case.clean)
+
+
+def test_every_warning_has_a_case_and_a_source() -> None:
+    assert {case.name for case in CASES} == WARNINGS.keys()
+    assert all(rule.source.startswith("https://") for rule in WARNINGS.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("args.warmup=1000",),
+            r"args\.warmup = 1000\.0: expected fewer steps than args\.train_iters = 1000",
+        ),
+        (
+            ("args.eval_interval=300", "args.valid_video_interval=null"),
+            r"args\.eval_interval = 300: expected a",
+        ),
+    ],
+)
+def test_errors_refuse_and_cannot_be_silenced(words: tuple[str, ...], says: str) -> None:
+    errors = ",".join(RAILS.keys() - WARNINGS.keys())
+    with pytest.raises(ConfigError, match=says):
+        load("5b", "sft", *words, f"args.silence=[{errors}]")
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", ["sft", "lora"])
+def test_presets_are_clean(model: Path, preset: str) -> None:
+    assert warned(load(model, preset)) == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "preset", "recipe"), COMBINATIONS, ids=lambda value: getattr(value, "stem", value)
+)
+def test_recipes_are_clean(model: Path, preset: str, recipe: Path) -> None:
+    assert warned(load(model, preset, behind=(recipe,))) == {}
+
+
+def test_the_embedded_model_may_run_a_few_steps_at_any_rate() -> None:
+    words = ["args.train_iters=3", "args.lr=0.01"]
+    assert warned(load("tiny", "sft", *words)) == {}
+
+
+def test_parts_and_sampling_are_not_judged() -> None:
+    """A model file alone has the optimizer's default betas, but nobody trains with it alone."""
+    for model in MODELS:
+        config = load_run_config([model], [], purpose="check", check_paths=False)
+        assert warned(config) == {}
+    words = ["args.train_iters=9", "--prompt", "a cat"]
+    config = load_run_config(["configs/sample.yaml"], words[1:], purpose="sample", check_paths=False)
+    assert warned(config) == {}
+
+
+@pytest.mark.parametrize(("recipe", "rate"), [("sat_lora", 1e-3 / 128), ("diffusers_lora", 1e-5)])
+def test_lora_recipes_have_the_effective_rate_of_their_source(recipe: str, rate: float) -> None:
+    config = load("5b", "lora", behind=(Path(f"configs/recipe/{recipe}.yaml"),))
+    params = config.spec.adapter.params
+    assert config.args.lr * params.alpha / params.r == pytest.approx(rate)
+
+
+def documented(rule: Rule) -> str:
+    """The row of a guard rail in docs/recipes.md, without its links' labels."""
+    silence = f"`args.silence=[{rule.name}]`" if rule.severity == "warning" else "-"
+    return f"| `{rule.name}` | {rule.severity} | {rule.check.__doc__} | {rule.source or '-'} | {silence} |"
+
+
+def test_the_docs_list_every_guard_rail() -> None:
+    text = Path("docs/recipes.md").read_text(encoding="utf-8")
+    table = re.search(r"\| name \| severity \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text)
+    rows = re.sub(r"\[[^\]]+\]\((https:[^)]+)\)", r"\1", table[1]).splitlines()
+    assert rows == [documented(rule) for rule in RAILS.values()]
