@@ -1,8 +1,8 @@
 """Settings that CogVideo's files can spell in two places, brought to one value.
 
 `deepspeed:` is not a second source of truth: a later file wins over an earlier one whichever spelling each of
-them uses, the command line over all files, and afterwards both spellings hold the one value. Only a file that
-contradicts itself is a fault.
+them uses, the command line wins over all files, and afterwards both spellings hold the same value. Only a
+file that contradicts itself is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAME = {
     "args.checkpoint_activations": f"{_SAT_ARGS}.checkpoint_activations",
     "args.model_parallel_size": f"{_SAT_ARGS}.model_parallel_size",
 }
-# Here the first spelling, where given, wins over the second unless a later layer gives that.
+# Here the first spelling, if present, wins over the second unless a later layer sets the second.
 WINS_OVER = (
     ("args.sampler", f"{_SAMPLER}.target"),
     ("args.sampling_steps", f"{_SAMPLER}.params.num_steps"),
@@ -44,11 +44,11 @@ _DEFAULT_TARGETS = {_SAMPLER: "DPMPP2M", _GUIDER: "DynamicGuidance"}
 
 
 def fold_aliases(merged: Merged, faults: list[Fault]) -> None:
-    """Gives all spellings of one setting the same value.
+    """Sets all spellings of one setting to the same value.
 
     Args:
         merged: Changed in place.
-        faults: Gets contradictions between files, naming both.
+        faults: Receives contradictions between files, naming both.
     """
     for first, second in SAME.items():
         _fold_same(merged, first, second, faults)
@@ -74,17 +74,17 @@ def get_value(tree: Any, path: str) -> Any:
 
 def _fold_same(merged: Merged, first: str, second: str, faults: list[Fault]) -> None:
     spelled = {path: get_value(merged.tree, path) for path in (first, second)}
-    each_other = {f"${{{first}}}", f"${{{second}}}"}  # a reference to the other spelling says nothing
-    given = {
+    each_other = {f"${{{first}}}", f"${{{second}}}"}  # a reference to the other spelling does not count
+    values = {
         path: value
         for path, value in spelled.items()
         if value is not PydanticUndefined and not (isinstance(value, str) and value in each_other)
     }
-    if not given:
+    if not values:
         _set(merged, second, copy.copy(ArgsConfig.model_fields[first.removeprefix("args.")].default), DEFAULT)
         return
-    latest = max(map(merged.rank_of, given))
-    winners = {path: value for path, value in given.items() if merged.rank_of(path) == latest}
+    latest = max(map(merged.rank_of, values))
+    winners = {path: value for path, value in values.items() if merged.rank_of(path) == latest}
     if not _are_equal(list(winners.values())):
         other = f"{second} = {winners[second]} [{merged.source_of(second)}]"
         faults.append(Fault(first, str(winners[first]), f"the same as {other}", merged.source_of(first)))
@@ -96,7 +96,7 @@ def _fold_same(merged: Merged, first: str, second: str, faults: list[Fault]) -> 
 
 
 def _are_equal(values: list[Any]) -> bool:
-    """Tells whether values are one setting: 1 and 1.0 are, 1 and true are not."""
+    """Returns whether two values are equal as settings: 1 and 1.0 are, 1 and true are not."""
     first = values[0]
     return all(value == first and isinstance(value, bool) == isinstance(first, bool) for value in values)
 
@@ -114,14 +114,14 @@ def _fold_winner(merged: Merged, first: str, second: str) -> None:
 
 
 def _fold_guidance_steps(merged: Merged) -> None:
-    """Guidance grows over the sampler's steps: a later layer's number of them is meant for both."""
+    """Lets guidance grow over the sampler's steps where a later layer changes only those."""
     steps, guided = f"{_SAMPLER}.params.num_steps", f"{_GUIDER}.params.num_steps"
     if isinstance(get_value(merged.tree, guided), int) and merged.rank_of(steps) > merged.rank_of(guided):
         _set(merged, guided, get_value(merged.tree, steps), merged.source_of(steps))
 
 
 def _set(merged: Merged, path: str, value: Any, source: str) -> None:
-    """Writes a value where its section is a group; any other kind of section is a fault for `validate`."""
+    """Writes a value where its section is a group; `validate` reports any other kind of section."""
     *groups, leaf = path.split(".")
     node: Any = merged.tree
     for group in groups:

@@ -1,4 +1,4 @@
-"""All keys that exist, by dotted path, with what each may hold; derived from the schema."""
+"""All keys that exist, by dotted path, with the values that each accepts; derived from the schema."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Key:
     """One key of the configuration.
 
     Args:
-        path: Dotted path; `*` stands for a place in a list or a name in a mapping.
+        path: Dotted path; `*` stands for an index of a list or a name in a mapping.
         description: What it does.
-        expected: What it may hold, in words.
+        expected: The values that it accepts, in words.
         default: Its default, or None.
         required: It has no default.
         is_section: It holds other keys.
@@ -50,7 +50,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Targets:
-    """What may be named at one place.
+    """The parts that YAML may name at one key.
 
     Args:
         key: The key that holds the name: `target`, or `type` for the optimizer.
@@ -62,7 +62,7 @@ class Targets:
 
 
 def all_keys() -> dict[str, Key]:
-    """Returns every key by path. Where a target may be one of several, the keys of all of them."""
+    """Returns every key by path; where there is a choice of targets, the keys of all of them."""
     return _keys_at(registry_revision())
 
 
@@ -76,7 +76,7 @@ def _keys_at(revision: int) -> dict[str, Key]:
 
 
 def slot_targets() -> dict[str, Targets]:
-    """Returns, for each place where something is named, the closed table of what that may be."""
+    """Returns, for each key that names a part, the closed table of its choices."""
     return _targets_at(registry_revision())
 
 
@@ -94,14 +94,14 @@ def _targets_at(revision: int) -> dict[str, Targets]:
 
 
 def target_names(path: str) -> list[str]:
-    """Returns what may be named at a key such as `model.sampler_config.target`; nothing for other keys."""
+    """Returns the names allowed at a key such as `model.sampler_config.target`; none for other keys."""
     place, _, key = pattern_of(path).rpartition(".")
     table = slot_targets().get(place)
     return sorted(table.params) if table is not None and table.key == key else []
 
 
 def pattern_of(path: str) -> str:
-    """Returns the path with `*` for places in lists and names in mappings, as `all_keys` spells it."""
+    """Returns the path with `*` for indices of lists and names in mappings, as `all_keys` spells it."""
     parts: list[str] = []
     for part in path.split("."):
         is_name = ".".join(parts) in _mappings_at(registry_revision())
@@ -111,7 +111,7 @@ def pattern_of(path: str) -> str:
 
 @lru_cache(maxsize=1)
 def _mappings_at(revision: int) -> frozenset[str]:
-    """Returns the paths of the groups whose keys are names of a person's choice."""
+    """Returns the paths of the groups whose keys are names that the user chooses."""
     records: list[tuple[str, type[Record]]] = [("", Sections)]
     records += ((f"{path}.", record) for path, record in _walk_records(Sections, ""))
     fields = [(f"{path}{name}", field) for path, each in records for name, field in each.model_fields.items()]
@@ -119,15 +119,15 @@ def _mappings_at(revision: int) -> frozenset[str]:
 
 
 def is_place(part: str) -> bool:
-    """Tells whether a part of a path is a place in a list: `isdigit` alone takes `²` for one."""
+    """Returns whether a part of a path is an index of a list: `isdigit` alone accepts `²`."""
     return part.isascii() and part.isdigit() and len(part) <= _PLACE_DIGITS
 
 
 def suggest_key(path: str) -> str:
     """Returns the existing key that an unknown one was probably meant to be, or an empty text.
 
-    A key beside it is named by its last word, one elsewhere by its whole path. No suggestion is better than a
-    wrong one.
+    A key of the same group is named by its last word, one elsewhere by its whole path. No suggestion is
+    better than a wrong one.
     """
     keys = all_keys()
     parent, _, leaf = pattern_of(path).rpartition(".")
@@ -187,7 +187,7 @@ def _walk_records(record: type[Record], prefix: str) -> Iterator[tuple[str, type
 
 def _records_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Record], bool]]:
     if isinstance(annotation, type) and issubclass(annotation, Choice) and annotation.is_slot():
-        # a slot without parts stands for itself: its keys exist, and only an extension gives it something
+        # a slot without parts stands for itself: its keys exist, and only an extension adds a part
         records = annotation.records().values() or (annotation,)
         yield from ((record, in_list) for record in records)
     elif isinstance(annotation, type) and issubclass(annotation, Record):

@@ -1,4 +1,4 @@
-"""The demo clips, captions and prompts serve the embedded tiny model, never a run on somebody's own data."""
+"""The demo clips, captions and prompts serve the embedded tiny model, never a run on the user's own data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _GOES_WITH_IT = ("valid_data", "valid_prompts", "valid_images")
 
 
 def drop_demo(merged: Merged) -> None:
-    """Forgets the demo's validation clips and prompts where somebody else's training data took its place.
+    """Drops the demo's validation clips and prompts once the user has named other training data.
 
     Args:
         merged: Changed in place, before it is validated.

@@ -1,4 +1,4 @@
-"""What a person sees of a configuration: all values with their sources, or one key explained."""
+"""Views of a configuration: all values with their sources, or one key explained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def list_values(config: RunConfig, *, with_defaults: bool = True) -> str:
     """Returns one line for each value: key, value, source.
 
     Args:
-        with_defaults: Also those that nobody has set, and those of the shipped model file.
+        with_defaults: Include values that no file sets, and those of the shipped model file.
     """
     values = {
         path: _show(value)
@@ -40,7 +40,7 @@ def list_values(config: RunConfig, *, with_defaults: bool = True) -> str:
 
 
 def explain_key(path: str, config: RunConfig | None) -> str:
-    """Returns what a key does, what it may hold, its default, and its value and source in a run.
+    """Returns the description of a key, its allowed values, its default, and its value and source in a run.
 
     Args:
         path: Dotted key, e.g. `args.lr`; a group lists its keys.

@@ -1,7 +1,7 @@
-"""Extensions: Python of other people that registers parts, named on the command line and never by YAML.
+"""Extensions: Python modules of users that register parts, named on the command line and never by YAML.
 
-What was loaded is recorded with the run, and a run that was made with an extension is resumed, sampled and
-converted with the same one.
+The loaded extensions are recorded with the run, and a run that was trained with an extension is resumed,
+sampled and converted with the same one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_BYTES = 2**24  # of a source file
 
 @dataclass(frozen=True)
 class Extension:
-    """An extension as it was loaded.
+    """An extension, as loaded.
 
     Args:
         name: Name of its module.
@@ -52,21 +52,21 @@ class Extensions:
 
     Args:
         loaded: The extensions, in their order.
-        accept_changed: Files may differ from those that a run was made with.
+        accept_changed: Files may differ from those that a run was trained with.
     """
 
     loaded: tuple[Extension, ...] = ()
     accept_changed: bool = False
 
     def tree(self) -> dict[str, Any]:
-        """Returns what a run records of them."""
+        """Returns the record of the extensions that a run keeps."""
         return {each.name: {"version": each.version, "files": list(each.files)} for each in self.loaded}
 
     def faults(self, recorded: Any, source: str) -> Iterator[Fault]:
         """Yields a fault for each recorded extension that was not loaded, or whose files differ.
 
         Args:
-            recorded: What a run recorded, from a file that may hold anything.
+            recorded: The record of a run, from a file that may hold anything.
             source: That file.
         """
         loaded = self.tree()
@@ -95,7 +95,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def take_extension_words(words: Sequence[str]) -> tuple[list[str], bool, list[str]]:
-    """Separates what a command line says of extensions from its other words.
+    """Separates the words of a command line that concern extensions from the others.
 
     Returns:
         Names, those of `SAT_TRAIN_EXTENSIONS` first; whether changed ones are accepted; the other words.
@@ -105,10 +105,10 @@ def take_extension_words(words: Sequence[str]) -> tuple[list[str], bool, list[st
     """
     names = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
     rest: list[str] = []
-    given = iter(words)
-    for word in given:
+    remaining = iter(words)
+    for word in remaining:
         if word == _FLAG or word.startswith(f"{_FLAG}="):
-            name = word.partition("=")[2] or ("" if "=" in word else next(given, ""))
+            name = word.partition("=")[2] or ("" if "=" in word else next(remaining, ""))
             if not name or name.startswith("--"):
                 raise _refused("", "a Python file, a folder or an installed package after it")
             names.append(name)
@@ -118,7 +118,7 @@ def take_extension_words(words: Sequence[str]) -> tuple[list[str], bool, list[st
 
 
 def load_extensions(words: Sequence[str]) -> tuple[Extensions, list[str]]:
-    """Imports the extensions that a command line names; parts of others are forgotten.
+    """Imports the extensions that a command line names, and unregisters the parts of all others.
 
     Args:
         words: A command line.
@@ -127,7 +127,7 @@ def load_extensions(words: Sequence[str]) -> tuple[Extensions, list[str]]:
         The extensions, and the other words.
 
     Raises:
-        ConfigError: One is not there, raises when it is imported, imports torch or takes another one's name.
+        ConfigError: One does not exist, raises on import, imports torch or has the name of another.
     """
     names, accept_changed, rest = take_extension_words(words)
     while _imported:  # by an earlier configuration of this process: its parts are not for this one
@@ -159,7 +159,7 @@ def _load(name: str) -> Extension:
 
 
 def _find(name: str) -> ModuleSpec:
-    """Returns where an extension is: a file, a folder with `__init__.py`, or an installed package."""
+    """Returns the file of an extension: a file, a folder with `__init__.py`, or an installed package."""
     path = Path(os.path.expanduser(name)).absolute()
     entry = path / "__init__.py" if path.is_dir() else path
     if entry.is_file():
@@ -168,9 +168,9 @@ def _find(name: str) -> ModuleSpec:
         spec = importlib.util.spec_from_file_location(stem, entry, submodule_search_locations=folders)
         if not stem.isidentifier() or entry.suffix != ".py":
             raise _refused(name, "a file or folder whose name is a Python name, such as my_camera.py")
-        taken = getattr(sys.modules.get(stem), "__file__", None) if stem in sys.modules else str(entry)
-        if taken != str(entry) or stem in sys.stdlib_module_names:
-            raise _refused(name, f"another name: there is a module '{stem}' already ({taken or 'built in'})")
+        origin = getattr(sys.modules.get(stem), "__file__", None) if stem in sys.modules else str(entry)
+        if origin != str(entry) or stem in sys.stdlib_module_names:
+            raise _refused(name, f"another name: there is a module '{stem}' already ({origin or 'built in'})")
     else:
         spec = _find_installed(name)
     if spec is None or not spec.origin:
@@ -197,7 +197,7 @@ def _execute(spec: ModuleSpec) -> ModuleType:
 
 
 def _where(error: Exception, spec: ModuleSpec) -> str:
-    """Returns the last line of the extension's own files that an error came through, and the error."""
+    """Returns the innermost line of the extension's own files in an error's traceback, and the error."""
     folder, frames = Path(spec.origin or "").parent, list(traceback.extract_tb(error.__traceback__))
     frames = [frame for frame in frames if Path(frame.filename).parent == folder]
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(spec.origin)

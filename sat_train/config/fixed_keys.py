@@ -1,7 +1,7 @@
-"""Keys of CogVideo's files that can hold one value here: accepted where they hold it, else refused by name.
+"""Keys of CogVideo's files that accept a single value here; any other value is refused by name.
 
-They are classes that have no alternative, and choices that the family never made. Nothing reads them, so they
-are no part of the schema.
+They name classes that have no alternative, and options that the family never used. Nothing reads them, so
+they are not part of the schema.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TIMESTEPS = "model.loss_fn_config.params.sigma_sampler_config"
 _SGM = "sgm.modules.diffusionmodules"
 _SCHEDULE = ("ZeroSNRDDPMDiscretization", f"{_SGM}.discretizer.ZeroSNRDDPMDiscretization")
 
-# What each key may hold, classes under our name and CogVideo's.
+# The values that each key accepts, classes under our name and CogVideo's.
 FIXED: dict[str, tuple[Any, ...]] = {
     "data.target": ("VideoDataset", "data_video.SFTDataset"),
     "model.noised_image_all_concat": (False,),
@@ -71,7 +71,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     f"{_TIMESTEPS}.params.discretization_config.target": _SCHEDULE,
     "model.sampler_config.params.discretization_config.target": _SCHEDULE,
 }
-# These groups hold nothing else.
+# These groups have no other keys.
 WITHOUT_SETTINGS = (
     f"{_NETWORK}.modules.final_layer_config",
     f"{_VAE}.loss_config",
@@ -81,26 +81,26 @@ WITHOUT_SETTINGS = (
 
 
 def only_value(path: str) -> str:
-    """Returns in words what a key can hold that can hold one value; an empty text for all other keys."""
+    """Returns in words the only value that a key accepts; an empty text for all other keys."""
     allowed = FIXED.get(path)
     return "" if allowed is None else show_value(allowed[0])
 
 
 def drop_fixed_keys(merged: Merged, faults: list[Fault]) -> None:
-    """Takes out the keys that can hold one value.
+    """Removes the keys that accept a single value.
 
     Args:
         merged: Changed in place, before it is validated.
-        faults: Gets those that hold another value.
+        faults: Receives those that hold another value.
     """
     for path, allowed in FIXED.items():
         value = get_value(merged.tree, path)
         if value is PydanticUndefined:
             continue
         if not any(_is_same(value, one) for one in allowed):
-            shown, expected = show_value(value), show_value(allowed[0])
-            suggestion = suggest_value(shown, [expected])
-            faults.append(Fault(path, shown, expected, merged.source_of(path), suggestion))
+            text, expected = show_value(value), show_value(allowed[0])
+            suggestion = suggest_value(text, [expected])
+            faults.append(Fault(path, text, expected, merged.source_of(path), suggestion))
         _take_out(merged, path)
     for group in WITHOUT_SETTINGS:
         if get_value(merged.tree, group) in (None, {}, {"params": {}}):
@@ -108,7 +108,7 @@ def drop_fixed_keys(merged: Merged, faults: list[Fault]) -> None:
 
 
 def _is_same(value: Any, allowed: Any) -> bool:
-    """Tells whether a value is the allowed one: 0 and 0.0 are, 0 and false are not."""
+    """Returns whether a value equals the allowed one: 0 and 0.0 are equal, 0 and false are not."""
     return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)
 
 

@@ -1,4 +1,4 @@
-"""Geometry of a model: pixels to latents, and latents to patches. Arithmetic only, the one home of it."""
+"""Geometry of a model: pixels to latents, and latents to patches. The only place of this arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LatentShape:
         frames: Latent frames that show the clip.
         height: In latent elements.
         width: In latent elements.
-        padding: Frames that are put in front of them, so that patches fill the latent.
+        padding: Frames prepended to them, so that the length divides into patches.
     """
 
     frames: int
@@ -25,13 +25,13 @@ class LatentShape:
 
     @property
     def padded_frames(self) -> int:
-        """All frames that the transformer sees."""
+        """Latent frames that the transformer sees, padding included."""
         return self.padding + self.frames
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Sizes of patches and of latent elements, and what follows from them.
+    """Sizes of patches and of latent elements, with the arithmetic that follows from them.
 
     Args:
         patch: Frames, height and width of a patch in latent elements: (1, 2, 2) is 1.0, (2, 2, 2) is 1.5.
@@ -45,7 +45,7 @@ class Geometry:
 
     @property
     def size_multiples(self) -> tuple[int, int]:
-        """What heights and widths in pixels must be multiples of."""
+        """Numbers of pixels that height and width must be multiples of."""
         return self.spatial_compression * self.patch[1], self.spatial_compression * self.patch[2]
 
     @property
@@ -58,7 +58,7 @@ class Geometry:
         return (frames - 1) // self.temporal_compression + 1
 
     def has_whole_latents(self, frames: int) -> bool:
-        """Tells whether a number of pixel frames is a multiple of the compression, plus 1."""
+        """Returns whether a number of pixel frames is a multiple of the compression, plus 1."""
         return frames >= 1 and (frames - 1) % self.temporal_compression == 0
 
     def nearest_frames(self, frames: int) -> tuple[int, int]:
@@ -67,7 +67,7 @@ class Geometry:
         return below, below + self.temporal_compression
 
     def padding(self, latent_frames: int) -> int:
-        """Returns how many latent frames must be added for patches to fill them."""
+        """Returns the number of latent frames to add until the length divides into patches."""
         return -latent_frames % self.patch[0]
 
     def latent(self, frames: int, height: int, width: int) -> LatentShape:

@@ -1,4 +1,4 @@
-"""`configs/schema.json`: what editors need to complete and check the YAML files."""
+"""`configs/schema.json`: the JSON schema with which editors complete and check the YAML files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BASE = {
 
 
 def render_json_schema() -> str:
-    """Returns the JSON schema of one YAML file. Nothing is required: each file holds a part of the whole."""
+    """Returns the JSON schema of one YAML file, in which no key is required: a file may hold any part."""
     schema = _without_required(Sections.model_json_schema())
     schema["properties"] = {"base": _BASE, **schema["properties"]}
     schema["title"] = "sat_train"
@@ -24,8 +24,8 @@ def render_json_schema() -> str:
 
 def _without_required(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if not _is_required_list(key, item)}
-        return {key: _without_required(item) for key, item in kept.items()}
+        items = {key: item for key, item in value.items() if not _is_required_list(key, item)}
+        return {key: _without_required(item) for key, item in items.items()}
     return [_without_required(item) for item in value] if isinstance(value, list) else value
 
 

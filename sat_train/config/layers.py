@@ -1,4 +1,4 @@
-"""YAML files and the command line as layers, merged in order, each value remembering where it came from."""
+"""YAML files and the command line as layers, merged in order, with the source of each value."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Layer:
     """One file, or the command line, in today's names.
 
     Args:
-        name: File as a person would type it, or `command line`.
+        name: File as the user would type it, or `command line`.
         tree: Its content without the `base` key.
         dropped: Keys of older files that have no effect, with the reason.
-        is_embedded: Nobody named this file; it stands in for a model that no file chooses.
-        is_unread: It could not be read, so what it would have said is not known.
-        extensions: What a run recorded of the extensions that it was made with; None where there were none.
+        is_embedded: Not named by the user; it stands in for a model that no file chooses.
+        is_unread: It could not be read, so its content is unknown.
+        extensions: A run's record of the extensions that it was trained with; None where there were none.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Layer:
 
 @dataclass
 class Merged:
-    """The layers on top of each other.
+    """The merged layers.
 
     Args:
         tree: One value for each key.
         sources: The layer each leaf came from, by dotted path.
-        derived: Keys whose value was taken from another spelling of the same setting.
+        derived: Keys whose value comes from another spelling of the same setting.
         order: The layers, first to last; of two spellings the one in the later layer wins.
     """
 
@@ -64,7 +64,7 @@ class Merged:
         return self.sources.get(path, "")
 
     def rank_of(self, path: str) -> int:
-        """Returns the place of a key's layer among all layers; -1 for a default."""
+        """Returns the index of a key's layer among all layers; -1 for a default."""
         source = self.source_of(path)
         return self.order.index(source) if source in self.order else -1
 
@@ -74,8 +74,8 @@ def read_layers(base: Sequence[str | Path], words: Sequence[str], faults: list[F
 
     Args:
         base: Files in order. The embedded tiny model comes first when none of them chooses a network.
-        words: What else stands on the command line.
-        faults: Gets what cannot be read.
+        words: The rest of the command line.
+        faults: Receives what cannot be read.
     """
     reader = FileReader(faults)
     layers = [_layer(*file, faults) for path in base for file in reader.read(path)]
@@ -156,12 +156,12 @@ def _merge_into_list(
 
 
 def _are_places(layer: dict[str, Any], here: list[Any]) -> bool:
-    """Tells whether all keys of a group are places in a list, which is how the command line names them."""
+    """Returns whether all keys of a group are indices of a list, which is how the command line names them."""
     return bool(layer) and all(is_place(key) and int(key) < len(here) for key in layer)
 
 
 def _goes_back_to_default(path: str) -> bool:
-    """Tells whether null takes away a whole section that cannot hold null itself."""
+    """Returns whether null removes a whole section that cannot hold null itself."""
     key = all_keys().get(pattern_of(path))
     return key is not None and key.is_section and not key.is_nullable
 
@@ -169,7 +169,7 @@ def _goes_back_to_default(path: str) -> bool:
 def _drop_params_of_other_target(
     into: dict[str, Any], layer: dict[str, Any], path: str, sources: dict[str, str]
 ) -> None:
-    """Where a layer chooses another target, keeps only those earlier params that it knows too."""
+    """Keeps, where a layer chooses another target, only those earlier params that the new target has too."""
     table = slot_targets().get(pattern_of(path))
     params, key = into.get("params"), table.key if table is not None else ""
     record = table.params.get(str(layer.get(key))) if table is not None else None
@@ -187,7 +187,7 @@ def forget_sources(sources: dict[str, str], path: str) -> None:
 
 
 def replace_value(tree: Any, parts: Sequence[str], value: Any) -> None:
-    """Writes a value where the tree has one already; `parts` are the keys and places on the way to it."""
+    """Writes a value where the tree has one already; `parts` are the keys and indices on the way to it."""
     for part in parts[:-1]:
         tree = tree[int(part)] if isinstance(tree, list) else tree[part]
     tree[int(parts[-1]) if isinstance(tree, list) else parts[-1]] = value

@@ -26,7 +26,7 @@ OPTIMIZERS = {"sat.ops.FusedEmaAdam": "AdamW", "FusedEmaAdam": "AdamW"}
 
 NO_EFFECT = "never had an effect"
 _KNOWN = "known from the model"
-# Keys that old files carry and nobody reads here, with the reason. Patterns as in a shell.
+# Keys of old files that nothing reads here, with the reason. Patterns as in a shell.
 WITHOUT_EFFECT = {
     "args.no_load_rng": "all randomness comes from the seed and the step",
     "args.no_save_rng": "all randomness comes from the seed and the step",
@@ -49,7 +49,7 @@ WITHOUT_EFFECT = {
     "args.use_gpu_initialization": "weights are made where they are used",
     "model.disable_first_stage_autocast": "the autoencoder has its own precision",
     "model.no_cond_log": NO_EFFECT,
-    "model.log_keys": "captions are always written beside sampled videos",
+    "model.log_keys": "captions are always written next to sampled videos",
     "model.input_key": NO_EFFECT,
     "model.latent_input": "the data set says what it yields",
     "model.use_pd": NO_EFFECT,

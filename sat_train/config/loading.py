@@ -50,15 +50,15 @@ def load_run_config(
         base: YAML files, merged in order.
         words: The rest of the command line: `key.path=value` words and SAT flags, which win over all
             files, and `--extension NAME`.
-        purpose: What the run is for; sampling, for example, needs no training data.
+        purpose: Training or sampling; sampling, for example, needs no training data.
         check_paths: Also check that data and weights exist.
 
     Returns:
         The frozen configuration.
 
     Raises:
-        ConfigError: Something is wrong; it names every fault. An extension that cannot be imported, or is
-            missing, is named alone: the other faults might follow from it.
+        ConfigError: Names every fault. An extension that cannot be imported, or is missing, is named alone:
+            the other faults might follow from it.
     """
     faults: list[Fault] = []
     extensions, words = load_extensions(words)
@@ -70,7 +70,7 @@ def load_run_config(
     _settle(merged, faults)
     is_whole = not any(layer.is_unread for layer in layers)
     sections = validate(merged, _embedded_tree, faults, is_whole=is_whole)
-    if sections is None or not is_whole:  # what a file that cannot be read would have said, nobody knows
+    if sections is None or not is_whole:  # the content of a file that cannot be read is unknown
         raise ConfigError(faults)
     parsed_config = ParsedConfig(
         args=sections.args,
@@ -98,7 +98,7 @@ def load_run_config(
 
 
 def _settle(merged: Merged, faults: list[Fault]) -> None:
-    """Brings other spellings, references and what is found beside weights to their places in the tree."""
+    """Resolves other spellings and references in the tree, and fills in the paths found next to weights."""
     drop_fixed_keys(merged, faults)
     fold_aliases(merged, faults)
     resolve_references(merged, faults)
@@ -118,10 +118,10 @@ def _source(merged: Merged, path: str) -> str:
 
 
 def _source_of_given(merged: Merged, path: str) -> str:
-    """Returns the file that holds a key: a default is in none, whatever stands beside it."""
+    """Returns the file that holds a key: a default is in none, even if a file holds the rest of its group."""
     parent = path
     while get_value(merged.tree, parent) is PydanticUndefined and "." in parent:
-        parent = parent.rpartition(".")[0]  # one text may stand for a list: its place in it has no key
+        parent = parent.rpartition(".")[0]  # one text may stand for a list: its index has no key
     holds = get_value(merged.tree, parent)
     is_default = holds is PydanticUndefined or (parent != path and isinstance(holds, dict))
     return DEFAULT if is_default else _source(merged, path)
@@ -147,10 +147,10 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
         items = enumerate(value)
     else:
         return {path: value}
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, item in items:
-        found.update(leaves(item, f"{path}.{key}" if path else str(key)))
-    return found
+        values.update(leaves(item, f"{path}.{key}" if path else str(key)))
+    return values
 
 
 def _notes(layers: Sequence[Layer], config: ParsedConfig) -> list[str]:
@@ -159,12 +159,13 @@ def _notes(layers: Sequence[Layer], config: ParsedConfig) -> list[str]:
         notes.append(f"No file chooses a network: the embedded tiny model is used ({EMBEDDED}).")
     dropped = {path: why for layer in layers for path, why in layer.dropped.items()}
     if dropped:
-        listed = ", ".join(path if why == NO_EFFECT else f"{path} ({why})" for path, why in dropped.items())
-        notes.append(f"Keys of older files that have no effect: {listed}.")
-    written, trained = config.args.sampling_fps, config.data.params.fps if config.data is not None else None
-    if written is not None and trained is not None and written != trained:
+        keys = ", ".join(path if why == NO_EFFECT else f"{path} ({why})" for path, why in dropped.items())
+        notes.append(f"Keys of older files that have no effect: {keys}.")
+    sampling_fps = config.args.sampling_fps
+    data_fps = None if config.data is None else config.data.params.fps
+    if sampling_fps is not None and data_fps is not None and sampling_fps != data_fps:
         notes.append(
-            f"Videos are written at args.sampling_fps = {written:g}, but data.params.fps = {trained:g}."
+            f"Videos are written at args.sampling_fps = {sampling_fps:g}, but data.params.fps = {data_fps:g}."
         )
     if config.purpose == "sample" and (latent := config.args.sampling_num_frames) is not None:
         frames = config.spec.pixel_frames(latent)
@@ -173,7 +174,7 @@ def _notes(layers: Sequence[Layer], config: ParsedConfig) -> list[str]:
 
 
 def _missing_for_use(config: ParsedConfig) -> str:
-    """Returns what a configuration that may be a part still needs before it trains, or samples."""
+    """Returns the keys that a partial configuration still needs before it trains, or samples."""
     verb: Purpose = "sample" if config.args.mode == "inference" else "train"
     faults: list[Fault] = []
     check_rules(replace(config, purpose=verb), all_rules(), faults)

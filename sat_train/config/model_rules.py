@@ -1,4 +1,4 @@
-"""Rules on the shapes of the model and of what it is fed."""
+"""Rules on the shapes of the model and of its inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OF_ONE_CODER = {"in_channels", "out_ch"}
 _TIMESTEPS = "model.loss_fn_config.params.sigma_sampler_config.params"
 _SAMPLER = "model.sampler_config.params"
 _BUCKETS = "data.params.buckets"
-# A pattern of a stranger's file must not take for ever: see `_wanted_of_pattern`.
+# A pattern of an untrusted file must not run forever: see `_wanted_of_pattern`.
 _LONGEST_PATTERN = 200
 _REPEATED_GROUP = re.compile(r"\)[*+{?]")
 _REPEATS = re.compile(r"(?<!\\)[*+{]")
@@ -33,10 +33,10 @@ def frames_are_4k_plus_1(config: ParsedConfig) -> Iterator[Fault]:
     if config.data is None:
         return
     params = config.data.params
-    given = [("data.params.max_num_frames", params.max_num_frames)]
+    lengths = [("data.params.max_num_frames", params.max_num_frames)]
     if params.buckets is not None:
-        given += [(f"{_BUCKETS}.frames.{i}", frames) for i, frames in enumerate(params.buckets.frames)]
-    for path, frames in given:
+        lengths += [(f"{_BUCKETS}.frames.{i}", frames) for i, frames in enumerate(params.buckets.frames)]
+    for path, frames in lengths:
         if not config.spec.has_whole_latents(frames):
             below, above = config.spec.nearest_frames(frames)
             kind = f"{config.spec.temporal_compression}k+1"
@@ -126,11 +126,11 @@ def channels_fit(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault(
             f"{_NETWORK}.out_channels", spec.out_channels, f"{latent}, the autoencoder's z_channels"
         )
-    kind, wanted = "text-to-video (noised_image_input: false)", latent
+    kind, channels = "text-to-video (noised_image_input: false)", latent
     if "image" in spec.conditions:
-        kind, wanted = "image-to-video (noised_image_input: true)", 2 * latent
-    if spec.in_channels != wanted:
-        yield config.fault(f"{_NETWORK}.in_channels", spec.in_channels, f"{wanted} for {kind}")
+        kind, channels = "image-to-video (noised_image_input: true)", 2 * latent
+    if spec.in_channels != channels:
+        yield config.fault(f"{_NETWORK}.in_channels", spec.in_channels, f"{channels} for {kind}")
 
 
 @rule(
@@ -146,12 +146,12 @@ def heads_fit(config: ParsedConfig) -> Iterator[Fault]:
         return
     own = config.spec.head_width
     if config.spec.positions.kind != "sincos":
-        given = config.value(f"{_POSITION}.params.hidden_size_head")
+        value = config.value(f"{_POSITION}.params.hidden_size_head")
         if own % _ROTARY_MULTIPLE:
             expected = f"heads of a width divisible by {_ROTARY_MULTIPLE}; now {own}"
             yield config.fault(f"{_NETWORK}.num_attention_heads", heads, expected)
-        elif given not in (None, own):
-            yield config.fault(f"{_POSITION}.params.hidden_size_head", given, f"{own}: hidden_size / heads")
+        elif value not in (None, own):
+            yield config.fault(f"{_POSITION}.params.hidden_size_head", value, f"{own}: hidden_size / heads")
     ranks = config.args.model_parallel_size
     if heads % ranks:
         yield config.fault("args.model_parallel_size", ranks, f"a divisor of num_attention_heads = {heads}")
@@ -164,10 +164,10 @@ def ofs_adds_to_time(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault(f"{_NETWORK}.ofs_embed_dim", ofs, f"{time}, as time_embed_dim")
 
 
-def _repeats(config: ParsedConfig, path: str, wanted: object, of: str) -> Iterator[Fault]:
-    """Yields a fault where a key that repeats a number has another one."""
-    if (given := config.value(path)) != wanted:
-        yield config.fault(path, given, f"{wanted}, {of}")
+def _repeats(config: ParsedConfig, path: str, expected: object, of: str) -> Iterator[Fault]:
+    """Yields a fault where a key that repeats a number holds another one."""
+    if (value := config.value(path)) != expected:
+        yield config.fault(path, value, f"{expected}, {of}")
 
 
 @rule(f"{_POSITION}.params.text_length", "model.conditioner_config")
@@ -248,7 +248,7 @@ def adapters_find_their_layers(config: ParsedConfig) -> Iterator[Fault]:
 
 
 def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:
-    """Returns what would be right in place of a pattern; nothing where it is right."""
+    """Returns the expectation that a pattern fails; nothing where it is valid."""
     if (
         len(pattern) > _LONGEST_PATTERN
         or _REPEATED_GROUP.search(pattern)
@@ -264,8 +264,8 @@ def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:
 
 @rule("model.conditions", "model.modules")
 def names_of_parts_are_free(config: ParsedConfig) -> Iterator[Fault]:
-    taken = {"conditions": condition_parts.TAKEN, "modules": module_parts.TAKEN}
-    for group, names in taken.items():
+    reserved = {"conditions": condition_parts.TAKEN, "modules": module_parts.TAKEN}
+    for group, names in reserved.items():
         for name in getattr(config.model, group):
             if name in names:
                 yield config.fault(

@@ -32,20 +32,20 @@ class ModelSpec(NetworkSpec):
     Args:
         trained_frames: Pixel frames of pre-training.
         text: Folder of the text encoder, and tokens of a caption.
-        coder: Numbers of the video autoencoder; they are those of both halves.
+        coder: Numbers of the video autoencoder, shared by both halves.
         vae: Its weights, chunks and tiles.
         schedule: The noise schedule.
-        sampler: Which sampler.
+        sampler: The sampler.
         sampling_steps: Its denoising steps.
         guidance: Its classifier-free guidance.
         adapter: Adapters; None trains the weights themselves.
         modules: Further network modules, by name.
         hook_order: By hook, names of the modules around it, outermost first.
-        conditions: What the model is given besides noise and time.
+        conditions: Inputs of the model besides noise and time.
         latent_scale: Latents are multiplied by this before the transformer sees them.
         image_latent_scale: Factor on the latent of the image condition.
         caption_dropout: Share of captions dropped in training.
-        posterior_sampling: Training draws latents from the posterior; False takes its mean.
+        posterior_sampling: Training draws latents from the posterior; False uses its mean.
         offset_noise_level: Standard deviation of the noise that all elements of a sample share.
         min_snr_gamma: Largest weight of the x0 error; None for no limit.
         timestep_sampling: `stratified` spreads the timesteps of a step over the schedule.
@@ -78,7 +78,7 @@ class ModelSpec(NetworkSpec):
 
 
 def build_model_spec(model: ModelConfig) -> ModelSpec:
-    """Reads the numbers of a model from its section, whose values may still contradict each other."""
+    """Builds the spec of a model from its section, whose values may still contradict each other."""
     network, sampler = model.network_config.params, model.sampler_config.params
     conditioner, first_stage = model.conditioner_config.params.emb_models[0], model.first_stage_config.params
     loss, coder = model.loss_fn_config.params, first_stage.encoder_config.params

@@ -1,4 +1,4 @@
-"""Numbers of the transformer, and what follows from them: its weights, tokens and FLOPs."""
+"""Numbers of the transformer, with the counts of weights, tokens and FLOPs that follow from them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class PositionSpec:
 
     Args:
         kind: `sincos` (2B), `rotary` (5B, 1.5) or `rotary_learned` (5B-I2V).
-        latent_size: Frames, height and width of the latent that tables are made for: that of pre-training.
+        latent_size: Frames, height and width of the latent of tables: that of pre-training.
         text_length: Text tokens that tables leave room for.
         interpolation: Positions along time, height and width are divided by these; 2B has (1, 1.875, 1.875).
         theta: Base of the rotary frequencies.
-        size_policy: What a table does at other sizes: `refuse` or `interpolate`.
+        size_policy: Behaviour of a table at other sizes: `refuse` or `interpolate`.
     """
 
     kind: PositionKind
@@ -34,15 +34,15 @@ class PositionSpec:
 
     @property
     def is_table(self) -> bool:
-        """Other sizes need another table, not only other angles."""
+        """True where other sizes need another table, not only other angles."""
         return self.kind != "rotary"
 
 
 class Flops(NamedTuple):
     """Floating-point operations of a forward pass; a multiply-add is two.
 
-    The backward pass through weights that train takes twice `linear` and twice `attention`; frozen weights
-    take `linear` once, and `attention` still twice.
+    The backward pass costs twice `linear` and twice `attention` for trained weights; for frozen weights it
+    costs `linear` once, and `attention` still twice.
     """
 
     linear: int
@@ -81,7 +81,7 @@ class NetworkSpec(Geometry):
 
     @property
     def family(self) -> Literal["1.0", "1.5"]:
-        """CogVideoX 1.5 has patches of several frames."""
+        """Release of CogVideoX that these numbers belong to: 1.5 has patches of several frames."""
         return "1.0" if self.patch[0] == 1 else "1.5"
 
     @property
@@ -90,11 +90,11 @@ class NetworkSpec(Geometry):
         return self.width // self.heads
 
     def tokens(self, latent: LatentShape) -> int:
-        """Returns the tokens of one sample, text included: what memory and time grow with."""
+        """Returns the tokens of one sample, text included: memory and time grow with them."""
         return self.patches(latent) + self.positions.text_length
 
     def linear_layers(self) -> tuple[str, ...]:
-        """Returns the names of the transformer's linear layers, which adapters may be given to."""
+        """Returns the names of the transformer's linear layers, which adapters may target."""
         inside = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
         blocks = [f"transformer.layers.{layer}.{name}" for layer in range(self.layers) for name in inside]
         modulations = [f"mixins.adaln_layer.adaLN_modulations.{layer}.1" for layer in range(self.layers)]
@@ -125,7 +125,7 @@ class NetworkSpec(Geometry):
         return {part: count for part, count in parts.items() if count}
 
     def flops(self, tokens: int) -> Flops:
-        """Returns what the transformer's forward pass of one sample takes.
+        """Returns the FLOPs of the transformer's forward pass of one sample.
 
         Args:
             tokens: Of the sample, text included.

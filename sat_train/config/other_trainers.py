@@ -1,4 +1,4 @@
-"""What other trainers call a setting that has another name here, so that a message can say ours."""
+"""Names of settings in other trainers, so that a message can suggest the name here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules on files and folders that must be there before anything starts."""
+"""Rules on files and folders that must exist before anything starts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sat_train.patterns import expand_braces, find_local
 
 _HUB_NAME = re.compile(r"^[\w-]+/[\w.-]+$")
 _RESUME_WORDS = ("auto", "must", "none")
-# What other trainers call them.
+# Their names in other trainers.
 _RESUME_ALIASES = dict.fromkeys(("latest", "last", "newest", "true", "yes"), "auto")
 _RESUME_ALIASES |= dict.fromkeys(("never", "false", "no", "off"), "none")
 _DATA = ("args.train_data.", "args.valid_data.")
 
 
 def placeholders(config: ParsedConfig) -> list[str]:
-    """Returns the paths that are still to be filled in, as `key = value`."""
+    """Returns the paths that the user has still to fill in, as `key = value`."""
     return [
         f"{key} = {path}"
         for key, path in _needed_paths(config)
@@ -44,14 +44,14 @@ def needed_paths_exist(config: ParsedConfig) -> Iterator[Fault]:
 
 
 def _wanted_path(key: str, path: str) -> str:
-    wanted = "a file or folder that exists"
+    expected = "a file or folder that exists"
     if key == "args.resume":
-        wanted = f"one of {', '.join(_RESUME_WORDS)}, or a run directory that exists"
-    return f"{wanted}; folders are parted by `/` here" if "\\" in path else wanted
+        expected = f"one of {', '.join(_RESUME_WORDS)}, or a run directory that exists"
+    return f"{expected}; folders are separated by `/` here" if "\\" in path else expected
 
 
 def _follows_from_load(config: ParsedConfig, key: str) -> bool:
-    """Tells whether a folder for `args.load`, which is missing too, is all that this key needs."""
+    """Returns whether a folder for `args.load`, which is missing too, is all that this key needs."""
     load_is_missing = config.args.load is not None and is_placeholder(config.args.load)
     return key in (TEXT_ENCODER, AUTOENCODER) and load_is_missing and config.purpose != "precompute"
 
@@ -65,9 +65,9 @@ def _wanted_in_place_of_braces(config: ParsedConfig, key: str) -> str:
 
 
 def _absent(entry: str) -> str | None:
-    """Returns the first file that an entry of the training data names and that is not there.
+    """Returns the first file that an entry of the training data names and that does not exist.
 
-    What is on remote storage is looked at when it is read: a configuration is checked without a network.
+    Remote files are not checked until they are read: a configuration is checked without a network.
     """
     if "://" in entry or exists(entry):
         return None

@@ -1,4 +1,4 @@
-"""Where files are: configurations beside the working directory or in the package, and shipped assets."""
+"""Paths of configurations, in the working directory or in the package, and of shipped assets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_config(path: str | Path) -> Path | None:
 
 
 def exists(path: str | Path) -> bool:
-    """Tells whether a path is there; one that no file system takes (too long, NUL) is not."""
+    """Returns whether a path exists; one that no file system accepts (too long, NUL) does not."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):
@@ -43,7 +43,7 @@ def expand_assets(value: Any) -> Any:
 
 
 def shorten_assets(value: Any) -> Any:
-    """Undoes `expand_assets`, so that what is written is the same on every machine."""
+    """Undoes `expand_assets`, so that written paths are the same on every machine."""
     if isinstance(value, dict):
         return {key: shorten_assets(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -54,7 +54,7 @@ def shorten_assets(value: Any) -> Any:
 
 
 def is_placeholder(path: str) -> bool:
-    """Tells whether a preset leaves this path to the person, as in `{folder of CogVideoX-5b}/transformer`.
+    """Returns whether a preset leaves this path to the user, as in `{folder of CogVideoX-5b}/transformer`.
 
     `{000..099}` and `{a,b}` are not such braces: they stand for several files.
     """

@@ -1,4 +1,4 @@
-"""From the name of a YAML file to what it and the files under its `base` hold."""
+"""Reading of a YAML file and of the files under its `base`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sat_train.config.yaml_text import MAX_BYTES, WANTED_SECTIONS, NotPlain, par
 from sat_train.errors import Fault
 from sat_train.files import NotRegular, TooLarge, read_text
 
-RESOLVED = "resolved.yaml"  # what a run keeps of its configuration
+RESOLVED = "resolved.yaml"  # configuration that a run saves
 _SUFFIXES = (".yaml", ".yml", ".json")
 _MAX_DEPTH = 20
 _LISTED_FILES = 1000
 
-# Name as a person would type it, and the content without `base`; None where it cannot be read.
+# Name as the user would type it, and the content without `base`; None where it cannot be read.
 File = tuple[str, dict[str, Any] | None]
 
 
@@ -26,7 +26,7 @@ class FileReader:
     """Reads each file once, at its first mention.
 
     Args:
-        faults: Gets what cannot be read.
+        faults: Receives what cannot be read.
         follows_base: Also read the files that a file names under `base`.
     """
 
@@ -36,15 +36,15 @@ class FileReader:
         self._seen: set[Path] = set()
 
     def read(self, path: str | Path) -> list[File]:
-        """Returns a file behind those that it names under `base`; nothing where it was read before."""
-        found = find_config(path)
-        if found is None:
+        """Returns the files under a file's `base`, then the file itself; nothing where it was read before."""
+        file = find_config(path)
+        if file is None:
             suggestion = _suggest_file(Path(path))
             self._faults.append(
                 Fault("--base", str(path), "a YAML file that exists", COMMAND_LINE, suggestion)
             )
             return [(str(path), None)]
-        return self._read(found, 0)
+        return self._read(file, 0)
 
     def _read(self, path: Path, depth: int) -> list[File]:
         resolved = path.resolve()
@@ -71,20 +71,22 @@ class FileReader:
             self._faults.append(Fault("base", "", "a list of YAML files, relative to this one", name))
             return []
         if base and path.name == RESOLVED:
-            self._faults.append(Fault("base", base[0], "no other file: what a run keeps is complete", name))
+            self._faults.append(
+                Fault("base", base[0], "no other file: the configuration that a run saves is complete", name)
+            )
             return []
         return base
 
     def _include(self, item: str, path: Path, depth: int) -> list[File]:
         name, target = _display(path), path.parent / item
-        found = find_config(target) if item.lower().endswith(_SUFFIXES) else None
-        if found is None or depth >= _MAX_DEPTH:
+        file = find_config(target) if item.lower().endswith(_SUFFIXES) else None
+        if file is None or depth >= _MAX_DEPTH:
             expected = (
                 "a YAML file that exists" if depth < _MAX_DEPTH else f"at most {_MAX_DEPTH} files in a row"
             )
             self._faults.append(Fault("base", item, expected, name, _suggest_file(target)))
             return [(item, None)]
-        return self._read(found, depth + 1)
+        return self._read(file, depth + 1)
 
     def _parse(self, path: Path, name: str) -> dict[str, Any] | None:
         try:
@@ -114,7 +116,7 @@ def _expected_file(error: OSError | UnicodeDecodeError) -> str:
 
 
 def _display(path: Path) -> str:
-    """Returns the path as short as it can be typed: within the package, within this folder, or whole."""
+    """Returns the shortest path that can be typed: within the package, within this folder, or whole."""
     path = Path(os.path.normpath(path))
     for folder in (PACKAGE.parent, PACKAGE):
         if path.is_relative_to(folder / "configs"):
@@ -124,7 +126,7 @@ def _display(path: Path) -> str:
 
 
 def _suggest_file(path: Path) -> str:
-    """Returns the file that was probably meant, in the same folder or in the package."""
+    """Returns the file that the user probably meant, in the same folder or in the package."""
     for folder in (path.parent, PACKAGE / path.parent):
         try:
             names = [entry.name for entry, _ in zip(os.scandir(folder), range(_LISTED_FILES), strict=False)]

@@ -1,4 +1,4 @@
-"""`${section.key}`: a value that is taken from another key. Nothing else is looked up, and nothing runs."""
+"""`${section.key}`: the value of another key. Nothing else is resolved, and nothing is executed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sat_train.errors import Fault
 
 
 def resolve_references(merged: Merged, faults: list[Fault]) -> None:
-    """Replaces `${a.b}` in the merged tree by what the key `a.b` holds.
+    """Replaces `${a.b}` in the merged tree by the value of the key `a.b`.
 
-    A reference leads to a value, not to another reference: so none goes in a circle, and none multiplies.
+    A reference leads to a value, not to another reference: so there are no cycles, and no text can blow up.
 
     Args:
         merged: Changed in place.
-        faults: Gets all that are no plain references, or lead to nothing.
+        faults: Receives all that are not plain references, or lead to nothing.
     """
     original = copy.deepcopy(merged.tree)
     for parts, text in _texts(original, ()):
@@ -37,11 +37,11 @@ def resolve_references(merged: Merged, faults: list[Fault]) -> None:
 def _resolve(text: str, tree: Any) -> Any:
     if whole := REFERENCE.fullmatch(text):
         return copy.deepcopy(_value(whole[1], tree))
-    values = [_value(found[1], tree) for found in REFERENCE.finditer(text)]
+    values = [_value(match[1], tree) for match in REFERENCE.finditer(text)]
     if not all(isinstance(value, (str, int, float)) for value in values):
         return PydanticUndefined
-    shown = iter(values)
-    resolved = REFERENCE.sub(lambda _: show_value(next(shown)), text)
+    parts = iter(values)
+    resolved = REFERENCE.sub(lambda _: show_value(next(parts)), text)
     return PydanticUndefined if "${" in resolved else resolved
 
 
@@ -51,7 +51,7 @@ def _value(path: str, tree: Any) -> Any:
 
 
 def _texts(value: Any, parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields the texts that hold a reference."""
+    """Yields the texts that contain a reference."""
     if isinstance(value, str) and "${" in value:
         yield parts, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

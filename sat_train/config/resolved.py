@@ -1,4 +1,4 @@
-"""`resolved.yaml`: every value of a run with where it came from. It loads back to the same configuration."""
+"""`resolved.yaml`: every value of a run with its source. It loads back to the same configuration."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def render_resolved(config: RunConfig) -> str:
 
 
 def write_resolved(config: RunConfig, path: Path, *, notes: Sequence[str] = ()) -> None:
-    """Writes `render_resolved` to a file, which is there whole or as it was.
+    """Writes `render_resolved` to a file atomically.
 
-    Where a URL in it has a password it is for its owner's eyes only.
+    Where a URL in it has a password, only the owner may read the file.
 
     Args:
-        notes: Lines for people at its head, such as what a resumed run has changed.
+        notes: Comment lines at its head, such as the settings that a resumed run has changed.
 
     Raises:
         OSError: It cannot be written.
@@ -54,13 +54,13 @@ def _render(value: Any, sources: Mapping[str, str], path: str, depth: int) -> It
 
 
 def _scalar(value: Any) -> str:
-    """Returns JSON, which is YAML and leaves no doubt about types: 1e-08 stays a number, "1" a text."""
+    """Returns JSON, which is YAML with unambiguous types: 1e-08 stays a number, "1" a text."""
     return _escape(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def _escape(text: str) -> str:
-    """Escapes what JSON lets stand and YAML does not: control characters, and line ends of other scripts."""
-    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """Escapes characters that JSON allows and YAML does not: controls, and line ends of other scripts."""
+    return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _is_group(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a rule between settings is: the keys it reads, and the faults it finds."""
+"""A rule between settings: the keys it reads, and the faults it finds."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Purpose = Literal["train", "sample", "precompute", "check"]
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """Settings that are each right by themselves.
+    """Settings that are each valid by themselves.
 
     Args:
         args: Section `args`.
         model: Section `model`.
         data: Section `data`.
         deepspeed: Section `deepspeed`.
-        purpose: What the run is for.
-        source_of: Gives the file a key came from.
+        purpose: Training or sampling.
+        source_of: Returns the file a key came from.
     """
 
     args: ArgsConfig
@@ -41,7 +41,7 @@ class ParsedConfig:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """The numbers of the model."""
+        """Flat record of the model's numbers."""
         return build_model_spec(self.model)
 
     def value(self, path: str) -> Any:
@@ -53,19 +53,19 @@ class ParsedConfig:
 
     def fault(self, path: str, value: object, expected: str, suggestion: str = "") -> Fault:
         """Returns a fault at a key, with the file that the key came from."""
-        shown = show_value(list(value) if isinstance(value, tuple) else value)
-        return Fault(path, shown, expected, self.source_of(path), suggestion)
+        text = show_value(list(value) if isinstance(value, tuple) else value)
+        return Fault(path, text, expected, self.source_of(path), suggestion)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One check between settings.
+    """A check between settings.
 
     Args:
-        reads: Keys or groups it depends on; with a fault in one of them it cannot be checked.
+        reads: Keys or groups it depends on; it is not checked when one of them has a fault.
         check: Yields the faults.
         severity: `error` refuses the configuration; `warning` is shown, unless `args.silence` names the rule.
-        source: Where the reason can be read; shown with a warning.
+        source: Reference that explains the reason; shown with a warning.
         looks_at_paths: It needs the files that the configuration names.
     """
 
@@ -77,11 +77,11 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """Its name, by which a warning can be silenced."""
+        """Name of the rule, by which a warning can be silenced."""
         return self.check.__name__
 
     def can_be_checked(self, faulty: set[str]) -> bool:
-        """Tells whether nothing that the rule reads is a fault already."""
+        """Returns whether all keys that the rule reads are valid."""
         return not any(
             path == read or path.startswith(f"{read}.") or read.startswith(f"{path}.")
             for path in faulty
@@ -95,7 +95,7 @@ def rule(
     source: str = "",
     looks_at_paths: bool = False,
 ) -> Callable[[Callable[[ParsedConfig], Iterator[Fault]]], Rule]:
-    """Makes a rule of a function and registers it under the function's name. To extensions, a guard rail.
+    """Registers a function as a rule under its own name; extensions know it as a guard rail.
 
     Args:
         reads: Keys or groups that it reads, such as `args.lr`.

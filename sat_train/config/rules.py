@@ -1,4 +1,4 @@
-"""Rules between settings: what each single value cannot know."""
+"""Rules between settings, which no single value can check by itself."""
 
 from collections.abc import Iterable
 
@@ -13,15 +13,15 @@ from sat_train.errors import ConfigError, Fault
 
 
 def all_rules(*, looking_at_paths: bool = False) -> list[Rule]:
-    """Returns the rules of the package and of extensions: those that look at paths, or those that do not."""
+    """Returns the rules of the package and of extensions: those that check paths, or those that do not."""
     return [rule for rule in registered_checks() if rule.looks_at_paths == looking_at_paths]
 
 
 def check_rules(config: ParsedConfig, rules: Iterable[Rule], faults: list[Fault]) -> None:
-    """Adds what the rules find; those that read a key with a fault are left out.
+    """Checks rules and adds their faults; rules that read a key with a fault are left out.
 
     Args:
-        config: Settings that are each right by themselves.
+        config: Settings that are each valid by themselves.
         rules: The rules to check.
         faults: Known faults, to which the new ones are added.
     """
@@ -32,7 +32,7 @@ def check_rules(config: ParsedConfig, rules: Iterable[Rule], faults: list[Fault]
 
 
 def warnings_of(config: ParsedConfig) -> list[str]:
-    """Returns what the rules find that only warn, unless `args.silence` names them."""
+    """Returns the warnings of the rules that only warn, unless `args.silence` names them."""
     return [
         f"{fault} ({'; '.join(filter(None, [rule.source, f'args.silence=[{rule.name}] hides this']))})"
         for rule in all_rules()
@@ -42,14 +42,14 @@ def warnings_of(config: ParsedConfig) -> list[str]:
 
 
 def check_on_device(config: RunConfig, device: str) -> None:
-    """Checks the rules on the engine again, once the device that `args.device: auto` finds is known.
+    """Checks the rules on the engine again, once the device behind `args.device: auto` is known.
 
     Args:
         config: A valid configuration.
         device: `cpu` or `cuda`.
 
     Raises:
-        ConfigError: With every combination that DeepSpeed accepts and does wrong.
+        ConfigError: Names every combination that DeepSpeed accepts and computes wrongly.
     """
     faults: list[Fault] = []
     parsed_config = ParsedConfig(

@@ -21,7 +21,7 @@ from sat_train.config.schema.deepspeed import DeepSpeedConfig
 from sat_train.config.schema.model_section import ModelConfig
 from sat_train.errors import without_secrets
 
-# Settings that say where things are kept and what is shown, not which numbers come out.
+# Settings of storage and display, which do not change the numbers of a run.
 _WITHOUT_EFFECT_ON_NUMBERS = frozenset(
     [
         "experiment_name",
@@ -62,15 +62,15 @@ def _without_secrets(value: Any) -> Any:
 class Sections(Record):
     """The four sections of the merged files."""
 
-    args: ArgsConfig = Field(ArgsConfig(), description="How a run is trained, kept, validated and sampled.")
+    args: ArgsConfig = Field(ArgsConfig(), description="Training, checkpoints, validation and sampling.")
     model: ModelConfig = Field(description="The model, in CogVideo's shape.")
-    data: DataConfig | None = Field(None, description="What is read for training; sampling needs none.")
+    data: DataConfig | None = Field(None, description="Training data; sampling needs none.")
     deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description="The DeepSpeed engine.")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run needs to know.
+    """The complete configuration of a run.
 
     Args:
         args: SAT's arguments and ours.
@@ -78,8 +78,8 @@ class RunConfig:
         data: The data; None only where a run was loaded for sampling.
         deepspeed: The engine.
         sources: For each dotted key with a value, the file it came from, `command line` or `default`.
-        notes: What the person should hear once, e.g. old keys without effect.
-        needs: What is still missing before this configuration can be used; empty when nothing is.
+        notes: Messages shown to the user once, e.g. old keys without effect.
+        needs: Keys still missing before this configuration can be used; empty when it is complete.
         extensions: The extensions that were loaded for it.
     """
 
@@ -94,23 +94,23 @@ class RunConfig:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """The numbers of the model."""
+        """Flat record of the model's numbers."""
         return build_model_spec(self.model)
 
     def require_data(self) -> DataConfig:
-        """Returns `data` where a function only ever runs with it: training, caching, looking at data."""
+        """Returns `data` for commands that always have it: training, caching, inspecting data."""
         assert self.data is not None, "this configuration was loaded for sampling, without a data section"
         return self.data
 
     def shown_tree(self) -> dict[str, Any]:
-        """Returns `tree` without passwords and signatures in URLs: for people, trackers and checkpoints."""
-        shown: dict[str, Any] = _without_secrets(self.tree())
-        return shown
+        """Returns `tree` without passwords and signatures in URLs, for display, trackers and checkpoints."""
+        tree: dict[str, Any] = _without_secrets(self.tree())
+        return tree
 
     def tree(self) -> dict[str, Any]:
         """Returns the four sections as plain dictionaries, lists and scalars; shipped files as `asset:`.
 
-        With extensions, also what is recorded of them.
+        With extensions, the record of them is included.
         """
         records = {name: getattr(self, name) for name in Sections.model_fields}
         sections = {

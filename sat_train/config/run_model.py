@@ -1,4 +1,4 @@
-"""What a run directory says to those who sample from it or resume it: its model, and its extensions."""
+"""Model and extensions of an earlier run, for sampling from it or resuming it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sat_train.config.rule import Purpose
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.errors import ConfigError, Fault
 
-# What belongs to the model and its samples, not to the training of it.
+# Settings of the model and its samples, not of its training.
 _ARGS = (
     "fp16",
     "bf16",
@@ -31,14 +31,14 @@ _DATA = ("params",)
 
 
 def use_model_of_run(layers: list[Layer], faults: list[Fault]) -> list[Layer]:
-    """Puts the model of the run that `args.load` names in place of the embedded one.
+    """Replaces the embedded model by that of the run that `args.load` names.
 
     Args:
         layers: From `read_layers`. Nothing changes when one of their files chooses a network.
-        faults: Gets a `resolved.yaml` that cannot be read.
+        faults: Receives a `resolved.yaml` that cannot be read.
 
     Returns:
-        The layers, or those of nobody's choice replaced by one of the run.
+        The layers, with the embedded ones replaced by one of the run.
     """
     if not any(layer.is_embedded for layer in layers):
         return layers
@@ -52,15 +52,15 @@ def use_model_of_run(layers: list[Layer], faults: list[Fault]) -> list[Layer]:
     for section, keys in (("args", _ARGS), ("data", _DATA)):
         values = resolved.tree.get(section) or {}
         tree[section] = {key: values[key] for key in keys if key in values}
-    chosen = [layer for layer in layers if not layer.is_embedded]
-    return [Layer(resolved.name, {name: section for name, section in tree.items() if section}, {}), *chosen]
+    rest = [layer for layer in layers if not layer.is_embedded]
+    return [Layer(resolved.name, {name: section for name, section in tree.items() if section}, {}), *rest]
 
 
 def check_recorded_extensions(extensions: Extensions, layers: Sequence[Layer], resolved: Path | None) -> None:
-    """Compares the extensions with those that files, and a run that is taken up again, were made with.
+    """Compares the extensions with those that the files and the resumed run were written with.
 
     Args:
-        extensions: What was loaded.
+        extensions: The loaded extensions.
         layers: The files.
         resolved: `resolved.yaml` of the run; None where there is none.
 

@@ -61,7 +61,7 @@ def gradients_stay_in_order(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault(
             "deepspeed.zero_optimization.round_robin_gradients",
             True,
-            "false: DeepSpeed then takes master weights for those of other parameters, and the average "
+            "false: DeepSpeed then mixes up the master weights of parameters, and the average "
             "of the weights (args.ema_decay) is wrong",
         )
 
@@ -179,9 +179,9 @@ def finetune_has_weights(config: ParsedConfig) -> Iterator[Fault]:
 def lora_has_a_base(config: ParsedConfig) -> Iterator[Fault]:
     args = config.args
     if args.load_lora is not None and args.load is None:
-        yield config.fault("args.load", None, "the weights that the adapters of args.load_lora stand on")
+        yield config.fault("args.load", None, "the base weights of the adapters of args.load_lora")
     if args.load_lora is None and args.lora_strength != 1.0:
-        expected = "1, or args.load_lora beside it: it is a factor on the adapters of that file"
+        expected = "1, or args.load_lora with it: it is a factor on the adapters of that file"
         yield config.fault("args.lora_strength", args.lora_strength, expected)
 
 
@@ -215,7 +215,7 @@ def there_is_a_prompt(config: ParsedConfig) -> Iterator[Fault]:
     elif args.prompt is None and args.input_file is None:
         yield config.fault("args.prompt", None, "a prompt (--prompt 'a cat'), or args.input_file")
     elif args.prompt is not None and args.image is None and config.model.noised_image_input:
-        yield config.fault("args.image", None, "a first frame: this model makes videos of images")
+        yield config.fault("args.image", None, "a first frame: this model generates videos from images")
 
 
 @rule("args.valid_prompts", "args.valid_images", "model.noised_image_input")
@@ -236,10 +236,10 @@ def validation_images_fit(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule("args")
 def keys_have_a_reader(config: ParsedConfig) -> Iterator[Fault]:
-    """A setting that nothing reads for this purpose is an error, wherever somebody has chosen to give it.
+    """Yields a fault for each explicit setting that nothing reads for this purpose.
 
-    A file may describe both training and sampling, so in sampling only the command line is asked. Sampling's
-    own settings have no place in training, where they look as if they did something.
+    A file may describe both training and sampling, so in sampling only the command line is checked.
+    Sampling's own settings are refused in training, where they would look as if they had an effect.
     """
     if config.purpose == "check":
         return
@@ -253,5 +253,5 @@ def keys_have_a_reader(config: ParsedConfig) -> Iterator[Fault]:
             yield config.fault(path, value, f"no such setting: {verb} does not read it", instead)
 
 
-# What also depends on the device that `auto` finds; the engine asks again once it is known.
+# Rules that also depend on the device behind `auto`; the engine checks them again once it is known.
 ENGINE_RULES = (stage_zero_in_fp32_only, no_compile_with_stage_three, fp16_on_gpus_only)

@@ -1,4 +1,4 @@
-"""SAT's argument namespace, for SAT's own classes and files. Made here only, and read by nobody else."""
+"""SAT's argument namespace, for SAT's own classes and files. Built only here, and read by nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from sat_train.config.run import RunConfig
 from sat_train.files import write_text
 
-# What SAT's BaseModel reads and CogVideoX never varies.
+# Arguments that SAT's BaseModel reads and CogVideoX never varies.
 _FIXED = {
     "vocab_size": 1,
     "max_sequence_length": 64,
@@ -55,11 +55,11 @@ def build_sat_args(config: RunConfig) -> argparse.Namespace:
 
 
 def write_model_config(config: RunConfig, path: Path) -> None:
-    """Writes the namespace as `model_config.json`, which SAT keeps beside `latest`; whole, or as it was.
+    """Writes the namespace as `model_config.json`, which SAT keeps next to `latest`, atomically.
 
     Ranks: rank 0 only.
 
     Source: THUDM/SwissArmyTransformer@63dc23a `sat/training/model_io.py` `save_checkpoint`.
     """
-    named = {"model_class": "DiffusionTransformer", **vars(build_sat_args(config))}
-    write_text(path, json.dumps(named, indent=2) + "\n")
+    arguments = {"model_class": "DiffusionTransformer", **vars(build_sat_args(config))}
+    write_text(path, json.dumps(arguments, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""From a merged tree to records, or to all faults at once in words that a person can act on."""
+"""Validation of a merged tree: records, or all faults at once in words that the user can act on."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sat_train.config.run import Sections
 from sat_train.config.values import show_value
 from sat_train.errors import Fault
 
-_KEY = ("[key]",)  # pydantic's mark of a key that is wrong itself
-_ROUNDS = 5  # a value is taken out, then replaced, and its replacement may hold such a value in turn
+_KEY = ("[key]",)  # pydantic's mark of a key that is itself wrong
+_ROUNDS = 5  # a value is removed, then replaced, and its replacement may hold such a value in turn
 
 
 def validate(
@@ -35,8 +35,8 @@ def validate(
 
     Args:
         merged: The merged layers.
-        stand_in: Gives a complete tree, from which required values that are wrong or missing are taken.
-        faults: Gets everything wrong in the tree.
+        stand_in: Returns a complete tree, the source of required values that are wrong or missing.
+        faults: Receives everything wrong in the tree.
         is_whole: All files could be read; else nothing is called missing.
 
     Returns:
@@ -44,8 +44,8 @@ def validate(
         default or the stand-in's value. None when even that is not possible.
     """
     tree = copy.deepcopy(merged.tree)
-    named = {fault.path for fault in faults} | merged.derived
-    named |= {f"{path.removesuffix('.target')}.params" for path in named if path.endswith(".target")}
+    faulty = {fault.path for fault in faults} | merged.derived
+    faulty |= {f"{path.removesuffix('.target')}.params" for path in faulty if path.endswith(".target")}
     for _ in range(_ROUNDS):
         try:
             return Sections.model_validate(tree)
@@ -54,17 +54,17 @@ def validate(
             paths = [_path_of(detail["loc"], tree) for detail in details]  # before anything is repaired
             for detail, path in zip(details, paths, strict=True):
                 is_new = is_whole or detail["type"] != "missing"
-                if is_new and not any(_is_within(path, known) or _is_within(known, path) for known in named):
+                if is_new and not any(_is_within(path, known) or _is_within(known, path) for known in faulty):
                     faults.append(_fault(detail, path, merged))
-                named.add(path)
-                if target_names(path):  # what its params may be is not known then
-                    named.add(f"{path.rpartition('.')[0]}.params")
+                faulty.add(path)
+                if target_names(path):  # its allowed params are unknown then
+                    faulty.add(f"{path.rpartition('.')[0]}.params")
                 _repair(tree, path, stand_in() if detail["type"] == "missing" else {})
     return None
 
 
 def _path_of(location: tuple[int | str, ...], tree: Any) -> str:
-    """Returns the dotted path of an error, without the union members that pydantic puts in between."""
+    """Returns the dotted path of an error, without the union members that pydantic inserts."""
     parts: list[str] = []
     location = location[:-1] if location[-1:] == _KEY else location
     for index, part in enumerate(location):
@@ -85,31 +85,31 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
     if kind == "union_tag_invalid":
         path = f"{path}.target"
     value = get_value(merged.tree, path)
-    shown = "" if value is PydanticUndefined else show_value(value)
+    text = "" if value is PydanticUndefined else show_value(value)
     suggestion = ""
     if kind == "extra_forbidden":
         expected, suggestion = _expected_key(path, merged)
-        shown = shown if "." in path else ""  # a file that is no configuration may hold anything
+        text = text if "." in path else ""  # a file that is no configuration may hold anything
     elif detail["loc"][-1:] == _KEY:
-        shown, expected = "", "a name of letters, digits and `_`, which begins with a letter"
+        text, expected = "", "a name of letters, digits and `_`, which begins with a letter"
     elif kind == "missing":
         expected = f"{_expected(path)}, but it is missing"
     elif kind == "union_tag_not_found":
         expected = f"a target: one of {', '.join(target_names(f'{path}.target'))}"
     elif kind in ("union_tag_invalid", "literal_error"):
         choices = _choices(path)
-        expected, suggestion = f"one of {', '.join(choices)}", suggest_value(shown, choices)
+        expected, suggestion = f"one of {', '.join(choices)}", suggest_value(text, choices)
     elif kind == "string_type" and isinstance(value, (int, float)):
         expected = "text, in quotes where YAML would read a number or true and false"
     else:
         expected = _expected(path)
     return Fault(
-        path, shown, expected.replace("one of ", "", "," not in expected), merged.source_of(path), suggestion
+        path, text, expected.replace("one of ", "", "," not in expected), merged.source_of(path), suggestion
     )
 
 
 def _expected_key(path: str, merged: Merged) -> tuple[str, str]:
-    """Returns what might stand in place of an unknown key: in a part's `params`, one of that part's own."""
+    """Returns the expectation for an unknown key: in a part's `params`, the settings of that part."""
     place, _, key = path.rpartition(".params.")
     table = slot_targets().get(pattern_of(place))
     name = get_value(merged.tree, f"{place}.{table.key}") if table is not None else None
@@ -121,7 +121,7 @@ def _expected_key(path: str, merged: Merged) -> tuple[str, str]:
 
 
 def _expected(path: str) -> str:
-    """Returns in words what a key may hold; for a place in a list, what the list may hold."""
+    """Returns in words the values that a key accepts; for an index of a list, those of the list."""
     keys, pattern = all_keys(), pattern_of(path)
     key = keys.get(pattern) or keys.get(pattern.removesuffix(".*"))
     if key is None:
@@ -134,7 +134,7 @@ def _choices(path: str) -> list[str]:
 
 
 def _repair(tree: Any, path: str, stand_in: dict[str, Any]) -> None:
-    """Takes a wrong value out of the tree, or puts the stand-in's value there."""
+    """Removes a wrong value from the tree, or replaces it by the stand-in's value."""
     *groups, leaf = path.split(".")
     parent = get_value(tree, ".".join(groups)) if groups else tree
     if not isinstance(parent, dict):

@@ -1,4 +1,4 @@
-"""The shapes that samples may have: frames, height and width."""
+"""Shapes of samples: frames, height and width."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def allowed_sizes(params: VideoDatasetParams, geometry: Geometry) -> tuple[tuple
     sizes = [params.video_size]
     if params.buckets is not None:
         sizes += params.buckets.sizes
-        aspects = filter(ASPECT.fullmatch, params.buckets.aspects)  # a rule names those that are none
+        aspects = filter(ASPECT.fullmatch, params.buckets.aspects)  # a rule names those that are not sizes
         sizes += [size_of_aspect(aspect, params.video_size, geometry) for aspect in aspects]
     return tuple(dict.fromkeys(sizes))
 
@@ -59,16 +59,16 @@ def allowed_shapes(params: VideoDatasetParams, geometry: Geometry) -> tuple[Clip
 def size_of_aspect(aspect: str, video_size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     """Returns the largest height and width of an aspect with at most as many pixels as `video_size`.
 
-    An aspect that `video_size` has already gives that.
+    For the aspect of `video_size` it is `video_size` itself.
 
     Args:
         aspect: `width:height`.
         video_size: Height and width.
-        geometry: What it must be a multiple of.
+        geometry: Holds the multiples that sizes must be.
     """
-    found = ASPECT.fullmatch(aspect)
-    assert found is not None, aspect
-    area, ratio = video_size[0] * video_size[1], int(found[1]) / int(found[2])
+    match = ASPECT.fullmatch(aspect)
+    assert match is not None, aspect
+    area, ratio = video_size[0] * video_size[1], int(match[1]) / int(match[2])
     if abs(math.log(ratio * video_size[0] / video_size[1])) <= SAME_ASPECT:
         return video_size
     height_by, width_by = geometry.size_multiples

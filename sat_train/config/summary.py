@@ -1,4 +1,4 @@
-"""A run in a dozen lines: what `sat-train check` ends with and what a training log opens with."""
+"""Summary of a run in a dozen lines, at the end of `sat-train check` and the start of a training log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sat_train.config.schema.data_section import DataConfig
 
 @dataclass(frozen=True)
 class ClipCounts:
-    """What only a look at the data tells.
+    """Numbers of clips, known once the data has been read.
 
     Args:
         train: Clips to train on.
@@ -26,7 +26,7 @@ class ClipCounts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the configuration alone does not say; None where nobody has looked.
+    """Facts of a run beyond its configuration; None where they are unknown.
 
     Args:
         clips: Clips in the data.
@@ -40,7 +40,7 @@ class RunFacts:
 
 
 def summarize(config: RunConfig, facts: RunFacts) -> str:
-    """Returns the summary, one line a subject, and a line for each thing that looks unintended."""
+    """Returns the summary, one line per subject, and a note for each setting that looks unintended."""
     lines = [f"  {subject:<11} {text}" for subject, text in _subjects(config, facts)]
     notes = [f"  note: {text}" for text in _doubts(config, facts)]
     return "\n".join([*lines, *notes])
@@ -79,8 +79,8 @@ def _trained(config: RunConfig) -> str:
         frozen = config.model.not_trainable_prefixes
         return "all weights of the transformer" + (f" but {', '.join(frozen)}" if frozen else "")
     name = "LoRA" if adapter.target == "Lora" else adapter.target
-    given = adapter.params
-    return f"{name} of rank {given.r}, alpha {given.lora_alpha:g}: scale {given.alpha / given.r:.3g}"
+    params = adapter.params
+    return f"{name} of rank {params.r}, alpha {params.lora_alpha:g}: scale {params.alpha / params.r:.3g}"
 
 
 def _data(config: RunConfig, facts: RunFacts) -> str:
@@ -111,8 +111,8 @@ def _samples_a_step(config: RunConfig, data_ranks: int) -> int:
 
 def _length(config: RunConfig, facts: RunFacts) -> str:
     if config.args.epochs is not None:
-        told = _count(config.args.epochs, "epoch")
-        return told if facts.steps is None else f"{told} = {_count(facts.steps, 'step')}"
+        epochs = _count(config.args.epochs, "epoch")
+        return epochs if facts.steps is None else f"{epochs} = {_count(facts.steps, 'step')}"
     steps = _count(config.args.train_iters or 0, "step")
     if facts.clips is None or facts.data_ranks is None or not facts.clips.train:
         return steps
@@ -155,8 +155,8 @@ def _checkpoints(config: RunConfig) -> str:
     args = config.args
     if args.save is None:
         return "none"
-    kept = "all kept" if args.keep_last is None else f"last {args.keep_last} kept"
-    return f"every {args.save_interval} steps in {args.save}/{args.experiment_name}-*, {kept}"
+    retention = "all kept" if args.keep_last is None else f"last {args.keep_last} kept"
+    return f"every {args.save_interval} steps in {args.save}/{args.experiment_name}-*, {retention}"
 
 
 def _doubts(config: RunConfig, facts: RunFacts) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Values of any type: how they are shown, and those that cannot be written down and read back as they are."""
+"""Values of any type: their display, and those that cannot be written and read back unchanged."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-COMMAND_LINE = "command line"  # where a value came from, beside the names of files
-_LARGEST = 2**63 - 1  # of what torch, DeepSpeed and JSON's readers keep exactly
+COMMAND_LINE = "command line"  # source of a value, besides the names of files
+_LARGEST = 2**63 - 1  # of integers that torch, DeepSpeed and JSON's readers keep exactly
 
 
 def unusable(value: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yields the path of each such value in a tree, the value as it is shown, and what would be right."""
+    """Yields each value of a tree that cannot be read back: its path, its display, and the expectation."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from unusable(item, f"{path}.{key}" if path else key)
@@ -27,7 +27,7 @@ def unusable(value: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def show_value(value: Any) -> str:
-    """Returns a value as YAML has it."""
+    """Returns a value in YAML's notation."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

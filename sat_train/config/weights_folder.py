@@ -1,4 +1,4 @@
-"""One folder of weights is enough: text encoder, tokenizer and autoencoder lie beside the transformer."""
+"""Paths of text encoder, tokenizer and autoencoder, found next to the transformer's weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sat_train.config.run_model import find_resolved
 
 TEXT_ENCODER = "model.conditioner_config.params.emb_models.0.params.model_dir"
 AUTOENCODER = "model.first_stage_config.params.ckpt_path"
-_FOUND = "found beside args.load"
+_FOUND = "found next to args.load"
 
 
 def fill_frozen_models(merged: Merged) -> None:
-    """Fills in where text encoder and autoencoder are, if a preset has left it to the person.
+    """Fills in the paths of text encoder and autoencoder that a preset has left to the user.
 
     With `args.load` a diffusers folder (or its `transformer/`) they lie in that folder; with a run directory
-    they are the ones that run was trained with. A path that somebody has given is never changed.
+    they are the ones that run was trained with. A path that the user has set is never changed.
 
     Args:
         merged: Changed in place, before it is validated.
@@ -28,8 +28,8 @@ def fill_frozen_models(merged: Merged) -> None:
     load = get_value(merged.tree, "args.load")
     if not isinstance(load, str) or is_placeholder(load):
         return
-    found = _beside(Path(os.path.expanduser(load))) or _of_run(load)
-    for key, path in found.items():
+    paths = _beside(Path(os.path.expanduser(load))) or _of_run(load)
+    for key, path in paths.items():
         standing = get_value(merged.tree, key)
         if isinstance(path, str) and isinstance(standing, str) and is_placeholder(standing):
             replace_value(merged.tree, key.split("."), path)
@@ -37,7 +37,7 @@ def fill_frozen_models(merged: Merged) -> None:
 
 
 def _beside(load: Path) -> dict[str, Any]:
-    """Returns the parts of a diffusers folder; nothing where `args.load` is none."""
+    """Returns the parts of a diffusers folder; nothing where `args.load` is not one."""
     folders = [folder for folder in (load, load.parent) if exists(folder / "transformer")]
     if not folders or (folders[0] != load and load.name != "transformer"):
         return {}
@@ -45,7 +45,7 @@ def _beside(load: Path) -> dict[str, Any]:
 
 
 def _of_run(load: str) -> dict[str, Any]:
-    """Returns the parts that a run was trained with; nothing where `args.load` is no run directory."""
+    """Returns the parts that a run was trained with; nothing where `args.load` is not a run directory."""
     path = find_resolved(load)
     if path is None:
         return {}

@@ -44,11 +44,11 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read_words(words: Sequence[str], faults: list[Fault]) -> list[dict[str, Any]]:
-    """Returns the trees that the words of a command line describe, one for each; later ones win.
+    """Returns the trees that the words of a command line describe, one per word; later ones win.
 
     Args:
         words: `key.path=value` words and SAT flags such as `--train-iters 10`.
-        faults: Gets what cannot be understood.
+        faults: Receives what cannot be parsed.
     """
     trees: list[dict[str, Any]] = []
     rest = list(words)
@@ -106,10 +106,10 @@ def _is_value(word: str) -> bool:
 
 
 def _take_values(rest: list[str]) -> list[str]:
-    taken: list[str] = []
+    values: list[str] = []
     while rest and _is_value(rest[0]):
-        taken.append(rest.pop(0))
-    return taken
+        values.append(rest.pop(0))
+    return values
 
 
 def _holds_tuple(annotation: Any) -> bool:
@@ -117,7 +117,7 @@ def _holds_tuple(annotation: Any) -> bool:
 
 
 def _holds_one_text(annotation: Any) -> bool:
-    """Tells whether a setting is a free text, such as a prompt, which must not be read as YAML."""
+    """Returns whether a setting is a free text, such as a prompt, which must not be read as YAML."""
     if get_origin(annotation) is tuple:
         return False
     is_optional = get_origin(annotation) in (Union, types.UnionType)

@@ -1,8 +1,8 @@
 """YAML text as OmegaConf reads it, once it is known to hold nothing but plain values.
 
-A configuration may come from a stranger. So before anything is built of it: no tags, no text that nests or
-repeats itself without end, and no `${...}` but the plain name of another key. What OmegaConf calls resolvers
-(`oc.env`, `oc.decode`, ...) could carry the environment into saved files and requests; none can be named.
+A configuration may be untrusted. So these are refused before anything is built from it: tags, unbounded
+nesting or repetition, and any `${...}` but the plain name of another key. OmegaConf's resolvers (`oc.env`,
+`oc.decode`, ...) could carry the environment into saved files and requests; none can be named.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TAGS = frozenset(
 
 
 class NotPlain(Exception):
-    """A text is no plain YAML.
+    """Raised for a text that is not plain YAML.
 
     Args:
-        expected: What would have been right.
-        path: Dotted key where it is not; empty for the text as a whole.
-        value: What stands there.
+        expected: The expectation, in words.
+        path: Dotted key of the fault; empty for the text as a whole.
+        value: The value there.
     """
 
     def __init__(self, expected: str, path: str = "", value: str = "") -> None:
@@ -48,14 +48,14 @@ class NotPlain(Exception):
 
 
 def is_plain(text: str) -> bool:
-    """Tells whether every `${` in a text begins a plain reference; nested and escaped ones do not."""
+    """Returns whether every `${` in a text begins a plain reference; nested and escaped ones do not."""
     return "${" not in REFERENCE.sub("", text) and "\\${" not in text
 
 
 def parse_yaml(text: str) -> Any:
     """Returns the mappings with text keys, lists and scalars of one document. References stay as they are.
 
-    A section with nothing under it is an empty one; `null` has to be written.
+    A section with nothing under it is empty; null must be written as `null`.
 
     Raises:
         NotPlain: It cannot be read, or holds more than plain values. The message quotes none of it.
@@ -95,7 +95,7 @@ def _plain_or_refused() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Returns what is wrong and where, without the lines that PyYAML quotes: they may be no YAML at all."""
+    """Returns a parser's reason and position, without the quoted lines: the file may not be YAML at all."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -141,9 +141,7 @@ class _Outline:
                 self._end(ended.size, ended.anchor)
             elif isinstance(event, yaml.AliasEvent):
                 if event.anchor not in self._sizes:
-                    raise NotPlain(
-                        f"an alias of what stands above it, not *{event.anchor[:40]}", self._path()
-                    )
+                    raise NotPlain(f"an alias of an anchor above it, not *{event.anchor[:40]}", self._path())
                 self._end(self._sizes[event.anchor], None)
             elif isinstance(event, yaml.ScalarEvent):
                 self._scalar(event)
@@ -177,7 +175,7 @@ class _Outline:
         inside.key, inside.wants_key = key, False
 
     def _end(self, size: int, anchor: str | None) -> None:
-        """Counts a value that is complete, and continues behind it."""
+        """Counts a complete value, and advances to the next."""
         if anchor is not None:
             self._sizes[anchor] = size
         if not self._open:

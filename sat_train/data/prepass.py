@@ -80,7 +80,7 @@ class SampleSpec:
 
     @property
     def needs_turn(self) -> bool:
-        """Whether it matters that a picture is shown on its side, because there is a choice of sizes."""
+        """True where the rotation of a picture matters, because there is a choice of sizes."""
         return len({(shape.height, shape.width) for shape in self.shapes}) > 1
 
     def available(self, info: ClipInfo, record: ClipRecord) -> int:

@@ -21,7 +21,7 @@ class ConstantGuidance:
 
     @property
     def needs_null(self) -> bool:
-        """Whether the network must be evaluated without the caption too."""
+        """True where the network must be evaluated without the caption too."""
         return self.scale != 1.0
 
     def scale_at(self, timestep: int, steps: int) -> float:
@@ -54,7 +54,7 @@ class DynamicGuidance:
 
     @property
     def needs_null(self) -> bool:
-        """Whether the network must be evaluated without the caption too."""
+        """True where the network must be evaluated without the caption too."""
         return self.scale != 0.0
 
     def scale_at(self, timestep: int, steps: int) -> float:

@@ -1,1 +1,1 @@
-"""From pixels and captions to what the transformer sees: frozen encoders, conditions, and their cache."""
+"""From pixels and captions to the transformer's inputs: frozen encoders, conditions, and their cache."""

@@ -23,19 +23,19 @@ from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
 
-# what diffusers' pipeline and CogVideo's sampling give to CogVideoX1.5-I2V
+# the value in diffusers' pipeline and CogVideo's sampling of CogVideoX1.5-I2V
 _OFS = 2.0
 
 Mode = Literal["off", "read", "fill", "require", "write"]
 
 
 def build_encoding(config: RunConfig, mesh: ProcessMesh, mode: Mode | None = None) -> EncodingStage:
-    """Builds the stage that encodes a run's samples: what each `data.cache` means is decided here.
+    """Builds the stage that encodes a run's samples; the only reader of `data.cache`.
 
     Args:
         config: The configuration.
         mesh: The process mesh.
-        mode: `write` fills the cache without reading it, for precompute; None takes `data.cache`.
+        mode: `write` fills the cache without reading it, for precompute; None uses `data.cache`.
 
     Raises:
         DataError: As `open_cache`.
@@ -58,7 +58,7 @@ def build_encoding(config: RunConfig, mesh: ProcessMesh, mode: Mode | None = Non
 
 
 def build_conditions(config: RunConfig, encoders: Encoders) -> tuple[Condition, ...]:
-    """Builds what the model is conditioned on."""
+    """Builds the conditions of the model."""
     model, spec = config.model, config.spec
     text: Condition = TextCondition(
         null=model.null_condition,
@@ -88,7 +88,7 @@ def build_encoders(
 
     Args:
         config: The configuration.
-        device: Where they go.
+        device: Their device.
         known_empty_prompt: Returns the embedding of the empty prompt, if it need not be encoded.
     """
     return Encoders(

@@ -18,7 +18,7 @@ from sat_train.interchange.sources import find_weights
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.models.text.t5 import find_t5_folders
 
-# Settings of the autoencoder that change what it encodes to, besides its numbers.
+# Settings of the autoencoder that change its latents, besides its numbers.
 _WITH_EFFECT = {"encode_chunk_frames", "tiling", "tile_size", "tile_overlap"}
 
 
@@ -26,13 +26,13 @@ def open_cache(config: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
     """Opens `data.cache_dir` for the encoders of this configuration.
 
     Raises:
-        DataError: The weights of an encoder are neither there nor known to the cache.
-        CheckpointError: They are not understood.
+        DataError: The weights of an encoder neither exist nor are known to the cache.
+        CheckpointError: Their format is unknown.
 
-    Ranks: all; rank 0 hashes the weights, once: the cache remembers what it found.
+    Ranks: all; rank 0 hashes the weights, once: the cache remembers the digest.
     """
     data = config.require_data()
-    assert data.cache_dir is not None, "the configuration sees to a folder wherever there is a cache"
+    assert data.cache_dir is not None, "the configuration requires a folder wherever there is a cache"
     folder = Path(data.cache_dir)
     file_metadata = FileMetadata(folder, identity=data.cache_identity, timeout_s=data.worker_timeout_s)
 
@@ -46,7 +46,7 @@ def open_cache(config: RunConfig, mesh: ProcessMesh, use: Use) -> OpenCache:
 
 
 def share_files(mesh: ProcessMesh, file_metadata: FileMetadata) -> None:
-    """Writes down what each rank has hashed, and tells it to the others.
+    """Saves the hashes of each rank, and shares them with the others.
 
     Ranks: all.
     """
@@ -87,22 +87,22 @@ def digest_encoders(config: RunConfig, file_metadata: FileMetadata) -> EncoderDi
 
 
 def _weights(file_metadata: FileMetadata, path: str, files: Callable[[], Sequence[Path]]) -> str:
-    """Hashes files, or takes what the cache knows of this path where the encoder is not on this machine."""
+    """Hashes files, or returns the cache's digest for this path where the encoder is not on this machine."""
     if Path(path).exists():
         try:
-            found = digest(files=[file_metadata.sha256(file.absolute()) for file in files()])
+            fresh = digest(files=[file_metadata.sha256(file.absolute()) for file in files()])
         except BadClip as error:
             raise DataError(f"{path}: {error.detail}") from None
-        file_metadata.remember(path, found)
-        return found
-    known = file_metadata.named(path)
-    if known is None:
+        file_metadata.remember(path, fresh)
+        return fresh
+    cached = file_metadata.named(path)
+    if cached is None:
         raise DataError(
-            f"{path} does not exist, and the cache has nothing that was encoded with it",
-            expected="the encoder's weights, or a cache that was made with weights at this path",
+            f"{path} does not exist, and the cache holds nothing that was encoded with it",
+            expected="the encoder's weights, or a cache that was filled with weights at this path",
             remedy="correct model.first_stage_config or model.conditioner_config, or data.cache_dir",
         )
-    return known
+    return cached
 
 
 def _t5_files(folder: Path) -> list[Path]:

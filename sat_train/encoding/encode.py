@@ -1,7 +1,7 @@
-"""The stage between data and objective: encodes the samples that are not encoded yet.
+"""Encoding of batches between data and objective, for samples that are not encoded yet.
 
-A sample is encoded by itself, with a cache and without one, in the dtype that the encoders compute in. So a
-loss from the cache has the bits of a loss without it.
+A sample is encoded by itself, with or without a cache, in the dtype that the encoders compute in. So a loss
+from the cache equals a loss without it bit for bit.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Encode:
         self._conditions = {each.name: each for each in conditions if each.tensors}
 
     def __call__(self, batch: LoadedBatch) -> EncodedBatch:
-        """Returns a batch with encodings in place of pixels; one that was read from the cache as it is."""
+        """Returns a batch with encodings in place of pixels; one from the cache is returned unchanged."""
         if isinstance(batch, EncodedBatch):
             return batch
-        assert isinstance(batch, SampleBatch), f"a loader gives no {type(batch).__name__}"
+        assert isinstance(batch, SampleBatch), f"a loader yields no {type(batch).__name__}"
         samples = [self.sample(sample).to(self._encoders.device) for sample in batch.samples]
         return stack_samples(samples, batch.step_positions)
 
     def sample(self, sample: Sample) -> EncodedSample:
-        """Returns a sample encoded; one that was read from the cache as it is."""
+        """Returns a sample encoded; one from the cache is returned unchanged."""
         if isinstance(sample, EncodedSample):
             return sample
-        assert isinstance(sample, VideoSample), f"a loader gives no {type(sample).__name__}"
+        assert isinstance(sample, VideoSample), f"a loader yields no {type(sample).__name__}"
         return self._encode(sample)
 
     def _encode(self, sample: VideoSample) -> EncodedSample:
@@ -58,13 +58,13 @@ class Encode:
 
 
 class EncodeAndKeep(Encode):
-    """Also hands what is new to the writer of the cache.
+    """Encodes, and hands new encodings to the writer of the cache.
 
     Args:
         encoders: The frozen models.
         conditions: Conditions whose encodings belong to a sample.
-        writer: Gets the entries.
-        is_there: Whether an entry is in the cache already, by its key.
+        writer: Receives the entries.
+        is_there: Whether the cache holds an entry already, by its key.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class EncodeAndKeep(Encode):
 
     def _encode(self, sample: VideoSample) -> EncodedSample:
         encoded = super()._encode(sample)
-        assert isinstance(sample, UnencodedSample), "a sample that is kept knows where its encodings belong"
+        assert isinstance(sample, UnencodedSample), "a sample for the cache carries its entries"
         for name, entry in sample.entries.items():
             if self._is_new(entry):
                 self.writer.add(entry.key, encoded.encodings[name], entry.info)
         return encoded
 
     def keep(self, batch: SampleBatch) -> int:
-        """Encodes what is new in a batch, captions aside, and keeps it; returns how many entries it was."""
+        """Encodes the new entries of a batch, except captions, and keeps them; returns their number."""
         new = [
             (sample, name, entry)
             for sample in batch.samples

@@ -1,4 +1,4 @@
-"""Encodings of a sample and of a batch: what the objective takes, and what the cache keeps of a sample."""
+"""Encodings of a sample and of a batch: input of the objective and content of the cache."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sat_train.data.batches import StepPosition
 
 CLIP = "clip"  # the encoding of the clip itself, next to those of the conditions
 MOMENTS = frozenset({"mean", "logvar"})  # its tensors
-_ALIGNMENT = 64  # bytes: any dtype and vector instruction
+_ALIGNMENT = 64  # bytes, enough for any dtype and vector instruction
 
 # By name, `clip` or a condition's, then by the tensor's name.
 Encodings = dict[str, dict[str, Tensor]]
-# Names, dtype, shape and first byte of each tensor in a common piece of memory.
+# Names, dtype, shape and first byte of each tensor in one shared buffer.
 _Layout = tuple[tuple[str, str, torch.dtype, tuple[int, ...], int], ...]
 
 
@@ -43,14 +43,14 @@ class EncodedSample(Sample):
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch as the objective sees it.
+    """A batch for the objective.
 
     Args:
         encodings: Posterior moments of the clips (`clip`: `mean` and `logvar`, before the scale factor), and
             the encodings of each condition; batch first.
         clip_ids: Names for messages.
         sample_indices: Global positions. Key of all randomness.
-        num_shown: Frames that each clip gave; the rest of a sample repeats the last of them.
+        num_shown: Frames from each clip; the rest of a sample repeats the last of them.
         step_positions: Of each sample in the optimizer step that takes it; empty outside training.
     """
 
@@ -61,7 +61,7 @@ class EncodedBatch:
     step_positions: tuple[StepPosition, ...] = ()
 
     def __reduce__(self) -> tuple[Callable[..., EncodedBatch], tuple[Any, ...]]:
-        """Travels to another process as one tensor: each that is sent costs a round trip and a mapping."""
+        """Pickles the batch as one tensor: each tensor that is sent costs a round trip and a mapping."""
         rest = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
         return _unpack, (*_pack(self.encodings), rest)
 
@@ -96,7 +96,7 @@ def stack_samples(
 
 
 def stack_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Stacks tensors along a batch dimension, a single one without a copy."""
+    """Stacks tensors along a batch dimension; a single one is not copied."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
@@ -105,7 +105,7 @@ def _map(encodings: Encodings, change: Callable[[Tensor], Tensor]) -> Encodings:
 
 
 def _pack(encodings: Encodings) -> tuple[Tensor, _Layout]:
-    """Copies tensors of the CPU into one piece of memory that other processes can map."""
+    """Copies CPU tensors into one buffer that other processes can map."""
     layout, size = [], 0
     for name, tensors in encodings.items():
         for part, tensor in tensors.items():
@@ -124,7 +124,7 @@ def _views(memory: Tensor, layout: _Layout) -> Encodings:
     views: Encodings = {}
     for name, part, dtype, shape, start in layout:
         view = torch.empty(0, dtype=dtype)
-        # contiguous, as its strides are left out, which the types of PyTorch do not know
+        # contiguous, as its strides are left out, which PyTorch's type stubs do not allow
         view = view.set_(storage, start // dtype.itemsize, shape)  # type: ignore[call-overload]
         views.setdefault(name, {})[part] = view
     return views

@@ -1,4 +1,4 @@
-"""Samples from the cache: encodings where it has them, else the pixels, with where their encodings belong."""
+"""Samples from the cache: encodings where it has them, else the pixels with the entries to fill."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class UnencodedSample(VideoSample):
     """A sample of which the cache lacks an encoding.
 
     Args:
-        entries: Where its encodings belong.
+        entries: Cache entries of its encodings.
     """
 
     entries: SampleEntries = field(default_factory=dict)
 
 
 class EncodedDataset:
-    """Reads the encodings of a data set's samples in its workers, and decodes where one is missing.
+    """Reads the encodings of a data set's samples in its workers, and decodes pixels where one is missing.
 
     Args:
         videos: The data set.
@@ -47,7 +47,7 @@ class EncodedDataset:
         """Returns a sample of a clip, encoded where the cache has it.
 
         Raises:
-            BadClip: The clip cannot give one, or is known to be undecodable.
+            BadClip: The clip has no usable sample, or is known to be undecodable.
             DataError: Something is missing under `require`.
         """
         entries, window = self._entries_and_window(index, ref)
@@ -61,12 +61,12 @@ class EncodedDataset:
         return UnencodedSample(**vars(decoded), entries=entries)
 
     def collate(self, samples: Sequence[EncodedSample | UnencodedSample]) -> LoadedBatch:
-        """Puts samples into a batch, which is encoded if all of them are."""
+        """Collates samples into a batch, which is encoded if all of them are."""
         encoded = [sample for sample in samples if isinstance(sample, EncodedSample)]
         return stack_samples(encoded) if len(encoded) == len(samples) else SampleBatch(tuple(samples))
 
     def entries(self, index: int, ref: ClipRef) -> SampleEntries:
-        """Returns where the encodings of a sample belong in the cache.
+        """Returns the cache entries of a sample's encodings.
 
         Raises:
             BadClip: The clip is missing, unreadable, or too short.
@@ -75,17 +75,17 @@ class EncodedDataset:
             return self._entries_and_window(index, ref)[0]
 
     def known_failure(self, entries: SampleEntries) -> BadClip | None:
-        """Returns why a clip is known to be undecodable.
+        """Returns the reason why a clip is known to be undecodable.
 
-        What may have passed since, a timeout for one, counts under `require` only.
+        A failure that may be temporary, such as a timeout, counts under `require` only.
         """
-        known = self.cache.index.failure(entries[CLIP].key)
-        if known is None or (known[0] in PASSING_CAUSES and self.cache.use != "require"):
+        failure = self.cache.index.failure(entries[CLIP].key)
+        if failure is None or (failure[0] in PASSING_CAUSES and self.cache.use != "require"):
             return None
-        return BadClip(*known)
+        return BadClip(*failure)
 
     def missing(self, entries: SampleEntries) -> tuple[str, ...]:
-        """Returns the names of a sample's encodings that are not there."""
+        """Returns the names of a sample's encodings that the cache lacks."""
         return tuple(name for name, entry in entries.items() if entry.key not in self.cache.index)
 
     def _entries_and_window(self, index: int, ref: ClipRef) -> tuple[SampleEntries, Window]:
@@ -97,18 +97,18 @@ class EncodedDataset:
         """Returns the encodings of a sample; None where one of them is missing."""
         if self.cache.use == "write":
             return None
-        found = None if self.missing(entries) else self._read_all(entries)
-        if found is None:
-            known = self.known_failure(entries)
-            if known is not None:
-                raise known
+        encodings = None if self.missing(entries) else self._read_all(entries)
+        if encodings is None:
+            failure = self.known_failure(entries)
+            if failure is not None:
+                raise failure
             if self.cache.use == "require":
                 raise self._not_there(entries, clip_id)
-        return found
+        return encodings
 
     def _read_all(self, entries: SampleEntries) -> Encodings | None:
         """Returns the tensors of each encoding; None where one of them is missing or damaged."""
-        found: Encodings = {}
+        encodings: Encodings = {}
         for name, entry in entries.items():
             tensors = self.cache.index.read(entry.key)
             if tensors is not None and tensors.keys() != self._tensors[name]:
@@ -116,8 +116,8 @@ class EncodedDataset:
                 tensors = None
             if tensors is None:
                 return None
-            found[name] = tensors
-        return found
+            encodings[name] = tensors
+        return encodings
 
     def _not_there(self, entries: SampleEntries, clip_id: str) -> DataError:
         index = self.cache.index

@@ -1,4 +1,4 @@
-"""Finds what is missing from the cache before a run, so that it need not load encoders or ends at once."""
+"""Search for missing cache entries before a run, which then skips the encoders or fails at once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sat_train.encoding.encoded_dataset import EncodedDataset
 
 @dataclass(frozen=True)
 class MissingEncodings:
-    """A sample that is not all there.
+    """A sample with missing encodings.
 
     Args:
         index: Its global index.
         clip_id: Its clip.
-        keys: Of what is missing, its caption aside.
+        keys: Keys of the missing encodings, except its caption.
     """
 
     index: int
@@ -29,28 +29,28 @@ class MissingEncodings:
 def find_missing(
     dataset: EncodedDataset, indices: Iterable[int], *, retry_failed: bool = False
 ) -> list[MissingEncodings]:
-    """Returns which samples are not all in the cache.
+    """Returns the samples with missing encodings.
 
-    A clip that cannot be opened, or is known to be undecodable, counts as the clip that takes its place.
+    A clip that cannot be opened, or is known to be undecodable, counts as the clip that replaces it.
 
     Args:
         dataset: The data set.
         indices: Global indices of the samples.
         retry_failed: Clips known to be undecodable are missing too.
     """
-    missing = (_missing_of(dataset, index, retry_failed) for index in indices)
-    return [found for found in missing if found is not None]
+    samples = (_missing_of(dataset, index, retry_failed) for index in indices)
+    return [sample for sample in samples if sample is not None]
 
 
 def drop_repeated(missing: Sequence[MissingEncodings]) -> list[MissingEncodings]:
-    """Keeps of the samples that lack the same encodings only the first."""
-    seen: set[str] = set()
-    kept = []
+    """Keeps the first of all samples that lack the same encodings."""
+    keys: set[str] = set()
+    first = []
     for sample in missing:
-        if not seen.issuperset(sample.keys):
-            kept.append(sample)
-        seen.update(sample.keys)
-    return kept
+        if not keys.issuperset(sample.keys):
+            first.append(sample)
+        keys.update(sample.keys)
+    return first
 
 
 def _missing_of(dataset: EncodedDataset, index: int, retry_failed: bool) -> MissingEncodings | None:
@@ -66,4 +66,4 @@ def _missing_of(dataset: EncodedDataset, index: int, retry_failed: bool) -> Miss
             continue
         keys = tuple(entries[name].key for name in missing if name != TextCondition.name)
         return MissingEncodings(index, dataset.videos.record(ref).clip_id, keys)
-    return None  # no usable clip at all: the loader says so
+    return None  # no usable clip at all: the loader reports it

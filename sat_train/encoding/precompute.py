@@ -1,4 +1,4 @@
-"""Encodes what a run will read, on any number of ranks, and continues where it was stopped."""
+"""Encoding of all samples of a run in advance, on any number of ranks; it can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class _Work:
-    """A part of the work.
+    """The samples to encode of one data set.
 
     Args:
-        dataset: Whose samples are encoded.
-        indices: Samples of which something is missing, those of all ranks.
+        dataset: The data set.
+        indices: Samples with missing encodings, of all ranks.
         num_samples: Samples inspected.
-        queue: Hands out the places in `indices`.
+        queue: Hands out positions in `indices`.
     """
 
     dataset: EncodedDataset
@@ -60,7 +60,7 @@ class _Work:
 
 
 def precompute_until_stopped(config: RunConfig, mesh: ProcessMesh) -> None:
-    """As `precompute`; a signal ends it after the clip at which it is.
+    """Runs `precompute`; a signal ends it after the current clip.
 
     Raises:
         Stopped: It was stopped before all was encoded.
@@ -76,7 +76,7 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
     """Encodes clips, first frames and captions of training and validation that are not in the cache yet.
 
     Raises:
-        SatTrainError: No usable data or weights, too many bad clips, a disk that is full.
+        SatTrainError: No usable data or weights, too many bad clips, or a full disk.
         Stopped: It was asked to stop.
 
     Ranks: all.
@@ -94,7 +94,7 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
     captions = _captions(config, cache, works)
     num_missing, num_samples = sum(len(w.indices) for w in works), sum(w.num_samples for w in works)
     log.info(
-        "cache %s: %d of %d samples and %d captions are to be encoded",
+        "cache %s: %d of %d samples and %d captions to encode",
         *(cache.folder, num_missing, num_samples, len(captions)),
     )
     if stop_request is not None:
@@ -118,17 +118,17 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
         ),
     )
     if any(stopped for _, _, stopped in counts):
-        message = "stopped: what is encoded is kept, and it continues where it stopped; run it again"
+        message = "stopped: finished samples are kept; run the command again to continue"
         raise Stopped(signal.SIGINT, message, ranks_agree=True)
 
 
 def _datasets(
     config: RunConfig, mesh: ProcessMesh, cache: OpenCache
 ) -> list[tuple[str, VideoDataset, Sequence[int]]]:
-    """Returns the data sets, each with a name and its samples that are encoded.
+    """Returns the data sets, each with a name and its samples to encode.
 
-    Where clips have a limited number of views, that is each view of each clip, whatever the run's length and
-    world size; else it is the samples that a run of this configuration on as many ranks will train on.
+    Where clips have a limited number of views, these are all views of all clips, whatever the run's length
+    and world size; else the samples that a run of this configuration on as many ranks will train on.
     """
     params = config.require_data().params
     is_limited = params.views is not None or (
@@ -153,22 +153,22 @@ def _datasets(
 
 
 def _find_work(mesh: ProcessMesh, name: str, dataset: EncodedDataset, samples: Sequence[int]) -> _Work:
-    """Finds what is missing, each rank in its share of the samples.
+    """Finds the missing encodings, each rank in its share of the samples.
 
     Ranks: all.
     """
     share = find_missing(dataset, samples[mesh.rank :: mesh.world_size], retry_failed=True)
     share_files(mesh, dataset.cache.file_metadata)
-    found: list[MissingEncodings] = [
+    missing: list[MissingEncodings] = [
         sample for part in gather_objects(mesh, share) for sample in part if sample.keys
     ]
-    work = drop_repeated(sorted(found, key=lambda sample: sample.index))
+    work = drop_repeated(sorted(missing, key=lambda sample: sample.index))
     indices = tuple(sample.index for sample in work)
     return _Work(dataset, indices, len(samples), WorkQueue(mesh, f"encode {name}", len(indices)))
 
 
 def _captions(config: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> list[CacheEntry]:
-    """Returns the captions that are not in the cache; each text once, in one order on all ranks."""
+    """Returns the captions that are not in the cache; each text once, in the same order on all ranks."""
     records = [
         record for work in works for source in work.dataset.videos.sources for record in source.records
     ]
@@ -180,13 +180,13 @@ def _captions(config: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> li
 
 
 class _Encoding:
-    """This rank's part: encodes and publishes what it gets from the queues, and counts what it did.
+    """This rank's share: encodes and publishes samples from the queues, and counts them.
 
     Args:
         config: The configuration.
         mesh: The process mesh.
-        encode: Encodes samples and keeps what is new.
-        works: What is to be encoded of each data set.
+        encode: Encodes samples and keeps new entries.
+        works: Samples to encode of each data set.
         captions: Captions, the same on all ranks.
         stop_request: Whether this process was asked to stop; None: it cannot be.
     """
@@ -209,7 +209,7 @@ class _Encoding:
         self.failed: set[str] = set()
 
     def run(self) -> Iterator[None]:
-        """Does the work and yields after each sample and caption; what is done is always published."""
+        """Encodes and yields after each sample and caption; finished entries are always published."""
         try:
             for work in self._works:
                 yield from self._run_samples(work)
@@ -224,7 +224,7 @@ class _Encoding:
             self._config, self._mesh, dataset.videos, batches, folder, lambda videos: dataset
         )
         for batch in loader:
-            assert isinstance(batch, SampleBatch), "nothing is read from a cache that is written"
+            assert isinstance(batch, SampleBatch), "`write` reads no encodings"
             self.encoded += self._encode.keep(batch)
             work.queue.finish_one()
             yield
@@ -245,19 +245,19 @@ class _Encoding:
                 return
 
     def _must_stop(self) -> bool:
-        """Returns whether this rank was asked to stop; then the others get nothing more either."""
+        """Returns whether this rank was asked to stop; the queues are then closed for all ranks."""
         if self._stop_request:
             for queue in self.queues:
                 queue.close()
         return bool(self._stop_request)
 
     def _keep_failure(self, dataset: EncodedDataset, failure: ClipFailure) -> None:
-        """Keeps that a clip cannot be decoded: a run that reads the cache takes the same substitute."""
+        """Records that a clip cannot be decoded: a run that reads the cache uses the same substitute."""
         if failure.may_pass or failure.ref is None or failure.sample_index is None:
             return
         try:
             clip = dataset.entries(failure.sample_index, failure.ref)[CLIP]
-        except BadClip:  # it cannot even be opened, which is found out again each time
+        except BadClip:  # it cannot even be opened, which each run detects again
             return
         detail = (failure.cause, failure.detail)
         info = EntryInfo("failed", failure.clip_id, "", clip.info.origin, detail)

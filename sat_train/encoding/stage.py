@@ -1,4 +1,4 @@
-"""The encoding stage of a run: where samples come from, and what puts encodings in place of their pixels."""
+"""The encoding stage of a run: reads samples from the cache, and encodes the others."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _SHOWN = 5  # clips in one message
 
 @dataclass(frozen=True)
 class EncodingStage:
-    """Encodes a run's samples: all of them, or what the cache lacks, which it may then keep.
+    """Encodes a run's samples: all of them, or those that the cache lacks, which it may then add to it.
 
     Args:
         encoders: The frozen models.
-        conditions: What the model is conditioned on.
+        conditions: The conditions of the model.
         cache: The open cache; None encodes everything.
-        keeps: What the cache lacks is kept in it.
+        keeps: New encodings are added to the cache.
         needs_empty_prompt: The run reads the embedding of the empty prompt.
         shard_bytes: Size at which a shard is published.
     """
@@ -48,22 +48,22 @@ class EncodingStage:
 
     @property
     def headers(self) -> FileMetadata | None:
-        """Headers of clips that are known already."""
+        """Known headers of clips."""
         return None if self.cache is None else self.cache.file_metadata
 
     def reader(self, videos: VideoDataset) -> SampleReader:
-        """Returns what makes samples of a data set's clips."""
+        """Returns the reader of a data set's samples."""
         return videos if self.cache is None else EncodedDataset(videos, self.cache, self.conditions)
 
     def build_encode(self, mesh: ProcessMesh) -> Encode:
-        """Builds what puts encodings in place of pixels.
+        """Builds the encoder of batches.
 
-        Of ranks that see the same samples only the first one keeps them.
+        Of ranks that see the same samples only the first one adds them to the cache.
         """
         cache = self.cache
         if cache is None or not self.keeps:
             return Encode(self.encoders, self.conditions)
-        trains = cache.use != "write"  # a full disk ends no training
+        trains = cache.use != "write"  # a full disk does not end the training
         encode = EncodeAndKeep(
             self.encoders,
             self.conditions,
@@ -77,16 +77,16 @@ class EncodingStage:
     def check_complete(
         self, mesh: ProcessMesh, samples: Sequence[tuple[OrderedLoader, Sequence[int]]]
     ) -> bool:
-        """Returns whether a run needs no encoder, because the cache has all that it will read.
+        """Returns whether the cache holds all encodings of a run, which then needs no encoder.
 
         Args:
             mesh: The process mesh.
-            samples: Loaders, each with the global indices of the samples that are still to be read.
+            samples: Loaders, each with the global indices of its remaining samples.
 
         Raises:
-            DataError: It has not, and `data.cache` is `require`.
+            DataError: Some are missing, and `data.cache` is `require`.
 
-        Ranks: all; each looks for its share, and all know afterwards what each has hashed.
+        Ranks: all; each checks its share, and then shares its hashes with the others.
         """
         cache = self.cache
         if cache is None:
@@ -114,19 +114,19 @@ class EncodingStage:
         return is_complete
 
     def describe(self, *, is_complete: bool, samples_videos: bool) -> str:
-        """Returns a line about what the cache spares the run.
+        """Returns a log line about the use of the cache.
 
         Args:
-            is_complete: The cache has all that the run will read.
-            samples_videos: Validation samples videos, which takes both encoders.
+            is_complete: The cache holds all encodings of the run.
+            samples_videos: Validation samples videos, which needs both encoders.
         """
         assert self.cache is not None, "there is a cache to describe"
         if not is_complete:
-            about = "not all samples are there, the rest is encoded" + " and kept" * self.keeps
+            about = "not all samples are cached, the rest is encoded" + " and kept" * self.keeps
         elif samples_videos:
-            about = "all samples are there; T5 and the VAE are loaded because validation samples videos"
+            about = "all samples are cached; T5 and the VAE are loaded because validation samples videos"
         else:
-            about = "all samples are there; neither T5 nor the VAE is loaded"
+            about = "all samples are cached; neither T5 nor the VAE is loaded"
         return f"cache {self.cache.folder}: {about}"
 
     def _has_empty_prompt(self, cache: OpenCache) -> bool:

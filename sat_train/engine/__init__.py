@@ -1,1 +1,1 @@
-"""The engine that trains: the only room that knows DeepSpeed, but for the start of the processes."""
+"""The training engine: the only package that imports DeepSpeed, except for the start of the processes."""

@@ -44,7 +44,7 @@ def build_engine(
 
 
 def import_deepspeed() -> ModuleType:
-    """Returns DeepSpeed, kept from what it would do unasked. Call it after the processes are started.
+    """Returns DeepSpeed, without its side effects at import. Call it after the processes are started.
 
     DeepSpeed looks for the accelerator once, when it is imported.
     """
@@ -72,7 +72,7 @@ def keep_deepspeed_from_nvml(visible_devices: str) -> None:
 
 
 def engine_config(config: RunConfig) -> dict[str, Any]:
-    """Returns DeepSpeed's dictionary: the section, and what would otherwise compile or synchronise."""
+    """Returns DeepSpeed's dictionary: the section, with features that compile or synchronise switched off."""
     section = config.deepspeed
     zero = section.zero_optimization.model_dump(exclude={"offload_optimizer", "offload_param"})
     for name in ("offload_optimizer", "offload_param"):
@@ -97,7 +97,7 @@ def engine_config(config: RunConfig) -> dict[str, Any]:
 
 
 class SatMesh:
-    """The process mesh as DeepSpeed wants to ask for it."""
+    """The process mesh behind the interface that DeepSpeed expects."""
 
     def __init__(self, mesh: ProcessMesh) -> None:
         self._mesh = mesh

@@ -1,4 +1,4 @@
-"""The engine that trains the transformer: forward, backward, step, and the state that it trains."""
+"""The training engine of the transformer: forward, backward, step, and the trained state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class TrainEngine:
-    """A transformer in training. No other room sees DeepSpeed.
+    """A transformer in training. No other package imports DeepSpeed.
 
     Args:
         engine: `deepspeed.DeepSpeedEngine`.
@@ -28,7 +28,7 @@ class TrainEngine:
 
     Attributes:
         module: The transformer.
-        slots: What this rank owns of everything that trains, in the order of `masters` and `fragments`.
+        slots: Trained elements that this rank owns, in the order of `masters` and `fragments`.
         zero_stage: 0 to 3.
         micro_steps: Backward passes of an optimizer step.
     """
@@ -82,15 +82,15 @@ class TrainEngine:
         return bool(self._engine.was_step_applied())
 
     def grad_norm(self) -> float | None:
-        """Returns the gradient's norm at the last step, before clipping. Waits for the device."""
+        """Norm of the gradient at the last step, before clipping. Waits for the device."""
         norm = self._engine.get_global_grad_norm()
         return self._plain_grad_norm if norm is None else float(norm)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the whole averaged gradient of each parameter that trains, before clipping, fp32.
 
-        Call it between the last backward pass of a step and the step. A parameter at a time is in memory;
-        with a model axis it is this rank's shard.
+        Call it between the last backward pass of a step and the step. Only one parameter at a time is in
+        memory; with a model axis it is this rank's shard.
 
         Ranks: all, for all parameters.
         """
@@ -106,7 +106,7 @@ class TrainEngine:
         return [slot.of(slot.flat) for slot in self.slots]
 
     def trained_shapes(self) -> dict[str, Shape]:
-        """Returns names and shapes of what trains, on this rank of the model axis."""
+        """Returns names and shapes of the trainable parameters, on this rank of the model axis."""
         trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained}
 
@@ -120,12 +120,12 @@ class TrainEngine:
         return [compact(fragment) for fragment in fragments] if is_shared else fragments
 
     def counters(self) -> dict[str, Scalar]:
-        """Returns what belongs to the engine as a whole: the state of a dynamic loss scale."""
+        """Returns the state of the engine as a whole: that of a dynamic loss scale."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         return {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
 
     def load(self, saved: SavedFragments, *, step: int, counters: Mapping[str, Scalar]) -> None:
-        """Takes up the state of a checkpoint, whatever ranks and ZeRO stage wrote it.
+        """Restores the state of a checkpoint, whatever number of ranks and ZeRO stage wrote it.
 
         Args:
             saved: The fragments, for this rank of the model axis.
@@ -145,7 +145,7 @@ class TrainEngine:
                 setattr(scaler, name, type(getattr(scaler, name))(value))
 
     def weights(self, *, trained_only: bool) -> dict[str, Tensor] | None:
-        """Returns the weights that compute, whole for this rank of the model axis, and the buffers.
+        """Returns weights in the forward dtype, whole on this rank of the model axis, and buffers.
 
         Args:
             trained_only: Leave out frozen parameters.
@@ -177,7 +177,7 @@ class TrainEngine:
         return whole
 
     def _check_plain_gradients(self) -> None:
-        """ZeRO skips a step whose gradients are not finite; stage 0 would write them into the weights."""
+        """Raises for gradients that are not finite: ZeRO skips them, stage 0 would apply them."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(self._plain_grad_norm):

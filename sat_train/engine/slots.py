@@ -1,6 +1,7 @@
-"""Where each trained parameter lies in what the optimizer steps, at every ZeRO stage.
+"""Location of each trained parameter in the tensors that the optimizer steps, at every ZeRO stage.
 
-All private names of DeepSpeed that the trained state depends on stand here; a test names those that are gone.
+All private names of DeepSpeed that the trained state depends on are in this module; a test reports those that
+a new version has dropped.
 
 Source: microsoft/DeepSpeed@v0.19.8 `runtime/zero/stage_1_and_2.py`, `runtime/zero/stage3.py`,
 `utils/tensor_fragment.py`.
@@ -27,7 +28,7 @@ class Slot:
         name: The parameter.
         shape: Its whole shape; under tensor parallelism that of this rank's shard.
         offset: Index of the first element in the flattened parameter.
-        flat: [m], fp32: what the optimizer steps, and the key of its state.
+        flat: [m], fp32: the tensor that the optimizer steps, and the key of its state.
         start: Index of the first element in `flat`.
         count: Number of elements.
     """
@@ -52,7 +53,7 @@ def find_slots(engine: Any, mesh: ProcessMesh) -> list[Slot]:
         mesh: The process mesh.
     """
     slots = held_slots(engine, mesh)
-    if int(engine.zero_optimization_stage()) == 0:  # every rank holds everything, and saves an equal share
+    if int(engine.zero_optimization_stage()) == 0:  # every rank holds all elements, and saves an equal share
         slots = [_share(slot, mesh) for slot in slots]
     return [slot for slot in slots if slot.count]
 
@@ -72,12 +73,12 @@ def _share(slot: Slot, mesh: ProcessMesh) -> Slot:
 
 
 def _replicated(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Iterator[Slot]:
-    """Stage 0: the optimizer steps the parameters themselves."""
+    """Yields the slots of stage 0: the optimizer steps the parameters themselves."""
     yield Slot(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel())
 
 
 def _partitioned(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Iterator[Slot]:
-    """Stages 1 and 2: each group is one vector, a rank has one partition of it."""
+    """Yields the slots of stages 1 and 2: each group is one vector, a rank has one partition of it."""
     link = parameter._hp_mapping
     if link is None:  # wholly in another rank's partition
         return
@@ -87,7 +88,7 @@ def _partitioned(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> I
 
 
 def _scattered(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Iterator[Slot]:
-    """Stage 3: each parameter is split over the ranks; a rank's pieces follow each other in its vectors."""
+    """Yields the slots of stage 3: each parameter is split over the ranks, which concatenate their pieces."""
     optimizer: Any = engine.optimizer
     group, start, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
     offset = padded * mesh.data_rank
@@ -104,18 +105,18 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def refresh_weights(engine: Any) -> None:
-    """Makes the weights that compute from the fp32 masters, after these have been written.
+    """Updates the weights of the forward pass from the fp32 masters, after these have been written.
 
     Ranks: all.
     """
     optimizer: Any = engine.optimizer
     stage = int(engine.zero_optimization_stage())
     if stage in (1, 2):
-        optimizer._hp_optimizer_states_linked = False  # it would keep the states that were replaced
+        optimizer._hp_optimizer_states_linked = False  # it would keep the replaced states
         optimizer.update_lp_params()
     elif stage == 3:
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:  # small ones stay gathered, and would stay old
+        if optimizer.persistent_parameters:  # small ones stay gathered, and would stay stale
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

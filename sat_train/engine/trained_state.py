@@ -1,7 +1,7 @@
-"""The trained state in and out of a DeepSpeed engine, as fragments; DeepSpeed's checkpoint code is not used.
+"""The trained state of a DeepSpeed engine as fragments, without DeepSpeed's checkpoint code.
 
-The state is one number for each element (masters, moments) or one for a whole tensor (Adam's `step`). What is
-neither, such as a factored second moment, has no place in a flat tensor and is refused.
+The state is one number for each element (masters, moments) or one for a whole tensor (Adam's `step`). Any
+other state, such as a factored second moment, does not fit a flat tensor and is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sat_train.engine.slots import Slot, base_optimizer, held_slots, refresh_wei
 
 
 def read_state(engine: Any, slots: Sequence[Slot]) -> list[Fragment]:
-    """Returns what this rank owns of the masters and of the optimizer's state; views, nothing is copied.
+    """Returns this rank's share of the masters and of the optimizer's state; views, nothing is copied.
 
     They change in place at the next step.
     """
@@ -28,7 +28,7 @@ def read_state(engine: Any, slots: Sequence[Slot]) -> list[Fragment]:
 
 
 def compact(fragment: Fragment) -> Fragment:
-    """Returns a fragment with elements of its own: a file would hold the whole tensor behind a view."""
+    """Returns a fragment that owns its elements: a file would hold the whole tensor behind a view."""
     return replace(fragment, tensors={kind: run.clone() for kind, run in fragment.tensors.items()})
 
 
@@ -53,7 +53,7 @@ def _number(name: str, value: object) -> Scalar:
 
 @torch.no_grad()
 def write_state(engine: Any, mesh: ProcessMesh, saved: SavedFragments) -> None:
-    """Puts a saved state into an engine, whatever its ZeRO stage and number of ranks.
+    """Writes a saved state into an engine, whatever its ZeRO stage and number of ranks.
 
     Args:
         engine: `deepspeed.DeepSpeedEngine`; names and shapes have been compared with the saved ones.
@@ -66,7 +66,7 @@ def write_state(engine: Any, mesh: ProcessMesh, saved: SavedFragments) -> None:
     for flat, slots in _by_flat(held_slots(engine, mesh)):
         state = _new_state(optimizer, flat, slots, saved)
         optimizer.state[flat] = state
-        flat.zero_()  # padding is memory as it was found
+        flat.zero_()  # padding is uninitialized memory
         for slot in slots:
             for kind in _kept_by_engine(saved, slot):
                 run = saved.read(slot.name, kind, offset=slot.offset, count=slot.count)
@@ -89,13 +89,13 @@ def _kept_by_engine(saved: SavedFragments, slot: Slot) -> list[str]:
 def _new_state(
     optimizer: torch.optim.Optimizer, flat: Tensor, slots: list[Slot], saved: SavedFragments
 ) -> dict[str, Any]:
-    """Returns zeros for each kind that was saved, and counters of the flat tensor's own."""
+    """Returns zeros for each saved state, and separate counters for the flat tensor."""
     kinds = {kind for slot in slots for kind in _kept_by_engine(saved, slot)} - {MASTER}
     settings = optimizer.param_groups[0]  # of fused kernels, alike in all groups
     on_device = settings.get("fused") or settings.get("capturable")
     device = flat.device if on_device else torch.device("cpu")
     # of a parameter that has been stepped: at stage 0 one that never had a gradient keeps no state
-    numbers = next((found for slot in slots if (found := saved.scalars(slot.name))), {})
+    numbers = next((scalars for slot in slots if (scalars := saved.scalars(slot.name))), {})
     # counted in place, so that two flat tensors must not share one; torch keeps counters as float tensors
     counters: dict[str, Any] = {
         name: torch.tensor(value, device=device) if type(value) is float else value

@@ -1,4 +1,4 @@
-"""Numbers of a model -> the transformer."""
+"""ModelSpec -> the transformer."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def build_dit(
         dit.add_mixin(name, mixin)
     adapter = spec.adapter if with_adapters else None
     if adapter is not None:
-        given = adapter.params
-        add_adapters(dit, adapter.build, rank=given.r, alpha=given.alpha, targets=given.targets, seed=seed)
+        params = adapter.params
+        add_adapters(dit, adapter.build, rank=params.r, alpha=params.alpha, targets=params.targets, seed=seed)
     return dit
 
 
 def compute_dtype(args: ArgsConfig) -> torch.dtype:
-    """Returns what the transformer computes in: `args.bf16`, `args.fp16` or float32."""
+    """Returns the dtype of the transformer's computation, from `args.bf16` and `args.fp16`; else float32."""
     if args.bf16:
         return torch.bfloat16
     return torch.float16 if args.fp16 else torch.float32
 
 
 def encoder_dtype(args: ArgsConfig) -> torch.dtype:
-    """Returns what the frozen encoders compute in: half precision wherever the transformer does."""
+    """Returns the dtype of the frozen encoders: half precision wherever the transformer uses it."""
     return torch.bfloat16 if args.bf16 or args.fp16 else torch.float32

@@ -35,14 +35,14 @@ def unit_to_pixels(video: Tensor) -> Tensor:
 class Encoders:
     """Video autoencoder and text encoder, used without gradients, on one sample at a time.
 
-    Batched convolutions round differently: so a sample's encoding would depend on what is next to it.
+    Batched convolutions round differently, so a sample's encoding would depend on the rest of its batch.
 
     Args:
         load_vae: Loads the autoencoder.
         load_text_encoder: Loads the text encoder.
-        geometry: Frames that the autoencoder takes.
-        dtype: Of the embeddings.
-        device: Where both models go.
+        geometry: Valid numbers of frames for the autoencoder.
+        dtype: Dtype of the embeddings.
+        device: Device of both models.
         known_empty_prompt: Returns the embedding of the empty prompt, if it need not be encoded.
     """
 
@@ -63,7 +63,7 @@ class Encoders:
         self._geometry, self._dtype, self.device = geometry, dtype, device
 
     def load(self, *, vae: bool = True, text: bool = True) -> None:
-        """Loads the models now; else each is loaded, with a warning, when it is first needed."""
+        """Loads the models now; otherwise each is loaded, with a warning, when it is first needed."""
         if vae and self._vae is None:
             self._vae = self._load_vae()
         if text and self._text_encoder is None:
@@ -108,7 +108,7 @@ class Encoders:
             frames_tchw: float32 pixels in [-1, 1], on the device.
 
         Returns:
-            `mean` and `logvar` of the posterior, unscaled, (t, c, h, w), in what the autoencoder computes in.
+            `mean` and `logvar` of the posterior, unscaled, (t, c, h, w), in the autoencoder's dtype.
         """
         mean, logvar = self.vae.encode_moments(frames_tchw[None])
         dtype = next(self.vae.parameters()).dtype
@@ -136,7 +136,7 @@ class Encoders:
 
 
 def _load_late(load: Callable[[], Model], name: str) -> Model:
-    """Loads a model in the middle of a run, whose random numbers stay as they are."""
+    """Loads a model in the middle of a run, without changing the run's random numbers."""
     log.warning("a sample is not in the cache after all: loading %s", name)
     with torch.random.fork_rng():
         return load()

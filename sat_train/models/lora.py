@@ -64,7 +64,7 @@ class Up(_Matrices):
 
 
 class Lora(Adapter):
-    """An update of low rank, which starts at zero: `B(reduce(A(dropout(x)) * scale))`.
+    """A low-rank update, initially zero: `B(reduce(A(dropout(x)) * scale))`.
 
     Args:
         layer: The layer.
@@ -83,7 +83,7 @@ class Lora(Adapter):
         self.layer, self.rank, self.scale = layer, rank, scale
 
     def delta(self, x: Tensor) -> Tensor:
-        """Returns what is added to the layer's output."""
+        """Returns the update of the layer's output."""
         update: Tensor = self.matrix_B(self.layer.reduce(self.matrix_A(self.lora_dropout(x)) * self.scale))
         return update
 
@@ -111,7 +111,7 @@ def add_lora(
     targets: Sequence[str] = DEFAULT_TARGETS,
     seed: int = 0,
 ) -> None:
-    """Gives the linear layers that match an update of low rank, which starts at zero.
+    """Adds a low-rank update, initially zero, to each linear layer that matches.
 
     Args:
         dit: The transformer, changed in place.
@@ -132,7 +132,7 @@ def add_lora(
 
 
 def add_lora_for(dit: DiffusionTransformer, updates: Updates) -> None:
-    """Gives exactly the layers of some updates adapters, of their rank and scale, and loads them.
+    """Adds adapters to exactly the layers of some updates, of their rank and scale, and loads them.
 
     Raises:
         CheckpointError: An update of a layer that the transformer does not have, or of another shape.
@@ -140,8 +140,8 @@ def add_lora_for(dit: DiffusionTransformer, updates: Updates) -> None:
     rank, scale = highest_rank(updates), common_scale(updates)
     if unknown := sorted(updates.keys() - linear_layers(dit).keys()):
         raise CheckpointError(
-            f"the adapter is of layers that this model does not have: {', '.join(unknown[:5])}",
-            expected="an adapter of this model",
+            f"the adapter has layers that this model does not have: {', '.join(unknown[:5])}",
+            expected="an adapter for this model",
         )
     targets = [rf"^{re.escape(name)}$" for name in updates]
     add_lora(dit, rank=rank, alpha=scale * rank, targets=targets)
@@ -158,12 +158,12 @@ def lora_layers(dit: nn.Module) -> Iterator[tuple[str, Lora]]:
 def load_updates(dit: nn.Module, updates: Updates) -> None:
     """Loads low-rank updates into the adapters of a transformer, all of them or none.
 
-    The transformer keeps its own rank and scale: what an update was scaled by is folded into its B matrix,
-    and ranks beyond the update's own start at zero. So the transformer computes what the file says, whichever
-    lora_alpha it was built with.
+    The transformer keeps its own rank and scale: the ratio of the two scales is folded into the B matrix, and
+    ranks beyond the update's own start at zero. So the effect is that of the file, whichever lora_alpha the
+    transformer was built with.
 
     Args:
-        dit: An adapted transformer, this rank's slice; the adapters that get no update stay as they are.
+        dit: An adapted transformer, this rank's slice; adapters without an update stay unchanged.
         updates: Whole updates.
 
     Raises:
@@ -199,11 +199,11 @@ def _load_update(name: str, index: int, adapter: Lora, update: LowRank) -> None:
     for side, matrix in (("matrix_A", update.down.float()), ("matrix_B", update.scaled_up(adapter.scale))):
         target = getattr(adapter, side).get_parameter(str(index))
         key = f"{name}.{side}.{index}"
-        given = shard_weight(key, matrix, rank=mpu.get_model_parallel_rank(), size=_model_size())
+        shard = shard_weight(key, matrix, rank=mpu.get_model_parallel_rank(), size=_model_size())
         if side == "matrix_A":
-            target[: update.rank].copy_(given)
+            target[: update.rank].copy_(shard)
         else:
-            target.zero_()[:, : update.rank].copy_(given)
+            target.zero_()[:, : update.rank].copy_(shard)
 
 
 def _model_size() -> int:

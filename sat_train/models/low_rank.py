@@ -1,4 +1,4 @@
-"""Low-rank updates as numbers, whichever file they come from: `weight + scale * up @ down`."""
+"""Low-rank updates, independent of file formats: `weight + scale * up @ down`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LowRank:
     Args:
         down: [rank, in].
         up: [out, rank].
-        scale: Factor on `up @ down`: alpha / rank where a file tells them apart.
+        scale: Factor on `up @ down`: alpha / rank where a file stores alpha.
     """
 
     down: Tensor
@@ -29,11 +29,11 @@ class LowRank:
         return int(self.down.shape[0])
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns what is added to the weight, [out, in], computed in `dtype`."""
+        """Returns the change of the weight, [out, in], computed in `dtype`."""
         return (self.up.to(dtype) @ self.down.to(dtype)) * self.scale
 
     def scaled_up(self, scale: float) -> Tensor:
-        """Returns the `up` that has the same effect at another scale, fp32; at its own the same bits."""
+        """Returns the `up` that has the same effect at another scale, fp32; bit-equal at its own scale."""
         return self.up.float() if scale == self.scale else self.up.float() * (self.scale / scale)
 
 
@@ -54,7 +54,7 @@ def stacked(first: Updates, second: Updates) -> Updates:
     result = dict(first)
     for layer, parts in second.items():
         before = result.get(layer, (None,) * len(parts))
-        assert len(before) == len(parts), f"{layer} is split in {len(before)} and in {len(parts)} parts"
+        assert len(before) == len(parts), f"{layer} is split into {len(before)} and into {len(parts)} parts"
         result[layer] = tuple(map(_sum, before, parts))
     return result
 
@@ -82,7 +82,7 @@ def _sum(first: LowRank | None, second: LowRank | None) -> LowRank | None:
 
 
 def whole_delta(parts: tuple[LowRank | None, ...], out_features: int, dtype: torch.dtype) -> Tensor:
-    """Returns what is added to the whole weight of a layer, [out_features, in]."""
+    """Returns the change of a layer's whole weight, [out_features, in]."""
     some = next(part for part in parts if part is not None)
     rows = out_features // len(parts)
     unchanged = torch.zeros(rows, some.down.shape[1], dtype=dtype)
@@ -90,21 +90,21 @@ def whole_delta(parts: tuple[LowRank | None, ...], out_features: int, dtype: tor
 
 
 def misfits(updates: Updates, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Names each update that does not fit its layer.
+    """Returns a message for each update that does not fit its layer.
 
     Args:
         updates: The updates.
-        shapes: Shape of the weight of each layer there is, [out, in].
+        shapes: Shape of the weight of each existing layer, [out, in].
     """
     faults = []
     for layer, parts in updates.items():
         shape = shapes.get(layer)
         if shape is None:
-            faults.append(f"{layer} has no place")
+            faults.append(f"{layer} does not exist")
             continue
-        wanted = (shape[0] // len(parts), *shape[1:])
+        expected = (shape[0] // len(parts), *shape[1:])
         for part in parts:
-            if part is not None and (part.up.shape[0], part.down.shape[1]) != wanted:
-                found = [part.up.shape[0], part.down.shape[1]]
-                faults.append(f"{layer} is updated by {found}, and the weight there is {list(wanted)}")
+            if part is not None and (part.up.shape[0], part.down.shape[1]) != expected:
+                size = [part.up.shape[0], part.down.shape[1]]
+                faults.append(f"{layer} has an update of shape {size}, and its weight is {list(expected)}")
     return faults

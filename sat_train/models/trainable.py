@@ -1,4 +1,4 @@
-"""Which weights train, and how they are grouped for the optimizer."""
+"""Trainable weights, and their groups for the optimizer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sat_train.errors import ConfigError, Fault
 
 _KEY = "model.not_trainable_prefixes"
 
-# CogVideo counts names from the whole engine; the text encoder and the VAE stand outside the transformer here
+# CogVideo's names begin at the whole engine; the text encoder and the VAE are outside the transformer here
 _ENGINE_PREFIX = "model.diffusion_model."
 _OUTSIDE = ("conditioner", "first_stage_model")
 
 
 @dataclass(frozen=True)
 class TrainableSummary:
-    """What trains.
+    """Numbers of trainable and frozen weights.
 
     Args:
         trainable: Trainable weights under each prefix, such as `transformer.layers`.
@@ -50,7 +50,7 @@ class ParameterGroup:
 
     Args:
         name: `decay` or `no_decay`.
-        parameters: Their names and themselves; never empty.
+        parameters: Names and parameters; never empty.
         weight_decay: Decay of this group.
     """
 
@@ -62,14 +62,14 @@ class ParameterGroup:
 def select_trainable(
     dit: nn.Module, *, not_trainable_prefixes: Sequence[str] = (), added: Sequence[str] = ()
 ) -> TrainableSummary:
-    """Freezes weights by the beginning of their names; adapters always train.
+    """Freezes weights by prefixes of their names; adapters always train.
 
     Args:
         dit: The transformer, changed in place.
-        not_trainable_prefixes: Beginnings of names, with or without CogVideo's `model.diffusion_model.`;
-            `all` is every name. With adapters and no prefixes everything trains, as in SAT.
-        added: Beginnings of the names of added modules, which `all` does not freeze. What a module has frozen
-            itself stays so.
+        not_trainable_prefixes: Prefixes of names, with or without CogVideo's `model.diffusion_model.`; `all`
+            matches every name. With adapters and no prefixes everything trains, as in SAT.
+        added: Prefixes of the names of added modules, which `all` does not freeze. Weights that a module has
+            frozen itself stay frozen.
 
     Raises:
         ConfigError: A prefix matches nothing, or nothing is left to train.
@@ -81,15 +81,15 @@ def select_trainable(
     ]
     _check_prefixes(prefixes, dit)
     for name, parameter in dit.named_parameters():
-        named = any(prefix != "all" and name.startswith(prefix) for prefix in prefixes)
+        matches = any(prefix != "all" and name.startswith(prefix) for prefix in prefixes)
         if name.startswith(tuple(added)):
-            parameter.requires_grad_(parameter.requires_grad and not named)
+            parameter.requires_grad_(parameter.requires_grad and not matches)
             continue
-        frozen = named or "all" in prefixes
+        frozen = matches or "all" in prefixes
         parameter.requires_grad_(not frozen or find_adapter_tensor(name) is not None)
     summary = summarize_parameters(dit)
     if summary.num_trainable == 0:
-        text = f"at least one weight that trains, under one of {', '.join(sorted(summary.frozen))}"
+        text = f"at least one trainable weight, under one of {', '.join(sorted(summary.frozen))}"
         raise ConfigError([Fault(_KEY, str(list(not_trainable_prefixes)), text)])
     return summary
 
@@ -106,7 +106,7 @@ def _check_prefixes(prefixes: Sequence[str], dit: nn.Module) -> None:
 
 
 def summarize_parameters(dit: nn.Module) -> TrainableSummary:
-    """Counts the weights under each prefix as they stand; on one rank of several, those of its slice."""
+    """Counts trainable and frozen weights under each prefix; on one rank of several, those of its slice."""
     trainable: dict[str, int] = {}
     frozen: dict[str, int] = {}
     for name, parameter in dit.named_parameters():
@@ -129,9 +129,9 @@ def group_parameters(module: nn.Module, *, weight_decay: float) -> tuple[Paramet
     groups = (
         ParameterGroup(
             name,
-            tuple(pair for pair, decay in zip(trainable, decays, strict=True) if decay == wanted),
-            weight_decay if wanted else 0.0,
+            tuple(pair for pair, decay in zip(trainable, decays, strict=True) if decay == is_decayed),
+            weight_decay if is_decayed else 0.0,
         )
-        for name, wanted in (("decay", True), ("no_decay", False))
+        for name, is_decayed in (("decay", True), ("no_decay", False))
     )
     return tuple(group for group in groups if group.parameters)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build_pipeline(config: RunConfig, *, dit: DiffusionTransformer, encoders: Encoders) -> VideoDiffusion:
-    """Builds the pipeline around a transformer that is on its device already, and encoders that go there."""
+    """Builds the pipeline around a transformer that is on its device already; encoders are moved there."""
     spec, args = config.spec, config.args
     return VideoDiffusion(
         dit=dit,
@@ -37,7 +37,7 @@ def build_pipeline(config: RunConfig, *, dit: DiffusionTransformer, encoders: En
 
 
 def build_alpha_bar(spec: ModelSpec) -> Tensor:
-    """Returns the noise schedule of the denoiser, which is that of training and sampling too."""
+    """Returns the noise schedule of the denoiser, which training and sampling share."""
     params = spec.schedule
     return zero_snr_alpha_bar(
         params.num_timesteps,

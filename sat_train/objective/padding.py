@@ -1,4 +1,4 @@
-"""Padding in time, which patches need, and the frames that count in a loss."""
+"""Padding in time up to whole patches, and the frames that count in a loss."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sat_train.config import Geometry
 
 
 def counted_frames(num_shown: Sequence[int], num_latent_frames: int, geometry: Geometry) -> Tensor | None:
-    """Returns which latent frames of padded clips show something of the clip, bool `[b, t]`.
+    """Returns a mask of the latent frames that show the clip, not its padding, bool `[b, t]`.
 
     Args:
-        num_shown: Pixel frames that each clip gave; the rest of a sample repeats the last of them.
-        num_latent_frames: Latent frames of a sample, without those that `pad_in_time` puts in front.
+        num_shown: Pixel frames from each clip; the rest of a sample repeats the last of them.
+        num_latent_frames: Latent frames of a sample, without those that `pad_in_time` prepends.
         geometry: Sizes of patches and latent frames.
 
     Returns:
@@ -29,7 +29,7 @@ def counted_frames(num_shown: Sequence[int], num_latent_frames: int, geometry: G
 
 
 def pad_in_time(latent_btchw: Tensor, geometry: Geometry) -> Tensor:
-    """Repeats the first latent frame in front until patches fill the clip.
+    """Prepends copies of the first latent frame until the length divides into patches.
 
     Source: zai-org/CogVideo@7a1af71 `finetune/models/cogvideox1_5_t2v/lora_trainer.py`; diffusers 0.42
     `CogVideoXPipeline.__call__` adds its padding, and drops it again, at the same end.

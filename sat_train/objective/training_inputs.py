@@ -11,14 +11,14 @@ from sat_train.encoding.conditions.condition import DitInputs
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Everything one loss needs next to the weights; all of it is fixed before the network runs.
+    """All inputs of one loss besides the weights; they are fixed before the network runs.
 
     Args:
         x0_btchw: Scaled latent of the clips, padded in time, float32.
         eps_btchw: Noise of the same shape.
         timesteps_b: int64, on the CPU.
-        dit: What the conditions give the transformer, dropped where they are.
-        counted_bt: Which latent frames count in the loss, bool; None: all of them.
+        dit: Inputs of the transformer from the conditions, after drop-out.
+        counted_bt: True at latent frames that count in the loss, bool; None: all of them.
     """
 
     x0_btchw: Tensor

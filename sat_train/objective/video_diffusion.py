@@ -42,17 +42,17 @@ class VideoDiffusion:
     Args:
         dit: The transformer; its parameters' owner is the caller.
         encoders: The frozen models, which only `generate` uses.
-        conditions: What the model is conditioned on.
+        conditions: The conditions of the model.
         alpha_bar: Noise schedule, float64 of shape (num_timesteps,).
         scale_factor: Latents are multiplied by this before the transformer sees them.
         posterior_sampling: Draw training latents from the autoencoder's posterior instead of taking its mean.
         offset_noise_level: Standard deviation of the noise that all elements of a sample share.
-        min_snr_gamma: Cap of the loss weight; None for none.
+        min_snr_gamma: Upper limit of the loss weight; None for no limit.
         timestep_sampling: `uniform` draws each sample's timestep alone, `stratified` spreads them over the
             optimizer step.
         seed: The run's seed.
-        dtype: What the transformer computes in.
-        device: Where everything is computed.
+        dtype: Dtype of the transformer's computation.
+        device: Device of the computation.
     """
 
     def __init__(
@@ -83,35 +83,35 @@ class VideoDiffusion:
     # Training
 
     def training_loss(self, batch: EncodedBatch, *, network: Network | None = None) -> LossOutput:
-        """Returns the loss that is optimized.
+        """Returns the training loss of a batch.
 
         Args:
             batch: Encoded clips and conditions.
-            network: The transformer, or the engine around it; None takes `dit`.
+            network: The transformer, or the engine around it; None uses `dit`.
         """
         return self.loss(self.training_inputs(batch), network=network)
 
     def validation_loss(
         self, batch: EncodedBatch, *, timesteps_b: Tensor, network: Network | None = None
     ) -> LossOutput:
-        """Returns a loss that moves only with the weights: timesteps given, noise fixed, nothing dropped.
+        """Returns a loss that depends on the weights only: given timesteps, fixed noise, nothing dropped.
 
         Args:
             batch: Encoded clips and conditions.
             timesteps_b: int64 timesteps, one for each sample.
-            network: The transformer, or the engine around it; None takes `dit`.
+            network: The transformer, or the engine around it; None uses `dit`.
         """
         return self.loss(self.validation_inputs(batch, timesteps_b), network=network)
 
     @torch.no_grad()
     def training_inputs(self, batch: EncodedBatch) -> TrainingInputs:
-        """Draws everything that is random about the loss of a batch."""
+        """Draws all random numbers of the loss of a batch."""
         random = SampleRandomness(self.seed, batch.sample_indices, self.posterior_sampling)
         return self._inputs(batch, random, self._timesteps(batch, random), drops=True)
 
     @torch.no_grad()
     def validation_inputs(self, batch: EncodedBatch, timesteps_b: Tensor) -> TrainingInputs:
-        """As `training_inputs`, with the timesteps given and no condition dropped."""
+        """Returns the inputs of a loss at given timesteps, with no condition dropped."""
         seed = derive_seed(self.seed, "validation")
         random = SampleRandomness(seed, batch.sample_indices, self.posterior_sampling)
         return self._inputs(batch, random, timesteps_b.cpu(), drops=False)
@@ -149,7 +149,7 @@ class VideoDiffusion:
         """Generates one video for each prompt.
 
         A prompt's video depends on its own seed only, not on the other prompts. In float32 it is the video
-        that diffusers draws with `torch.Generator().manual_seed(seed)`: the same numbers are taken in the
+        that diffusers samples with `torch.Generator().manual_seed(seed)`: the same numbers are drawn in the
         same order.
 
         Args:
@@ -159,11 +159,11 @@ class VideoDiffusion:
             height: Of the video, in pixels.
             width: Of the video, in pixels.
             steps: Denoising steps.
-            guidance: How the prompt is emphasised.
+            guidance: Schedule of the guidance scale.
             sampler: `DDIM` is deterministic after the first noise; `DPMPP2M` adds noise on the way.
             seeds: One for each prompt.
-            spacing: Which timesteps are visited.
-            network: The transformer, or the engine around it; None takes `dit`.
+            spacing: Spacing of the timesteps.
+            network: The transformer, or the engine around it; None uses `dit`.
             progress: Called with (index of the finished step, steps).
 
         Returns:
@@ -191,7 +191,7 @@ class VideoDiffusion:
     # Parts of the above
 
     def _predict(self, network: Network, x_t: Tensor, timesteps_b: Tensor, inputs: DitInputs) -> Tensor:
-        """Calls the network in its own dtype and device; returns float32."""
+        """Calls the network in its own dtype and on its device; returns float32."""
         inputs = inputs.to(self.device, self.dtype)
         extras = {"extras": inputs.extras} if inputs.extras else {}
         return network(
@@ -255,19 +255,19 @@ class VideoDiffusion:
         batch = batch.to(self.device)
         latent = random.latent(batch.encodings[CLIP], "posterior")
         x0 = pad_in_time(self.scale_factor * latent, self.geometry)
-        given = []
+        inputs = []
         for condition in self.conditions:
             encoded: Encoding = batch.encodings.get(condition.name, {})
             if drops and condition.drop_probability:
                 dropped_b = random.chance(condition.drop_purpose, condition.drop_probability)
                 encoded = condition.drop(encoded, dropped_b.to(self.device))
-            given.append(condition.inputs(encoded, random, tuple(x0.shape)))
+            inputs.append(condition.inputs(encoded, random, tuple(x0.shape)))
         counted_bt = self._counted_frames(batch.num_shown, num_latent_frames=latent.shape[1])
         eps = self._noise_like(x0, random)
-        return TrainingInputs(x0, eps, timesteps_b, DitInputs.merged(given), counted_bt)
+        return TrainingInputs(x0, eps, timesteps_b, DitInputs.merged(inputs), counted_bt)
 
     def _counted_frames(self, num_shown: Sequence[int], *, num_latent_frames: int) -> Tensor | None:
-        """Returns which latent frames count: not those that only repeat the last frame of a short clip."""
+        """Returns a mask of the latent frames that count, without those that only pad a short clip."""
         counted_bt = counted_frames(num_shown, num_latent_frames, self.geometry)
         return None if counted_bt is None else counted_bt.to(self.device)
 
@@ -296,7 +296,7 @@ class VideoDiffusion:
 
 
 def as_samples(prompts: Sequence[str], image_bchw: Tensor | None) -> list[VideoSample]:
-    """Returns prompts as conditions see them: samples that show a caption, and where given a first frame."""
+    """Returns prompts as samples for the conditions: each with a caption and, if given, a first frame."""
     videos = torch.empty(len(prompts), 0) if image_bchw is None else image_bchw[:, None]
     key = AugmentationKey(0, 0)  # nothing about a prompt is augmented
     return [

@@ -55,10 +55,10 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where a run writes and what it resumes.
+    """Output folder of a run and the checkpoint that it resumes.
 
     Args:
-        folder: The run's folder; None for a run that keeps nothing.
+        folder: The run's folder; None for a run that saves nothing.
         lock: Keeps other runs out of it, on rank 0.
         point: The checkpoint that the run resumes; None for a new run.
     """
@@ -73,7 +73,7 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
     """Builds a run, trains it and leaves its folder in order.
 
     Raises:
-        SatTrainError: Whatever a person can cause.
+        SatTrainError: Any fault that a user can cause.
 
     Ranks: all.
     """
@@ -105,10 +105,10 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
 
 
 def say_where_stopped(config: RunConfig, trainer: Trainer) -> None:
-    """Says how a run that was stopped is resumed.
+    """Logs how to resume a stopped run.
 
     Raises:
-        Stopped: A person stopped it; the exit code is then that of an interrupted command.
+        Stopped: A user interrupted it; the exit code is then that of an interrupted command.
     """
     if not trainer.stopping:
         return
@@ -116,14 +116,14 @@ def say_where_stopped(config: RunConfig, trainer: Trainer) -> None:
     if not trainer.state.step:
         message = "stopped before the first step; there is nothing to save"
     elif config.args.save is None:
-        message = f"stopped at step {trainer.state.step}; nothing is kept (args.save = null)"
+        message = f"stopped at step {trainer.state.step}; nothing is saved (args.save = null)"
     if trainer.interrupted:
         raise Stopped(signal.SIGINT, message, ranks_agree=True)
     log.info("%s", message)
 
 
 def open_run_directory(config: RunConfig, mesh: ProcessMesh) -> RunDirectory:
-    """Opens the run's folder and finds what the run resumes; writes nothing that a run before it left.
+    """Opens the run's folder and finds the checkpoint to resume; leaves the files of earlier runs unchanged.
 
     Ranks: all.
     """
@@ -131,26 +131,26 @@ def open_run_directory(config: RunConfig, mesh: ProcessMesh) -> RunDirectory:
         log.info("%s", note)
     if config.args.save is None:
         return RunDirectory(None, None, None)
-    found: list[ResumePoint | None] = [None]
+    resume_points: list[ResumePoint | None] = [None]
 
     def resumed() -> Path | None:
-        point = found[0] = find_resumed(config)
+        point = resume_points[0] = find_resumed(config)
         return None if point is None else point.run_directory
 
     folder, lock = claim_run_directory(
         mesh, save_root=Path(config.args.save), experiment_name=config.args.experiment_name, resumed=resumed
     )
-    point = broadcast_object(mesh, found[0])
+    point = broadcast_object(mesh, resume_points[0])
     on_rank_0(mesh, lambda: prepare_folder(folder, point))
     log.info("run directory %s%s", folder, f", resuming from step {point.step}" if point else "")
     return RunDirectory(folder, lock, point)
 
 
 def prepare_folder(folder: Path, point: ResumePoint | None) -> None:
-    """Clears what a killed run left in a folder that this run owns by now.
+    """Removes leftovers of a killed run from a folder that this run owns by now.
 
     Raises:
-        LaunchError: Another run has owned it since the checkpoint was found.
+        LaunchError: Another run has written to it since the checkpoint was found.
 
     Ranks: rank 0 only.
     """
@@ -158,13 +158,13 @@ def prepare_folder(folder: Path, point: ResumePoint | None) -> None:
         raise LaunchError(
             f"{folder}: another run has written to it while this one started",
             expected="one run at a time in a run directory",
-            remedy="start again, and the run is resumed at its newest step",
+            remedy="start again to resume the run at its newest step",
         )
     remove_leftovers(folder)
 
 
 def describe_run(config: RunConfig, run_directory: RunDirectory) -> None:
-    """Makes the resumed step the newest of the folder, and writes what the run is, for people and for SAT.
+    """Makes the resumed step the newest of the folder, and writes the configuration, for users and for SAT.
 
     Call it once everything has loaded: a resume that fails leaves the folder as it was.
 
@@ -186,20 +186,20 @@ def describe_run(config: RunConfig, run_directory: RunDirectory) -> None:
 
 
 def say_finished(config: RunConfig, run_directory: RunDirectory, data: RunData) -> bool:
-    """Says that there is nothing left to train. The folder stays as it is, but for the mark of a stopped run.
+    """Logs that the run is complete. The folder stays unchanged, except for the marker of a stopped run.
 
     Returns:
-        Whether validation of the last step is still owed.
+        Whether the last step has still to be validated.
 
     Ranks: rank 0 only.
     """
     folder, point = run_directory.folder, run_directory.point
-    assert folder is not None, "only what was saved can be finished"
-    assert point is not None, "only what was saved can be finished"
+    assert folder is not None, "only a saved run can be complete"
+    assert point is not None, "only a saved run can be complete"
     length = "args.train_iters" if config.args.train_iters is not None else "args.epochs"
     log.info("finished already: step %d of %d (raise %s to continue)", point.step, data.train_iters, length)
     if changes := changes_since(point, config):
-        log.warning("nothing is trained with the changed settings: %s", "; ".join(changes))
+        log.warning("the changed settings have no effect: %s", "; ".join(changes))
     (folder / PREEMPTED).unlink(missing_ok=True)
     is_newest = committed_steps(folder)[0] == point.step
     return is_newest and owes_validation(config, folder, point.step, measures_loss=data.valid is not None)
@@ -215,14 +215,14 @@ def build_trainer(
     engine: TrainEngine,
     stop_request: StopRequest,
 ) -> Trainer:
-    """Puts step and callbacks around the engine.
+    """Builds the trainer: step and callbacks around the engine.
 
     Ranks: all.
     """
     encode = data.encoding.build_encode(mesh)
 
     def compute_loss(batch: LoadedBatch) -> torch.Tensor:
-        # dropout takes its numbers from torch's global generator
+        # dropout draws from torch's global generator
         torch.manual_seed(derive_seed(config.args.seed, "dropout", batch.sample_indices[0]))
         return pipeline.training_loss(encode(batch), network=engine).loss
 
@@ -260,13 +260,13 @@ def build_save(
     data: RunData,
     base_weights: BaseWeights | None,
 ) -> Callable[[Training], Path]:
-    """Returns what writes a checkpoint of a trainer and gives its folder; to be called on all ranks."""
+    """Returns a function that writes a trainer's checkpoint and returns its folder; call it on all ranks."""
 
     def save(trainer: Training) -> Path:
         assert run_directory.folder is not None, "only a run with a folder saves"
         on_rank_0(mesh, lambda: None if run_directory.lock is None else run_directory.lock.check_held())
         position = data.train.position
-        assert position.consumed == trainer.state.samples_consumed, "the loader and the loop have parted"
+        assert position.consumed == trainer.state.samples_consumed, "the loader and the loop disagree"
         client_state = {
             **trainer.state.client_state(),
             CONFIG_KEY: config.shown_tree(),
@@ -297,9 +297,9 @@ def build_save(
 def restore(
     mesh: ProcessMesh, point: ResumePoint, trainer: Trainer, base_weights: BaseWeights | None
 ) -> None:
-    """Brings engine, callbacks and the trainer's state to the step that the run resumes.
+    """Restores engine, callbacks and the trainer's state from the checkpoint that the run resumes.
 
-    Settings of the optimizer are those of the configuration, not those it was saved with.
+    Settings of the optimizer come from the configuration, not from the checkpoint.
 
     Ranks: all.
     """
@@ -309,7 +309,7 @@ def restore(
     written = reading(
         step_folder(point.run_directory, point.step) / CLIENT_STATE,
         error=CheckpointError,
-        expected="where a run stands, as sat_train writes it",
+        expected="the position of a run, as sat_train writes it",
         remedy="use another step",
     )
     with written:
@@ -335,7 +335,7 @@ def build_learning_rate(config: RunConfig, train_iters: int) -> LearningRate:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """With `args.deterministic`, operations without a deterministic kernel raise instead of running."""
+    """Applies `args.deterministic`: operations without a deterministic kernel then raise."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

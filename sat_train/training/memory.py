@@ -1,4 +1,4 @@
-"""Out of memory, said so that a person knows what to do."""
+"""Out-of-memory errors with a remedy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 
 from sat_train.errors import TrainingError
 
-_NO_HOST_MEMORY = (
-    "can't allocate memory"  # what PyTorch's allocator for the CPU says, in a plain RuntimeError
-)
+_NO_HOST_MEMORY = "can't allocate memory"  # message of PyTorch's CPU allocator, in a plain RuntimeError
 
 TRAINING_REMEDY = (
     "in this order: sat-train precompute and data.cache=require (neither T5 nor the autoencoder is loaded), "
@@ -26,10 +24,10 @@ SAMPLING_REMEDY = (
 
 @contextmanager
 def explaining_lack_of_memory(remedy: str) -> Iterator[None]:
-    """Turns an allocation that failed, on the device or the CPU, into an error that says what helps.
+    """Turns a failed allocation, on the device or the CPU, into an error with a remedy.
 
     Args:
-        remedy: What helps.
+        remedy: Settings that reduce memory.
 
     Raises:
         TrainingError: Memory ran out.

@@ -55,14 +55,15 @@ def build_models(
     *,
     with_encoders: bool = True,
 ) -> VideoDiffusion:
-    """Builds transformer, autoencoder and text encoder with their weights, and says what trains.
+    """Builds transformer, autoencoder and text encoder with their weights, and logs the trainable weights.
 
     Args:
         config: The configuration.
         mesh: The process mesh.
-        start: Where the transformer's weights come from.
+        start: Source of the transformer's weights.
         encoders: Those of the run; None builds them.
-        with_encoders: Off, all batches should come from the cache; an encoder is loaded if one does not.
+        with_encoders: If off, all batches should come from the cache; an encoder is loaded only if one does
+            not.
 
     Raises:
         ConfigError: An adapter's target or a prefix of frozen weights matches nothing.
@@ -79,14 +80,15 @@ def build_models(
 
 @dataclass(frozen=True)
 class StartWeights:
-    """Where the transformer's weights come from, the same on all ranks.
+    """Sources of the transformer's weights, the same on all ranks.
 
     Args:
-        located: What is read; None for random weights.
-        base: What the checkpoints of a LoRA run leave out and name; None where they hold all weights.
-        lora: Adapters from elsewhere to begin with.
-        strength: Factor on those.
-        resumed: A checkpoint that holds all weights; in place of the others.
+        located: Weights to load; None for random weights.
+        base: Base weights, which the checkpoints of a LoRA run name but do not contain; None where
+            checkpoints hold all weights.
+        lora: Adapters from elsewhere to start from.
+        strength: Factor on these adapters.
+        resumed: A checkpoint that holds all weights, instead of the others.
     """
 
     located: Located | None = None
@@ -99,10 +101,10 @@ class StartWeights:
 def find_start_weights(
     config: RunConfig, mesh: ProcessMesh, point: ResumePoint | None = None
 ) -> StartWeights:
-    """Finds the weights that a run begins with, by place and hash.
+    """Finds the initial weights of a run, by path and hash.
 
-    A LoRA run that resumes takes the base weights that it recorded, wherever `args.load` leads by now, and
-    its adapters from the checkpoint. One that begins with another LoRA run stands on that run's base.
+    A resumed LoRA run uses the base weights that it recorded, whatever `args.load` names by now, and its
+    adapters from the checkpoint. A run that starts from another LoRA run uses that run's base.
 
     Args:
         config: The configuration.
@@ -112,7 +114,7 @@ def find_start_weights(
     Raises:
         CheckpointError: On all ranks alike: they are missing, damaged, or other base weights.
 
-    Ranks: all; rank 0 looks and hashes.
+    Ranks: all; rank 0 searches and hashes.
     """
     return on_rank_0(mesh, lambda: _find_start_weights(config, point))
 
@@ -143,7 +145,7 @@ def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | Non
 
 
 def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights) -> DiffusionTransformer:
-    """Builds the transformer with its first weights, or new ones; freezes what does not train."""
+    """Builds the transformer with loaded or new weights, and freezes the weights that do not train."""
     dit = build_dit(
         config.spec,
         device=mesh.device,
@@ -167,7 +169,7 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
 
 
 def load_resumed_weights(dit: DiffusionTransformer, mesh: ProcessMesh, point: ResumePoint) -> None:
-    """Loads the weights of a checkpoint as they computed; the masters of those that train come later."""
+    """Loads the weights of a checkpoint in their forward dtype; the fp32 masters are loaded later."""
     whole = read_computing_weights(step_folder(point.run_directory, point.step), point.manifest)
     weights = slice_weights(whole, rank=mesh.model_rank, size=mesh.model_size)
     load_weights(dit, weights, may_lack=dit.derived_keys())
@@ -176,7 +178,7 @@ def load_resumed_weights(dit: DiffusionTransformer, mesh: ProcessMesh, point: Re
 def load_first_weights(
     dit: DiffusionTransformer, mesh: ProcessMesh, start: StartWeights, *, has_adapters: bool
 ) -> None:
-    """Loads weights into a transformer that trains: adapters into its own, or merged where it has none."""
+    """Loads weights into a trainable transformer: adapters into its own, or merged where it has none."""
     assert start.located is not None, "there are weights to load"
     base, updates = read_weights_and_updates(start)
     if updates and not has_adapters:
@@ -194,7 +196,7 @@ def load_first_weights(
         may_lack=dit.derived_keys() | own,
     )
     for prefix, mixin in new.items():
-        log.info("%s* is new: these weights have none for it", prefix)
+        log.info("%s* is new: these weights do not contain it", prefix)
         mixin.reinit(dit)
     if updates and has_adapters:
         load_updates(dit, updates)
@@ -214,7 +216,7 @@ def read_weights_and_updates(start: StartWeights, *, ema: bool = False) -> tuple
 def _tell_of_adapters(dit: DiffusionTransformer, updates: Updates) -> None:
     own = adapter_state_dict(dit)
     rank, scale = int(own[RANK_KEY]), float(own[ALPHA_KEY]) / int(own[RANK_KEY])
-    log.info("begins with the LoRA adapters of %d layers, rank %d", len(updates), highest_rank(updates))
+    log.info("starts from the LoRA adapters of %d layers, rank %d", len(updates), highest_rank(updates))
     if not math.isclose(common_scale(updates), scale):
         log.info(
             "they were trained at scale %g, this run has lora_alpha / r = %g: B is scaled so that they have "
@@ -223,7 +225,7 @@ def _tell_of_adapters(dit: DiffusionTransformer, updates: Updates) -> None:
             scale,
         )
     if highest_rank(updates) < rank:
-        log.info("ranks %d to %d of each adapter begin at zero", highest_rank(updates) + 1, rank)
+        log.info("ranks %d to %d of each adapter start at zero", highest_rank(updates) + 1, rank)
 
 
 def _of_one_rank(mesh: ProcessMesh) -> str:

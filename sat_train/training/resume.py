@@ -1,4 +1,4 @@
-"""Resuming a run: from which checkpoint, and what may have changed since."""
+"""Resuming a run: choice of the checkpoint, and check of the settings changed since."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG_KEY = "config"
 COUNTERS_KEY = "counters"  # of the engine
 CALLBACKS_KEY = "callbacks"
 
-# Settings that decide what is trained on what. With another one it is another run: `args.load` starts those.
+# Settings that define the model and its data. A change makes another run, which `args.load` starts.
 _FIXED = (
     "model",
     "data.target",
@@ -37,7 +37,7 @@ _FIXED = (
     "args.ema_decay",
     "deepspeed.optimizer.type",
 )
-# How a run was started says nothing about what it computes.
+# Settings of the start of a run have no effect on its numbers.
 _NOT_A_CHANGE = ("args.resume",)
 _FREE_WITHIN_FIXED = (
     "model.sampler_config",
@@ -46,15 +46,15 @@ _FREE_WITHIN_FIXED = (
 
 
 def find_resumed(config: RunConfig) -> ResumePoint | None:
-    """Returns the checkpoint that `args.resume` asks for, or None for a new run.
+    """Returns the checkpoint that `args.resume` selects, or None for a new run.
 
     Raises:
-        CheckpointError: There is none and `args.resume` wants one.
-        ConfigError: Settings that may not change have changed; all of them are named.
+        CheckpointError: There is none and `args.resume` requires one.
+        ConfigError: Names all settings that have changed and may not.
 
     Ranks: one.
     """
-    assert config.args.save is not None, "a run that keeps nothing cannot be resumed"
+    assert config.args.save is not None, "a run that saves nothing cannot be resumed"
     point = find_resume_point(
         config.args.resume,
         save_root=Path(config.args.save),
@@ -75,7 +75,7 @@ def changes_since(point: ResumePoint, config: RunConfig) -> list[str]:
 
 
 def _saved_config(point: ResumePoint) -> dict[str, Any]:
-    """Returns the resolved configuration that a checkpoint was written under."""
+    """Returns the resolved configuration of a checkpoint."""
     config = read_client_state(point).get(CONFIG_KEY)
     if not isinstance(config, dict):
         raise CheckpointError(

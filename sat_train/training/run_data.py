@@ -1,4 +1,4 @@
-"""Config -> what a run trains on: its loaders, and whether the cache spares it the encoders."""
+"""Config -> the training data of a run: its loaders, and whether it needs the encoders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains on.
+    """Training and validation data of a run.
 
     Args:
         train: Endless loader of this rank.
@@ -38,7 +38,7 @@ class RunData:
     encoding: EncodingStage
 
     def facts(self, mesh: ProcessMesh) -> RunFacts:
-        """Returns what the summary of a run says beyond its configuration."""
+        """Facts for the summary of a run beyond its configuration."""
         clips = [0 if loader is None else _count_clips(loader) for loader in (self.train, self.valid)]
         return RunFacts(clips=ClipCounts(*clips), data_ranks=mesh.data_size, steps=self.train_iters)
 
@@ -50,13 +50,13 @@ def open_data(
     point: ResumePoint | None = None,
     run_directory: Path | None = None,
 ) -> RunData:
-    """Builds the loaders, and looks whether all that the run will read is in the cache.
+    """Builds the loaders, and checks whether the cache holds all samples of the run.
 
     Args:
         config: The configuration.
-        mesh: Who this rank is.
+        mesh: The process mesh.
         point: The checkpoint that the run resumes; None for a new run.
-        run_directory: Gets the names of bad clips; None: they are only logged.
+        run_directory: Receives the names of bad clips; None: they are only logged.
 
     Raises:
         DataError: No usable data, or `data.cache: require` and something is missing.
@@ -74,8 +74,8 @@ def open_data(
     )
     if point is not None and point.manifest.data_fingerprint != train.fingerprint:
         log.warning(
-            "the training data are not those of the checkpoint (fingerprint %s, was %s): the run continues "
-            "at sample %d of the new order, in which clips may come again or not at all in this epoch",
+            "the training data differ from those of the checkpoint (fingerprint %s, was %s): the run "
+            "continues at sample %d of the new order, which may repeat or miss clips in this epoch",
             *(train.fingerprint, point.manifest.data_fingerprint, train.position.consumed),
         )
     valid = None
@@ -93,13 +93,13 @@ def open_data(
             samples.append((valid, valid.batches.indices(valid.batches.start)))
         is_complete = encoding.check_complete(mesh, samples)
         needs_encoders = not is_complete or samples_videos(config)
-        told = encoding.describe(is_complete=is_complete, samples_videos=samples_videos(config))
-        log.info("%s", told)
+        summary = encoding.describe(is_complete=is_complete, samples_videos=samples_videos(config))
+        log.info("%s", summary)
     return RunData(train, valid, train_iters, needs_encoders, encoding)
 
 
 def position_of(point: ResumePoint | None) -> DataPosition:
-    """Returns where a run stands in the data when it resumes a checkpoint, or begins."""
+    """Returns a run's position in the data when it resumes a checkpoint, or starts."""
     if point is None:
         return DataPosition()
     waiting = point.manifest.samples_waiting
@@ -107,7 +107,7 @@ def position_of(point: ResumePoint | None) -> DataPosition:
 
 
 def samples_videos(config: RunConfig) -> bool:
-    """Tells whether validation samples videos, which takes both encoders' models."""
+    """Returns whether validation samples videos, which needs both encoders."""
     return config.args.eval_interval is not None and config.args.valid_video_interval is not None
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: named once, writable, and owned by one living run."""
+"""The folder of a run: named once, writable, and owned by one active run."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ log = get_logger(__name__)
 def claim_run_directory(
     mesh: ProcessMesh, *, save_root: Path, experiment_name: str, resumed: Callable[[], Path | None]
 ) -> tuple[Path, RunLock | None]:
-    """Gives the run its folder: the one it resumes, or a new `<experiment_name>-<YYYYmmdd-HHMMSS>`.
+    """Claims the folder of a run: the one it resumes, or a new `<experiment_name>-<YYYYmmdd-HHMMSS>`.
 
     Args:
         save_root: `args.save`.
         experiment_name: `args.experiment_name`.
-        resumed: Finds the folder of the resumed run; asked on rank 0, again when another run was faster.
+        resumed: Finds the folder of the resumed run; called on rank 0, again when another run was faster.
 
     Returns:
         The folder, and on rank 0 the lock that keeps others out of it.
@@ -64,13 +64,13 @@ def _open_on_rank_0(
         try:
             return folder, RunLock(folder)
         except BlockingIOError:
-            log.info("another run has just taken %s", folder)
+            log.info("another run has just claimed %s", folder)
     folder = _new_folder(save_root, experiment_name)
     return folder, RunLock(folder)
 
 
 def check_own_entries(run_directory: Path) -> None:
-    """Looks whether all that a run writes is a file inside its folder, which may come from a stranger.
+    """Checks that all files of a run are inside its folder, which may be untrusted.
 
     Raises:
         LaunchError: A link leads out of it, or there is a pipe or a device; the message names it.
@@ -100,7 +100,7 @@ def _new_folder(save_root: Path, experiment_name: str) -> Path:
             folder.mkdir()
             return folder
         except FileExistsError:
-            time.sleep(0.2)  # the name has whole seconds: the next one is free soon
+            time.sleep(0.2)  # names have whole seconds: the next one is free soon
 
 
 def _cannot_write(save_root: Path, problem: OSError) -> LaunchError:
@@ -113,13 +113,13 @@ def _cannot_write(save_root: Path, problem: OSError) -> LaunchError:
 
 def _not_shared(folder: Path) -> LaunchError:
     return LaunchError(
-        f"{folder}, made by rank 0, is not seen on {socket.gethostname()}",
+        f"{folder}, made by rank 0, is not visible on {socket.gethostname()}",
         expected="args.save on a file system that all machines share",
     )
 
 
 def set_samples_aside(run_directory: Path, step: int) -> None:
-    """Renames the validation videos of steps after the one that a person went back to.
+    """Renames the validation videos of steps after the one that is resumed.
 
     Raises:
         OSError: They cannot be renamed.

@@ -1,4 +1,4 @@
-"""Which living run owns a run directory: a file lock where there are any, and a heartbeat everywhere."""
+"""Ownership of a run directory by an active run: a file lock where supported, and always a heartbeat."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NO_FILE_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class RunLock:
-    """Held by rank 0 of a living run: a file lock, and a heartbeat for machines that do not share file locks.
+    """Lock of an active run, held by rank 0: a file lock, and a heartbeat for machines without shared locks.
 
     Args:
         run_directory: The run directory.
@@ -37,7 +37,7 @@ class RunLock:
 
     Raises:
         OSError: The folder cannot be written.
-        BlockingIOError: A living run holds it.
+        BlockingIOError: An active run holds it.
         LaunchError: `run.lock` is not an ordinary file.
     """
 
@@ -53,12 +53,13 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Says that the run has ended.
+        """Releases the lock at the end of the run.
 
-        Never raises: it is called when a run fails, and must not hide why. A lock that stays is taken over.
+        Never raises: it is called when a run fails, and must not hide the reason. A leftover lock is taken
+        over.
         """
         self._released.set()
-        self._thread.join()  # it must not write to a descriptor that is closed
+        self._thread.join()  # it must not write to a closed descriptor
         try:
             if _is_at(self._descriptor, self._path):
                 self._path.unlink(missing_ok=True)
@@ -67,35 +68,35 @@ class RunLock:
         os.close(self._descriptor)
 
     def check_held(self) -> None:
-        """Looks whether the folder still belongs to this run.
+        """Checks that the folder still belongs to this run.
 
         Raises:
-            LaunchError: Another run has taken it over, as it may when this one stood still for long.
+            LaunchError: Another run has taken it over, as it may when this one was suspended for long.
         """
         if os.path.lexists(self._path) and not _is_at(self._descriptor, self._path):
             raise LaunchError(
                 f"{self._path.parent} belongs to another run by now; nothing more is written to it",
                 expected="one run at a time in a run directory",
-                remedy="look which of the two runs is to continue",
+                remedy="decide which of the two runs is to continue",
             )
 
     def _keep_beating(self) -> None:
         while not self._released.wait(_HEARTBEAT_S):
             try:
                 self._beat()
-            except OSError as error:  # a full disk: saving will say so; the file lock still holds
+            except OSError as error:  # a full disk: saving will report it; the file lock still holds
                 log.debug("%s: %s", self._path, error)
 
     def _beat(self) -> None:
-        """Always as many bytes, written in place: whoever reads meanwhile sees a whole line."""
+        """Writes the heartbeat in place, always of the same length, so that a reader sees a whole line."""
         self._beats += 1
         os.pwrite(self._descriptor, f"{self._token} {self._beats:012d}\n".encode(), 0)
 
 
 def is_alive(run_directory: Path, *, watch_s: float = _WATCH_S) -> bool:
-    """Says whether a living run writes to a folder.
+    """Returns whether an active run writes to a folder.
 
-    On this machine the file lock tells at once. A run of another machine may not share file locks with this
+    On this machine the file lock answers at once. A run of another machine may not share file locks with this
     one, and some file systems have none, so the heartbeat is watched.
 
     Args:
@@ -123,7 +124,7 @@ def is_alive(run_directory: Path, *, watch_s: float = _WATCH_S) -> bool:
 
 
 def _take(path: Path, token: str, watch_s: float) -> int:
-    """Returns the descriptor of `run.lock`, which is this run's from now on."""
+    """Opens and claims `run.lock`, and returns its descriptor."""
     while True:
         descriptor = _open(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -133,26 +134,26 @@ def _take(path: Path, token: str, watch_s: float) -> int:
             raise
         if has_locks and _is_at(descriptor, path):
             return descriptor
-        os.close(descriptor)  # with locks: of a file that another run has just released and deleted
+        os.close(descriptor)  # with locks: the file may be one that another run has just released and deleted
         if not has_locks:
             return _take_by_heartbeat(path, token, watch_s)
 
 
 def _take_by_heartbeat(path: Path, token: str, watch_s: float) -> int:
-    """Takes a lock file where there are no file locks: nobody beats, and nobody else takes it meanwhile.
+    """Claims a lock file without file locks: no heartbeat changes it, and no other run claims it meanwhile.
 
-    Of several that begin at once the last one to write stays.
+    Of several runs that start at once the last one to write wins.
     """
     log.warning("%s: this file system has no file locks; the heartbeat alone protects the run", path)
     before = _read(path)
     if before and _beats(path, before, watch_s):
-        raise BlockingIOError(errno.EAGAIN, "a living run writes its heartbeat", str(path))
+        raise BlockingIOError(errno.EAGAIN, "an active run writes its heartbeat", str(path))
     write_text(path, token)
     time.sleep(watch_s / 4)
     descriptor = _open(path, os.O_RDWR)
     if os.pread(descriptor, _MOST_BYTES, 0) != token.encode():
         os.close(descriptor)
-        raise BlockingIOError(errno.EAGAIN, "another run took it at the same time", str(path))
+        raise BlockingIOError(errno.EAGAIN, "another run claimed it at the same time", str(path))
     return descriptor
 
 
@@ -173,7 +174,7 @@ def _read(path: Path) -> bytes:
 
 
 def _lock(descriptor: int, kind: int) -> bool:
-    """Locks a file without waiting; says whether the file system has locks at all."""
+    """Locks a file without waiting; returns whether the file system has locks at all."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
@@ -184,15 +185,15 @@ def _lock(descriptor: int, kind: int) -> bool:
 
 
 def _open(path: Path, flags: int) -> int:
-    """Opens `run.lock` itself: follows no link, waits for nobody, touches no other kind of file."""
+    """Opens `run.lock` itself: follows no link, never blocks, accepts only an ordinary file."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV):
             raise _odd_lock(path) from error
         raise
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
         raise _odd_lock(path)
     return descriptor
@@ -201,8 +202,8 @@ def _open(path: Path, flags: int) -> int:
 def _odd_lock(path: Path) -> LaunchError:
     return LaunchError(
         f"{path} is a link, a folder, a device or a pipe",
-        expected="an ordinary file, which a living run holds",
-        remedy="look where it comes from, and remove it",
+        expected="an ordinary file, which an active run holds",
+        remedy="find out where it comes from, and remove it",
     )
 
 

@@ -384,7 +384,7 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(rank_pool, folder):
         text = "\n".join(lines)
         assert f"finished already: step {steps} of {steps} (raise args.train_iters to continue)" in text
         assert "training steps" not in text
-        assert ("nothing is trained with the changed settings: args.lr = 0.005" in text) == (len(words) == 2)
+        assert ("the changed settings have no effect: args.lr = 0.005" in text) == (len(words) == 2)
         assert contents() == before, "a batch script must not find the mark of a stopped run again"
 
 

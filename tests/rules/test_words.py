@@ -44,7 +44,7 @@ PROSE = {
     "rid of": "removes",
 }
 
-# Words that the packages below and the pages of the docs have replaced as well.
+# Words that the package and the pages of the docs have replaced as well.
 PLAIN = {
     "beside": "next to",
     "looked at": "inspected",
@@ -53,12 +53,10 @@ PLAIN = {
     "for ever": "forever",
 }
 # First words of a docstring that describe a thing by a clause, instead of naming it.
-CLAUSES = {"What", "Which", "Where", "Who", "How", "Says", "Tells", "Gives", "Looks"}
-PLAIN_PACKAGES = (
-    *("cache", "checkpoint", "cli", "clips", "conditions", "data", "diffusion", "distributed", "encoding"),
-    *("interchange", "objective", "sampling", "sources", "text", "vae", "weights"),
-)
-PLAIN_FILES = [path for path in MODULES if path.parent.name in (*PLAIN_PACKAGES, "sat_train")]
+CLAUSES = {"What", "Which", "Where", "Who", "How", "Whether", "Says", "Tells", "Gives", "Looks", "Takes"}
+# Modules with docstrings that are still to be rewritten.
+UNREVISED = {"adapter.py", "callback.py"}
+PLAIN_FILES = [path for path in MODULES if path.name not in UNREVISED]
 
 # The change log keeps the words of its day.
 PAGES = [path for pattern in ("*.md", "docs/*.md") for path in ROOT.glob(pattern) if path.stem != "CHANGELOG"]

@@ -103,7 +103,7 @@ def test_a_damaged_entry_is_encoded_again_and_its_neighbours_are_read(words, tmp
         losses([*words, "data.cache=require"])
     caplog.clear()
     assert losses([*words, "data.cache=read"]) == (without, False)
-    assert caplog.text.count("damaged cache entry, taken as missing") == 1
+    assert caplog.text.count("damaged cache entry, treated as missing") == 1
     assert "loading the VAE" in caplog.text
     assert losses([*words, "data.cache=fill"]) == (without, False)
     assert len(list((tmp_path / "shards").iterdir())) == 2, "what was encoded again is kept"
@@ -129,8 +129,8 @@ def test_a_full_disk_ends_no_run_that_fills_the_cache(words, tmp_path: Path, cap
     monkeypatch.setattr("sat_train.encoding.cache.shards.write_file", fail)
     words = [*words, f"data.cache_dir={tmp_path}", "data.cache_shard_mb=0.001", "data.cache=fill"]
     assert losses(words)[0] == losses([*words, "data.cache=off"])[0]
-    assert caplog.text.count("training continues, and what is encoded waits in memory") == 1
-    assert "encodings are not kept, the next run makes them again" in caplog.text
+    assert caplog.text.count("training continues, and encoded samples wait in memory") == 1
+    assert "encodings are lost and will be computed again by the next run" in caplog.text
 
 
 def test_precompute_encodes_what_training_reads(words, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_signal_ends_precompute_after_the_clip_and_it_continues_there(
     process.join()
     assert process.exitcode == 130
     shown = "".join(capfd.readouterr())
-    assert "stopped: what is encoded is kept, and it continues where it stopped; run it again" in shown
+    assert "stopped: finished samples are kept; run the command again to continue" in shown
     assert "Traceback" not in shown
     whole, faults = verify_entries(cache)
     assert not faults

@@ -1,4 +1,4 @@
-"""Slot `adapter` (`lora_config` of the network's modules), and what adapters are called in weights.
+"""Slot `adapter` (`lora_config` of the network's modules), and the names of adapters in weights.
 
 A builder gets the parameters and a `LinearShape`, and returns an `Adapter` (`sat_train/models/adapter.py`).
 """
@@ -14,14 +14,14 @@ from pydantic import Field
 from sat_train.config.parts.record import Texts
 from sat_train.config.parts.registry import Choice, Params, part, parts_of, registry_revision
 
-# Keys beside the adapters, in SAT's spelling, and the matrices of a plain LoRA
+# Keys next to the adapters, in SAT's spelling, and the matrices of a plain LoRA
 MIXIN = "lora"
 RANK_KEY, ALPHA_KEY = f"mixins.{MIXIN}.rank", f"mixins.{MIXIN}.alpha"
 LORA_MATRIX = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
 
 
 class AdapterTensor(NamedTuple):
-    """How an adapter's tensors of one name begin, and how they are sharded.
+    """Initial values and sharding of an adapter's tensors of one name.
 
     Args:
         shard: The side of the layer on which it is sharded under tensor parallelism where the layer is: `in`
@@ -36,7 +36,7 @@ class AdapterTensor(NamedTuple):
 class AdapterParams(Params):
     """Settings that every adapter has: rank, strength, layers and dropout.
 
-    `tensors` says what its parameters are called: `NAME` or `NAME.i` under the layer.
+    `tensors` holds the names of its parameters: `NAME` or `NAME.i` under the layer.
     """
 
     tensors: ClassVar[dict[str, AdapterTensor]] = {}
@@ -56,7 +56,7 @@ class AdapterParams(Params):
 
     @property
     def alpha(self) -> float:
-        """Alpha of the plain LoRA that computes the same: its scale is alpha / r. Kept with the weights."""
+        """Alpha of the equivalent plain LoRA, whose scale is alpha / r. Saved with the weights."""
         return self.lora_alpha
 
 
@@ -71,7 +71,7 @@ class AdapterConfig(Choice):
 
 @part("adapter", "Lora", build="sat_train.models.lora:build")
 class LoraParams(AdapterParams):
-    """Low-rank adapters beside frozen weights."""
+    """Low-rank adapters on frozen weights."""
 
     tensors: ClassVar[dict[str, AdapterTensor]] = {
         "matrix_A": AdapterTensor("in", "linear"),
@@ -80,13 +80,13 @@ class LoraParams(AdapterParams):
 
 
 def find_adapter_tensor(key: str) -> tuple[str, AdapterTensor] | None:
-    """Returns the adapted layer and what is known of the tensor; None for a key that is no adapter's.
+    """Returns the adapted layer and the tensor's record; None for a key that belongs to no adapter.
 
     Args:
         key: SAT key, with or without a prefix.
     """
-    found = _pattern_at(registry_revision()).fullmatch(key)
-    return (found[1], _tensors_at(registry_revision())[found[2]]) if found else None
+    match = _pattern_at(registry_revision()).fullmatch(key)
+    return (match[1], _tensors_at(registry_revision())[match[2]]) if match else None
 
 
 @lru_cache(maxsize=1)

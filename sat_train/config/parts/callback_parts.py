@@ -17,8 +17,8 @@ from sat_train.config.parts.registry import Choice, Params, part
 class CallbackParams(Params):
     """Base of the settings of callbacks.
 
-    `every_rank`: for what calls collectives or changes what is computed; else rank 0 alone has it.
-    `writes_files`: it is left out of a run that keeps nothing.
+    `every_rank`: set it for a callback that calls collectives or changes the computation; else only rank 0
+    runs it. `writes_files`: it is left out of a run that saves nothing.
     """
 
     every_rank: ClassVar[bool] = False
@@ -26,7 +26,7 @@ class CallbackParams(Params):
 
 
 class CallbackConfig(Choice):
-    """A side-concern of the training loop."""
+    """A callback of the training loop."""
 
     slot: ClassVar[str] = "callback"
 
@@ -36,21 +36,21 @@ class CallbackConfig(Choice):
 
 @part("callback", "MetricsFile", build="sat_train.training.callbacks.metrics_file:build")
 class MetricsFileParams(CallbackParams):
-    """Appends the metrics of each logged step to `metrics.jsonl`; every run that is kept has it."""
+    """Appends the metrics of each logged step to `metrics.jsonl`; every run that saves anything has it."""
 
     writes_files: ClassVar[bool] = True
 
 
 @part("callback", "TensorBoard", build="sat_train.training.callbacks.tensorboard:build")
 class TensorBoardParams(CallbackParams):
-    """Writes scalars and contact sheets for TensorBoard; `args.tensorboard` asks for it."""
+    """Writes scalars and contact sheets for TensorBoard; `args.tensorboard` enables it."""
 
     writes_files: ClassVar[bool] = True
 
 
 @part("callback", "WeightsAndBiases", build="sat_train.training.callbacks.wandb:build")
 class WeightsAndBiasesParams(CallbackParams):
-    """Reports to Weights & Biases; `args.wandb` asks for it."""
+    """Reports to Weights & Biases; `args.wandb` enables it."""
 
     writes_files: ClassVar[bool] = True
 

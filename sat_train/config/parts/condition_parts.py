@@ -1,4 +1,4 @@
-"""Slot `condition` (`model.conditions.NAME`): what the model is conditioned on besides caption and image.
+"""Slot `condition` (`model.conditions.NAME`): inputs of the model besides caption and image.
 
 A builder gets the parameters and the `ModelSpec`, and returns a `Condition`
 (`sat_train/encoding/conditions/condition.py`).
@@ -26,4 +26,4 @@ class ConditionConfig(Choice):
 
     target: str = Field(description="The condition.")
     params: ConditionParams = Field(description="Its settings.")
-    drop: float = Field(0.0, ge=0, le=1, description="Share of the training samples that go without it.")
+    drop: float = Field(0.0, ge=0, le=1, description="Share of the training samples in which it is dropped.")

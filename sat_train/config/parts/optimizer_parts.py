@@ -17,8 +17,8 @@ from sat_train.config.parts.registry import Choice, Params, part
 class OptimizerParams(Params):
     """Settings that every optimizer has.
 
-    `state` names what it keeps for each weight, in fp32. One that is not `elementwise` needs the shape of a
-    weight, which ZeRO takes away.
+    `state` names the fp32 values that it keeps for each weight. An optimizer that is not `elementwise` needs
+    the shape of a weight, which ZeRO flattens.
     """
 
     state: ClassVar[tuple[str, ...]] = ()
@@ -31,7 +31,7 @@ class OptimizerParams(Params):
 
     @classmethod
     def bytes_per_weight(cls) -> int:
-        """Returns the bytes that the optimizer keeps for each weight."""
+        """Returns the bytes of optimizer state for each weight."""
         return 4 * len(cls.state)
 
 
@@ -56,6 +56,6 @@ class AdamParams(OptimizerParams):
     eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
 
     def check(self, model: Any) -> Iterator[tuple[str, str]]:
-        """Yields betas that are no decays."""
+        """Yields betas that are not decays."""
         if not all(0 <= beta < 1 for beta in self.betas):
             yield "betas", "two numbers from 0 to below 1"

@@ -1,4 +1,4 @@
-"""What all sections share: the record they are made of, and the few types that YAML needs."""
+"""Base record of all sections, and the few types that YAML needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXACT_FLOAT = 2**53  # above it a float is not every whole number
 
 
 class Record(BaseModel):
-    """A frozen group of settings. Nothing is converted in silence and no unknown key is let in."""
+    """A frozen group of settings, without silent conversions and without unknown keys."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
@@ -40,7 +40,7 @@ def _no_truth_value(value: Any) -> Any:
 
 
 def false_to_off(value: Any) -> Any:
-    """`off` without quotes is a truth value in YAML."""
+    """Turns YAML's false back into `off`: without quotes it is a truth value."""
     return "off" if value is False else value
 
 
@@ -69,11 +69,11 @@ Aspects = Annotated[
 ]
 # `3.` and `1e9` are whole numbers that YAML reads as floats.
 Whole = Annotated[int, BeforeValidator(_whole_float_to_int)]
-# A number is no text: `0123` is 83 in YAML, and `1_000` is 1000. In quotes it is what was written.
+# A number is not a text: `0123` is 83 in YAML, and `1_000` is 1000. In quotes it stays as written.
 Text = str
 # Part of a file's name: nothing that leaves its folder, hides it or breaks a line.
 FileName = Annotated[str, Field(pattern=FILE_NAME)]
 # Key of a mapping, which is a part of a dotted path.
 PlainName = Annotated[str, Field(pattern=PLAIN_NAME)]
-# Pydantic alone takes true for 1 and false for 0.
+# Pydantic by itself accepts true as 1 and false as 0.
 ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth_value)]

@@ -1,6 +1,6 @@
-"""The registry of parts: what YAML may name in each slot, with the parameters that it takes.
+"""The registry of parts: the names that YAML may use in each slot, with the parameters of each.
 
-A slot is a place of the configuration where YAML names one of several parts, such as the optimizer. A part is
+A slot is a key of the configuration where YAML names one of several parts, such as the optimizer. A part is
 a record of parameters, registered under a name, and a builder elsewhere that is imported when the part is
 first built. Schema, `--explain`, `configs/schema.json` and messages are all derived from here.
 """
@@ -64,7 +64,7 @@ class RegisteredPart:
     build: str
 
     def builder(self) -> Callable[..., Any]:
-        """Imports what builds it.
+        """Imports the builder.
 
         Raises:
             LaunchError: There is no such callable.
@@ -86,14 +86,14 @@ _revisions = [0]
 
 
 def part(slot: str, name: str, *, build: str) -> Callable[[P], P]:
-    """Registers a record of parameters under a name that YAML may then use.
+    """Registers a record of parameters under a name for YAML.
 
     Args:
         slot: One of the slots of `docs/extend.md`, such as `optimizer`.
         name: What YAML writes. Must be new in its slot.
         build: `module:callable`, imported at the first build and never by `sat-train check`. `.parts:Lion`
             is relative to the package of the record, `:build` is in the record's own module. It is called
-            with the parameters, and with what the slot hands over.
+            with the parameters, and with the arguments of the slot.
 
     Raises:
         ValueError: The slot does not exist, the name is taken or the record is undocumented.
@@ -122,8 +122,8 @@ def _check_part(slot: str, name: str, params: type[Params], *, is_target: bool) 
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"there is no slot '{slot}', but {', '.join(sorted(_SLOTS))}{hint}")
     if (slot, name) in _PARTS:
-        taken = _PARTS[slot, name].params
-        raise ValueError(f"the {slot} '{name}' is registered already, by {taken.__module__}")
+        other = _PARTS[slot, name].params
+        raise ValueError(f"the {slot} '{name}' is registered already, by {other.__module__}")
     base = choice.model_fields["params"].annotation
     if not (isinstance(params, type) and issubclass(params, cast("type[Params]", base))):
         raise ValueError(f"the record of {slot} '{name}' must derive from {base}")
@@ -148,7 +148,7 @@ def parts_of(slot: str) -> dict[str, RegisteredPart]:
 
 
 def remove_parts(module: str) -> None:
-    """Takes the parts that a module or package has registered out of the registry."""
+    """Removes the parts that a module or package has registered."""
     for key in [key for key, each in _PARTS.items() if f"{each.params.__module__}.".startswith(f"{module}.")]:
         del _PARTS[key]
     for name in [name for name, (of, _) in _CHECKS.items() if f"{of}.".startswith(f"{module}.")]:
@@ -173,16 +173,16 @@ def registered_checks() -> list[Any]:
 
 
 def registry_revision() -> int:
-    """Returns a number that changes with every registration; what is derived from the parts is kept by it."""
+    """Returns a number that changes with every registration: the key of caches derived from the parts."""
     return _revisions[0]
 
 
 class Choice(Record):
     """A group of settings in which YAML names a part: the base of each slot's record.
 
-    A subclass says in `slot` and `key` what the slot is called and which key holds the name; its field
-    `params` is annotated with the record that all parts of the slot derive from. What is read is an instance
-    of a subclass that is made for the part.
+    A subclass sets `slot`, the name of the slot, and `key`, the key that holds the part's name; its field
+    `params` is annotated with the record that all parts of the slot derive from. Reading YAML returns an
+    instance of a subclass that is created for the part.
     """
 
     slot: ClassVar[str]
@@ -197,7 +197,7 @@ class Choice(Record):
 
     @classmethod
     def is_slot(cls) -> bool:
-        """Tells whether this is a slot's record, and neither the base of all nor the record of one part."""
+        """Returns whether this is a slot's record, and neither the base of all nor the record of one part."""
         return hasattr(cls, "slot") and get_origin(cls.model_fields[cls.key].annotation) is not Literal
 
     @classmethod
@@ -207,16 +207,16 @@ class Choice(Record):
 
     @classmethod
     def default(cls) -> Any:
-        """Returns the part that is used where nobody names one."""
+        """Returns the part that is used where YAML names none."""
         return cls._choose({})
 
     @classmethod
     def of(cls, name: str, params: dict[str, Any]) -> Any:
-        """Returns the part of a name, with these settings."""
+        """Returns the part with this name and these settings."""
         return cls._choose({cls.key: name, "params": params})
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        """Builds the part, from its parameters and what the slot hands over."""
+        """Builds the part from its parameters and the arguments of its slot."""
         builder = _PARTS[self.slot, getattr(self, self.key)].builder()
         return builder(self.params, *args, **kwargs)
 
@@ -230,8 +230,8 @@ class Choice(Record):
         if isinstance(value, cls):
             return value
         if not records:
-            given = value if isinstance(value, dict) else {}
-            raise _refused(cls, given, "the parts of an extension, and none is loaded")
+            settings = value if isinstance(value, dict) else {}
+            raise _refused(cls, settings, "the parts of an extension, and none is loaded")
         if not isinstance(value, dict):
             return cls.records_by_default().model_validate(value)
         name = value.get(cls.key, None if field.is_required() else field.default)

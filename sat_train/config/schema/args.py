@@ -24,7 +24,7 @@ IMAGE_SEPARATOR = "@@"
 
 
 class ArgsConfig(Record):
-    """How a run is trained, kept, validated and sampled."""
+    """Training, checkpoints, validation and sampling of a run."""
 
     # The run
     experiment_name: FileName = Field(
@@ -62,7 +62,7 @@ class ArgsConfig(Record):
         description="Linear warm-up from 0: below 1 a share of all steps, else a number of steps.",
     )
     lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="What the learning rate does after the warm-up."
+        "linear", description="Learning rate after the warm-up."
     )
     lr_decay_iters: int | None = Field(
         None, ge=1, description="Step at which the decay ends; null: the last step of the run."
@@ -119,7 +119,7 @@ class ArgsConfig(Record):
         "none",
         description="auto: resume the newest run of this name, or start. must: resume. none. A path.",
     )
-    save: Text | None = Field("runs", description="Folder of run directories. null: keep nothing.")
+    save: Text | None = Field("runs", description="Folder of run directories. null: save nothing.")
     save_interval: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep_last: int | None = Field(3, ge=1, description="Newest checkpoints to keep; null keeps all.")
     keep_every: int | None = Field(
@@ -204,12 +204,12 @@ class ArgsConfig(Record):
     guidance_scale: float | None = Field(None, ge=0, description="Wins over the guider's `scale`.")
 
     def all_callbacks(self) -> tuple[CallbackConfig, ...]:
-        """Returns the callbacks that flags ask for, then those of `callbacks`; what is named there wins."""
-        asked: dict[str, dict[str, str]] = {"MetricsFile": {}}
+        """Returns the callbacks that flags enable, then those of `callbacks`, which win over a flag."""
+        flags: dict[str, dict[str, str]] = {"MetricsFile": {}}
         if self.tensorboard:
-            asked["TensorBoard"] = {}
+            flags["TensorBoard"] = {}
         if self.wandb:
-            asked["WeightsAndBiases"] = {"project": self.wandb_project_name}
-        given = {each.target for each in self.callbacks.values()}
-        by_flags = [CallbackConfig.of(name, params) for name, params in asked.items() if name not in given]
+            flags["WeightsAndBiases"] = {"project": self.wandb_project_name}
+        targets = {each.target for each in self.callbacks.values()}
+        by_flags = [CallbackConfig.of(name, params) for name, params in flags.items() if name not in targets]
         return (*by_flags, *self.callbacks.values())

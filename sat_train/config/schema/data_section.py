@@ -1,4 +1,4 @@
-"""Section `data`: which frames of a clip are seen, the cache of them encoded, and what bad files do."""
+"""Section `data`: frames and sizes of clips, the cache of encoded samples, and limits on bad files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sat_train.config.parts.record import (
 
 
 class BucketsConfig(Record):
-    """Shapes beside `video_size` and `max_num_frames`; each clip goes to the one that fits it best."""
+    """Shapes besides `video_size` and `max_num_frames`; each clip goes to the one that fits it best."""
 
     sizes: Sizes = Field((), description="More heights and widths in pixels.")
     aspects: Aspects = Field(
@@ -45,7 +45,7 @@ class VideoDatasetParams(Record):
         0, ge=0, description="Source frames left out at the start and end of each file."
     )
     window: Literal["head", "center", "random", "uniform", "chunks"] = Field(
-        "random", description="Which part of a longer file is taken."
+        "random", description="Part of a longer file to use."
     )
     short_clip: Literal["error", "skip", "pad", "shrink"] = Field(
         "error", description="What to do with a file shorter than the window."
@@ -70,13 +70,13 @@ class ColumnsConfig(Record):
     video: Text | None = Field(None, description="Column of the file; null: `video` or a common name.")
     caption: Text | None = Field(None, description="Column of the text; null: `caption` or a common name.")
     image: Text | None = Field(None, description="Column of the conditioning image; null: `image`.")
-    start: Text | None = Field(None, description="Column of the part's begin in seconds; null: `start`.")
+    start: Text | None = Field(None, description="Column of the part's start in seconds; null: `start`.")
     end: Text | None = Field(None, description="Column of the part's end in seconds; null: `end`.")
     weight: Text | None = Field(None, description="Column of the weight in an epoch; null: `weight`.")
 
 
 class DataConfig(Record):
-    """What is read for training, and how."""
+    """Training data and how it is read."""
 
     params: VideoDatasetParams = Field(description="Captioned video files.")
     columns: ColumnsConfig = Field(
@@ -90,7 +90,7 @@ class DataConfig(Record):
     cache_dir: Text | None = Field(None, description="Folder of encoded samples.")
     cache_identity: Literal["content", "stat"] = Field(
         "content",
-        description="What tells files apart. content: a hash of the bytes. stat: path, size, time of change.",
+        description="Identity of a file. content: a hash of the bytes. stat: path, size, time of change.",
     )
     cache_shard_mb: float = Field(
         256.0,

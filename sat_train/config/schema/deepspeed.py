@@ -1,4 +1,4 @@
-"""Section `deepspeed`: what the DeepSpeed engine is told, in DeepSpeed's spelling."""
+"""Section `deepspeed`: settings of the DeepSpeed engine, in DeepSpeed's spelling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sat_train.config.parts.record import Record, Whole, ZeroStage
 
 
 class OffloadConfig(Record):
-    """Where ZeRO keeps what the device has no room for."""
+    """Offload of ZeRO's states to the host."""
 
     device: Literal["none", "cpu"] = Field("none", description="none keeps it on the device.")
     pin_memory: bool = Field(False, description="Page-locked host memory: faster copies.")

@@ -31,7 +31,7 @@ class ScheduleGroup(Record):
 
 
 class DenoiserParams(Record):
-    """What the network is given and what it predicts."""
+    """Input and prediction of the network."""
 
     num_idx: int = Field(1000, ge=2, description="Steps of the schedule.")
     discretization_config: ScheduleGroup = Field(
@@ -46,7 +46,7 @@ class DenoiserGroup(Record):
 
 
 class TimestepsParams(Record):
-    """Which timesteps training sees."""
+    """Distribution of the timesteps in training."""
 
     num_idx: int = Field(1000, ge=2, description="Steps of the schedule.")
     uniform_sampling: bool = Field(

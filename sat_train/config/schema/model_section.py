@@ -37,10 +37,10 @@ class ModelConfig(Record):
         0.0, ge=0, le=1, description="Share of samples trained without the image."
     )
     not_trainable_prefixes: Texts = Field(
-        (), description="Beginnings of weight names that are frozen; all: everything but adapters."
+        (), description="Prefixes of the names of frozen weights; all: everything but adapters."
     )
     null_condition: Literal["zero", "empty_prompt"] = Field(
-        "zero", description="What a dropped caption becomes: a zero embedding, or the encoded empty prompt."
+        "zero", description="Replacement of a dropped caption: a zero embedding, or the encoded empty prompt."
     )
     conditions: dict[PlainName, ConditionConfig] = Field(
         {}, description="Further inputs of the model, by a name of your own: target, params and drop."

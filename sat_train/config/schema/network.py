@@ -41,7 +41,7 @@ class Sincos3DPositionEmbeddingParams(Record):
 
 
 class Rotary3DPositionEmbeddingParams(Record):
-    """Rotations of queries and keys by time, height and width (CogVideoX-5B, 1.5)."""
+    """Rotary embedding of time, height and width (CogVideoX-5B, 1.5)."""
 
     text_length: int = Field(
         ge=1, description="Text tokens in front of the video tokens; they are not rotated."
@@ -100,7 +100,7 @@ class AdaLNGroup(Record):
 class NetworkModules(Record):
     """SAT mixins of the transformer."""
 
-    pos_embed_config: PositionEmbeddingSlot = Field(description="Where a token is.")
+    pos_embed_config: PositionEmbeddingSlot = Field(description="Position embedding.")
     patch_embed_config: ImagePatchEmbeddingGroup = Field(description="Latents and text to tokens.")
     adaln_layer_config: AdaLNGroup = Field(AdaLNGroup(), description="Modulation of each layer.")
     lora_config: AdapterConfig | None = Field(
@@ -109,7 +109,7 @@ class NetworkModules(Record):
 
 
 class TransformerArgs(Record):
-    """What CogVideo's files tell SAT's BaseModel."""
+    """Arguments of SAT's BaseModel in CogVideo's files."""
 
     checkpoint_activations: bool = Field(
         False, description="The same setting as `args.checkpoint_activations`."
@@ -125,10 +125,8 @@ class DiffusionTransformerParams(Record):
     num_attention_heads: int = Field(
         ge=1, description="Heads; hidden_size / heads is 64 in the whole family."
     )
-    in_channels: int = Field(
-        ge=1, description="Latent channels that go in: 16, or 32 with an image latent beside."
-    )
-    out_channels: int = Field(ge=1, description="Latent channels that come out.")
+    in_channels: int = Field(ge=1, description="Input channels: 16, or 32 with the latent of an image.")
+    out_channels: int = Field(ge=1, description="Output channels.")
     patch_size: PatchSize = Field(
         description="Frames, height and width of a patch; one number p means [1, p, p]."
     )

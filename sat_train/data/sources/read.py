@@ -145,7 +145,7 @@ def _take_part(sources: Sequence[ClipSource], shares: Sequence[float], part: int
 
 
 def split_source(source: ClipSource, shares: Sequence[float], part: int) -> ClipSource:
-    """Takes one part of a source, by a hash of the names, so that new clips do not move others.
+    """Selects one part of a source, by a hash of the names, so that new clips do not move others.
 
     A part whose share is above 0 has at least one clip, as far as there are clips; earlier parts come first.
 

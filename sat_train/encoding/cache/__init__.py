@@ -1,1 +1,1 @@
-"""Encoded samples on disk: found by what they were made from, never by a name. Knows no model."""
+"""Encoded samples on disk, keyed by a hash of their inputs, never by a name. Independent of the models."""

@@ -1,4 +1,4 @@
-"""Cache entries of a sample: a key for each encoding, over everything that it depends on."""
+"""Cache entries of a sample: one key per encoding, a hash of all its inputs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class CacheEntry:
     """One encoding of a sample.
 
     Args:
-        key: What it is found by.
-        info: What it is.
+        key: Its key in the cache.
+        info: Its description.
     """
 
     key: str
@@ -32,19 +32,19 @@ SampleEntries = dict[str, CacheEntry]  # by the name of the encoding: `clip`, an
 
 
 class SampleFacts:
-    """Everything that the encodings of a sample may depend on.
+    """All inputs that the encodings of a sample may depend on.
 
     Args:
         videos: Its data set.
-        cache: Knows files and encoders.
+        cache: Holds the identity of files and encoders.
         index: Its global index.
         ref: Its clip.
 
     Attributes:
-        record: Its clip, with what lies next to it.
+        record: Its clip, with the files next to it.
         caption: Its caption.
         window: Its moments.
-        view: Seed and number of what is random about its pixels.
+        view: Seed and number of the random choices about its pixels.
         training: Its conditions are augmented.
 
     Raises:
@@ -76,7 +76,7 @@ class SampleFacts:
         return self._moments(origin, self.window, self._fps)
 
     def picture(self, path: Path) -> CacheEntry:
-        """Returns the entry of a picture next to the clip, cropped as that is, as if it were a clip.
+        """Returns the entry of a picture next to the clip, as if it were a clip, with the clip's crop.
 
         Raises:
             BadClip: It is missing or unreadable.

@@ -1,4 +1,4 @@
-"""Facts about files, kept so that none is read again: their identity, and the headers of clips."""
+"""Facts about files, cached so that none is read twice: their identity, and the headers of clips."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ log = get_logger(__name__)
 Identity = Literal["content", "stat"]
 FOLDER = "files"
 _CHUNK_BYTES = 4 * 1024 * 1024
-_MOST_BYTES = 128_000_000  # of one file of what is known
-_MOST_FILES = 50_000  # in one, which makes about 30 MB
+_MOST_BYTES = 128_000_000  # of one file of metadata
+_MOST_FILES = 50_000  # in one, about 30 MB
 # A file changed less than this before it was hashed may change again within one tick of the clock.
 _RACY_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class _Known:
-    """One file as it was: `stamp` is that of `read_stamp`; any change of contents changes it."""
+    """State of one file: `stamp` is that of `read_stamp`; any change of contents changes it."""
 
     stamp: tuple[int, ...]
     sha256: str | None
@@ -41,12 +41,12 @@ class _Known:
 class FileMetadata:
     """Remembers the hash and the headers of files, for as long as size, times and inode stay the same.
 
-    A file is hashed once, not once a run: what was learnt goes to `<cache_dir>/files/` and is read at the
-    next start.
+    A file is hashed once, not once a run: hashes are written to `<cache_dir>/files/` and read at the next
+    start.
 
     Args:
         cache_dir: Folder of the cache.
-        identity: `content`: the SHA-256 of the bytes stands for a file, wherever it lies. `stat`: path, size
+        identity: `content`: the SHA-256 of the bytes identifies a file, wherever it lies. `stat`: path, size
             and time of change do, and nothing is hashed.
         timeout_s: Reading headers that blocks longer than this fails; None: never.
     """
@@ -59,19 +59,19 @@ class FileMetadata:
         self._names: dict[str, str] = {}
         self._new: dict[str, _Known] = {}
         self._new_names: dict[str, str] = {}
-        self._is_told = False
+        self._has_warned = False
         for path in sorted(self._folder.glob("*.json")):
             self._read(path)
 
     def origin(self, path: Path, span: Span | None = None) -> Origin:
-        """Returns what stands for a file.
+        """Returns the identity of a file.
 
         Raises:
             BadClip: It is missing or cannot be read.
         """
         stamp = read_stamp(path)
         if self._identity == "stat":
-            identity = digest(path=str(path), span=_told(span), size=stamp[0], mtime_ns=stamp[1])
+            identity = digest(path=str(path), span=_span_json(span), size=stamp[0], mtime_ns=stamp[1])
         else:
             identity = self._sha256(path, span, stamp)
         part = None if span is None else (span.offset, span.size)
@@ -83,7 +83,7 @@ class FileMetadata:
         Args:
             path: The file.
             span: Part of it that holds the clip; None: all of it.
-            with_turn: Say how the picture is to be turned, too, for which its first frame is decoded.
+            with_turn: Include the rotation of the picture, for which its first frame is decoded.
 
         Raises:
             BadClip: It is missing, empty, or no video.
@@ -99,18 +99,18 @@ class FileMetadata:
     def recall_info(
         self, path: Path, span: Span | None, stamp: tuple[int, ...], *, with_turn: bool = False
     ) -> ClipInfo | None:
-        """Returns the headers of a clip whose file has this state; None where it must be opened for them."""
+        """Returns the headers of a clip whose file has this state; None where the file must be opened."""
         known = self._lookup(path, span, stamp)
         info = None if known is None else known.info
         return None if info and with_turn and info.is_turned is None else info
 
     def learn_info(self, path: Path, span: Span | None, stamp: tuple[int, ...], info: ClipInfo) -> None:
-        """Remembers the headers of a clip that were read after its file had this state."""
+        """Remembers headers of a clip that were read while its file had this state."""
         known = self._lookup(path, span, stamp)
         self._learn(path, span, _Known(stamp, None if known is None else known.sha256, info))
 
     def sha256(self, path: Path, span: Span | None = None) -> str:
-        """Returns the SHA-256 of the bytes of a file or of a part of it, whatever stands for clips.
+        """Returns the SHA-256 of the bytes of a file or of a part of it, whatever identifies clips.
 
         Raises:
             BadClip: It is missing or cannot be read.
@@ -118,7 +118,7 @@ class FileMetadata:
         return self._sha256(path, span, read_stamp(path))
 
     def named(self, name: str) -> str | None:
-        """Returns what was remembered under a name."""
+        """Returns the text remembered under a name."""
         return self._names.get(name)
 
     def remember(self, name: str, value: str) -> None:
@@ -127,18 +127,18 @@ class FileMetadata:
             self._names[name] = self._new_names[name] = value
 
     def learnt(self) -> dict[str, _Known]:
-        """Returns what this process has found out since it last wrote, to tell other ranks."""
+        """Returns the facts that this process has learnt since it last wrote, for other ranks."""
         return dict(self._new)
 
     def merge(self, learnt: dict[str, _Known]) -> None:
-        """Takes over what another rank found out; that one writes it."""
+        """Adds the facts that another rank has learnt; that rank writes them."""
         self._known.update(learnt)
 
     def publish(self) -> None:
-        """Writes what was learnt since, in files of their own, each complete or not at all.
+        """Writes new facts, in files of their own, each complete or absent.
 
-        It saves time in the next run and nothing else: where the folder cannot be written, as on a mount that
-        is read-only, that is said once.
+        It only saves time in the next run: where the folder cannot be written, as on a read-only mount, one
+        warning is logged.
         """
         new = list(self._new.items())
         if not new and not self._new_names:
@@ -153,10 +153,10 @@ class FileMetadata:
                 name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"
                 write_text(self._folder / name, json.dumps({"files": files, "names": self._new_names}))
         except OSError as error:
-            if not self._is_told:
+            if not self._has_warned:
                 reason = error.strerror or error
                 log.warning("%s: %s: the next run must hash these files again", self._folder, reason)
-            self._is_told = True
+            self._has_warned = True
         self._new, self._new_names = {}, {}
 
     def _read(self, path: Path) -> None:
@@ -195,7 +195,7 @@ def _name(path: Path, span: Span | None) -> str:
     return str(path) if span is None else f"{path}\n{span.offset}+{span.size}"
 
 
-def _told(span: Span | None) -> list[int] | None:
+def _span_json(span: Span | None) -> list[int] | None:
     return None if span is None else [span.offset, span.size]
 
 
@@ -212,23 +212,23 @@ def _hash(path: Path, span: Span | None) -> str:
 
 
 def _from_json(value: dict[str, Any]) -> _Known:
-    """Returns what a file of the cache says, whose types are checked: anybody may have written it."""
+    """Parses a fact from a file of the cache and checks its types: the file is untrusted."""
     sha256 = value["sha256"]
-    info = value["info"] if value.get("reader") == READER else None  # another version saw other times in it
+    info = value["info"] if value.get("reader") == READER else None  # another version wrote other times
     stamp = tuple(_checked(number, int) for number in value["stamp"])
-    known = None if info is None else ClipInfo(**info)
-    if known is not None:
+    clip = None if info is None else ClipInfo(**info)
+    if clip is not None:
         for name in ("height", "width"):
-            _checked(getattr(known, name), int)
+            _checked(getattr(clip, name), int)
         for name in ("rate", "first", "last"):
-            if not math.isfinite(_checked(getattr(known, name), int, float)):
+            if not math.isfinite(_checked(getattr(clip, name), int, float)):
                 raise ValueError(f"{name} is not finite")
-        _checked(known.codec, str)
-        _checked(known.is_image, bool)
-        _checked(known.is_turned, bool, type(None))
-        if known.rate <= 0 or known.height <= 0 or known.width <= 0:
+        _checked(clip.codec, str)
+        _checked(clip.is_image, bool)
+        _checked(clip.is_turned, bool, type(None))
+        if clip.rate <= 0 or clip.height <= 0 or clip.width <= 0:
             raise ValueError("a clip without size or rate")
-    return _Known(stamp, _checked(sha256, str, type(None)), known)
+    return _Known(stamp, _checked(sha256, str, type(None)), clip)
 
 
 def _checked(value: Any, *kinds: type) -> Any:

@@ -1,4 +1,4 @@
-"""Finds and reads entries over all shards of a folder."""
+"""Index of the entries in all shards of a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Use = Literal["read", "require", "write"]
 
 @dataclass(frozen=True)
 class _Entry:
-    """The place of an entry's tensors, and what they must be."""
+    """Location of an entry's tensors, and their expected layout."""
 
     shard: str
     slots: dict[str, TensorSlot]
@@ -43,17 +43,17 @@ class _Entry:
 class CacheIndex:
     """The entries of a cache folder, by key. Shards that appear later are found when a key is missed.
 
-    The bytes of an entry are compared with their SHA-256 when this process first reads it. One that is
-    damaged counts as missing from then on, and what is damaged is said.
+    The bytes of an entry are compared with their SHA-256 when this process first reads it. A damaged entry is
+    logged and counts as missing from then on.
 
-    Where a key was written several times, shards of this user come first, then the one that has been there
-    longest: by the time at which the file system put it there, as anybody can choose a name.
+    Where a key was written several times, shards of this user come first, then the oldest, by the change time
+    of the file system: a name can be forged.
 
     Args:
         cache_dir: Folder of the cache.
 
     Raises:
-        DataError: The folder is there and cannot be read.
+        DataError: The folder exists and cannot be read.
     """
 
     def __init__(self, cache_dir: Path) -> None:
@@ -71,29 +71,29 @@ class CacheIndex:
         except OSError as error:
             raise DataError(
                 f"{self._folder}: {error.strerror or error}",
-                expected="a data.cache_dir that can be read, or that is not there yet",
+                expected="a data.cache_dir that can be read, or that does not exist yet",
             ) from error
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __contains__(self, key: str) -> bool:
-        """Returns whether the tensors of an entry are there."""
+        """Returns whether the cache holds the tensors of an entry."""
         return key in self._entries or (self.refresh() and key in self._entries)
 
     def failure(self, key: str) -> tuple[str, str] | None:
-        """Returns cause and finding where a clip is known to be undecodable."""
+        """Returns the cause and detail of a known failure to decode a clip."""
         return None if key in self._entries else self._failed.get(key)
 
     def fault(self, key: str) -> str:
-        """Returns what was found damaged under a key; nothing where it was not."""
+        """Returns the damage of an entry; nothing where it is not known to be damaged."""
         return self._faults.get(key, "")
 
     def refresh(self) -> bool:
         """Searches for shards published since the last time; returns whether there are any."""
         try:
             return self._look()
-        except OSError:  # a shared disk that does not answer now is asked again at the next miss
+        except OSError:  # a shared disk that does not answer now is tried again at the next miss
             return False
 
     def _look(self) -> bool:
@@ -103,15 +103,15 @@ class CacheIndex:
             return False
         if changed_ns == self._changed_ns:
             return False
-        found = [Path(entry.path) for entry in os.scandir(self._folder)]
-        new = [path for path in found if path.suffix == ".safetensors" and path.name not in self._seen]
+        paths = [Path(entry.path) for entry in os.scandir(self._folder)]
+        new = [path for path in paths if path.suffix == ".safetensors" and path.name not in self._seen]
         for path in sorted(new, key=_precedence):
             self._add(path.name)
         self._changed_ns = changed_ns
         return bool(new)
 
     def read(self, key: str) -> dict[str, Tensor] | None:
-        """Returns the tensors of an entry, None where there is none or all that there are are damaged."""
+        """Returns the tensors of an entry; None where there is no undamaged one."""
         while key in self:
             entry = self._entries[key]
             try:
@@ -127,11 +127,11 @@ class CacheIndex:
         return None
 
     def is_whole(self, key: str) -> bool:
-        """Returns whether an entry is there and undamaged: reads it where this process has not yet."""
+        """Returns whether an undamaged entry exists: reads it where this process has not yet."""
         return key in self and (key in self._whole or self.read(key) is not None)
 
     def drop(self, key: str, fault: str) -> None:
-        """Takes an entry as missing from now on, and says why."""
+        """Treats an entry as missing from now on, and logs the reason."""
         entry = self._entries.pop(key)
         info = entry.info
         self._faults[key] = f"{self._folder / entry.shard}: the {info.kind} of {info.name[:80]}: {fault}"
@@ -141,7 +141,7 @@ class CacheIndex:
             self._entries[key] = others[0]
             if others[1:]:
                 self._others[key] = others[1:]
-        log.warning("damaged cache entry, taken as missing: %s", self._faults[key])
+        log.warning("damaged cache entry, treated as missing: %s", self._faults[key])
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}  # open files belong to their process
@@ -174,23 +174,23 @@ class CacheIndex:
 
 def _precedence(path: Path) -> tuple[bool, int, str]:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
-        return True, 0, path.name  # it is said where its header is read
-    return found.st_uid != os.getuid(), found.st_ctime_ns, path.name
+        return True, 0, path.name  # reported where its header is read
+    return status.st_uid != os.getuid(), status.st_ctime_ns, path.name
 
 
 @dataclass(frozen=True)
 class OpenCache:
-    """A cache folder as one process has it open.
+    """A cache folder, opened by one process.
 
     Args:
         folder: The folder.
-        index: What it holds.
-        file_metadata: What is known of the files.
-        encoder_digests: What the encoders are.
-        use: `require`: what is missing is an error. `read`: it is not. `write`: nothing is read, samples only
-            say where their encodings belong.
+        index: Its entries.
+        file_metadata: Metadata of the source files.
+        encoder_digests: Identity of the encoders.
+        use: `require`: a missing entry is an error. `read`: it is encoded. `write`: nothing is read, samples
+            only carry the keys of their encodings.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""Keys: a hash of everything that an encoding depends on. What differs in anything has another key."""
+"""Keys: a hash of all inputs of an encoding, so that any difference gives another key."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Raise it when the same file and settings begin to give other pixels, latents or embeddings.
+# Raise it when the same file and settings give other pixels, latents or embeddings than before.
 CODE_VERSION = 1
-PIXELS_VERSION = 2  # the same of pixels alone: embeddings of captions stay
+PIXELS_VERSION = 2  # the same for pixels alone: embeddings of captions stay valid
 
 
 def digest(**facts: Any) -> str:
@@ -34,13 +34,13 @@ class EncoderDigests:
 
 @dataclass(frozen=True)
 class Origin:
-    """The file that an encoding was made from, as it was then.
+    """The source file of an encoding, in its state at that time.
 
     Args:
         path: Absolute.
         size: Bytes.
-        mtime_ns: Time of its last change; of a remote file, a number that each change makes another.
-        identity: What stands for its contents in the key.
+        mtime_ns: Time of its last change; of a remote file, a number that changes with it.
+        identity: Its identity in the key.
         part: First byte and number of bytes of the part that was used; None: all of it.
     """
 
@@ -67,13 +67,13 @@ def clip_key(
 
     Args:
         identity: Of the file's contents.
-        start: When the window begins, in seconds of the file's clock.
+        start: Start of the window, in seconds of the file's clock.
         count: Frames read.
         total: Frames of the sample: more than read where the last one is repeated.
         fps: Frames a second of the sample.
         size: Height and width in pixels.
         max_upscale: Largest factor by which a picture may be enlarged.
-        crop: Which part of the picture: `center`, or `random` and the seed and number of the view.
+        crop: Crop of the picture: `center`, or `random` with the seed and number of the view.
         vae: Digest of the autoencoder.
     """
     return digest(
@@ -93,7 +93,7 @@ def image_key(*, pixels: str, noise: Sequence[int] | None, vae: str) -> str:
 
     Args:
         pixels: Key of the clip whose first frame it is, or of the image file.
-        noise: Seed and number of the view whose noise lies on it; None: no noise.
+        noise: Seed and number of the view whose noise is added to it; None: no noise.
         vae: Digest of the autoencoder.
     """
     return digest(kind="image", pixels=pixels, noise=noise and list(noise), vae=vae)

@@ -41,9 +41,9 @@ class CacheStats:
     Args:
         kind: clip, image, text or failed.
         encoder: First letters of the encoder's digest.
-        entries: How many.
+        entries: Their number.
         size: Bytes of their tensors.
-        stale: How many of them are stale, by reason.
+        stale: Number of stale entries, by reason.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class CacheStats:
 
 
 def read_shards(cache_dir: Path) -> Iterator[tuple[Path, Header | None, str]]:
-    """Yields each shard with what it holds, or why that cannot be read.
+    """Yields each shard with its header, or the reason why it cannot be read.
 
     Raises:
         DataError: There is no cache in the folder.
@@ -73,20 +73,20 @@ def read_shards(cache_dir: Path) -> Iterator[tuple[Path, Header | None, str]]:
 
 
 class Staleness:
-    """Decides which entries are of no use any more; asks about each file once.
+    """Decides which entries are no longer of use; checks each file once.
 
-    An entry is stale when the code that made it gave other values, when its file has changed (its contents,
-    in a cache by content), when the same key was met before, when `encoders` are given and it is of others,
-    and where wanted when its file has gone or its clip failed. A file that was only moved is found by its
-    contents, so entries without a file are kept unless that is asked for.
+    An entry is stale when the code that wrote it computed other values, when its file has changed (its
+    contents, in a cache by content), when it repeats a key, when it comes from an encoder other than
+    `encoders`, and, if requested, when its file is gone or its clip failed. A file that was only moved is
+    found by its contents, so entries without a file are kept by default.
 
     Args:
-        file_metadata: What is known of files.
+        file_metadata: Metadata of files.
         encoders: The encoders in use; None: any may be.
-        drop_gone: Entries whose file is not where it was are stale too.
+        drop_gone: Entries whose file is no longer at its path are stale too.
         drop_failed: Known failures are stale too.
-        asks_remote: Ask remote storage about the files there. Off, their entries count as unchanged: what is
-            asked is whatever the one who wrote the cache wants to be asked.
+        asks_remote: Query remote storage about the files there. Off, their entries count as unchanged: the
+            author of the cache chooses the URLs that are queried.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Staleness:
         self._stamps: dict[Path, tuple[int, ...]] = {}
 
     def reason(self, key: str, info: EntryInfo) -> str:
-        """Returns why an entry is stale, nothing when it is not."""
+        """Returns the reason why an entry is stale; nothing when it is not."""
         met = (key, info.kind == "failed")
         if met in self._seen:
             return "repeated"
@@ -140,14 +140,14 @@ class Staleness:
             return "file gone" if self._drop_gone and not error.may_pass else ""
 
     def _stamp(self, path: Path) -> tuple[int, ...]:
-        """Many clips lie in one archive, which is asked about once."""
+        """Returns the stamp of a file; many clips lie in one archive, which is queried once."""
         if path not in self._stamps:
             self._stamps[path] = read_stamp(path)
         return self._stamps[path]
 
 
 def list_entries(cache_dir: Path, staleness: Staleness) -> tuple[list[CacheStats], list[str]]:
-    """Counts what a cache holds.
+    """Counts the entries of a cache.
 
     Returns:
         A line for each kind and encoder, and the shards that cannot be read, with the reason.
@@ -178,10 +178,10 @@ def list_entries(cache_dir: Path, staleness: Staleness) -> tuple[list[CacheStats
 
 
 def verify_entries(cache_dir: Path) -> tuple[int, list[str]]:
-    """Reads every byte and compares it with the hash that was taken when it was written.
+    """Reads every byte and compares it with the hash stored with it.
 
     Returns:
-        How many entries are whole, and what is not, with the reason.
+        Number of intact entries, and the damaged ones with the reason.
 
     Raises:
         DataError: There is no cache in the folder.
@@ -192,27 +192,27 @@ def verify_entries(cache_dir: Path) -> tuple[int, list[str]]:
             faults.append(f"{path.name}: {fault}")
             continue
         for key, info in header.entries.items():
-            found = _find_fault(path, header.slots[key], info)
-            whole += not found
-            if found:
-                faults.append(f"{path.name}: {info.kind} of {info.name[:60]}: {found}")
+            damage = _find_fault(path, header.slots[key], info)
+            whole += not damage
+            if damage:
+                faults.append(f"{path.name}: {info.kind} of {info.name[:60]}: {damage}")
     return whole, faults
 
 
 def prune_entries(cache_dir: Path, staleness: Staleness, *, drop_damaged: bool = False) -> tuple[int, int]:
-    """Removes stale entries, damaged shards and what unfinished writes left; not while a run reads the cache.
+    """Removes stale entries, damaged shards and partial writes; must not run while a run reads the cache.
 
-    A shard that is stale in part is written again without that part before the old one goes. What is written
-    again, and what is there twice, is compared with its hash: a damaged entry is neither kept instead of a
-    whole one nor given a new hash.
+    A partly stale shard is rewritten without the stale entries before the old one is removed. Rewritten and
+    duplicate entries are compared with their hash: a damaged entry neither replaces an intact one nor
+    receives a new hash.
 
     Args:
         cache_dir: Folder of the cache.
-        staleness: What is stale.
+        staleness: Decides which entries are stale.
         drop_damaged: Read every byte, and remove entries that are damaged.
 
     Returns:
-        How many entries and how many bytes went.
+        Numbers of removed entries and bytes.
 
     Raises:
         DataError: There is no cache in the folder, or it cannot be written.
@@ -236,8 +236,8 @@ def prune_entries(cache_dir: Path, staleness: Staleness, *, drop_damaged: bool =
                 or staleness.reason(key, info)
             }
             if stale:
-                kept = {key: info for key, info in header.entries.items() if key not in stale}
-                num_removed += len(header.entries) - (_rewrite(cache_dir, path, header, kept) if kept else 0)
+                rest = {key: info for key, info in header.entries.items() if key not in stale}
+                num_removed += len(header.entries) - (_rewrite(cache_dir, path, header, rest) if rest else 0)
                 path.unlink()
         for part in folder.glob(f"*{PART_SUFFIX}"):
             part.unlink()
@@ -249,16 +249,16 @@ def prune_entries(cache_dir: Path, staleness: Staleness, *, drop_damaged: bool =
     return num_removed, before - _size(folder)
 
 
-def _rewrite(cache_dir: Path, path: Path, header: Header, kept: dict[str, EntryInfo]) -> int:
-    """Writes entries of a shard into a new one; returns how many of them were whole."""
-    writer, num_kept = ShardWriter(cache_dir, shard_bytes=1 << 62, interval_s=float("inf")), 0
-    for key, info in kept.items():
+def _rewrite(cache_dir: Path, path: Path, header: Header, entries: dict[str, EntryInfo]) -> int:
+    """Writes entries of a shard into a new one; returns the number of intact ones."""
+    writer, num_intact = ShardWriter(cache_dir, shard_bytes=1 << 62, interval_s=float("inf")), 0
+    for key, info in entries.items():
         tensors = _tensors(path, header.slots[key])
         if not find_fault(tensors, info):
             writer.add(key, tensors, info)
-            num_kept += 1
+            num_intact += 1
     writer.publish()
-    return num_kept
+    return num_intact
 
 
 def _find_fault(path: Path, slots: Mapping[str, TensorSlot], info: EntryInfo) -> str:

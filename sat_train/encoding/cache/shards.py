@@ -1,4 +1,4 @@
-"""Shards: safetensors files of many entries, complete or absent, readable by their header alone."""
+"""Shards: safetensors files of many entries, published atomically, indexed by their header alone."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class EntryInfo:
     """Description of an entry, without its tensors.
 
     Args:
-        kind: `clip`, or the name of a condition. `failed` has no tensors: the clip cannot be decoded, and
-            that is known.
-        name: Clip or caption, for people.
+        kind: `clip`, or the name of a condition. `failed` has no tensors: it records that the clip cannot be
+            decoded.
+        name: Clip or caption, for messages.
         encoder: Digest of the encoder; empty for `failed`.
-        origin: The file it was made from; None for texts.
-        detail: Cause and finding of a failure.
-        code_version: Of the code that made it.
+        origin: Its source file; None for texts.
+        detail: Cause and message of a failure.
+        code_version: Version of the code that encoded it.
         sha256: Of the bytes of its tensors, in the order of their names.
     """
 
@@ -92,15 +92,15 @@ class Header:
 class ShardWriter:
     """Collects entries and publishes them as shards. Any number of processes may write to one folder.
 
-    What a kill costs is what was not published: at most `shard_bytes`, at most `interval_s` of work.
+    A kill loses only unpublished entries: at most `shard_bytes`, at most `interval_s` of work.
 
     Args:
         cache_dir: Folder of the cache.
-        rank: For the names of the files.
+        rank: Part of the names of the files.
         shard_bytes: A shard is published once it is this large.
-        interval_s: And after this time, however small it is.
-        waits: A shard that cannot be written is said once, kept in memory and tried again a minute later, so
-            that a full disk ends no training. Off, it is an error.
+        interval_s: And after this time, whatever its size.
+        waits: A shard that cannot be written is logged once, held in memory and retried a minute later, so
+            that a full disk does not end the training. Off, it is an error.
     """
 
     def __init__(
@@ -127,12 +127,12 @@ class ShardWriter:
         return key in self._entries
 
     def add(self, key: str, tensors: Mapping[str, Tensor], info: EntryInfo) -> None:
-        """Adds one entry; one that waits under this key already is kept instead.
+        """Adds one entry; a pending entry of the same key stays.
 
-        An entry that is not finite is not kept: it would spoil every run that reads it.
+        An entry that is not finite is dropped: it would spoil every run that reads it.
 
         Args:
-            key: What it is found by.
+            key: Its key in the cache.
             tensors: By name; copied to the CPU.
             info: Its `sha256` is filled in.
 
@@ -157,12 +157,14 @@ class ShardWriter:
             self._publish_in_time()
 
     def publish_or_warn(self) -> None:
-        """Writes what waits, or says that it is lost."""
+        """Publishes pending entries, or warns that they are lost."""
         try:
             self.publish()
         except DataError as error:
             log.warning(
-                "%d encodings are not kept, the next run makes them again: %s", len(self._entries), error
+                "%d encodings are lost and will be computed again by the next run: %s",
+                len(self._entries),
+                error,
             )
 
     def _publish_in_time(self) -> None:
@@ -174,11 +176,11 @@ class ShardWriter:
             if not self._waits:
                 raise
             if self._retry_at is None:
-                log.warning("training continues, and what is encoded waits in memory: %s", error)
+                log.warning("training continues, and encoded samples wait in memory: %s", error)
             self._retry_at = time.monotonic() + _RETRY_S
 
     def publish(self) -> None:
-        """Writes what waits.
+        """Publishes pending entries.
 
         Raises:
             DataError: The disk is full or cannot be written.
@@ -196,18 +198,18 @@ class ShardWriter:
             raise DataError(
                 f"data.cache_dir = {self._folder.parent}: {error.strerror or error}",
                 expected="a folder with room for the encoded samples",
-                remedy="make room or name another folder; what was published before is kept",
+                remedy="free some space or choose another folder; shards published before remain",
             ) from error
         if self._retry_at is not None:
-            log.info("%s: what waited for room is written", self._folder.parent)
+            log.info("%s: the waiting samples are written", self._folder.parent)
         self._tensors, self._entries, self._bytes, self._retry_at = {}, {}, 0, None
 
 
 def read_header(path: Path) -> Header:
-    """Reads what a shard holds. What the header claims is compared with the file before it is believed.
+    """Reads the header of a shard, whose claims are compared with the file before they are trusted.
 
     Raises:
-        ValueError: It is no shard of this format, or not complete.
+        ValueError: It is not a shard of this format, or not complete.
         OSError: It cannot be read.
     """
     with open_regular(path) as file:
@@ -228,13 +230,13 @@ def _parse_header(text: bytes, size: int) -> Header:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
     start = 8 + len(text)
-    placed = {name: _slot(spec, start) for name, spec in body.items()}
-    end = max((slot.offset + slot.num_bytes for slot in placed.values()), default=start)
+    all_slots = {name: _slot(spec, start) for name, spec in body.items()}
+    end = max((slot.offset + slot.num_bytes for slot in all_slots.values()), default=start)
     if size != end:
         raise ValueError(f"{size} bytes, its header promises {end}")
-    entries = {key: _entry_info(told) for key, told in json.loads(metadata["entries"]).items()}
+    entries = {key: _entry_info(record) for key, record in json.loads(metadata["entries"]).items()}
     slots: dict[str, dict[str, TensorSlot]] = {key: {} for key in entries}
-    for name, slot in placed.items():
+    for name, slot in all_slots.items():
         key, _, part = name.rpartition("/")
         slots[key][part] = slot
     return Header(entries, slots, size)
@@ -284,14 +286,14 @@ def are_finite(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def find_fault(tensors: Mapping[str, Tensor], info: EntryInfo) -> str:
-    """Returns why the tensors of an entry must not be used; nothing when they are what was written."""
+    """Returns the reason why the tensors of an entry must not be used; nothing when they are intact."""
     if hash_tensors(tensors) != info.sha256:
         return "contents changed (SHA-256 differs)"
     return "" if are_finite(tensors) else "holds values that are not finite"
 
 
-def _entry_info(told: dict[str, Any]) -> EntryInfo:
-    origin, detail = told["origin"], told["detail"]
+def _entry_info(record: dict[str, Any]) -> EntryInfo:
+    origin, detail = record["origin"], record["detail"]
     if origin is not None:
         part = origin.get("part")
         origin = Origin(**{**origin, "part": None if part is None else tuple(part)})
@@ -302,10 +304,10 @@ def _entry_info(told: dict[str, Any]) -> EntryInfo:
         detail = tuple(detail)
         if [type(text) for text in detail] != [str, str]:
             raise ValueError("a failure is two texts")
-    info = EntryInfo(**{**told, "origin": origin, "detail": detail})
+    info = EntryInfo(**{**record, "origin": origin, "detail": detail})
     _check_types(info, {"kind": str, "name": str, "encoder": str, "code_version": int, "sha256": str})
     if not _KIND.fullmatch(info.kind) or (info.kind == "failed") != (detail is not None):
-        raise ValueError("an entry of no known kind")
+        raise ValueError("an entry of an unknown kind")
     return info
 
 

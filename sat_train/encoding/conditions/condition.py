@@ -1,4 +1,4 @@
-"""The base of all conditions: from a sample over what the cache keeps to inputs of the transformer."""
+"""The base of all conditions: from a sample to its cached encoding to inputs of the transformer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DitInputs:
 
     Args:
         text_bld: Text embeddings.
-        image_latent_btchw: Latent that stands next to the noised one on channels, of its shape.
+        image_latent_btchw: Latent concatenated to the noised one on channels, of its shape.
         ofs_b: The `ofs` input of CogVideoX1.5-I2V.
         extras: Named tensors for network modules.
     """
@@ -39,13 +39,14 @@ class DitInputs:
 
     @staticmethod
     def merged(parts: Iterable[DitInputs]) -> DitInputs:
-        """Returns the inputs of several conditions together; no two may give the same one."""
-        given: dict[str, Tensor] = {}
+        """Returns the inputs of several conditions together; no two may set the same one."""
+        inputs: dict[str, Tensor] = {}
         for part in parts:
             own = part.tensors()
-            assert not given.keys() & own.keys(), f"two conditions give {sorted(given.keys() & own.keys())}"
-            given |= own
-        return DitInputs.of(given)
+            both = sorted(inputs.keys() & own.keys())
+            assert not both, f"two conditions set {both}"
+            inputs |= own
+        return DitInputs.of(inputs)
 
     @staticmethod
     def cat(parts: Sequence[DitInputs]) -> DitInputs:
@@ -55,19 +56,19 @@ class DitInputs:
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> DitInputs:
-        """Returns the inputs of these names, as `tensors` gives them."""
+        """Returns inputs from tensors by name: undoes `tensors`."""
         own = {each.name for each in fields(DitInputs)}
         extras = {name: tensor for name, tensor in tensors.items() if name not in own}
         return DitInputs(**{name: tensors[name] for name in tensors.keys() & own}, extras=extras)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns what is given, extras included, by name."""
-        given = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        assert not given.keys() & self.extras.keys(), f"extras {sorted(self.extras)} need other names"
-        return {**given, **self.extras}
+        """Returns the inputs that are set, extras included, by name."""
+        inputs = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        assert not inputs.keys() & self.extras.keys(), f"extras {sorted(self.extras)} need other names"
+        return {**inputs, **self.extras}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> DitInputs:
-        """Returns the inputs on a device, and but for the extras in a dtype: those the transformer casts."""
+        """Returns the inputs on a device and in a dtype, except for extras, which the transformer casts."""
         return DitInputs.of(
             {
                 name: tensor.to(device) if name in self.extras else tensor.to(device, dtype)
@@ -77,16 +78,16 @@ class DitInputs:
 
 
 class Condition:
-    """One input of the model. It owns no weight that trains.
+    """One input of the model. It owns no trainable weight.
 
     Attributes:
         name: Its key among the encodings of a sample.
-        tensors: Names of what `encode` returns; empty where nothing of a sample is encoded.
-        drop_probability: Share of the training samples that go without it.
-        drop_purpose: Key of the random numbers that choose those.
-        guides: Guidance contrasts the prediction with one that goes without it.
+        tensors: Names of the tensors that `encode` returns; empty where nothing of a sample is encoded.
+        drop_probability: Share of the training samples in which it is dropped.
+        drop_purpose: Key of the random numbers that choose these.
+        guides: Guidance contrasts the prediction with one from which it is dropped.
         augments: `encode` draws random numbers (`sample.generator`).
-        settings: What `encode` depends on besides the sample, as JSON has it.
+        settings: Inputs of `encode` besides the sample, as JSON values.
     """
 
     name: str
@@ -98,14 +99,14 @@ class Condition:
     settings: Mapping[str, Any] = {}
 
     def encode(self, sample: VideoSample, encoders: Encoders) -> dict[str, Tensor]:
-        """Encodes one sample: what the cache keeps, without batch dimension."""
+        """Encodes one sample for the cache, without batch dimension."""
         return {}
 
     def entry(self, facts: SampleFacts) -> CacheEntry:
-        """Returns where the encoding of a sample belongs in the cache, by everything that it depends on.
+        """Returns the cache entry of a sample's encoding, keyed by all its inputs.
 
-        Here: the clip's pixels, its caption, the settings, the source file of the condition and, where it
-        augments, the augmentation.
+        By default these are the clip's pixels, its caption, the settings, the source file of the condition
+        and, where it augments, the augmentation.
         """
         source = hashlib.sha256(Path(inspect.getfile(type(self))).read_bytes()).hexdigest()
         key = digest(
@@ -120,14 +121,14 @@ class Condition:
         return CacheEntry(key, replace(facts.clip.info, kind=self.name.lower()))
 
     def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
-        """Replaces samples of a batch by those without the condition: in training, and for guidance.
+        """Drops the condition from samples of a batch: in training, and for guidance.
 
         Args:
             encoded: Its encoding, batch first.
-            dropped_b: bool, which samples.
+            dropped_b: bool, True at samples without the condition.
 
         Returns:
-            Here: zeros for those samples.
+            The encoding, by default with zeros for those samples.
         """
         return {
             name: tensor.masked_fill(dropped_b.view(-1, *[1] * (tensor.dim() - 1)), 0)

@@ -20,11 +20,11 @@ NOISE_LOG_MEAN, NOISE_LOG_STD = -3.0, 0.5
 
 
 class ImageCondition(Condition):
-    """The first frame's latent, in the first frame of further channels, with zeros after it.
+    """The first frame's latent, in the first frame of additional channels, followed by zeros.
 
     Args:
-        scale: `image_latent_scale`. Diffusers multiplies with the autoencoder's factor for CogVideoX-5B-I2V
-            and divides by it for 1.5-I2V; CogVideo trains both with the product, and samples without either.
+        scale: `image_latent_scale`. Diffusers multiplies by the autoencoder's factor for CogVideoX-5B-I2V
+            and divides by it for 1.5-I2V; CogVideo trains both with the product, and samples with neither.
         drop_probability: Share of the training samples whose image is dropped (`noised_image_dropout`).
 
     Source: diffusers 0.42 `CogVideoXImageToVideoPipeline.prepare_latents`.
@@ -47,14 +47,14 @@ class ImageCondition(Condition):
         return encoders.frames(image[None])
 
     def entry(self, facts: SampleFacts) -> CacheEntry:
-        """Returns the entry of the first frame, and in training of the noise on it."""
-        given, noise = facts.record.image, facts.view if facts.training else None
-        pixels = facts.clip if given is None else facts.picture(given)
+        """Returns the entry of the first frame, keyed in training by its noise too."""
+        image, noise = facts.record.image, facts.view if facts.training else None
+        pixels = facts.clip if image is None else facts.picture(image)
         key = image_key(pixels=pixels.key, noise=noise, vae=facts.encoder_digests.vae)
         return CacheEntry(key, replace(pixels.info, kind="image"))
 
     def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
-        """Replaces posteriors by one that is exactly zero."""
+        """Replaces posteriors by one whose samples are exactly zero."""
         dropped = dropped_b[:, None, None, None, None]
         mean, logvar = encoded["mean"], encoded["logvar"]
         return {"mean": mean.masked_fill(dropped, 0.0), "logvar": logvar.masked_fill(dropped, -torch.inf)}
@@ -79,7 +79,7 @@ class OfsCondition(Condition):
         self.value = value
 
     def inputs(self, encoded: Encoding, random: Randomness, latent_shape: Sequence[int]) -> DitInputs:
-        """Returns the number of each sample."""
+        """Returns the number for each sample."""
         return DitInputs(ofs_b=torch.full((latent_shape[0],), self.value))
 
 

@@ -1,4 +1,4 @@
-"""The random numbers of a batch: one stream for each sample and purpose, whatever is next to the sample."""
+"""Random numbers of a batch: one stream for each sample and purpose, independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -68,25 +68,23 @@ class SampleRandomness(Randomness):
         )
 
     def chance(self, purpose: str, probability: float) -> Tensor:
-        """Returns for each sample whether an event of this probability happens, bool, of shape (b,)."""
+        """Draws for each sample whether an event of this probability happens, bool, of shape (b,)."""
         return self.uniform(purpose) < probability
 
     def strata(self, purpose: str, step_positions: Sequence[StepPosition]) -> Tensor:
-        """Draws for each sample of an optimizer step a number of its own below the size of the step.
+        """Draws for each sample of an optimizer step a different number below the size of the step.
 
         A sample's number depends on its position in the step, not on its index: with buckets the samples of a
-        step have no consecutive indices, and each step is to be covered.
+        step have no consecutive indices, and the strata must cover each step.
 
         Args:
-            purpose: What the strata are for.
+            purpose: Key of these random numbers.
             step_positions: Of the samples of the batch in their step.
 
         Returns:
             int64 of shape (b,).
         """
-        assert len(step_positions) == len(self.sample_indices), (
-            "who takes strata must know the positions in the step"
-        )
+        assert len(step_positions) == len(self.sample_indices), "strata need the positions in the step"
         return torch.stack([self._shuffled(purpose, position) for position in step_positions])
 
     def _shuffled(self, purpose: str, position: StepPosition) -> Tensor:

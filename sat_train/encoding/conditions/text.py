@@ -1,4 +1,4 @@
-"""Captions: their embeddings, and what stands for a missing one."""
+"""Captions: their embeddings, and the embedding that replaces a missing one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TextCondition(Condition):
     """The caption.
 
     Args:
-        null: What stands for a missing caption, in training and in guidance: zeros, or the encoded empty
+        null: Replacement of a missing caption, in training and in guidance: zeros, or the encoded empty
             prompt.
         empty_prompt: Returns the embedding of the empty prompt, (l, d).
         drop_probability: Share of the training samples whose caption is dropped (`ucg_rate`).
@@ -47,7 +47,7 @@ class TextCondition(Condition):
         return {"text": encoders.text(sample.caption)}
 
     def entry(self, facts: SampleFacts) -> CacheEntry:
-        """Returns the entry of the caption, which samples of one caption share."""
+        """Returns the entry of the caption, which samples with the same caption share."""
         return text_entry(facts.caption, facts.encoder_digests)
 
     def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
@@ -64,6 +64,6 @@ class TextCondition(Condition):
 
 
 def text_entry(caption: str, encoder_digests: EncoderDigests) -> CacheEntry:
-    """Returns where the embedding of a caption belongs in the cache."""
+    """Returns the cache entry of a caption's embedding."""
     text = encoder_digests.text
     return CacheEntry(text_key(caption, text=text), EntryInfo("text", caption, text))

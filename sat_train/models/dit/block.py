@@ -1,7 +1,7 @@
 """One block, in order: modulate, project, normalise q and k, rotate, attend, project, gate; the MLP likewise.
 
-Each step is a function of the signature that SAT's hook of that name has, so what a module puts around a step
-and the step itself look alike.
+Each step is a function of the signature that SAT's hook of that name has, so a module's wrapper of a step has
+the form of the step itself.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from sat_train.models.dit.context import BlockContext
 from sat_train.models.dit.positions import rotate_pairs
 
-# modules that act at one hook of one block, outermost first, each with its part there
+# modules that act at one hook of one block, outermost first, each with its part in that block
 Acting = tuple[tuple[BaseMixin, nn.Module | None], ...]
 
 
 @dataclass(eq=False, repr=False)
 class DitBlock:
-    """One block of the transformer: what is compiled, and what activation checkpointing computes again.
+    """One block of the transformer: the unit of compilation and of activation checkpointing.
 
     It refers to modules that SAT's layer and `AdaLNLayer` own, so weights keep SAT's keys. It holds no state:
     the same input and context give the same output, however often it runs.
 
     Args:
-        index: Place in the stack. A hook that reads it inside a block is compiled once for each block.
+        index: Position in the stack. A hook that reads it inside a block is compiled once for each block.
         layer: SAT's layer: norms, attention and MLP.
         modulation: Time features to the shift, scale and gate of attention and MLP, for video and for text.
-        query_norm: Normalises queries over the width of a head; None: not at all.
+        query_norm: Normalises queries over the width of a head; None: no norm.
         key_norm: Normalises keys.
         head_dim: Width of a head.
         acting: By hook, the modules that act in this block with their parts, outermost first.
@@ -50,7 +50,7 @@ class DitBlock:
     acting: Mapping[str, Acting]
 
     def __call__(self, x_bld: Tensor, context: BlockContext) -> Tensor:
-        """Maps tokens `[b, l, d]` to `[b, l, d]`: the block, plus what modules add to its output."""
+        """Maps tokens `[b, l, d]` to `[b, l, d]`: the block, plus the additions of modules to its output."""
         x_bld = self.run(layer_forward, x_bld, context=context)
         added = (
             mixin.after_block(x_bld, part=part, block=self, context=context)
@@ -59,21 +59,21 @@ class DitBlock:
         return sum(added, x_bld)
 
     def run(self, step: Callable[..., Tensor], *tensors: Tensor, context: BlockContext) -> Tensor:
-        """Runs one step of the block inside the modules that stand around it."""
+        """Runs one step of the block inside the modules that wrap it."""
         hook = step.__name__
         for mixin, part in reversed(self.acting.get(hook, ())):
             step = functools.partial(getattr(mixin, hook), part=part, old_impl=step)
         return step(*tensors, block=self, context=context)
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns the modules that hold its weights."""
-        found = {
+        """Returns the modules that hold the block's weights."""
+        modules = {
             "layer": self.layer,
             "modulation": self.modulation,
             "query_norm": self.query_norm,
             "key_norm": self.key_norm,
         }
-        return {name: module for name, module in found.items() if module is not None}
+        return {name: module for name, module in modules.items() if module is not None}
 
     def modulate(self, context: BlockContext) -> Iterable[Tensor]:
         """Returns shift, scale and gate of attention, then of the MLP, of each token: six of `[b, l, d]`."""
@@ -100,7 +100,7 @@ def layer_forward(x_bld: Tensor, *, block: DitBlock, context: BlockContext) -> T
 
 
 def attention_forward(x_bld: Tensor, *, block: DitBlock, context: BlockContext) -> Tensor:
-    """SAT hook: modulated tokens `[b, l, d]` to what attention adds to them, before its gate."""
+    """SAT hook: modulated tokens `[b, l, d]` to the output of attention, before its gate."""
     attention = block.layer.attention
     qkv = attention.query_key_value(x_bld).unflatten(-1, (3, -1, block.head_dim))
     query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
@@ -122,7 +122,7 @@ def attention_fn(
 
 
 def mlp_forward(x_bld: Tensor, *, block: DitBlock, context: BlockContext) -> Tensor:
-    """SAT hook: modulated tokens `[b, l, d]` to what the MLP adds to them, before its gate."""
+    """SAT hook: modulated tokens `[b, l, d]` to the output of the MLP, before its gate."""
     mlp = block.layer.mlp
     y_bld: Tensor = mlp.dense_4h_to_h(F.gelu(mlp.dense_h_to_4h(x_bld), approximate="tanh"))
     return y_bld
@@ -144,7 +144,7 @@ class HeadLayerNorm(nn.LayerNorm):
 
 
 class AdaLNLayer(BaseMixin):
-    """What blocks own next to SAT's layers: their modulation, and the norms of queries and keys.
+    """Weights of the blocks besides SAT's layers: their modulation, and the norms of queries and keys.
 
     Args:
         num_layers: Blocks.
@@ -183,7 +183,7 @@ class AdaLNLayer(BaseMixin):
     def blocks(
         self, layers: Iterable[BaseTransformerLayer], *, acting: Sequence[Mapping[str, Acting]]
     ) -> tuple[DitBlock, ...]:
-        """Returns the blocks that SAT's layers make together with the modules here.
+        """Returns the blocks that combine SAT's layers with the modules here.
 
         Args:
             layers: SAT's layers.

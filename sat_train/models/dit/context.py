@@ -1,4 +1,4 @@
-"""The contexts of one forward: that of its blocks, which may only read it, and that between blocks."""
+"""The contexts of one forward: a read-only one for its blocks, and one for the hooks between blocks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from sat_train.models.dit.grid import PatchGrid, to_patches
 
-# by name; a mapping by block index is dealt out, each block its own
+# by name; of a mapping by block index each block receives its own tensor
 Extras = dict[str, Tensor | dict[int, Tensor]]
 
 
 class BlockContext(NamedTuple):
     """Inputs of a block other than its tokens. They cannot be changed: a block may run twice (checkpointing).
 
-    Tokens are text, then video, then what modules appended.
+    Tokens are text, then video, then those appended by modules.
 
     Args:
         emb_bd: Timestep (and `ofs`) features, `[b, time_embed_dim]`.
@@ -48,7 +48,7 @@ class BlockContext(NamedTuple):
         return video_bthwd
 
     def tokens(self, video_bthwd: Tensor) -> Tensor:
-        """Returns video tokens in their place among all tokens, `[b, l, d]`; the others are zero."""
+        """Returns video tokens at their positions among all tokens, `[b, l, d]`; the others are zero."""
         behind = len(self.is_text_l1) - self.text_length - self.grid.tokens
         return F.pad(video_bthwd.flatten(1, 3), (0, 0, self.text_length, behind))
 
@@ -74,7 +74,7 @@ class BlockContext(NamedTuple):
 
 
 def cast_extras(extras: Mapping[str, Tensor], latent_btchw: Tensor) -> Extras:
-    """Returns the tensors of conditions as the network computes with them, next to a latent."""
+    """Casts the tensors of conditions to the device and dtype of a latent."""
     for name, value in extras.items():
         assert len(value) == len(latent_btchw), f"extras {name}: {len(value)} rows, another batch"
     return {
@@ -85,7 +85,7 @@ def cast_extras(extras: Mapping[str, Tensor], latent_btchw: Tensor) -> Extras:
 
 @dataclass
 class ForwardContext:
-    """One forward as the hooks between blocks see it. They may keep things: nothing here is computed twice.
+    """One forward for the hooks between blocks. They may store values: nothing here is computed twice.
 
     Args:
         dit: The `DiffusionTransformer`.
@@ -94,7 +94,7 @@ class ForwardContext:
         timesteps_b: The samples' timesteps, `[b]`.
         ofs_b: `ofs` values, `[b]`; None for models without.
         extras: Named tensors of the conditions; those of `before_blocks` join them.
-        outputs: What hooks hand to the loss, by name.
+        outputs: Tensors that hooks return to the loss, by name.
     """
 
     dit: BaseModel
@@ -108,13 +108,13 @@ class ForwardContext:
 
     @property
     def block(self) -> BlockContext:
-        """What all blocks read, without extras. Known once the time features are."""
+        """Context of all blocks, without extras; available after the time features."""
         assert self.block_context is not None, "the time features come before the blocks"
         return self.block_context
 
     @property
     def training(self) -> bool:
-        """Whether the transformer is in training mode."""
+        """True in training mode."""
         return bool(self.dit.training)
 
     def patches(self, latent_btchw: Tensor) -> Tensor:

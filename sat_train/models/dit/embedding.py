@@ -1,4 +1,4 @@
-"""Into tokens and out of them: patch embedding, time features, final layer."""
+"""Embedding of latents and time, and the map back: patch embedding, time features, final layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds out which modules act at which hook, whatever the order in which they were added to the model."""
+"""Assignment of modules to hooks, independent of the order in which they were added to the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWNERS = {
     "position_embedding_forward": "pos_embed",
     "final_forward": "final_layer",
 }
-# ours, which add or read: their order decides nothing
+# ours, which add or read: their order has no effect
 _BETWEEN = ("time_features", "before_blocks", "tap")
 _AROUND = (*OWNERS, *_AROUND_BLOCK)
 _IN_BLOCK = (*_AROUND_BLOCK, "after_block")
@@ -46,7 +46,7 @@ class Hooks:
         in_block: For each block, by hook, the modules that act there with their parts.
 
     Raises:
-        ConfigError: Several modules stand around one step, and `order` does not say which is outermost.
+        ConfigError: Several modules wrap one step, and `order` does not name the outermost.
     """
 
     def __init__(self, mixins: Mapping[str, nn.Module], *, order: HookOrder, num_layers: int) -> None:
@@ -56,19 +56,19 @@ class Hooks:
         self.in_block = [self._in_block(index) for index in range(num_layers)]
 
     def around(self, hook: str, step: Callable[..., Any], forward: ForwardContext) -> Callable[..., Any]:
-        """Returns a step of the model inside the modules that stand around it."""
+        """Returns a step of the model inside the modules that wrap it."""
         for mixin in reversed(self.between[hook]):
             step = functools.partial(getattr(mixin, hook), forward=forward, old_impl=step)
         return step
 
     def origins(self) -> dict[str, str]:
-        """Returns who answers each hook, outermost first; of ours, those that somebody answers."""
+        """Returns the modules at each hook, outermost first; of our own hooks, only those in use."""
         modules = dict(self.between)
         for hook in _IN_BLOCK:
             modules[hook] = tuple(mixin for acting in self.in_block for mixin, _ in acting.get(hook, ()))
-        names = {hook: self._sorted(hook, {mixin.name for mixin in found}) for hook, found in modules.items()}
+        names = {hook: self._sorted(hook, {each.name for each in mixins}) for hook, mixins in modules.items()}
         around = {hook: " -> ".join([*names.pop(hook), OWNERS.get(hook, "block")]) for hook in _AROUND}
-        return around | {hook: " + ".join(found) for hook, found in names.items() if found}
+        return around | {hook: " + ".join(acting) for hook, acting in names.items() if acting}
 
     def _in_block(self, index: int) -> dict[str, Acting]:
         acting = {hook: self._acting(hook, index) for hook in _IN_BLOCK}
@@ -79,12 +79,12 @@ class Hooks:
         }
 
     def _acting(self, hook: str, block: int | None = None) -> tuple[Mixin, ...]:
-        found = {mixin.name: mixin for mixin in self._mixins if mixin.acts_at(hook, block)}
-        names = self._sorted(hook, set(found))
+        mixins = {mixin.name: mixin for mixin in self._mixins if mixin.acts_at(hook, block)}
+        names = self._sorted(hook, set(mixins))
         if hook in _AROUND and len(names) > 1 and not set(names) <= set(self._order.get(hook, ())):
             expected = f"{hook}: [{', '.join(names)}], outermost first: all of these act around that step"
             raise ConfigError([Fault(_ORDER_KEY, str(dict(self._order)), expected)])
-        return tuple(found[name] for name in names)
+        return tuple(mixins[name] for name in names)
 
     def _sorted(self, hook: str, names: set[str]) -> list[str]:
         outermost_first = [name for name in self._order.get(hook, ()) if name in names]
@@ -92,11 +92,11 @@ class Hooks:
 
 
 def check_mixin(name: str, mixin: nn.Module, *, num_layers: int) -> None:
-    """Checks that a mixin is one that the model can run.
+    """Checks that the model can run a mixin.
 
     Raises:
-        ConfigError: It has hooks and is no `Mixin`, holds a parameter outside of a module, names a block that
-            the model does not have, or does not work under tensor parallelism.
+        ConfigError: It has hooks and is not a `Mixin`, holds a parameter outside of a module, names a block
+            that the model does not have, or does not support tensor parallelism.
     """
     misfits = _misfits(mixin, num_layers) if isinstance(mixin, Mixin) else _foreign_hooks(mixin)
     if hasattr(nn.ModuleDict, name):  # torch would raise a bare KeyError
@@ -124,6 +124,6 @@ def _misfits(mixin: Mixin, num_layers: int) -> list[str]:
 
 
 def _is_tensor_parallel(mixin: Mixin) -> bool:
-    # replicated weights that see a rank's own heads get a part of their gradient, and drift apart in silence
+    # replicated weights that see only a rank's own heads get a part of their gradient, and diverge silently
     is_partial = mixin.acts_at("attention_fn") and any(True for _ in mixin.parameters())
     return mixin.tensor_parallel == "sharded" or (mixin.tensor_parallel == "replicated" and not is_partial)

@@ -15,7 +15,7 @@ from sat_train.models.dit.sharding import full_shape, shard_weight
 
 _STD = 0.02
 
-# The first pattern found in a weight's name decides; what none matches is a plain linear layer.
+# The first pattern found in a weight's name decides; a weight that none matches is a plain linear layer.
 _RULES = (
     (r"norm.*\.weight$", "ones"),
     (r"norm.*\.bias$", "zeros"),
@@ -53,15 +53,15 @@ def initialize_parameter(
     """Fills one parameter in place with this rank's slice of its initial value.
 
     Args:
-        name: SAT key: it decides the distribution, and mixes into the seed.
+        name: SAT key: determines the distribution, and is mixed into the seed.
         parameter: This rank's slice.
         seed: The run's seed.
         fan_in: Inputs of the layer; sets the range of plain linear layers.
         num_layers: Blocks of the model.
     """
     adapter = find_adapter_tensor(name)
-    found = (rule for pattern, rule in _RULES if re.search(pattern, name))
-    rule = adapter[1].init if adapter else next(found, "linear")
+    rules = (rule for pattern, rule in _RULES if re.search(pattern, name))
+    rule = adapter[1].init if adapter else next(rules, "linear")
     full = torch.empty(full_shape(name, parameter.shape, _model_size()))
     _fill(full, rule, fan_in, num_layers, derive_generator(seed, f"initial weight {name}"))
     parameter.copy_(shard_weight(name, full, rank=mpu.get_model_parallel_rank(), size=_model_size()))

@@ -1,4 +1,4 @@
-"""The base class of network modules: weights next to the transformer's, and the places where they act."""
+"""The base class of network modules: weights next to the transformer's, and the hooks at which they act."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Mixin(BaseMixin):
 
     Hooks are of three sorts:
 
-    * *Around*: SAT's own. They get the step they stand around as `old_impl`. Where two modules stand around
-      one step of one block, `hook_order` says which is outermost.
-    * *After*: `after_block` returns what is added to a block's output. Sums need no order.
+    * *Around*: SAT's own. They receive the step that they wrap as `old_impl`. Where two modules wrap one step
+      of one block, `hook_order` names the outermost.
+    * *After*: `after_block` returns a tensor that is added to a block's output. Sums need no order.
     * *Between*: `time_features`, `before_blocks` and `tap` run once a forward, outside of what is compiled
-      and recomputed. They may keep things; hooks inside a block may not, because it may run twice.
+      and recomputed. They may keep state; hooks inside a block may not, because it may run twice.
 
-    Weights lie in modules with a `forward`, and are called: there ZeRO-3 gathers them. A hook makes the same
-    calls forevery sample (multiply by a mask), or ranks wait for each other forever.
+    Weights must be in modules that are called through `forward`: there ZeRO-3 gathers them. A hook makes the
+    same calls for every sample (multiply by a mask), or ranks wait for each other forever.
 
     Args:
         params: The part's parameter record.
@@ -37,9 +37,9 @@ class Mixin(BaseMixin):
 
     Attributes:
         name: Its name in the model, `mixins.NAME` in the state dict.
-        per_block: By block index, as text, what the mixin has in that block; in-block hooks get it as `part`,
-            and run in these blocks only. None: in all blocks, without a part. One compiled graph then serves
-            all blocks, where a list indexed by `block.index` makes one for each.
+        per_block: By block index, as text, the mixin's module in that block; in-block hooks receive it as
+            `part`, and run in these blocks only. None: in all blocks, without a part. One compiled graph then
+            serves all blocks, while a list indexed by `block.index` compiles one for each.
         tensor_parallel: `replicated`: every rank of the model axis has the same weights, whose gradients are
             complete except in `attention_fn`, which sees a rank's own heads. `sharded`: the module sees to it
             itself. `refused`.
@@ -53,12 +53,12 @@ class Mixin(BaseMixin):
         self.per_block: nn.ModuleDict | None = None
 
     def acts_at(self, hook: str, block: int | None = None) -> bool:
-        """Whether it overrides a hook; with a block: whether it acts there."""
+        """Returns whether the mixin overrides a hook; with a block, whether it acts in that block."""
         here = block is None or self.per_block is None or str(block) in self.per_block
         return here and getattr(type(self), hook) is not getattr(Mixin, hook)
 
     def part(self, block: int) -> nn.Module | None:
-        """Returns what it has in a block."""
+        """Returns the mixin's module in a block."""
         return None if self.per_block is None else self.per_block[str(block)]
 
     def reinit(self, dit: nn.Module | None = None) -> None:
@@ -67,7 +67,7 @@ class Mixin(BaseMixin):
     # Between: once a forward
 
     def time_features(self, forward: ForwardContext) -> Tensor | None:
-        """Returns what is added to the time features, `[b, time_embed_dim]`; `forward.block` comes later."""
+        """Returns an addition to the time features, `[b, time_embed_dim]`; `forward.block` is not set yet."""
 
     def before_blocks(self, hidden_bld: Tensor, forward: ForwardContext) -> Extras | None:
         """Reads the embedded tokens; returns named tensors for `context.extras`.
@@ -90,19 +90,19 @@ class Mixin(BaseMixin):
     # After and around: inside a block
 
     def after_block(self, x_bld: Tensor, *, part: Any, block: DitBlock, context: BlockContext) -> Tensor:
-        """Returns what is added to the output of a block, `[b, l, d]`. Modules see the same output."""
+        """Returns an addition to the output of a block, `[b, l, d]`. All modules see the same output."""
         return torch.zeros_like(x_bld)
 
     def layer_forward(
         self, x_bld: Tensor, *, part: Any, block: DitBlock, context: BlockContext, old_impl: Step
     ) -> Tensor:
-        """Stands around a whole block, `[b, l, d]` to `[b, l, d]`."""
+        """Wraps a whole block, `[b, l, d]` to `[b, l, d]`."""
         return old_impl(x_bld, block=block, context=context)
 
     def attention_forward(
         self, x_bld: Tensor, *, part: Any, block: DitBlock, context: BlockContext, old_impl: Step
     ) -> Tensor:
-        """Stands around attention: modulated tokens before q, k and v, to the result before its gate."""
+        """Wraps attention: modulated tokens before q, k and v, to the result before its gate."""
         return old_impl(x_bld, block=block, context=context)
 
     def attention_fn(
@@ -116,13 +116,13 @@ class Mixin(BaseMixin):
         context: BlockContext,
         old_impl: Step,
     ) -> Tensor:
-        """Stands around the attention itself, `[b, n, l, k]` of this rank's heads, normalised and rotated."""
+        """Wraps the attention function, `[b, n, l, k]` of this rank's heads, normalised and rotated."""
         return old_impl(query, key, value, block=block, context=context)
 
     def mlp_forward(
         self, x_bld: Tensor, *, part: Any, block: DitBlock, context: BlockContext, old_impl: Step
     ) -> Tensor:
-        """Stands around the MLP: modulated tokens, to the result before its gate."""
+        """Wraps the MLP: modulated tokens, to the result before its gate."""
         return old_impl(x_bld, block=block, context=context)
 
     # Around: once a forward
@@ -130,7 +130,7 @@ class Mixin(BaseMixin):
     def word_embedding_forward(
         self, latent_btchw: Tensor, text_bld: Tensor, *, forward: ForwardContext, old_impl: Step
     ) -> Tensor:
-        """Stands around the embedding of latent and text, to `[b, l, d]`."""
+        """Wraps the embedding of latent and text, to `[b, l, d]`."""
         return old_impl(latent_btchw, text_bld)
 
     def position_embedding_forward(
@@ -141,11 +141,11 @@ class Mixin(BaseMixin):
         forward: ForwardContext,
         old_impl: Callable[..., Tensor | None],
     ) -> Tensor | None:
-        """Stands around the positions that are added to the tokens, `[1, l, d]`; None: none are."""
+        """Wraps the positions that are added to the tokens, `[1, l, d]`; None adds nothing."""
         return old_impl(grid, text_length)
 
     def final_forward(
         self, video_bld: Tensor, emb_bd: Tensor, grid: PatchGrid, *, forward: ForwardContext, old_impl: Step
     ) -> Tensor:
-        """Stands around the final layer: normalised video tokens and time features, to `[b, t, c, h, w]`."""
+        """Wraps the final layer: normalised video tokens and time features, to `[b, t, c, h, w]`."""
         return old_impl(video_bld, emb_bd, grid)

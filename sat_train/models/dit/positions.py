@@ -1,4 +1,4 @@
-"""Where each token stands: sine-cosine tables (2B), rotary angles (5B, 1.5) and learned tables (5B-I2V)."""
+"""Position embeddings: sine-cosine tables (2B), rotary angles (5B, 1.5) and learned tables (5B-I2V)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 
 def _spread(first: int, end: int, count: int, device: Device) -> Tensor:
-    # diffusers scales the end, not the distance: the last position is end * (n - 1) / n wherever it starts
+    # diffusers scales the end, not the distance: the last position is end * (n - 1) / n whatever the start
     return torch.linspace(first, end * (count - 1) / count, count, dtype=torch.float64, device=device)
 
 
@@ -129,40 +129,40 @@ def rotate_pairs(x_bnlk: Tensor, cos_lk: Tensor, sin_lk: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x_bnlk.dtype)
 
 
-def is_prefix(own: PatchGrid, wanted: PatchGrid) -> bool:
-    """Whether a table made for `own` begins with that of `wanted`: the same area, and no more frames."""
-    return wanted[1:] == own[1:] and wanted.frames <= own.frames
+def is_prefix(own: PatchGrid, grid: PatchGrid) -> bool:
+    """Returns whether a table for `own` begins with that for `grid`: the same area, and no more frames."""
+    return grid[1:] == own[1:] and grid.frames <= own.frames
 
 
-def interpolate_table(table_ld: Tensor, own: PatchGrid, wanted: PatchGrid) -> Tensor:
+def interpolate_table(table_ld: Tensor, own: PatchGrid, grid: PatchGrid) -> Tensor:
     """Stretches a learned table over another height and width, and over time when there are more frames.
 
     Args:
         table_ld: One row a patch of `own`, `[own.tokens, d]`.
-        wanted: The real size.
+        grid: The real size.
 
     Returns:
-        `[wanted.tokens, d]`.
+        `[grid.tokens, d]`.
     """
-    cube = table_ld.unflatten(0, tuple(own))[: wanted.frames].permute(3, 0, 1, 2)[None]
-    stretched = F.interpolate(cube.float(), size=tuple(wanted), mode="trilinear", align_corners=False)
+    cube = table_ld.unflatten(0, tuple(own))[: grid.frames].permute(3, 0, 1, 2)[None]
+    stretched = F.interpolate(cube.float(), size=tuple(grid), mode="trilinear", align_corners=False)
     return stretched[0].permute(1, 2, 3, 0).flatten(0, 2).to(table_ld.dtype)
 
 
-def check_size(own: PatchGrid, wanted: PatchGrid, *, size_policy: str) -> None:
-    """Raises when a table may not serve another size.
+def check_size(own: PatchGrid, grid: PatchGrid, *, size_policy: str) -> None:
+    """Checks whether a table may serve another size.
 
     Raises:
         ConfigError: The policy is `refuse`.
     """
     if size_policy == "refuse":
-        expected = f"{own} patches (frames x height x width), as the position table has, not {wanted}"
+        expected = f"{own} patches (frames x height x width), as the position table has, not {grid}"
         remedy = "train at that size, or set the policy to interpolate"
         raise ConfigError([Fault(_SIZE_POLICY_KEY, size_policy, f"{expected}; {remedy}")])
 
 
 class SincosPositions(BaseMixin):
-    """Adds a fixed sine-cosine table (CogVideoX-2B). It is a buffer: it never trains, and is never lost.
+    """Adds a fixed sine-cosine table (CogVideoX-2B). It is a buffer: saved with the weights, never trained.
 
     Args:
         base: Patches at the size of pre-training.
@@ -189,7 +189,7 @@ class SincosPositions(BaseMixin):
         self.register_buffer("pos_embedding", table.to(torch.get_default_dtype()))
 
     def position_embedding_forward(self, grid: PatchGrid, text_length: int) -> Tensor:
-        """SAT hook: what is added to the tokens, `[1, text_length + grid.tokens, d]`."""
+        """SAT hook: positions that are added to the tokens, `[1, text_length + grid.tokens, d]`."""
         table = self.pos_embedding[0, self.text_length :]
         if is_prefix(self.base, grid):
             video = table[: grid.tokens]
@@ -253,14 +253,14 @@ class RotaryPositions(BaseMixin):
         return torch.cat([text[:text_length], video[: grid.tokens]])[None]
 
     def position_embedding_forward(self, grid: PatchGrid, text_length: int) -> Tensor | None:
-        """SAT hook: what is added to the tokens; None without a learned table."""
+        """SAT hook: positions that are added to the tokens; None without a learned table."""
         return None if self.pos_embedding is None else self(grid, text_length)
 
     def rotary_tables(self, grid: PatchGrid, text_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of all tokens, fp32 `[l, k / 2]`; text tokens are not rotated."""
         key = (grid, text_length, device)
         if key not in self._tables:
-            # what sampling computes first, training may save for its backward
+            # training may save for its backward a table that sampling has computed first
             with torch.inference_mode(False):
                 angles = F.pad(self._angles(grid, device=device), (0, 0, text_length, 0))
                 self._tables[key] = (angles.cos(), angles.sin())

@@ -1,4 +1,4 @@
-"""SAT's layers, made on the device and in the dtype that are wanted."""
+"""SAT's layers, built directly on a device and in a dtype."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from sat.model.transformer import BaseTransformer
 from torch import nn
 
-# what SAT's transformer gives its layers, and diffusers all of them
+# the values of SAT's transformer for its layers, and of diffusers for all
 NORM_EPS = 1e-5
 
 
 def build_layers(
     num_layers: int, hidden_size: int, num_attention_heads: int, elementwise_affine: bool
 ) -> BaseTransformer:
-    """Builds SAT's transformer without the word and position embeddings that a video has no use for.
+    """Builds SAT's transformer without the word and position embeddings, which video does not use.
 
     SAT builds it on the CPU unless told otherwise; its linear layers ignore torch's default device and dtype.
     """
@@ -39,7 +39,7 @@ def build_layers(
 
 @contextlib.contextmanager
 def building(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Makes parameters on a device and in a dtype, and gives the global generators back as they were."""
+    """Creates parameters on a device and in a dtype, and restores the global generators."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

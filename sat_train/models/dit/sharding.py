@@ -1,4 +1,4 @@
-"""How each weight is sharded for tensor parallelism; pure functions of a key and a tensor."""
+"""Tensor-parallel sharding of each weight, as pure functions of a key and a tensor."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from sat_train.config.parts.adapter_parts import find_adapter_tensor
 from sat_train.errors import CheckpointError
 
-# (key pattern, dim that is sharded, equal parts of it that are each sharded by themselves); every rank holds
-# what no pattern matches. SAT shards q, k and v of the fused weight each by heads: a rank has its heads of
-# all three.
+# (key pattern, sharded dim, equal parts of it that are sharded separately); weights that no pattern matches
+# are replicated. SAT shards q, k and v of the fused weight each by heads: a rank has its heads of all three.
 _LAYOUTS = (
     (r"attention\.query_key_value\.(weight|bias)$", 0, 3),
     (r"mlp\.dense_h_to_4h\.(weight|bias)$", 0, 1),
@@ -22,9 +21,9 @@ _LAYOUTS = (
 
 
 def tensor_parallel_layout(key: str) -> tuple[int, int] | None:
-    """Returns (dim, parts) for a weight that is sharded, None for one that every rank holds whole.
+    """Returns (dim, parts) for a sharded weight, None for a replicated one.
 
-    An adapter's tensor is sharded on the side on which its layer is.
+    An adapter's tensor is sharded on the same side as its layer.
     """
     if adapter := find_adapter_tensor(key):
         layer, tensor = adapter

@@ -16,11 +16,11 @@ from sat_train.models.dit.transformer import DiffusionTransformer
 
 
 class BlockStack(nn.Module):
-    """Blocks of the base's code and head width, held by a `Mixin`, in which no module acts.
+    """Blocks with the base's code and head width, held by a `Mixin`, in which no module acts.
 
     Below the stack's own key, weights have the base's keys, so they are sharded as the base's are. New
-    weights draw their seed from torch's global generator; gates start at zero, so new blocks return what they
-    are given.
+    weights draw their seed from torch's global generator; gates start at zero, so new blocks are the
+    identity.
 
     Args:
         model: Numbers of the base.
@@ -48,7 +48,7 @@ class BlockStack(nn.Module):
             initialize_weights(self, seed=seed, num_layers=layers)
 
     def copy_from(self, dit: DiffusionTransformer, layers: Sequence[int]) -> None:
-        """Copies blocks of the base, one for each block here; their weights must have no adapters yet."""
+        """Copies blocks of the base, one for each block here; their weights must not have adapters yet."""
         for own, index in zip(self.blocks, layers, strict=True):
             for name, module in own.modules().items():
                 module.load_state_dict(dit.blocks[index].modules()[name].state_dict())
@@ -61,7 +61,7 @@ class BlockStack(nn.Module):
         Args:
             hidden_bld: Tokens, `[b, l, width]`.
             forward: The forward.
-            context: Context of these tokens; None: they stand where the base's do.
+            context: Context of these tokens; None: they have the positions of the base's.
 
         Returns:
             The state after each block, `[b, l, width]`.

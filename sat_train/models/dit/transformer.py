@@ -26,13 +26,14 @@ class DiffusionTransformer(BaseModel):
     """Predicts v from a noised latent, a timestep and a text: CogVideoX 1.0 and 1.5, T2V and I2V.
 
     Args:
-        spec: Its numbers; those of a whole model will do.
-        hook_order: By hook, names of the modules around it, outermost first; needed where several are.
+        spec: Its numbers; a `ModelSpec` works too.
+        hook_order: By hook, names of the modules around it, outermost first; required where there are
+            several.
         activation_checkpointing: Keep only each block's input and compute the rest again in the backward.
         device: Where parameters live; `meta` costs neither time nor memory.
         dtype: Dtype of parameters and of computation.
-        init_seed: Seed of the initial weights, the same numbers on any device and mesh. None leaves them as
-            the memory was, for loading over. Position tables are always filled.
+        init_seed: Seed of the initial weights, the same numbers on any device and mesh. None leaves them
+            uninitialized, for loading over. Position tables are always filled.
 
     Ranks: builds this rank's slice when `sat.mpu` has a model axis; all of the axis call `forward` together.
 
@@ -67,7 +68,7 @@ class DiffusionTransformer(BaseModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.time_embed.parameters()).device
 
     @property
@@ -96,7 +97,7 @@ class DiffusionTransformer(BaseModel):
             ofs_b: `ofs` values, `[b]` (1.5-I2V).
             extras: Named tensors for modules, batch first. Floating ones are cast to the dtype of the
                 weights, unless their name ends in `_fp32`: pixel coordinates do not survive half precision.
-            return_outputs: Run the modules' `tap`, and return what they hand to the loss as well.
+            return_outputs: Run the modules' `tap`, and return their outputs for the loss as well.
 
         Returns:
             v, `[b, t, out_channels, h, w]` in the dtype of the weights; with `return_outputs` (v, outputs).
@@ -107,8 +108,8 @@ class DiffusionTransformer(BaseModel):
         if image_latent_btchw is not None:
             latent_btchw = torch.cat([latent_btchw, image_latent_btchw.to(latent_btchw)], dim=2)
         latent_btchw, text_bld = latent_btchw.to(self.dtype), text_bld.to(self.dtype)
-        given = cast_extras(extras or {}, latent_btchw)
-        forward = ForwardContext(self, latent_btchw, text_bld, timesteps_b, ofs_b, given)
+        inputs = cast_extras(extras or {}, latent_btchw)
+        forward = ForwardContext(self, latent_btchw, text_bld, timesteps_b, ofs_b, inputs)
         hidden_bld = self.embed(latent_btchw, text_bld, forward)
         emb_bd = self.time_features(timesteps_b, ofs_b, forward)
         forward.block_context = context = self.block_context(emb_bd, latent_btchw, text_bld)
@@ -152,8 +153,8 @@ class DiffusionTransformer(BaseModel):
     def time_features(
         self, timesteps_b: Tensor, ofs_b: Tensor | None = None, forward: ForwardContext | None = None
     ) -> Tensor:
-        """Returns what modulates every block, `[b, time_embed_dim]`; sines and cosines are fp32."""
-        assert (ofs_b is None) == (self.spec.ofs_width is None), "ofs goes with models that embed it"
+        """Returns the features that modulate blocks, `[b, time_embed_dim]`; sines and cosines are fp32."""
+        assert (ofs_b is None) == (self.spec.ofs_width is None), "ofs is for models that embed it"
         emb_bd: Tensor = self.time_embed(timestep_features(timesteps_b, self.spec.width).to(self.dtype))
         if ofs_b is not None and self.spec.ofs_width is not None:
             emb_bd = emb_bd + self.ofs_embed(timestep_features(ofs_b, self.spec.ofs_width).to(self.dtype))
@@ -164,7 +165,7 @@ class DiffusionTransformer(BaseModel):
         return emb_bd
 
     def block_context(self, emb_bd: Tensor, latent_btchw: Tensor, text_bld: Tensor) -> BlockContext:
-        """Returns what blocks read besides their tokens, without extras."""
+        """Returns the inputs of blocks besides their tokens, without extras."""
         grid, text_length = self.patch_grid(latent_btchw), text_bld.shape[1]
         is_text_l1 = torch.arange(text_length + grid.tokens, device=emb_bd.device)[:, None] < text_length
         cos_lk, sin_lk, pos_embed = None, None, self.mixins["pos_embed"]
@@ -174,15 +175,15 @@ class DiffusionTransformer(BaseModel):
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles the block, once for all layers, for each size and mode. Call it before DeepSpeed."""
-        # training and sampling of a dozen sizes; past the limit torch goes back to eager without a word
+        # training and sampling of a dozen sizes; past the limit torch falls back to eager silently
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.run_block = torch.compile(self._run_block, backend=backend, dynamic=False)
 
     def add_mixin(self, name: str, new_mixin: BaseMixin, reinit: bool = False) -> None:
-        """SAT: adds a module under `mixins.NAME`. The order in which modules are added decides nothing.
+        """Adds a module under `mixins.NAME`, as SAT's method does. The order of additions has no effect.
 
         Raises:
-            ConfigError: The blocks cannot run it, or `hook_order` does not say where it stands.
+            ConfigError: The blocks cannot run it, or `hook_order` does not give its position.
         """
         check_mixin(name, new_mixin, num_layers=len(self.transformer.layers))
         if isinstance(new_mixin, Mixin):
@@ -190,16 +191,16 @@ class DiffusionTransformer(BaseModel):
         super().add_mixin(name, new_mixin, reinit)
 
     def derived_keys(self) -> frozenset[str]:
-        """Returns the keys of the state dict that a formula gives: weights from elsewhere may lack them."""
+        """Returns keys of the state dict that a formula computes: weights from elsewhere may lack them."""
         return frozenset(f"mixins.{name}" for name, _ in self.mixins.named_buffers())
 
     def modules_of_its_own(self) -> dict[str, Mixin]:
-        """Returns the network modules that were added to the base, by the beginning of their keys."""
+        """Returns the network modules added to the base, by the prefix of their keys."""
         own = self.mixins.items()
         return {f"mixins.{name}.": mixin for name, mixin in own if isinstance(mixin, Mixin)}
 
     def collect_hooks_(self) -> None:
-        """SAT: finds out who acts where, after a mixin was added or taken away, and makes the blocks."""
+        """Assigns modules to hooks and rebuilds the blocks; SAT calls it after each change of the mixins."""
         if "adaln_layer" not in self.mixins:  # SAT also calls this while the base is being built
             return
         layers, adaln_layer = self.transformer.layers, self.mixins["adaln_layer"]
@@ -213,11 +214,11 @@ class DiffusionTransformer(BaseModel):
         return step if forward is None else self.hooks.around(hook, step, forward)
 
     def _run_before_blocks(self, hidden_bld: Tensor, forward: ForwardContext) -> None:
-        """Adds what modules return to the extras; each of them saw those of the conditions alone."""
+        """Adds the tensors that modules return to the extras; each module sees those of conditions alone."""
         modules = self.hooks.between["before_blocks"]
         for extras in [mixin.before_blocks(hidden_bld, forward) or {} for mixin in modules]:
             twice = sorted(extras.keys() & forward.extras.keys())
-            assert not twice, f"extras {', '.join(twice)} are given twice: name them after the module"
+            assert not twice, f"extras {', '.join(twice)} are set twice: name them after the module"
             forward.extras.update(extras)
 
     def _run_block(self, block: DitBlock, hidden_bld: Tensor, context: BlockContext) -> Tensor:

@@ -1,21 +1,21 @@
-"""A file that grows by whole records, on a disk that may be full for a while."""
+"""A file of appended records, on a disk that may be full for a while."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# What waits for room; a run that reports into a full disk for weeks must not fill its memory instead.
+# Limit of the pending records: a run that reports to a full disk for weeks must not fill its memory.
 _MOST_WAITING_BYTES = 64 * 2**20
 
 _APPENDED = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class AppendedFile:
-    """Appends records; those that could not be written wait and are written, in order, with the next one.
+    """Appends records; those that could not be written are kept and written, in order, with the next one.
 
     Args:
-        path: The file; it is made when needed, and a link at its place is not followed.
+        path: The file; it is created when needed, and a link at its path is not followed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,21 +26,21 @@ class AppendedFile:
         """Appends a record, whole or not at all.
 
         Raises:
-            OSError: It could not be written. It waits.
+            OSError: It could not be written; it stays pending.
         """
         self.add(record)
         self.write()
 
     def add(self, record: bytes) -> None:
-        """Lets a record wait for the next `write`. Where too much waits already it is given up."""
+        """Queues a record for the next `write`, or drops it where too much is pending already."""
         if len(self._waiting) + len(record) <= _MOST_WAITING_BYTES:
             self._waiting += record
 
     def write(self) -> None:
-        """Appends what waits, all of it or nothing.
+        """Appends all pending records or none.
 
         Raises:
-            OSError: It could not be written. It waits.
+            OSError: It could not be written; it stays pending.
         """
         descriptor = os.open(self._path, _APPENDED, 0o644)
         try:
@@ -48,7 +48,7 @@ class AppendedFile:
             try:
                 _write_all(descriptor, self._waiting)
             except OSError:
-                os.ftruncate(descriptor, end)  # frees room: it works on a full disk
+                os.ftruncate(descriptor, end)  # frees space: it works on a full disk
                 raise
         finally:
             os.close(descriptor)

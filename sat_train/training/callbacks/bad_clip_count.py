@@ -1,4 +1,4 @@
-"""Counts the clips that could not be used, and ends a run that has too many of them."""
+"""Count of unusable clips; a run with too many of them ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BAD_CLIPS = "bad_clips"
 
 
 class BadClipCount(Callback):
-    """Adds the clips that are bad on any rank to the metrics.
+    """Adds the number of bad clips, over all ranks, to the metrics.
 
     Args:
         mesh: The process mesh.

@@ -1,4 +1,4 @@
-"""Config -> the callbacks of a run, in the order they are called."""
+"""Config -> the callbacks of a run, in the order of their calls."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-_CLIPS_SHOWN = 2  # where neither prompts nor images are given
+_CLIPS_SHOWN = 2  # without prompts and images
 
 
 def build_callbacks(
@@ -53,8 +53,8 @@ def build_callbacks(
     engine: TrainEngine,
     save: Callable[[Training], Path],
 ) -> list[Callback]:
-    """Returns the callbacks: what is counted and averaged, reports, then checkpoints, so that what follows
-    cannot lose one.
+    """Returns the callbacks: counts and averages, reports, then checkpoints, so that a failure of a later
+    callback cannot lose one.
 
     Ranks: all.
     """
@@ -80,7 +80,7 @@ def build_callbacks(
 
 
 def _registered(config: RunConfig, mesh: ProcessMesh, run_directory: Path | None) -> list[Callback]:
-    """Returns the callbacks that YAML names, and the log lines."""
+    """Returns the callbacks that YAML names, and the progress display."""
     context = CallbackContext(config, mesh, run_directory)
     parts: list[Callback] = [
         choice.build(context)
@@ -160,13 +160,13 @@ def _measure(
 
 
 def owes_validation(config: RunConfig, run_directory: Path, step: int, *, measures_loss: bool) -> bool:
-    """Tells whether a run ended before it had validated its last step.
+    """Returns whether a run ended before it had validated its last step.
 
     Args:
         config: The configuration.
         run_directory: The run directory.
         step: Its last step.
-        measures_loss: There are validation data.
+        measures_loss: The run has validation data.
 
     Ranks: rank 0 only.
     """
@@ -178,7 +178,7 @@ def owes_validation(config: RunConfig, run_directory: Path, step: int, *, measur
 
 
 def _is_measured(run_directory: Path | None, step: int) -> bool:
-    """Tells whether `metrics.jsonl` has the validation loss of a step."""
+    """Returns whether `metrics.jsonl` has the validation loss of a step."""
     if run_directory is None:
         return False
     try:
@@ -192,7 +192,7 @@ def _is_measured(run_directory: Path | None, step: int) -> bool:
 
 
 def given_conditions(config: RunConfig, settings: SamplingSettings) -> tuple[list[str], list[torch.Tensor]]:
-    """Returns `args.valid_prompts`, and the first frames that stand beside them."""
+    """Returns `args.valid_prompts` and their first frames."""
     prompts, files = list(config.args.valid_prompts), config.args.valid_images
     if files:
         prompts = [f"{prompt}{IMAGE_SEPARATOR}{file}" for prompt, file in zip(prompts, files, strict=True)]
@@ -214,7 +214,7 @@ def _conditions_of_clips(loader: OrderedLoader) -> tuple[list[str], list[torch.T
 def _video_sampling(
     config: RunConfig, pipeline: VideoDiffusion, engine: TrainEngine, loader: OrderedLoader | None
 ) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
-    """Returns the prompts and what generates video number `n`; None when there is nothing to generate."""
+    """Returns the prompts and a generator of video number `n`; None when there is nothing to generate."""
     settings = build_sampling(config)
     prompts, images = given_conditions(config, settings)
     if loader is not None and (not prompts or (config.model.noised_image_input and not images)):

@@ -1,4 +1,4 @@
-"""Publishes what a run has encoded for the cache, also when the run ends early."""
+"""Publication of a run's encoded samples to the cache, also when the run ends early."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class CachePublisher(Callback):
     """Publishes the last shard.
 
     Args:
-        writer: Holds what has been encoded.
+        writer: Holds the encoded samples.
     """
 
-    optional = True  # what it fails to keep is encoded again
+    optional = True  # entries that it fails to publish are encoded again
 
     def __init__(self, writer: ShardWriter) -> None:
         self._writer = writer
 
     def closed(self) -> None:
-        """Publishes what is left."""
+        """Publishes the remaining entries."""
         self._writer.publish_or_warn()

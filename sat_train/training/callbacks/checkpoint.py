@@ -1,4 +1,4 @@
-"""Saves the run: at intervals, at its end, and when it was asked to stop."""
+"""Checkpoints of a run: at intervals, at its end, and when it was asked to stop."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _MOST_FAILURES_IN_A_ROW = 3
 
 
 class Checkpointer(Callback):
-    """Saves every `interval` steps, at the end, and where the run was stopped.
+    """Saves every `interval` steps, at the end, and when the run is stopped.
 
     Args:
         mesh: The process mesh.
         run_directory: The run directory.
         save: Writes and commits one checkpoint of the trainer, on all ranks, and returns its folder.
         interval: Steps between checkpoints.
-        keep_last: Newest checkpoints that stay; 0 keeps all.
-        keep_every: Checkpoints of steps divisible by this stay too; 0 for none.
+        keep_last: Number of newest checkpoints to keep; 0 keeps all.
+        keep_every: Also keep checkpoints of steps divisible by this; 0 for none.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Checkpointer(Callback):
         self._failures_in_a_row = 0
 
     def started(self, trainer: Training) -> None:
-        """The checkpoint that the run resumes need not be written again."""
+        """Marks the resumed step as saved already."""
         if trainer.state.step:
             self._saved_step = self._resumed_step = trainer.state.step
 
     def step_done(self, trainer: Training) -> None:
-        """Saves when it is time."""
+        """Saves when a checkpoint is due."""
         is_last = trainer.complete or trainer.stopping
         if not is_last and trainer.state.step % self._interval:
             return
@@ -68,12 +68,12 @@ class Checkpointer(Callback):
         trainer.asked_to_stop()  # meanwhile: then neither validation nor another step is waited for
 
     def finished(self, trainer: Training) -> None:
-        """Saves where validation was interrupted at a step that is no saved one."""
+        """Saves where validation was interrupted at an unsaved step."""
         if trainer.stopping and trainer.state.step:
             self._save_once(trainer)
 
     def _count_failure(self, error: CheckpointError) -> None:
-        """A full disk may be emptied before the next save; training for nothing is worse than stopping."""
+        """Ends the run after several failed saves in a row: before that, a full disk may still be cleared."""
         self._failures_in_a_row += 1
         if self._failures_in_a_row == _MOST_FAILURES_IN_A_ROW:
             raise error
@@ -99,13 +99,12 @@ class Checkpointer(Callback):
                 keep_every=self._keep_every,
                 resumed_step=self._resumed_step,
             )
-        except CheckpointError as error:  # the new one is saved; old ones go after the next
+        except CheckpointError as error:  # the new one is saved; old ones are deleted after the next
             log.warning("old checkpoints were not deleted: %s", error)
 
 
 class PreemptedMarker(Callback):
-    """Leaves `PREEMPTED`, with the step, in the folder of a run that was stopped, for batch scripts. For
-    rank 0.
+    """Writes `PREEMPTED`, with the step, into the folder of a stopped run, for batch scripts. Rank 0 only.
 
     Args:
         run_directory: The run directory.
@@ -117,10 +116,10 @@ class PreemptedMarker(Callback):
         self._path = run_directory / PREEMPTED
 
     def started(self, trainer: Training) -> None:
-        """Takes away the marker of the start before."""
+        """Removes the marker of the previous start."""
         self._path.unlink(missing_ok=True)
 
     def finished(self, trainer: Training) -> None:
-        """Leaves the marker; the run is saved by now."""
+        """Writes the marker; the run is saved by now."""
         if trainer.stopping and not trainer.complete:
             write_text(self._path, f"{trainer.state.step}\n")

@@ -17,7 +17,7 @@ class ExponentialMovingAverage(Callback):
     """`average <- decay * average + (1 - decay) * weights`, after every step that updated the weights.
 
     Args:
-        engine: The engine; its weights now are the first average.
+        engine: The engine; its current weights are the first average.
         decay: In (0, 1).
     """
 
@@ -27,18 +27,18 @@ class ExponentialMovingAverage(Callback):
         self._averages = [master.float().clone() for master in engine.masters()]
 
     def step_done(self, trainer: Training) -> None:
-        """Takes the weights of this step into the average."""
+        """Adds the weights of this step to the average."""
         if trainer.applied:
             self.update()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the weights as they are into the average."""
+        """Adds the current weights to the average."""
         masters = [master.float() for master in self._engine.masters()]
         torch._foreach_lerp_(self._averages, masters, 1 - self.decay)
 
     def add_tensors(self, fragments: Sequence[Fragment]) -> list[Fragment]:
-        """Returns the engine's fragments, each with its average as one more tensor."""
+        """Adds the average to each of the engine's fragments, as one more tensor."""
         return [
             replace(fragment, tensors={**fragment.tensors, AVERAGE: average})
             for fragment, average in zip(fragments, self._averages, strict=True)
@@ -54,7 +54,7 @@ class ExponentialMovingAverage(Callback):
             if AVERAGE not in saved.kinds(slot.name):
                 raise CheckpointError(
                     f"{saved.where} holds no average of {slot.name}",
-                    expected="the average that args.ema_decay asks for",
-                    remedy="resume without args.ema_decay, or begin from its weights with args.load",
+                    expected="the average for args.ema_decay",
+                    remedy="resume without args.ema_decay, or start from its weights with args.load",
                 )
             average.copy_(saved.read(slot.name, AVERAGE, offset=slot.offset, count=slot.count))

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a report, for programs."""
+"""`metrics.jsonl`: one JSON object per report, for programs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sat_train.training.loop.callback import Callback, CallbackContext, Training
 from sat_train.training.loop.metrics import Metrics, VideoMetrics, as_json
 
 NAME = "metrics.jsonl"
-_MOST_BYTES = 2**29  # two million steps, each of them logged
+_MOST_BYTES = 2**29  # two million steps, each logged
 
 
 class MetricsFile(Callback):
-    """Appends to `metrics.jsonl`. A run that resumes at step k first drops the records after k. For rank 0.
+    """Appends to `metrics.jsonl`. A run that resumes at step k first drops the records after k. Rank 0 only.
 
     Args:
-        run_directory: Where the file is.
+        run_directory: Folder of the file.
     """
 
     optional = True
@@ -32,14 +32,14 @@ class MetricsFile(Callback):
         self._resumed_step: int | None = None
 
     def started(self, trainer: Training) -> None:
-        """Drops what was written after the checkpoint that the run resumes."""
+        """Drops records after the checkpoint that the run resumes."""
         self._resumed_step = trainer.state.step
         self._drop_later_records()
 
     def reported(self, metrics: Metrics) -> None:
         """Appends one line."""
         if isinstance(metrics, VideoMetrics):
-            return  # its files say it
+            return  # its files show it
         values = {name: _finite_or_none(value) for name, value in as_json(metrics).items()}
         self._file.add((json.dumps(values) + "\n").encode())
         if self._resumed_step is not None:
@@ -47,8 +47,8 @@ class MetricsFile(Callback):
         self._file.write()
 
     def _drop_later_records(self) -> None:
-        kept = [record for record in read_metrics(self._path) if record["step"] <= self._resumed_step]
-        write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        records = [record for record in read_metrics(self._path) if record["step"] <= self._resumed_step]
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in records))
         self._resumed_step = None
 
 
@@ -68,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _finite_or_none(value: object) -> object:
-    """JSON has no NaN."""
+    """Returns None for NaN and infinities, which JSON cannot hold."""
     if isinstance(value, dict):
         return {name: _finite_or_none(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

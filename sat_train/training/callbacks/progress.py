@@ -1,4 +1,4 @@
-"""What a person sees: a bar on a terminal, plain lines everywhere else."""
+"""Progress display: a bar on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sat_train.training.loop.metrics import Metrics, TrainMetrics, ValidationMet
 
 log = get_logger(__name__)
 
-_COLUMNS = 80 - len("10:59:02 I ")  # of a terminal, behind what the log puts before a line
+_COLUMNS = 80 - len("10:59:02 I ")  # of a terminal, after the log's prefix
 _DETAILS_EVERY = 10  # lines
-_SLOW_DATA = 0.1  # share of the step time from which waiting for data is worth a word
+_SLOW_DATA = 0.1  # share of the step time from which waiting for data is reported
 
 
 class PlainProgress(Callback):
-    """Lines for each report, with the time that is left."""
+    """Logs lines for each report, with the remaining time."""
 
     optional = True
 
@@ -30,11 +30,11 @@ class PlainProgress(Callback):
         self._counts = (0, 0)
 
     def started(self, trainer: Training) -> None:
-        """Says where the run begins and between which learning rates."""
+        """Logs the first step and the learning rates of the run."""
         self._train_iters = trainer.train_iters
         first, last = trainer.state.step, trainer.train_iters - 1
         if first > last:
-            return  # only validation was left: there are no steps to name
+            return  # only validation remained: there are no steps to report
         rate = trainer.learning_rate
         log.info("training steps %d to %d", first + 1, trainer.train_iters)
         log.info(
@@ -43,9 +43,9 @@ class PlainProgress(Callback):
         )
 
     def reported(self, metrics: Metrics) -> None:
-        """Writes one line; now and then, and when something was left out, a second one with the rest."""
+        """Logs one line; at intervals, and when a step or clip was skipped, a second one with details."""
         if isinstance(metrics, VideoMetrics):
-            return  # said when they were written
+            return  # logged when they were written
         if isinstance(metrics, ValidationMetrics):
             log.info(
                 "step %d: validation loss %.5f on %d clips",
@@ -62,7 +62,7 @@ class PlainProgress(Callback):
 
 
 class BarProgress(PlainProgress):
-    """A bar that moves with every step, below the lines."""
+    """Shows a bar that advances with every step, below the lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,21 +77,21 @@ class BarProgress(PlainProgress):
         self._bar.start()
 
     def step_done(self, trainer: Training) -> None:
-        """Moves the bar."""
+        """Advances the bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.state.step)
 
     def closed(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
 def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> list[str]:
-    """Returns lines for a person, none of which is too long for a terminal of 80 columns.
+    """Formats metrics as lines that fit a terminal of 80 columns.
 
     Args:
-        with_details: Add what changes slowly: memory, speed, what was left out.
+        with_details: Add numbers that change slowly: memory, speed, skipped steps and clips.
     """
     left_s = max(0, train_iters - metrics.step) * metrics.step_time_s
     waits = metrics.step_time_s > 0 and metrics.data_wait_s > _SLOW_DATA * metrics.step_time_s
@@ -120,13 +120,13 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
 
 
 def short(value: float) -> str:
-    """Returns a rate as people write it: 1e-5, 0.001."""
+    """Formats a rate in short form: 1e-5, 0.001."""
     mantissa, _, exponent = f"{value:.3g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def duration(seconds: float) -> str:
-    """Returns how long something takes in its two largest units, rounded up: 3m, 1h05m, 2d04h."""
+    """Formats a duration in its two largest units, rounded up: 3m, 1h05m, 2d04h."""
     if not math.isfinite(seconds):
         return "?"
     minutes = math.ceil(seconds / 60)
@@ -158,5 +158,5 @@ def _wrapped(parts: Sequence[str]) -> Iterator[str]:
 
 
 def build_progress() -> Callback:
-    """Returns what suits the screen. For rank 0."""
+    """Returns the display that suits the terminal. Rank 0 only."""
     return BarProgress() if sys.stderr.isatty() else PlainProgress()

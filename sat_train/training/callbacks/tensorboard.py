@@ -1,7 +1,7 @@
 """TensorBoard files in the run directory.
 
-The events are written here and not by TensorBoard's own writer: that one writes in a thread of its own,
-which a full disk ends for good, with a traceback.
+The events are written here and not by TensorBoard's own writer, whose background thread dies with a traceback
+when the disk is full.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RGB = 3
 
 
 class TensorBoard(Callback):
-    """Writes scalars, and the contact sheets of validation videos, under `<run>/tensorboard`. For rank 0.
+    """Writes scalars, and the contact sheets of validation videos, under `<run>/tensorboard`. Rank 0 only.
 
     Args:
         run_directory: The run directory.
@@ -40,7 +40,7 @@ class TensorBoard(Callback):
         self._file = AppendedFile(self._folder / name)
 
     def started(self, trainer: Training) -> None:
-        """Opens the file; steps of the run that come later than the resumed one are hidden."""
+        """Opens the file; steps after the resumed one are hidden."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class TensorBoard(Callback):
 
 
 def _event(step: int, **content: Any) -> bytes:
-    """Returns one event as a record of the file."""
+    """Encodes one event as a record of the file."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -71,7 +71,7 @@ def _event(step: int, **content: Any) -> bytes:
 
 
 def _image(path: Path) -> Any:
-    """Returns a PNG as TensorBoard keeps it."""
+    """Encodes a PNG in TensorBoard's format."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     png = read_bytes(path, limit=_MOST_IMAGE_BYTES)

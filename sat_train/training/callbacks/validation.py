@@ -1,4 +1,4 @@
-"""Validates at intervals: the loss, and videos of fixed prompts."""
+"""Validation at intervals: the loss, and videos of fixed prompts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Measure = Callable[[int, Callable[[], bool]], ValidationMetrics | None]
 class Validation(Callback):
     """Measures the validation loss before the first step, every `interval` steps and after the last.
 
-    Whoever asks the run to stop will not wait for it. What was due at the step that a run resumes, and was
-    not measured because that run ended before, is measured first.
+    A request to stop interrupts it. A validation that was due at the step that a run resumes, and did not
+    happen because that run ended before, comes first.
 
     Args:
         engine: The engine, put into evaluation mode meanwhile.
-        measure: (step, asked to stop) -> metrics, or None when it was interrupted; on all ranks.
+        measure: (step, asked to stop) -> metrics, or None when interrupted; on all ranks.
         interval: Steps between validations.
-        is_measured: Whether the loss at a step is known already; on all ranks.
+        is_measured: Returns whether the loss at a step is known already; on all ranks.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class Validation(Callback):
         self._is_measured = is_measured
 
     def started(self, trainer: Training) -> None:
-        """Measures where a new run begins, and what a resumed one still owes."""
+        """Measures at the start of a new run, and makes up for a validation that a resumed run has missed."""
         if self._is_due(trainer) and not self._is_measured(trainer.state.step):
             self._validate(trainer)
 
     def step_done(self, trainer: Training) -> None:
-        """Measures when it is time."""
+        """Measures when a validation is due."""
         if self._is_due(trainer):
             self._validate(trainer)
 

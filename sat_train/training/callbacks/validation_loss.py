@@ -1,4 +1,4 @@
-"""The validation loss: fixed clips, noise and timesteps, nothing dropped; it moves with the weights alone."""
+"""The validation loss: fixed clips, noise and timesteps, nothing dropped; it depends on the weights only."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def validation_loss(
     mesh: ProcessMesh,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> ValidationMetrics | None:
-    """Measures the loss over the validation clips; sample `i` is seen at timestep `i mod len(timesteps)`.
+    """Measures the loss over the validation clips; sample `i` is noised to timestep `i mod len(timesteps)`.
 
     Args:
         step: Optimizer steps done.
         batches: This rank's batches; each rank has as many.
         losses_of: (batch, timesteps_b on the CPU) -> loss of each sample, [b].
-        num_samples: Clips in all. Indices from here on, which fill the last batches, do not count.
+        num_samples: Clips in all. Later indices, which fill the last batches, do not count.
         timesteps: The timesteps.
         mesh: The process mesh.
-        asked_to_stop: Looked at before each batch, on all ranks.
+        asked_to_stop: Called before each batch, on all ranks.
 
     Returns:
-        The measurement; None when it was interrupted.
+        The metrics; None when interrupted.
 
     Ranks: all.
     """

@@ -1,4 +1,4 @@
-"""Samples the same prompts again and again, so that a person sees what the run does."""
+"""Validation videos: the same prompts, sampled at intervals, to show the progress of the run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _SHEET_COLUMNS = 8
 class SampleVideos(Callback):
     """Writes `samples/<step>/NN.mp4` and `samples/<step>/contact_sheet.png`; the ranks share the prompts.
 
-    The contact sheet comes last: where it is missing at the step that a run resumes, that run ended before,
-    and the videos are made first. Between two videos the run can be asked to stop.
+    The contact sheet comes last: where it is missing at the step that a run resumes, that run ended before
+    it, and the videos are sampled first. The run can be stopped between two videos.
 
     Args:
         mesh: The process mesh.
         engine: The engine, put into evaluation mode meanwhile.
         run_directory: The run directory.
-        prompts: One for each video.
+        prompts: One per video.
         generate: Number of a prompt -> uint8 video_tchw on the CPU; its seed does not depend on the rank.
-        fps: Of the files.
+        fps: Frame rate of the files.
         interval: Steps between samples.
-        lockstep: Each forward pass takes all ranks (ZeRO-3, tensor parallelism): one that fails alone would
-            leave the others waiting, so the run ends.
+        lockstep: Each forward pass involves all ranks (ZeRO-3, tensor parallelism): a rank that fails alone
+            would leave the others waiting, so the run ends.
     """
 
     optional = True
@@ -65,13 +65,13 @@ class SampleVideos(Callback):
         self._lockstep = lockstep and mesh.world_size > 1
 
     def started(self, trainer: Training) -> None:
-        """Makes the videos that a resumed run still owes."""
+        """Samples the videos that a resumed run has missed."""
         sheet = contact_sheet(self._run_directory, trainer.state.step)
         if trainer.state.step and self._is_due(trainer) and not broadcast_object(self._mesh, sheet.exists()):
             self._sample(trainer)
 
     def step_done(self, trainer: Training) -> None:
-        """Makes the videos when it is time."""
+        """Samples the videos when they are due."""
         if self._is_due(trainer):
             self._sample(trainer)
 
@@ -94,7 +94,7 @@ class SampleVideos(Callback):
             self._finish(trainer, shares)
 
     def _write_videos(self, trainer: Training) -> tuple[dict[int, torch.Tensor], str]:
-        """Writes this rank's videos; returns frames of them by number, and what went wrong first."""
+        """Writes this rank's videos; returns frames of them by number, and the first failure."""
         folder, previews, problem = self._folder(trainer.state.step), {}, ""
         for number, counts in shared_numbers(len(self._prompts), self._mesh):
             if trainer.asked_to_stop():
@@ -119,7 +119,7 @@ class SampleVideos(Callback):
             raise TrainingError(f"validation video {number}: {cause_of(error)}") from error
 
     def _finish(self, trainer: Training, shares: Sequence[tuple[dict[int, torch.Tensor], str]]) -> None:
-        """Writes the contact sheet and reports the videos. Rank 0."""
+        """Writes the contact sheet and reports the videos. Rank 0 only."""
         for rank, (_, problem) in enumerate(shares):
             if problem:
                 raise SatTrainError(f"validation videos of step {trainer.state.step}, rank {rank}: {problem}")
@@ -133,15 +133,15 @@ class SampleVideos(Callback):
 
 
 def contact_sheet(run_directory: Path, step: int) -> Path:
-    """Returns where the contact sheet of a step is, beside its videos."""
+    """Returns the path of a step's contact sheet, next to its videos."""
     return run_directory / SAMPLES / f"{step:06d}" / _SHEET
 
 
 def shared_numbers(count: int, mesh: ProcessMesh) -> list[tuple[int, bool]]:
-    """Returns which of `count` items this rank takes, and whether each counts.
+    """Returns this rank's share of `count` items, and whether each counts.
 
-    Each rank takes as many, since ZeRO-3 and tensor parallelism need all ranks in every forward pass; what is
-    too much repeats the last item and does not count.
+    All ranks have the same number, since ZeRO-3 and tensor parallelism need all ranks in every forward pass;
+    surplus items repeat the last one and do not count.
     """
     rounds = -(-count // mesh.data_size)
     numbers = [turn * mesh.data_size + mesh.data_rank for turn in range(rounds)]

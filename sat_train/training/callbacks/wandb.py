@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who have it."""
+"""Weights & Biases, an optional dependency."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _MOST_ID_BYTES = 200
 
 
 class WeightsAndBiases(Callback):
-    """Reports numbers and validation videos to Weights & Biases; a resumed run continues its page. For rank
-    0.
+    """Reports numbers and validation videos to Weights & Biases; a resumed run continues its page.
+
+    Rank 0 only.
 
     Args:
         run_directory: The run directory; its name is the run's name.
@@ -54,13 +55,13 @@ class WeightsAndBiases(Callback):
             config=self._config,
         )
         write_text(id_file, self._run.id)
-        # reports of one step may come one after another; an own step axis keeps them all
+        # a step may have several reports; a separate step axis keeps them all
         self._run.define_metric("*", step_metric="step")
 
     def reported(self, metrics: Metrics) -> None:
         """Sends the numbers, or the videos."""
         if self._run is None:
-            return  # the page could not be opened, which has been said
+            return  # the page could not be opened, which has been logged
         if isinstance(metrics, VideoMetrics):
             self._run.log({"step": metrics.step, **_media(metrics)})
         else:

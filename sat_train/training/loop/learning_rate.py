@@ -13,7 +13,7 @@ class LearningRate:
     Args:
         peak: Highest rate, reached at the end of the warm-up.
         warmup_steps: Steps of the warm-up; its first step is `peak / warmup_steps`, not zero.
-        style: `constant`, `cosine` or `linear`: what follows the warm-up.
+        style: `constant`, `cosine` or `linear`, after the warm-up.
         decay_end: Step at which the decay ends; the rate stays at `floor_ratio * peak` from there.
         floor_ratio: Lowest rate as a share of the highest, in [0, 1].
     """
@@ -25,13 +25,13 @@ class LearningRate:
     floor_ratio: float
 
     def at(self, step: int) -> float:
-        """Returns the rate of the optimizer step that follows `step` finished ones."""
+        """Returns the rate of the optimizer step after `step` finished ones."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         return self.peak * (self.floor_ratio + (1 - self.floor_ratio) * self._height(step))
 
     def _height(self, step: int) -> float:
-        """How much of the way from floor to peak is left, in [0, 1]."""
+        """Returns the height between floor and peak, in [0, 1]."""
         if self.style == "constant":
             return 1.0
         span = max(1, self.decay_end - self.warmup_steps)

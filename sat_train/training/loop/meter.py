@@ -1,4 +1,4 @@
-"""Losses, times and memory between two log lines. Nothing here waits for the device between them."""
+"""Meter of losses, times and memory between two log lines, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GIB = 2**30
 
 
 class Meter:
-    """Collects what steps leave and reads it when it is wanted.
+    """Collects the results of steps and averages them for a report.
 
     Args:
         mesh: The process mesh.
@@ -40,7 +40,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, result: StepResult) -> None:
-        """Takes one step in."""
+        """Adds one step."""
         self._pending.append(result.loss)
         self._steps += 1
         self._samples += result.num_samples
@@ -48,13 +48,13 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out of the step time what happens inside: saving, validating."""
+        """Excludes its body from the step time: saving, validating."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
     def fold_losses(self, state: TrainState) -> None:
-        """Averages the pending losses over the ranks and takes them into the smoothed loss, in their order.
+        """Averages the pending losses over the ranks and adds them to the smoothed loss, in their order.
 
         Ranks: all.
         """
@@ -74,10 +74,9 @@ class Meter:
         grad_norm: float | None,
         measured: Mapping[str, float] | None = None,
     ) -> TrainMetrics:
-        """Reads everything since the last call. Call `fold_losses` before.
+        """Returns the metrics of the step that has just ended, averaged since the last call.
 
-        Returns:
-            The record of the step that has just ended.
+        Call `fold_losses` before.
         """
         seconds = time.perf_counter() - self._since
         steps = max(1, self._steps)
@@ -97,7 +96,7 @@ class Meter:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Returns the most memory this process has used: of the device, or resident on the CPU. In GiB."""
+    """Returns the peak memory of this process in GiB: of the device, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GIB
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""What is reported of a run: one record a logged step, one a validation, one for validation videos."""
+"""Reports of a run: records of a logged step, of a validation, and of validation videos."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class TrainMetrics:
         loss: Mean over the global batch of this step.
         loss_smoothed: Exponentially weighted mean of the losses of all steps.
         lr: Learning rate of this step.
-        grad_norm: Norm of the whole gradient before clipping; None when the engine gave none.
-        step_time_s: Seconds of one step, mean since the last report, without saving and validating.
+        grad_norm: Norm of the whole gradient before clipping; None when the engine has none.
+        step_time_s: Mean seconds per step since the last report, without saving and validating.
         data_wait_s: Seconds of it in which this rank waited for the loader.
         samples_per_s: Samples of all ranks together.
         peak_memory_gib: Most memory since start: of the device, or of the process on the CPU.
-        skipped: Steps so far that were left out because a gradient was not finite.
+        skipped: Steps skipped so far because a gradient was not finite.
         measured: Numbers of the callbacks, by name, e.g. `bad_clips`.
     """
 
@@ -47,7 +47,7 @@ class ValidationMetrics:
         step: Optimizer steps done.
         valid_loss: Mean over clips and timesteps.
         valid_loss_by_timestep: Mean at each of the timesteps, by timestep.
-        valid_samples: Clips in it.
+        valid_samples: Number of clips.
     """
 
     step: int
@@ -58,12 +58,12 @@ class ValidationMetrics:
 
 @dataclass(frozen=True)
 class VideoMetrics:
-    """Validation videos that have been written.
+    """Written validation videos.
 
     Args:
         step: Optimizer steps done.
-        contact_sheet: PNG with one row a video.
-        videos: The mp4 files.
+        contact_sheet: PNG with one row per video.
+        videos: MP4 files.
         captions: Prompt of each video.
     """
 
@@ -77,7 +77,7 @@ Metrics = TrainMetrics | ValidationMetrics | VideoMetrics
 
 
 def as_json(metrics: TrainMetrics | ValidationMetrics) -> dict[str, Any]:
-    """Returns metrics as a plain dictionary; numbers of callbacks stand next to the others."""
+    """Returns metrics as a plain dictionary; numbers of callbacks are at the same level as the others."""
     values = asdict(metrics)
     measured = values.pop("measured", {})
     return {**values, **measured}

@@ -1,4 +1,4 @@
-"""Where a run stands: all that is saved beside weights, optimizer and average."""
+"""Position of a run: the saved state besides weights, optimizer and average."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class TrainState:
 
     Args:
         step: Optimizer steps done.
-        samples_consumed: Samples that all ranks together have taken.
-        skipped: Steps whose update was left out because a gradient was not finite.
+        samples_consumed: Samples trained on, by all ranks together.
+        skipped: Steps without an update because a gradient was not finite.
         loss_sum: Exponentially weighted sum of the losses of all steps.
         loss_weight: Sum of its weights; `loss_sum / loss_weight` is the smoothed loss.
     """
@@ -28,7 +28,7 @@ class TrainState:
     loss_weight: float = 0.0
 
     def take_loss(self, loss: float) -> None:
-        """Takes the loss of one step into the smoothed one."""
+        """Adds the loss of one step to the smoothed one."""
         self.loss_sum = SMOOTHING * self.loss_sum + (1 - SMOOTHING) * loss
         self.loss_weight = SMOOTHING * self.loss_weight + (1 - SMOOTHING)
 
@@ -38,11 +38,11 @@ class TrainState:
         return self.loss_sum / self.loss_weight if self.loss_weight else float("nan")
 
     def client_state(self) -> dict[str, float | int]:
-        """Returns what a checkpoint keeps beside `step` and `samples_consumed`, which its manifest holds."""
+        """Returns state for a checkpoint, except `step` and `samples_consumed`, which its manifest holds."""
         return {"skipped": self.skipped, "loss_sum": self.loss_sum, "loss_weight": self.loss_weight}
 
     def restore(self, *, step: int, samples_consumed: int, client_state: Mapping[str, Any]) -> None:
-        """Takes up where a checkpoint stands.
+        """Restores the position of a checkpoint.
 
         Raises:
             Exception: `client_state` is not from `client_state`.

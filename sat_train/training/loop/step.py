@@ -19,14 +19,14 @@ from sat_train.errors import TrainingError
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step left.
+    """Result of one step.
 
     Args:
         loss: [], fp32, on the device: mean over this rank's samples.
         data_wait_s: Seconds in which this rank waited for the loader.
         stop_level: The highest `StopRequest.level` of all ranks.
         applied: The weights were updated; False when a gradient was not finite.
-        num_samples: Samples that all ranks together have taken.
+        num_samples: Samples of the step, of all ranks together.
     """
 
     loss: torch.Tensor
@@ -37,14 +37,14 @@ class StepResult:
 
 
 class TrainStep:
-    """Makes optimizer steps.
+    """Runs optimizer steps.
 
     Args:
-        engine: What trains the transformer.
+        engine: The engine around the transformer.
         compute_loss: Mean loss of a batch, through the engine.
         batches: This rank's micro-batches, without end.
         mesh: The process mesh.
-        stop_request: Whether this process was asked to stop.
+        stop_request: Holds whether this process was asked to stop.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class TrainStep:
     def step(
         self, number: int, learning_rate: float, *, before_update: Callable[[], None] = lambda: None
     ) -> StepResult:
-        """Makes one step, or none of it.
+        """Runs one step, completely or not at all.
 
         Args:
             number: Number of this step, from 1, for messages.
             learning_rate: Rate of this step.
-            before_update: Called when all gradients are there and all losses are known to be finite.
+            before_update: Called when all gradients are complete and all losses are known to be finite.
 
         Raises:
             TrainingError: On all ranks alike, before the update: the loss of some clip is not finite.
@@ -84,7 +84,7 @@ class TrainStep:
             waited += self._micro_step(losses, seen)
             self.engine.backward(self._pending)
         waited += self._micro_step(losses, seen)
-        flags = self._ask_ranks(losses)  # on its way while the backward pass runs
+        flags = self._ask_ranks(losses)  # copied while the backward pass runs
         self.engine.backward(self._pending)
         not_finite, stop_level = flags.read()
         if not_finite:
@@ -127,14 +127,14 @@ class TrainStep:
         error = TrainingError(
             "\n  ".join([f"step {number}: the loss is not finite; the weights were not updated", *lines]),
             expected="a finite loss",
-            remedy="look at these clips; lower the learning rate; the last checkpoint is intact",
+            remedy="inspect these clips; lower the learning rate; the last checkpoint is intact",
         )
         error.ranks_agree = True
         raise error
 
 
 class _PendingFlags:
-    """Flags on their way from the device: reading them waits for what was queued before, not after."""
+    """Flags in transfer from the device: reading them waits for work queued before them, not after."""
 
     def __init__(self, flags: torch.Tensor) -> None:
         self._event = torch.cuda.Event() if flags.is_cuda else None

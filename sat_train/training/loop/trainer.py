@@ -12,20 +12,20 @@ from sat_train.training.loop.metrics import Metrics
 from sat_train.training.loop.state import TrainState
 from sat_train.training.loop.step import TrainStep
 
-# A dynamic fp16 loss scale comes down from 2**16 in fewer steps than this.
+# A dynamic fp16 loss scale settles from 2**16 in fewer steps than this.
 _MOST_SKIPS_IN_A_ROW = 40
 
 
 class Trainer:
-    """Steps until the run is complete or was asked to stop, and calls its callbacks.
+    """Trains until the run is complete or was asked to stop, and calls the callbacks.
 
     Args:
-        train_step: Makes the steps.
-        meter: Collects what they leave.
+        train_step: Runs the steps.
+        meter: Collects their results.
         learning_rate: Rate by step.
         train_iters: Step at which the run is complete.
         log_interval: Steps between reports.
-        state: Where the run stands; moved on by `run`.
+        state: Position of the run; advanced by `run`.
         callbacks: Called in this order.
 
     Attributes:
@@ -33,7 +33,7 @@ class Trainer:
         callbacks: The callbacks.
         applied: The last step updated the weights; False where a gradient was not finite.
         stopping: All ranks know that the run was asked to stop.
-        interrupted: It was asked by a person's Ctrl-C.
+        interrupted: The request was a user's Ctrl-C.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Trainer:
 
     @property
     def complete(self) -> bool:
-        """All steps are done."""
+        """True when all steps are done."""
         return self.state.step >= self.train_iters
 
     def run(self) -> None:
@@ -91,8 +91,8 @@ class Trainer:
         self.callbacks.reported(metrics)
 
     def asked_to_stop(self) -> bool:
-        """Looks whether any rank was asked to stop while a callback worked: `stopping` and `interrupted`
-        then say so.
+        """Checks whether any rank was asked to stop while a callback worked, and sets `stopping` and
+        `interrupted`.
 
         Ranks: all.
         """
@@ -104,7 +104,7 @@ class Trainer:
         self.interrupted = self.interrupted or level > 1
 
     def settle(self) -> None:
-        """Brings `state` up to date with the steps done: their losses are read lazily.
+        """Brings `state` up to date with the finished steps, whose losses are read lazily.
 
         Ranks: all.
         """

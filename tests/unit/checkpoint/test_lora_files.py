@@ -264,7 +264,7 @@ def test_other_adapters_than_lora_are_refused_by_name(tmp_path: Path, settings: 
 
 def test_an_adapter_of_another_model_is_refused_with_both_shapes(mesh: ProcessMesh) -> None:
     updates = read_lora(LORAS / "a_diffusers_plain")
-    message = r"query_key_value is updated by \[128, 128\], and the weight there is \[32, 32\]"
+    message = r"query_key_value has an update of shape \[128, 128\], and its weight is \[32, 32\]"
     with pytest.raises(CheckpointError, match=message):
         merge_updates(from_tensors(random_weights(), where="base"), updates)
 

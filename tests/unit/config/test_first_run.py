@@ -47,7 +47,7 @@ def test_one_folder_of_weights_gives_text_encoder_and_autoencoder(
     for purpose in ("train", "precompute"):
         config = load_run_config([model, preset], [*words, "data.cache_dir=cache"], purpose=purpose)  # type: ignore[arg-type]
         assert encoders(config) == (str(weights), str(weights / "vae"))
-        assert "found beside args.load" in render_resolved(config)
+        assert "found next to args.load" in render_resolved(config)
 
 
 @pytest.mark.parametrize("model", REAL_MODELS, ids=lambda path: path.stem)

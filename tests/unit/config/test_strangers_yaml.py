@@ -147,7 +147,7 @@ def test_what_a_run_keeps_names_no_other_file(tmp_path: Path, load: Load) -> Non
     words = ["--prompt", "x", f"--load={tmp_path}"]
     config = load_run_config([], words, purpose="sample", check_paths=False)
     assert config.args.sampler == "DDIM"
-    with pytest.raises(ConfigError, match="no other file: what a run keeps is complete"):
+    with pytest.raises(ConfigError, match="no other file: the configuration that a run saves is complete"):
         load_run_config([tmp_path / "resolved.yaml"], check_paths=False)
 
 

@@ -88,5 +88,5 @@ def test_extras_are_cast_to_the_dtype_of_the_weights_unless_they_say_fp32():
 def test_extras_have_a_name_of_their_own_and_a_row_for_each_sample():
     with pytest.raises(AssertionError, match="extras control: 1 rows, another batch"):
         build_network()(*inputs(), extras={"control": torch.ones(1, 2)})
-    with pytest.raises(AssertionError, match="extras control are given twice: name them after the module"):
+    with pytest.raises(AssertionError, match="extras control are set twice: name them after the module"):
         with_modules({"control": Branch(0)})(*inputs(), extras={"control": torch.ones(2, 1)})

@@ -191,12 +191,12 @@ def test_adapters_that_do_not_fit_are_refused_whole():
     before = {key: value.clone() for key, value in adapter_state_dict(fresh).items()}
     with pytest.raises(CheckpointError, match=r"(?s)\(4 faults\).*dense has an update of rank 4, .* rank 3"):
         load_updates(fresh, updates(adapter_state_dict(adapted(trained=True, rank=4))))
-    with pytest.raises(CheckpointError, match=r"mlp\.dense_h_to_4h has no place"):
+    with pytest.raises(CheckpointError, match=r"mlp\.dense_h_to_4h does not exist"):
         load_updates(fresh, updates(adapter_state_dict(adapted(trained=True, targets=EVERYTHING))))
     weights = adapter_state_dict(adapted(trained=True))
     short = {**weights, "transformer.layers.0.attention.dense.matrix_B.0": torch.ones(60, 3)}
     with pytest.raises(
-        CheckpointError, match=r"dense is updated by \[60, 64\], and the weight there is \[64, 64\]"
+        CheckpointError, match=r"dense has an update of shape \[60, 64\], and its weight is \[64, 64\]"
     ):
         load_updates(fresh, updates(short))
     del weights["transformer.layers.0.attention.dense.matrix_B.0"]

@@ -54,12 +54,12 @@ def test_a_run_resumes_with_the_next_sample_and_the_waiting_ones(config, caplog)
     saved = point(new.train.fingerprint, position.consumed, position.waiting)
     resumed = open_data(config, mesh, point=saved)
     assert [next(resumed.train).sample_indices for _ in range(8 - steps)] == taken[steps:]
-    assert "are not those of the checkpoint" not in caplog.text
+    assert "differ from those of the checkpoint" not in caplog.text
 
 
 def test_a_run_that_resumes_on_other_data_says_so(config, caplog) -> None:
     open_data(config, start_single_process(), point=point("another", 6))
-    assert "the training data are not those of the checkpoint (fingerprint " in caplog.text
+    assert "the training data differ from those of the checkpoint (fingerprint " in caplog.text
     assert "was another): the run continues at sample 6 of the new order" in caplog.text
 
 

@@ -158,7 +158,7 @@ def test_a_disk_without_room_ends_no_training_and_loses_nothing(tmp_path, caplog
     writer = ShardWriter(tmp_path, shard_bytes=768, waits=True)
     for number in range(3):
         writer.add(f"key {number}", tensors_of(number)["clip"], ABOUT)
-    assert caplog.text.count("training continues, and what is encoded waits in memory") == 1
+    assert caplog.text.count("training continues, and encoded samples wait in memory") == 1
     assert all(f"key {number}" in writer for number in range(3))
     (tmp_path / FOLDER).unlink()
     writer.publish_or_warn()
@@ -176,7 +176,7 @@ def test_what_waits_for_a_disk_without_room_does_not_fill_the_memory(tmp_path, c
     kept = sum(f"key {number}" in writer for number in range(100))
     assert kept == 5
     writer.publish_or_warn()
-    assert f"{kept} encodings are not kept, the next run makes them again" in caplog.text
+    assert f"{kept} encodings are lost and will be computed again by the next run" in caplog.text
 
 
 def test_a_full_disk_is_named_and_what_was_published_is_kept(tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_a_full_disk_is_named_and_what_was_published_is_kept(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sat_train.encoding.cache.shards.write_file", fail)
-    with pytest.raises(DataError, match=r"No space left on device[\s\S]*make room"):
+    with pytest.raises(DataError, match=r"No space left on device[\s\S]*free some space"):
         write(tmp_path, [2])
     assert "key 1" in CacheIndex(tmp_path)
 
