@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator
 
-from sat_train.config.parts.registry import choices_in
+from sat_train.config.parts.registry import choices_in, registered_checks
 from sat_train.config.rule import ParsedConfig, rule
 from sat_train.config.schema.args import IMAGE_SEPARATOR, ArgsConfig
 from sat_train.config.words import COMMAND_LINE
@@ -255,3 +256,13 @@ def keys_have_a_reader(config: ParsedConfig) -> Iterator[Fault]:
 
 # Rules that also depend on the device behind `auto`; the engine checks them again once it is known.
 ENGINE_RULES = (stage_zero_in_fp32_only, no_compile_with_stage_three, fp16_on_gpus_only)
+
+
+@rule("args.silence")
+def silenced_rails_exist(config: ParsedConfig) -> Iterator[Fault]:
+    names = sorted(check.name for check in registered_checks() if check.severity == "warning")
+    for index, name in enumerate(config.args.silence):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            expected = f"a guard rail that warns: {', '.join(names)}"
+            yield config.fault(f"args.silence.{index}", name, expected, "".join(near))

@@ -119,7 +119,7 @@ def add_adapters(
     targets: Sequence[str],
     seed: int,
 ) -> None:
-    """Gives the linear layers that match an adapter each.
+    """Adds an adapter to each linear layer that matches.
 
     Args:
         dit: The transformer, changed in place.

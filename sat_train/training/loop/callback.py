@@ -1,4 +1,4 @@
-"""What a side-concern of the loop may listen to, and how the loop calls all of them."""
+"""Events of the training loop, and the callbacks that listen to them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Training(Protocol):
 
 @dataclass(frozen=True)
 class CallbackContext:
-    """What a registered callback is built from, besides its parameters.
+    """Context in which a registered callback is built, besides its parameters.
 
     Args:
         config: The configuration.
@@ -117,14 +117,14 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave at the step that the run resumes, before `started`."""
+        """Restores what `state_dict` gave at the step that the run resumes, before `started`."""
 
     def add_tensors(self, fragments: Sequence[Fragment]) -> Sequence[Fragment]:
         """Returns the trained state of this rank with this callback's tensors, which are saved with it."""
         return fragments
 
     def load_tensors(self, saved: SavedFragments) -> None:
-        """Takes up the tensors of the step that the run resumes.
+        """Restores the tensors of the step that the run resumes.
 
         Raises:
             CheckpointError: They are not there.
@@ -199,7 +199,7 @@ class Callbacks:
         return {name: state for name, state in states if state}
 
     def load_state_dict(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Gives each callback its state back; one that had none starts from scratch."""
+        """Restores the state of each callback; one that had none starts from scratch."""
         self._each(
             lambda callback: (
                 callback.load_state_dict(states[self._keys[callback]])
@@ -215,7 +215,7 @@ class Callbacks:
         return fragments
 
     def load_tensors(self, saved: SavedFragments) -> None:
-        """Gives each callback its tensors back.
+        """Restores the tensors of each callback.
 
         Raises:
             CheckpointError: They are not there.

@@ -262,3 +262,10 @@ def test_the_docs_list_every_guard_rail() -> None:
     table = re.search(r"\| name \| severity \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text)
     rows = re.sub(r"\[[^\]]+\]\((https:[^)]+)\)", r"\1", table[1]).splitlines()
     assert rows == [documented(rule) for rule in RAILS.values()]
+
+
+def test_a_silenced_name_that_no_guard_rail_has_is_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError, match=r"args\.silence\.0 = step_are_enough: .*did you mean 'steps_are_enough'"
+    ):
+        load("5b", "sft", "args.silence=[step_are_enough]")
