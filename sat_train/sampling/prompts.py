@@ -9,7 +9,6 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.errors import DataError
@@ -111,6 +110,8 @@ def read_image(path: Path, *, height: int, width: int) -> Tensor:
     ):
         upright = ImageOps.exif_transpose(picture).convert("RGB")
     fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BICUBIC)
+    from torchvision.transforms.functional import pil_to_tensor  # over a second, for runs with images alone
+
     image_chw: Tensor = pil_to_tensor(fitted)
     return image_chw
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import av
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.transforms.functional import pad, to_pil_image
-from torchvision.utils import make_grid
 
 from sat_train.errors import SatTrainError
 from sat_train.log import get_logger
@@ -85,6 +83,9 @@ def spread_frames(video_tchw: Tensor, columns: int = 8) -> Tensor:
 
 
 def _row(video_tchw: Tensor, caption: str, columns: int) -> Image.Image:
+    from torchvision.transforms.functional import to_pil_image  # over a second, for runs with videos alone
+    from torchvision.utils import make_grid
+
     frames_tchw = spread_frames(video_tchw, columns).cpu()
     frames = to_pil_image(make_grid(frames_tchw, nrow=columns, padding=_GAP, pad_value=255))
     row = Image.new("RGB", (frames.width, _CAPTION_HEIGHT + frames.height), "white")
@@ -95,6 +96,10 @@ def _row(video_tchw: Tensor, caption: str, columns: int) -> Image.Image:
 
 def _even_size(video_tchw: Tensor) -> Tensor:
     height, width = video_tchw.shape[-2:]
+    if height % 2 == 0 and width % 2 == 0:
+        return video_tchw
+    from torchvision.transforms.functional import pad
+
     padded: Tensor = pad(video_tchw, [0, 0, width % 2, height % 2], padding_mode="edge")
     return padded
 
