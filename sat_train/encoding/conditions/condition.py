@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,17 +109,21 @@ class Condition:
         By default these are the clip's pixels, its caption, the settings, the source file of the condition
         and, where it augments, the augmentation.
         """
-        source = hashlib.sha256(Path(inspect.getfile(type(self))).read_bytes()).hexdigest()
         key = digest(
             kind="condition",
             name=self.name,
             settings=dict(self.settings),
-            source=source,
+            source=self._source,
             pixels=facts.clip.key,
             caption=facts.caption,
             noise=list(facts.view) if self.augments and facts.training else None,
         )
         return CacheEntry(key, replace(facts.clip.info, kind=self.name.lower()))
+
+    @functools.cached_property
+    def _source(self) -> str:
+        """SHA-256 of its source file; the same for all samples."""
+        return hashlib.sha256(Path(inspect.getfile(type(self))).read_bytes()).hexdigest()
 
     def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
         """Drops the condition from samples of a batch: in training, and for guidance.
