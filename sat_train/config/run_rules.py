@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator
 
+from sat_train.config.catalog import suggest_value
 from sat_train.config.parts.registry import choices_in, registered_checks
 from sat_train.config.rule import ParsedConfig, rule
 from sat_train.config.schema.args import IMAGE_SEPARATOR, ArgsConfig
@@ -263,6 +263,5 @@ def silenced_rails_exist(config: ParsedConfig) -> Iterator[Fault]:
     names = sorted(check.name for check in registered_checks() if check.severity == "warning")
     for index, name in enumerate(config.args.silence):
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
             expected = f"a guard rail that warns: {', '.join(names)}"
-            yield config.fault(f"args.silence.{index}", name, expected, "".join(near))
+            yield config.fault(f"args.silence.{index}", name, expected, suggest_value(name, names))

@@ -19,6 +19,7 @@ from sat_train.training.loop.learning_rate import LearningRate
 from sat_train.training.loop.meter import Meter
 from sat_train.training.loop.metrics import ValidationMetrics
 from sat_train.training.loop.state import TrainState
+from sat_train.training.loop.step import TrainStep
 from sat_train.training.loop.trainer import Trainer
 from tests.ranks.toy import build_toy, toy_batches, toy_model, toy_run
 
@@ -38,6 +39,26 @@ class StopAt(Callback):
     def step_done(self, trainer) -> None:
         if self._asked and trainer.state.step == self._step:
             self._stop_request.signal_name = "SIGTERM"
+
+
+def _trainer(
+    mesh: ProcessMesh,
+    train_step: TrainStep,
+    *,
+    train_iters: int,
+    callbacks: list[Callback],
+    step: int = 0,
+    log_interval: int = 1,
+) -> Trainer:
+    return Trainer(
+        train_step=train_step,
+        meter=Meter(mesh),
+        learning_rate=RATE,
+        train_iters=train_iters,
+        log_interval=log_interval,
+        state=TrainState(step=step),
+        callbacks=callbacks,
+    )
 
 
 def _train(
@@ -62,13 +83,11 @@ def _train(
 
     checkpointer = Checkpointer(mesh, folder, save, interval=2, keep_last=0, keep_every=0)
     reports = [MetricsFile(folder), TensorBoard(folder), PreemptedMarker(folder)] if mesh.rank == 0 else []
-    trainer = Trainer(
-        train_step=train_step,
-        meter=Meter(mesh),
-        learning_rate=RATE,
+    trainer = _trainer(
+        mesh,
+        train_step,
         train_iters=steps,
         log_interval=log_interval,
-        state=TrainState(),
         callbacks=[*more, *reports, checkpointer, StopAt(mesh, stop_request, stop_at)],
     )
     try:
@@ -194,13 +213,11 @@ def _interrupted(
         saved.append(trainer.state.step)
         return folder
 
-    trainer = Trainer(
-        train_step=train_step,
-        meter=Meter(mesh),
-        learning_rate=RATE,
+    trainer = _trainer(
+        mesh,
+        train_step,
         train_iters=8,
-        log_interval=1,
-        state=TrainState(step=step),
+        step=step,
         callbacks=[
             MetricsFile(folder),
             Checkpointer(mesh, folder, save, interval=4, keep_last=0, keep_every=0),
@@ -254,13 +271,11 @@ def _sampled(
         interval=1,
         lockstep=False,
     )
-    trainer = Trainer(
-        train_step=train_step,
-        meter=Meter(mesh),
-        learning_rate=RATE,
+    trainer = _trainer(
+        mesh,
+        train_step,
         train_iters=1,
-        log_interval=1,
-        state=TrainState(step=step),
+        step=step,
         callbacks=[videos],
     )
     trainer.run()
@@ -299,13 +314,10 @@ def _gradients(mesh: ProcessMesh, zero_stage: int) -> list[dict[str, torch.Tenso
     config = toy_run(batch_size=BATCH, accumulation=2, zero_stage=zero_stage, clip_grad=0.0)
     _, train_step, _ = build_toy(mesh, config)
     callback = GradientSum()
-    trainer = Trainer(
-        train_step=train_step,
-        meter=Meter(mesh),
-        learning_rate=RATE,
+    trainer = _trainer(
+        mesh,
+        train_step,
         train_iters=2,
-        log_interval=1,
-        state=TrainState(),
         callbacks=[callback],
     )
     trainer.run()
