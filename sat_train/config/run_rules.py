@@ -21,6 +21,7 @@ TRAINING_ONLY = frozenset(
     {
         *("train_iters", "epochs", "batch_size", "gradient_accumulation_steps", "lr", "weight_decay"),
         *("clip_grad", "warmup", "lr_decay_style", "lr_decay_iters", "lr_decay_ratio", "ema_decay"),
+        *("lr_decay_power", "lr_decay_cycles", "lr_decay_share"),
         *("zero_stage", "checkpoint_activations", "compile", "experiment_name", "resume", "save"),
         *("save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb", "callbacks"),
         *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "valid_prompts"),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sat_train.config.learning_rate import build_learning_rate
 from sat_train.config.paths import shorten_assets
 from sat_train.config.run import RunConfig
 from sat_train.config.schema.data_section import DataConfig
@@ -62,6 +63,7 @@ def _subjects(config: RunConfig, facts: RunFacts) -> Iterator[tuple[str, str]]:
     yield "batch", _batch(config, facts)
     yield "length", _length(config, facts)
     yield "optimizer", _optimizer(config)
+    yield "lr", _rate(config, facts)
     yield "memory", _memory(config)
     yield "validation", _validation(config)
     yield "checkpoints", _checkpoints(config)
@@ -127,12 +129,17 @@ def _count(number: int, noun: str) -> str:
 def _optimizer(config: RunConfig) -> str:
     args = config.args
     clipping = f"gradients clipped at {args.clip_grad:g}" if args.clip_grad else "no clipping"
-    decay = (
-        "constant"
-        if args.lr_decay_style == "constant"
-        else f"{args.lr_decay_style} to {args.lr_decay_ratio:g}x"
-    )
-    return f"{config.deepspeed.optimizer.type}, lr {args.lr:g}, warm-up {args.warmup:g}, {decay}; {clipping}"
+    return f"{config.deepspeed.optimizer.type}, lr {args.lr:g}, {clipping}"
+
+
+def _rate(config: RunConfig, facts: RunFacts) -> str:
+    args = config.args
+    steps = facts.steps or args.train_iters
+    shape: str = args.lr_decay_style
+    shape += "" if shape == "constant" else f" to {args.lr_decay_ratio:g}x"
+    if steps is None:
+        return f"warm-up {args.warmup:g}, {shape}"
+    return f"{build_learning_rate(args, steps).describe(steps)}; {shape}"
 
 
 def _memory(config: RunConfig) -> str:

@@ -33,6 +33,12 @@ def show_value(value: Any) -> str:
     return str(value)
 
 
+def show_rate(value: float) -> str:
+    """Returns a rate in short form: 1e-5, 0.001."""
+    mantissa, _, exponent = f"{value:.3g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
 def _is_text(value: str) -> bool:
     try:
         return b"\0" not in value.encode("utf-8")

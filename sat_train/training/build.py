@@ -18,10 +18,12 @@ from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.retention import remove_leftovers
 from sat_train.checkpoint.save import RunState, save_training_checkpoint
 from sat_train.config import RunConfig
+from sat_train.config.learning_rate import build_learning_rate
 from sat_train.config.reading import RESOLVED
 from sat_train.config.resolved import write_resolved
 from sat_train.config.sat_args import write_model_config
 from sat_train.config.summary import summarize
+from sat_train.config.values import show_rate
 from sat_train.data.batch import LoadedBatch
 from sat_train.distributed.collectives import broadcast_object, on_rank_0
 from sat_train.distributed.processes import ProcessMesh
@@ -37,14 +39,20 @@ from sat_train.models.build import compute_dtype
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, owes_validation
 from sat_train.training.loop.callback import Training
-from sat_train.training.loop.learning_rate import LearningRate, warmup_steps
 from sat_train.training.loop.meter import Meter
 from sat_train.training.loop.state import TrainState
 from sat_train.training.loop.step import TrainStep
 from sat_train.training.loop.trainer import Trainer
 from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
 from sat_train.training.models import build_models, find_start_weights
-from sat_train.training.resume import CALLBACKS_KEY, CONFIG_KEY, COUNTERS_KEY, changes_since, find_resumed
+from sat_train.training.resume import (
+    CALLBACKS_KEY,
+    CONFIG_KEY,
+    COUNTERS_KEY,
+    RATE_KEY,
+    changes_since,
+    find_resumed,
+)
 from sat_train.training.run_data import RunData, open_data
 from sat_train.training.run_directory import claim_run_directory, set_samples_aside
 from sat_train.training.run_lock import RunLock
@@ -235,7 +243,7 @@ def build_trainer(
             stop_request=stop_request,
         ),
         meter=Meter(mesh),
-        learning_rate=build_learning_rate(config, data.train_iters),
+        learning_rate=build_learning_rate(config.args, data.train_iters),
         train_iters=data.train_iters,
         log_interval=config.args.log_interval,
         state=TrainState(),
@@ -271,6 +279,7 @@ def build_save(
             **trainer.state.client_state(),
             CONFIG_KEY: config.shown_tree(),
             COUNTERS_KEY: trainer.engine.counters(),
+            RATE_KEY: trainer.learning_rate.at(trainer.state.step),
             CALLBACKS_KEY: trainer.callbacks.state_dict(),
         }
         return save_training_checkpoint(
@@ -318,20 +327,26 @@ def restore(
             step=point.step, samples_consumed=point.manifest.samples_consumed, client_state=client_state
         )
         trainer.callbacks.load_state_dict(client_state[CALLBACKS_KEY])
+        expected_rate = float(client_state[RATE_KEY])
     engine.load(saved, step=point.step, counters=counters)
     trainer.callbacks.load_tensors(saved)
+    say_rate_jump(trainer, expected_rate)
 
 
-def build_learning_rate(config: RunConfig, train_iters: int) -> LearningRate:
-    """Returns the learning rate of a run of this length."""
-    args = config.args
-    return LearningRate(
-        peak=args.lr,
-        warmup_steps=warmup_steps(args.warmup, train_iters),
-        style=args.lr_decay_style,
-        decay_end=args.lr_decay_iters or train_iters,
-        floor_ratio=args.lr_decay_ratio,
-    )
+def say_rate_jump(trainer: Trainer, expected: float) -> None:
+    """Logs a warning where the curve of the learning rate is not the one that the checkpoint was on.
+
+    Args:
+        trainer: The trainer, at the step that it resumes.
+        expected: Rate of its next step as the checkpoint's settings had it.
+    """
+    step = trainer.state.step
+    rate = trainer.learning_rate.at(step)
+    if step < trainer.train_iters and rate != expected:
+        log.warning(
+            "the learning rate jumps: step %d has %s; with the settings of the checkpoint it would have %s",
+            *(step + 1, show_rate(rate), show_rate(expected)),
+        )
 
 
 def set_determinism(deterministic: bool) -> None:

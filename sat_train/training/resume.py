@@ -22,6 +22,7 @@ log = get_logger(__name__)
 CONFIG_KEY = "config"
 COUNTERS_KEY = "counters"  # of the engine
 CALLBACKS_KEY = "callbacks"
+RATE_KEY = "next_learning_rate"
 
 # Settings that define the model and its data. A change makes another run, which `args.load` starts.
 _FIXED = (

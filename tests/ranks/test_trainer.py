@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sat_train.checkpoint.layout import PREEMPTED
+from sat_train.config.learning_rate import LearningRate
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
@@ -15,7 +16,6 @@ from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
 from sat_train.training.callbacks.validation_videos import SampleVideos
 from sat_train.training.loop.callback import Callback
-from sat_train.training.loop.learning_rate import LearningRate
 from sat_train.training.loop.meter import Meter
 from sat_train.training.loop.metrics import ValidationMetrics
 from sat_train.training.loop.state import TrainState

@@ -334,7 +334,9 @@ def test_going_back_to_an_older_step_leaves_one_line_of_history(rank_pool, folde
     rank_pool(1)(train_micro, folder, _words(name, 6, "args.keep_last=2", "args.keep_every=2"))
     run_directory = _run_directory(folder, name)
     words = [f"args.resume={run_directory}/2", "args.keep_last=2", "args.save_interval=1", "args.lr=5e-3"]
-    rank_pool(1)(train_micro, folder, _words(name, 5, *words))
+    (lines,) = rank_pool(1)(_logged, folder, _words(name, 5, *words))
+    jump = "the learning rate jumps: step 3 has 0.005; with the settings of the checkpoint it would have 0.01"
+    assert jump in lines
     assert committed_steps(run_directory) == [5, 4, 2]
     assert sorted(path.name for path in run_directory.glob("*.abandoned")) == ["4.abandoned", "6.abandoned"]
     assert (run_directory / "latest").read_text() == "5"
@@ -346,9 +348,11 @@ def test_going_back_to_an_older_step_leaves_one_line_of_history(rank_pool, folde
     assert (
         "# deepspeed.optimizer.params.lr = 0.005 (was 0.01)" in head or "# args.lr = 0.005 (was 0.01)" in head
     )
+    (lines,) = rank_pool(1)(_logged, folder, _words(name, 6, "args.resume=auto", "args.lr=5e-3"))
+    assert not [line for line in lines if "jumps" in line], "the curve is that of the checkpoint"
 
 
-def _finished(mesh: ProcessMesh, folder: Path, words: list[str]) -> list[str]:
+def _logged(mesh: ProcessMesh, folder: Path, words: list[str]) -> list[str]:
     """Returns what is logged."""
     lines: list[str] = []
     handler = logging.Handler()
@@ -380,7 +384,7 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(rank_pool, folder):
         [f"args.resume={run_directory}/4"],
     ):
         steps = 4 if "/" in words[0] else 6
-        (lines,) = rank_pool(1)(_finished, folder, _words("finished", steps, *words))
+        (lines,) = rank_pool(1)(_logged, folder, _words("finished", steps, *words))
         text = "\n".join(lines)
         assert f"finished already: step {steps} of {steps} (raise args.train_iters to continue)" in text
         assert "training steps" not in text

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from sat_train.config import ArgsConfig, DeepSpeedConfig
+from sat_train.config.learning_rate import LearningRate
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_generator
 from sat_train.distributed.signals import StopRequest
 from sat_train.engine.build import build_engine
 from sat_train.engine.engine import TrainEngine
 from sat_train.engine.optim.build import build_optimizer
-from sat_train.training.loop.learning_rate import LearningRate
 from sat_train.training.loop.step import TrainStep
 
 WIDTH = 6

@@ -61,14 +61,24 @@ class ArgsConfig(Record):
         ge=0,
         description="Linear warm-up from 0: below 1 a share of all steps, else a number of steps.",
     )
-    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="Learning rate after the warm-up."
+    lr_decay_style: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd"] = (
+        Field(
+            "linear",
+            description="Learning rate after the warm-up. wsd: constant, until it decays in the last steps.",
+        )
     )
     lr_decay_iters: int | None = Field(
         None, ge=1, description="Step at which the decay ends; null: the last step of the run."
     )
     lr_decay_ratio: float = Field(
         0.1, ge=0, le=1, description="Lowest learning rate as a share of the highest."
+    )
+    lr_decay_power: float = Field(
+        2.0, gt=0, le=100, description="Exponent of `polynomial`: 1 is linear, above 1 falls early."
+    )
+    lr_decay_cycles: int = Field(1, ge=1, description="Cosines of `cosine_with_restarts`; 1 is `cosine`.")
+    lr_decay_share: float = Field(
+        0.1, gt=0, le=1, description="Share of the steps, the last ones, in which `wsd` decays."
     )
     ema_decay: float | None = Field(
         None,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
+from sat_train.config.values import show_rate
 from sat_train.log import console, get_logger
 from sat_train.training.callbacks.bad_clip_count import BAD_CLIPS
 from sat_train.training.loop.callback import Callback, Training
@@ -30,17 +31,10 @@ class PlainProgress(Callback):
         self._counts = (0, 0)
 
     def started(self, trainer: Training) -> None:
-        """Logs the first step and the learning rates of the run."""
+        """Logs the steps to come."""
         self._train_iters = trainer.train_iters
-        first, last = trainer.state.step, trainer.train_iters - 1
-        if first > last:
-            return  # only validation remained: there are no steps to report
-        rate = trainer.learning_rate
-        log.info("training steps %d to %d", first + 1, trainer.train_iters)
-        log.info(
-            "learning rate %s first, %s highest, %s last",
-            *map(short, (rate.at(first), rate.peak, rate.at(last))),
-        )
+        if trainer.state.step < trainer.train_iters:  # else only validation remained
+            log.info("training steps %d to %d", trainer.state.step + 1, trainer.train_iters)
 
     def reported(self, metrics: Metrics) -> None:
         """Logs one line; at intervals, and when a step or clip was skipped, a second one with details."""
@@ -95,7 +89,7 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
     """
     left_s = max(0, train_iters - metrics.step) * metrics.step_time_s
     waits = metrics.step_time_s > 0 and metrics.data_wait_s > _SLOW_DATA * metrics.step_time_s
-    lr = f"lr {short(metrics.lr)}"
+    lr = f"lr {show_rate(metrics.lr)}"
     bad_clips = int(metrics.measured.get(BAD_CLIPS, 0))
     parts = [
         f"step {metrics.step}/{train_iters}",
@@ -117,12 +111,6 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
         parts.remove(lr)
         details.insert(0, lr)
     return [*_wrapped(parts), *(_wrapped(details) if with_details else ())]
-
-
-def short(value: float) -> str:
-    """Formats a rate in short form: 1e-5, 0.001."""
-    mantissa, _, exponent = f"{value:.3g}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def duration(seconds: float) -> str:

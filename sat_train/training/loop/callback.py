@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypeVar
 
 from sat_train.checkpoint.fragments import Fragment, SavedFragments
 from sat_train.config import RunConfig
+from sat_train.config.learning_rate import LearningRate
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
-from sat_train.training.loop.learning_rate import LearningRate
 from sat_train.training.loop.metrics import Metrics
 from sat_train.training.loop.state import TrainState
 

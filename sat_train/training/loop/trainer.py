@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sat_train.config.learning_rate import LearningRate
 from sat_train.errors import TrainingError
 from sat_train.training.loop.callback import Callback, Callbacks
-from sat_train.training.loop.learning_rate import LearningRate
 from sat_train.training.loop.meter import Meter
 from sat_train.training.loop.metrics import Metrics
 from sat_train.training.loop.state import TrainState

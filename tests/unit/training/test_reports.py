@@ -125,7 +125,7 @@ from types import SimpleNamespace
 from sat_train.log import configure_logging, get_logger
 from sat_train.training.callbacks.progress import BarProgress, build_progress
 from sat_train.training.loop.metrics import TrainMetrics, ValidationMetrics
-from sat_train.training.loop.learning_rate import LearningRate
+from sat_train.config.learning_rate import LearningRate
 configure_logging()
 log = get_logger("sat_train.test")
 rate = LearningRate(peak=1e-3, warmup_steps=3, style="linear", decay_end=100, floor_ratio=0.1)
