@@ -20,7 +20,7 @@ demo: .venv/.installed   ## install, fine-tune the embedded tiny model on real v
 	OMP_NUM_THREADS=$$(nproc --all) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/demo.py
 
 test: .venv/.installed-test   ## every test that needs no GPU
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile -q
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 check: .venv/.installed-test   ## what CI runs before the tests
 	$(BIN)/ruff check .

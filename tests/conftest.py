@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.longest_first import sort_by_file, table_of
+
 
 @pytest.hookimpl(trylast=True)  # the terminal's reporter exists by then
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,6 +17,21 @@ def pytest_configure(config: pytest.Config) -> None:
     reporter = config.pluginmanager.getplugin("terminalreporter")
     if reporter is not None:
         config.pluginmanager.register(ShowFailuresAtOnce(reporter))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sorts files by their length where workers share them."""
+    if hasattr(config, "workerinput"):
+        sort_by_file(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Prints the seconds of each long file, where durations are asked for."""
+    if config.option.durations is not None:
+        reports = [report for group in terminalreporter.stats.values() for report in group]
+        timed = [report for report in reports if isinstance(report, pytest.TestReport)]
+        terminalreporter.section("seconds by file")
+        terminalreporter.write_line("\n".join(table_of(timed)))
 
 
 class ShowFailuresAtOnce:
