@@ -1,9 +1,12 @@
 """Classes that an extension computes with, in files that `build=` names (`docs/extend.md`)."""
 
+from sat_train.diffusion.timesteps import sampling_timesteps as sampling_timesteps
 from sat_train.encoding.conditions.condition import Condition as Condition
 from sat_train.encoding.conditions.condition import DitInputs as DitInputs
 from sat_train.models.adapter import Adapter as Adapter
 from sat_train.models.dit.mixin import Mixin as Mixin
+from sat_train.models.dit.positions import PositionEmbedding as PositionEmbedding
+from sat_train.models.dit.rotary import RotaryPositions as RotaryPositions
 from sat_train.models.dit.stack import BlockStack as BlockStack
 from sat_train.training.loop.callback import Callback as Callback
 from sat_train.training.loop.metrics import TrainMetrics as TrainMetrics

@@ -5,11 +5,17 @@ from sat_train.config.parts.adapter_parts import AdapterTensor as AdapterTensor
 from sat_train.config.parts.adapter_parts import LoraParams as LoraParams
 from sat_train.config.parts.callback_parts import CallbackParams as CallbackParams
 from sat_train.config.parts.condition_parts import ConditionParams as ConditionParams
+from sat_train.config.parts.guidance_parts import GuidanceParams as GuidanceParams
 from sat_train.config.parts.module_parts import ModuleParams as ModuleParams
 from sat_train.config.parts.optimizer_parts import OptimizerParams as OptimizerParams
+from sat_train.config.parts.position_parts import PositionParams as PositionParams
+from sat_train.config.parts.position_parts import (
+    Rotary3DPositionEmbeddingParams as Rotary3DPositionEmbeddingParams,
+)
 from sat_train.config.parts.registry import Field as Field
 from sat_train.config.parts.registry import Params as Params
 from sat_train.config.parts.registry import part as part
+from sat_train.config.parts.sampler_parts import SamplerParams as SamplerParams
 from sat_train.config.rule import rule
 
 guard_rail = rule

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sat_train.config import NetworkSpec, PositionSpec
+from sat_train.config import NetworkSpec
+from sat_train.config.parts.position_parts import PositionConfig
 from sat_train.models.dit.transformer import DiffusionTransformer
 
 SMALL: dict[str, Any] = {
@@ -20,15 +21,22 @@ SMALL: dict[str, Any] = {
     "latent_size": (3, 4, 6),
     "text_length": 5,
 }
-_OF_POSITIONS = ("latent_size", "text_length", "interpolation", "size_policy")
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sincos": ("Sincos3DPositionEmbedding", {}),
+    "rotary": ("Rotary3DPositionEmbedding", {}),
+    "rotary_learned": ("Rotary3DPositionEmbedding", {"learnable_pos_embed": True}),
+}
 
 
 def network_spec(**numbers: Any) -> NetworkSpec:
     """Returns a spec; `positions` is their kind, and their own numbers stand beside those of the network."""
-    own = {name: numbers.pop(name) for name in _OF_POSITIONS if name in numbers}
-    positions = PositionSpec(kind=numbers.pop("positions"), **own)
+    target, params = _KINDS[numbers.pop("positions")]
+    own = {name: numbers.pop(name) for name in ("text_length", "size_policy") if name in numbers}
+    trained_latent = numbers.pop("latent_size")
     return NetworkSpec(
-        **{"temporal_compression": 4, "spatial_compression": 8, **numbers}, positions=positions
+        **{"temporal_compression": 4, "spatial_compression": 8, **numbers},
+        trained_latent=trained_latent,
+        positions=PositionConfig.of(target, {**params, **own}),
     )
 
 

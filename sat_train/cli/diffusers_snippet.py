@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sat_train.config import RunConfig
-from sat_train.diffusion.guidance import DynamicGuidance
+from sat_train.config.parts.guidance_parts import DynamicGuidanceParams, GuidanceConfig
 from sat_train.models.build import compute_dtype
 from sat_train.sampling.build import SamplingSettings, build_sampling
 
@@ -47,14 +47,10 @@ def diffusers_snippet(config: RunConfig, dest: str | Path, *, is_lora: bool) -> 
 
 def _call(config: RunConfig, settings: SamplingSettings) -> list[str]:
     length = config.spec.text.max_length
-    guidance = settings.guidance
-    is_dynamic = isinstance(guidance, DynamicGuidance)
+    guidance = config.spec.guidance
     image = ['    image=load_image("first_frame.png"),'] if config.model.noised_image_input else []
     empty = '    negative_prompt_embeds=torch.zeros_like(text),  # trained so: no caption is zeros, not ""'
     null = [empty] if config.model.null_condition == "zero" else ['    negative_prompt="",']
-    note = ""
-    if isinstance(guidance, DynamicGuidance) and guidance.exp != _DIFFUSERS_EXPONENT:
-        note = f"  # the exponent of this model is {guidance.exp:g}; diffusers has 5"
     words = f"do_classifier_free_guidance=False, max_sequence_length={length}"
     return [
         f'text, _ = pipe.encode_prompt("a prompt", {words})',
@@ -67,11 +63,20 @@ def _call(config: RunConfig, settings: SamplingSettings) -> list[str]:
         f"    height={settings.height},",
         f"    width={settings.width},",
         f"    num_inference_steps={settings.steps},",
-        f"    guidance_scale={guidance.scale:g},",
-        f"    use_dynamic_cfg={is_dynamic},{note}",
+        f"    guidance_scale={guidance.params.scale:g},",
+        f"    use_dynamic_cfg={guidance.target == 'DynamicGuidance'},{_guidance_note(guidance)}",
         f"    generator=torch.Generator().manual_seed({config.args.seed}),",
         ").frames[0]",
     ]
+
+
+def _guidance_note(guidance: GuidanceConfig) -> str:
+    if guidance.target not in ("ConstantGuidance", "DynamicGuidance"):
+        return f"  # diffusers has no {guidance.target}: the scale is constant there"
+    params = guidance.params
+    if isinstance(params, DynamicGuidanceParams) and params.exp != _DIFFUSERS_EXPONENT:
+        return f"  # the exponent of this model is {params.exp:g}; diffusers has 5"
+    return ""
 
 
 def _base_folder(config: RunConfig) -> str:

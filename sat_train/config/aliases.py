@@ -12,8 +12,11 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from sat_train.config.catalog import is_place
-from sat_train.config.layers import DEFAULT, Merged
+from sat_train.config.catalog import is_place, slot_targets
+from sat_train.config.layers import DEFAULT, Merged, forget_sources
+from sat_train.config.parts.guidance_parts import GuidanceConfig
+from sat_train.config.parts.registry import Choice
+from sat_train.config.parts.sampler_parts import SamplerConfig
 from sat_train.config.schema.args import ArgsConfig
 from sat_train.errors import Fault
 
@@ -40,7 +43,7 @@ WINS_OVER = (
     ("args.sampling_steps", f"{_SAMPLER}.params.num_steps"),
     ("args.guidance_scale", f"{_GUIDER}.params.scale"),
 )
-_DEFAULT_TARGETS = {_SAMPLER: "DPMPP2M", _GUIDER: "DynamicGuidance"}
+_SLOTS: dict[str, type[Choice]] = {_SAMPLER: SamplerConfig, _GUIDER: GuidanceConfig}
 
 
 def fold_aliases(merged: Merged, faults: list[Fault]) -> None:
@@ -52,9 +55,9 @@ def fold_aliases(merged: Merged, faults: list[Fault]) -> None:
     """
     for first, second in SAME.items():
         _fold_same(merged, first, second, faults)
-    for path, target in _DEFAULT_TARGETS.items():
+    for path, choice in _SLOTS.items():
         if get_value(merged.tree, f"{path}.target") is PydanticUndefined:
-            _set(merged, f"{path}.target", target, DEFAULT)
+            _set(merged, f"{path}.target", choice.model_fields["target"].default, DEFAULT)
     for first, second in WINS_OVER:
         _fold_winner(merged, first, second)
     _fold_guidance_steps(merged)
@@ -110,7 +113,21 @@ def _fold_winner(merged: Merged, first: str, second: str) -> None:
     ):
         _set(merged, first, get_value(merged.tree, second), merged.source_of(second))
     else:
+        if second.endswith(".target"):
+            _drop_earlier_params(merged, second.removesuffix(".target"), str(value), merged.rank_of(first))
         _set(merged, second, value, merged.source_of(first))
+
+
+def _drop_earlier_params(merged: Merged, place: str, target: str, rank: int) -> None:
+    """Drops params of earlier layers that another target does not have, as merging does."""
+    params, record = get_value(merged.tree, f"{place}.params"), slot_targets()[place].params.get(target)
+    if not isinstance(params, dict) or record is None:
+        return
+    for key in params.keys() - record.model_fields.keys():
+        path = f"{place}.params.{key}"
+        if merged.rank_of(path) < rank:
+            del params[key]
+            forget_sources(merged.sources, path)
 
 
 def _fold_guidance_steps(merged: Merged) -> None:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from sat_train.config.other_trainers import OUR_KEYS
 from sat_train.config.parts.record import FILE_NAME, Record
-from sat_train.config.parts.registry import Choice, parts_of, registry_revision
+from sat_train.config.parts.registry import Choice, NameIn, parts_of, registry_revision
 from sat_train.config.run import Sections
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
@@ -214,7 +214,8 @@ def _describe(field: FieldInfo) -> str:
 def _describe_type(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _describe_type(inner[0])
+        names = next((each.names for each in inner if isinstance(each, NameIn)), None)
+        return _describe_type(inner[0]) if names is None else f"one of {', '.join(names)}"
     if origin is Literal:
         words = ["true" if item is True else "false" if item is False else str(item) for item in inner]
         return f"one of {', '.join(words)}" if len(words) > 1 else words[0]

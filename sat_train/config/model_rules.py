@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from sat_train.config.other_trainers import LORA_TARGETS
 from sat_train.config.parts import condition_parts, module_parts
+from sat_train.config.parts.noise_schedule import ZeroSNRDDPMDiscretizationParams
+from sat_train.config.parts.position_parts import Rotary3DPositionEmbeddingParams
 from sat_train.config.rule import ParsedConfig, rule
-from sat_train.config.schema.diffusion import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.schema.encoder_slots import VideoCoderParams
 from sat_train.config.shapes import ASPECT, allowed_shapes, allowed_sizes
 from sat_train.errors import Fault
@@ -100,10 +101,10 @@ def sizes_fill_patches(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule("data.params", _NETWORK, f"{_VAE}.encoder_config")
 def fixed_positions_fit_size(config: ParsedConfig) -> Iterator[Fault]:
-    spec, positions = config.spec, config.spec.positions
-    if config.data is None or not positions.is_table or positions.size_policy == "interpolate":
+    spec = config.spec
+    if config.data is None or spec.positions.params.takes_any_size:
         return
-    trained = tuple(size * spec.spatial_compression for size in positions.latent_size[1:])
+    trained = tuple(size * spec.spatial_compression for size in spec.trained_latent[1:])
     remedy = f"or {_POSITION}.params.size_policy: interpolate"
     if config.data.params.video_size != trained:
         expected = f"{list(trained)}, the size of this model's positions, {remedy}"
@@ -145,8 +146,9 @@ def heads_fit(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault(f"{_NETWORK}.hidden_size", width, f"divisible by num_attention_heads = {heads}")
         return
     own = config.spec.head_width
-    if config.spec.positions.kind != "sincos":
-        value = config.value(f"{_POSITION}.params.hidden_size_head")
+    positions = config.spec.positions.params
+    if isinstance(positions, Rotary3DPositionEmbeddingParams):
+        value = positions.hidden_size_head
         if own % _ROTARY_MULTIPLE:
             expected = f"heads of a width divisible by {_ROTARY_MULTIPLE}; now {own}"
             yield config.fault(f"{_NETWORK}.num_attention_heads", heads, expected)
@@ -173,7 +175,7 @@ def _repeats(config: ParsedConfig, path: str, expected: object, of: str) -> Iter
 @rule(f"{_POSITION}.params.text_length", "model.conditioner_config")
 def text_lengths_agree(config: ParsedConfig) -> Iterator[Fault]:
     path = "model.conditioner_config.params.emb_models.0.params.max_length"
-    yield from _repeats(config, path, config.spec.positions.text_length, f"as {_POSITION}.params.text_length")
+    yield from _repeats(config, path, config.spec.text_length, f"as {_POSITION}.params.text_length")
 
 
 @rule(_VAE)
@@ -210,16 +212,6 @@ def one_noise_schedule(config: ParsedConfig) -> Iterator[Fault]:
             yield from _repeats(config, key, getattr(schedule, name), "as model.denoiser_config says")
     for path in ("model.denoiser_config.params.num_idx", f"{_TIMESTEPS}.num_idx"):
         yield from _repeats(config, path, schedule.num_timesteps, "the steps of the noise schedule")
-
-
-@rule("model.sampler_config")
-def guidance_grows_over_all_steps(config: ParsedConfig) -> Iterator[Fault]:
-    most, path = config.spec.sampling_steps, f"{_SAMPLER}.guider_config.params.num_steps"
-    steps = config.value(path)
-    if steps not in (None, most):
-        yield config.fault(path, steps, f"null, or the sampler's {most}")
-    if most > config.spec.schedule.num_timesteps:
-        yield config.fault(f"{_SAMPLER}.num_steps", most, "at most the schedule's steps")
 
 
 @rule(f"{_NETWORK}.modules.lora_config", "model.not_trainable_prefixes")

@@ -6,23 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sat_train.config.network_spec import NetworkSpec, PositionKind, PositionSpec
+from sat_train.config.geometry import Geometry
+from sat_train.config.network_spec import NetworkSpec
 from sat_train.config.parts.adapter_parts import AdapterConfig
+from sat_train.config.parts.guidance_parts import GuidanceConfig
 from sat_train.config.parts.module_parts import ModuleConfig
-from sat_train.config.schema.diffusion import (
-    ConstantGuidanceParams,
-    DynamicGuidanceParams,
-    ZeroSNRDDPMDiscretizationParams,
-)
+from sat_train.config.parts.noise_schedule import ZeroSNRDDPMDiscretizationParams
+from sat_train.config.parts.position_parts import TimeHeightWidth
+from sat_train.config.parts.sampler_parts import SamplerConfig
 from sat_train.config.schema.encoder_slots import T5TextEncoderParams, VideoCoderParams, VideoVAESettings
 from sat_train.config.schema.model_section import ModelConfig
-from sat_train.config.schema.network import (
-    DiffusionTransformerParams,
-    Rotary3DPositionEmbeddingParams,
-)
+from sat_train.config.schema.network import DiffusionTransformerParams
 
 _TRAINED_FPS = {"1.0": 8, "1.5": 16}
-_TRAINED_COMPRESSION = 4  # pixel frames in one latent frame, of all released weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +52,9 @@ class ModelSpec(NetworkSpec):
     coder: VideoCoderParams
     vae: VideoVAESettings
     schedule: ZeroSNRDDPMDiscretizationParams
-    sampler: Literal["DDIM", "DPMPP2M"]
+    sampler: SamplerConfig
     sampling_steps: int
-    guidance: ConstantGuidanceParams | DynamicGuidanceParams
+    guidance: GuidanceConfig
     adapter: AdapterConfig | None
     modules: Mapping[str, ModuleConfig]
     hook_order: Mapping[str, tuple[str, ...]]
@@ -83,10 +79,15 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
     conditioner, first_stage = model.conditioner_config.params.emb_models[0], model.first_stage_config.params
     loss, coder = model.loss_fn_config.params, first_stage.encoder_config.params
     coder = coder.model_copy(update={"out_ch": first_stage.decoder_config.params.out_ch})
-    return ModelSpec(
+    geometry = Geometry(
         patch=network.patch_size,
         temporal_compression=coder.temporal_compress_times,
         spatial_compression=1 << (len(coder.ch_mult) - 1),
+    )
+    return ModelSpec(
+        patch=geometry.patch,
+        temporal_compression=geometry.temporal_compression,
+        spatial_compression=geometry.spatial_compression,
         layers=network.num_layers,
         width=network.hidden_size,
         heads=network.num_attention_heads,
@@ -99,13 +100,19 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         trained_frames=network.num_frames,
         text=conditioner.params,
         text_width=network.modules.patch_embed_config.params.text_hidden_size,
-        positions=_positions(network),
+        positions=network.modules.pos_embed_config,
+        trained_latent=(
+            geometry.latent_frames(network.num_frames),
+            network.latent_height,
+            network.latent_width,
+        ),
+        interpolation=_interpolation(network),
         coder=coder,
         vae=first_stage,
         schedule=model.denoiser_config.params.discretization_config.params,
-        sampler=model.sampler_config.target,
+        sampler=model.sampler_config,
         sampling_steps=sampler.num_steps,
-        guidance=sampler.guider_config.params,
+        guidance=sampler.guider_config,
         adapter=network.modules.lora_config,
         modules=model.modules,
         hook_order=model.hook_order,
@@ -120,21 +127,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
     )
 
 
-def _positions(network: DiffusionTransformerParams) -> PositionSpec:
-    own = network.modules.pos_embed_config.params
-    rotary = own if isinstance(own, Rotary3DPositionEmbeddingParams) else None
-    kind: PositionKind = "sincos"
-    if rotary is not None:
-        kind = "rotary_learned" if rotary.learnable_pos_embed else "rotary"
-    # CogVideo's files have interpolation in one of two places; together they multiply.
-    names = ("time_interpolation", "height_interpolation", "width_interpolation")
-    t, h, w = (getattr(network, name) * getattr(own, name, 1.0) for name in names)
-    frames = (network.num_frames - 1) // _TRAINED_COMPRESSION + 1
-    return PositionSpec(
-        kind=kind,
-        latent_size=(frames, network.latent_height, network.latent_width),
-        text_length=own.text_length,
-        interpolation=(t, h, w),
-        theta=10000.0 if rotary is None else rotary.theta,
-        size_policy=own.size_policy,
-    )
+def _interpolation(network: DiffusionTransformerParams) -> TimeHeightWidth:
+    """CogVideo's files have interpolation in one of two places; together they multiply."""
+    t, h, w = network.modules.pos_embed_config.params.interpolation
+    return network.time_interpolation * t, network.height_interpolation * h, network.width_interpolation * w

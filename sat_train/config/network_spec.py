@@ -7,35 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sat_train.config.geometry import Geometry, LatentShape
-from sat_train.config.schema.network import SizePolicy
-
-PositionKind = Literal["sincos", "rotary", "rotary_learned"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PositionSpec:
-    """The position embedding.
-
-    Args:
-        kind: `sincos` (2B), `rotary` (5B, 1.5) or `rotary_learned` (5B-I2V).
-        latent_size: Frames, height and width of the latent of tables: that of pre-training.
-        text_length: Text tokens that tables leave room for.
-        interpolation: Positions along time, height and width are divided by these; 2B has (1, 1.875, 1.875).
-        theta: Base of the rotary frequencies.
-        size_policy: Behaviour of a table at other sizes: `refuse` or `interpolate`.
-    """
-
-    kind: PositionKind
-    latent_size: tuple[int, int, int]
-    text_length: int
-    interpolation: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    theta: float = 10000.0
-    size_policy: SizePolicy = "refuse"
-
-    @property
-    def is_table(self) -> bool:
-        """True where other sizes need another table, not only other angles."""
-        return self.kind != "rotary"
+from sat_train.config.parts.position_parts import PositionConfig, TimeHeightWidth
 
 
 class Flops(NamedTuple):
@@ -65,6 +37,8 @@ class NetworkSpec(Geometry):
         qk_norm: Queries and keys are normalised.
         affine_norms: Layer norms have a weight and a bias.
         positions: The position embedding.
+        trained_latent: Frames, height and width of the latent of pre-training, which tables are made for.
+        interpolation: Positions along time, height and width are divided by these; 2B has (1, 1.875, 1.875).
     """
 
     layers: int
@@ -77,7 +51,9 @@ class NetworkSpec(Geometry):
     ofs_width: int | None = None
     qk_norm: bool = True
     affine_norms: bool = True
-    positions: PositionSpec
+    positions: PositionConfig
+    trained_latent: tuple[int, int, int]
+    interpolation: TimeHeightWidth = (1.0, 1.0, 1.0)
 
     @property
     def family(self) -> Literal["1.0", "1.5"]:
@@ -89,9 +65,19 @@ class NetworkSpec(Geometry):
         """Width of one head."""
         return self.width // self.heads
 
+    @property
+    def text_length(self) -> int:
+        """Text tokens in front of the video tokens."""
+        return self.positions.params.text_length
+
+    @property
+    def trained_patches(self) -> tuple[int, ...]:
+        """Patches of the latent of pre-training along time, height and width."""
+        return tuple(size // side for size, side in zip(self.trained_latent, self.patch, strict=True))
+
     def tokens(self, latent: LatentShape) -> int:
         """Returns the tokens of one sample, text included: memory and time grow with them."""
-        return self.patches(latent) + self.positions.text_length
+        return self.patches(latent) + self.text_length
 
     def linear_layers(self) -> tuple[str, ...]:
         """Returns the names of the transformer's linear layers, which adapters may target."""
@@ -107,17 +93,13 @@ class NetworkSpec(Geometry):
         d, e, patch = self.width, self.time_width, math.prod(self.patch)
         norm = 2 * d * self.affine_norms
         qk_norm = 4 * self.head_width * self.affine_norms * self.qk_norm
-        table = math.prod(
-            size // side for size, side in zip(self.positions.latent_size, self.patch, strict=True)
-        )
+        trained_tokens = self.text_length + math.prod(self.trained_patches)
         parts = {
             "transformer.layers": self.layers * (12 * d * d + 9 * d + 2 * norm),
             "transformer.final_layernorm": norm,
             "time_embed": d * e + e + e * e + e,
             "ofs_embed": 0 if self.ofs_width is None else 2 * (e * e + e),
-            "mixins.pos_embed": (self.positions.text_length + table) * d
-            if self.positions.kind == "rotary_learned"
-            else 0,
+            "mixins.pos_embed": self.positions.params.num_weights(trained_tokens, d),
             "mixins.patch_embed": (self.in_channels * patch + self.text_width + 2) * d,
             "mixins.adaln_layer": self.layers * (12 * d * (e + 1) + qk_norm),
             "mixins.final_layer": norm + (d + 1) * patch * self.out_channels + 2 * d * (e + 1),
@@ -131,7 +113,7 @@ class NetworkSpec(Geometry):
             tokens: Of the sample, text included.
         """
         d, e = self.width, self.time_width
-        video, text = tokens - self.positions.text_length, self.positions.text_length
+        video, text = tokens - self.text_length, self.text_length
         projections = video * math.prod(self.patch) * (self.in_channels + self.out_channels)
         once = d * e + e * e + 2 * d * e + 12 * d * e * self.layers + (self.ofs_width is not None) * 2 * e * e
         blocks = 12 * d * d * tokens * self.layers

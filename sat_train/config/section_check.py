@@ -44,8 +44,9 @@ def validate(
         default or the stand-in's value. None when even that is not possible.
     """
     tree = copy.deepcopy(merged.tree)
-    faulty = {fault.path for fault in faults} | merged.derived
+    faulty = {fault.path for fault in faults}
     faulty |= {f"{path.removesuffix('.target')}.params" for path in faulty if path.endswith(".target")}
+    faulty |= merged.derived
     for _ in range(_ROUNDS):
         try:
             return Sections.model_validate(tree)

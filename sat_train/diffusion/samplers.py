@@ -1,115 +1,43 @@
-"""Samplers, each one flat function from noise to a latent.
-
-A sampler draws the noise it starts from and calls `denoise(latent, timestep) -> v` once a step; guidance and
-conditioning are the caller's. Latents are float32 of any shape; `alpha_bar` is the float64 schedule.
-`on_step(index, steps)` is called after each step.
-"""
+"""The signature of samplers: flat functions from noise to a clean latent."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from sat_train.diffusion.parameterization import x0_from_v
-from sat_train.diffusion.timesteps import Spacing, sampling_timesteps
+from sat_train.diffusion.timesteps import Spacing
 
 Denoise = Callable[[Tensor, int], Tensor]
 DrawNoise = Callable[[], Tensor]
 OnStep = Callable[[int, int], None]
 
 
-def sample_ddim(
-    denoise: Denoise,
-    draw_noise: DrawNoise,
-    *,
-    alpha_bar: Tensor,
-    steps: int,
-    spacing: Spacing = "trailing",
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Samples with deterministic DDIM.
+class Sampler(Protocol):
+    """A way through the noise schedule; guidance and conditioning are the caller's."""
 
-    Args:
-        denoise: (latent, timestep) -> predicted v, of the latent's shape.
-        draw_noise: Returns unit normal noise of the latent's shape. Called once.
-        alpha_bar: Schedule, shape (num_timesteps,).
-        steps: Number of network evaluations.
-        spacing: Which timesteps are visited.
-        on_step: Called with (index of the finished step, steps).
+    def __call__(
+        self,
+        denoise: Denoise,
+        draw_noise: DrawNoise,
+        *,
+        alpha_bar: Tensor,
+        steps: int,
+        spacing: Spacing = "trailing",
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Samples.
 
-    Returns:
-        Clean latent.
+        Args:
+            denoise: (latent, timestep) -> predicted v, of the latent's shape.
+            draw_noise: Returns unit normal noise of the latent's shape, float32. The first is the start.
+            alpha_bar: Schedule, float64 of shape (num_timesteps,).
+            steps: Number of network evaluations.
+            spacing: Which timesteps are visited.
+            on_step: Called with (index of the finished step, steps).
 
-    Source: Song et al. 2021 (arXiv:2010.02502) equation 12 with eta 0; diffusers 0.42
-    `CogVideoXDDIMScheduler`.
-    """
-    alpha_bar = alpha_bar.cpu()
-    clean = alpha_bar.new_ones(())
-    latent = draw_noise()
-    for index, (timestep, reached) in enumerate(sampling_timesteps(steps, len(alpha_bar), spacing)):
-        now = alpha_bar[timestep]
-        then = clean if reached is None else alpha_bar[reached]
-        x0 = x0_from_v(latent, denoise(latent, timestep), now)
-        noise_kept = ((1 - then) / (1 - now)).sqrt()
-        latent = noise_kept * latent + (then.sqrt() - now.sqrt() * noise_kept) * x0
-        if on_step is not None:
-            on_step(index, steps)
-    return latent
-
-
-def sample_dpmpp_2m(
-    denoise: Denoise,
-    draw_noise: DrawNoise,
-    *,
-    alpha_bar: Tensor,
-    steps: int,
-    spacing: Spacing = "trailing",
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Samples with second-order multistep DPM-Solver++, in its stochastic form (VPSDE).
-
-    With `lambda = log(sqrt(alpha_bar / (1 - alpha_bar)))`, `h` its growth over this step and `h_last` over
-    the step before, the update needs `exp(-2h)`, written here as a ratio of SNRs because `h` is infinite in
-    the first and last step.
-
-    Args:
-        denoise: (latent, timestep) -> predicted v, of the latent's shape.
-        draw_noise: Returns unit normal noise of the latent's shape. Called once before the first step, once
-            in it, and twice in each later step except the last, where the second draw is used. CogVideoX's
-            own samplers do the same, so one seed gives the same video in both.
-        alpha_bar: Schedule, shape (num_timesteps,).
-        steps: Number of network evaluations.
-        spacing: Which timesteps are visited.
-        on_step: Called with (index of the finished step, steps).
-
-    Returns:
-        Clean latent.
-
-    Source: Lu et al. 2022 (arXiv:2211.01095) SDE-DPM-Solver++(2M); zai-org/CogVideo@7a1af71
-    VPSDEDPMPP2MSampler; diffusers 0.42 `CogVideoXDPMScheduler`.
-    """
-    alpha_bar = alpha_bar.cpu()
-    log_snr_half = torch.logit(alpha_bar) / 2
-    latent, x0_last, timestep_last = draw_noise(), None, 0
-    for index, (timestep, reached) in enumerate(sampling_timesteps(steps, len(alpha_bar), spacing)):
-        now = alpha_bar[timestep]
-        x0 = x0_from_v(latent, denoise(latent, timestep), now)
-        if reached is None:
-            latent = x0
-        else:
-            then = alpha_bar[reached]
-            snr_ratio = now * (1 - then) / ((1 - now) * then)  # exp(-2h)
-            noise, estimate = draw_noise(), x0
-            if x0_last is not None:
-                h = log_snr_half[reached] - log_snr_half[timestep]
-                h_last = log_snr_half[timestep] - log_snr_half[timestep_last]
-                noise, estimate = draw_noise(), x0 + h / (2 * h_last) * (x0 - x0_last)
-            noise_kept = ((1 - then) / (1 - now) * snr_ratio).sqrt()
-            noise_new = ((1 - then) * (1 - snr_ratio)).sqrt()
-            latent = noise_kept * latent + then.sqrt() * (1 - snr_ratio) * estimate + noise_new * noise
-        x0_last, timestep_last = x0, timestep
-        if on_step is not None:
-            on_step(index, steps)
-    return latent
+        Returns:
+            Clean latent.
+        """
+        ...

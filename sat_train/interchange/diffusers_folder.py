@@ -26,6 +26,7 @@ from sat_train.interchange.locate import (
 )
 from sat_train.log import get_logger
 from sat_train.weights.diffusers_config import (
+    has_learned_positions,
     model_index,
     scheduler_config,
     transformer_config,
@@ -84,10 +85,11 @@ def write_pipeline(
         progress: As for `convert`.
 
     Raises:
-        CheckpointError: A key is unknown to diffusers, or the written weights read back differently.
+        CheckpointError: A key or the position embedding is unknown to diffusers, or the written weights read
+            back differently.
         OSError: The disk is full or cannot be written.
     """
-    theirs = to_diffusers(weights, learned_positions=model.positions.kind == "rotary_learned")
+    theirs = to_diffusers(weights, learned_positions=has_learned_positions(model))
     (folder / "transformer").mkdir()
     write_safetensors(
         folder / "transformer", STEM, theirs, metadata=metadata, progress=progress(theirs.num_bytes)

@@ -12,10 +12,11 @@ from torch import Tensor
 from sat_train.config import Geometry
 from sat_train.data.augmentation_key import AugmentationKey
 from sat_train.data.batch import VideoSample
+from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
 from sat_train.diffusion.guidance import Guidance
 from sat_train.diffusion.loss import min_snr_weight, offset_noise, v_mse_per_sample
 from sat_train.diffusion.parameterization import add_noise, v_target
-from sat_train.diffusion.samplers import OnStep, sample_ddim, sample_dpmpp_2m
+from sat_train.diffusion.samplers import OnStep, Sampler
 from sat_train.diffusion.timesteps import Spacing, stratified_timesteps, uniform_timesteps
 from sat_train.distributed.seeds import derive_seed
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from sat_train.models.dit.transformer import DiffusionTransformer
 
 Network = Callable[..., Tensor]
-Sampler = Literal["DDIM", "DPMPP2M"]
-SAMPLERS = {"DDIM": sample_ddim, "DPMPP2M": sample_dpmpp_2m}
 
 
 class VideoDiffusion:
@@ -140,7 +139,7 @@ class VideoDiffusion:
         width: int,
         steps: int,
         guidance: Guidance,
-        sampler: Sampler = "DPMPP2M",
+        sampler: Sampler = sample_dpmpp_2m,
         seeds: Sequence[int],
         spacing: Spacing = "trailing",
         network: Network | None = None,
@@ -160,7 +159,7 @@ class VideoDiffusion:
             width: Of the video, in pixels.
             steps: Denoising steps.
             guidance: Schedule of the guidance scale.
-            sampler: `DDIM` is deterministic after the first noise; `DPMPP2M` adds noise on the way.
+            sampler: The way from noise to a clean latent.
             seeds: One for each prompt.
             spacing: Spacing of the timesteps.
             network: The transformer, or the engine around it; None uses `dit`.
@@ -178,7 +177,7 @@ class VideoDiffusion:
         samples = as_samples(prompts, image_bchw)
         inputs = self._sampling_inputs(samples, random, latent_shape, with_null=guidance.needs_null)
         with self._evaluation_mode():
-            latent = SAMPLERS[sampler](
+            latent = sampler(
                 self._guided(network or self.dit, inputs, guidance, steps),
                 lambda: random.normal("noise", latent_shape).to(self.device),
                 alpha_bar=self.alpha_bar,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sat_train.config import ModelSpec, RunConfig
-from sat_train.config.schema.diffusion import ConstantGuidanceParams
-from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance, Guidance
+from sat_train.config import RunConfig
+from sat_train.diffusion.guidance import Guidance
+from sat_train.diffusion.samplers import Sampler
 from sat_train.errors import ConfigError, Fault
-from sat_train.objective.video_diffusion import Sampler
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class SamplingSettings:
         width: In pixels.
         steps: Denoising steps.
         guidance: Classifier-free guidance.
-        sampler: Name of the sampler.
+        sampler: The sampler.
         fps: Frames per second of the written file.
     """
 
@@ -35,7 +34,7 @@ class SamplingSettings:
 
 
 def build_sampling(config: RunConfig) -> SamplingSettings:
-    """Builds sampling settings: those under `args` if given, else those of model and training.
+    """Builds sampling settings: those of the model, and sizes under `args` or of training.
 
     Raises:
         ConfigError: No setting gives the size of a video.
@@ -52,9 +51,9 @@ def build_sampling(config: RunConfig) -> SamplingSettings:
         num_frames=num_frames,
         height=height,
         width=width,
-        steps=args.sampling_steps or spec.sampling_steps,
-        guidance=build_guidance(spec, scale=args.guidance_scale),
-        sampler=args.sampler or spec.sampler,
+        steps=spec.sampling_steps,
+        guidance=spec.guidance.build(),
+        sampler=spec.sampler.build(),
         fps=config.sampling_fps,
     )
 
@@ -64,12 +63,3 @@ def _trained_size(config: RunConfig) -> tuple[int, int]:
         expected = "a height and width in pixels, because there is no data section to take them from"
         raise ConfigError([Fault("args.sampling_image_size", "null", expected)])
     return config.data.params.video_size
-
-
-def build_guidance(spec: ModelSpec, *, scale: float | None = None) -> Guidance:
-    """Builds the sampler's guidance; `scale` overrides its own."""
-    params = spec.guidance
-    scale = params.scale if scale is None else scale
-    if isinstance(params, ConstantGuidanceParams):
-        return ConstantGuidance(scale)
-    return DynamicGuidance(scale, params.exp)

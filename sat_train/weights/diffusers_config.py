@@ -11,21 +11,28 @@ import math
 from typing import Any
 
 from sat_train.config import ModelSpec
+from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
 _FORMAT_VERSION = "0.30.0"  # of the first diffusers that had CogVideoX
+_SINCOS, _ROTARY = "Sincos3DPositionEmbedding", "Rotary3DPositionEmbedding"
+_SCHEDULERS = {"DDIM": "CogVideoXDDIMScheduler", "DPMPP2M": "CogVideoXDPMScheduler"}
 _BLOCKS = ("CogVideoXDownBlock3D", "CogVideoXUpBlock3D")
 
 
 def transformer_config(spec: ModelSpec) -> dict[str, Any]:
-    """Returns `transformer/config.json`."""
-    positions, is_1_0 = spec.positions, spec.family == "1.0"
+    """Returns `transformer/config.json`.
+
+    Raises:
+        CheckpointError: diffusers has no such position embedding.
+    """
+    is_1_0 = spec.family == "1.0"
     patch_frames, patch_height, patch_width = spec.patch
     assert patch_height == patch_width, f"patches of {patch_height}x{patch_width}"
-    time, space, _ = positions.interpolation
-    frames, height, width = spec.trained_frames, *positions.latent_size[1:]
+    time, space, _ = spec.interpolation
+    frames, height, width = spec.trained_frames, *spec.trained_latent[1:]
     return {
         "_class_name": "CogVideoXTransformer3DModel",
         "_diffusers_version": _FORMAT_VERSION,
@@ -36,7 +43,7 @@ def transformer_config(spec: ModelSpec) -> dict[str, Any]:
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "in_channels": spec.in_channels,
-        "max_text_seq_length": positions.text_length,
+        "max_text_seq_length": spec.text_length,
         "norm_elementwise_affine": spec.affine_norms,
         "norm_eps": 1e-05,
         "num_attention_heads": spec.heads,
@@ -56,17 +63,33 @@ def transformer_config(spec: ModelSpec) -> dict[str, Any]:
         "text_embed_dim": spec.text_width,
         "time_embed_dim": spec.time_width,
         "timestep_activation_fn": "silu",
-        "use_learned_positional_embeddings": positions.kind == "rotary_learned",
-        "use_rotary_positional_embeddings": positions.kind != "sincos",
+        "use_learned_positional_embeddings": has_learned_positions(spec),
+        "use_rotary_positional_embeddings": spec.positions.target == _ROTARY,
     }
+
+
+def has_learned_positions(spec: ModelSpec) -> bool:
+    """Returns whether the model has a learned table of positions (5B-I2V).
+
+    Raises:
+        CheckpointError: diffusers has no such position embedding.
+    """
+    if spec.positions.target not in (_SINCOS, _ROTARY):
+        raise CheckpointError(
+            f"diffusers has no position embedding {spec.positions.target}",
+            expected=f"{_SINCOS} or {_ROTARY}",
+            remedy="convert with --to sat, and sample with sat-train sample",
+        )
+    return spec.positions.params.num_weights(1, 1) > 0
 
 
 def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
     """Returns `scheduler/scheduler_config.json`."""
-    schedule = spec.schedule
-    is_ddim = spec.sampler == "DDIM"
+    schedule, sampler = spec.schedule, spec.sampler.target
+    if sampler not in _SCHEDULERS:
+        log.warning("diffusers has no sampler %s, and will use DPMPP2M", sampler)
     return {
-        "_class_name": "CogVideoXDDIMScheduler" if is_ddim else "CogVideoXDPMScheduler",
+        "_class_name": _SCHEDULERS.get(sampler, _SCHEDULERS["DPMPP2M"]),
         "_diffusers_version": _FORMAT_VERSION,
         "beta_end": schedule.linear_end,
         "beta_schedule": "scaled_linear",
@@ -86,7 +109,7 @@ def vae_config(spec: ModelSpec) -> dict[str, Any]:
     """Returns `vae/config.json`."""
     coder, side = spec.coder, spec.spatial_compression
     levels = len(coder.ch_mult)
-    _, height, width = spec.positions.latent_size
+    _, height, width = spec.trained_latent
     return {
         "_class_name": "AutoencoderKLCogVideoX",
         "_diffusers_version": _FORMAT_VERSION,

@@ -71,7 +71,7 @@ def forward_pair(
 ) -> tuple[Tensor, Tensor]:
     """Returns what both make of one random input, `[b, t, c, h, w]`."""
     generator = torch.Generator().manual_seed(7)
-    frames, height, width = model.positions.latent_size
+    frames, height, width = model.trained_latent
     latent = torch.randn(2, frames, model.in_channels, height, width, generator=generator)
     text = torch.randn(2, TEXT_LENGTH, TEXT_WIDTH, generator=generator)
     timesteps = torch.tensor([17, 803])

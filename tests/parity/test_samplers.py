@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from sat_train.diffusion.samplers import sample_ddim, sample_dpmpp_2m
+from sat_train.diffusion.ddim import sample_ddim
+from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 
 # every count divides 1000, where diffusers' stride meets its own timesteps

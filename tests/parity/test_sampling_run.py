@@ -12,7 +12,11 @@ from diffusers import (
 )
 from torch import Tensor
 
-from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance, Guidance
+from sat_train.diffusion.constant_guidance import ConstantGuidance
+from sat_train.diffusion.ddim import sample_ddim
+from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
+from sat_train.diffusion.dynamic_guidance import DynamicGuidance
+from sat_train.diffusion.guidance import Guidance
 from sat_train.distributed.processes import start_single_process
 from tests.parity.families import FAMILIES, Family
 from tests.parity.models import SHIFT_SCALE, pipeline_pair
@@ -20,7 +24,7 @@ from tests.parity.models import SHIFT_SCALE, pipeline_pair
 PROMPTS = ["a red square", "a blue circle moves to the left"]
 SEEDS = [3, 4]
 STEPS = 10
-SCHEDULERS = {"DDIM": CogVideoXDDIMScheduler, "DPMPP2M": CogVideoXDPMScheduler}
+SCHEDULERS = {sample_ddim: CogVideoXDDIMScheduler, sample_dpmpp_2m: CogVideoXDPMScheduler}
 
 # fp32 sums in another order, carried through 10 steps; relative to the largest value
 TOLERANCE = 1e-4
@@ -105,7 +109,7 @@ def _compare(family, monkeypatch, *, sampler, guidance, spacing="trailing") -> N
     assert (video.float() - their_video * 255).abs().max() <= 0.51
 
 
-@pytest.mark.parametrize("sampler", ["DDIM", "DPMPP2M"])
+@pytest.mark.parametrize("sampler", [sample_ddim, sample_dpmpp_2m])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_guided_run_samples_the_video_of_diffusers(family, sampler, monkeypatch):
     _compare(family, monkeypatch, sampler=sampler, guidance=ConstantGuidance(6.0))
@@ -113,8 +117,10 @@ def test_a_guided_run_samples_the_video_of_diffusers(family, sampler, monkeypatc
 
 @pytest.mark.parametrize("family", [FAMILIES[1], FAMILIES[4]], ids=lambda family: family.name)
 def test_dynamic_guidance(family, monkeypatch):
-    _compare(family, monkeypatch, sampler="DPMPP2M", guidance=DynamicGuidance(6.0))
+    _compare(family, monkeypatch, sampler=sample_dpmpp_2m, guidance=DynamicGuidance(6.0))
 
 
 def test_linspace_spacing(monkeypatch):
-    _compare(FAMILIES[0], monkeypatch, sampler="DDIM", guidance=ConstantGuidance(6.0), spacing="linspace")
+    _compare(
+        FAMILIES[0], monkeypatch, sampler=sample_ddim, guidance=ConstantGuidance(6.0), spacing="linspace"
+    )

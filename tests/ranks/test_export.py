@@ -57,7 +57,7 @@ def _train_and_save(
     )
     engine = TrainEngine(inner, mesh)
     average = ExponentialMovingAverage(engine, 0.5)
-    frames, height, width = model.positions.latent_size
+    frames, height, width = model.trained_latent
     for step in range(2):
         generator = torch.Generator().manual_seed(10 * step + mesh.data_rank)
         latent = torch.randn(1, frames, model.in_channels, height, width, generator=generator)

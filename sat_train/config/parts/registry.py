@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_ori
 from pydantic import Field as Field
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, create_model
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, InitErrorDetails, core_schema
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from sat_train.config.parts.record import Record
 from sat_train.errors import LaunchError
@@ -260,6 +260,35 @@ class Choice(Record):
             return handler(schema)
         records = [handler(record.__pydantic_core_schema__) for record in cls.records().values()]
         return {"anyOf": records} if records else {"type": "object"}
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """Annotation of a text that names a part of a slot away from the slot itself, such as `args.sampler`.
+
+    Args:
+        choice: The slot's record.
+    """
+
+    choice: type[Choice]
+
+    @property
+    def names(self) -> list[str]:
+        """The names that may stand there."""
+        return list(parts_of(self.choice.slot))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"enum": self.names, "type": "string"}
+
+    def _check(self, name: str) -> str:
+        if name not in self.names:
+            raise PydanticCustomError("literal_error", "a name of the slot")
+        return name
 
 
 def _refused(choice: type[Choice], value: dict[str, Any], names: str) -> ValidationError:

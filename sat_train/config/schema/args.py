@@ -18,6 +18,8 @@ from sat_train.config.parts.record import (
     ZeroStage,
     false_to_off,
 )
+from sat_train.config.parts.registry import NameIn
+from sat_train.config.parts.sampler_parts import SamplerConfig
 
 # between prompt and image in one text, as in CogVideo's prompt files
 IMAGE_SEPARATOR = "@@"
@@ -208,7 +210,7 @@ class ArgsConfig(Record):
     sampling_steps: int | None = Field(
         None, ge=1, description="Wins over `model.sampler_config.params.num_steps`."
     )
-    sampler: Literal["DDIM", "DPMPP2M"] | None = Field(
+    sampler: Annotated[str, NameIn(SamplerConfig)] | None = Field(
         None, description="Wins over `model.sampler_config.target`."
     )
     guidance_scale: float | None = Field(None, ge=0, description="Wins over the guider's `scale`.")

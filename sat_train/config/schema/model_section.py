@@ -9,12 +9,8 @@ from pydantic import Field
 from sat_train.config.parts.condition_parts import ConditionConfig
 from sat_train.config.parts.module_parts import ModuleConfig
 from sat_train.config.parts.record import PlainName, Record, Texts
-from sat_train.config.schema.diffusion import (
-    DenoiserGroup,
-    DPMPP2MSlot,
-    LossGroup,
-    SamplerSlot,
-)
+from sat_train.config.parts.sampler_parts import SamplerConfig
+from sat_train.config.schema.diffusion import DenoiserGroup, LossGroup
 from sat_train.config.schema.encoder_slots import ConditionerGroup, VideoVAEGroup
 from sat_train.config.schema.network import DiffusionTransformerSlot
 
@@ -56,4 +52,4 @@ class ModelConfig(Record):
     first_stage_config: VideoVAEGroup = Field(description="The video autoencoder.")
     denoiser_config: DenoiserGroup = Field(DenoiserGroup(), description="Noise schedule and prediction.")
     loss_fn_config: LossGroup = Field(LossGroup(), description="The training loss.")
-    sampler_config: SamplerSlot = Field(DPMPP2MSlot(), description="Settings of the sampler.")
+    sampler_config: SamplerConfig = Field(SamplerConfig.default(), description="Settings of the sampler.")

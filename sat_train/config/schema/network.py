@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from sat_train.config.parts.adapter_parts import AdapterConfig
+from sat_train.config.parts.position_parts import PositionConfig
 from sat_train.config.parts.record import Record
-
-SizePolicy = Literal["refuse", "interpolate"]
 
 
 def _patch_to_triple(value: Any) -> Any:
@@ -26,34 +25,6 @@ PatchSize = Annotated[
 ]
 
 
-class Sincos3DPositionEmbeddingParams(Record):
-    """Fixed sines and cosines of time, height and width, added to the patches (CogVideoX-2B)."""
-
-    text_length: int = Field(ge=1, description="Text tokens in front of the video tokens.")
-    height_interpolation: float = Field(
-        1.0, gt=0, description="Positions along the height are divided by this."
-    )
-    width_interpolation: float = Field(
-        1.0, gt=0, description="Positions along the width are divided by this."
-    )
-    time_interpolation: float = Field(1.0, gt=0, description="Positions along time are divided by this.")
-    size_policy: SizePolicy = Field("refuse", description="What to do at a size other than the one trained.")
-
-
-class Rotary3DPositionEmbeddingParams(Record):
-    """Rotary embedding of time, height and width (CogVideoX-5B, 1.5)."""
-
-    text_length: int = Field(
-        ge=1, description="Text tokens in front of the video tokens; they are not rotated."
-    )
-    hidden_size_head: int | None = Field(
-        None, ge=8, description="Width of a head; null: hidden_size / heads."
-    )
-    theta: float = Field(10000.0, gt=0, description="Base of the rotation frequencies.")
-    learnable_pos_embed: bool = Field(False, description="Also add a learned table (CogVideoX-5B-I2V).")
-    size_policy: SizePolicy = Field("refuse", description="What to do with a learned table at another size.")
-
-
 class ImagePatchEmbeddingParams(Record):
     """Patches of the latent and text embeddings to tokens."""
 
@@ -64,25 +35,6 @@ class AdaLNParams(Record):
     """Modulation of each layer by the timestep."""
 
     qk_ln: bool = Field(True, description="Normalise queries and keys of each head.")
-
-
-class Sincos3DPositionEmbeddingSlot(Record):
-    """Fixed sines and cosines."""
-
-    target: Literal["Sincos3DPositionEmbedding"] = Field(description="Kind of position embedding.")
-    params: Sincos3DPositionEmbeddingParams = Field(description="Its settings.")
-
-
-class Rotary3DPositionEmbeddingSlot(Record):
-    """Rotary embedding."""
-
-    target: Literal["Rotary3DPositionEmbedding"] = Field(description="Kind of position embedding.")
-    params: Rotary3DPositionEmbeddingParams = Field(description="Its settings.")
-
-
-PositionEmbeddingSlot = Annotated[
-    Sincos3DPositionEmbeddingSlot | Rotary3DPositionEmbeddingSlot, Field(discriminator="target")
-]
 
 
 class ImagePatchEmbeddingGroup(Record):
@@ -100,7 +52,7 @@ class AdaLNGroup(Record):
 class NetworkModules(Record):
     """SAT mixins of the transformer."""
 
-    pos_embed_config: PositionEmbeddingSlot = Field(description="Position embedding.")
+    pos_embed_config: PositionConfig = Field(description="Position embedding.")
     patch_embed_config: ImagePatchEmbeddingGroup = Field(description="Latents and text to tokens.")
     adaln_layer_config: AdaLNGroup = Field(AdaLNGroup(), description="Modulation of each layer.")
     lora_config: AdapterConfig | None = Field(

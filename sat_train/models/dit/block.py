@@ -18,7 +18,7 @@ from sat.mpu import copy_to_model_parallel_region, get_model_parallel_world_size
 from torch import Tensor, nn
 
 from sat_train.models.dit.context import BlockContext
-from sat_train.models.dit.positions import rotate_pairs
+from sat_train.models.dit.rotary import rotate_pairs
 
 # modules that act at one hook of one block, outermost first, each with its part in that block
 Acting = tuple[tuple[BaseMixin, nn.Module | None], ...]

@@ -18,7 +18,7 @@ from sat_train.models.dit.grid import PatchGrid
 from sat_train.models.dit.hooks import OWNERS, HookOrder, Hooks, check_mixin
 from sat_train.models.dit.initialization import initialize_weights
 from sat_train.models.dit.mixin import Mixin
-from sat_train.models.dit.positions import RotaryPositions, build_positions
+from sat_train.models.dit.positions import PositionEmbedding
 from sat_train.models.dit.sat_layers import NORM_EPS, build_layers, building
 
 
@@ -61,7 +61,7 @@ class DiffusionTransformer(BaseModel):
             self.time_embed = _two_layers(spec.width, spec.time_width)
             if spec.ofs_width is not None:
                 self.ofs_embed = _two_layers(spec.ofs_width, spec.ofs_width)
-            super().add_mixin("pos_embed", build_positions(spec))
+            super().add_mixin("pos_embed", spec.positions.build(spec))
             self._add_layers()
         if init_seed is not None and torch.device(device).type != "meta":
             initialize_weights(self, seed=init_seed, num_layers=spec.layers)
@@ -168,9 +168,9 @@ class DiffusionTransformer(BaseModel):
         """Returns the inputs of blocks besides their tokens, without extras."""
         grid, text_length = self.patch_grid(latent_btchw), text_bld.shape[1]
         is_text_l1 = torch.arange(text_length + grid.tokens, device=emb_bd.device)[:, None] < text_length
-        cos_lk, sin_lk, pos_embed = None, None, self.mixins["pos_embed"]
-        if isinstance(pos_embed, RotaryPositions):
-            cos_lk, sin_lk = pos_embed.rotary_tables(grid, text_length, emb_bd.device)
+        positions = self.mixins["pos_embed"]
+        assert isinstance(positions, PositionEmbedding), "the builder of a position embedding returns one"
+        cos_lk, sin_lk = positions.rotary_tables(grid, text_length, emb_bd.device) or (None, None)
         return BlockContext(emb_bd, is_text_l1, cos_lk, sin_lk, grid, text_length)
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:

@@ -11,8 +11,8 @@ import pytest
 from sat_train.config.aliases import SAME
 from sat_train.config.catalog import Key, all_keys
 from sat_train.config.parts.adapter_parts import LoraParams
+from sat_train.config.parts.noise_schedule import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.parts.record import Record
-from sat_train.config.schema.diffusion import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.schema.encoder_slots import VideoCoderParams
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.models.lora import add_lora

@@ -39,7 +39,7 @@ def test_flops_are_those_that_pytorch_counts(path: Path) -> None:
     start_single_process()
     spec = load(path)
     dit = build_dit(spec, device="meta", dtype=torch.bfloat16, with_adapters=False)
-    frames, height, width = spec.positions.latent_size
+    frames, height, width = spec.trained_latent
     latent = torch.empty(1, frames + spec.padding(frames), spec.in_channels, height, width, device="meta")
     text = torch.empty(1, spec.text.max_length, spec.text_width, device="meta")
     ofs = None if spec.ofs_width is None else torch.empty(1, device="meta")

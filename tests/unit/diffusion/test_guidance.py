@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance
+from sat_train.diffusion.constant_guidance import ConstantGuidance
+from sat_train.diffusion.dynamic_guidance import DynamicGuidance
 
 
 def test_constant_guidance_needs_no_second_evaluation_at_scale_one():

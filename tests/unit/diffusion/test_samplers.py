@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sat_train.diffusion.samplers import sample_ddim, sample_dpmpp_2m
+from sat_train.diffusion.ddim import sample_ddim
+from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 
 ALPHA_BAR = zero_snr_alpha_bar()

@@ -9,7 +9,8 @@ import torch
 from sat_train.errors import ConfigError
 from sat_train.models.dit.embedding import timestep_features
 from sat_train.models.dit.grid import PatchGrid
-from sat_train.models.dit.positions import RotaryPositions, rotary_angles, rotate_pairs, sincos_table
+from sat_train.models.dit.rotary import RotaryPositions, rotary_angles, rotate_pairs
+from sat_train.models.dit.sincos import sincos_table
 from tests.networks import SMALL, build_network
 from tests.unit.models.narrow import inputs, randomized
 

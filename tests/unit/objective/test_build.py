@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from sat_train.config import load_run_config
-from sat_train.diffusion.guidance import ConstantGuidance, DynamicGuidance
+from sat_train.diffusion.constant_guidance import ConstantGuidance
+from sat_train.diffusion.ddim import sample_ddim
+from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
+from sat_train.diffusion.dynamic_guidance import DynamicGuidance
 from sat_train.distributed.processes import start_single_process
 from sat_train.encoding.build import build_encoders
 from sat_train.models.build import build_dit
@@ -52,7 +55,7 @@ def test_released_numbers(name):
     assert snr[0].item() == pytest.approx((1 / 0.00085 - 1) / shift, rel=1e-9)
     settings = build_sampling(config)
     assert (settings.num_frames, (settings.height, settings.width)) == (frames, size)
-    assert (settings.sampler, settings.steps) == ("DPMPP2M", 50)
+    assert (settings.sampler, settings.steps) == (sample_dpmpp_2m, 50)
     assert settings.guidance == DynamicGuidance(6.0, 5.0)
 
 
@@ -67,7 +70,11 @@ def test_arguments_win_over_the_model():
     )
     settings = build_sampling(config)
     assert (settings.num_frames, settings.height, settings.width) == (81, 96, 64)
-    assert (settings.steps, settings.sampler, settings.guidance) == (7, "DDIM", DynamicGuidance(3.0, 5.0))
+    assert (settings.steps, settings.sampler, settings.guidance) == (
+        7,
+        sample_ddim,
+        DynamicGuidance(3.0, 5.0),
+    )
 
 
 def test_constant_guidance_and_an_odd_schedule():

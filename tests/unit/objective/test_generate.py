@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sat_train.diffusion.guidance import ConstantGuidance
+from sat_train.diffusion.constant_guidance import ConstantGuidance
+from sat_train.diffusion.ddim import sample_ddim
+from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
 from sat_train.errors import SatTrainError
 
 RUN = {"num_frames": 5, "height": 16, "width": 16, "steps": 3, "guidance": ConstantGuidance(4.0)}
 
 
-@pytest.mark.parametrize("sampler", ["DDIM", "DPMPP2M"])
+@pytest.mark.parametrize("sampler", [sample_ddim, sample_dpmpp_2m])
 def test_a_video_depends_on_its_prompt_and_seed_only(make_pipeline, sampler):
     pipeline = make_pipeline()
     both = pipeline.generate(["a", "b"], seeds=[1, 2], sampler=sampler, **RUN)

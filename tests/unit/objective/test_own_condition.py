@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sat_train.diffusion.guidance import ConstantGuidance
+from sat_train.diffusion.constant_guidance import ConstantGuidance
 from sat_train.encoding.cache.entries import CacheEntry
 from sat_train.encoding.cache.key import digest
 from sat_train.encoding.cache.shards import ShardWriter
