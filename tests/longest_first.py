@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-# Seconds of the long files on one core. A rough order is enough: `--durations=1` prints them anew.
+# Seconds of the long files on one core. A rough order is enough: `--durations=1` prints them.
 SECONDS: dict[str, int] = {
     "slurm/test_train_sbatch.py": 120,
     "runs/test_newcomer.py": 120,
