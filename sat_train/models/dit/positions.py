@@ -1,4 +1,4 @@
-"""What all position embeddings have in common: their base class, and the check of sizes."""
+"""The base class of position embeddings, and the check of the sizes that a table serves."""
 
 from __future__ import annotations
 
