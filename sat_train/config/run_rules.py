@@ -24,9 +24,9 @@ TRAINING_ONLY = frozenset(
         *("lr_decay_power", "lr_decay_cycles", "lr_decay_share"),
         *("zero_stage", "checkpoint_activations", "compile", "experiment_name", "resume", "save"),
         *("save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb", "callbacks"),
-        *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "valid_prompts"),
-        *("valid_images", "valid_video_interval", "train_data", "train_data_weights", "valid_data"),
-        *("split", "num_workers", "prefetch_factor"),
+        *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "eval_timesteps"),
+        *("valid_prompts", "valid_images", "valid_video_interval", "train_data", "train_data_weights"),
+        *("valid_data", "split", "num_workers", "prefetch_factor"),
     }
 )
 

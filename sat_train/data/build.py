@@ -157,9 +157,10 @@ def build_valid_loader(
     headers: HeaderMemory | None = None,
     reader_of: ReaderOf | None = None,
 ) -> OrderedLoader | None:
-    """Builds the loader of `args.eval_iters` validation batches of this rank, the same ones each time.
+    """Builds this rank's loader of the validation clips, the same ones each time and at any number of ranks.
 
-    Without validation data there is none.
+    There are `args.eval_iters` times `args.eval_batch_size` of them, which the ranks share. Without
+    validation data there is none.
 
     Raises:
         DataError: As for training.
@@ -170,7 +171,7 @@ def build_valid_loader(
     if dataset is None:
         return None
     batch_size = _valid_batch_size(config)
-    stop = min(len(dataset), config.args.eval_iters * batch_size * mesh.data_size)
+    stop = min(len(dataset), config.args.eval_iters * batch_size)
     batches = OrderedBatches(
         batch_sizes(config, batch_size),
         bucket_of=dataset.bucket,

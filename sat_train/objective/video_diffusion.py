@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sat_train.models.dit.transformer import DiffusionTransformer
 
 Network = Callable[..., Tensor]
+_VALIDATION_SEED = derive_seed(0, "validation")
 
 
 class VideoDiffusion:
@@ -95,12 +96,15 @@ class VideoDiffusion:
     ) -> LossOutput:
         """Returns a loss that depends on the weights only: given timesteps, fixed noise, nothing dropped.
 
+        Neither the seed nor the weights and the noise of the training loss change it, so that runs of several
+        recipes and seeds can be compared clip by clip.
+
         Args:
             batch: Encoded clips and conditions.
             timesteps_b: int64 timesteps, one for each sample.
             network: The transformer, or the engine around it; None uses `dit`.
         """
-        return self.loss(self.validation_inputs(batch, timesteps_b), network=network)
+        return self.loss(self.validation_inputs(batch, timesteps_b), network=network, weighted=False)
 
     @torch.no_grad()
     def training_inputs(self, batch: EncodedBatch) -> TrainingInputs:
@@ -111,18 +115,19 @@ class VideoDiffusion:
     @torch.no_grad()
     def validation_inputs(self, batch: EncodedBatch, timesteps_b: Tensor) -> TrainingInputs:
         """Returns the inputs of a loss at given timesteps, with no condition dropped."""
-        seed = derive_seed(self.seed, "validation")
-        random = SampleRandomness(seed, batch.sample_indices, self.posterior_sampling)
+        random = SampleRandomness(_VALIDATION_SEED, batch.sample_indices, self.posterior_sampling)
         return self._inputs(batch, random, timesteps_b.cpu(), drops=False)
 
-    def loss(self, inputs: TrainingInputs, *, network: Network | None = None) -> LossOutput:
-        """Predicts v once and compares it with the target."""
+    def loss(
+        self, inputs: TrainingInputs, *, network: Network | None = None, weighted: bool = True
+    ) -> LossOutput:
+        """Predicts v once and compares it with the target; `weighted` applies min-SNR."""
         alpha_bar_b = self.alpha_bar[inputs.timesteps_b]
         x_t = add_noise(inputs.x0_btchw, inputs.eps_btchw, alpha_bar_b)
         v_pred = self._predict(network or self.dit, x_t, inputs.timesteps_b, inputs.dit)
         v_true = v_target(inputs.x0_btchw, inputs.eps_btchw, alpha_bar_b)
         loss_b = v_mse_per_sample(v_pred, v_true, inputs.counted_bt)
-        if self.min_snr_gamma is not None:
+        if weighted and self.min_snr_gamma is not None:
             loss_b = loss_b * min_snr_weight(alpha_bar_b, self.min_snr_gamma).to(loss_b.device)
         return LossOutput(loss_b.mean(), loss_b.detach(), inputs.timesteps_b)
 
@@ -262,7 +267,7 @@ class VideoDiffusion:
                 encoded = condition.drop(encoded, dropped_b.to(self.device))
             inputs.append(condition.inputs(encoded, random, tuple(x0.shape)))
         counted_bt = self._counted_frames(batch.num_shown, num_latent_frames=latent.shape[1])
-        eps = self._noise_like(x0, random)
+        eps = self._noise_like(x0, random, offset_level=self.offset_noise_level if drops else 0.0)
         return TrainingInputs(x0, eps, timesteps_b, DitInputs.merged(inputs), counted_bt)
 
     def _counted_frames(self, num_shown: Sequence[int], *, num_latent_frames: int) -> Tensor | None:
@@ -270,10 +275,10 @@ class VideoDiffusion:
         counted_bt = counted_frames(num_shown, num_latent_frames, self.geometry)
         return None if counted_bt is None else counted_bt.to(self.device)
 
-    def _noise_like(self, x0: Tensor, random: SampleRandomness) -> Tensor:
+    def _noise_like(self, x0: Tensor, random: SampleRandomness, *, offset_level: float) -> Tensor:
         eps = random.normal("noise", tuple(x0.shape[1:]))
-        if self.offset_noise_level:
-            eps = offset_noise(eps, random.normal("offset_noise", ()), self.offset_noise_level)
+        if offset_level:
+            eps = offset_noise(eps, random.normal("offset_noise", ()), offset_level)
         return eps.to(self.device)
 
     def _timesteps(self, batch: EncodedBatch, random: SampleRandomness) -> Tensor:

@@ -16,8 +16,8 @@ from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
 from sat_train.training.callbacks.validation_videos import SampleVideos
 from sat_train.training.loop.callback import Callback
+from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.meter import Meter
-from sat_train.training.loop.metrics import ValidationMetrics
 from sat_train.training.loop.state import TrainState
 from sat_train.training.loop.step import TrainStep
 from sat_train.training.loop.trainer import Trainer
@@ -190,15 +190,19 @@ class InterruptedValidation(Validation):
     """A validation in the middle of which a person presses Ctrl-C, at one step."""
 
     def __init__(self, engine, stop_request, folder: Path, *, at: int, measured: list[int]) -> None:
-        def measure(step: int, asked_to_stop):
-            measured.append(step)
-            if step == at:
+        def measure(asked_to_stop):
+            measured.append(self._step)
+            if self._step == at:
                 stop_request.signal_name = "SIGINT"
-            return None if asked_to_stop() else ValidationMetrics(step, 0.5, {}, 1)
+            return None if asked_to_stop() else ClipLosses((500,), {"a": (0.5,)})
 
         records = read_metrics(folder / "metrics.jsonl")
         known = {record["step"] for record in records if "valid_loss" in record}
         super().__init__(engine, measure, interval=3, is_measured=known.__contains__)
+
+    def _validate(self, trainer) -> None:
+        self._step = trainer.state.step
+        super()._validate(trainer)
 
 
 def _interrupted(

@@ -150,9 +150,16 @@ class ArgsConfig(Record):
     eval_interval: int | None = Field(
         None, ge=1, description="Steps between validations; null: no validation."
     )
-    eval_iters: int = Field(100, ge=1, description="Batches of one validation.")
+    eval_iters: int = Field(
+        100,
+        ge=1,
+        description="Batches of one validation, of `eval_batch_size` clips each; the ranks share them.",
+    )
     eval_batch_size: int | None = Field(
         None, ge=1, description="Samples of one rank in a validation batch; null: `batch_size`."
+    )
+    eval_timesteps: int = Field(
+        8, ge=1, le=1000, description="Timesteps at which each validation clip is measured, evenly spread."
     )
     valid_prompts: Texts = Field(
         (), description="Prompts of the validation videos; none: captions of the validation clips."

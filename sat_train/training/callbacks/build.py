@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from sat_train.config import RunConfig
 from sat_train.config.schema.args import IMAGE_SEPARATOR
+from sat_train.data.batch import LoadedBatch
 from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessMesh
@@ -27,14 +29,11 @@ from sat_train.training.callbacks.metrics_file import NAME as METRICS
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.callbacks.progress import build_progress
 from sat_train.training.callbacks.validation import Measure, Validation
-from sat_train.training.callbacks.validation_loss import validation_loss, validation_timesteps
+from sat_train.training.callbacks.validation_file import ValidationFile
+from sat_train.training.callbacks.validation_loss import measure_clip_losses, validation_timesteps
 from sat_train.training.callbacks.validation_videos import SampleVideos, contact_sheet
 from sat_train.training.loop.callback import Callback, CallbackContext, Training
-from sat_train.training.loop.metrics import ValidationMetrics
-
-if TYPE_CHECKING:
-    import torch
-
+from sat_train.training.loop.clip_losses import ClipLosses
 
 log = get_logger(__name__)
 
@@ -105,10 +104,12 @@ def _validation(
     if interval is None:
         return callbacks
     if loader is not None:
+        if run_directory is not None and mesh.rank == 0:
+            callbacks.append(ValidationFile(run_directory))
         callbacks.append(
             Validation(
                 engine,
-                _measure(loader, mesh, pipeline, engine, encode),
+                _measure(config, loader, mesh, pipeline, engine, encode),
                 interval=interval,
                 is_measured=lambda step: broadcast_object(
                     mesh, _is_measured(run_directory if mesh.rank == 0 else None, step)
@@ -135,21 +136,28 @@ def _validation(
 
 
 def _measure(
+    config: RunConfig,
     loader: OrderedLoader,
     mesh: ProcessMesh,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
     encode: Encode,
 ) -> Measure:
-    timesteps = validation_timesteps(len(pipeline.alpha_bar))
+    timesteps = validation_timesteps(len(pipeline.alpha_bar), config.args.eval_timesteps)
 
-    def measure(step: int, asked_to_stop: Callable[[], bool]) -> ValidationMetrics | None:
-        return validation_loss(
-            step=step,
+    def losses_of(batch: LoadedBatch) -> torch.Tensor:
+        encoded = encode(batch)  # once for all timesteps
+        size = len(batch.sample_indices)
+        at_timesteps = (
+            pipeline.validation_loss(encoded, timesteps_b=torch.full((size,), timestep), network=engine)
+            for timestep in timesteps
+        )
+        return torch.stack([losses.loss_b for losses in at_timesteps], dim=1)
+
+    def measure(asked_to_stop: Callable[[], bool]) -> ClipLosses | None:
+        return measure_clip_losses(
             batches=loader,
-            losses_of=lambda batch, timesteps_b: (
-                pipeline.validation_loss(encode(batch), timesteps_b=timesteps_b, network=engine).loss_b
-            ),
+            losses_of=losses_of,
             num_samples=loader.num_samples,
             timesteps=timesteps,
             mesh=mesh,

@@ -29,6 +29,7 @@ class PlainProgress(Callback):
     def __init__(self) -> None:
         self._lines = 0
         self._counts = (0, 0)
+        self._last_validation: ValidationMetrics | None = None
 
     def started(self, trainer: Training) -> None:
         """Logs the steps to come."""
@@ -41,12 +42,9 @@ class PlainProgress(Callback):
         if isinstance(metrics, VideoMetrics):
             return  # logged when they were written
         if isinstance(metrics, ValidationMetrics):
-            log.info(
-                "step %d: validation loss %.5f on %d clips",
-                metrics.step,
-                metrics.valid_loss,
-                metrics.valid_samples,
-            )
+            for line in describe_validation(metrics, self._last_validation):
+                log.info("%s", line)
+            self._last_validation = metrics
             return
         counts = (metrics.skipped, int(metrics.measured.get(BAD_CLIPS, 0)))
         with_details = self._lines % _DETAILS_EVERY == 0 or counts != self._counts
@@ -79,6 +77,18 @@ class BarProgress(PlainProgress):
         """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def describe_validation(metrics: ValidationMetrics, last: ValidationMetrics | None) -> list[str]:
+    """Formats a validation, and its paired change since the last one, as lines that fit a terminal."""
+    loss, clips = metrics.valid_loss, len(metrics.losses)
+    limits = f" ({_loss(loss.low)} to {_loss(loss.high)})" if clips > 1 else ""
+    lines = [f"step {metrics.step}: validation loss {loss.mean:.5f}{limits} on {clips} clips"]
+    if last is not None and clips > 1:
+        change = metrics.losses.minus(last.losses).mean()
+        mean, low, high = map(_change, (change.mean, change.low, change.high))
+        lines.append(f"  since step {last.step} {mean} ({low} to {high})")
+    return lines
 
 
 def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> list[str]:
@@ -128,6 +138,10 @@ def duration(seconds: float) -> str:
 
 def _loss(value: float) -> str:
     return f"{value:.3f}" if 0.01 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+def _change(value: float) -> str:
+    return f"{value:+.5f}" if abs(value) < 1000 else f"{value:+.3g}"
 
 
 def _three_digits(value: float) -> str:

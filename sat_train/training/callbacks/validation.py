@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from sat_train.engine.engine import TrainEngine
 from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.metrics import ValidationMetrics
 
-Measure = Callable[[int, Callable[[], bool]], ValidationMetrics | None]
+Measure = Callable[[Callable[[], bool]], ClipLosses | None]
 
 
 class Validation(Callback):
@@ -19,7 +20,7 @@ class Validation(Callback):
 
     Args:
         engine: The engine, put into evaluation mode meanwhile.
-        measure: (step, asked to stop) -> metrics, or None when interrupted; on all ranks.
+        measure: (asked to stop) -> losses of the clips, or None when interrupted; on all ranks.
         interval: Steps between validations.
         is_measured: Returns whether the loss at a step is known already; on all ranks.
     """
@@ -50,8 +51,8 @@ class Validation(Callback):
             return
         self._engine.eval()
         try:
-            metrics = self._measure(trainer.state.step, trainer.asked_to_stop)
+            losses = self._measure(trainer.asked_to_stop)
         finally:
             self._engine.train()
-        if metrics is not None:
-            trainer.report(metrics)
+        if losses is not None:
+            trainer.report(ValidationMetrics(trainer.state.step, losses))

@@ -2,71 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 
 from sat_train.data.batch import LoadedBatch
-from sat_train.distributed.collectives import sum_over_data
+from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.training.loop.metrics import ValidationMetrics
+from sat_train.training.loop.clip_losses import ClipLosses
 
-NUM_TIMESTEPS = 8
+_Row = tuple[str, list[float]]  # clip, and its losses
 
 
-def validation_timesteps(num_timesteps: int, count: int = NUM_TIMESTEPS) -> tuple[int, ...]:
+def validation_timesteps(num_timesteps: int, count: int) -> tuple[int, ...]:
     """Returns the middles of `count` equal parts of the schedule."""
     return tuple(int((part + 0.5) * num_timesteps / count) for part in range(count))
 
 
 @torch.no_grad()
-def validation_loss(
+def measure_clip_losses(
     *,
-    step: int,
     batches: Iterable[LoadedBatch],
-    losses_of: Callable[[LoadedBatch, torch.Tensor], torch.Tensor],
+    losses_of: Callable[[LoadedBatch], torch.Tensor],
     num_samples: int,
-    timesteps: Sequence[int],
+    timesteps: tuple[int, ...],
     mesh: ProcessMesh,
     asked_to_stop: Callable[[], bool] = lambda: False,
-) -> ValidationMetrics | None:
-    """Measures the loss over the validation clips; sample `i` is noised to timestep `i mod len(timesteps)`.
+) -> ClipLosses | None:
+    """Measures the loss of each validation clip at each timestep.
 
     Args:
-        step: Optimizer steps done.
         batches: This rank's batches; each rank has as many.
-        losses_of: (batch, timesteps_b on the CPU) -> loss of each sample, [b].
+        losses_of: Returns the losses of a batch, [b, timesteps].
         num_samples: Clips in all. Later indices, which fill the last batches, do not count.
         timesteps: The timesteps.
         mesh: The process mesh.
         asked_to_stop: Called before each batch, on all ranks.
 
     Returns:
-        The metrics; None when interrupted.
+        The losses, in the order of the samples, on all ranks alike; None when interrupted.
 
     Ranks: all.
     """
-    sums = torch.zeros(len(timesteps), 2, dtype=torch.float64)  # loss and count of each timestep
+    rows: dict[int, _Row] = {}
     for batch in batches:
         if asked_to_stop():
             return None
-        slots = torch.tensor([index % len(timesteps) for index in batch.sample_indices])
-        losses = losses_of(batch, torch.tensor(timesteps)[slots]).double().cpu()
-        counts = torch.tensor([index < num_samples for index in batch.sample_indices])
-        for slot, loss, counted in zip(slots.tolist(), losses, counts, strict=True):
-            if counted:
-                sums[slot] += torch.stack([loss, torch.ones_like(loss)])
-    sums = sum_over_data(mesh, sums.to(mesh.device)).cpu()
-    seen = sums[:, 1] > 0
-    by_timestep = {
-        timestep: float(total / count)
-        for timestep, (total, count) in zip(timesteps, sums, strict=True)
-        if count
-    }
-    assert bool(seen.any()), "no clip was validated"
-    return ValidationMetrics(
-        step=step,
-        valid_loss=float(sums[:, 0].sum() / sums[:, 1].sum()),
-        valid_loss_by_timestep=by_timestep,
-        valid_samples=int(sums[:, 1].sum()),
-    )
+        losses = losses_of(batch).double().cpu().tolist()
+        for index, clip, row in zip(batch.sample_indices, batch.clip_ids, losses, strict=True):
+            if index < num_samples:
+                rows[index] = (clip, row)
+    gathered = {index: row for part in gather_objects(mesh, rows) for index, row in part.items()}
+    return ClipLosses(timesteps, _by_clip(gathered))
+
+
+def _by_clip(rows: dict[int, _Row]) -> dict[str, tuple[float, ...]]:
+    """Names the rows by their clips; a clip that replaces a bad one comes twice and gets its number too."""
+    clips: dict[str, tuple[float, ...]] = {}
+    for index in sorted(rows):
+        clip, losses = rows[index]
+        clips[clip if clip not in clips else f"{clip} in place of {index}"] = tuple(losses)
+    return clips

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from sat_train.training.loop.clip_losses import ClipLosses, Estimate
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,21 @@ class ValidationMetrics:
 
     Args:
         step: Optimizer steps done.
-        valid_loss: Mean over clips and timesteps.
-        valid_loss_by_timestep: Mean at each of the timesteps, by timestep.
-        valid_samples: Number of clips.
+        losses: Loss of each clip at each timestep.
     """
 
     step: int
-    valid_loss: float
-    valid_loss_by_timestep: dict[int, float]
-    valid_samples: int
+    losses: ClipLosses
+
+    @cached_property
+    def valid_loss(self) -> Estimate:
+        """Mean over clips and timesteps, with its interval."""
+        return self.losses.mean()
+
+    @cached_property
+    def valid_loss_by_timestep(self) -> dict[int, Estimate]:
+        """Mean over clips at each timestep, with its interval."""
+        return self.losses.by_timestep()
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,18 @@ Metrics = TrainMetrics | ValidationMetrics | VideoMetrics
 
 def as_json(metrics: TrainMetrics | ValidationMetrics) -> dict[str, Any]:
     """Returns metrics as a plain dictionary; numbers of callbacks are at the same level as the others."""
+    if isinstance(metrics, ValidationMetrics):
+        loss, by_timestep = metrics.valid_loss, metrics.valid_loss_by_timestep
+        return {
+            "step": metrics.step,
+            "valid_loss": loss.mean,
+            "valid_loss_interval": [loss.low, loss.high],
+            "valid_loss_by_timestep": {t: at.mean for t, at in by_timestep.items()},
+            "valid_loss_interval_by_timestep": {t: [at.low, at.high] for t, at in by_timestep.items()},
+            "valid_samples": len(metrics.losses),
+        }
     values = asdict(metrics)
-    measured = values.pop("measured", {})
+    measured = values.pop("measured")
     return {**values, **measured}
 
 
@@ -87,7 +107,10 @@ def scalars(metrics: TrainMetrics | ValidationMetrics) -> dict[str, float]:
     """Returns the numbers of metrics by tracker name, e.g. `train/loss`."""
     if isinstance(metrics, TrainMetrics):
         values = {f"train/{name}": value for name, value in as_json(metrics).items() if name != "step"}
-    else:
-        values = {"valid/loss": metrics.valid_loss}
-        values |= {f"valid/loss_at_{t}": loss for t, loss in metrics.valid_loss_by_timestep.items()}
-    return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None}
+    estimates = {"loss": metrics.valid_loss}
+    estimates |= {f"loss_at_{t}": loss for t, loss in metrics.valid_loss_by_timestep.items()}
+    means = {f"valid/{name}": loss.mean for name, loss in estimates.items()}
+    limits = {f"valid_interval/{name}_low": loss.low for name, loss in estimates.items()}
+    limits |= {f"valid_interval/{name}_high": loss.high for name, loss in estimates.items()}
+    return {**means, **{name: limit for name, limit in limits.items() if math.isfinite(limit)}}

@@ -184,11 +184,21 @@ def test_validation_repeats_itself_and_drops_nothing(make_pipeline, make_batch, 
     assert not torch.equal(inputs.eps_btchw, pipeline.training_inputs(encode(pipeline, batch)).eps_btchw)
 
 
-def test_min_snr_weights_each_sample(make_pipeline, make_batch, encode):
+@pytest.mark.parametrize("change", [{"seed": 7}, {"min_snr_gamma": 0.5}, {"offset_noise_level": 0.1}])
+def test_runs_of_other_recipes_and_seeds_are_validated_alike(make_pipeline, make_batch, encode, change):
     batch, timesteps = make_batch([0, 1]), torch.tensor([5, 900])
     encoded = encode(make_pipeline(), batch)
-    plain = make_pipeline().validation_loss(encoded, timesteps_b=timesteps)
-    weighted = make_pipeline(min_snr_gamma=5.0).validation_loss(encoded, timesteps_b=timesteps)
+    plain, other = make_pipeline(), make_pipeline(**change)
+    assert not torch.equal(plain.training_loss(encoded).loss_b, other.training_loss(encoded).loss_b)
+    one, two = (each.validation_loss(encoded, timesteps_b=timesteps).loss_b for each in (plain, other))
+    assert torch.equal(one, two)
+
+
+def test_min_snr_weights_each_sample(make_pipeline, make_batch, encode):
+    batch, timesteps = make_batch([0, 1]), torch.tensor([5, 900])
+    inputs = make_pipeline().validation_inputs(encode(make_pipeline(), batch), timesteps)
+    plain = make_pipeline().loss(inputs)
+    weighted = make_pipeline(min_snr_gamma=5.0).loss(inputs)
     weight = min_snr_weight(make_pipeline().alpha_bar[timesteps], 5.0)
     assert weight[0] < 0.1
     torch.testing.assert_close(weighted.loss_b, weight * plain.loss_b)

@@ -11,6 +11,7 @@ import pytest
 from sat_train.training.callbacks.appended_file import AppendedFile
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.tensorboard import TensorBoard
+from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.metrics import ValidationMetrics
 
 
@@ -38,9 +39,7 @@ def test_records_that_found_no_room_follow_whole_and_in_order(tmp_path):
 
 
 def _metrics(step: int) -> ValidationMetrics:
-    return ValidationMetrics(
-        step=step, valid_loss=0.5, valid_loss_by_timestep={62: float("nan")}, valid_samples=8
-    )
+    return ValidationMetrics(step, ClipLosses((62, 500), {"a": (0.5, 0.5), "b": (float("nan"), 0.5)}))
 
 
 def _at(step: int) -> SimpleNamespace:
@@ -63,9 +62,9 @@ def test_a_full_disk_costs_no_metrics_not_even_at_the_start_of_a_resumed_run(tmp
     assert [(record["step"], record["valid_loss"]) for record in read_metrics(path)] == [
         (1, 0.1),
         (2, 0.1),
-        (3, 0.5),
-        (4, 0.5),
-        (5, 0.5),
+        (3, None),
+        (4, None),
+        (5, None),
     ]
     assert "NaN" not in path.read_text(), "JSON has no NaN"
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]

@@ -9,16 +9,15 @@ import subprocess
 import sys
 import termios
 import textwrap
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from sat_train.errors import LaunchError
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
-from sat_train.training.callbacks.progress import describe, duration
+from sat_train.training.callbacks.progress import describe, describe_validation, duration
 from sat_train.training.callbacks.wandb import WeightsAndBiases
+from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.metrics import TrainMetrics, ValidationMetrics, scalars
 
 
@@ -37,7 +36,8 @@ def _metrics(step: int, **changes) -> TrainMetrics:
     return TrainMetrics(step=step, **{**values, **changes})
 
 
-VALIDATION = ValidationMetrics(step=2, valid_loss=0.75, valid_loss_by_timestep={62: 1.0}, valid_samples=8)
+LOSSES = ClipLosses((250, 750), {"a": (0.5, 1.5), "b": (0.25, 0.75)})
+VALIDATION = ValidationMetrics(step=2, losses=LOSSES)
 
 
 def _at(step: int) -> SimpleNamespace:
@@ -101,7 +101,7 @@ def test_on_a_terminal_of_80_columns_no_line_is_torn_and_none_is_glued_to_the_ba
             progress.step_done(trainer)
             log.info("saved /a/folder/of/a/run/%d", step)
         log.warning("one long line " + "x" * 100)
-        progress.reported(ValidationMetrics(30, 0.5, {}, 8))
+        progress.reported(ValidationMetrics(30, ClipLosses((500,), {"a": (0.5,)})))
         progress.closed()
         log.info("the end")
         """
@@ -124,6 +124,7 @@ import sys
 from types import SimpleNamespace
 from sat_train.log import configure_logging, get_logger
 from sat_train.training.callbacks.progress import BarProgress, build_progress
+from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.metrics import TrainMetrics, ValidationMetrics
 from sat_train.config.learning_rate import LearningRate
 configure_logging()
@@ -191,26 +192,16 @@ def test_every_line_of_the_file_is_json_even_when_a_number_is_not_finite(tmp_pat
     first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert first["grad_norm"] is None
     assert first["loss"] == 0.5
+    low, high = second.pop("valid_loss_interval")
+    limits = second.pop("valid_loss_interval_by_timestep")
+    assert 0.5 <= low < 0.75 < high <= 1.0
+    assert limits.keys() == {"250", "750"}
     assert second == {
         "step": 2,
         "valid_loss": 0.75,
-        "valid_loss_by_timestep": {"62": 1.0},
-        "valid_samples": 8,
+        "valid_loss_by_timestep": {"250": 0.375, "750": 1.125},
+        "valid_samples": 2,
     }
-
-
-def test_the_recipe_finds_the_step_with_the_lowest_validation_loss(tmp_path):
-    recipes = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text()
-    (line,) = re.findall(r"^grep .*metrics\.jsonl.*$", recipes, re.MULTILINE)
-    metrics = MetricsFile(tmp_path)
-    metrics.started(_at(0))
-    for step, loss in ((2, 0.75), (4, 0.095), (6, 0.11), (8, 1e-1)):
-        metrics.reported(_metrics(step, loss=0.01))
-        metrics.reported(replace(VALIDATION, step=step, valid_loss=loss))
-    found = subprocess.run(
-        line.replace("runs/NAME", str(tmp_path)), shell=True, stdout=subprocess.PIPE, check=True
-    )
-    assert json.loads(found.stdout)["step"] == 4
 
 
 def test_a_resumed_run_drops_the_lines_of_steps_it_will_repeat(tmp_path):
@@ -239,7 +230,22 @@ def test_trackers_get_numbers_only():
             "bad_clips",
         )
     }
-    assert scalars(VALIDATION) == {"valid/loss": 0.75, "valid/loss_at_62": 1.0}
+    numbers = scalars(VALIDATION)
+    names = ("loss", "loss_at_250", "loss_at_750")
+    assert [numbers.pop(f"valid/{name}") for name in names] == [0.75, 0.375, 1.125]
+    assert numbers.keys() == {f"valid_interval/{name}_{limit}" for name in names for limit in ("low", "high")}
+    alone = ValidationMetrics(2, ClipLosses((500,), {"a": (0.5,)}))
+    assert scalars(alone).keys() == {"valid/loss", "valid/loss_at_500"}, "one clip has no interval"
+
+
+def test_a_validation_is_one_line_and_its_change_is_paired():
+    clips = [f"clip {number}" for number in range(8)]
+    before = ClipLosses((500,), {clip: (0.1 * number,) for number, clip in enumerate(clips)})
+    after = ClipLosses((500,), {clip: (0.1 * number - 0.01,) for number, clip in enumerate(clips)})
+    first, second = ValidationMetrics(100, before), ValidationMetrics(200, after)
+    (line,) = describe_validation(first, None)
+    assert re.fullmatch(r"step 100: validation loss 0\.35000 \(0\.\d+ to 0\.\d+\) on 8 clips", line)
+    assert describe_validation(second, first)[1] == "  since step 100 -0.01000 (-0.01000 to -0.01000)"
 
 
 def test_wandb_without_its_package_is_a_clear_error(tmp_path, monkeypatch):
