@@ -19,8 +19,9 @@ import torch
 
 from sat_train.config import load_run_config
 from sat_train.distributed.processes import start_single_process
-from sat_train.interchange.diffusers_folder import STEM, to_diffusers
+from sat_train.interchange.diffusers_folder import STEM
 from sat_train.models.build import build_dit
+from sat_train.weights.diffusers_keys import transformer_to_diffusers
 from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
 from sat_train.weights.safetensors_out import write_safetensors
 
@@ -71,7 +72,7 @@ def main() -> None:
     layers = f"model.network_config.params.num_layers={options.layers}"
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        weights = to_diffusers(random_weights([layers]), learned_positions=False)
+        weights = transformer_to_diffusers(random_weights([layers]))
         (folder / "source" / "transformer").mkdir(parents=True)
         write_safetensors(
             folder / "source" / "transformer", STEM, weights, metadata={}, progress=lambda n: None

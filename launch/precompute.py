@@ -2,7 +2,7 @@
 
 import sys
 
-from sat_train.cli.precompute_cache import main
+from sat_train.cli.ranks import precompute
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(precompute())

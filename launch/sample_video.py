@@ -2,7 +2,7 @@
 
 import sys
 
-from sat_train.cli.sample import main
+from sat_train.cli.ranks import sample
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sample())

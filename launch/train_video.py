@@ -2,7 +2,7 @@
 
 import sys
 
-from sat_train.cli.train import main
+from sat_train.cli.ranks import train
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train())

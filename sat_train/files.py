@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from sat_train.errors import SatTrainError
+from sat_train.json_record import Count, JsonRecord, Sha256
 
 _CHUNK_BYTES = 16 * 1024 * 1024
 PART_SUFFIX = ".part"  # a file being written; one left behind by a kill may be deleted
@@ -133,7 +134,7 @@ def _reason(problem: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class FileRecord:
+class FileRecord(JsonRecord):
     """Name, size and hash of a file.
 
     Args:
@@ -143,8 +144,8 @@ class FileRecord:
     """
 
     name: str
-    size: int
-    sha256: str
+    size: Count
+    sha256: Sha256
 
 
 class HashingFile:

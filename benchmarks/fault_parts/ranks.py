@@ -131,6 +131,6 @@ def _train(variables: dict[str, str], words: list[str], log: str, injection: Inj
     os.environ.update(variables)
     if injection is not None:
         injection.install()
-    from sat_train.cli.train import main
+    from sat_train.cli.ranks import train
 
-    sys.exit(main(words))
+    sys.exit(train(words))

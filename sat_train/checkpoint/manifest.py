@@ -11,29 +11,20 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sat_train.checkpoint.layout import MANIFEST, cannot_read, parse_step
 from sat_train.errors import CheckpointError
 from sat_train.files import FileRecord, NotRegular, hash_file, read_text
+from sat_train.json_record import Count, JsonRecord, NonEmpty, RankCount, Sha256, read_record
 from sat_train.weights.names import DTYPES
 
 FORMAT = 2
 _HASHING_THREADS = 8
 _MOST_BYTES = 16 * 2**20  # files of some 50,000 ranks
-_MOST_RANKS = 2**16
-_MOST = 2**62
-_COUNTS = {
-    "step": _MOST,
-    "samples_consumed": _MOST,
-    "world_size": _MOST_RANKS,
-    "data_size": _MOST_RANKS,
-    "model_size": _MOST_RANKS,
-}
 _MOST_SHOWN = 1000  # characters of a message that quotes a stranger's file
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 # Files that readers would take for parts of the checkpoint.
 _STATES = re.compile(r".*_states\.pt|fragments_rank_\d+\.pt")
 
@@ -43,7 +34,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 @dataclass(frozen=True)
-class BaseWeights:
+class BaseWeights(JsonRecord):
     """The frozen base weights of a LoRA run.
 
     Args:
@@ -51,12 +42,12 @@ class BaseWeights:
         sha256: `sat_train.interchange.locate.hash_weights` of that source.
     """
 
-    source: str
-    sha256: str
+    source: NonEmpty
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(JsonRecord):
     """Description of a checkpoint: everything known without opening its tensors.
 
     Args:
@@ -76,19 +67,19 @@ class Manifest:
         format: Version of this record.
     """
 
-    step: int
-    samples_consumed: int
-    world_size: int
-    data_size: int
-    model_size: int
+    step: Count
+    samples_consumed: Count
+    world_size: RankCount
+    data_size: RankCount
+    model_size: RankCount
     dtype: str
     trainable_only: bool
     config_digest: str
     data_fingerprint: str
     base_weights: BaseWeights | None
     versions: dict[str, str]
-    files: tuple[FileRecord, ...]
-    samples_waiting: tuple[int, ...] = ()
+    files: tuple[FileRecord, ...] = ()
+    samples_waiting: tuple[Count, ...] = ()
     format: int = FORMAT
 
     def global_rank(self, data_rank: int, model_rank: int) -> int:
@@ -165,61 +156,21 @@ def _damaged_manifest(path: Path, error: Exception) -> DamagedCheckpoint:
 
 def _decode(body: dict[str, Any]) -> Manifest:
     _check(body.get("format") == FORMAT, f"format {body.get('format')!r:.20} is not {FORMAT}")
-    known = {field.name for field in fields(Manifest)}
-    required = {field.name for field in fields(Manifest) if field.default is MISSING}
-    odd = (body.keys() - known) | (required - body.keys())
-    _check(not odd, f"fields missing or unknown: {', '.join(sorted(odd))}")
-    for name, most in _COUNTS.items():
-        _check(_is_count(body[name], most), f"{name} = {body[name]!r:.40}")
-    ranks = body["data_size"] * body["model_size"]
-    _check(body["world_size"] == ranks > 0, f"world_size = {body['world_size']}, of {ranks} ranks")
-    _check(type(body["trainable_only"]) is bool, "trainable_only is neither true nor false")
-    _check(body["dtype"] in DTYPES, f"dtype = {body['dtype']!r:.40}")
-    texts = [body["config_digest"], body["data_fingerprint"], *body["versions"].values()]
-    _check(all(type(text) is str for text in texts), "a digest or a version is not a text")
-    waiting = body.get("samples_waiting", [])
-    _check(type(waiting) is list and all(_is_count(sample, _MOST) for sample in waiting), "samples_waiting")
-    base = body["base_weights"]
-    files = tuple(_record(values) for values in body["files"])
-    _check(len({record.name for record in files}) == len(files), "a file is listed twice")
-    return Manifest(
-        **{
-            **body,
-            "files": files,
-            "samples_waiting": tuple(waiting),
-            "base_weights": None if base is None else _base_weights(base),
-        }
-    )
+    manifest: Manifest = read_record(Manifest, json.dumps(body))
+    ranks = manifest.data_size * manifest.model_size
+    _check(manifest.world_size == ranks, f"world_size = {manifest.world_size}, of {ranks} ranks")
+    _check(manifest.dtype in DTYPES, f"dtype = {manifest.dtype!r:.40}")
+    names = [record.name for record in manifest.files]
+    for name in names:
+        _check(is_plain_name(name), f"a file is called {name!r:.80}")
+    _check(len(set(names)) == len(names), "a file is listed twice")
+    return manifest
 
 
-def _record(values: dict[str, Any]) -> FileRecord:
-    record = FileRecord(**values)
-    _check(is_plain_name(record.name), f"a file is called {record.name!r:.80}")
-    _check(_is_count(record.size, _MOST), f"{record.name} has {record.size!r:.40} bytes")
-    _check(_is_sha256(record.sha256), f"{record.name} has the hash {record.sha256!r:.80}")
-    return record
-
-
-def _base_weights(values: dict[str, Any]) -> BaseWeights:
-    base = BaseWeights(**values)
-    _check(type(base.source) is str and bool(base.source), "base_weights name no source")
-    _check(_is_sha256(base.sha256), f"base_weights have the hash {base.sha256!r:.80}")
-    return base
-
-
-def is_plain_name(name: object) -> bool:
+def is_plain_name(name: str) -> bool:
     """Returns whether a name is that of a file directly inside a folder, other than the manifest."""
-    if type(name) is not str or "\0" in name or not 0 < len(name) <= 255:
-        return False
-    return name == Path(name).name and name not in (".", "..", MANIFEST)
-
-
-def _is_count(value: object, most: int) -> bool:
-    return type(value) is int and 0 <= value <= most
-
-
-def _is_sha256(value: object) -> bool:
-    return type(value) is str and _SHA256.fullmatch(value) is not None
+    is_name = "\0" not in name and 0 < len(name) <= 255
+    return is_name and name == Path(name).name and name not in (".", "..", MANIFEST)
 
 
 def _check(is_right: bool, problem: str) -> None:

@@ -12,9 +12,8 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from sat_train.checkpoint.history import point_latest, set_aside
 from sat_train.checkpoint.layout import (
@@ -38,12 +37,6 @@ log = get_logger(__name__)
 SPACE_MARGIN = 1.2
 
 
-class Describe(Protocol):
-    """Builds the manifest from the files of all ranks."""
-
-    def __call__(self, *, files: tuple[FileRecord, ...]) -> Manifest: ...
-
-
 @dataclass(frozen=True)
 class RankReport:
     """Report of one rank: the files it wrote into the temporary folder.
@@ -61,19 +54,18 @@ def publish(
     mesh: ProcessMesh,
     *,
     run_directory: Path,
-    step: int,
+    manifest: Manifest,
     expected_bytes: int,
     write: Callable[[Path], RankReport],
-    describe: Describe,
 ) -> Path:
     """Writes and commits the folder of one step.
 
     Args:
         run_directory: An existing folder, on a file system that all ranks see.
-        step: Optimizer step, which names the folder. An existing folder of that name is set aside.
+        manifest: Description of the checkpoint, without its files; its step names the folder. An existing
+            folder of that name is set aside.
         expected_bytes: Estimate of the total size, for the check of free space.
         write: Writes this rank's files into a folder. It reports a failure instead of raising.
-        describe: Builds the manifest, on rank 0, from the files of all ranks.
 
     Returns:
         The committed folder.
@@ -84,9 +76,9 @@ def publish(
 
     Ranks: all.
     """
-    temporary = on_rank_0(mesh, lambda: _open_temporary(run_directory, step, expected_bytes))
+    temporary = on_rank_0(mesh, lambda: _open_temporary(run_directory, manifest.step, expected_bytes))
     reports = gather_objects(mesh, write(temporary))
-    return on_rank_0(mesh, lambda: _commit_or_clean(temporary, run_directory, step, reports, describe))
+    return on_rank_0(mesh, lambda: _commit_or_clean(temporary, run_directory, manifest, reports))
 
 
 def expected_size(run_directory: Path, first_guess: int) -> int:
@@ -114,23 +106,17 @@ def _open_temporary(run_directory: Path, step: int, expected_bytes: int) -> Path
 
 
 def _commit_or_clean(
-    temporary: Path,
-    run_directory: Path,
-    step: int,
-    reports: list[RankReport],
-    describe: Describe,
+    temporary: Path, run_directory: Path, manifest: Manifest, reports: list[RankReport]
 ) -> Path:
     try:
-        _check_reports(temporary, step, reports)
-        files = tuple(
-            sorted((file for report in reports for file in report.files), key=lambda file: file.name)
-        )
-        write_text(temporary / MANIFEST, describe(files=files).to_json())
-        target = _rename(temporary, run_directory, step)
+        _check_reports(temporary, manifest.step, reports)
+        files = sorted((file for report in reports for file in report.files), key=lambda file: file.name)
+        write_text(temporary / MANIFEST, replace(manifest, files=tuple(files)).to_json())
+        target = _rename(temporary, run_directory, manifest.step)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _point_latest(run_directory, step)
+    _point_latest(run_directory, manifest.step)
     return target
 
 

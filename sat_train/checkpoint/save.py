@@ -16,7 +16,7 @@ from torch import Tensor
 import sat_train
 from sat_train.checkpoint.fragments import Fragment, pack_fragments
 from sat_train.checkpoint.layout import CLIENT_STATE, SAT_PREFIX, fragments_file_name, model_file_name
-from sat_train.checkpoint.manifest import BaseWeights, Manifest
+from sat_train.checkpoint.manifest import Manifest
 from sat_train.checkpoint.publish import RankReport, expected_size, publish
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import FileRecord, HashingFile, write_file
@@ -39,32 +39,14 @@ class RunState:
 
 
 def save_training_checkpoint(
-    mesh: ProcessMesh,
-    *,
-    state: RunState,
-    run_directory: Path,
-    step: int,
-    samples_consumed: int,
-    samples_waiting: Sequence[int] = (),
-    dtype: str,
-    trainable_only: bool,
-    config_digest: str,
-    data_fingerprint: str,
-    base_weights: BaseWeights | None = None,
+    mesh: ProcessMesh, *, state: RunState, run_directory: Path, manifest: Manifest
 ) -> Path:
     """Publishes everything that a run needs to resume as if it had never stopped.
 
     Args:
         state: The state of this rank.
         run_directory: The run directory.
-        step: Optimizer steps done.
-        samples_consumed: Samples that all ranks together have taken.
-        samples_waiting: Samples that were skipped in the global order and are still to come.
-        dtype: Precision of the run: `fp32`, `bf16` or `fp16`.
-        trainable_only: Whether frozen weights are left out (LoRA).
-        config_digest: `RunConfig.digest()`.
-        data_fingerprint: Fingerprint of the data set.
-        base_weights: Source and hash of the frozen weights, if they are left out.
+        manifest: Description of the checkpoint, without its files; the same on all ranks.
 
     Returns:
         The committed folder.
@@ -74,28 +56,12 @@ def save_training_checkpoint(
 
     Ranks: all.
     """
-    manifest = partial(
-        Manifest,
-        step=step,
-        samples_consumed=samples_consumed,
-        samples_waiting=tuple(samples_waiting),
-        world_size=mesh.world_size,
-        data_size=mesh.data_size,
-        model_size=mesh.model_size,
-        dtype=dtype,
-        trainable_only=trainable_only,
-        config_digest=config_digest,
-        data_fingerprint=data_fingerprint,
-        base_weights=base_weights,
-        versions=library_versions(),
-    )
     return publish(
         mesh,
         run_directory=run_directory,
-        step=step,
+        manifest=manifest,
         expected_bytes=expected_size(run_directory, _guess_bytes(mesh, state)),
         write=partial(_write_rank, mesh, state),
-        describe=manifest,
     )
 
 

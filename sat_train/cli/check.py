@@ -63,8 +63,10 @@ def _count_clips(config: RunConfig) -> ClipCounts | None:
     paths = [*(args.train_data or ()), *(args.valid_data or ())]
     if config.data is None or not args.train_data or any("://" in path for path in paths):
         return None
-    from sat_train.data.sources.count import count_clips  # imports PyAV
-    from sat_train.data.sources.read import build_source_options
+    from sat_train.data.sources.read import (
+        build_source_options,
+        count_clips,  # imports PyAV
+    )
 
     options = build_source_options(config.data)
     return count_clips(args.train_data, args.valid_data, shares=config.data_shares(), options=options)

@@ -9,11 +9,14 @@ from importlib import import_module
 
 from sat_train.errors import SatTrainError
 
-# Command -> module with `main(argv) -> exit code`. Imported on demand, because most of them need torch.
+# Command -> module with `main(argv) -> exit code`, or module:function. Imported on demand: most need torch.
 COMMANDS = {
-    "train": ("sat_train.cli.train", "train a model (with torchrun: launch/train_video.py)"),
-    "sample": ("sat_train.cli.sample", "sample videos from prompts (with torchrun: launch/sample_video.py)"),
-    "precompute": ("sat_train.cli.precompute_cache", "encode data into a cache (launch/precompute.py)"),
+    "train": ("sat_train.cli.ranks:train", "train a model (with torchrun: launch/train_video.py)"),
+    "sample": (
+        "sat_train.cli.ranks:sample",
+        "sample videos from prompts (with torchrun: launch/sample_video.py)",
+    ),
+    "precompute": ("sat_train.cli.ranks:precompute", "encode data into a cache (launch/precompute.py)"),
     "cache": ("sat_train.cli.cache", "list, verify or prune a cache of encoded samples"),
     "convert": (
         "sat_train.cli.convert",
@@ -61,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"no command '{words[0]}'\n\n{_usage()}", file=sys.stderr)
         return 2
-    module, _ = COMMANDS[words[0]]
-    return run_cli(lambda: int(import_module(module).main(words[1:])))
+    module, _, function = COMMANDS[words[0]][0].partition(":")
+    return run_cli(lambda: int(getattr(import_module(module), function or "main")(words[1:])))
 
 
 def _usage() -> str:

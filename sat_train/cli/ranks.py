@@ -1,4 +1,4 @@
-"""Runs a command on all ranks, from the command line to an exit code."""
+"""Trains, samples or precomputes on all ranks, from the command line to an exit code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
+from sat_train.cli.usage import print_usage, wants_help
 from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.distributed.environment import RankEnv, tell_torchrun
 from sat_train.distributed.signals import StopRequest
@@ -24,17 +25,32 @@ if TYPE_CHECKING:
     from sat_train.distributed.failures import FailureBoard
     from sat_train.distributed.processes import ProcessMesh
 
+Command = Literal["train", "sample", "precompute"]
+
 _INTERRUPTED = 130
 _MEET_TO_REPORT_S = 30  # longest time that a failed rank looks for the others
 
 
-def run_on_ranks(
-    purpose: Literal["train", "sample", "precompute"], work: tuple[str, str], words: Sequence[str] | None
-) -> int:
+def train(words: Sequence[str] | None = None) -> int:
+    """Trains a model; returns the exit code. Without `words`, those of this process."""
+    return run_on_ranks("train", ("sat_train.training.build", "train"), words)
+
+
+def sample(words: Sequence[str] | None = None) -> int:
+    """Samples videos; returns the exit code. Without `words`, those of this process."""
+    return run_on_ranks("sample", ("sat_train.cli.sample_videos", "sample"), words)
+
+
+def precompute(words: Sequence[str] | None = None) -> int:
+    """Encodes a run's samples into `data.cache_dir`; returns the exit code."""
+    return run_on_ranks("precompute", ("sat_train.encoding.precompute", "precompute_until_stopped"), words)
+
+
+def run_on_ranks(command: Command, work: tuple[str, str], words: Sequence[str] | None) -> int:
     """Reads the configuration, joins the ranks and does the work.
 
     Args:
-        purpose: Purpose that the configuration is checked for.
+        command: The command, for which the configuration is checked.
         work: Module and function (config, mesh) -> None. Imported after the configuration has been checked,
             because torch and the libraries above it take seconds.
         words: Command line without the program's name; None takes this process's.
@@ -43,9 +59,13 @@ def run_on_ranks(
         Exit code: 0 if the work is complete or was stopped in order, 2 for faults of the command line,
         configuration, data or weights, 1 for a failure of the work.
     """
+    words = sys.argv[1:] if words is None else words
+    if wants_help(words):
+        print_usage(command)
+        return 0
     try:
         StopRequest("stopped before the start").listen()  # until the work listens itself
-        return _run_on_ranks(purpose, work, words)
+        return _run_on_ranks(command, work, words)
     except Stopped as request:
         print(request, file=sys.stderr)
         return request.exit_code
@@ -54,9 +74,7 @@ def run_on_ranks(
         return _INTERRUPTED
 
 
-def _run_on_ranks(
-    purpose: Literal["train", "sample", "precompute"], work: tuple[str, str], words: Sequence[str] | None
-) -> int:
+def _run_on_ranks(command: Command, work: tuple[str, str], words: Sequence[str]) -> int:
     try:
         env = RankEnv.read()
     except SatTrainError as error:
@@ -67,8 +85,8 @@ def _run_on_ranks(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.simplefilter("ignore", FutureWarning)  # deprecation notices are not for the user
     try:
-        base, rest = split_command_line(sys.argv[1:] if words is None else words)
-        config = load_run_config(base, rest, purpose=purpose)
+        base, rest = split_command_line(words)
+        config = load_run_config(base, rest, purpose=command)
     except BaseException as error:
         return _end(env, partial(_report_before_meeting, error, env))
     return _join_and_work(config, env, work)

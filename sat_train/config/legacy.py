@@ -25,59 +25,45 @@ TARGETS = {
 OPTIMIZERS = {"sat.ops.FusedEmaAdam": "AdamW", "FusedEmaAdam": "AdamW"}
 
 NO_EFFECT = "never had an effect"
-_KNOWN = "known from the model"
-# Keys of old files that nothing reads here, with the reason. Patterns as in a shell.
-WITHOUT_EFFECT = {
-    "args.no_load_rng": "all randomness comes from the seed and the step",
-    "args.no_save_rng": "all randomness comes from the seed and the step",
-    "args.resume_dataloader": "`resume` always continues at the same sample",
-    "args.force_train": "weights that do not fit are an error",
-    "args.force_pretrain": "weights that do not fit are an error",
-    "args.force_inference": "weights that do not fit are an error",
-    "args.only_log_video_latents": "use `args.valid_video_interval`",
-    "args.log_image": NO_EFFECT,
-    "args.debug": NO_EFFECT,
-    "args.final_size": NO_EFFECT,
-    "args.grid_num_rows": NO_EFFECT,
-    "args.lcm_steps": NO_EFFECT,
-    "args.input_dir": NO_EFFECT,
-    "args.latent_channels": _KNOWN,
-    "args.image2video": "known from `model.noised_image_input`",
-    "args.local_rank": "read from the environment",
-    "args.block_size": "the order of samples needs no blocks",
-    "args.skip_init": "loaded weights are never initialized first",
-    "args.use_gpu_initialization": "weights are made where they are used",
-    "model.disable_first_stage_autocast": "the autoencoder has its own precision",
-    "model.no_cond_log": NO_EFFECT,
-    "model.log_keys": "captions are always written next to sampled videos",
-    "model.input_key": NO_EFFECT,
-    "model.latent_input": "the data set says what it yields",
-    "model.use_pd": NO_EFFECT,
-    "model.augmentation_dropout": NO_EFFECT,
-    "model.lr_scale": NO_EFFECT,
-    "model.lora_train": "use `lora_config`",
-    "model.compile_model": "use `args.compile`",
-    "model.network_wrapper": NO_EFFECT,
-    "model.network_config.params.adm_in_channels": NO_EFFECT,
-    "model.network_config.params.transformer_args.vocab_size": NO_EFFECT,
-    "model.network_config.params.transformer_args.max_sequence_length": NO_EFFECT,
-    "model.network_config.params.transformer_args.skip_init": NO_EFFECT,
-    "model.first_stage_config.params.*coder_config.params.resolution": NO_EFFECT,
-    "model.first_stage_config.params.*coder_config.params.gather_norm": "results do not depend on it",
-    "model.first_stage_config.params.ignore_keys": "weights of its training loss are never loaded",
-    "model.loss_fn_config.params.fixed_frames": NO_EFFECT,
-    "model.loss_fn_config.params.block_scale": NO_EFFECT,
-    "model.loss_fn_config.params.block_size": NO_EFFECT,
-    "model.loss_fn_config.params.sigma_sampler_config.params.group_num": "timesteps spread over all ranks",
-    "model.sampler_config.params.fixed_frames": NO_EFFECT,
-    "model.sampler_config.params.verbose": "progress is always shown",
-    "deepspeed.loss_scale": "belongs under `deepspeed.fp16`",
-    "deepspeed.loss_scale_window": "belongs under `deepspeed.fp16`",
-    "deepspeed.hysteresis": "belongs under `deepspeed.fp16`",
-    "deepspeed.min_loss_scale": "belongs under `deepspeed.fp16`",
-    "deepspeed.activation_checkpointing": "use `args.checkpoint_activations`",
-    "deepspeed.zero_optimization.load_from_fp32_weights": "fp32 weights are restored with the checkpoint",
+# Keys of old files that nothing reads here, by the reason. Patterns as in a shell.
+_KEYS_WITHOUT_EFFECT = {
+    NO_EFFECT: (
+        "args.log_image args.debug args.final_size args.grid_num_rows args.lcm_steps args.input_dir "
+        "model.no_cond_log model.input_key model.use_pd model.augmentation_dropout model.lr_scale "
+        "model.network_wrapper model.network_config.params.adm_in_channels "
+        "model.network_config.params.transformer_args.vocab_size "
+        "model.network_config.params.transformer_args.max_sequence_length "
+        "model.network_config.params.transformer_args.skip_init "
+        "model.first_stage_config.params.*coder_config.params.resolution "
+        "model.loss_fn_config.params.fixed_frames model.loss_fn_config.params.block_scale "
+        "model.loss_fn_config.params.block_size model.sampler_config.params.fixed_frames"
+    ),
+    "all randomness comes from the seed and the step": "args.no_load_rng args.no_save_rng",
+    "`resume` always continues at the same sample": "args.resume_dataloader",
+    "weights that do not fit are an error": "args.force_train args.force_pretrain args.force_inference",
+    "use `args.valid_video_interval`": "args.only_log_video_latents",
+    "known from the model": "args.latent_channels",
+    "known from `model.noised_image_input`": "args.image2video",
+    "read from the environment": "args.local_rank",
+    "the order of samples needs no blocks": "args.block_size",
+    "loaded weights are never initialized first": "args.skip_init",
+    "weights are made where they are used": "args.use_gpu_initialization",
+    "the autoencoder has its own precision": "model.disable_first_stage_autocast",
+    "captions are always written next to sampled videos": "model.log_keys",
+    "the data set says what it yields": "model.latent_input",
+    "use `lora_config`": "model.lora_train",
+    "use `args.compile`": "model.compile_model",
+    "results do not depend on it": "model.first_stage_config.params.*coder_config.params.gather_norm",
+    "weights of its training loss are never loaded": "model.first_stage_config.params.ignore_keys",
+    "timesteps spread over all ranks": "model.loss_fn_config.params.sigma_sampler_config.params.group_num",
+    "progress is always shown": "model.sampler_config.params.verbose",
+    "belongs under `deepspeed.fp16`": (
+        "deepspeed.loss_scale deepspeed.loss_scale_window deepspeed.hysteresis deepspeed.min_loss_scale"
+    ),
+    "use `args.checkpoint_activations`": "deepspeed.activation_checkpointing",
+    "fp32 weights are restored with the checkpoint": "deepspeed.zero_optimization.load_from_fp32_weights",
 }
+WITHOUT_EFFECT = {key: why for why, keys in _KEYS_WITHOUT_EFFECT.items() for key in keys.split()}
 # These modules are frozen and outside the transformer anyway; CogVideo's default names them.
 _ALWAYS_FROZEN = ("first_stage_model", "conditioner")
 

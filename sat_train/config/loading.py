@@ -11,7 +11,6 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from sat_train.config.aliases import fold_aliases, get_value
-from sat_train.config.demo import drop_demo
 from sat_train.config.extensions import KEY, Extensions, load_extensions
 from sat_train.config.fixed_keys import drop_fixed_keys
 from sat_train.config.layers import (
@@ -35,6 +34,9 @@ from sat_train.config.section_check import validate
 from sat_train.config.weights_folder import fill_frozen_models
 from sat_train.config.words import COMMAND_LINE
 from sat_train.errors import ConfigError, Fault
+
+# Settings of the embedded model that belong to its demo clips, `args.train_data`.
+_WITH_DEMO_DATA = ("valid_data", "valid_prompts", "valid_images")
 
 
 def load_run_config(
@@ -102,9 +104,19 @@ def _settle(merged: Merged, faults: list[Fault]) -> None:
     drop_fixed_keys(merged, faults)
     fold_aliases(merged, faults)
     resolve_references(merged, faults)
-    drop_demo(merged)
+    _drop_demo(merged)
     merged.tree = expand_assets(merged.tree)
     fill_frozen_models(merged)
+
+
+def _drop_demo(merged: Merged) -> None:
+    """Drops the demo's validation clips and prompts once the user has named other training data."""
+    args = merged.tree.get("args")
+    if not isinstance(args, dict) or merged.source_of("args.train_data") == EMBEDDED:
+        return
+    for key in _WITH_DEMO_DATA:
+        if merged.sources.get(f"args.{key}") == EMBEDDED:
+            del args[key], merged.sources[f"args.{key}"]
 
 
 def _embedded_tree() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Maps a global sample index to a sample: clip, window, crop and caption."""
+"""Maps a global sample index to a sample: clip, window and caption."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.augmentation_key import AugmentationKey, limited_augmentation_key
-from sat_train.data.batch import SampleBatch, VideoSample
+from sat_train.data.batches import SampleBatch, VideoSample
 from sat_train.data.buckets import BucketAssignment
 from sat_train.data.clips.bad_clip import BadClip, one_clip
 from sat_train.data.clips.clip_file import ClipInfo, read_stamp
 from sat_train.data.clips.frames import Frames, open_frames
-from sat_train.data.clips.resize import CoverCrop, CropMode, cover_crop
+from sat_train.data.clips.resize import CoverCrop, cover_crop
 from sat_train.data.failure_log import ClipFailure
-from sat_train.data.sampler import ClipRef, GlobalOrder
+from sat_train.data.sampler import AugmentationKey, ClipRef, GlobalOrder, limited_augmentation_key
 from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.data.window import (
     ShortClip,
@@ -58,14 +57,13 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         order: Maps samples to clips.
         buckets: The shape of each clip's samples.
         fps: Frames per second of a sample, whatever the file's rate.
-        seed: The run's seed: key of windows, crops, choice of captions and substitutes.
+        seed: The run's seed: key of windows, choice of captions and substitutes.
         skip_frms_num: Source frames left out at the beginning and at the end of each file.
         window: Choice of the part of a longer clip.
         short_clip: Treatment of a clip shorter than the window.
-        crop: Choice of the part of the scaled picture.
         max_upscale: Largest factor by which a picture may be enlarged.
         timeout_s: Time after which decoding a clip is abandoned; None: never.
-        views: Number of windows, crops and image noises of each clip; None: new ones for every sample.
+        views: Number of windows and image noises of each clip; None: new ones for every sample.
         images: Whether clips are conditioned on their images; if not, these are not opened.
         training: Whether conditions are augmented; off in validation.
     """
@@ -83,7 +81,6 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         skip_frms_num: int = 0,
         window: WindowMode = "random",
         short_clip: ShortClip = "error",
-        crop: CropMode = "center",
         max_upscale: float = 2.0,
         timeout_s: float | None = None,
         views: int | None = None,
@@ -98,7 +95,6 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         self.skip_frms_num = skip_frms_num
         self.window = window
         self.short_clip = short_clip
-        self.crop = crop
         self.max_upscale = max_upscale
         self.timeout_s = timeout_s
         self.views = views
@@ -207,9 +203,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         return VideoSample(
             video_tchw=_to_tensor(frames.video_thwc),
             caption=self.caption(index, ref),
-            image_chw=self._image(record.image, augmentation, shape)
-            if self.images and record.image
-            else None,
+            image_chw=self._image(record.image, shape) if self.images and record.image else None,
             clip_id=record.clip_id,
             sample_index=index,
             num_shown=num_shown,
@@ -242,7 +236,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         with open_frames(record.path, span=record.span, timeout_s=self.timeout_s) as reader:
             window = self._window(reader.info, record, augmentation, shape.frames)
             times = [window.start + i / self.fps for i in range(window.count)]
-            frames = reader.read(times, self._crop_chooser(augmentation, shape))
+            frames = reader.read(times, self._crop_chooser(shape))
         return _repeat_last(frames, window.total), window.count
 
     def _window(
@@ -261,26 +255,16 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         )
         return Window(start, count, total)
 
-    def _image(self, path: Path, augmentation: AugmentationKey, shape: ClipShape) -> Tensor:
+    def _image(self, path: Path, shape: ClipShape) -> Tensor:
         with naming_image(path), open_frames(path, timeout_s=self.timeout_s) as reader:
-            frames = reader.read([reader.info.first], self._crop_chooser(augmentation, shape))
+            frames = reader.read([reader.info.first], self._crop_chooser(shape))
         return _to_tensor(frames.video_thwc)[0]
 
-    def _crop_chooser(
-        self, augmentation: AugmentationKey, shape: ClipShape
-    ) -> Callable[[int, int], CoverCrop]:
+    def _crop_chooser(self, shape: ClipShape) -> Callable[[int, int], CoverCrop]:
         """Returns the crop function for `FrameReader.read`; video and image of a sample are cropped alike."""
-
-        def choose_crop(height: int, width: int) -> CoverCrop:
-            return cover_crop(
-                source=(height, width),
-                target=(shape.height, shape.width),
-                max_upscale=self.max_upscale,
-                crop=self.crop,
-                generator=augmentation.generator("crop"),
-            )
-
-        return choose_crop
+        return lambda height, width: cover_crop(
+            source=(height, width), target=(shape.height, shape.width), max_upscale=self.max_upscale
+        )
 
 
 @contextmanager

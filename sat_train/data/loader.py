@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from sat_train.data.batch import LoadedBatch
-from sat_train.data.batches import Batches, DataPosition, MicroBatch, OrderedBatches
+from sat_train.data.batches import Batches, DataPosition, LoadedBatch, MicroBatch, OrderedBatches
 from sat_train.data.clip_pool import prepare_worker
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.dataset import SampleResult, VideoDataset

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from sat_train.data.batch import LoadedBatch, Sample, SampleBatch, VideoSample
+from sat_train.data.batches import LoadedBatch, Sample, SampleBatch, VideoSample
 from sat_train.encoding.cache.entries import CacheEntry
 from sat_train.encoding.cache.shards import ShardWriter
 from sat_train.encoding.conditions.condition import Condition

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_train.data.batch import Sample
-from sat_train.data.batches import StepPosition
+from sat_train.data.batches import Sample, StepPosition
 
 CLIP = "clip"  # the encoding of the clip itself, next to those of the conditions
 MOMENTS = frozenset({"mean", "logvar"})  # its tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sat_train.data.batch import LoadedBatch, SampleBatch, VideoSample
+from sat_train.data.batches import LoadedBatch, SampleBatch, VideoSample
 from sat_train.data.clips.bad_clip import PASSING_CAUSES, BadClip, one_clip
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.sampler import ClipRef

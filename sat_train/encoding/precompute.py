@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig
-from sat_train.data.batch import SampleBatch
-from sat_train.data.batches import QueuedBatches
+from sat_train.data.batches import QueuedBatches, SampleBatch
 from sat_train.data.build import (
     build_loader,
     build_train_batches,

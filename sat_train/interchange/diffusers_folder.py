@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sat_train.config import ModelSpec
 from sat_train.config.paths import expand_assets
@@ -19,7 +17,6 @@ from sat_train.config.reading import RESOLVED
 from sat_train.errors import CheckpointError
 from sat_train.files import read_text, reading, write_text
 from sat_train.interchange.locate import (
-    check_state_dict,
     read_transformer_weights,
     read_vae_weights,
     unflattened,
@@ -34,7 +31,8 @@ from sat_train.weights.diffusers_config import (
 )
 from sat_train.weights.diffusers_keys import parts_of_sat_key, transformer_to_diffusers
 from sat_train.weights.diffusers_vae_keys import vae_state_to_diffusers
-from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, check_same, from_tensors, shard_tensor
+from sat_train.weights.lazy import LazyWeights, check_same, from_tensors
+from sat_train.weights.names import check_names_and_shapes
 from sat_train.weights.safetensors_out import Progress, write_safetensors
 
 log = get_logger(__name__)
@@ -89,7 +87,7 @@ def write_pipeline(
             back differently.
         OSError: The disk is full or cannot be written.
     """
-    theirs = to_diffusers(weights, learned_positions=has_learned_positions(model))
+    theirs = transformer_to_diffusers(weights, learned_positions=has_learned_positions(model))
     (folder / "transformer").mkdir()
     write_safetensors(
         folder / "transformer", STEM, theirs, metadata=metadata, progress=progress(theirs.num_bytes)
@@ -122,7 +120,7 @@ def check_model(weights: LazyWeights, model: ModelSpec, *, source: Path) -> None
     expected = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
     where = f"{weights.where}, to be written as the model of --base or of the run's {RESOLVED},"
     shapes = {name: unflattened(shape, expected.get(name)) for name, shape in weights.shapes.items()}
-    check_state_dict(expected, shapes, where=where, may_lack=dit.derived_keys())
+    check_names_and_shapes(expected, shapes, where=where, may_lack=dit.derived_keys())
     _check_own_config(model, source)
 
 
@@ -147,35 +145,6 @@ def _check_own_config(model: ModelSpec, source: Path) -> None:
             expected="the YAML of these weights",
             remedy="name their preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
-
-
-def to_diffusers(weights: LazyWeights, *, learned_positions: bool) -> LazyWeights:
-    """Returns the weights under diffusers' keys, each split from SAT's tensor on access.
-
-    Raises:
-        CheckpointError: A key is unknown to diffusers.
-    """
-    meta = {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in weights.tensors.items()}
-    shapes = transformer_to_diffusers(meta, learned_positions=learned_positions)
-
-    @lru_cache(maxsize=1)
-    def split(sat_key: str) -> dict[str, Tensor]:
-        """Splits a SAT tensor; cached, because consecutive keys come from the same tensor."""
-        return transformer_to_diffusers({sat_key: weights[sat_key]}, learned_positions=learned_positions)
-
-    def read(sat_key: str, key: str, shard: Shard | None) -> Tensor:
-        return shard_tensor(split(sat_key)[key], shard)
-
-    lazy_tensors = {}
-    for sat_key in weights:
-        for part in parts_of_sat_key(sat_key):
-            if part.diffusers_key in shapes:
-                meta_tensor = shapes[part.diffusers_key]
-                reading = partial(read, sat_key, part.diffusers_key)
-                lazy_tensors[part.diffusers_key] = LazyTensor(
-                    tuple(meta_tensor.shape), meta_tensor.dtype, reading
-                )
-    return LazyWeights(lazy_tensors, where=weights.where)
 
 
 def _check_written(folder: Path, weights: LazyWeights, theirs: LazyWeights) -> None:

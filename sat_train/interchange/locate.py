@@ -7,9 +7,8 @@ Transformer: a SAT folder, a run or a step of ours, a diffusers model folder or 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,13 +22,10 @@ from sat_train.errors import CheckpointError
 from sat_train.interchange.sources import WeightSource, find_weights, hash_weights
 from sat_train.log import get_logger
 from sat_train.weights.diffusers_keys import (
-    Part,
-    part_of_diffusers_key,
-    parts_of_sat_key,
     transformer_from_diffusers,
 )
 from sat_train.weights.diffusers_vae_keys import is_diffusers_vae, vae_state_from_diffusers
-from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard
+from sat_train.weights.lazy import LazyWeights
 from sat_train.weights.names import Shape, check_names_and_shapes
 from sat_train.weights.readers import read_weight_files
 from sat_train.weights.tensor_parallel import merge_slices, slice_weights
@@ -245,24 +241,6 @@ def read_vae_weights(path: str | Path) -> dict[str, Tensor]:
     return vae_state_from_diffusers(tensors) if is_diffusers_vae(tensors) else tensors
 
 
-def check_state_dict(
-    expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str, may_lack: Collection[str] = ()
-) -> None:
-    """Compares the names and shapes of a model with those of a file, before training.
-
-    Args:
-        expected: Names and shapes of the model.
-        found: Names and shapes of the file.
-        where: Names the file in the message.
-        may_lack: Names that the file need not hold: tables the model computes, adapters that begin at zero.
-
-    Raises:
-        CheckpointError: With every missing name, every unexpected name, and every mismatch with both shapes.
-    """
-    needed = {name: shape for name, shape in expected.items() if name in found or name not in may_lack}
-    check_names_and_shapes(needed, found, where=where)
-
-
 @torch.no_grad()
 def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Collection[str] = ()) -> None:
     """Copies weights into a module, one tensor at a time, after all names and shapes have been compared.
@@ -270,15 +248,15 @@ def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Col
     Args:
         module: Module whose parameters and buffers are filled; they keep their device and dtype.
         weights: From `read_transformer_weights`, for this rank's slice.
-        may_lack: As for `check_state_dict`.
+        may_lack: As for `check_names_and_shapes`.
 
     Raises:
-        CheckpointError: As `check_state_dict`; nothing is copied.
+        CheckpointError: As `check_names_and_shapes`; nothing is copied.
     """
     targets = module.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     file_shapes = {name: unflattened(shape, shapes.get(name)) for name, shape in weights.shapes.items()}
-    check_state_dict(shapes, file_shapes, where=weights.where, may_lack=may_lack)
+    check_names_and_shapes(shapes, file_shapes, where=weights.where, may_lack=may_lack)
     for name in weights:
         targets[name].copy_(weights[name].reshape(shapes[name]))
 
@@ -298,7 +276,7 @@ def _under_sat_keys(weights: LazyWeights) -> LazyWeights:
     if any(key.startswith(SAT_PREFIX) for key in weights):
         weights = weights.select(lambda key: _after(SAT_PREFIX, key))
     if any(key.startswith("transformer_blocks.") for key in weights):
-        return _fused(weights)
+        return transformer_from_diffusers(weights)
     if not any(key.startswith("transformer.layers.") for key in weights):
         raise _wrong_kind(weights, "a CogVideoX transformer, in SAT's or diffusers' names")
     return weights.select(lambda key: None if key.endswith(_UNUSED) else key.replace(".original.", "."))
@@ -306,44 +284,6 @@ def _under_sat_keys(weights: LazyWeights) -> LazyWeights:
 
 def _after(prefix: str, key: str) -> str | None:
     return key[len(prefix) :] if key.startswith(prefix) else None
-
-
-def _fused(weights: LazyWeights) -> LazyWeights:
-    """Renames and fuses diffusers' tensors into SAT's, each on access."""
-    unknown = [key for key in weights if part_of_diffusers_key(key) is None]
-    if unknown:
-        transformer_from_diffusers({key: torch.empty(0) for key in unknown})  # raises, naming them
-    sat_keys = {part.sat_key: None for key in weights if (part := part_of_diffusers_key(key))}
-    return LazyWeights({key: _fuse(weights, key) for key in sat_keys}, where=weights.where)
-
-
-def _fuse(weights: LazyWeights, sat_key: str) -> LazyTensor:
-    parts = parts_of_sat_key(sat_key)
-    missing = [part.diffusers_key for part in parts if part.diffusers_key not in weights.tensors]
-    if missing:
-        raise CheckpointError(
-            f"{weights.where} lacks {', '.join(missing)}, a part of {sat_key}",
-            remedy="download the folder again, all shards of it",
-        )
-    lazy_tensors = [weights.tensors[part.diffusers_key] for part in parts]
-    first = lazy_tensors[0].shape
-    total = first[0] // len(parts[0].chunks) * parts[0].pieces
-    return LazyTensor(
-        (total, *first[1:]), lazy_tensors[0].dtype, partial(_read_fused, sat_key, parts, lazy_tensors)
-    )
-
-
-def _read_fused(
-    sat_key: str, parts: Sequence[Part], lazy_tensors: Sequence[LazyTensor], shard: Shard | None
-) -> Tensor:
-    if shard is not None and len(parts) > 1:
-        # each of diffusers' tensors is one of the parts that are sharded by themselves
-        assert shard.parts == len(parts), (
-            f"{sat_key} is sharded in {shard.parts} parts and made of {len(parts)}"
-        )
-        shard = Shard(shard.dim, 1, shard.rank, shard.size)
-    tensors = {part.diffusers_key: lazy.read(shard) for part, lazy in zip(parts, lazy_tensors, strict=True)}
-    return transformer_from_diffusers(tensors)[sat_key]
 
 
 def _wrong_kind(weights: LazyWeights, expected: str) -> CheckpointError:

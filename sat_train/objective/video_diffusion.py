@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sat_train.config import Geometry
-from sat_train.data.augmentation_key import AugmentationKey
-from sat_train.data.batch import VideoSample
+from sat_train.data.batches import VideoSample
+from sat_train.data.sampler import AugmentationKey
 from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
 from sat_train.diffusion.guidance import Guidance
 from sat_train.diffusion.loss import min_snr_weight, offset_noise, v_mse_per_sample

@@ -14,9 +14,9 @@ from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.history import rewind
 from sat_train.checkpoint.layout import CLIENT_STATE, PREEMPTED, committed_steps, step_folder
 from sat_train.checkpoint.load import open_trained_state, read_client_state
-from sat_train.checkpoint.manifest import BaseWeights
+from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.retention import remove_leftovers
-from sat_train.checkpoint.save import RunState, save_training_checkpoint
+from sat_train.checkpoint.save import RunState, library_versions, save_training_checkpoint
 from sat_train.config import RunConfig
 from sat_train.config.learning_rate import build_learning_rate
 from sat_train.config.reading import RESOLVED
@@ -24,7 +24,7 @@ from sat_train.config.resolved import write_resolved
 from sat_train.config.sat_args import write_model_config
 from sat_train.config.summary import summarize
 from sat_train.config.values import show_rate
-from sat_train.data.batch import LoadedBatch
+from sat_train.data.batches import LoadedBatch
 from sat_train.distributed.collectives import broadcast_object, on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
@@ -290,14 +290,20 @@ def build_save(
                 client_state=client_state,
             ),
             run_directory=run_directory.folder,
-            step=trainer.state.step,
-            samples_consumed=position.consumed,
-            samples_waiting=position.waiting,
-            dtype=dtype_name(compute_dtype(config.args)),
-            trainable_only=base_weights is not None,
-            config_digest=config.digest(),
-            data_fingerprint=data.train.fingerprint,
-            base_weights=base_weights,
+            manifest=Manifest(
+                step=trainer.state.step,
+                samples_consumed=position.consumed,
+                samples_waiting=position.waiting,
+                world_size=mesh.world_size,
+                data_size=mesh.data_size,
+                model_size=mesh.model_size,
+                dtype=dtype_name(compute_dtype(config.args)),
+                trainable_only=base_weights is not None,
+                config_digest=config.digest(),
+                data_fingerprint=data.train.fingerprint,
+                base_weights=base_weights,
+                versions=library_versions(),
+            ),
         )
 
     return save

@@ -12,8 +12,7 @@ from sat_train.data.batches import DataPosition
 from sat_train.data.build import build_train_loader, build_valid_loader, count_steps
 from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.encoding.build import build_encoding
-from sat_train.encoding.stage import EncodingStage
+from sat_train.encoding.build import EncodingStage, build_encoding
 from sat_train.log import get_logger
 
 log = get_logger(__name__)

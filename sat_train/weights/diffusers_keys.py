@@ -10,13 +10,16 @@ Source: zai-org/CogVideo@7a1af71 `tools/convert_weight_sat2hf.py`; huggingface/d
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sat_train.errors import CheckpointError
+from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, from_tensors, shard_tensor
 
 
 class Part(NamedTuple):
@@ -96,36 +99,43 @@ def module_of_underscores(name: str) -> str | None:
 
 
 def transformer_to_diffusers(
-    state_dict: Mapping[str, Tensor], *, learned_positions: bool = False
-) -> dict[str, Tensor]:
-    """Renames and splits SAT's transformer weights for diffusers.
+    weights: Mapping[str, Tensor], *, learned_positions: bool = False
+) -> LazyWeights:
+    """Renames and splits SAT's transformer weights for diffusers, each on access.
 
     Args:
-        state_dict: All weights of the transformer under SAT's keys, without prefix or adapters, not sliced.
-            Tensors may be on the meta device.
+        weights: All weights of the transformer under SAT's keys, without prefix or adapters, not sliced.
         learned_positions: Include the position table, which is learned (5B-I2V); otherwise diffusers computes
             it.
-
-    Returns:
-        diffusers' state dict; its tensors are views if the layout allows.
 
     Raises:
         CheckpointError: A key does not belong to the transformer.
     """
-    parts_by_key = {key: parts_of_sat_key(key) for key in state_dict}
+    weights = _lazy(weights)
+    parts_by_key = {key: parts_of_sat_key(key) for key in weights}
     _check_known([key for key, parts in parts_by_key.items() if not parts], "SAT")
-    result = {}
-    for key, parts in parts_by_key.items():
-        if key == _POSITIONS.sat_key and not learned_positions:
-            continue
-        for part in parts:
-            chunks = state_dict[key].chunk(part.pieces)
-            chosen = [chunks[index] for index in part.chunks]
-            result[part.diffusers_key] = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
-    return result
+    if not learned_positions:
+        parts_by_key.pop(_POSITIONS.sat_key, None)
+    read_whole = lru_cache(maxsize=1)(weights.__getitem__)  # consecutive parts are of the same tensor
+    tensors = {
+        part.diffusers_key: _split(weights.tensors[key], part, read_whole)
+        for key, parts in parts_by_key.items()
+        for part in parts
+    }
+    return LazyWeights(tensors, where=weights.where)
 
 
-def transformer_from_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _split(whole: LazyTensor, part: Part, read_whole: Callable[[str], Tensor]) -> LazyTensor:
+    def read(shard: Shard | None) -> Tensor:
+        chunks = read_whole(part.sat_key).chunk(part.pieces)
+        chosen = [chunks[index] for index in part.chunks]
+        return shard_tensor(chosen[0] if len(chosen) == 1 else torch.cat(chosen), shard)
+
+    rows = whole.shape[0] // part.pieces * len(part.chunks)
+    return LazyTensor((rows, *whole.shape[1:]), whole.dtype, read)
+
+
+def transformer_from_diffusers(weights: Mapping[str, Tensor]) -> LazyWeights:
     """Renames and fuses the weights of a diffusers transformer for SAT: undoes `transformer_to_diffusers`.
 
     A position table that is not learned is not included: the model computes it
@@ -134,30 +144,41 @@ def transformer_from_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Te
     Raises:
         CheckpointError: A key does not belong to the transformer, or a part of a fused weight is missing.
     """
-    part_by_key = {key: part_of_diffusers_key(key) for key in state_dict}
+    weights = _lazy(weights)
+    part_by_key = {key: part_of_diffusers_key(key) for key in weights}
     _check_known([key for key, part in part_by_key.items() if part is None], "diffusers")
-    result: dict[str, Tensor] = {}
-    for part in part_by_key.values():
-        if part is not None and part.sat_key not in result:
-            result[part.sat_key] = _fuse(part.sat_key, state_dict)
-    return result
+    sat_keys = dict.fromkeys(part.sat_key for part in part_by_key.values() if part is not None)
+    return LazyWeights({key: _fused(key, weights) for key in sat_keys}, where=weights.where)
 
 
-def _fuse(sat_key: str, state_dict: Mapping[str, Tensor]) -> Tensor:
+def _fused(sat_key: str, weights: LazyWeights) -> LazyTensor:
     parts = parts_of_sat_key(sat_key)
-    missing = [part.diffusers_key for part in parts if part.diffusers_key not in state_dict]
+    missing = [part.diffusers_key for part in parts if part.diffusers_key not in weights.tensors]
     if missing:
         raise CheckpointError(
-            f"{sat_key} is fused from several diffusers tensors, but {', '.join(missing)} is missing",
+            f"{weights.where} lacks {', '.join(missing)}, a part of {sat_key}",
             remedy="download the folder again, all shards of it",
         )
+    sources = [weights.tensors[part.diffusers_key] for part in parts]
     if len(parts) == 1:
-        return state_dict[parts[0].diffusers_key]
-    chunks: dict[int, Tensor] = {}
-    for part in parts:
-        tensor = state_dict[part.diffusers_key]
-        chunks.update(zip(part.chunks, tensor.chunk(len(part.chunks)), strict=True))
-    return torch.cat([chunks[index] for index in sorted(chunks)])
+        return sources[0]
+
+    def read(shard: Shard | None) -> Tensor:
+        # each of diffusers' tensors is one of the parts that are sharded by themselves
+        assert shard is None or shard.parts == len(parts), f"{sat_key} is made of {len(parts)} parts"
+        own = None if shard is None else replace(shard, parts=1)
+        chunks: dict[int, Tensor] = {}
+        for part, source in zip(parts, sources, strict=True):
+            chunks.update(zip(part.chunks, source.read(own).chunk(len(part.chunks)), strict=True))
+        return torch.cat([chunks[index] for index in sorted(chunks)])
+
+    first = sources[0]
+    rows = first.shape[0] // len(parts[0].chunks) * parts[0].pieces
+    return LazyTensor((rows, *first.shape[1:]), first.dtype, read)
+
+
+def _lazy(weights: Mapping[str, Tensor]) -> LazyWeights:
+    return weights if isinstance(weights, LazyWeights) else from_tensors(weights, where="the model")
 
 
 def _find(key: str, *, side: int) -> tuple[Part, ...]:

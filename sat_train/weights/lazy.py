@@ -51,6 +51,11 @@ class LazyTensor:
     dtype: torch.dtype
     read: Callable[[Shard | None], Tensor]
 
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class LazyWeights(Mapping[str, Tensor]):
     """A state dict whose tensors are read on every access; do not keep more of them than you need.
@@ -81,7 +86,7 @@ class LazyWeights(Mapping[str, Tensor]):
     @property
     def num_bytes(self) -> int:
         """Total size of all tensors in bytes."""
-        return sum(math.prod(lazy.shape) * lazy.dtype.itemsize for lazy in self.tensors.values())
+        return sum(lazy.num_bytes for lazy in self.tensors.values())
 
     def select(self, rename: Callable[[str], str | None]) -> LazyWeights:
         """Returns the tensors for which `rename` returns a name, under that name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -11,27 +11,45 @@ from sat_train.errors import CheckpointError
 # Floating-point types by the names that commands and manifests use.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+# Types of weights by their names in safetensors. int64 is for integers such as the rank of an adapter; 8 bits
+# always mean a quantised weight, which is refused.
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
 Shape = tuple[int, ...]
 _MOST_SHOWN = 40  # of each kind
 
 
-def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str) -> None:
+def check_names_and_shapes(
+    expected: Mapping[str, Shape],
+    file_shapes: Mapping[str, Shape],
+    *,
+    where: str,
+    may_lack: Collection[str] = (),
+) -> None:
     """Compares the names and shapes of a model with those of a file.
 
     Args:
         expected: Names and shapes of the model.
-        found: Names and shapes of the file.
+        file_shapes: Names and shapes of the file.
         where: Names the file in the message.
+        may_lack: Names that the file need not hold: tables the model computes, adapters that begin at zero.
 
     Raises:
         CheckpointError: With every missing name, every unexpected name, and every mismatch with both shapes.
     """
-    missing = [f"missing     {name} {_text(expected[name])}" for name in expected if name not in found]
-    unexpected = [f"unexpected  {name} {_text(found[name])}" for name in found if name not in expected]
+    absent = [name for name in expected if name not in file_shapes]
+    missing = [f"missing     {name} {_text(expected[name])}" for name in absent if name not in may_lack]
+    strays = [name for name in file_shapes if name not in expected]
+    unexpected = [f"unexpected  {name} {_text(file_shapes[name])}" for name in strays]
     mismatched = [
-        f"mismatched  {name}: the model has {_text(shape)}, the file {_text(found[name])}"
+        f"mismatched  {name}: the model has {_text(shape)}, the file {_text(file_shapes[name])}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
+        if name in file_shapes and tuple(file_shapes[name]) != tuple(shape)
     ]
     if not (missing or unexpected or mismatched):
         return
@@ -39,7 +57,7 @@ def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Sh
     lines = [line for faults in (missing, unexpected, mismatched) for line in _shortened(faults)]
     raise CheckpointError(
         "\n  ".join([f"{where} does not fit the model: {counts}", *lines]),
-        expected=f"the {len(expected)} names of the model, with its shapes",
+        expected=f"the {len(expected) - len(absent) + len(missing)} names of the model, with its shapes",
         remedy="check the model preset: another family, size or LoRA rank has other names and shapes",
     )
 

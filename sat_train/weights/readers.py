@@ -22,6 +22,7 @@ from torch import Tensor
 from sat_train.errors import CheckpointError
 from sat_train.files import open_regular, read_text, refuse_packed
 from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, lazy_tensor
+from sat_train.weights.names import SAFETENSORS_DTYPES
 
 # Classes in SwissArmyTransformer's files besides tensors: numpy's random state.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
@@ -31,14 +32,6 @@ _SAT_CLASSES: list[Any] = [
     np.dtype,
     type(np.dtype("uint32")),
 ]
-# int64 for integers such as an adapter's rank; 8 bits always mean a quantised weight
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
 # Keys under which a checkpoint of SAT or Lightning keeps its state dict.
 _WRAPPERS = ("module", "state_dict")
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -120,10 +113,10 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             kinds = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     for key, (_, dtype) in kinds.items():
-        if dtype not in _DTYPES:
+        if dtype not in SAFETENSORS_DTYPES:
             raise _wrong_dtype(path, key, dtype)
     return {
-        key: LazyTensor(shape, _DTYPES[dtype], partial(_read_safetensor, path, key, shape))
+        key: LazyTensor(shape, SAFETENSORS_DTYPES[dtype], partial(_read_safetensor, path, key, shape))
         for key, (shape, dtype) in kinds.items()
     }
 
@@ -163,7 +156,7 @@ def _read_torch(path: Path) -> dict[str, LazyTensor]:
             expected="tensors by name, at its top or under 'module' or 'state_dict'",
         )
     for key, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES.values():
+        if tensor.dtype not in SAFETENSORS_DTYPES.values():
             raise _wrong_dtype(path, key, str(tensor.dtype).removeprefix("torch."))
         check_plain(path, key, tensor)
     return {key: lazy_tensor(tensor) for key, tensor in tensors.items()}

@@ -7,24 +7,18 @@ gaps.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sat_train.files import HashingFile, write_file
+from sat_train.files import HashingFile, write_file, write_text
 from sat_train.weights.lazy import LazyWeights
+from sat_train.weights.names import SAFETENSORS_DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 Progress = Callable[[int], None]
 
 
@@ -61,15 +55,14 @@ def write_safetensors(
         "metadata": {"total_size": weights.num_bytes},
         "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
     }
-    text = json.dumps(index, indent=2, sort_keys=True).encode("utf-8")
-    write_file(folder / f"{stem}.safetensors.index.json", lambda file: _write(file, text))
+    write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
 
 
 def _split_into_files(weights: LazyWeights, max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for key in weights:
-        size = _size(weights, key)
+        size = weights.tensors[key].num_bytes
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -85,7 +78,7 @@ def _write_file(
     offset = 0
     for key in keys:
         lazy = weights.tensors[key]
-        end = offset + _size(weights, key)
+        end = offset + lazy.num_bytes
         header[key] = {
             "dtype": _DTYPE_NAMES[lazy.dtype],
             "shape": list(lazy.shape),
@@ -100,20 +93,11 @@ def _write_file(
         file.write(text)
         for key in keys:
             data = _bytes(weights[key])
-            assert len(data) == _size(weights, key), f"{key} does not have the declared shape and dtype"
+            assert len(data) == weights.tensors[key].num_bytes, f"{key} is not as declared"
             file.write(data)
             progress(len(data))
 
     write_file(path, write)
-
-
-def _write(file: HashingFile, data: bytes) -> None:
-    file.write(data)
-
-
-def _size(weights: LazyWeights, key: str) -> int:
-    lazy = weights.tensors[key]
-    return math.prod(lazy.shape) * lazy.dtype.itemsize
 
 
 def _bytes(tensor: Tensor) -> memoryview:

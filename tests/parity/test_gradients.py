@@ -7,8 +7,8 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from torch import Tensor
 
-from sat_train.data.augmentation_key import AugmentationKey
-from sat_train.data.batch import SampleBatch, VideoSample
+from sat_train.data.batches import SampleBatch, VideoSample
+from sat_train.data.sampler import AugmentationKey
 from sat_train.distributed.processes import start_single_process
 from sat_train.encoding.encode import Encode
 from sat_train.objective.training_inputs import TrainingInputs

@@ -14,7 +14,7 @@ import torch
 from sat_train.checkpoint.find import ResumePoint, find_resume_point
 from sat_train.checkpoint.fragments import SavedFragments
 from sat_train.checkpoint.layout import fragments_file_name
-from sat_train.checkpoint.manifest import BaseWeights
+from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
@@ -116,13 +116,19 @@ def save(
         mesh,
         state=state,
         run_directory=run_directory,
-        step=step,
-        samples_consumed=2 * mesh.data_size * step,
-        dtype=dtype_name(next(engine.module.parameters()).dtype),
-        trainable_only=lora,
-        config_digest="c" * 64,
-        data_fingerprint="d" * 64,
-        base_weights=BASE if lora else None,
+        manifest=Manifest(
+            step=step,
+            samples_consumed=2 * mesh.data_size * step,
+            world_size=mesh.world_size,
+            data_size=mesh.data_size,
+            model_size=mesh.model_size,
+            dtype=dtype_name(next(engine.module.parameters()).dtype),
+            trainable_only=lora,
+            config_digest="c" * 64,
+            data_fingerprint="d" * 64,
+            base_weights=BASE if lora else None,
+            versions={},
+        ),
     )
 
 

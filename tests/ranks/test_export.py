@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sat_train.checkpoint.manifest import BaseWeights
+from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.config import ModelSpec
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
@@ -76,13 +76,19 @@ def _train_and_save(
             client_state={},
         ),
         run_directory=run_directory,
-        step=2,
-        samples_consumed=2 * mesh.data_size,
-        dtype="bf16",
-        trainable_only=has_lora,
-        config_digest="c" * 64,
-        data_fingerprint="d" * 64,
-        base_weights=BaseWeights(str(base), hash_weights(base)) if has_lora else None,
+        manifest=Manifest(
+            step=2,
+            samples_consumed=2 * mesh.data_size,
+            world_size=mesh.world_size,
+            data_size=mesh.data_size,
+            model_size=mesh.model_size,
+            dtype="bf16",
+            trainable_only=has_lora,
+            config_digest="c" * 64,
+            data_fingerprint="d" * 64,
+            base_weights=BaseWeights(str(base), hash_weights(base)) if has_lora else None,
+            versions={},
+        ),
     )
 
 

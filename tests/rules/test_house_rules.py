@@ -30,7 +30,7 @@ MAX_FORWARD_LINES = 45
 # Where a third-party package may be imported; a path is a folder or a file under sat_train/.
 HOMES = {
     "omegaconf": ("config/",),
-    "pydantic": ("config/",),
+    "pydantic": ("config/", "json_record.py"),
     "sat": ("distributed/", "models/"),
     "deepspeed": ("distributed/", "engine/"),
     "transformers": ("models/text/",),

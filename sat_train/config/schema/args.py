@@ -39,7 +39,7 @@ class ArgsConfig(Record):
         description="pretrain: from random weights or `load`. finetune: from `load`. inference: no training.",
     )
     seed: int = Field(
-        1234, ge=0, description="Key of all randomness: order, crops, timesteps, noise, new weights."
+        1234, ge=0, description="Key of all randomness: order, windows, timesteps, noise, new weights."
     )
     deterministic: bool = Field(False, description="Use only kernels that give the same bits at every run.")
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -53,7 +53,7 @@ class VideoDatasetParams(Record):
     views: Whole | None = Field(
         None,
         ge=1,
-        description="Windows, crops and image noises of each clip, one an epoch, the same in every run; "
+        description="Windows and image noises of each clip, one an epoch, the same in every run; "
         "null: another for every sample.",
     )
     buckets: BucketsConfig | None = Field(

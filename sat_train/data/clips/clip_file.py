@@ -18,6 +18,7 @@ from sat_train.data.clips.clip_times import DECODER_ERRORS, first_and_last
 from sat_train.data.clips.orientation import Orientation, frame_orientation, read_exif
 from sat_train.data.clips.part_reader import PartReader, ReadableFile
 from sat_train.data.clips.remote import RemoteFile, is_remote, read_state, shown
+from sat_train.json_record import JsonRecord, PositiveFloat, PositiveInt
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -41,7 +42,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class ClipInfo:
+class ClipInfo(JsonRecord):
     """Headers of a clip.
 
     Args:
@@ -55,9 +56,9 @@ class ClipInfo:
         is_turned: Whether the picture is shown on its side; None: not known.
     """
 
-    height: int
-    width: int
-    rate: float
+    height: PositiveInt
+    width: PositiveInt
+    rate: PositiveFloat
     first: float
     last: float
     codec: str

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
 
 from sat_train.data.clips.bad_clip import BadClip
 
 MAX_SCALED_PIXELS = 1 << 26  # the limit of a picture, which a very long one could exceed once enlarged
-CropMode = Literal["center", "random"]
 
 
 @dataclass(frozen=True)
@@ -40,17 +35,13 @@ def cover_crop(
     source: tuple[int, int],
     target: tuple[int, int],
     max_upscale: float,
-    crop: CropMode = "center",
-    generator: torch.Generator | None = None,
 ) -> CoverCrop:
-    """Finds the scale at which a picture just covers the target, and the crop.
+    """Finds the scale at which a picture just covers the target, and the crop of its middle.
 
     Args:
         source: Height and width of the picture as shown.
         target: Height and width of the result.
         max_upscale: Largest factor by which a picture may be enlarged.
-        crop: `center` keeps the middle, `random` any part.
-        generator: Generator for `random`.
 
     Raises:
         BadClip: The picture would have to be enlarged more than `max_upscale`.
@@ -68,9 +59,4 @@ def cover_crop(
     width = max(target[1], round(source[1] * scale))
     if height * width > MAX_SCALED_PIXELS:
         raise BadClip("too large", f"scaled until it covers {target[0]}x{target[1]} it is {height}x{width}")
-    top, left = height - target[0], width - target[1]
-    if crop == "random":
-        top, left = (math.floor(torch.rand((), generator=generator).item() * (n + 1)) for n in (top, left))
-    else:
-        top, left = top // 2, left // 2
-    return CoverCrop(height, width, top, left, *target)
+    return CoverCrop(height, width, (height - target[0]) // 2, (width - target[1]) // 2, *target)

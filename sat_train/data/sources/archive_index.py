@@ -21,6 +21,7 @@ from sat_train.data.sources.columns import COMMON, find_columns, shown_columns
 from sat_train.data.sources.records import check_name, clean_caption, parse_json
 from sat_train.errors import DataError
 from sat_train.files import open_regular, read_text, write_text
+from sat_train.json_record import JsonRecord, read_record
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -35,7 +36,7 @@ _BLOCK_BYTES = 1 << 15
 
 
 @dataclass(frozen=True)
-class Member:
+class Member(JsonRecord):
     """One clip of an archive.
 
     Args:
@@ -52,7 +53,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class ArchiveIndex:
+class ArchiveIndex(JsonRecord):
     """Contents of an archive.
 
     Args:
@@ -66,6 +67,15 @@ class ArchiveIndex:
     faults: tuple[tuple[str, str], ...]
     ignored: tuple[tuple[str, int], ...]
     skipped: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class _SavedIndex(JsonRecord):
+    """An index between two runs: `key` is the state of its archive, `sha256` the hash of the index."""
+
+    key: dict[str, Any]
+    sha256: str
+    index: ArchiveIndex
 
 
 @dataclass(frozen=True)
@@ -248,19 +258,12 @@ def _recall(path: Path, state: RemoteState) -> ArchiveIndex | None:
     """Returns the saved index, or None if it is missing, outdated or damaged."""
     place = _place(path)
     try:
-        body = json.loads(read_text(place, limit=_INDEX_BYTES))
-        if body["key"] != _key(path, state) or body["sha256"] != _hash(body["index"]):
-            return None
-        values = body["index"]
-        return ArchiveIndex(
-            tuple(Member(**clip) for clip in values["clips"]),
-            tuple((name, why) for name, why in values["faults"]),
-            tuple((suffix, count) for suffix, count in values["ignored"]),
-            tuple((what, count) for what, count in values["skipped"]),
-        )
+        saved: _SavedIndex = read_record(_SavedIndex, read_text(place, limit=_INDEX_BYTES))
+        is_current = saved.key == _key(path, state) and saved.sha256 == _hash(saved.index)
+        return saved.index if is_current else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         log.warning("%s cannot be used (%s): %s is indexed again", place, error, shown(path))
         return None
 
@@ -269,15 +272,14 @@ def _remember(path: Path, state: RemoteState, index: ArchiveIndex) -> None:
     """Saves the index for the next start, unless later changes of the archive could go unnoticed."""
     if not state.shows_changes():
         return
-    values = json.loads(json.dumps(asdict(index)))
-    body = {"key": _key(path, state), "sha256": _hash(values), "index": values}
+    saved = _SavedIndex(_key(path, state), _hash(index), index)
     place = _place(path)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_text(place, json.dumps(body))
+        write_text(place, json.dumps(asdict(saved)))
     except OSError as error:
         log.warning("%s cannot be written (%s): the next start indexes %s again", place, error, shown(path))
 
 
-def _hash(values: Any) -> str:
-    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def _hash(index: ArchiveIndex) -> str:
+    return sha256(json.dumps(asdict(index), sort_keys=True).encode()).hexdigest()

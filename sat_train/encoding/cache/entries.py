@@ -62,7 +62,6 @@ class SampleFacts:
         self._picture: dict[str, Any] = {
             "size": (shape.height, shape.width),
             "max_upscale": videos.max_upscale,
-            "crop": (videos.crop, *self.view) if videos.crop == "random" else (videos.crop,),
         }
 
     @functools.cached_property

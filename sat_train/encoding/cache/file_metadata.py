@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.clips.clip_file import READER, ClipInfo, Span, open_part, read_headers, read_stamp
 from sat_train.data.clips.remote import is_remote
 from sat_train.encoding.cache.key import Origin, digest
 from sat_train.files import open_regular, read_text, write_text
+from sat_train.json_record import JsonRecord, read_record
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -30,12 +30,21 @@ _RACY_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Known(JsonRecord):
     """State of one file: `stamp` is that of `read_stamp`; any change of contents changes it."""
 
     stamp: tuple[int, ...]
     sha256: str | None
     info: ClipInfo | None
+    reader: int = READER
+
+
+@dataclass(frozen=True)
+class _Page(JsonRecord):
+    """One file of metadata: facts by the name of the file, and texts by name."""
+
+    files: dict[str, _Known]
+    names: dict[str, str]
 
 
 class FileMetadata:
@@ -146,12 +155,9 @@ class FileMetadata:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for first in range(0, max(1, len(new)), _MOST_FILES):
-                files = {
-                    key: {**asdict(known), "reader": READER}
-                    for key, known in new[first : first + _MOST_FILES]
-                }
+                page = _Page(dict(new[first : first + _MOST_FILES]), self._new_names)
                 name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"
-                write_text(self._folder / name, json.dumps({"files": files, "names": self._new_names}))
+                write_text(self._folder / name, json.dumps(asdict(page)))
         except OSError as error:
             if not self._has_warned:
                 reason = error.strerror or error
@@ -161,15 +167,14 @@ class FileMetadata:
 
     def _read(self, path: Path) -> None:
         try:
-            body = json.loads(read_text(path, limit=_MOST_BYTES))
-            known = {key: _from_json(value) for key, value in body["files"].items()}
-            names = {key: _checked(value, str) for key, value in body["names"].items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            page: _Page = read_record(_Page, read_text(path, limit=_MOST_BYTES))
+        except (OSError, ValueError) as error:
             reason = str(error)[:200] or type(error).__name__
             log.warning("%s cannot be read (%s): those files will be hashed again", path, reason)
             return
-        self._known.update(known)
-        self._names.update(names)
+        for name, known in page.files.items():  # another version read other times
+            self._known[name] = known if known.reader == READER else replace(known, info=None, reader=READER)
+        self._names.update(page.names)
 
     def _sha256(self, path: Path, span: Span | None, stamp: tuple[int, ...]) -> str:
         known = self._lookup(path, span, stamp)
@@ -209,29 +214,3 @@ def _hash(path: Path, span: Span | None) -> str:
     except OSError as error:
         raise BadClip("unreadable", error.strerror or str(error)) from None
     return sha256.hexdigest()
-
-
-def _from_json(value: dict[str, Any]) -> _Known:
-    """Parses a fact from a file of the cache and checks its types: the file is untrusted."""
-    sha256 = value["sha256"]
-    info = value["info"] if value.get("reader") == READER else None  # another version wrote other times
-    stamp = tuple(_checked(number, int) for number in value["stamp"])
-    clip = None if info is None else ClipInfo(**info)
-    if clip is not None:
-        for name in ("height", "width"):
-            _checked(getattr(clip, name), int)
-        for name in ("rate", "first", "last"):
-            if not math.isfinite(_checked(getattr(clip, name), int, float)):
-                raise ValueError(f"{name} is not finite")
-        _checked(clip.codec, str)
-        _checked(clip.is_image, bool)
-        _checked(clip.is_turned, bool, type(None))
-        if clip.rate <= 0 or clip.height <= 0 or clip.width <= 0:
-            raise ValueError("a clip without size or rate")
-    return _Known(stamp, _checked(sha256, str, type(None)), clip)
-
-
-def _checked(value: Any, *kinds: type) -> Any:
-    if type(value) not in kinds:
-        raise ValueError(f"{str(value)[:40]!r} is no {' or '.join(kind.__name__ for kind in kinds)}")
-    return value

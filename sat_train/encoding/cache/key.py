@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sat_train.json_record import JsonRecord
+
 # Raise it when the same file and settings give other pixels, latents or embeddings than before.
 CODE_VERSION = 1
 PIXELS_VERSION = 2  # the same for pixels alone: embeddings of captions stay valid
@@ -33,7 +35,7 @@ class EncoderDigests:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Origin(JsonRecord):
     """The source file of an encoding, in its state at that time.
 
     Args:
@@ -60,7 +62,6 @@ def clip_key(
     fps: float,
     size: tuple[int, int],
     max_upscale: float,
-    crop: Sequence[Any],
     vae: str,
 ) -> str:
     """Returns the key of a clip's moments.
@@ -73,7 +74,6 @@ def clip_key(
         fps: Frames a second of the sample.
         size: Height and width in pixels.
         max_upscale: Largest factor by which a picture may be enlarged.
-        crop: Crop of the picture: `center`, or `random` with the seed and number of the view.
         vae: Digest of the autoencoder.
     """
     return digest(
@@ -83,7 +83,7 @@ def clip_key(
         window=[start, count, total, fps],
         size=list(size),
         max_upscale=max_upscale,
-        crop=list(crop),
+        crop=["center"],
         vae=vae,
     )
 

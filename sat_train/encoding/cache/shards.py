@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 from sat_train.encoding.cache.key import CODE_VERSION, Origin
 from sat_train.errors import DataError
 from sat_train.files import open_regular, sync_folder, write_file
+from sat_train.json_record import JsonRecord, Word, read_record
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -33,11 +33,9 @@ _RETRY_S = 60  # after a shard could not be written
 _MOST_WAITING = 4  # shards that may wait for a disk with room
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-_KIND = re.compile(r"[a-z0-9_]{1,64}")
-
 
 @dataclass(frozen=True)
-class EntryInfo:
+class EntryInfo(JsonRecord):
     """Description of an entry, without its tensors.
 
     Args:
@@ -51,7 +49,7 @@ class EntryInfo:
         sha256: Of the bytes of its tensors, in the order of their names.
     """
 
-    kind: str
+    kind: Word
     name: str
     encoder: str
     origin: Origin | None = None
@@ -234,7 +232,9 @@ def _parse_header(text: bytes, size: int) -> Header:
     end = max((slot.offset + slot.num_bytes for slot in all_slots.values()), default=start)
     if size != end:
         raise ValueError(f"{size} bytes, its header promises {end}")
-    entries = {key: _entry_info(record) for key, record in json.loads(metadata["entries"]).items()}
+    entries: dict[str, EntryInfo] = read_record(dict[str, EntryInfo], metadata["entries"])
+    if any((info.kind == "failed") != (info.detail is not None) for info in entries.values()):
+        raise ValueError("only a failure has a reason")
     slots: dict[str, dict[str, TensorSlot]] = {key: {} for key in entries}
     for name, slot in all_slots.items():
         key, _, part = name.rpartition("/")
@@ -290,28 +290,3 @@ def find_fault(tensors: Mapping[str, Tensor], info: EntryInfo) -> str:
     if hash_tensors(tensors) != info.sha256:
         return "contents changed (SHA-256 differs)"
     return "" if are_finite(tensors) else "holds values that are not finite"
-
-
-def _entry_info(record: dict[str, Any]) -> EntryInfo:
-    origin, detail = record["origin"], record["detail"]
-    if origin is not None:
-        part = origin.get("part")
-        origin = Origin(**{**origin, "part": None if part is None else tuple(part)})
-        _check_types(origin, {"path": str, "size": int, "mtime_ns": int, "identity": str})
-        if part is not None and [type(number) for number in part] != [int, int]:
-            raise ValueError("a part is two whole numbers")
-    if detail is not None:
-        detail = tuple(detail)
-        if [type(text) for text in detail] != [str, str]:
-            raise ValueError("a failure is two texts")
-    info = EntryInfo(**{**record, "origin": origin, "detail": detail})
-    _check_types(info, {"kind": str, "name": str, "encoder": str, "code_version": int, "sha256": str})
-    if not _KIND.fullmatch(info.kind) or (info.kind == "failed") != (detail is not None):
-        raise ValueError("an entry of an unknown kind")
-    return info
-
-
-def _check_types(record: Any, types: Mapping[str, type]) -> None:
-    for name, kind in types.items():
-        if type(getattr(record, name)) is not kind:
-            raise ValueError(f"{name} is no {kind.__name__}")

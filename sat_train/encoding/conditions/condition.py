@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_train.data.batch import VideoSample
+from sat_train.data.batches import VideoSample
 from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
 from sat_train.encoding.cache.key import digest
 from sat_train.encoding.conditions.randomness import Randomness

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sat_train.data.batch import VideoSample
+from sat_train.data.batches import VideoSample
 from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
 from sat_train.encoding.cache.key import image_key
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding

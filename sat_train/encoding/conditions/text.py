@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sat_train.data.batch import VideoSample
+from sat_train.data.batches import VideoSample
 from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
 from sat_train.encoding.cache.key import EncoderDigests, text_key
 from sat_train.encoding.cache.shards import EntryInfo

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sat.model.base_model import BaseModel
 from torch import Tensor
 
-from sat_train.models.dit.grid import PatchGrid, to_patches
+from sat_train.models.dit.embedding import PatchGrid, to_patches
 
 # by name; of a mapping by block index each block receives its own tensor
 Extras = dict[str, Tensor | dict[int, Tensor]]

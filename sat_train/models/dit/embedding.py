@@ -1,8 +1,9 @@
-"""Embedding of latents and time, and the map back: patch embedding, time features, final layer."""
+"""Patches of a latent, their embedding and that of time, and the map back: the final layer."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,28 @@ from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
-from sat_train.models.dit.grid import PatchGrid, to_patches
+
+class PatchGrid(NamedTuple):
+    """Number of patches along each axis; tokens run over frames, then rows, then columns."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens in all."""
+        return self.frames * self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def to_patches(latent_btchw: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
+    """Cuts a latent into patches of (o, p, q), `[b, t, h, w, c * o * p * q]`."""
+    o, p, q = patch_size
+    patches: Tensor = rearrange(latent_btchw, "b (t o) c (h p) (w q) -> b t h w (c o p q)", o=o, p=p, q=q)
+    return patches
 
 
 def timestep_features(values_b: Tensor, dim: int) -> Tensor:

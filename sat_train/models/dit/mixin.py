@@ -12,7 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from sat_train.models.dit.block import DitBlock
     from sat_train.models.dit.context import BlockContext, Extras, ForwardContext
-    from sat_train.models.dit.grid import PatchGrid
+    from sat_train.models.dit.embedding import PatchGrid
 
 Step = Callable[..., Tensor]
 

@@ -7,7 +7,7 @@ from sat.model.base_model import BaseMixin
 from torch import Tensor
 
 from sat_train.errors import ConfigError, Fault
-from sat_train.models.dit.grid import PatchGrid
+from sat_train.models.dit.embedding import PatchGrid
 
 Device = torch.device | str
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sat_train.config import NetworkSpec
 from sat_train.config.parts.position_parts import Rotary3DPositionEmbeddingParams
-from sat_train.models.dit.grid import PatchGrid
+from sat_train.models.dit.embedding import PatchGrid
 from sat_train.models.dit.positions import Device, PositionEmbedding, check_size, is_prefix
 
 

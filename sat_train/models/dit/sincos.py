@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sat_train.config import NetworkSpec
 from sat_train.config.parts.position_parts import Sincos3DPositionEmbeddingParams
-from sat_train.models.dit.grid import PatchGrid
+from sat_train.models.dit.embedding import PatchGrid
 from sat_train.models.dit.positions import Device, PositionEmbedding, check_size, is_prefix
 
 

@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from sat_train.config import NetworkSpec
 from sat_train.models.dit.block import AdaLNLayer, DitBlock
 from sat_train.models.dit.context import BlockContext, ForwardContext, cast_extras
-from sat_train.models.dit.embedding import FinalLayer, PatchEmbed, timestep_features
-from sat_train.models.dit.grid import PatchGrid
+from sat_train.models.dit.embedding import FinalLayer, PatchEmbed, PatchGrid, timestep_features
 from sat_train.models.dit.hooks import OWNERS, HookOrder, Hooks, check_mixin
 from sat_train.models.dit.initialization import initialize_weights
 from sat_train.models.dit.mixin import Mixin

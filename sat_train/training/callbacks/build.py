@@ -9,7 +9,7 @@ import torch
 
 from sat_train.config import RunConfig
 from sat_train.config.schema.args import IMAGE_SEPARATOR
-from sat_train.data.batch import LoadedBatch
+from sat_train.data.batches import LoadedBatch
 from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessMesh

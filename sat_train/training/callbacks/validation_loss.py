@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from sat_train.data.batch import LoadedBatch
+from sat_train.data.batches import LoadedBatch
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.training.loop.clip_losses import ClipLosses

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sat_train.data.batch import LoadedBatch
+from sat_train.data.batches import LoadedBatch
 from sat_train.distributed.collectives import gather_objects, max_flags
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest

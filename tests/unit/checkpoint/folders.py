@@ -16,7 +16,7 @@ from sat_train import files as files_module
 from sat_train.checkpoint.manifest import Manifest
 from sat_train.checkpoint.publish import RankReport, publish
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.files import FileRecord, HashingFile, write_file
+from sat_train.files import HashingFile, write_file
 
 FILES = ("mp_rank_00_model_states.pt", "fragments_rank_00.pt")
 
@@ -27,7 +27,7 @@ def run_directory(root: Path, stamp: str = "20260101-000000", name: str = "exp")
     return folder
 
 
-def describe(step: int, files: tuple[FileRecord, ...]) -> Manifest:
+def describe(step: int) -> Manifest:
     return Manifest(
         step=step,
         samples_consumed=4 * step,
@@ -40,7 +40,6 @@ def describe(step: int, files: tuple[FileRecord, ...]) -> Manifest:
         data_fingerprint="d" * 64,
         base_weights=None,
         versions={"torch": torch.__version__},
-        files=files,
     )
 
 
@@ -63,10 +62,9 @@ def commit(mesh: ProcessMesh, run: Path, step: int, *, expected_bytes: int = 0) 
     return publish(
         mesh,
         run_directory=run,
-        step=step,
+        manifest=describe(step),
         expected_bytes=expected_bytes,
         write=lambda folder: write_shards(folder, step),
-        describe=lambda *, files: describe(step, files),
     )
 
 

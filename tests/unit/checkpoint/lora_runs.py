@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,8 +51,7 @@ def commit_weights(
         return RankReport(files=files)
 
     run.mkdir(parents=True, exist_ok=True)
-    describe = partial(
-        Manifest,
+    manifest = Manifest(
         step=step,
         samples_consumed=step,
         world_size=1,
@@ -66,4 +64,4 @@ def commit_weights(
         base_weights=base,
         versions={},
     )
-    return publish(mesh, run_directory=run, step=step, expected_bytes=0, write=write, describe=describe)
+    return publish(mesh, run_directory=run, manifest=manifest, expected_bytes=0, write=write)

@@ -13,15 +13,13 @@ import pytest
 import torch
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.augmentation_key import AugmentationKey
-from sat_train.data.batch import VideoSample
-from sat_train.data.batches import DataPosition, OrderedBatches
+from sat_train.data.batches import DataPosition, OrderedBatches, VideoSample
 from sat_train.data.buckets import one_bucket
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failure_log import ClipFailure, FailureLog
 from sat_train.data.loader import VideoLoader
-from sat_train.data.sampler import GlobalOrder
+from sat_train.data.sampler import AugmentationKey, GlobalOrder
 from sat_train.data.sources.records import ClipSource
 from sat_train.errors import DataError
 from tests.unit.data.videos import SIDE, make_folder, record_of

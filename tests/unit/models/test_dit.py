@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from sat_train.errors import ConfigError
-from sat_train.models.dit.embedding import timestep_features
-from sat_train.models.dit.grid import PatchGrid
+from sat_train.models.dit.embedding import PatchGrid, timestep_features
 from sat_train.models.dit.rotary import RotaryPositions, rotary_angles, rotate_pairs
 from sat_train.models.dit.sincos import sincos_table
 from tests.networks import SMALL, build_network

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from sat_train.errors import ConfigError
 from sat_train.models.dit.block import mlp_forward
 from sat_train.models.dit.context import BlockContext
-from sat_train.models.dit.grid import PatchGrid
+from sat_train.models.dit.embedding import PatchGrid
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.transformer import DiffusionTransformer
 from tests.unit.models.mixins import (

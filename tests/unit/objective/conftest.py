@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat_train.data.augmentation_key import AugmentationKey
-from sat_train.data.batch import SampleBatch, VideoSample
-from sat_train.data.batches import StepPosition
+from sat_train.data.batches import SampleBatch, StepPosition, VideoSample
+from sat_train.data.sampler import AugmentationKey
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.distributed.processes import start_single_process
 from sat_train.encoding.conditions.image import ImageCondition, OfsCondition

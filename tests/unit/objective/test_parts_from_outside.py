@@ -18,7 +18,7 @@ from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError, ConfigError
 from sat_train.models.build import build_dit
-from sat_train.models.dit.grid import PatchGrid
+from sat_train.models.dit.embedding import PatchGrid
 from sat_train.models.dit.rotary import RotaryPositions
 from sat_train.sampling.build import build_sampling
 from sat_train.weights.diffusers_config import scheduler_config, transformer_config

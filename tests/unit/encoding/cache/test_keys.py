@@ -36,7 +36,6 @@ OTHER = {
     "another window": {"window": "center"},
     "frames left out": {"skip_frms_num": 3},
     "another limit of enlargement": {"shape": {"max_upscale": 3.0}},
-    "another crop": {"crop": "random"},
     "another autoencoder": {"encoder_digests": EncoderDigests("other", ENCODERS.text)},
     "another identity": {"identity": "stat"},
 }
