@@ -67,7 +67,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     f"{_DENOISER}.scaling_config.target": ("VideoScaling", f"{_SGM}.denoiser_scaling.VideoScaling"),
     f"{_DENOISER}.discretization_config.target": _SCHEDULE,
     "model.loss_fn_config.target": ("VideoDiffusionLoss", f"{_SGM}.loss.VideoDiffusionLoss"),
-    f"{_TIMESTEPS}.target": ("DiscreteSampling", f"{_SGM}.sigma_sampling.DiscreteSampling"),
     f"{_TIMESTEPS}.params.discretization_config.target": _SCHEDULE,
     "model.sampler_config.params.discretization_config.target": _SCHEDULE,
 }

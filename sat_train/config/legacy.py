@@ -19,6 +19,8 @@ TARGETS = {
     "sat.model.finetune.lora2.LoraMixin": "Lora",
     f"{_DIFFUSION}.sampling.VPSDEDPMPP2MSampler": "DPMPP2M",
     f"{_DIFFUSION}.sampling.VideoDDIMSampler": "DDIM",
+    f"{_DIFFUSION}.sigma_sampling.DiscreteSampling": "Uniform",
+    "DiscreteSampling": "Uniform",
     f"{_DIFFUSION}.guiders.DynamicCFG": "DynamicGuidance",
     f"{_DIFFUSION}.guiders.VanillaCFG": "ConstantGuidance",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from sat_train.config.geometry import Geometry
 from sat_train.config.network_spec import NetworkSpec
@@ -14,6 +13,7 @@ from sat_train.config.parts.module_parts import ModuleConfig
 from sat_train.config.parts.noise_schedule import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.parts.position_parts import TimeHeightWidth
 from sat_train.config.parts.sampler_parts import SamplerConfig
+from sat_train.config.parts.timestep_parts import TimestepsConfig
 from sat_train.config.schema.encoder_slots import T5TextEncoderParams, VideoCoderParams, VideoVAESettings
 from sat_train.config.schema.model_section import ModelConfig
 from sat_train.config.schema.network import DiffusionTransformerParams
@@ -44,7 +44,7 @@ class ModelSpec(NetworkSpec):
         posterior_sampling: Training draws latents from the posterior; False uses its mean.
         offset_noise_level: Standard deviation of the noise that all elements of a sample share.
         min_snr_gamma: Largest weight of the x0 error; None for no limit.
-        timestep_sampling: `stratified` spreads the timesteps of a step over the schedule.
+        timesteps: Distribution of the training timesteps.
     """
 
     trained_frames: int
@@ -65,7 +65,7 @@ class ModelSpec(NetworkSpec):
     posterior_sampling: bool
     offset_noise_level: float
     min_snr_gamma: float | None
-    timestep_sampling: Literal["uniform", "stratified"]
+    timesteps: TimestepsConfig
 
     @property
     def trained_fps(self) -> int:
@@ -123,7 +123,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         posterior_sampling=first_stage.regularizer_config.params.sample,
         offset_noise_level=loss.offset_noise_level,
         min_snr_gamma=loss.min_snr_value,
-        timestep_sampling="stratified" if loss.sigma_sampler_config.params.uniform_sampling else "uniform",
+        timesteps=loss.sigma_sampler_config,
     )
 
 

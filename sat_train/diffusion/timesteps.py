@@ -10,23 +10,21 @@ from torch import Tensor
 Spacing = Literal["trailing", "linspace"]
 
 
-def uniform_timesteps(uniform_b: Tensor, num_timesteps: int) -> Tensor:
-    """Returns timesteps drawn independently for each sample.
+def timesteps_at(position_b: Tensor, num_timesteps: int) -> Tensor:
+    """Returns the timesteps at positions in the schedule.
 
     Args:
-        uniform_b: One float64 number in [0, 1) for each sample, shape (b,).
+        position_b: float64 in [0, 1], 0 for the cleanest, shape (b,).
         num_timesteps: Number of training timesteps.
 
     Returns:
         int64 timesteps in [0, num_timesteps), shape (b,).
     """
-    return (uniform_b * num_timesteps).long()
+    return (position_b * num_timesteps).long().clamp_(max=num_timesteps - 1)
 
 
-def stratified_timesteps(
-    uniform_b: Tensor, stratum_b: Tensor, num_strata: Tensor | int, num_timesteps: int
-) -> Tensor:
-    """Returns timesteps that cover the range evenly over an optimizer step, one stratum per sample.
+def stratify(uniform_b: Tensor, stratum_b: Tensor, num_strata: Tensor | int) -> Tensor:
+    """Returns uniform numbers that cover [0, 1) evenly over an optimizer step, one stratum per sample.
 
     The range is divided into as many equal strata as the step has samples over all ranks. So the distribution
     over a step is the same at any world size, and that of a single sample over many steps stays uniform.
@@ -35,18 +33,15 @@ def stratified_timesteps(
         uniform_b: One float64 number in [0, 1) for each sample, shape (b,).
         stratum_b: int64 stratum of each sample, in [0, num_strata), shape (b,).
         num_strata: Samples of the step; one number, or int64 of shape (b,).
-        num_timesteps: Number of training timesteps.
 
     Returns:
-        int64 timesteps in [0, num_timesteps), shape (b,).
+        float64 in [0, 1], shape (b,).
 
     Source: Kingma et al. 2021 (arXiv:2107.00630) appendix I.1. It replaces `uniform_sampling` of
     zai-org/CogVideo@7a1af71 `sgm/modules/diffusionmodules/sigma_sampling.py`, which stratifies by rank and
     only above 8 ranks.
     """
-    return uniform_timesteps((stratum_b + uniform_b) / num_strata, num_timesteps).clamp_(
-        max=num_timesteps - 1
-    )
+    return (stratum_b + uniform_b) / num_strata
 
 
 def sampling_timesteps(

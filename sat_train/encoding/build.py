@@ -79,8 +79,13 @@ def build_conditions(config: RunConfig, encoders: Encoders) -> tuple[Condition, 
     )
     conditions = [text]
     if model.noised_image_input:
-        drop_probability = model.noised_image_dropout
-        conditions.append(ImageCondition(scale=spec.image_latent_scale, drop_probability=drop_probability))
+        image = ImageCondition(
+            scale=spec.image_latent_scale,
+            drop_probability=model.noised_image_dropout,
+            noise_log_mean=model.noised_image_log_mean,
+            noise_log_std=model.noised_image_log_std,
+        )
+        conditions.append(image)
     if spec.ofs_width is not None:
         conditions.append(OfsCondition(_OFS))
     return (*conditions, *(_build_own(name, choice, spec) for name, choice in model.conditions.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from sat_train.diffusion.guidance import Guidance
 from sat_train.diffusion.loss import min_snr_weight, offset_noise, v_mse_per_sample
 from sat_train.diffusion.parameterization import add_noise, v_target
 from sat_train.diffusion.samplers import OnStep, Sampler
-from sat_train.diffusion.timesteps import Spacing, stratified_timesteps, uniform_timesteps
+from sat_train.diffusion.timestep_laws import TimestepLaw, uniform_law
+from sat_train.diffusion.timesteps import Spacing, stratify, timesteps_at
 from sat_train.distributed.seeds import derive_seed
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
 from sat_train.encoding.conditions.randomness import PromptRandomness, SampleRandomness
@@ -48,8 +49,9 @@ class VideoDiffusion:
         posterior_sampling: Draw training latents from the autoencoder's posterior instead of taking its mean.
         offset_noise_level: Standard deviation of the noise that all elements of a sample share.
         min_snr_gamma: Upper limit of the loss weight; None for no limit.
-        timestep_sampling: `uniform` draws each sample's timestep alone, `stratified` spreads them over the
-            optimizer step.
+        timestep_law: Distribution of the training timesteps.
+        stratified: Spread the timesteps evenly over the distribution in each optimizer step; off, each
+            sample's is drawn alone.
         seed: The run's seed.
         dtype: Dtype of the transformer's computation.
         device: Device of the computation.
@@ -66,7 +68,8 @@ class VideoDiffusion:
         posterior_sampling: bool = True,
         offset_noise_level: float = 0.0,
         min_snr_gamma: float | None = None,
-        timestep_sampling: Literal["uniform", "stratified"] = "uniform",
+        timestep_law: TimestepLaw = uniform_law,
+        stratified: bool = False,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -76,7 +79,7 @@ class VideoDiffusion:
         self.alpha_bar = alpha_bar.cpu()
         self.scale_factor, self.posterior_sampling = scale_factor, posterior_sampling
         self.offset_noise_level, self.min_snr_gamma = offset_noise_level, min_snr_gamma
-        self.timestep_sampling = timestep_sampling
+        self.timestep_law, self.stratified = timestep_law, stratified
         self.geometry: Geometry = dit.spec
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
 
@@ -282,12 +285,12 @@ class VideoDiffusion:
         return eps.to(self.device)
 
     def _timesteps(self, batch: EncodedBatch, random: SampleRandomness) -> Tensor:
-        uniform_b, num_timesteps = random.uniform("timestep"), len(self.alpha_bar)
-        if self.timestep_sampling == "uniform":
-            return uniform_timesteps(uniform_b, num_timesteps)
-        strata_b = random.strata("timestep_strata", batch.step_positions)
-        num_strata_b = torch.tensor([position.size for position in batch.step_positions])
-        return stratified_timesteps(uniform_b, strata_b, num_strata_b, num_timesteps)
+        uniform_b = random.uniform("timestep")
+        if self.stratified:
+            strata_b = random.strata("timestep_strata", batch.step_positions)
+            num_strata_b = torch.tensor([position.size for position in batch.step_positions])
+            uniform_b = stratify(uniform_b, strata_b, num_strata_b)
+        return timesteps_at(self.timestep_law(uniform_b), len(self.alpha_bar))
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:

@@ -232,9 +232,11 @@ def build_trainer(
     def compute_loss(batch: LoadedBatch) -> torch.Tensor:
         # dropout draws from torch's global generator
         torch.manual_seed(derive_seed(config.args.seed, "dropout", batch.sample_indices[0]))
-        return pipeline.training_loss(encode(batch), network=engine).loss
+        output = pipeline.training_loss(encode(batch), network=engine)
+        trainer.callbacks.loss_computed(output)
+        return output.loss
 
-    return Trainer(
+    trainer = Trainer(
         train_step=TrainStep(
             engine=engine,
             compute_loss=compute_loss,
@@ -259,6 +261,7 @@ def build_trainer(
             save=build_save(config, mesh, run_directory, data, base_weights),
         ),
     )
+    return trainer
 
 
 def build_save(

@@ -10,7 +10,9 @@ from sat_train.checkpoint.layout import PREEMPTED
 from sat_train.config.learning_rate import LearningRate
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.objective.training_inputs import LossOutput
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
+from sat_train.training.callbacks.loss_by_timestep import LossByTimestep
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
@@ -39,6 +41,39 @@ class StopAt(Callback):
     def step_done(self, trainer) -> None:
         if self._asked and trainer.state.step == self._step:
             self._stop_request.signal_name = "SIGTERM"
+
+
+def _by_timestep(mesh: ProcessMesh) -> list[dict[str, float]]:
+    """Two intervals of random losses; each rank has its own."""
+    callback = LossByTimestep(mesh, num_timesteps=1000, parts=8)
+    measured = []
+    for interval in range(2):
+        for timesteps, losses in _losses(mesh.rank, interval):
+            callback.loss_computed(LossOutput(losses.mean(), losses, timesteps))
+        measured.append(callback.measure(None))
+    return measured
+
+
+def _losses(rank: int, interval: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(10 * rank + interval)
+    batches = []
+    for _ in range(5):
+        timesteps = torch.randint(0, 700, (3,), generator=generator)
+        batches.append((timesteps, torch.rand(3, generator=generator)))
+    return batches
+
+
+def test_the_loss_by_timestep_is_the_mean_over_all_ranks_and_steps_since_the_last_report(rank_pool):
+    for measured in rank_pool(2)(_by_timestep):
+        for interval, found in enumerate(measured):
+            expected: dict[str, list[float]] = {}
+            for rank in range(2):
+                for timesteps, losses in _losses(rank, interval):
+                    for timestep, loss in zip(timesteps.tolist(), losses.tolist(), strict=True):
+                        expected.setdefault(f"loss_t{timestep // 125 * 125}", []).append(loss)
+            means = {name: sum(each) / len(each) for name, each in expected.items()}
+            assert found == pytest.approx(means, rel=1e-6)
+            assert "loss_t875" not in found, "no sample was there"
 
 
 def _trainer(

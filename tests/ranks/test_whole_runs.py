@@ -343,6 +343,9 @@ def test_going_back_to_an_older_step_leaves_one_line_of_history(rank_pool, folde
     assert find_weights(run_directory).path.name == "5"
     assert find_resumed(micro_run(folder, *_words(name, 6, "args.resume=auto", "args.lr=5e-3"))).step == 5
     assert [record["step"] for record in _records(folder, name)] == [1, 2, 3, 4, 5]
+    for record in _records(folder, name):  # two samples a step, of one part of the schedule or of two
+        by_timestep = [value for key, value in record.items() if key.startswith("loss_t")]
+        assert sum(by_timestep) / len(by_timestep) == pytest.approx(record["loss"], rel=1e-6)
     head = (run_directory / "resolved.yaml").read_text()
     assert "# resumed at step 2\n" in head
     assert (

@@ -34,6 +34,15 @@ class CallbackConfig(Choice):
     params: CallbackParams = Field(description="Its settings.")
 
 
+@part("callback", "LossByTimestep", build="sat_train.training.callbacks.loss_by_timestep:build")
+class LossByTimestepParams(CallbackParams):
+    """Adds the training loss in equal parts of the noise schedule to the metrics; every run has it."""
+
+    every_rank: ClassVar[bool] = True
+
+    parts: int = Field(10, ge=1, le=1000, description="Parts of the schedule.")
+
+
 @part("callback", "MetricsFile", build="sat_train.training.callbacks.metrics_file:build")
 class MetricsFileParams(CallbackParams):
     """Appends the metrics of each logged step to `metrics.jsonl`; every run that saves anything has it."""

@@ -224,7 +224,7 @@ class ArgsConfig(Record):
 
     def all_callbacks(self) -> tuple[CallbackConfig, ...]:
         """Returns the callbacks that flags enable, then those of `callbacks`, which win over a flag."""
-        flags: dict[str, dict[str, str]] = {"MetricsFile": {}}
+        flags: dict[str, dict[str, str]] = {"LossByTimestep": {}, "MetricsFile": {}}
         if self.tensorboard:
             flags["TensorBoard"] = {}
         if self.wandb:

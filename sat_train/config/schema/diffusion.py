@@ -6,6 +6,7 @@ from pydantic import Field
 
 from sat_train.config.parts.noise_schedule import ScheduleGroup
 from sat_train.config.parts.record import Record
+from sat_train.config.parts.timestep_parts import TimestepsConfig
 
 
 class DenoiserParams(Record):
@@ -23,33 +24,18 @@ class DenoiserGroup(Record):
     params: DenoiserParams = Field(DenoiserParams(), description="Its settings.")
 
 
-class TimestepsParams(Record):
-    """Distribution of the timesteps in training."""
-
-    num_idx: int = Field(1000, ge=2, description="Steps of the schedule.")
-    uniform_sampling: bool = Field(
-        False,
-        description="Spread the timesteps of one step evenly over the schedule, at any number of ranks.",
-    )
-    discretization_config: ScheduleGroup | None = Field(
-        None, description="null, or the same as the denoiser's."
-    )
-
-
-class TimestepsGroup(Record):
-    """Timesteps of training."""
-
-    params: TimestepsParams = Field(TimestepsParams(), description="Its settings.")
-
-
 class LossParams(Record):
     """The training loss: mean squared error of v, in fp32."""
 
-    offset_noise_level: float = Field(0.0, ge=0, description="Extra noise shared by all pixels of a frame.")
+    offset_noise_level: float = Field(
+        0.0, ge=0, description="Deviation of noise that all of a sample shares, for brightness."
+    )
     min_snr_value: float | None = Field(
         None, gt=0, description="Largest weight on the x0 error (min-SNR); null: no limit."
     )
-    sigma_sampler_config: TimestepsGroup = Field(TimestepsGroup(), description="Timesteps of training.")
+    sigma_sampler_config: TimestepsConfig = Field(
+        TimestepsConfig.default(), description="Timesteps of training."
+    )
 
 
 class LossGroup(Record):

@@ -32,6 +32,13 @@ class ModelConfig(Record):
     noised_image_dropout: float = Field(
         0.0, ge=0, le=1, description="Share of samples trained without the image."
     )
+    noised_image_log_mean: float = Field(
+        -3.0,
+        ge=-30,
+        le=1,
+        description="Mean of the logarithm of the noise on the first frame, in pixels of -1 to 1.",
+    )
+    noised_image_log_std: float = Field(0.5, ge=0, le=5, description="Its standard deviation.")
     not_trainable_prefixes: Texts = Field(
         (), description="Prefixes of the names of frozen weights; all: everything but adapters."
     )

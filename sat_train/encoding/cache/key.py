@@ -88,12 +88,13 @@ def clip_key(
     )
 
 
-def image_key(*, pixels: str, noise: Sequence[int] | None, vae: str) -> str:
+def image_key(*, pixels: str, noise: Sequence[float] | None, vae: str) -> str:
     """Returns the key of the moments of an image condition.
 
     Args:
         pixels: Key of the clip whose first frame it is, or of the image file.
-        noise: Seed and number of the view whose noise is added to it; None: no noise.
+        noise: Seed and number of the view whose noise is added to it, and its level if that is not the
+            released one; None: no noise.
         vae: Digest of the autoencoder.
     """
     return digest(kind="image", pixels=pixels, noise=noise and list(noise), vae=vae)

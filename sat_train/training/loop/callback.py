@@ -15,6 +15,7 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
+from sat_train.objective.training_inputs import LossOutput
 from sat_train.training.loop.metrics import Metrics
 from sat_train.training.loop.state import TrainState
 
@@ -90,6 +91,9 @@ class Callback:
     def started(self, trainer: Training) -> None:
         """Before the first step."""
 
+    def loss_computed(self, output: LossOutput) -> None:
+        """After each forward pass of training; reading its losses here would wait for the device."""
+
     def before_optimizer_step(self, trainer: Training) -> None:
         """Between the last backward pass of a step and its update: `trainer.engine.gradients()` are there.
 
@@ -148,6 +152,10 @@ class Callbacks:
     def started(self, trainer: Training) -> None:
         """Before the first step."""
         self._each(lambda callback: callback.started(trainer))
+
+    def loss_computed(self, output: LossOutput) -> None:
+        """After each forward pass of training."""
+        self._each(lambda callback: callback.loss_computed(output))
 
     def before_optimizer_step(self, trainer: Training) -> None:
         """Between the last backward pass and the update."""

@@ -90,6 +90,20 @@ CASES = [
     Case("below the limit", "args: {log_interval: 0}", "args.log_interval", "a whole number >= 1"),
     Case("above the limit", "args: {lr_decay_ratio: 1.5}", "args.lr_decay_ratio", "a number >= 0 and <= 1"),
     Case("choice", "args: {mode: finetun}", "args.mode", "did you mean 'finetune'?"),
+    Case(
+        "limits of timesteps",
+        "model: {loss_fn_config: {params: {sigma_sampler_config: "
+        "{target: TruncatedNormal, params: {low: 0.5, high: 0.4}}}}}",
+        "model.loss_fn_config.params.sigma_sampler_config.params.high",
+        "above low = 0.5",
+    ),
+    Case(
+        "timesteps out of reach",
+        "model: {loss_fn_config: {params: {sigma_sampler_config: "
+        "{target: TruncatedNormal, params: {mean: 3, std: 0.1}}}}}",
+        "model.loss_fn_config.params.sigma_sampler_config.params.mean",
+        "within 6 std of the limits 0 and 1",
+    ),
     Case("lr style", "args: {lr_decay_style: cosin}", "args.lr_decay_style", "did you mean 'cosine'?"),
     Case(
         "lr style of SAT",

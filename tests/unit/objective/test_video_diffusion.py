@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sat_train.config import load_run_config
+from sat_train.config.extensions import load_extensions
 from sat_train.data.batches import StepPosition
 from sat_train.diffusion.loss import min_snr_weight
-from sat_train.encoding.conditions.image import noise_image
+from sat_train.encoding.conditions.image import ImageCondition
 from sat_train.encoding.conditions.randomness import SampleRandomness
 from sat_train.encoding.encode import Encode
 from sat_train.errors import SatTrainError
 from sat_train.models.encoders import pixels_to_unit
+from tests.ranks.extensions import write_extensions
 
+TIMESTEPS = "model.loss_fn_config.params.sigma_sampler_config.target"
 EVERYTHING = {"caption_dropout": 0.4, "offset_noise_level": 0.1, "min_snr_gamma": 5.0}
 
 # a batched matrix product sums in another order than a single one; losses are about 1
 ORDER = {"rtol": 1e-5, "atol": 0}
+
+
+@pytest.fixture
+def forget_extensions():
+    yield
+    load_extensions([])
 
 
 @pytest.mark.parametrize("image_to_video", [False, True])
@@ -29,7 +40,7 @@ def test_a_samples_loss_does_not_depend_on_the_batch_around_it(
     pipeline = make_pipeline(
         image_to_video=image_to_video,
         image_dropout=0.4,
-        timestep_sampling="stratified",
+        stratified=True,
         **EVERYTHING,
     )
     whole = pipeline.training_loss(encode(pipeline, make_batch(range(8))))
@@ -124,11 +135,22 @@ def test_the_image_condition_is_the_scaled_latent_in_the_first_frame(make_pipeli
         assert not noised[:, 1:].any()
 
 
-def test_the_image_noise_has_the_released_spread():
-    image, eps = torch.zeros(3, 2, 2), torch.ones(3, 2, 2)
-    log_sigma_eps = torch.tensor([-1.0, 0.0, 2.0])
-    noise = torch.stack([noise_image(image, eps, each)[0, 0, 0] for each in log_sigma_eps])
-    torch.testing.assert_close(noise.log(), torch.tensor([-3.5, -3.0, -2.0]))
+@pytest.mark.parametrize("level", [{}, {"noise_log_mean": -1.0, "noise_log_std": 0.25}])
+def test_the_noise_on_first_frames_is_log_normal_with_the_released_numbers_by_default(make_batch, level):
+    """Of zai-org/CogVideo@7a1af71 `sat/diffusion_video.py` add_noise_to_first_frame."""
+    condition = ImageCondition(scale=1.0, **level)
+    pixels = SimpleNamespace(device="cpu", frames=lambda images: images)
+    logs = []
+    for noised, plain in zip(
+        *(make_batch(range(300), frames=1, training=training).samples for training in (True, False)),
+        strict=True,
+    ):
+        noise = condition.encode(noised, pixels) - condition.encode(plain, pixels)
+        logs.append(noise.std().log())
+    mean, std = level.get("noise_log_mean", -3.0), level.get("noise_log_std", 0.5)
+    # five deviations of the estimates from 300 images of 768 numbers
+    assert float(torch.stack(logs).mean()) == pytest.approx(mean, abs=5 * std / 300**0.5)
+    assert float(torch.stack(logs).std()) == pytest.approx(std, abs=5 * std / 600**0.5)
 
 
 def test_images_are_dropped_sample_by_sample(make_pipeline, make_batch, encode):
@@ -143,7 +165,7 @@ def test_images_are_dropped_sample_by_sample(make_pipeline, make_batch, encode):
 
 
 def test_stratified_timesteps_cover_each_global_batch(make_pipeline, make_batch, encode):
-    pipeline = make_pipeline(timestep_sampling="stratified")
+    pipeline = make_pipeline(stratified=True)
     orders = []
     for first in (0, 8, 16):
         halves = [range(first, first + 4), range(first + 4, first + 8)]  # as two ranks would hold them
@@ -159,7 +181,7 @@ def test_stratified_timesteps_cover_a_step_whose_samples_are_not_consecutive(
     make_pipeline, make_batch, encode
 ):
     """As with buckets; another rank count that gives the same samples the same places draws the same."""
-    pipeline = make_pipeline(timestep_sampling="stratified")
+    pipeline = make_pipeline(stratified=True)
     indices, step_positions = [3, 17, 4, 5, 41, 2, 90, 8], tuple(StepPosition(5, i, 8) for i in range(8))
 
     def draw(part: slice):
@@ -169,6 +191,21 @@ def test_stratified_timesteps_cover_a_step_whose_samples_are_not_consecutive(
     whole = draw(slice(0, 8))
     assert sorted(timestep // 125 for timestep in whole) == list(range(8))
     assert [timestep for rank in range(4) for timestep in draw(slice(2 * rank, 2 * rank + 2))] == whole
+
+
+def test_a_distribution_of_timesteps_from_outside_is_that_of_the_training_inputs(
+    tmp_path, make_pipeline, make_batch, encode, forget_extensions
+):
+    write_extensions(tmp_path)
+    words = ["--extension", str(tmp_path / "late_timesteps.py"), f"{TIMESTEPS}=Power"]
+    config = load_run_config(["configs/sft.yaml"], words, check_paths=False)
+    law = config.spec.timesteps.build()
+    encoded = encode(make_pipeline(), make_batch(range(8), frames=1))
+    for stratified in (False, True):
+        uniform = make_pipeline(stratified=stratified).training_inputs(encoded).timesteps_b
+        late = make_pipeline(stratified=stratified, timestep_law=law).training_inputs(encoded).timesteps_b
+        # of the same random number, up to the rounding to whole timesteps
+        assert ((late / 1000) ** 2 * 1000 - uniform).abs().max() <= 2
 
 
 def test_validation_repeats_itself_and_drops_nothing(make_pipeline, make_batch, encode):

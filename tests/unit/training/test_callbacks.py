@@ -49,8 +49,8 @@ def _call(callbacks: Callbacks, method: str) -> None:
 
 def test_the_methods_are_those_that_the_loop_calls():
     assert set(METHODS) == {
-        *("started", "before_optimizer_step", "step_done", "measure", "reported", "finished", "closed"),
-        *("state_dict", "load_state_dict", "add_tensors", "load_tensors"),
+        *("started", "loss_computed", "before_optimizer_step", "step_done", "measure", "reported"),
+        *("finished", "closed", "state_dict", "load_state_dict", "add_tensors", "load_tensors"),
     }
 
 

@@ -44,6 +44,7 @@ def open_dataset(
     )
     shape = {"fps": 8, "max_upscale": 4.0, **(shape or {})}
     size = options.pop("video_size", (SIDE, SIDE))
+    noise = {name: options.pop(name) for name in ("noise_log_mean",) if name in options}
     sources = [ClipSource("test", tuple(records), "")]
     order = GlobalOrder(seed=1, clip_weights=[[1.0] * len(records)], shuffle=False)
     videos = VideoDataset(
@@ -57,7 +58,8 @@ def open_dataset(
         **options,
     )
     text = TextCondition(null="zero", empty_prompt=lambda: torch.zeros(4, 8))
-    return EncodedDataset(videos, cache, [text, *([ImageCondition(scale=1.0)] if image else [])])
+    images = [ImageCondition(scale=1.0, **noise)] if image else []
+    return EncodedDataset(videos, cache, [text, *images])
 
 
 def read(dataset: EncodedDataset, index: int) -> SampleResult:

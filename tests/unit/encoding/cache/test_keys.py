@@ -107,6 +107,8 @@ def test_the_noise_on_the_first_frame_is_part_of_its_key_alone(tmp_path, clip):
     assert keys_of(plain, 0).image == keys_of(plain, 1).image
     other_seed = open_dataset(tmp_path, [record_of(clip)], image="noised", seed=2)
     assert keys_of(other_seed, 0).image != keys_of(noised, 0).image
+    other_level = open_dataset(tmp_path, [record_of(clip)], image="noised", noise_log_mean=-2.0)
+    assert keys_of(other_level, 0).image not in (keys_of(noised, 0).image, keys_of(plain, 0).image)
 
 
 def test_limited_views_repeat_and_are_the_same_in_every_run(tmp_path, clip):
