@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from sat.model.base_model import BaseMixin
 from sat.model.transformer import BaseTransformerLayer
@@ -18,7 +17,7 @@ from sat.mpu import copy_to_model_parallel_region, get_model_parallel_world_size
 from torch import Tensor, nn
 
 from sat_train.models.dit.context import BlockContext
-from sat_train.models.dit.rotary import rotate_pairs
+from sat_train.models.dit.elementwise import gated_sum, rotate_pairs
 
 # modules that act at one hook of one block, outermost first, each with its part in that block
 Acting = tuple[tuple[BaseMixin, nn.Module | None], ...]
@@ -75,41 +74,40 @@ class DitBlock:
         }
         return {name: module for name, module in modules.items() if module is not None}
 
-    def modulate(self, context: BlockContext) -> Iterable[Tensor]:
-        """Returns shift, scale and gate of attention, then of the MLP, of each token: six of `[b, l, d]`."""
-        video_b6d, text_b6d = self.modulation(context.emb_bd).unflatten(1, (2, 6, -1)).unbind(1)
-        return (
-            torch.where(context.is_text_l1, text[:, None], video[:, None])
-            for video, text in zip(video_b6d.unbind(1), text_b6d.unbind(1), strict=True)
-        )
+    def modulate(self, context: BlockContext) -> tuple[Tensor, ...]:
+        """Returns shift, scale, gate of attention, then of the MLP, of text and video: six of `[b, 2, d]`."""
+        video_text_bsjd = self.modulation(context.emb_bd).unflatten(1, (2, 6, -1))
+        modulations: tuple[Tensor, ...] = video_text_bsjd.flip(1).unbind(2)
+        return modulations
 
 
 def layer_forward(x_bld: Tensor, *, block: DitBlock, context: BlockContext) -> Tensor:
     """SAT hook: one block, `[b, l, d]` to `[b, l, d]`.
 
-    One LayerNorm runs over text and video together and `where` picks each token's modulation, so a compiler
-    fuses norm, modulation and residual into one pass.
+    One LayerNorm runs over text and video together, which differ in their modulation alone.
 
     Source: zai-org/CogVideo@7a1af71 `sat/dit_video_concat.py` `AdaLNMixin.layer_forward`.
     """
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.modulate(context)
-    modulated = block.layer.input_layernorm(x_bld) * (1 + scale_a) + shift_a
-    x_bld = x_bld + gate_a * block.run(attention_forward, modulated, context=context)
-    modulated = block.layer.post_attention_layernorm(x_bld) * (1 + scale_m) + shift_m
-    return x_bld + gate_m * block.run(mlp_forward, modulated, context=context)
+    layer, text_length = block.layer, context.text_length
+    modulated = layer.input_layernorm(x_bld, shift_a, scale_a, text_length)
+    attended = block.run(attention_forward, modulated, context=context)
+    x_bld = gated_sum(x_bld, attended, gate_a, text_length)
+    modulated = layer.post_attention_layernorm(x_bld, shift_m, scale_m, text_length)
+    return gated_sum(x_bld, block.run(mlp_forward, modulated, context=context), gate_m, text_length)
 
 
 def attention_forward(x_bld: Tensor, *, block: DitBlock, context: BlockContext) -> Tensor:
     """SAT hook: modulated tokens `[b, l, d]` to the output of attention, before its gate."""
     attention = block.layer.attention
     qkv = attention.query_key_value(x_bld).unflatten(-1, (3, -1, block.head_dim))
-    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+    query, key, value = qkv.unbind(2)
     if block.query_norm is not None and block.key_norm is not None:
         query, key = block.query_norm(query), block.key_norm(key)
-    if context.cos_lk is not None and context.sin_lk is not None:
-        query = rotate_pairs(query, context.cos_lk, context.sin_lk)
-        key = rotate_pairs(key, context.cos_lk, context.sin_lk)
-    y_bnlk = block.run(attention_fn, query, key, value, context=context)
+    if context.rotation_lk2 is not None:
+        query, key = (rotate_pairs(part, context.rotation_lk2) for part in (query, key))
+    heads = (part.transpose(1, 2) for part in (query, key, value))
+    y_bnlk = block.run(attention_fn, *heads, context=context)
     y_bld: Tensor = attention.dense(y_bnlk.transpose(1, 2).flatten(2))
     return y_bld
 
@@ -135,12 +133,12 @@ class HeadLayerNorm(nn.LayerNorm):
     weights; the parts are summed over the model axis, and all ranks take the same step.
     """
 
-    def forward(self, x_bnlk: Tensor) -> Tensor:
+    def forward(self, x_blnk: Tensor) -> Tensor:
         """Normalises the last dim."""
         if self.weight is None or get_model_parallel_world_size() == 1:
-            return super().forward(x_bnlk)
+            return super().forward(x_blnk)
         weight, bias = (copy_to_model_parallel_region(shared) for shared in (self.weight, self.bias))
-        return F.layer_norm(x_bnlk, self.normalized_shape, weight, bias, self.eps)
+        return F.layer_norm(x_blnk, self.normalized_shape, weight, bias, self.eps)
 
 
 class AdaLNLayer(BaseMixin):

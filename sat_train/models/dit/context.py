@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from sat.model.base_model import BaseModel
 from torch import Tensor
@@ -24,21 +25,19 @@ class BlockContext(NamedTuple):
 
     Args:
         emb_bd: Timestep (and `ofs`) features, `[b, time_embed_dim]`.
-        is_text_l1: True at text tokens, `[l, 1]`.
-        cos_lk: Cosine of each token's rotary angles, fp32 `[l, k / 2]`; 1 at tokens that are not rotated.
-            None: no rotary positions.
-        sin_lk: Sine of the same; 0 at tokens that are not rotated.
+        rotation_lk2: Cosine and sine of each token's rotary angles, fp32 `[l, k / 2, 2]`; (1, 0) at those
+            that are not rotated. None: no rotary positions.
         grid: Patches of the video.
         text_length: Text tokens.
+        appended: Tokens behind the video.
         extras: Named tensors of conditions and modules, batch first: those of all blocks and this block's.
     """
 
     emb_bd: Tensor
-    is_text_l1: Tensor
-    cos_lk: Tensor | None
-    sin_lk: Tensor | None
+    rotation_lk2: Tensor | None
     grid: PatchGrid
     text_length: int
+    appended: int = 0
     extras: Mapping[str, Tensor] = MappingProxyType({})
 
     def video(self, x_bld: Tensor) -> Tensor:
@@ -49,17 +48,15 @@ class BlockContext(NamedTuple):
 
     def tokens(self, video_bthwd: Tensor) -> Tensor:
         """Returns video tokens at their positions among all tokens, `[b, l, d]`; the others are zero."""
-        behind = len(self.is_text_l1) - self.text_length - self.grid.tokens
-        return F.pad(video_bthwd.flatten(1, 3), (0, 0, self.text_length, behind))
+        return F.pad(video_bthwd.flatten(1, 3), (0, 0, self.text_length, self.appended))
 
     def with_tokens(self, count: int) -> BlockContext:
         """Returns the context of a sequence with more tokens at its end; these are not rotated."""
-        more = (0, 0, 0, count)
-        return self._replace(
-            is_text_l1=F.pad(self.is_text_l1, more),
-            cos_lk=None if self.cos_lk is None else F.pad(self.cos_lk, more, value=1.0),
-            sin_lk=None if self.sin_lk is None else F.pad(self.sin_lk, more),
-        )
+        rotation_lk2 = self.rotation_lk2
+        if rotation_lk2 is not None:
+            none = rotation_lk2.new_tensor([1.0, 0.0]).expand(count, *rotation_lk2.shape[1:])
+            rotation_lk2 = torch.cat([rotation_lk2, none])
+        return self._replace(rotation_lk2=rotation_lk2, appended=self.appended + count)
 
     def for_block(self, index: int, extras: Extras) -> BlockContext:
         """Returns the context of one block, which sees the extras of all blocks and its own."""

@@ -24,10 +24,8 @@ class PositionEmbedding(BaseMixin):
         """SAT hook: positions that are added to the tokens, `[1, text_length + grid.tokens, d]`, or None."""
         return None
 
-    def rotary_tables(
-        self, grid: PatchGrid, text_length: int, device: torch.device
-    ) -> tuple[Tensor, Tensor] | None:
-        """Returns cosines and sines of all tokens, fp32 `[l, k / 2]`; None rotates nothing."""
+    def rotation(self, grid: PatchGrid, text_length: int, device: torch.device) -> Tensor | None:
+        """Returns cosine and sine of the angles of all tokens, fp32 `[l, k / 2, 2]`; None rotates nothing."""
         return None
 
 

@@ -34,7 +34,7 @@ class RotaryPositions(PositionEmbedding):
             interpolation=spec.interpolation,
             theta=params.theta,
         )
-        self._tables: dict[tuple[PatchGrid, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[PatchGrid, int, torch.device], Tensor] = {}
         self.pos_embedding = None
         if params.learnable_pos_embed:
             table = torch.zeros(1, params.text_length + base.tokens, spec.width)
@@ -54,14 +54,14 @@ class RotaryPositions(PositionEmbedding):
         """SAT hook: positions that are added to the tokens; None without a learned table."""
         return None if self.pos_embedding is None else self(grid, text_length)
 
-    def rotary_tables(self, grid: PatchGrid, text_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns cosines and sines of all tokens, fp32 `[l, k / 2]`; text tokens are not rotated."""
+    def rotation(self, grid: PatchGrid, text_length: int, device: torch.device) -> Tensor:
+        """Returns cosine and sine of the angles of all tokens, fp32 `[l, k / 2, 2]`; text is not rotated."""
         key = (grid, text_length, device)
         if key not in self._tables:
             # training may save for its backward a table that sampling has computed first
             with torch.inference_mode(False):
                 angles = F.pad(self.angles(grid, device), (0, 0, text_length, 0))
-                self._tables[key] = (angles.cos(), angles.sin())
+                self._tables[key] = torch.stack([angles.cos(), angles.sin()], dim=-1)
         return self._tables[key]
 
     def angles(self, grid: PatchGrid, device: torch.device) -> Tensor:
@@ -127,22 +127,6 @@ def _fit_to_base(grid: PatchGrid, base: PatchGrid) -> tuple[tuple[int, int], tup
         height, width = round(base.width / grid.width * grid.height), base.width
     top, left = round((base.height - height) / 2), round((base.width - width) / 2)
     return (top, top + height), (left, left + width)
-
-
-def rotate_pairs(x_bnlk: Tensor, cos_lk: Tensor, sin_lk: Tensor) -> Tensor:
-    """Rotates each pair of neighbouring channels by its token's angle, in fp32.
-
-    Args:
-        x_bnlk: Queries or keys, `[b, n, l, k]`.
-        cos_lk: fp32 `[l, k / 2]`.
-        sin_lk: fp32 `[l, k / 2]`.
-
-    Returns:
-        `[b, n, l, k]` in the dtype of `x_bnlk`.
-    """
-    a, b = x_bnlk.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([a * cos_lk - b * sin_lk, b * cos_lk + a * sin_lk], dim=-1)
-    return rotated.flatten(-2).to(x_bnlk.dtype)
 
 
 def interpolate_table(table_ld: Tensor, own: PatchGrid, grid: PatchGrid) -> Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 from sat.model.transformer import BaseTransformer
-from torch import nn
+
+from sat_train.models.dit.elementwise import ModulatedLayerNorm
 
 # the values of SAT's transformer for its layers, and of diffusers for all
 NORM_EPS = 1e-5
@@ -28,7 +29,7 @@ def build_layers(
         num_attention_heads=num_attention_heads,
         max_sequence_length=1,
         layernorm_epsilon=NORM_EPS,
-        layernorm=functools.partial(nn.LayerNorm, elementwise_affine=elementwise_affine),
+        layernorm=functools.partial(ModulatedLayerNorm, elementwise_affine=elementwise_affine),
         skip_init=True,
         params_dtype=torch.get_default_dtype(),
         device=torch.get_default_device(),

@@ -166,11 +166,10 @@ class DiffusionTransformer(BaseModel):
     def block_context(self, emb_bd: Tensor, latent_btchw: Tensor, text_bld: Tensor) -> BlockContext:
         """Returns the inputs of blocks besides their tokens, without extras."""
         grid, text_length = self.patch_grid(latent_btchw), text_bld.shape[1]
-        is_text_l1 = torch.arange(text_length + grid.tokens, device=emb_bd.device)[:, None] < text_length
         positions = self.mixins["pos_embed"]
         assert isinstance(positions, PositionEmbedding), "the builder of a position embedding returns one"
-        cos_lk, sin_lk = positions.rotary_tables(grid, text_length, emb_bd.device) or (None, None)
-        return BlockContext(emb_bd, is_text_l1, cos_lk, sin_lk, grid, text_length)
+        rotation_lk2 = positions.rotation(grid, text_length, emb_bd.device)
+        return BlockContext(emb_bd, rotation_lk2, grid, text_length)
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles the block, once for all layers, for each size and mode. Call it before DeepSpeed."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sat_train.errors import ConfigError
+from sat_train.models.dit.elementwise import rotate_pairs
 from sat_train.models.dit.embedding import PatchGrid, timestep_features
-from sat_train.models.dit.rotary import RotaryPositions, rotary_angles, rotate_pairs
+from sat_train.models.dit.rotary import RotaryPositions, rotary_angles
 from sat_train.models.dit.sincos import sincos_table
 from tests.networks import SMALL, build_network
 from tests.unit.models.narrow import inputs, randomized
@@ -221,9 +222,10 @@ def test_a_learned_table_is_refused_or_interpolated_in_rows_and_columns():
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     grid = PatchGrid(2, 3, 4)
     angles = rotary_angles(grid, head_dim=32, base=grid, fit_to_base=False)
-    query, key = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 1, grid.tokens, 32)
-    q, k = (rotate_pairs(x, angles.cos(), angles.sin())[0, 0] for x in (query, key))
-    assert torch.allclose(q.norm(dim=-1), query[0, 0].norm(dim=-1), rtol=1e-5)
+    query, key = torch.randn(2, 1, 1, 1, 32).expand(2, 1, grid.tokens, 1, 32)
+    rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    q, k = (rotate_pairs(x, rotation)[0, :, 0] for x in (query, key))
+    assert torch.allclose(q.norm(dim=-1), query[0, :, 0].norm(dim=-1), rtol=1e-5)
     scores = (q @ k.T).unflatten(0, grid).unflatten(3, grid)
     # one frame, row and column on: the same distance, so the same score
     assert torch.allclose(scores[0, 0, 0, 0, 1, 2], scores[1, 1, 1, 1, 2, 3], atol=1e-4)
@@ -241,10 +243,10 @@ def test_rotary_tables_are_made_once_for_a_size():
     assert isinstance(pos_embed, RotaryPositions)
     dit(*inputs())
     device = torch.device("cpu")
-    first = pos_embed.rotary_tables(PatchGrid(3, 2, 3), 5, device)
+    first = pos_embed.rotation(PatchGrid(3, 2, 3), 5, device)
     dit(*inputs())
-    assert pos_embed.rotary_tables(PatchGrid(3, 2, 3), 5, device) is first
-    assert pos_embed.rotary_tables(PatchGrid(2, 2, 3), 5, device)[0].shape == (17, 16)
+    assert pos_embed.rotation(PatchGrid(3, 2, 3), 5, device) is first
+    assert pos_embed.rotation(PatchGrid(2, 2, 3), 5, device).shape == (17, 16, 2)
 
 
 def test_text_length_may_differ_from_the_table_s():

@@ -1,0 +1,216 @@
+"""Counts and times one block of the transformer, next to that of diffusers (`pip install -e ".[test]"`).
+
+    python benchmarks/block.py count     # the released models at their own sizes, on the meta device
+    python benchmarks/block.py time      # forward and backward on this machine, the two blocks in turn
+
+A row is a tensor of tokens x width in bfloat16. `kept` are the rows that a forward keeps for its backward,
+with the block's input and without weights and the tables of all blocks. `moved` are the rows that elementwise
+operations read and write in forward, recomputed forward and backward, without matrix products and attention,
+whose time depends on arithmetic instead. On a CPU, times are CPU times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from sat_train.config import NetworkSpec, load_run_config
+from sat_train.config.parts.position_parts import PositionConfig
+from sat_train.distributed.processes import start_single_process
+from sat_train.models.build import build_dit
+from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.trainable import select_trainable
+
+MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")
+ONE_LAYER = "model.network_config.params.num_layers=1"
+UNCOUNTED = ("mm", "addmm", "bmm", "baddbmm", "_unsafe_view")
+
+# a block as a function of inputs, and the inputs
+Block = tuple[Callable[..., Any], tuple[Tensor, ...]]
+
+
+class Attention(torch.autograd.Function):
+    """Tensors and strides of flash attention, without its arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty(query.transpose(1, 2).shape, dtype=query.dtype, device=query.device).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        saved = ctx.saved_tensors[:3]
+        return tuple(torch.empty_like(each.transpose(1, 2)).transpose(1, 2) for each in saved)
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes that operations read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.is_view or name in UNCOUNTED or "empty" in name:
+            return result
+        read = _bytes_in(args[1:] if name == "copy_" else args)
+        self.moved += _bytes_in(result) + (0 if "zeros" in name or "fill" in name else read)
+        if name == "native_layer_norm" and not args[0].is_contiguous():
+            self.moved += 2 * _bytes_in(args[0])  # its kernel makes a contiguous copy first
+        return result
+
+
+def _bytes_in(value: Any) -> int:
+    """Returns the bytes of the distinct elements of all tensors."""
+    if isinstance(value, Tensor):
+        sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)
+        return math.prod(sizes) * value.element_size()
+    return sum(map(_bytes_in, value)) if isinstance(value, (tuple, list)) else 0
+
+
+def kept_bytes(block: Block, tables: tuple[Tensor, ...]) -> int:
+    """Returns the bytes that a forward keeps for its backward, without weights and shared tables."""
+    run, inputs = block
+    shared = {table.untyped_storage()._cdata for table in tables}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        if not is_weight and tensor.untyped_storage()._cdata not in shared:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(*inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def our_block(dit: DiffusionTransformer, latent: Tensor, text: Tensor) -> Block:
+    """Returns our block as a function of its tokens and time features."""
+    like = {"dtype": dit.dtype, "device": latent.device}
+    emb = torch.randn(len(latent), dit.spec.time_width, **like)
+    context = dit.block_context(emb, latent, text)
+    tokens = context.text_length + context.grid.tokens
+    x = torch.randn(len(latent), tokens, dit.spec.width, **like, requires_grad=True)
+    return lambda x, emb: dit.blocks[0](x, context._replace(emb_bd=emb)), (x, emb)
+
+
+def diffusers_block(ours: Block, spec: NetworkSpec, text_length: int) -> Block:
+    """Returns diffusers' block for the inputs of ours."""
+    x, emb = ours[1]
+    with x.device:
+        block = CogVideoXBlock(spec.width, spec.heads, spec.head_width, spec.time_width, attention_bias=True)
+        tables = tuple(torch.ones(x.shape[1] - text_length, spec.head_width) for _ in range(2))
+    block.to(x.dtype)
+    rotary = tables if "Rotary" in spec.positions.target else None
+    text, video = (part.detach().requires_grad_() for part in x.tensor_split((text_length,), dim=1))
+    return lambda text, video, emb: block(video, text, emb, image_rotary_emb=rotary), (text, video, emb)
+
+
+def count() -> None:
+    """Prints the rows that a layer keeps and moves."""
+    F.scaled_dot_product_attention = lambda q, k, v, **_: Attention.apply(q, k, v)  # type: ignore[assignment]
+    for name in MODELS:
+        for adapter in ((), ("configs/lora.yaml",)):
+            config = load_run_config(
+                [f"configs/model/{name}.yaml", *adapter], [ONE_LAYER], purpose="check", check_paths=False
+            )
+            spec, data = config.spec, config.require_data().params
+            dit = build_dit(spec, device=torch.device("meta"), dtype=torch.bfloat16)
+            select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
+            shape = spec.latent(data.max_num_frames, *data.video_size)
+            size = (1, shape.padded_frames, spec.in_channels, shape.height, shape.width)
+            latent = torch.empty(size, device="meta")
+            text = torch.empty(1, spec.text.max_length, spec.text_width, device="meta")
+            ours = our_block(dit, latent, text)
+            rotation = dit.block_context(ours[1][1], latent, text).rotation_lk2
+            blocks = {f"{name}{' LoRA' if adapter else ''}": (ours, () if rotation is None else (rotation,))}
+            if not adapter:
+                blocks["  diffusers"] = (diffusers_block(ours, spec, text.shape[1]), ())
+            for label, (block, tables) in blocks.items():
+                print(f"{label:<22} {_counted(block, tables, row=_bytes_in(ours[1][0]))}")
+
+
+def _counted(block: Block, tables: tuple[Tensor, ...], *, row: int) -> str:
+    run, inputs = block
+    kept = kept_bytes(block, tables) / row
+    with Traffic() as traffic:
+        outputs = checkpoint(run, *inputs, use_reentrant=False)
+        parts = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(parts, [torch.empty_like(part) for part in parts])
+    return f"kept {kept:5.1f}   moved {traffic.moved / row:4.0f}"
+
+
+def timed(options: argparse.Namespace) -> None:
+    """Prints the time of forward and backward of both blocks, and the median of the ratios."""
+    positions = PositionConfig.of("Rotary3DPositionEmbedding", {"text_length": 226})
+    spec = NetworkSpec(
+        layers=1,
+        width=options.width,
+        heads=options.width // 64,
+        in_channels=16,
+        out_channels=16,
+        patch=(1, 2, 2),
+        text_width=4096,
+        time_width=512,
+        temporal_compression=4,
+        spatial_compression=8,
+        positions=positions,
+        trained_latent=(4, 60, 64),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dit = DiffusionTransformer(spec, device=device, dtype=dtype)
+        latent = torch.randn(1, 4, 16, 60, 64, device=device, dtype=dtype)
+        ours = our_block(dit, latent, torch.randn(1, 226, 4096, device=device, dtype=dtype))
+        theirs = diffusers_block(ours, spec, 226)
+        pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(options.repeats + 1)][1:]
+        seconds = [statistics.median(column) for column in zip(*pairs, strict=True)]
+        ratio = statistics.median(own / other for own, other in pairs)
+        print(
+            f"{dtype!s:<15} ours {seconds[0] * 1e3:7.1f} ms   diffusers {seconds[1] * 1e3:7.1f} ms   "
+            f"ratio {ratio:.2f} (median of {options.repeats})"
+        )
+
+
+def _seconds(block: Block) -> float:
+    run, inputs = block
+    clock = time.perf_counter if inputs[0].is_cuda else time.process_time
+    start = clock()
+    outputs = run(*inputs)
+    parts = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(parts, [torch.ones_like(part) for part in parts])
+    if parts[0].is_cuda:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("count", "time"), nargs="?", default="count")
+    parser.add_argument("--width", type=int, default=1024, help="width of the timed blocks")
+    parser.add_argument("--repeats", type=int, default=7, help="timed pairs, after one that warms up")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    start_single_process("auto")
+    count() if options.what == "count" else timed(options)
+
+
+if __name__ == "__main__":
+    main()

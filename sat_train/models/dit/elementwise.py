@@ -1,0 +1,156 @@
+"""Elementwise steps of a block, which move and keep fewer tensors than their formulas would in eager PyTorch.
+
+A modulation is a row for each segment of the tokens, text and video, and is never spread over the tokens. A
+compiler fuses the plain formulas by itself, and gets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ModulatedLayerNorm(nn.LayerNorm):
+    """LayerNorm followed by the shift and scale of each segment: `norm(x) * (1 + scale) + shift`."""
+
+    def forward(
+        self,
+        x_bld: Tensor,
+        shift_bsd: Tensor | None = None,
+        scale_bsd: Tensor | None = None,
+        text_length: int = 0,
+    ) -> Tensor:
+        """Normalises the last dim; without a modulation it is a LayerNorm.
+
+        Args:
+            x_bld: Tokens, text first.
+            shift_bsd: Shifts of text and of the other tokens, `[b, 2, d]`.
+            scale_bsd: Scales, less one, of the same.
+            text_length: Text tokens.
+        """
+        if shift_bsd is None or scale_bsd is None:
+            return super().forward(x_bld)
+        if torch.compiler.is_compiling():
+            spread = (
+                spread_over_tokens(each, x_bld.shape[1], text_length) for each in (shift_bsd, scale_bsd)
+            )
+            shift_bld, scale_bld = spread
+            return super().forward(x_bld) * (1 + scale_bld) + shift_bld
+        weight_bsd, bias_bsd = 1 + scale_bsd, shift_bsd
+        if self.weight is not None:
+            weight_bsd, bias_bsd = self.weight * weight_bsd, self.bias * weight_bsd + bias_bsd
+        out: Tensor = _SegmentNorm.apply(x_bld, weight_bsd, bias_bsd, text_length, self.eps)
+        return out
+
+
+def gated_sum(x_bld: Tensor, y_bld: Tensor, gate_bsd: Tensor, text_length: int) -> Tensor:
+    """Returns `x + gate * y`, with one gate `[d]` for text and one for the other tokens."""
+    if torch.compiler.is_compiling():
+        return x_bld + spread_over_tokens(gate_bsd, x_bld.shape[1], text_length) * y_bld
+    out: Tensor = _GatedSum.apply(x_bld, y_bld, gate_bsd, text_length)
+    return out
+
+
+def spread_over_tokens(rows_bsd: Tensor, tokens: int, text_length: int) -> Tensor:
+    """Returns the row of each token, `[b, 2, d]` to `[b, tokens, d]`."""
+    is_text_l1 = torch.arange(tokens, device=rows_bsd.device)[:, None] < text_length
+    return torch.where(is_text_l1, rows_bsd[:, :1], rows_bsd[:, 1:])
+
+
+def rotate_pairs(x_blnk: Tensor, rotation_lk2: Tensor) -> Tensor:
+    """Rotates each pair of neighbouring channels by its token's angle, in fp32.
+
+    Args:
+        x_blnk: Queries or keys, `[b, l, n, k]`.
+        rotation_lk2: Cosine and sine, fp32 `[l, k / 2, 2]`.
+
+    Returns:
+        `[b, l, n, k]` in the dtype of `x_blnk`.
+    """
+    pairs, rotation_l1k2 = x_blnk.float().unflatten(-1, (-1, 2)), rotation_lk2[:, None]
+    if torch.compiler.is_compiling():  # Inductor does not fuse complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation_l1k2.unbind(-1)
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation_l1k2))
+    return rotated.flatten(-2).to(x_blnk.dtype)
+
+
+def _segments(tensor_bld: Tensor, text_length: int) -> tuple[Tensor, ...]:
+    return tensor_bld.tensor_split((text_length,), dim=1)
+
+
+class _SegmentNorm(torch.autograd.Function):
+    """`norm(x) * weight + bias` with weights of each sample and segment; keeps the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, text_length: int, eps: float) -> Tensor:
+        out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        for part, scale, shift in zip(
+            _segments(out, text_length), weight.split(1, 1), bias.split(1, 1), strict=True
+        ):
+            torch.addcmul(shift, part, scale, out=part)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.text_length = text_length
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        g_x, g_weight, g_bias = (
+            torch.empty_like(each) if is_wanted else None
+            for each, is_wanted in zip((x, weight, bias), wanted, strict=True)
+        )
+        # of one sample and segment they are a LayerNorm's weights; its kernel gives all gradients at once
+        for sample, segment, span in _spans(len(x), x.shape[1], ctx.text_length):
+            tokens = (each[sample, span] for each in (grads[0], x))
+            statistics = (each[sample, span] for each in (mean, rstd))
+            rows = (each[sample, segment] for each in (weight, bias))
+            g_tokens, *g_rows = torch.ops.aten.native_layer_norm_backward(
+                *tokens, x.shape[-1:], *statistics, *rows, wanted
+            )
+            if g_x is not None:
+                g_x[sample, span] = g_tokens
+            for whole, row in zip((g_weight, g_bias), g_rows, strict=True):
+                if whole is not None:
+                    whole[sample, segment] = row
+        return g_x, g_weight, g_bias, None, None
+
+
+def _spans(samples: int, tokens: int, text_length: int) -> Iterator[tuple[int, int, slice]]:
+    for sample in range(samples):
+        yield sample, 0, slice(0, text_length)
+        yield sample, 1, slice(text_length, tokens)
+
+
+class _GatedSum(torch.autograd.Function):
+    """`x + gate * y` with gates of each sample and segment."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, text_length: int) -> Tensor:
+        out = torch.empty_like(x)
+        parts = (_segments(each, text_length) for each in (out, x, y))
+        for out_part, x_part, y_part, row in zip(*parts, gate.split(1, 1), strict=True):
+            torch.addcmul(x_part, row, y_part, out=out_part)
+        ctx.save_for_backward(gate, *([y] if ctx.needs_input_grad[2] else []))
+        ctx.text_length = text_length
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, text_length = grads[0], ctx.text_length
+        gate, *kept = ctx.saved_tensors
+        g_y, g_gate = None, None
+        if ctx.needs_input_grad[1]:
+            g_y = torch.empty_like(grad)
+            parts = _segments(g_y, text_length), _segments(grad, text_length)
+            for g_part, part, row in zip(*parts, gate.split(1, 1), strict=True):
+                torch.mul(part, row, out=g_part)
+        if ctx.needs_input_grad[2]:
+            sums = [part.sum(1, keepdim=True) for part in _segments(grad * kept[0], text_length)]
+            g_gate = torch.cat(sums, dim=1)
+        return grad, g_y, g_gate, None
