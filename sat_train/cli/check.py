@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.config.explain import explain_key, list_values
 from sat_train.config.extensions import load_extensions
+from sat_train.config.facts import ClipCounts, RunFacts
 from sat_train.config.json_schema import render_json_schema
-from sat_train.config.summary import ClipCounts, RunFacts, summarize
+from sat_train.config.rules import warnings_of_run
+from sat_train.config.summary import summarize
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,18 +44,20 @@ def main(argv: Sequence[str]) -> int:
         print(report_build(config))
     else:
         print(list_values(config, with_defaults=options.all))
-        print(f"\n{_sum_up(config, looks_at_data=not options.no_paths)}")
+        print(f"\n{_sum_up(config, options)}")
     return 0
 
 
-def _sum_up(config: RunConfig, *, looks_at_data: bool) -> str:
-    """Returns the summary and the verdict, after listing the clips.
+def _sum_up(config: RunConfig, options: argparse.Namespace) -> str:
+    """Returns the summary, the warnings of the guard rails that need facts, and the verdict.
 
     Raises:
         DataError: The data cannot be read.
     """
-    clips = _count_clips(config) if looks_at_data else None
-    summary = summarize(config, RunFacts(clips=clips))
+    ranks: int | None = options.ranks and options.ranks // config.args.model_parallel_size
+    clips = None if options.no_paths else _count_clips(config)
+    facts = RunFacts(clips=clips, data_ranks=ranks, card_gib=options.card)
+    summary = "\n".join([summarize(config, facts), *warnings_of_run(config, facts)])
     verdict = f"incomplete: {config.needs}" if config.needs else "ready: this configuration has no fault"
     return f"{summary}\n\n{verdict}"
 
@@ -78,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads a configuration as training would; names every fault, or shows the settings and a "
         "summary.",
         usage="sat-train check --base FILE [FILE ...] [key.path=value ...] [--flag value ...] "
-        "[--extension NAME ...] [--all | --explain KEY | --build | --schema] [--no-paths]",
+        "[--extension NAME ...] [--all | --explain KEY | --build | --schema] [--no-paths] [--ranks N] "
+        "[--card GIB]",
         allow_abbrev=False,
     )
     parser.add_argument("--all", action="store_true", help="show defaults and the model's numbers too")
@@ -90,4 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of configs/schema.json")
     parser.add_argument("--no-paths", action="store_true", help="do not check that data and weights exist")
+    parser.add_argument("--ranks", type=_positive(int), metavar="N", help="GPUs of the run, for its batch")
+    parser.add_argument("--card", type=_positive(float), metavar="GIB", help="memory of one of them, in GiB")
     return parser
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError(text)
+        return value
+
+    number.__name__ = "positive number"  # argparse shows it
+    return number

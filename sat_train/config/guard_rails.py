@@ -5,15 +5,19 @@ Each is in the table of `docs/recipes.md`, in the words of its docstring.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from sat_train.config.rule import ParsedConfig, rule
+from sat_train.config.values import show_rate
 from sat_train.errors import Fault
 
 SAT_FILE = "https://github.com/zai-org/CogVideo/blob/main/sat/configs/sft.yaml"
 DIFFUSERS_SETTINGS = "https://github.com/zai-org/CogVideo/blob/main/finetune/schemas/args.py"
 DIFFUSERS_GUIDE = "https://github.com/zai-org/CogVideo/blob/main/finetune/README.md"
+DIFFUSERS_LORA = "https://github.com/zai-org/CogVideo/blob/main/finetune/models/cogvideox_t2v/lora_trainer.py"
 EMA_LENGTHS = "https://arxiv.org/abs/2312.02696"
+ADAM_SCALING = "https://arxiv.org/abs/2205.10287"
 
 # Adam changes an adapted weight in proportion to lr * alpha / r, the effective rate. Known to work are SAT's
 # (lr 5e-4 to 1e-3, alpha 1, rank 128: 3.9e-6 to 7.8e-6) and that of diffusers (2e-5, 64, 128: 1e-5).
@@ -27,6 +31,11 @@ _FEWEST_STEPS = {"LoRA": 1000, "SFT": 500}
 _SHORTEST_TIMEOUT = 30.0  # minutes
 _LARGEST_START_SHARE = 0.05  # of the initial weights in the average at the end of a run
 _RELEASED = {(30, 1920): "2B", (42, 3072): "5B"}  # layers and width
+_SAT_BATCH = 16  # clips: 2 on each of 8 GPUs
+_KNOWN_SFT_RATES = (1e-5, 2e-5)
+_HIGHEST_TRUNCATED_SHARE = 0.01
+_SMALL_CARD = 24.0  # GiB
+_ENCODERS_GIB = 10.0  # T5 and autoencoder, see the heads of configs/model/*.yaml
 _ROUNDING = 1 + 1e-9
 # Rates of other optimizers have other scales.
 _ADAM = ("Adam", "AdamW")
@@ -43,7 +52,7 @@ def _release(config: ParsedConfig) -> str:
     return _RELEASED.get((config.spec.layers, config.spec.width), "")
 
 
-@rule("args.warmup", "args.train_iters")
+@rule("args.warmup", "args.train_iters", source=DIFFUSERS_SETTINGS)
 def whole_warmup(config: ParsedConfig) -> Iterator[Fault]:
     """A warm-up as long as the run or longer, or of a number of steps that is not whole."""
     warmup, iters = config.args.warmup, config.args.train_iters
@@ -98,9 +107,9 @@ def lora_rate_fits_its_scale(config: ParsedConfig) -> Iterator[Fault]:
 @rule("args.lr", "model", "deepspeed.optimizer", severity="warning", source=SAT_FILE)
 def sft_rate_is_low(config: ParsedConfig) -> Iterator[Fault]:
     """Full fine-tuning of a released model with Adam at a learning rate above 5e-5."""
-    args = config.args
-    is_sft = _trains(config) and config.spec.adapter is None and args.mode == "finetune" and _release(config)
-    if is_sft and config.deepspeed.optimizer.type in _ADAM and args.lr > _HIGHEST_SFT_RATE * _ROUNDING:
+    args, is_adam = config.args, config.deepspeed.optimizer.type in _ADAM
+    is_finetuned = _is_sft(config) and args.mode == "finetune"
+    if is_finetuned and is_adam and args.lr > _HIGHEST_SFT_RATE * _ROUNDING:
         expected = "1e-5 (SAT) or 2e-5 (diffusers): above 5e-5 full fine-tuning forgets what the model knows"
         yield config.fault("args.lr", args.lr, expected)
 
@@ -197,3 +206,96 @@ def average_leaves_the_start(config: ParsedConfig) -> Iterator[Fault]:
             f"at most {int(longest * 1e4) / 1e4:g} for {iters} steps: {decay**iters:.0%} of the average "
             "would be the weights that the run has started from",
         )
+
+
+@rule("args.batch_size", "model", "facts.data_ranks", severity="warning", source=SAT_FILE)
+def sft_takes_enough_clips(config: ParsedConfig) -> Iterator[Fault]:
+    """Full fine-tuning of a released model with fewer than 16 clips in a step of all GPUs."""
+    clips = _clips_of_a_step(config)
+    if _is_sft(config) and clips is not None and clips < _SAT_BATCH:
+        steps = -(-_SAT_BATCH * config.args.gradient_accumulation_steps // clips)
+        expected = (
+            f"{_SAT_BATCH} clips or more in a step, which has {clips}, e.g. with "
+            f"args.gradient_accumulation_steps = {steps}"
+        )
+        yield config.fault("args.batch_size", config.args.batch_size, expected)
+
+
+@rule("args.lr", "model", "facts.data_ranks", severity="warning", source=ADAM_SCALING)
+def rate_is_not_scaled_with_the_batch(config: ParsedConfig) -> Iterator[Fault]:
+    """A known learning rate of Adam multiplied by the clips of a step, or by 16ths of them."""
+    adapter, lr, clips = config.spec.adapter, config.args.lr, _clips_of_a_step(config)
+    is_adam = config.deepspeed.optimizer.type in _ADAM
+    if not (_trains(config) and _release(config) and is_adam and clips is not None):
+        return
+    scale = 1.0 if adapter is None else adapter.params.alpha / adapter.params.r
+    known = _KNOWN_SFT_RATES if adapter is None else (*(rate / 128 for rate in _SAT_LORA_RATES), 1e-5)
+    usual = (*known, _LORA_RATES[1])
+    if any(math.isclose(lr * scale, rate, rel_tol=1e-3) for rate in usual):
+        return
+    for rate in known:
+        factor = lr * scale / rate
+        is_scaled = any(math.isclose(factor, clips / per, rel_tol=1e-3) for per in (1, _SAT_BATCH))
+        if is_scaled and not 0.5 < factor < 2:
+            root = rate / scale * math.sqrt(clips / _SAT_BATCH)
+            expected = (
+                f"{show_rate(rate / scale)}, or {show_rate(root)} for {clips} clips in a step instead of "
+                f"{_SAT_BATCH}: Adam's rate grows with the root of the batch, not with the batch"
+            )
+            yield config.fault("args.lr", lr, expected)
+            return
+
+
+@rule("args.valid_video_interval", "model", "facts.card_gib", severity="warning", source=DIFFUSERS_GUIDE)
+def sft_videos_fit_the_card(config: ParsedConfig) -> Iterator[Fault]:
+    """Videos in full fine-tuning of a released model, on a card of 24 GiB or of less than training takes."""
+    videos, card = config.args.valid_video_interval, config.facts.card_gib
+    if not _is_sft(config) or videos is None or card is None:
+        return
+    needed = _state_gib(config) + _ENCODERS_GIB
+    if card <= max(_SMALL_CARD, needed):
+        yield config.fault(
+            "args.valid_video_interval",
+            videos,
+            f"null on a card of {card:.0f} GiB: weights, optimizer and encoders take {needed:.0f} GiB, and "
+            "videos more; `sat-train sample` samples from the checkpoints",
+        )
+
+
+@rule("model.conditioner_config", "facts.long_captions", severity="warning", source=DIFFUSERS_LORA)
+def captions_fit_the_text_encoder(config: ParsedConfig) -> Iterator[Fault]:
+    """More than 1 % of the captions truncated by the text encoder."""
+    share, length = config.facts.long_captions, config.spec.text.max_length
+    if _trains(config) and share is not None and share > _HIGHEST_TRUNCATED_SHARE:
+        yield config.fault(
+            "model.conditioner_config.params.emb_models.0.params.max_length",
+            length,
+            f"captions of at most {length} tokens: {share:.0%} are longer, and the model never sees their "
+            "ends; `sat-train data inspect` names them",
+        )
+
+
+def _is_sft(config: ParsedConfig) -> bool:
+    """Returns whether all weights of a released model train."""
+    return _trains(config) and config.spec.adapter is None and bool(_release(config))
+
+
+def _clips_of_a_step(config: ParsedConfig) -> int | None:
+    """Returns the clips of an optimizer step over all ranks; None before their number is known."""
+    args, ranks = config.args, config.facts.data_ranks
+    return None if ranks is None else args.batch_size * args.gradient_accumulation_steps * ranks
+
+
+def _state_gib(config: ParsedConfig) -> float:
+    """Returns the memory of weights, gradients and optimizer on one GPU: the least that training takes.
+
+    Sampling gathers all weights, also those that ZeRO-3 divides.
+    """
+    args, zero, ranks = config.args, config.deepspeed.zero_optimization, config.facts.data_ranks or 1
+    is_half = args.fp16 or args.bf16
+    weight = 2 if is_half else 4
+    optimizer = 4 * is_half + config.deepspeed.optimizer.params.bytes_per_weight()
+    optimizer = 0 if zero.offload_optimizer.device == "cpu" else optimizer
+    each = weight + weight / (ranks if args.zero_stage >= 2 else 1)
+    each += optimizer / (ranks if args.zero_stage else 1)
+    return sum(config.spec.parameters().values()) * each / args.model_parallel_size / 2**30

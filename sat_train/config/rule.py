@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from sat_train.config.facts import RunFacts
 from sat_train.config.model_spec import ModelSpec, build_model_spec
 from sat_train.config.parts.registry import register_check
 from sat_train.config.schema.args import ArgsConfig
@@ -30,6 +31,7 @@ class ParsedConfig:
         deepspeed: Section `deepspeed`.
         purpose: Training or sampling.
         source_of: Returns the file a key came from.
+        facts: What is known of the run besides, once it starts.
     """
 
     args: ArgsConfig
@@ -38,6 +40,7 @@ class ParsedConfig:
     deepspeed: DeepSpeedConfig
     purpose: Purpose
     source_of: Callable[[str], str]
+    facts: RunFacts = field(default_factory=RunFacts)
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -62,10 +65,11 @@ class Rule:
     """A check between settings.
 
     Args:
-        reads: Keys or groups it depends on; it is not checked when one of them has a fault.
+        reads: Keys or groups it depends on; it is not checked when one of them has a fault. `facts.NAME` is
+            a field of `RunFacts`.
         check: Yields the faults.
         severity: `error` refuses the configuration; `warning` is shown, unless `args.silence` names the rule.
-        source: Reference that explains the reason; shown with a warning.
+        source: Reference that explains the reason; shown with its faults.
         looks_at_paths: It needs the files that the configuration names.
     """
 
@@ -79,6 +83,11 @@ class Rule:
     def name(self) -> str:
         """Name of the rule, by which a warning can be silenced."""
         return self.check.__name__
+
+    @property
+    def reads_facts(self) -> bool:
+        """True where it has something to say only when a run starts."""
+        return any(read.startswith("facts.") for read in self.reads)
 
     def can_be_checked(self, faulty: set[str]) -> bool:
         """Returns whether all keys that the rule reads are valid."""

@@ -4,40 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from sat_train.config.facts import RunFacts
 from sat_train.config.learning_rate import build_learning_rate
 from sat_train.config.paths import shorten_assets
 from sat_train.config.run import RunConfig
 from sat_train.config.schema.data_section import DataConfig
-
-
-@dataclass(frozen=True)
-class ClipCounts:
-    """Numbers of clips, known once the data has been read.
-
-    Args:
-        train: Clips to train on.
-        valid: Clips to validate on.
-    """
-
-    train: int
-    valid: int
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """Facts of a run beyond its configuration; None where they are unknown.
-
-    Args:
-        clips: Clips in the data.
-        data_ranks: Ranks with batches of their own.
-        steps: Steps of the whole run.
-    """
-
-    clips: ClipCounts | None = None
-    data_ranks: int | None = None
-    steps: int | None = None
 
 
 def summarize(config: RunConfig, facts: RunFacts) -> str:

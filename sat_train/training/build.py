@@ -21,6 +21,7 @@ from sat_train.config import RunConfig
 from sat_train.config.learning_rate import build_learning_rate
 from sat_train.config.reading import RESOLVED
 from sat_train.config.resolved import write_resolved
+from sat_train.config.rules import warnings_of_run
 from sat_train.config.sat_args import write_model_config
 from sat_train.config.summary import summarize
 from sat_train.config.values import show_rate
@@ -93,7 +94,10 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
         finished = run_directory.point is not None and run_directory.point.step >= data.train_iters
         if finished and not on_rank_0(mesh, lambda: say_finished(config, run_directory, data)):
             return
-        log.info("this run:\n%s", summarize(config, data.facts(mesh)))
+        facts = data.facts(mesh)
+        log.info("this run:\n%s", summarize(config, facts))
+        for warning in warnings_of_run(config, facts):
+            log.warning("%s", warning)
         start = find_start_weights(config, mesh, run_directory.point)
         pipeline = build_models(
             config, mesh, start, data.encoding.encoders, with_encoders=data.needs_encoders

@@ -5,17 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sat_train.checkpoint.find import ResumePoint
 from sat_train.config import RunConfig
-from sat_train.config.summary import ClipCounts, RunFacts
+from sat_train.config.facts import ClipCounts, RunFacts
+from sat_train.config.schema.encoder_slots import T5TextEncoderParams
 from sat_train.data.batches import DataPosition
 from sat_train.data.build import build_train_loader, build_valid_loader, count_steps
 from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import EncodingStage, build_encoding
+from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
+from sat_train.models.text.t5 import count_tokens
 
 log = get_logger(__name__)
+
+_CAPTIONS_COUNTED = 1000  # at most, spread over the data
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class RunData:
         train_iters: Steps of the run.
         needs_encoders: T5 and the autoencoder must be loaded.
         encoding: Encodes the samples.
+        text: Folder of the text encoder, and tokens of a caption.
     """
 
     train: OrderedLoader
@@ -35,11 +43,30 @@ class RunData:
     train_iters: int
     needs_encoders: bool
     encoding: EncodingStage
+    text: T5TextEncoderParams
 
     def facts(self, mesh: ProcessMesh) -> RunFacts:
-        """Facts for the summary of a run beyond its configuration."""
+        """Returns the facts of the run beyond its configuration; those of the captions on rank 0."""
         clips = [0 if loader is None else _count_clips(loader) for loader in (self.train, self.valid)]
-        return RunFacts(clips=ClipCounts(*clips), data_ranks=mesh.data_size, steps=self.train_iters)
+        is_gpu = mesh.device.type == "cuda"
+        return RunFacts(
+            clips=ClipCounts(*clips),
+            data_ranks=mesh.data_size,
+            steps=self.train_iters,
+            card_gib=torch.cuda.get_device_properties(mesh.device).total_memory / 2**30 if is_gpu else None,
+            long_captions=self._long_captions() if mesh.rank == 0 else None,
+        )
+
+    def _long_captions(self) -> float | None:
+        """Returns the share of the captions that the text encoder truncates; None without a tokenizer."""
+        sources = self.train.dataset.sources
+        captions = [text for source in sources for record in source.records for text in record.captions]
+        sample = captions[:: -(-len(captions) // _CAPTIONS_COUNTED) or 1]
+        try:
+            counts = count_tokens(Path(self.text.model_dir), sample)
+        except CheckpointError:
+            return None
+        return sum(count > self.text.max_length for count in counts) / max(1, len(sample))
 
 
 def open_data(
@@ -94,7 +121,7 @@ def open_data(
         needs_encoders = not is_complete or samples_videos(config)
         summary = encoding.describe(is_complete=is_complete, samples_videos=samples_videos(config))
         log.info("%s", summary)
-    return RunData(train, valid, train_iters, needs_encoders, encoding)
+    return RunData(train, valid, train_iters, needs_encoders, encoding, config.spec.text)
 
 
 def position_of(point: ResumePoint | None) -> DataPosition:

@@ -372,6 +372,15 @@ def _logged(mesh: ProcessMesh, folder: Path, words: list[str]) -> list[str]:
     return lines
 
 
+def test_a_run_warns_of_what_only_its_data_show(rank_pool, folder):
+    length = "model.conditioner_config.params.emb_models.0.params.max_length=6"
+    positions = "model.network_config.params.modules.pos_embed_config.params.text_length=6"
+    words = _words("captions", 1, "args.save=null", length, positions, "args.warmup=0")
+    (lines,) = rank_pool(1)(_logged, folder, words)
+    (warning,) = [line for line in lines if "captions_fit_the_text_encoder" in line]
+    assert "max_length = 6: expected captions of at most 6 tokens: 100% are longer" in warning
+
+
 def test_a_finished_run_says_so_and_is_left_as_it_is(rank_pool, folder):
     rank_pool(1)(train_micro, folder, _words("finished", 6))
     run_directory = _run_directory(folder, "finished")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sat_train.config.facts import ClipCounts
 from sat_train.config.schema.data_section import DataConfig
-from sat_train.config.summary import ClipCounts
 from sat_train.data.clips.remote import find_remote, make_path, shown
 from sat_train.data.sources.archives import read_archives
 from sat_train.data.sources.clip_manifest import read_manifest

@@ -8,7 +8,8 @@ import pytest
 
 from sat_train.cli.main import main
 from sat_train.config import RunConfig, load_run_config
-from sat_train.config.summary import ClipCounts, RunFacts, summarize
+from sat_train.config.facts import ClipCounts, RunFacts
+from sat_train.config.summary import summarize
 
 MODELS = sorted(path for path in Path("configs/model").glob("*.yaml"))
 FACTS = RunFacts(clips=ClipCounts(train=50, valid=3), data_ranks=4, steps=1000)
@@ -66,6 +67,19 @@ def test_check_ends_with_the_summary_and_a_verdict(capsys: pytest.CaptureFixture
     assert "args.tensorboard" not in shown  # a default
     assert main(["check", "--base", "configs/lora.yaml", "--all"]) == 0
     assert "args.tensorboard" in capsys.readouterr().out
+
+
+def test_check_takes_the_number_of_gpus_and_their_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--no-paths", "--base", "configs/model/cogvideox_5b.yaml", "configs/sft.yaml"]
+    assert main(["check", *files, "--ranks", "4", "--card", "24"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 accumulated x 4 GPUs = 8 a step" in shown
+    assert "silence=[sft_takes_enough_clips]" in shown
+    assert "silence=[sft_videos_fit_the_card]" in shown
+    with pytest.raises(SystemExit) as caught:
+        main(["check", *files, "--ranks", "0"])
+    assert caught.value.code == 2
+    assert "--ranks: invalid positive number value: '0'" in capsys.readouterr().err
 
 
 def test_check_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
