@@ -1,10 +1,9 @@
-"""Living rank processes: importing torch, DeepSpeed and SAT costs seconds, so tests share the processes."""
+"""Living rank processes: starting engines and groups costs seconds, so tests share the processes."""
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import socket
 import sys
 import time
@@ -13,6 +12,8 @@ import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tests.forks import start_fork
 
 TIMEOUT_MINUTES = 2  # of collectives; neither gloo's own default nor NCCL's
 _GRACE_S = 5  # how long the others may take to fail too once one rank has failed
@@ -81,7 +82,6 @@ class RankPool:
     """
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
         self._worlds: dict[int, list[tuple[Any, Connection]]] = {}
 
     def run(
@@ -117,14 +117,10 @@ class RankPool:
             self._end(world_size)
 
     def _start(self, world_size: int) -> list[tuple[Any, Connection]]:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ["DS_ACCELERATOR"] = "cpu"
         ranks = self._worlds[world_size] = []
         for _ in range(world_size):
-            ours, theirs = self._context.Pipe()
-            # no daemon: ranks have children, as in training; the end of the pipe ends them
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=False)
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            process = start_fork(_serve, theirs)  # the end of the pipe ends it
             theirs.close()
             ranks.append((process, ours))
         return ranks

@@ -134,7 +134,7 @@ def _start(mesh: ProcessMesh, layout: Layout, dtype: str) -> list[Fragment]:
 def _load_each(
     mesh: ProcessMesh, layout: Layout, dtype: str, path: Path
 ) -> list[tuple[list[Fragment], dict[str, Tensor] | None, list[Fragment]]]:
-    """Loads every saved state into one engine: what was loaded, the weights that compute, two steps later."""
+    """Loads every saved state into one engine: what was loaded, the weights that compute, a step later."""
     engine, average = _build(mesh, layout, dtype, seed=50)
     results = []
     for saved in torch.load(path, weights_only=True):
@@ -144,7 +144,7 @@ def _load_each(
         average.load_tensors(state)
         loaded, weights = _copies(engine, average), engine.weights(trained_only=True)
         kept = None if weights is None else {name: tensor.clone() for name, tensor in weights.items()}
-        _train(engine, average, 2)
+        _train(engine, average, 1)
         results.append((loaded, kept, _copies(engine, average)))
     return results
 

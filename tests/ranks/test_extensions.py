@@ -222,9 +222,14 @@ def table(folder: Path, name: str) -> str:
     return (run_directory(folder, name) / "loss.csv").read_text()
 
 
-def test_a_tracker_from_outside_reports_and_keeps_its_state(rank_pool, folder):
+@pytest.fixture(scope="module")
+def tracked_run(rank_pool, folder) -> Path:
+    rank_pool(2)(train_micro, folder, tracked(folder, "tracked", 4))
+    return run_directory(folder, "tracked")
+
+
+def test_a_tracker_from_outside_reports_and_keeps_its_state(rank_pool, folder, tracked_run):
     run = partial(rank_pool(2), train_micro, folder)
-    run(tracked(folder, "tracked", 4))
     run(tracked(folder, "untilhalf", 2))
     run(tracked(folder, "untilhalf", 4, "args.resume=must"))
     assert table(folder, "tracked") == table(folder, "untilhalf")
@@ -234,7 +239,7 @@ def test_a_tracker_from_outside_reports_and_keeps_its_state(rank_pool, folder):
     assert kept["CsvTracker"] == {"lines": 4}
 
 
-def test_a_tracker_is_named_and_its_settings_are_checked(folder):
+def test_a_tracker_is_named_and_its_settings_are_checked(folder, tracked_run):
     with pytest.raises(ConfigError, match=r"extensions\.csv_tracker: expected `--extension csv_tracker`"):
         micro_run(folder, *without(tracked(folder, "tracked", 6, "args.resume=must")))
     with pytest.raises(

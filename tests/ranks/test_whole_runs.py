@@ -99,11 +99,12 @@ def _check_equal(first: Any, second: Any, where: str = "") -> None:
 
 # Averages and accumulation ride along where they cost no case of their own.
 EXTRA = {1: ["args.ema_decay=0.9"], 2: ["args.gradient_accumulation_steps=2"], 3: ["args.ema_decay=0.9"]}
+# Each stage with either preset and on one rank and two: what else a layout can change is a state that another
+# loads, which test_any_to_any.py compares element by element.
 CASES = [
-    (preset, world_size, [f"args.zero_stage={stage}", *EXTRA.get(stage, [])])
-    for world_size in (1, 2)
-    for preset in ("sft", "lora")
+    (preset, 1 + (stage % 2 == i), [f"args.zero_stage={stage}", *EXTRA.get(stage, [])])
     for stage in (0, 1, 2, 3)
+    for i, preset in enumerate(("lora", "sft"))
 ]
 
 
@@ -262,8 +263,6 @@ def test_a_resumed_run_takes_the_weight_decay_of_its_configuration(rank_pool, fo
 
 # ZeRO stage and ranks of the data and the model axis of a run that is resumed, and of the one that resumes it
 MOVES = [
-    ("sft", (1, 1, 1), (2, 2, 1)),
-    ("sft", (0, 1, 1), (3, 2, 1)),
     ("sft", (3, 2, 1), (1, 2, 2)),
     ("sft", (2, 2, 2), (0, 1, 1)),
     ("lora", (1, 2, 2), (3, 1, 1)),

@@ -88,31 +88,37 @@ def test_no_two_modules_have_one_name() -> None:
     assert [name for name, count in counts.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_identifiers_are_the_words_of_the_glossary(path: Path) -> None:
-    banned = {name: IDENTIFIERS[name] for name in set(identifiers(path)) & IDENTIFIERS.keys()}
-    assert not banned, "say instead: " + ", ".join(f"{name} -> {word}" for name, word in banned.items())
-
-
-@pytest.mark.parametrize("path", PROSE_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_prose_uses_the_words_of_the_glossary(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    banned = {word: PROSE[word] for word in PROSE if re.search(rf"\b{word}\b", text, re.IGNORECASE)}
-    assert not banned, "say instead: " + ", ".join(f"{name} -> {word}" for name, word in banned.items())
-
-
-@pytest.mark.parametrize("path", [*MODULES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
-def test_prose_is_plain(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    banned = {word: PLAIN[word] for word in PLAIN if re.search(rf"\b{word}\b", text, re.IGNORECASE)}
-    assert not banned, "say instead: " + ", ".join(f"{name} -> {word}" for name, word in banned.items())
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_docstring_names_the_thing_or_starts_with_a_verb(path: Path) -> None:
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = [
-        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)
+def test_identifiers_are_the_words_of_the_glossary() -> None:
+    found = [
+        f"{path}: {name} -> {IDENTIFIERS[name]}"
+        for path in SOURCES
+        for name in set(identifiers(path)) & IDENTIFIERS.keys()
     ]
-    openings = [(ast.get_docstring(node) or "-").split()[0] for node in nodes]
-    assert [word for word in openings if word in CLAUSES] == []
+    assert not found, "say instead:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [(PROSE, PROSE_FILES), (PLAIN, [*MODULES, *PAGES])],
+    ids=["words of the glossary", "plain words"],
+)
+def test_prose_uses(words: dict[str, str], paths: list[Path]) -> None:
+    pattern = re.compile(rf"\b({'|'.join(words)})\b", re.IGNORECASE)
+    found = [
+        f"{path}: {match[0]} -> {words[match[0].lower()]}"
+        for path in paths
+        for match in pattern.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "say instead:\n" + "\n".join(found)
+
+
+def test_a_docstring_names_the_thing_or_starts_with_a_verb() -> None:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = []
+    for path in MODULES:
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)
+        ]
+        openings = [(ast.get_docstring(node) or "-").split()[0] for node in nodes]
+        found += [f"{path}: {word}" for word in openings if word in CLAUSES]
+    assert not found

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -22,6 +23,14 @@ class Finished:
 
     returncode: int
     output: str
+
+
+class Started(Protocol):
+    """A command that runs: a `Popen`, or a fork of `tests/forks.py`."""
+
+    pid: int
+
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
 def environment() -> dict[str, str]:
@@ -93,7 +102,7 @@ def run_words(words: Sequence[str], *, cwd: Path = ROOT, timeout_s: float = 300)
     return Finished(done.returncode, done.stdout)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: Started) -> None:
     """SIGKILL to the command and everything it started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

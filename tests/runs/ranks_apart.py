@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.runs.launching import ROOT, environment
+from tests.forks import ForkedCommand, start_python
 
 # What a rank does once the ranks have met; `argv[1]` is a body of Python.
 WORK = """
@@ -26,10 +24,8 @@ sys.exit(_join_and_work(SimpleNamespace(args=args), RankEnv.read(), ("work", "wo
 """
 
 
-def start_ranks(
-    words: Callable[[int], Sequence[str]], *, world_size: int, logs: Path
-) -> list[subprocess.Popen[bytes]]:
-    """Starts `python <words(rank)>` once a rank; the output of each goes to `<logs>/<rank>.txt`."""
+def start_ranks(words: Callable[[int], Sequence[str]], *, world_size: int, logs: Path) -> list[ForkedCommand]:
+    """Starts `python <words(rank)>` for each rank, whose output goes to `<logs>/<rank>.txt`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -37,25 +33,17 @@ def start_ranks(
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         variables = {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
-        with (logs / f"{rank}.txt").open("wb") as stream:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, *words(rank)],
-                    cwd=ROOT,
-                    env={**environment(), **variables, "MASTER_ADDR": "127.0.0.1"},
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+        variables["MASTER_ADDR"] = "127.0.0.1"
+        ranks.append(start_python(words(rank), log=logs / f"{rank}.txt", variables=variables))
     return ranks
 
 
-def start_work(body: str, *, world_size: int, minutes: float, logs: Path) -> list[subprocess.Popen[bytes]]:
+def start_work(body: str, *, world_size: int, minutes: float, logs: Path) -> list[ForkedCommand]:
     """Starts ranks that run `body` with `mesh`, `dist`, `torch` and `time` in scope."""
     return start_ranks(lambda rank: ["-c", WORK, body, str(minutes)], world_size=world_size, logs=logs)
 
 
-def end_all(ranks: Sequence[subprocess.Popen[bytes]], *, timeout_s: float) -> list[int]:
+def end_all(ranks: Sequence[ForkedCommand], *, timeout_s: float) -> list[int]:
     """Waits for all ranks and returns their exit codes; kills those that do not end."""
     try:
         return [rank.wait(timeout=timeout_s) for rank in ranks]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.runs.launching import ROOT, Finished, run, run_directories
+from tests import forks
+from tests.runs import launching
+from tests.runs.launching import ROOT, Finished, run_directories
 
 DEMO = ROOT / "sat_train" / "assets" / "demo" / "train"
 DIT = ROOT / "sat_train" / "assets" / "tiny" / "dit.safetensors"
@@ -23,7 +25,7 @@ def train(tmp_path: Path, *words: str) -> Finished:
         "args.valid_video_interval=null",
     ]
     base = ["--base", str(ROOT / "configs" / "sft.yaml")]
-    return run("train_video.py", [*base, *fixed, f"args.save={tmp_path / 'runs'}", *words])
+    return forks.run("train_video.py", [*base, *fixed, f"args.save={tmp_path / 'runs'}", *words])
 
 
 def check_refused(done: Finished, *shown: str) -> None:
@@ -86,7 +88,7 @@ def test_weights_of_another_shape_are_listed_with_both_shapes(tmp_path: Path) ->
 def test_faults_of_the_configuration_are_shown_once_for_all_ranks(processes: int, tmp_path: Path) -> None:
     words = ["args.train_itres=3", "data.params.max_num_frames=50", f"args.save={tmp_path}"]
     base = ["--base", str(ROOT / "configs" / "sft.yaml")]
-    done = run("train_video.py", [*base, *words], processes=processes)
+    done = launching.run("train_video.py", [*base, *words], processes=processes)
     assert done.returncode == (2 if processes == 1 else 1), "torchrun turns every failure into 1"
     # torchrun shows a summary after everything else, and ends it with what the ranks have said
     assert done.output.count("did you mean 'train_iters'") == processes

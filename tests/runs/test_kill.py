@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.launching import ROOT, kill, metrics, run, run_directories, start, training_lines, wait_until
+from tests.forks import run, start
+from tests.runs.launching import ROOT, kill, metrics, run_directories, training_lines, wait_until
 
 SAVE_INTERVAL = 4
 KILLS = 8

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from tests.runs.launching import run, run_directories
+from tests import forks
+from tests.runs import launching
+from tests.runs.launching import run_directories
 
 SHORT = ("args.sampling_steps=2", "args.sampling_num_frames=2")
 
@@ -32,9 +35,9 @@ def test_two_ranks_share_the_prompts_and_draw_the_same_videos(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ball\na blue ball\na green ball\n")
     words = ["--base", "configs/sample.yaml", "--input-type", "txt", "--input-file", str(prompts), *SHORT]
-    for processes in (1, 2):
+    for processes, run in {1: forks.run, 2: functools.partial(launching.run, processes=2)}.items():
         folder = tmp_path / str(processes)
-        done = run("sample_video.py", [*words, "--output-dir", str(folder)], processes=processes)
+        done = run("sample_video.py", [*words, "--output-dir", str(folder)])
         assert done.returncode == 0, done.output
         assert (folder / "contact_sheet.png").is_file()
         assert len(_videos(folder)) == 3
@@ -53,7 +56,7 @@ def test_a_run_of_adapters_is_sampled_from_its_folder(tmp_path):
     quiet = ["args.eval_interval=null", "args.valid_video_interval=null", "args.num_workers=0"]
     lora = "model.network_config.params.modules.lora_config.params"
     strong = [f"{lora}.r=4", f"{lora}.lora_alpha=400", "args.lr=0.1", "args.warmup=0", "args.ema_decay=0.5"]
-    done = run("train_video.py", [*train, *quiet, *strong])
+    done = forks.run("train_video.py", [*train, *quiet, *strong])
     assert done.returncode == 0, done.output
     (folder,) = run_directories(tmp_path / "runs")
     sample = ["--base", "configs/sample.yaml", "--prompt", "a red ball", *SHORT]
@@ -62,7 +65,7 @@ def test_a_run_of_adapters_is_sampled_from_its_folder(tmp_path):
         "run": ["--load", str(folder)],
         "average": ["--load", str(folder), "--ema"],
     }.items():
-        done = run("sample_video.py", [*sample, *words, "--output-dir", str(tmp_path / name)])
+        done = forks.run("sample_video.py", [*sample, *words, "--output-dir", str(tmp_path / name)])
         assert done.returncode == 0, done.output
     drawn = {tuple(_videos(tmp_path / name).values()) for name in ("base", "run", "average")}
     assert len(drawn) == 3, "the adapters, or their average, are not felt"

@@ -1,0 +1,128 @@
+"""Processes that begin with everything imported: forks of one process, which imports it once a session.
+
+Importing torch, DeepSpeed and SAT takes six seconds, and tests of ranks and of whole commands need processes
+of their own. `test_readme.py` and `test_newcomer.py` start commands without it, as a shell does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tests.runs.launching import Finished, command, environment
+
+
+def start_fork(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """Starts a process that calls a module-level function."""
+    context = _context()
+    # no daemon: these processes have children, as in training
+    process = context.Process(target=function, args=args, daemon=False)
+    process.start()
+    return process
+
+
+def _context() -> ForkServerContext:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.imports"])
+    return context
+
+
+class ForkedCommand:
+    """A command that runs in a process group of its own: what `subprocess.Popen` offers of it."""
+
+    def __init__(self, words: Sequence[str], *, log: Path, variables: Mapping[str, str]) -> None:
+        log.touch()
+        self._process = start_fork(_become, list(words), str(log), dict(variables))
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        atexit.register(self.kill)  # multiprocessing would wait for it when the session ends
+        with suppress(ProcessLookupError):  # it may have ended
+            while os.getpgid(self.pid) != self.pid:
+                time.sleep(0.001)
+
+    def poll(self) -> int | None:
+        """Returns the exit code, negative for a signal; None while the command runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: The command takes longer.
+        """
+        self._process.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self.send_signal(signal.SIGKILL)
+
+
+def start_python(
+    words: Sequence[str], *, log: Path, variables: Mapping[str, str] | None = None
+) -> ForkedCommand:
+    """Starts `python WORDS`, a script or `-c CODE`.
+
+    Args:
+        words: The words after `python`.
+        log: File for its output.
+        variables: Environment variables besides those of this process.
+    """
+    return ForkedCommand(words, log=log, variables={**environment(), **(variables or {})})
+
+
+def start(script: str, words: Sequence[str], *, log: Path) -> ForkedCommand:
+    """Starts a launch script on one rank, as `launching.start` does."""
+    return start_python(command(script, words, processes=1)[1:], log=log)
+
+
+def run(script: str, words: Sequence[str], *, timeout_s: float = 300) -> Finished:
+    """Runs a launch script on one rank to its end, as `launching.run` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        process = start(script, words, log=log)
+        try:
+            code = process.wait(timeout_s)
+        finally:
+            process.kill()
+        return Finished(code, log.read_text(encoding="utf-8"))
+
+
+def _become(words: list[str], log: str, variables: dict[str, str]) -> None:
+    """Runs a script or code as the main program of this process."""
+    os.setsid()
+    with open(log, "wb") as output, open(os.devnull, "rb") as nothing:
+        for source, target in ((nothing, 0), (output, 1), (output, 2)):
+            os.dup2(source.fileno(), target)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        if words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            exec(words[1], {"__name__": "__main__"})
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # as at the end of any program; multiprocessing leaves them out
