@@ -13,8 +13,8 @@ from tests.forks import run, start
 from tests.runs.launching import ROOT, kill, metrics, run_directories, training_lines, wait_until
 
 SAVE_INTERVAL = 4
-KILLS = 8
-STEPS = 80  # more than eight starts can do
+KILLS = 6
+STEPS = 60  # more than six starts can do
 
 
 def words(save: Path, steps: int) -> list[str]:
