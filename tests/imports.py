@@ -6,13 +6,16 @@ from pathlib import Path
 
 MODULES = (
     "sat_train.training.build",
-    "sat_train.cli.train",
+    "sat_train.cli.ranks",
     "sat_train.cli.sample_videos",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's engine imports it, with torch's compiler
 )
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the commands set it before they import torch
-for module in MODULES:
-    import_module(module)
+try:
+    for module in MODULES:
+        import_module(module)
+except ImportError as error:  # multiprocessing would leave out what cannot be imported, and say nothing
+    raise RuntimeError(f"tests/imports.py: {error}") from error
 (THREADS,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "Threads:" in line)
 assert THREADS.split()[1] == "1", f"{THREADS}: a fork has none of them, and may wait for them forever"

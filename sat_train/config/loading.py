@@ -186,10 +186,10 @@ def _notes(layers: Sequence[Layer], config: ParsedConfig) -> list[str]:
 
 
 def _missing_for_use(config: ParsedConfig) -> str:
-    """Returns the keys that a partial configuration still needs before it trains, or samples."""
+    """Returns what a partial configuration still needs before it trains, or samples: one key a line."""
     verb: Purpose = "sample" if config.args.mode == "inference" else "train"
     faults: list[Fault] = []
     check_rules(replace(config, purpose=verb), all_rules(), faults)
     needs = [f"{fault.path}: {fault.expected}" for fault in faults]
     needs += [f"{path}, to be filled in" for path in placeholders(config)]
-    return f"to {verb} it needs {'; '.join(needs)}" if needs else ""
+    return "\n  - ".join([f"to {verb} it needs", *needs]) if needs else ""

@@ -37,7 +37,7 @@ class ModelSpec(NetworkSpec):
         adapter: Adapters; None trains the weights themselves.
         modules: Further network modules, by name.
         hook_order: By hook, names of the modules around it, outermost first.
-        conditions: Inputs of the model besides noise and time.
+        conditions: Names of the inputs of the model besides noise and time: text, image, those of extensions.
         latent_scale: Latents are multiplied by this before the transformer sees them.
         image_latent_scale: Factor on the latent of the image condition.
         caption_dropout: Share of captions dropped in training.
@@ -116,7 +116,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         adapter=network.modules.lora_config,
         modules=model.modules,
         hook_order=model.hook_order,
-        conditions=("text", "image") if model.noised_image_input else ("text",),
+        conditions=("text", *("image",) * model.noised_image_input, *model.conditions),
         latent_scale=model.scale_factor,
         image_latent_scale=model.image_latent_scale or model.scale_factor,
         caption_dropout=conditioner.ucg_rate,

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import ClassVar
 
 from sat_train.errors import Stopped
 from sat_train.log import get_logger
@@ -43,6 +44,8 @@ class StopRequest:
         unit: Unit of work that is finished before stopping.
     """
 
+    _listening: ClassVar[StopRequest | None] = None  # the request of this process that receives its signals
+
     def __init__(
         self, nothing_yet: str = "stopped before the first step; nothing was trained", *, unit: str = "step"
     ) -> None:
@@ -62,16 +65,13 @@ class StopRequest:
         return {"": 0, "SIGINT": 2}.get(self.signal_name, 1)
 
     def listen(self) -> StopRequest:
-        """Installs the handlers of SIGINT, SIGTERM and SIGUSR1. Main thread only."""
-        receiver, wake_up = os.pipe()
-        os.set_blocking(wake_up, False)
+        """Handles SIGINT, SIGTERM and SIGUSR1, from now on and in place of an earlier request. Main thread."""
+        is_first = StopRequest._listening is None
+        StopRequest._listening = self
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
-        signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False)
-        self._show_unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
-        # a signal to a forked child is not one to this process
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-        threading.Thread(target=self._hear, args=(receiver,), name="stop-signals", daemon=True).start()
+        if is_first:
+            _install()
         return self
 
     def defer(self) -> None:
@@ -87,12 +87,9 @@ class StopRequest:
             self._raised = signal.Signals(number).name
             raise Stopped(number, f"{signal.Signals(number).name}: {self._nothing_yet}")
 
-    def _raise_again(self, lost: sys.UnraisableHookArgs) -> None:
-        if not isinstance(lost.exc_value, Stopped):
-            self._show_unraisable(lost)
-            return
+    def _raise_again(self, number: int) -> None:
         self._raised = ""
-        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), lost.exc_value.signal_number))
+        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
         again.daemon = True
         again.start()
 
@@ -101,12 +98,6 @@ class StopRequest:
         if not self._raised and not self._deferred:
             log.error("%s while waiting, perhaps for another rank: %s", number.name, self._nothing_yet)
             os._exit(128 + number)
-
-    def _hear(self, descriptor: int) -> None:
-        while True:
-            for number in os.read(descriptor, 64):
-                if number in STOP_SIGNALS:
-                    self._answer(signal.Signals(number), time.monotonic())
 
     def _answer(self, number: signal.Signals, now: float) -> None:
         if number != signal.SIGUSR1 and self._asked_at is not None and now - self._asked_at > _ONE_REQUEST_S:
@@ -124,3 +115,29 @@ class StopRequest:
                 unheard.start()
         elif number == signal.SIGUSR1:
             log.info("SIGUSR1: stopping after this %s", self._unit)
+
+
+def _install() -> None:
+    """Sends signals, and exceptions of handlers that destructors have lost, to the listening request."""
+    receiver, wake_up = os.pipe()
+    os.set_blocking(wake_up, False)
+    signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False)
+    # a signal to a forked child is not one to this process
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_hear, args=(receiver,), name="stop-signals", daemon=True).start()
+    show_unraisable = sys.unraisablehook
+
+    def raise_again(lost: sys.UnraisableHookArgs) -> None:
+        if isinstance(lost.exc_value, Stopped) and (request := StopRequest._listening) is not None:
+            request._raise_again(lost.exc_value.signal_number)
+        else:
+            show_unraisable(lost)
+
+    sys.unraisablehook = raise_again
+
+
+def _hear(descriptor: int) -> None:
+    while True:
+        for number in os.read(descriptor, 64):
+            if number in STOP_SIGNALS and (request := StopRequest._listening) is not None:
+                request._answer(signal.Signals(number), time.monotonic())

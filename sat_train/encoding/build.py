@@ -235,7 +235,7 @@ class EncodingStage:
         if not is_complete:
             about = "not all samples are cached, the rest is encoded" + " and kept" * self.keeps
         elif samples_videos:
-            about = "all samples are cached; T5 and the VAE are loaded because validation samples videos"
+            about = "all samples are cached; T5 and the VAE are loaded for args.valid_video_interval"
         else:
             about = "all samples are cached; neither T5 nor the VAE is loaded"
         return f"cache {self.cache.folder}: {about}"

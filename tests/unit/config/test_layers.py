@@ -166,7 +166,7 @@ def test_sources_know_every_value(load: Load) -> None:
 def test_an_incomplete_configuration_names_what_it_needs() -> None:
     config = load_run_config(["configs/model/cogvideox_5b.yaml"], purpose="check", check_paths=False)
     line = config.needs
-    assert "to train it needs args.train_iters" in line
+    assert "to train it needs\n  - args.train_iters" in line
     assert "args.train_data" in line
     config = load_run_config(["configs/sample.yaml"], purpose="check", check_paths=False)
-    assert "to sample it needs args.prompt" in config.needs
+    assert "to sample it needs\n  - args.prompt" in config.needs

@@ -45,6 +45,18 @@ def test_before_there_is_work_a_signal_ends_the_command_clearly(number):
     assert out == f"{number.name}: stopped before the first step; nothing was trained\n"
 
 
+def test_a_later_request_takes_over_and_nothing_listens_twice():
+    process = _start(
+        "import threading\n"
+        "later = StopRequest('stopped later').listen()\n"
+        "threads = [thread.name for thread in threading.enumerate()]\n"
+        "assert threads.count('stop-signals') == 1, threads\n"
+        "try:\n    ready(); time.sleep(60)\nexcept Stopped as stop: print(stop); sys.exit(stop.exit_code)\n"
+    )
+    process.send_signal(signal.SIGTERM)
+    assert _end(process)[:2] == (128 + signal.SIGTERM, "SIGTERM: stopped later\n")
+
+
 @pytest.mark.parametrize("lost_in", ["fork", "destructor"])
 def test_a_signal_where_the_interpreter_swallows_what_is_raised_is_not_lost(lost_in):
     """At a fork and in destructors Python prints what is raised and continues."""
