@@ -65,7 +65,7 @@ class StopRequest:
         return {"": 0, "SIGINT": 2}.get(self.signal_name, 1)
 
     def listen(self) -> StopRequest:
-        """Handles SIGINT, SIGTERM and SIGUSR1, from now on and in place of an earlier request. Main thread."""
+        """Handles SIGINT, SIGTERM and SIGUSR1, instead of any earlier request. Main thread only."""
         is_first = StopRequest._listening is None
         StopRequest._listening = self
         for number in STOP_SIGNALS:
