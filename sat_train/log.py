@@ -56,17 +56,16 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
 
 
-def configure_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
+def configure_logging(*, rank: int = 0) -> None:
     """Sends this package's records to standard error.
 
     Args:
         rank: Global rank of this process. Ranks above 0 show warnings and errors only.
-        level: Level of rank 0.
     """
     handler = _ConsoleHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(PrintableFormatter(f"%(asctime)s {prefix}%(levelname).1s %(message)s", "%H:%M:%S"))
     root = logging.getLogger(_ROOT)
     root.handlers[:] = [handler]
-    root.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False

@@ -13,7 +13,7 @@ import torch
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data.batches import OrderedBatches
-from sat_train.data.buckets import one_bucket
+from sat_train.data.buckets import SampleSpec, one_bucket
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failure_log import FailureLog
 from sat_train.data.loader import VideoLoader
@@ -49,16 +49,15 @@ def open_dataset(folder: Path, image: bool) -> EncodedDataset:
     path = (folder / "clip.mp4").absolute()
     records = [ClipRecord(f"{i}", path, (f"caption {i}",), start=i * 0.2) for i in range(CLIPS)]
     cache = OpenCache(folder, CacheIndex(folder), FileMetadata(folder), ENCODERS, "require")
-    shape = {"fps": 8, "max_upscale": 16.0}
+    shape = ClipShape(49, 480, 720)
     sources = [ClipSource("benchmark", tuple(records), "")]
     videos = VideoDataset(
         sources=sources,
         order=GlobalOrder(seed=0, clip_weights=[[1.0] * CLIPS]),
-        buckets=one_bucket(ClipShape(49, 480, 720), sources),
+        buckets=one_bucket(shape, sources),
+        spec=SampleSpec((shape,), fps=8, window="head", max_upscale=16.0),
         seed=0,
-        window="head",
         views=1,
-        **shape,
     )
     text = TextCondition(null="zero", empty_prompt=lambda: torch.zeros(TEXT))
     return EncodedDataset(videos, cache, [text, *([ImageCondition(scale=1.0)] if image else [])])
@@ -98,11 +97,11 @@ def measure(loader: VideoLoader, batches: int, step_s: float) -> dict[str, np.nd
     for _ in range(WARM + batches):
         began = time.process_time()
         batch = None
-        freed = time.process_time()
+        freed, asked = time.process_time(), time.monotonic()
         batch = next(loader)
-        got = time.process_time()
+        got, waited_s = time.process_time(), time.monotonic() - asked
         assert isinstance(batch, EncodedBatch)
-        rows.append((loader.data_wait_s, got - freed, freed - began))
+        rows.append((waited_s, got - freed, freed - began))
         if step_s:
             time.sleep(step_s)
     loader.close()

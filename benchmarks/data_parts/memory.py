@@ -10,13 +10,14 @@ import numpy as np
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data.batches import OrderedBatches
-from sat_train.data.buckets import one_bucket
+from sat_train.data.buckets import SampleSpec, one_bucket
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failure_log import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.sources.read import read_source
 
+SHAPE = ClipShape(17, 64, 96)
 DEMO = Path(__file__).resolve().parents[2] / "sat_train" / "assets" / "demo" / "train"
 
 
@@ -27,8 +28,8 @@ def demo_loader() -> VideoLoader:
     dataset = VideoDataset(
         sources=[source],
         order=order,
-        buckets=one_bucket(ClipShape(17, 64, 96), [source]),
-        fps=8,
+        buckets=one_bucket(SHAPE, [source]),
+        spec=SampleSpec((SHAPE,), fps=8),
         seed=0,
         timeout_s=60,
     )

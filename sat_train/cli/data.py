@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
+from sat_train.data.buckets import SampleSpec
 from sat_train.data.build import build_sample_spec, build_train_loader
 from sat_train.data.inspect import MAX_WINDOWS, SetReport, inspect_clips
-from sat_train.data.prepass import SampleSpec
 from sat_train.data.report import render_page
 from sat_train.data.sources.read import build_source_options, read_source
 from sat_train.data.sources.records import ClipSource

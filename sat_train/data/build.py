@@ -11,11 +11,12 @@ from pathlib import Path
 from sat_train.config import RunConfig
 from sat_train.config.shapes import ClipShape, allowed_shapes
 from sat_train.data.batches import Batches, DataPosition, OrderedBatches
+from sat_train.data.buckets import SampleSpec
 from sat_train.data.clips.remote import file_name
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failure_log import ClipFailure, FailureLog, write_failures
 from sat_train.data.loader import OrderedLoader, SampleReader, VideoLoader
-from sat_train.data.prepass import ClipSet, HeaderMemory, SampleSpec, assign_clips, describe_clip_set, look_at
+from sat_train.data.prepass import ClipSet, HeaderMemory, assign_clips, describe_clip_set, look_at
 from sat_train.data.sampler import GlobalOrder
 from sat_train.data.shared_memory import bytes_in_flight, warn_of_little_shared_memory
 from sat_train.data.sources.read import build_source_options, read_sources
@@ -217,28 +218,16 @@ def _listed_order(config: RunConfig, clip_set: ClipSet) -> GlobalOrder:
 
 
 def _build_dataset(
-    config: RunConfig,
-    clip_set: ClipSet,
-    order: GlobalOrder,
-    *,
-    views: int | None,
-    training: bool,
+    config: RunConfig, clip_set: ClipSet, order: GlobalOrder, *, views: int | None, training: bool
 ) -> VideoDataset:
-    data = config.require_data()
-    params = data.params
     return VideoDataset(
         sources=clip_set.sources,
         order=order,
         buckets=clip_set.buckets,
-        fps=params.fps,
+        spec=build_sample_spec(config),
         seed=config.args.seed,
-        skip_frms_num=params.skip_frms_num,
-        window=params.window,
-        short_clip=params.short_clip,
-        max_upscale=params.max_upscale,
-        timeout_s=data.worker_timeout_s,
+        timeout_s=config.require_data().worker_timeout_s,
         views=views,
-        images=config.model.noised_image_input,
         training=training,
     )
 
@@ -327,8 +316,8 @@ def _prepass(
         timeout_s=config.require_data().worker_timeout_s,
     )
     clip_set = assign_clips(mesh, sources, spec, look)
-    for given, source in zip(sources, clip_set.sources, strict=True):
-        _check_not_empty(source, given, spec)
+    for listed, source in zip(sources, clip_set.sources, strict=True):
+        _check_not_empty(source, listed, spec)
         part = f" ({source.part})" if source.part else ""
         log.info("%s: %d clips%s, fingerprint %s", source.name, len(source), part, source.fingerprint)
         others = ", ".join(f"{count} {suffix}" for suffix, count in source.ignored)
@@ -353,20 +342,20 @@ def _left_out(sources: Sequence[ClipSource]) -> list[ClipFailure]:
 def _name_apart(sources: Sequence[ClipSource]) -> list[ClipSource]:
     """Prefixes clip names with their source's last folder, or its whole name if two of these are equal."""
     ends = [file_name(source.name) for source in sources]
-    named = []
+    renamed = []
     for source, end in zip(sources, ends, strict=True):
         prefix = end if ends.count(end) == 1 else source.name
         records = [replace(record, clip_id=f"{prefix}/{record.clip_id}") for record in source.records]
-        named.append(replace(source, records=tuple(records)))
-    return named
+        renamed.append(replace(source, records=tuple(records)))
+    return renamed
 
 
-def _check_not_empty(source: ClipSource, given: ClipSource, spec: SampleSpec) -> None:
+def _check_not_empty(source: ClipSource, listed: ClipSource, spec: SampleSpec) -> None:
     if len(source):
         return
-    of = f" of {given.part}" if given.part else ""
+    of = f" of {listed.part}" if listed.part else ""
     raise DataError(
-        f"{source.name}: no clip is left{of}: none of {len(given)} gives a sample",
+        f"{source.name}: no clip is left{of}: none of {len(listed)} gives a sample",
         expected=f"clips of {spec.least_frames} frames at {spec.fps:g} a second",
         remedy="lower data.params.max_num_frames, or set data.params.short_clip: pad",
     )
@@ -389,12 +378,12 @@ def sum_bad_clips(mesh: ProcessMesh, loader: OrderedLoader) -> int:
     Ranks: all.
     """
     ours = loader.failures.by_clip
-    found: dict[str, ClipFailure] = {}
+    bad_clips: dict[str, ClipFailure] = {}
     for theirs in gather_objects(mesh, ours):
-        found.update(theirs)
+        bad_clips.update(theirs)
     try:
-        loader.failures.check(found)
+        loader.failures.check(bad_clips)
     except DataError as error:
         error.ranks_agree = True
         raise
-    return len(found)
+    return len(bad_clips)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from sat_train.config.shapes import ClipShape
 from sat_train.data.batches import SampleBatch, VideoSample
-from sat_train.data.buckets import BucketAssignment
+from sat_train.data.buckets import BucketAssignment, SampleSpec
 from sat_train.data.clips.bad_clip import BadClip, one_clip
 from sat_train.data.clips.clip_file import ClipInfo, read_stamp
 from sat_train.data.clips.frames import Frames, open_frames
@@ -23,14 +23,7 @@ from sat_train.data.clips.resize import CoverCrop, cover_crop
 from sat_train.data.failure_log import ClipFailure
 from sat_train.data.sampler import AugmentationKey, ClipRef, GlobalOrder, limited_augmentation_key
 from sat_train.data.sources.records import ClipRecord, ClipSource
-from sat_train.data.window import (
-    ShortClip,
-    Window,
-    WindowMode,
-    count_frames,
-    fit_frames,
-    window_start,
-)
+from sat_train.data.window import Window, fit_frames, usable_part, window_start
 from sat_train.distributed.seeds import derive_seed
 from sat_train.errors import DataError
 
@@ -56,15 +49,10 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         sources: Sources of clips.
         order: Maps samples to clips.
         buckets: The shape of each clip's samples.
-        fps: Frames per second of a sample, whatever the file's rate.
+        spec: Shape and rate of the samples.
         seed: The run's seed: key of windows, choice of captions and substitutes.
-        skip_frms_num: Source frames left out at the beginning and at the end of each file.
-        window: Choice of the part of a longer clip.
-        short_clip: Treatment of a clip shorter than the window.
-        max_upscale: Largest factor by which a picture may be enlarged.
         timeout_s: Time after which decoding a clip is abandoned; None: never.
         views: Number of windows and image noises of each clip; None: new ones for every sample.
-        images: Whether clips are conditioned on their images; if not, these are not opened.
         training: Whether conditions are augmented; off in validation.
     """
 
@@ -76,29 +64,19 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         sources: Sequence[ClipSource],
         order: GlobalOrder,
         buckets: BucketAssignment,
-        fps: float,
+        spec: SampleSpec,
         seed: int,
-        skip_frms_num: int = 0,
-        window: WindowMode = "random",
-        short_clip: ShortClip = "error",
-        max_upscale: float = 2.0,
         timeout_s: float | None = None,
         views: int | None = None,
-        images: bool = False,
         training: bool = True,
     ) -> None:
         self.sources = tuple(sources)
         self.order = order
         self.buckets = buckets
-        self.fps = fps
+        self.spec = spec
         self.seed = seed
-        self.skip_frms_num = skip_frms_num
-        self.window = window
-        self.short_clip = short_clip
-        self.max_upscale = max_upscale
         self.timeout_s = timeout_s
         self.views = views
-        self.images = images
         self.training = training
         self.given_up: dict[str, BadClip] = {}  # clips that made a worker hang or die
         self.on_attempt: Callable[[ClipRef], None] | None = None  # called with each clip before it is opened
@@ -159,7 +137,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         yield own
         others: list[ClipRef] = []
         drawn = {(own.source, own.clip)}
-        found = 1
+        count = 1
         for attempt in range(1, _DRAWS):
             other = derive_seed(self.seed, "substitute", index, attempt) % self.order.epoch_length
             ref = self.order.clip_ref(other)
@@ -170,10 +148,10 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
                 others.append(ref)
                 continue
             yield ref
-            found += 1
-            if found == _SUBSTITUTES:
+            count += 1
+            if count == _SUBSTITUTES:
                 return
-        yield from others[: _SUBSTITUTES - found]
+        yield from others[: _SUBSTITUTES - count]
 
     def augmentation_key(self, index: int, ref: ClipRef) -> AugmentationKey:
         """Returns the key of the sample's augmentation.
@@ -203,7 +181,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         return VideoSample(
             video_tchw=_to_tensor(frames.video_thwc),
             caption=self.caption(index, ref),
-            image_chw=self._image(record.image, shape) if self.images and record.image else None,
+            image_chw=self._image(record.image, shape) if self.spec.images and record.image else None,
             clip_id=record.clip_id,
             sample_index=index,
             num_shown=num_shown,
@@ -235,21 +213,21 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         """Returns the frames of a sample, and the number of frames that the clip gave."""
         with open_frames(record.path, span=record.span, timeout_s=self.timeout_s) as reader:
             window = self._window(reader.info, record, augmentation, shape.frames)
-            times = [window.start + i / self.fps for i in range(window.count)]
+            times = [window.start + i / self.spec.fps for i in range(window.count)]
             frames = reader.read(times, self._crop_chooser(shape))
         return _repeat_last(frames, window.total), window.count
 
     def _window(
         self, info: ClipInfo, record: ClipRecord, augmentation: AugmentationKey, num_frames: int
     ) -> Window:
-        first, last = usable_part(info, record, self.skip_frms_num)
-        available = count_frames(first=first, last=last, rate=info.rate, fps=self.fps)
-        count, total = fit_frames(available, num_frames=num_frames, policy=self.short_clip)
+        first, last = usable_part(info, record, self.spec.skip_frms_num)
+        available = self.spec.available(info, record)
+        count, total = fit_frames(available, num_frames=num_frames, policy=self.spec.short_clip)
         start = window_start(
-            self.window,
+            self.spec.window,
             first=first,
             last=last,
-            length=(count - 1) / self.fps,
+            length=(count - 1) / self.spec.fps,
             generator=augmentation.generator("window"),
             visit=augmentation.turn,
         )
@@ -263,7 +241,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
     def _crop_chooser(self, shape: ClipShape) -> Callable[[int, int], CoverCrop]:
         """Returns the crop function for `FrameReader.read`; video and image of a sample are cropped alike."""
         return lambda height, width: cover_crop(
-            source=(height, width), target=(shape.height, shape.width), max_upscale=self.max_upscale
+            source=(height, width), target=(shape.height, shape.width), max_upscale=self.spec.max_upscale
         )
 
 
@@ -276,19 +254,6 @@ def naming_image(path: Path) -> Iterator[None]:
     except BadClip as error:
         detail = f"its image {path.name}: {error.detail}"
         raise BadClip(error.cause, detail, may_pass=error.may_pass) from None
-
-
-def usable_part(info: ClipInfo, record: ClipRecord, skip_frms_num: int) -> tuple[float, float]:
-    """Returns the times of the first and the last usable frame, in seconds of the file's clock."""
-    if info.is_image:
-        return info.first, info.first
-    margin = skip_frms_num / info.rate
-    first, last = info.first + margin, info.last - margin
-    if record.start is not None:
-        first = max(first, info.first + record.start)
-    if record.end is not None:
-        last = min(last, info.first + record.end)
-    return first, last
 
 
 def _repeat_last(frames: Frames, total: int) -> Frames:

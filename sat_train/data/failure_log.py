@@ -57,11 +57,9 @@ class FailureLog:
         self.path = path
         self.rank = rank
         self.by_clip: dict[str, ClipFailure] = {}
-        self.num_samples = 0
 
     def add(self, failure: ClipFailure) -> None:
         """Counts one failure; the first failure of a clip is also logged and written to the file."""
-        self.num_samples += 1
         if failure.clip_id in self.by_clip:
             return
         self.by_clip[failure.clip_id] = failure
@@ -69,25 +67,25 @@ class FailureLog:
         if self.path is not None:
             write_failures(self.path, [failure], rank=self.rank)
 
-    def check(self, found: Mapping[str, ClipFailure] | None = None) -> None:
+    def check(self, bad_clips: Mapping[str, ClipFailure] | None = None) -> None:
         """Ends the run if more clips are bad than allowed.
 
         Args:
-            found: Bad clips of all ranks, when the caller has gathered them; None: those of this rank.
+            bad_clips: Bad clips of all ranks, when the caller has gathered them; None: those of this rank.
 
         Raises:
             DataError: With the first ten.
         """
-        found = self.by_clip if found is None else found
-        if len(found) <= self.max_bad_fraction * self.num_clips:
+        bad_clips = self.by_clip if bad_clips is None else bad_clips
+        if len(bad_clips) <= self.max_bad_fraction * self.num_clips:
             return
         examples = "".join(
             f"\n    {clip} ({cause}: {detail})"
-            for clip, cause, detail in map(_words, list(found.values())[:10])
+            for clip, cause, detail in map(_words, list(bad_clips.values())[:10])
         )
         where = f" All of them are in {self.path}." if self.path else ""
         raise DataError(
-            f"{len(found)} of {self.num_clips} clips cannot be used:{examples}",
+            f"{len(bad_clips)} of {self.num_clips} clips cannot be used:{examples}",
             expected=f"at most {self.max_bad_fraction:.1%} (data.max_bad_fraction = {self.max_bad_fraction})",
             remedy=f"repair or remove these clips, or raise data.max_bad_fraction.{where}",
         )

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sat_train.data.buckets import SampleSpec
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.clips.bad_clip import BadClip, one_clip
 from sat_train.data.clips.clip_file import ClipInfo, open_part
 from sat_train.data.clips.frames import FrameReader, open_frames
 from sat_train.data.clips.resize import CoverCrop, cover_crop
-from sat_train.data.dataset import naming_image, usable_part
-from sat_train.data.prepass import SampleSpec
-from sat_train.data.sources.records import ClipRecord
-from sat_train.data.window import count_windows, split_chunks
+from sat_train.data.dataset import naming_image
+from sat_train.data.sources.records import ClipRecord, name_some
+from sat_train.data.window import count_windows, split_chunks, usable_part
 
 MAX_WINDOWS = 8  # windows to decode per clip by default
 _MANY_WINDOWS = 1000  # for the timeout of a clip when all of its windows are decoded
@@ -134,8 +134,8 @@ class Inspection:
             available = spec.available(reader.info, record)
             if not available:
                 raise BadClip("short", "it gives no frame")
-            shown, thumbnail = _thumbnail(reader, (first + last) / 2)
-        info = replace(reader.info, is_turned=shown != (reader.info.height, reader.info.width))
+            size, thumbnail = _thumbnail(reader, (first + last) / 2)
+        info = replace(reader.info, is_turned=size != (reader.info.height, reader.info.width))
         self._learn(info=info, thumbnail=thumbnail)
         bucket = spec.bucket(info, record)
         self._crop(bucket, info.shown_size)
@@ -190,8 +190,10 @@ def _spread_over(parts: Sequence[tuple[float, float]], limit: int | None) -> lis
 
 def _small(height: int, width: int) -> CoverCrop:
     """Crops a thumbnail: the whole picture, unless it is very long or tall."""
-    shown = min(max(1, round(width * _THUMBNAIL_HEIGHT / height)), 4 * _THUMBNAIL_HEIGHT)
-    return cover_crop(source=(height, width), target=(_THUMBNAIL_HEIGHT, shown), max_upscale=math.inf)
+    thumbnail_width = min(max(1, round(width * _THUMBNAIL_HEIGHT / height)), 4 * _THUMBNAIL_HEIGHT)
+    return cover_crop(
+        source=(height, width), target=(_THUMBNAIL_HEIGHT, thumbnail_width), max_upscale=math.inf
+    )
 
 
 def _thumbnail(reader: FrameReader, moment: float) -> tuple[tuple[int, int], bytes]:
@@ -321,6 +323,5 @@ def _spread(values: Sequence[float], unit: str) -> str:
     return f"{low:.4g} to {high:.4g}{unit}, median {middle:.4g}"
 
 
-def _most(counts: Counter[str], shown: int = 6) -> str:
-    parts = [f"{name} ({count})" for name, count in counts.most_common(shown)]
-    return ", ".join(parts) + (f" and {len(counts) - shown} more" if len(counts) > shown else "")
+def _most(counts: Counter[str]) -> str:
+    return name_some((f"{name} ({count})" for name, count in counts.most_common()), limit=6)

@@ -156,7 +156,6 @@ class VideoLoader(Generic[Batches]):
         self.reader = reader or dataset
         self.failures = failures
         self.fingerprint = fingerprint
-        self.data_wait_s = 0.0
         self._batches = batches
         self._num_workers = num_workers
         self._prefetch_factor = prefetch_factor if num_workers else None
@@ -202,12 +201,11 @@ class VideoLoader(Generic[Batches]):
         return self
 
     def __next__(self) -> LoadedBatch:
-        """Returns the next batch; `data_wait_s` is then the time that it took.
+        """Returns the next batch.
 
         Raises:
             DataError: Too many clips are bad, or one ends the run.
         """
-        began = time.monotonic()
         packed = self._next_packed()
         if packed.error is not None:
             self.close()
@@ -215,9 +213,7 @@ class VideoLoader(Generic[Batches]):
         for failure in packed.failures:
             self.failures.add(failure)
         self.failures.check()
-        batch = self._move(packed)
-        self.data_wait_s = time.monotonic() - began
-        return batch
+        return self._move(packed)
 
     def close(self) -> None:
         """Ends the workers. The loader can be used again and continues at its position."""

@@ -13,21 +13,17 @@ from typing import Protocol
 
 import numpy as np
 
-from sat_train.config.shapes import ClipShape
-from sat_train.data.buckets import BucketAssignment, choose_bucket
+from sat_train.data.buckets import BucketAssignment, SampleSpec
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.clips.bad_clip import BadClip, one_clip
 from sat_train.data.clips.clip_file import ClipInfo, Span, read_headers, read_stamp
-from sat_train.data.dataset import usable_part
 from sat_train.data.failure_log import ClipFailure
 from sat_train.data.sources.records import ClipRecord, ClipSource, check_faults
 from sat_train.data.window import (
     SHORT_REMEDY,
-    ShortClip,
-    WindowMode,
-    count_frames,
     count_windows,
     split_chunks,
+    usable_part,
 )
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import gather_after_work
@@ -49,58 +45,6 @@ class HeaderMemory(Protocol):
 
     def learn_info(self, path: Path, span: Span | None, stamp: tuple[int, ...], info: ClipInfo) -> None:
         """Remembers the headers of a clip that were read after its file had this state."""
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """Shape and rate of the samples, and the treatment of clips that do not fit.
-
-    Args:
-        shapes: Shapes that samples may have.
-        fps: Frames per second.
-        skip_frms_num: Source frames left out at both ends of a file.
-        window: Choice of the part of a longer clip.
-        short_clip: Treatment of a clip shorter than the window.
-        max_upscale: Largest factor by which a picture may be enlarged.
-        images: Whether clips are conditioned on their images.
-    """
-
-    shapes: tuple[ClipShape, ...]
-    fps: float
-    skip_frms_num: int = 0
-    window: WindowMode = "random"
-    short_clip: ShortClip = "error"
-    max_upscale: float = 2.0
-    images: bool = False
-
-    @property
-    def least_frames(self) -> int:
-        """Smallest number of frames that a clip must give."""
-        return min(shape.frames for shape in self.shapes)
-
-    @property
-    def needs_turn(self) -> bool:
-        """True where the rotation of a picture matters, because there is a choice of sizes."""
-        return len({(shape.height, shape.width) for shape in self.shapes}) > 1
-
-    def available(self, info: ClipInfo, record: ClipRecord) -> int:
-        """Returns the number of frames that a clip can give."""
-        first, last = usable_part(info, record, self.skip_frms_num)
-        return count_frames(first=first, last=last, rate=info.rate, fps=self.fps)
-
-    def bucket(self, info: ClipInfo, record: ClipRecord) -> int:
-        """Returns the bucket of a clip.
-
-        Raises:
-            BadClip: It is too short or too small for all of them.
-        """
-        return choose_bucket(
-            available=self.available(info, record),
-            size=info.shown_size,
-            shapes=self.shapes,
-            short_clip=self.short_clip,
-            max_upscale=self.max_upscale,
-        )
 
 
 @dataclass(frozen=True)
@@ -206,15 +150,15 @@ def look_at(
         stamp = stamps[record.path]
         if isinstance(stamp, BadClip):
             infos[i] = stamp
-        elif known := headers.recall_info(record.path, record.span, stamp, with_turn=with_turn):
-            infos[i] = known
+        elif info := headers.recall_info(record.path, record.span, stamp, with_turn=with_turn):
+            infos[i] = info
         else:
             unknown[i] = stamp
     new_infos = _look_into_all([records[i] for i in unknown], look, timeout_s)
-    for (i, stamp), info in zip(unknown.items(), new_infos, strict=True):
-        infos[i] = info
-        if isinstance(info, ClipInfo):
-            headers.learn_info(records[i].path, records[i].span, stamp, info)
+    for (i, stamp), new_info in zip(unknown.items(), new_infos, strict=True):
+        infos[i] = new_info
+        if isinstance(new_info, ClipInfo):
+            headers.learn_info(records[i].path, records[i].span, stamp, new_info)
     return [infos[i] for i in range(len(records))]
 
 
@@ -307,8 +251,8 @@ def _arrange(
     A clip that cannot be read stays, in the bucket that most clips have: it is counted and replaced when its
     turn comes.
     """
-    known = Counter(clip.bucket for clip in clips if clip.bucket is not None)
-    usual = known.most_common(1)[0][0] if known else 0
+    counts = Counter(clip.bucket for clip in clips if clip.bucket is not None)
+    usual = counts.most_common(1)[0][0] if counts else 0
     left = iter(clips)
     arranged, of_clips = [], []
     for source in sources:

@@ -10,6 +10,7 @@ from sat_train.data.inspect import ClipFacts, SetReport
 from sat_train.errors import printable
 
 _BINS = 24
+_MOST_CLIPS = 300  # of one set
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}
 table{border-collapse:collapse}td{padding:.15em .8em .15em 0;vertical-align:top}td:first-child{color:#777}
@@ -19,21 +20,16 @@ figcaption{font-size:12px;color:#555;overflow-wrap:anywhere}.bad img{outline:3px
 """
 
 
-def render_page(reports: Sequence[SetReport], *, max_thumbnails: int = 300) -> str:
-    """Renders one self-contained HTML file.
-
-    Args:
-        reports: The sets.
-        max_thumbnails: Largest number of clips shown per set, bad ones first.
-    """
-    sets = "".join(_render_set(report, max_thumbnails) for report in reports)
+def render_page(reports: Sequence[SetReport]) -> str:
+    """Renders one self-contained HTML file about several sets."""
+    sets = "".join(_render_set(report) for report in reports)
     return (
         f"<!doctype html><html><head><meta charset='utf-8'><title>Data</title><style>{_STYLE}</style></head>"
         f"<body>{sets}</body></html>\n"
     )
 
 
-def _render_set(report: SetReport, max_thumbnails: int) -> str:
+def _render_set(report: SetReport) -> str:
     rows = "".join(
         f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in report.lines()
     )
@@ -49,8 +45,8 @@ def _render_set(report: SetReport, max_thumbnails: int) -> str:
         )
         if values
     )
-    shown = sorted(report.clips, key=lambda clip: clip.problem is None)[:max_thumbnails]
-    clips = "".join(_render_clip(clip) for clip in shown)
+    bad_first = sorted(report.clips, key=lambda clip: clip.problem is None)
+    clips = "".join(_render_clip(clip) for clip in bad_first[:_MOST_CLIPS])
     return (
         f"<h1>{_text(report.name)}</h1><table>{rows}</table><p>{charts}</p><div class='clips'>{clips}</div>"
     )

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 
 from sat_train.data.clips.bad_clip import BadClip
+from sat_train.data.clips.clip_file import ClipInfo
+from sat_train.data.sources.records import ClipRecord
 
 WindowMode = Literal["head", "center", "random", "uniform", "chunks"]
 ShortClip = Literal["error", "skip", "pad", "shrink"]
@@ -32,6 +34,19 @@ class Window:
     start: float
     count: int
     total: int
+
+
+def usable_part(info: ClipInfo, record: ClipRecord, skip_frms_num: int) -> tuple[float, float]:
+    """Returns the times of the first and the last usable frame, in seconds of the file's clock."""
+    if info.is_image:
+        return info.first, info.first
+    margin = skip_frms_num / info.rate
+    first, last = info.first + margin, info.last - margin
+    if record.start is not None:
+        first = max(first, info.first + record.start)
+    if record.end is not None:
+        last = min(last, info.first + record.end)
+    return first, last
 
 
 def count_frames(*, first: float, last: float, rate: float, fps: float) -> int:

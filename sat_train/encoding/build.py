@@ -23,8 +23,7 @@ from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
 from sat_train.encoding.conditions.text import TextCondition, text_entry
 from sat_train.encoding.digests import open_cache, share_files
 from sat_train.encoding.encode import Encode, EncodeAndKeep
-from sat_train.encoding.encoded_dataset import EncodedDataset
-from sat_train.encoding.missing import find_missing
+from sat_train.encoding.encoded_dataset import EncodedDataset, find_missing
 from sat_train.errors import DataError
 from sat_train.interchange.locate import read_vae_weights
 from sat_train.models.build import compute_dtype, encoder_dtype

@@ -33,8 +33,7 @@ from sat_train.encoding.conditions.text import text_entry
 from sat_train.encoding.digests import share_files
 from sat_train.encoding.encode import EncodeAndKeep
 from sat_train.encoding.encoded_batch import CLIP
-from sat_train.encoding.encoded_dataset import EncodedDataset
-from sat_train.encoding.missing import MissingEncodings, drop_repeated, find_missing
+from sat_train.encoding.encoded_dataset import EncodedDataset, MissingEncodings, drop_repeated, find_missing
 from sat_train.errors import Stopped
 from sat_train.log import console, get_logger
 

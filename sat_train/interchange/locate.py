@@ -261,15 +261,15 @@ def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Col
         targets[name].copy_(weights[name].reshape(shapes[name]))
 
 
-def unflattened(found: Shape, expected: Shape | None) -> Shape:
+def unflattened(shape: Shape, expected: Shape | None) -> Shape:
     """Returns the expected shape if `found` is the same weight flattened to a linear layer's, else `found`.
 
     CogVideo's released 1.0 weights hold the patch embedding as [d, c, 2, 2], its later code as [d, 4 c].
     """
-    is_flat = expected is not None and len(expected) > 2 == len(found)
-    if is_flat and expected and found == (expected[0], math.prod(expected[1:])):
+    is_flat = expected is not None and len(expected) > 2 == len(shape)
+    if is_flat and expected and shape == (expected[0], math.prod(expected[1:])):
         return expected
-    return found
+    return shape
 
 
 def _under_sat_keys(weights: LazyWeights) -> LazyWeights:

@@ -62,13 +62,13 @@ def find_weights(path: str | Path, *, part: str = "transformer") -> WeightSource
         return WeightSource("files", where, tuple(read_index(where)) if is_index else (where,))
 
 
-def hash_weights(path: str | Path, *, part: str = "transformer") -> str:
+def hash_weights(path: str | Path) -> str:
     """Returns one SHA-256 over the contents of all files of a source, or of the file if it is only one.
 
     Raises:
         CheckpointError: As `find_weights`.
     """
-    source = find_weights(path, part=part)
+    source = find_weights(path)
     errors = reading(path, error=CheckpointError, expected="files that can be read")
     with errors, ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(hash_file, source.files))

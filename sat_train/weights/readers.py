@@ -188,12 +188,11 @@ def check_all_plain(path: Path, state: Any, key: str = "") -> None:
             check_all_plain(path, value, f"{key}.{name}".removeprefix("."))
 
 
-def load_torch_file(path: Path, safe_classes: Sequence[Any] = ()) -> Any:
+def load_torch_file(path: Path) -> Any:
     """Loads a file that `torch.save` wrote; its tensors are memory-mapped if the format allows.
 
     Args:
         path: The file.
-        safe_classes: Classes to allow besides tensors, plain values and those that SAT writes.
 
     Raises:
         CheckpointError: It is damaged, would run code, or unpacks to more than its size.
@@ -203,7 +202,7 @@ def load_torch_file(path: Path, safe_classes: Sequence[Any] = ()) -> Any:
         with open_regular(path) as file:
             mapped = file.read(4) == _ZIP_MAGIC
         try:
-            with torch.serialization.safe_globals([*_SAT_CLASSES, *safe_classes]):
+            with torch.serialization.safe_globals(_SAT_CLASSES):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             if "Unsupported" not in str(error) and "GLOBAL" not in str(error):

@@ -17,7 +17,7 @@ from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.clips.clip_times import DECODER_ERRORS, first_and_last
 from sat_train.data.clips.orientation import Orientation, frame_orientation, read_exif
 from sat_train.data.clips.part_reader import PartReader, ReadableFile
-from sat_train.data.clips.remote import RemoteFile, is_remote, read_state, shown
+from sat_train.data.clips.remote import RemoteFile, is_remote, public_url, read_state
 from sat_train.json_record import JsonRecord, PositiveFloat, PositiveInt
 
 VIDEO_SUFFIXES = (
@@ -159,7 +159,7 @@ def _open_remote(
     try:
         return kind(path, block_bytes=block_bytes, start=start, size=size)
     except FileNotFoundError:
-        raise BadClip("missing", f"there is no {shown(path)}") from None
+        raise BadClip("missing", f"there is no {public_url(path)}") from None
     except OSError as error:
         raise BadClip("unreadable", _message(error), may_pass=True) from None
 
@@ -322,12 +322,12 @@ def read_stamp(path: Path) -> tuple[int, ...]:
     if is_remote(path):
         return _remote_stamp(path)
     try:
-        found = path.stat()
+        state = path.stat()
     except (OSError, ValueError) as error:  # a name with a NUL in it, from a stranger's list
         raise BadClip("missing", getattr(error, "strerror", None) or str(error)) from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(state.st_mode):
         raise BadClip("unreadable", "it is not a regular file")
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
 
 
 def _remote_stamp(path: Path) -> tuple[int, ...]:

@@ -114,15 +114,15 @@ class FrameReader:
     ) -> Iterator[tuple[float, np.ndarray]]:
         """Yields time and picture of the frame nearest to each target."""
         packets = self._window(targets[0], targets[-1])
-        shown = sorted({packet.pts for packet in packets if packet.pts is not None})
-        if not shown:
+        stamps = sorted({packet.pts for packet in packets if packet.pts is not None})
+        if not stamps:
             raise BadClip("truncated", f"there are no frames at {targets[0]:.2f} s")
-        chosen = [_nearest_index(shown, target / self._tick) for target in targets]
-        wanted = [shown[i] for i in chosen]
-        self._check_end(packets, shown[-1], targets[-1])
-        waiting = iter(wanted)
+        chosen = [_nearest_index(stamps, target / self._tick) for target in targets]
+        needed = [stamps[i] for i in chosen]
+        self._check_end(packets, stamps[-1], targets[-1])
+        waiting = iter(needed)
         pts, before = next(waiting), -math.inf
-        for frame in self._decode(iter(packets), wanted=set(wanted)):
+        for frame in self._decode(iter(packets), needed=set(needed)):
             if frame.pts is None or frame.pts <= before:
                 raise BadClip("no times", "its frames are not in the order of their times")
             before = frame.pts
@@ -179,7 +179,7 @@ class FrameReader:
     def _slotted(self) -> Iterator[tuple[int, VideoFrame]]:
         delay = int(self._context.has_b_frames)
         before = -math.inf
-        for frame in self._decode(self._packets(), wanted=None):
+        for frame in self._decode(self._packets(), needed=None):
             slot = before + 1 if frame.dts is None else max(frame.dts - delay, before + 1)
             before = slot
             yield int(slot), frame
@@ -188,8 +188,8 @@ class FrameReader:
         """Refuses a window that reaches past the end of the last frame, which means that the file is
         truncated.
         """
-        held = max((packet.duration or 0) for packet in packets if packet.pts == last)
-        end = last * self._tick + max(held * self._tick, 1 / self.info.rate)
+        duration = max((packet.duration or 0) for packet in packets if packet.pts == last)
+        end = last * self._tick + max(duration * self._tick, 1 / self.info.rate)
         if target > end + 1e-6:
             raise self._ended(end, target)
 
@@ -258,17 +258,17 @@ class FrameReader:
                 after = packet.pts if after is None else min(after, packet.pts)
         return window
 
-    def _decode(self, packets: Iterator[VideoPacket], *, wanted: set[int] | None) -> Iterator[VideoFrame]:
+    def _decode(self, packets: Iterator[VideoPacket], *, needed: set[int] | None) -> Iterator[VideoFrame]:
         """Decodes packets in order.
 
         Args:
-            wanted: Presentation times of the frames that are needed; None: all. Other frames are decoded only
+            needed: Presentation times of the frames that are needed; None: all. Other frames are decoded only
                 if these refer to them.
         """
         context = self._context
         try:
             for packet in packets:
-                is_spared = wanted is not None and packet.pts not in wanted and context.name in _SPARING
+                is_spared = needed is not None and packet.pts not in needed and context.name in _SPARING
                 context.skip_frame = "NONREF" if is_spared else "DEFAULT"
                 yield from self._whole(context.decode(packet))
             context.skip_frame = "DEFAULT"

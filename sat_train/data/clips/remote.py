@@ -87,7 +87,7 @@ def make_path(text: str) -> Path:
         return Path(text.removeprefix(here))
     if "::" in text:
         raise DataError(
-            f"{shown(text)}: chained protocols (`::`) are not read",
+            f"{public_url(text)}: chained protocols (`::`) are not read",
             expected="one protocol, such as s3://bucket/set",
         )
     try:
@@ -95,7 +95,7 @@ def make_path(text: str) -> Path:
         from upath import UPath
     except ImportError:
         raise DataError(
-            f"{shown(text)}: reading remote archives needs universal_pathlib",
+            f"{public_url(text)}: reading remote archives needs universal_pathlib",
             remedy="pip install universal_pathlib",
         ) from None
     protocol = text.partition("://")[0]
@@ -103,12 +103,12 @@ def make_path(text: str) -> Path:
         fsspec.get_filesystem_class(protocol)
     except ValueError:
         raise DataError(
-            f"{shown(text)}: there is no protocol `{protocol}`", expected="s3://, gs://, https://, ..."
+            f"{public_url(text)}: there is no protocol `{protocol}`", expected="s3://, gs://, https://, ..."
         ) from None
     except ImportError as error:
         package = _missing_package(protocol, error)
         raise DataError(
-            f"{shown(text)}: {protocol}:// needs {package}", remedy=f"pip install {package}"
+            f"{public_url(text)}: {protocol}:// needs {package}", remedy=f"pip install {package}"
         ) from None
     return cast(Path, UPath(text))
 
@@ -131,7 +131,7 @@ def is_remote(path: PurePath) -> bool:
     return not isinstance(path, PurePath)
 
 
-def shown(text: PurePath | str) -> str:
+def public_url(text: PurePath | str) -> str:
     """Hides the passwords and signatures in a path, a URL, or a text with URLs."""
     return _QUERY.sub(r"\1?***", _USER.sub("://***@", str(text)))
 
@@ -152,15 +152,15 @@ def find_remote(pattern: str) -> list[Path]:
     Raises:
         DataError: Nothing matches a wildcard, a folder holds no archive, or the storage does not answer.
     """
-    found: list[Path] = []
+    archives: list[Path] = []
     for url in expand_braces(pattern):
         magic = "*[" if url.startswith("http") else "*[?"
         if any(sign in url for sign in magic):
-            found += _glob(url)
+            archives += _glob(url)
         else:
             is_archive = file_name(url).endswith(".tar")
-            found += [make_path(url)] if is_archive else _glob(f"{url.rstrip('/')}/*.tar")
-    return list(dict.fromkeys(found))
+            archives += [make_path(url)] if is_archive else _glob(f"{url.rstrip('/')}/*.tar")
+    return list(dict.fromkeys(archives))
 
 
 def _glob(url: str) -> list[Path]:
@@ -176,10 +176,10 @@ def _glob(url: str) -> list[Path]:
     try:
         names = [name for name in _patiently(ask) if file_name(name).endswith(".tar")]
     except OSError as error:
-        raise DataError(f"{shown(url)}: its folder cannot be read: {error}") from None
+        raise DataError(f"{public_url(url)}: its folder cannot be read: {error}") from None
     if not names:
         raise DataError(
-            f"{shown(url)}: there is no .tar archive at this place",
+            f"{public_url(url)}: there is no .tar archive at this place",
             expected="archives, or a folder of them: remote files are read from .tar archives only",
         )
     return [make_path(f"{folder}/{name[len(root) :].lstrip('/')}") for name in sorted(names)]
@@ -301,7 +301,7 @@ def _patiently(ask: Callable[[], Result]) -> Result:
             if isinstance(cause, FileNotFoundError):
                 raise cause from None
             if wait_s is None or not _may_pass(cause):
-                raise OSError(shown(f"{type(cause).__name__}: {cause}")) from error
+                raise OSError(public_url(f"{type(cause).__name__}: {cause}")) from error
             time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from sat_train.data.clips.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sat_train.data.clips.part_reader import ReadableFile
-from sat_train.data.clips.remote import RemoteFile, RemoteState, is_remote, read_state, shown
+from sat_train.data.clips.remote import RemoteFile, RemoteState, is_remote, public_url, read_state
 from sat_train.data.sources.columns import COMMON, find_columns, shown_columns
 from sat_train.data.sources.records import check_name, clean_caption, parse_json
 from sat_train.errors import DataError
@@ -121,13 +121,13 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(
-            f"{shown(path)}: there is no such archive", remedy="correct args.train_data"
+            f"{public_url(path)}: there is no such archive", remedy="correct args.train_data"
         ) from None
     except DataError:
         raise
     except Exception as error:  # tarfile fails in as many ways as there are broken headers
         raise DataError(
-            f"{shown(path)}: this archive cannot be read: {_reason(error)}",
+            f"{public_url(path)}: this archive cannot be read: {_reason(error)}",
             expected="a complete tar file without compression, so that its members can be read at random",
         ) from None
 
@@ -251,7 +251,7 @@ def _place(path: Path) -> Path:
 
 
 def _key(path: Path, state: RemoteState) -> dict[str, Any]:
-    return {"format": _FORMAT, "url": shown(path), "size": state.size, "change": state.change}
+    return {"format": _FORMAT, "url": public_url(path), "size": state.size, "change": state.change}
 
 
 def _recall(path: Path, state: RemoteState) -> ArchiveIndex | None:
@@ -264,7 +264,7 @@ def _recall(path: Path, state: RemoteState) -> ArchiveIndex | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning("%s cannot be used (%s): %s is indexed again", place, error, shown(path))
+        log.warning("%s cannot be used (%s): %s is indexed again", place, error, public_url(path))
         return None
 
 
@@ -278,7 +278,9 @@ def _remember(path: Path, state: RemoteState, index: ArchiveIndex) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, json.dumps(asdict(saved)))
     except OSError as error:
-        log.warning("%s cannot be written (%s): the next start indexes %s again", place, error, shown(path))
+        log.warning(
+            "%s cannot be written (%s): the next start indexes %s again", place, error, public_url(path)
+        )
 
 
 def _hash(index: ArchiveIndex) -> str:

@@ -73,9 +73,9 @@ def canonical_row(row: dict[str, Any] | DataError, columns: Mapping[str, str]) -
     return values
 
 
-def unused_columns(columns: tuple[str, ...], found: Mapping[str, str]) -> list[str]:
+def unused_columns(columns: tuple[str, ...], by_kind: Mapping[str, str]) -> list[str]:
     """Returns a sentence that names the unused columns, if there are any."""
-    unused = sorted(set(columns) - set(found.values()))
+    unused = sorted(set(columns) - set(by_kind.values()))
     return [f"columns that are not used: {name_some(unused)}"] if unused else []
 
 

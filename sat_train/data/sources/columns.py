@@ -18,7 +18,7 @@ COMMON = {
 }
 
 
-def find_columns(names: Iterable[str], wanted: Mapping[str, str], *, place: str) -> dict[str, str]:
+def find_columns(names: Iterable[str], choices: Mapping[str, str], *, place: str) -> dict[str, str]:
     """Finds the columns of a table by their meaning.
 
     What `data.columns` names counts first, then a column of the very name, then, for `video` and `caption`,
@@ -26,7 +26,7 @@ def find_columns(names: Iterable[str], wanted: Mapping[str, str], *, place: str)
 
     Args:
         names: The columns that were found.
-        wanted: `data.columns`: for a kind of column, its name in the table.
+        choices: `data.columns`: for a kind of column, its name in the table.
         place: The table, for messages.
 
     Returns:
@@ -39,11 +39,11 @@ def find_columns(names: Iterable[str], wanted: Mapping[str, str], *, place: str)
     columns = {}
     for kind in KINDS:
         candidates = _candidates(kind, names)
-        if kind in wanted:
-            candidates = [wanted[kind]]
-            if wanted[kind] not in names:
+        if kind in choices:
+            candidates = [choices[kind]]
+            if choices[kind] not in names:
                 raise DataError(
-                    f"{place}: there is no column `{wanted[kind]}`; {shown_columns(names)}",
+                    f"{place}: there is no column `{choices[kind]}`; {shown_columns(names)}",
                     expected=f"the column that data.columns.{kind} names",
                     remedy=f"correct data.columns.{kind}",
                 )

@@ -52,10 +52,10 @@ def read_hf_dataset(folder: Path, options: SourceOptions = DEFAULT_OPTIONS) -> C
     number = 0
     for file in _data_files(folder, options):
         path = folder.absolute() / file
-        for columns, found, row, span in _rows(path, options.columns):
-            notes.update(dict.fromkeys(unused_columns(columns, found)))
+        for columns, by_kind, row, span in _rows(path, options.columns):
+            notes.update(dict.fromkeys(unused_columns(columns, by_kind)))
             try:
-                records.append(_record(canonical_row(row, found), span, path, number))
+                records.append(_record(canonical_row(row, by_kind), span, path, number))
             except DataError as error:
                 faults.append((f"row {number}", error.problem))
             number += 1
@@ -98,7 +98,7 @@ def _record(row: dict[str, Any], span: Span | None, file: Path, number: int) -> 
 _Row = tuple[tuple[str, ...], dict[str, str], dict[str, Any], Span | None]
 
 
-def _rows(path: Path, wanted: Mapping[str, str]) -> Iterator[_Row]:
+def _rows(path: Path, choices: Mapping[str, str]) -> Iterator[_Row]:
     """Yields columns, their meaning, a row without the video's bytes, and the position of these bytes in the
     file.
 
@@ -112,20 +112,20 @@ def _rows(path: Path, wanted: Mapping[str, str]) -> Iterator[_Row]:
             mapped.seek(0)
             for batch in pa.ipc.open_stream(mapped):
                 columns = tuple(batch.schema.names)
-                found = find_columns(columns, wanted, place=str(path))
-                check_columns(found, columns, place=str(path))
-                for row, span in _batch_rows(batch, found, base, size, path):
-                    yield columns, found, row, span
+                by_kind = find_columns(columns, choices, place=str(path))
+                check_columns(by_kind, columns, place=str(path))
+                for row, span in _batch_rows(batch, by_kind, base, size, path):
+                    yield columns, by_kind, row, span
 
 
 def _batch_rows(
-    batch: Any, found: Mapping[str, str], base: int, size: int, path: Path
+    batch: Any, by_kind: Mapping[str, str], base: int, size: int, path: Path
 ) -> list[tuple[dict[str, Any], Span | None]]:
     """Returns the rows of a batch. Arrow trusts offsets, so they are checked before anything is read."""
     import pyarrow as pa
 
-    name = found["video"]
-    others = [column for kind, column in found.items() if kind != "video"]
+    name = by_kind["video"]
+    others = [column for kind, column in by_kind.items() if kind != "video"]
     video = batch.column(name)
     if pa.types.is_string(video.type) or pa.types.is_large_string(video.type):
         rows = checked_rows(batch.select([*others, name]), place=path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sat_train.config.facts import ClipCounts
 from sat_train.config.schema.data_section import DataConfig
-from sat_train.data.clips.remote import find_remote, make_path, shown
+from sat_train.data.clips.remote import find_remote, make_path, public_url
 from sat_train.data.sources.archives import read_archives
 from sat_train.data.sources.clip_manifest import read_manifest
 from sat_train.data.sources.columns import KINDS
@@ -50,7 +50,7 @@ def read_source(path: str | Path, options: SourceOptions = DEFAULT_OPTIONS) -> C
     if name.startswith("file://"):
         name = str(make_path(name))
     if "://" in name:
-        return read_archives(shown(name), find_remote(name), options)
+        return read_archives(public_url(name), find_remote(name), options)
     if not Path(name).exists() and (places := _matches(name)):
         return read_archives(name, places, options)
     return _read_place(Path(name), name, options)
@@ -211,7 +211,7 @@ def count_clips(
             read_sources(entries, options, shares=None, part=i) for i, entries in enumerate((train, valid))
         ]
     else:
-        wanted = [0, 1] if shares[1] else [0]
-        parts = [read_sources(train, options, shares=shares, part=part) for part in wanted]
+        needed_parts = [0, 1] if shares[1] else [0]
+        parts = [read_sources(train, options, shares=shares, part=part) for part in needed_parts]
     counts = [sum(map(len, part)) for part in parts]
     return ClipCounts(counts[0], counts[1] if len(counts) > 1 else 0)

@@ -95,7 +95,7 @@ class ClipSource:
 
     def left_out(self) -> str:
         """Returns a sentence that names the clips that cannot be used."""
-        names = name_some((f"{name} ({why})" for name, why in self.faults), shown=5)
+        names = name_some((f"{name} ({why})" for name, why in self.faults), limit=5)
         return f"{len(self.faults)} clips or rows are left out: {names}"
 
     def with_records(self, records: Sequence[ClipRecord]) -> ClipSource:
@@ -205,11 +205,11 @@ def parse_json(text: str) -> Any:
         raise DataError(f"this is not JSON for a table ({error})") from None
 
 
-def name_some(names: Iterable[str], *, shown: int = _SHOWN) -> str:
+def name_some(names: Iterable[str], *, limit: int = _SHOWN) -> str:
     """Joins names for a message; of many names only the first ones."""
     names = list(names)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def check_faults(
@@ -235,5 +235,5 @@ def check_faults(
     if len(faults) <= allowed:
         return
     more = f"\n    and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    shown = "".join(f"\n    {name}: {why}" for name, why in faults[:_SHOWN])
-    raise DataError(f"{problem}:{shown}{more}", expected=expected, remedy=remedy)
+    examples = "".join(f"\n    {name}: {why}" for name, why in faults[:_SHOWN])
+    raise DataError(f"{problem}:{examples}{more}", expected=expected, remedy=remedy)

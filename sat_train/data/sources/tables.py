@@ -37,14 +37,14 @@ class Table:
     rows: list[tuple[int, Row]]
 
 
-def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
+def read_table(path: Path, choices: Mapping[str, str]) -> Table:
     """Reads `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`.
 
     Bytes that are not UTF-8 become lone surrogates, which are refused where they matter.
 
     Args:
         path: The file.
-        wanted: `data.columns`, by which the delimiter of a CSV file is recognised too.
+        choices: `data.columns`, by which the delimiter of a CSV file is recognised too.
 
     Raises:
         DataError: It is no such table, or cannot be read as a whole.
@@ -58,7 +58,7 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
     columns: dict[str, None] = {}
     rows: list[tuple[int, Row]] = []
     with reading(path, error=DataError, expected=f"a {path.suffix} table of clips"):
-        for number, row in reader(path, columns, wanted):
+        for number, row in reader(path, columns, choices):
             rows.append((number, row))
             if len(rows) > MAX_ROWS:
                 raise DataError(
@@ -87,17 +87,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.decode(errors="surrogateescape")
 
 
-def _jsonl_rows(path: Path, columns: dict[str, None], wanted: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
+def _jsonl_rows(
+    path: Path, columns: dict[str, None], choices: Mapping[str, str]
+) -> Iterator[tuple[int, Row]]:
     for number, line in read_lines(path):
         if line.strip():
             yield number, _row_or_fault(_json_line_row, line, columns)
 
 
 def _row_or_fault(
-    read: Callable[[Any, dict[str, None]], dict[str, Any]], given: Any, columns: dict[str, None]
+    read: Callable[[Any, dict[str, None]], dict[str, Any]], content: Any, columns: dict[str, None]
 ) -> Row:
     try:
-        return read(given, columns)
+        return read(content, columns)
     except DataError as error:
         return error
 
@@ -117,7 +119,7 @@ def _present(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None and value != ""}
 
 
-def _json_rows(path: Path, columns: dict[str, None], wanted: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
+def _json_rows(path: Path, columns: dict[str, None], choices: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
     try:
         content = parse_json(read_text(path, limit=_JSON_BYTES).removeprefix("\ufeff"))
     except DataError as error:
@@ -137,10 +139,10 @@ def _json_rows(path: Path, columns: dict[str, None], wanted: Mapping[str, str]) 
         yield number, _row_or_fault(_json_row, row, columns)
 
 
-def _csv_rows(path: Path, columns: dict[str, None], wanted: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path, columns: dict[str, None], choices: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
     lines = (line for _, line in read_lines(path))
     header = next(lines, "")
-    delimiter = _delimiter(header, "\t,;" if path.suffix.lower() == ".tsv" else ",;\t", wanted)
+    delimiter = _delimiter(header, "\t,;" if path.suffix.lower() == ".tsv" else ",;\t", choices)
     reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter)
     try:
         names = next(reader, [])
@@ -159,9 +161,9 @@ def _csv_rows(path: Path, columns: dict[str, None], wanted: Mapping[str, str]) -
         ) from None
 
 
-def _delimiter(header: str, candidates: str, wanted: Mapping[str, str]) -> str:
+def _delimiter(header: str, candidates: str, choices: Mapping[str, str]) -> str:
     """Returns the delimiter of the cells: the first candidate that separates a video column in the header."""
-    video_names = {wanted["video"]} if "video" in wanted else {"video", *COMMON["video"]}
+    video_names = {choices["video"]} if "video" in choices else {"video", *COMMON["video"]}
     for sign in candidates:
         names = next(csv.reader([header], delimiter=sign), [])
         if video_names & {variant for name in names for variant in (name, name.strip().lower())}:
@@ -170,7 +172,7 @@ def _delimiter(header: str, candidates: str, wanted: Mapping[str, str]) -> str:
 
 
 def _parquet_rows(
-    path: Path, columns: dict[str, None], wanted: Mapping[str, str]
+    path: Path, columns: dict[str, None], choices: Mapping[str, str]
 ) -> Iterator[tuple[int, Row]]:
     import_pyarrow(path)
     from pyarrow import parquet
@@ -181,9 +183,9 @@ def _parquet_rows(
         columns.update(dict.fromkeys(names))
         if table.metadata.num_rows > MAX_ROWS:
             raise DataError(f"{path}: more than {MAX_ROWS:,} rows", remedy="divide it into several manifests")
-        found = list(find_columns(names, wanted, place=str(path)).values())
+        needed = list(find_columns(names, choices, place=str(path)).values())
         number = 0
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=found) if found else ():
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=needed) if needed else ():
             for row in checked_rows(batch, place=path):
                 number += 1
                 yield number, _present(row)

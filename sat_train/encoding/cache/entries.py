@@ -58,10 +58,10 @@ class SampleFacts:
         self.window = videos.clip_window(index, ref, info)
         augmentation, shape = videos.augmentation_key(index, ref), videos.shape(index)
         self.view, self.training = (augmentation.seed, augmentation.number), videos.training
-        self._fps = videos.fps
+        self._fps = videos.spec.fps
         self._picture: dict[str, Any] = {
             "size": (shape.height, shape.width),
-            "max_upscale": videos.max_upscale,
+            "max_upscale": videos.spec.max_upscale,
         }
 
     @functools.cached_property

@@ -86,22 +86,21 @@ class FileMetadata:
         part = None if span is None else (span.offset, span.size)
         return Origin(str(path), stamp[0], stamp[1], identity, part)
 
-    def info(self, path: Path, span: Span | None = None, *, with_turn: bool = False) -> ClipInfo:
+    def info(self, path: Path, span: Span | None = None) -> ClipInfo:
         """Returns the headers of a clip.
 
         Args:
             path: The file.
             span: Part of it that holds the clip; None: all of it.
-            with_turn: Include the rotation of the picture, for which its first frame is decoded.
 
         Raises:
             BadClip: It is missing, empty, or no video.
         """
         stamp = read_stamp(path)
-        remembered = self.recall_info(path, span, stamp, with_turn=with_turn)
+        remembered = self.recall_info(path, span, stamp)
         if remembered is not None:
             return remembered
-        info = read_headers(path, span=span, with_turn=with_turn, timeout_s=self._timeout_s)
+        info = read_headers(path, span=span, timeout_s=self._timeout_s)
         self.learn_info(path, span, stamp, info)
         return info
 

@@ -10,7 +10,7 @@ import pytest
 from sat_train.config import load_run_config
 from sat_train.config.shapes import ClipShape, allowed_shapes, size_of_aspect
 from sat_train.data.batches import DataPosition
-from sat_train.data.buckets import choose_bucket
+from sat_train.data.buckets import SampleSpec
 from sat_train.data.build import build_train_loader, build_valid_loader
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.prepass import look_into
@@ -26,10 +26,8 @@ SHAPES = tuple(
 
 
 def choose(available, size, *, shapes=SHAPES, short_clip="skip", max_upscale=2.0):
-    found = choose_bucket(
-        available=available, size=size, shapes=shapes, short_clip=short_clip, max_upscale=max_upscale
-    )
-    return shapes[found]
+    spec = SampleSpec(tuple(shapes), fps=8, short_clip=short_clip, max_upscale=max_upscale)
+    return shapes[spec.choose_bucket(available, size)]
 
 
 def test_a_clip_gives_as_many_frames_as_it_can():

@@ -12,9 +12,10 @@ import pytest
 
 from sat_train.cli.main import main
 from sat_train.config.shapes import ClipShape
+from sat_train.data.buckets import SampleSpec
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.inspect import inspect_clips
-from sat_train.data.prepass import SampleSpec, chunk_records, look_into
+from sat_train.data.prepass import chunk_records, look_into
 from sat_train.data.sampler import ClipRef
 from sat_train.data.sources.read import read_source
 from tests.unit.data.corpus import ANY, GOOD, NUM_FRAMES, RATE, make_corpus, make_pipe

@@ -9,22 +9,16 @@ import torch
 from PIL import Image
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.buckets import one_bucket
-from sat_train.data.dataset import VideoDataset
-from sat_train.data.prepass import SampleSpec, chunk_records, look_into
-from sat_train.data.sampler import AugmentationKey, GlobalOrder
-from sat_train.data.sources.records import ClipSource
+from sat_train.data.buckets import SampleSpec
+from sat_train.data.prepass import chunk_records, look_into
+from sat_train.data.sampler import AugmentationKey
 from sat_train.errors import DataError
-from tests.unit.data.videos import SIDE, numbers_of, record_of, write_numbered
+from tests.unit.data.videos import SIDE, dataset_of, numbers_of, record_of, write_numbered
 
 
 def make(records, **options):
-    source = ClipSource("test", tuple(records), "")
     size, frames = options.pop("video_size", (SIDE, SIDE)), options.pop("max_num_frames", 5)
-    buckets = one_bucket(ClipShape(frames, *size), [source])
-    settings = {"buckets": buckets, "fps": 8, "seed": 1, "max_upscale": 4, **options}
-    order = GlobalOrder(seed=1, clip_weights=[[1.0] * len(records)])
-    return VideoDataset(sources=[source], order=order, **settings)
+    return dataset_of(records, shape=ClipShape(frames, *size), **{"max_upscale": 4, **options})
 
 
 @pytest.fixture(scope="module")

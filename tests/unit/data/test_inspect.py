@@ -9,8 +9,8 @@ import pytest
 
 from sat_train.cli.main import main
 from sat_train.config.shapes import ClipShape
+from sat_train.data.buckets import SampleSpec
 from sat_train.data.inspect import SetReport, inspect_clips
-from sat_train.data.prepass import SampleSpec
 from sat_train.data.report import render_page
 from sat_train.data.sources.read import read_source
 from tests.unit.data.videos import make_folder, write_numbered

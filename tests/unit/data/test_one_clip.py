@@ -12,11 +12,12 @@ from fractions import Fraction
 
 import pytest
 
+from sat_train.data.buckets import SampleSpec
 from sat_train.data.build import build_train_loader, build_valid_loader
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.clips.clip_file import open_clip
-from sat_train.data.prepass import SampleSpec, chunk_records, look_into
+from sat_train.data.prepass import chunk_records, look_into
 from sat_train.data.sources.read import read_source
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import DataError

@@ -17,7 +17,8 @@ from pathlib import Path
 import av
 import pytest
 
-from sat_train.data.prepass import SampleSpec, chunk_records, look_into
+from sat_train.data.buckets import SampleSpec
+from sat_train.data.prepass import chunk_records, look_into
 from tests.unit.data.test_dataset import make
 from tests.unit.data.videos import numbers_of, record_of, write_numbered
 

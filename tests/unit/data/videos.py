@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +11,11 @@ import av
 import numpy as np
 import torch
 
-from sat_train.data.sources.records import ClipRecord
+from sat_train.config.shapes import ClipShape
+from sat_train.data.buckets import SampleSpec, one_bucket
+from sat_train.data.dataset import VideoDataset
+from sat_train.data.sampler import GlobalOrder
+from sat_train.data.sources.records import ClipRecord, ClipSource
 
 SIDE = 32
 _CELL = 8  # sixteen cells, black or white: the bits of the number
@@ -103,3 +108,27 @@ def make_folder(root: Path, names: Sequence[str], **how) -> Path:
 
 def record_of(path: Path, **changes) -> ClipRecord:
     return ClipRecord(path.name, path.absolute(), ("a caption",), **changes)
+
+
+_SPEC = {field.name for field in fields(SampleSpec)} - {"shapes"}
+
+
+def dataset_of(records: Sequence[ClipRecord], *, shape: ClipShape, kind: type = VideoDataset, **options):
+    """Returns a data set of one source and one shape.
+
+    Args:
+        records: The clips.
+        shape: Shape of the samples.
+        kind: Class of the data set.
+        **options: Those of `SampleSpec` and of the data set; `shuffle` is the order's.
+    """
+    source = ClipSource("test", tuple(records), "")
+    spec = SampleSpec((shape,), **{"fps": 8, **{name: options.pop(name) for name in _SPEC & options.keys()}})
+    seed, shuffle = options.setdefault("seed", 1), options.pop("shuffle", True)
+    return kind(
+        sources=[source],
+        order=GlobalOrder(seed=seed, clip_weights=[[1.0] * len(records)], shuffle=shuffle),
+        buckets=one_bucket(shape, [source]),
+        spec=spec,
+        **options,
+    )

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from sat_train.config.shapes import ClipShape
+from sat_train.data.buckets import SampleSpec
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.clips.clip_file import open_clip, open_part
-from sat_train.data.clips.remote import make_path, shown
+from sat_train.data.clips.remote import make_path, public_url
 from sat_train.data.inspect import inspect_clips
-from sat_train.data.prepass import SampleSpec, look_at
+from sat_train.data.prepass import look_at
 from sat_train.data.sources.archive_index import index_archives
 from sat_train.data.sources.read import read_source
 from sat_train.encoding.cache.file_metadata import FileMetadata
@@ -413,10 +414,10 @@ SECRETS = ("hunter2", "AKIA1", "s1gnature")
     ],
 )
 def test_passwords_and_signatures_are_not_shown(text):
-    told = shown(text)
+    told = public_url(text)
     assert not any(secret in told for secret in SECRETS)
     assert "host/" in told
-    assert shown("s3://bucket/shard-?.tar") == "s3://bucket/shard-?.tar"
+    assert public_url("s3://bucket/shard-?.tar") == "s3://bucket/shard-?.tar"
 
 
 def test_a_remote_set_is_named_without_its_secrets(clip, web, tmp_path, monkeypatch):

@@ -8,10 +8,7 @@ from pathlib import Path
 import torch
 
 from sat_train.config.shapes import ClipShape
-from sat_train.data.buckets import one_bucket
-from sat_train.data.dataset import SampleResult, VideoDataset
-from sat_train.data.sampler import GlobalOrder
-from sat_train.data.sources.records import ClipSource
+from sat_train.data.dataset import SampleResult
 from sat_train.encoding.cache.file_metadata import FileMetadata
 from sat_train.encoding.cache.index import CacheIndex, OpenCache
 from sat_train.encoding.cache.key import EncoderDigests
@@ -19,7 +16,7 @@ from sat_train.encoding.cache.shards import ShardWriter
 from sat_train.encoding.conditions.image import ImageCondition
 from sat_train.encoding.conditions.text import TextCondition
 from sat_train.encoding.encoded_dataset import EncodedDataset, UnencodedSample
-from tests.unit.data.videos import SIDE
+from tests.unit.data.videos import SIDE, dataset_of
 
 ENCODERS = EncoderDigests(vae="vae of the tests", text="text encoder of the tests")
 
@@ -42,20 +39,14 @@ def open_dataset(
     cache = OpenCache(
         folder, CacheIndex(folder), FileMetadata(folder, identity=identity), encoder_digests, use
     )
-    shape = {"fps": 8, "max_upscale": 4.0, **(shape or {})}
-    size = options.pop("video_size", (SIDE, SIDE))
     noise = {name: options.pop(name) for name in ("noise_log_mean",) if name in options}
-    sources = [ClipSource("test", tuple(records), "")]
-    order = GlobalOrder(seed=1, clip_weights=[[1.0] * len(records)], shuffle=False)
-    videos = VideoDataset(
-        sources=sources,
-        order=order,
-        buckets=one_bucket(ClipShape(options.pop("max_num_frames", 5), *size), sources),
-        seed=options.pop("seed", 1),
-        window=options.pop("window", "head"),
+    size, frames = options.pop("video_size", (SIDE, SIDE)), options.pop("max_num_frames", 5)
+    videos = dataset_of(
+        records,
+        shape=ClipShape(frames, *size),
+        shuffle=False,
         training=image != "plain",
-        **shape,
-        **options,
+        **{"window": "head", "max_upscale": 4.0, **(shape or {}), **options},
     )
     text = TextCondition(null="zero", empty_prompt=lambda: torch.zeros(4, 8))
     images = [ImageCondition(scale=1.0, **noise)] if image else []

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from sat_train.data.clips.bad_clip import BadClip
-from sat_train.data.clips.clip_file import Span
+from sat_train.data.clips.clip_file import Span, read_stamp
 from sat_train.encoding.cache import key as key_module
 from sat_train.encoding.cache.file_metadata import FileMetadata
 from sat_train.encoding.cache.key import EncoderDigests
@@ -178,9 +178,8 @@ def test_files_are_hashed_once_over_runs(tmp_path, clip, monkeypatch):
     os.utime(clip, ns=(1, 1))
     monkeypatch.setattr("sat_train.encoding.cache.file_metadata._RACY_NS", 0)
     file_metadata = FileMetadata(tmp_path)
-    assert file_metadata.info(clip).is_turned is None
-    identity, info = file_metadata.origin(clip).identity, file_metadata.info(clip, with_turn=True)
-    assert info.is_turned is False
+    identity, info = file_metadata.origin(clip).identity, file_metadata.info(clip)
+    assert file_metadata.recall_info(clip, None, read_stamp(clip), with_turn=True) is None
     file_metadata.publish()
     monkeypatch.setattr(
         "sat_train.encoding.cache.file_metadata._hash", lambda *_: pytest.fail("hashed again")

@@ -11,8 +11,7 @@ from sat_train.data.failure_log import FailureLog
 from sat_train.data.loader import VideoLoader
 from sat_train.encoding.cache.shards import EntryInfo, ShardWriter
 from sat_train.encoding.encoded_batch import EncodedBatch, EncodedSample
-from sat_train.encoding.encoded_dataset import UnencodedSample
-from sat_train.encoding.missing import drop_repeated, find_missing
+from sat_train.encoding.encoded_dataset import UnencodedSample, drop_repeated, find_missing
 from sat_train.errors import DataError
 from tests.unit.data.videos import record_of, write_numbered
 from tests.unit.encoding.cache.samples import keep, open_dataset, read, tensors_of
