@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sat_train.checkpoint.history import set_aside
+from sat_train.checkpoint.history import follow_best, set_aside
 from sat_train.checkpoint.layout import (
     CORRUPT_SUFFIX,
     cannot_read,
@@ -52,7 +52,7 @@ def find_resume_point(
     Args:
         mode: `auto`: the newest run of this name that holds a complete checkpoint and that no other process
             writes to, else None. `must`: the same, but an error if there is none. `none`: None. Anything
-            else is the path of a run directory, or of one step inside it.
+            else is the path of a run directory, of one step inside it, or of its `best`.
         save_root: `args.save`.
         experiment_name: `args.experiment_name`.
         is_alive: Whether another process is writing to a run directory.
@@ -132,6 +132,7 @@ def _set_aside_damaged(folder: Path) -> None:
 
 
 def _find_at(path: Path, is_alive: IsAlive) -> ResumePoint:
+    path = follow_best(path)
     _check_folder(path)
     is_step = is_committed(path) or (parse_step(path.name) is not None and not committed_steps(path))
     run_directory = path.parent if is_step else path

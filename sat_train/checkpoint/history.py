@@ -11,13 +11,20 @@ import itertools
 import os
 from pathlib import Path
 
-from sat_train.checkpoint.layout import ABANDONED_SUFFIX, LATEST, committed_steps, parse_step, step_folder
+from sat_train.checkpoint.layout import (
+    ABANDONED_SUFFIX,
+    BEST,
+    LATEST,
+    committed_steps,
+    parse_step,
+    step_folder,
+)
 from sat_train.files import read_text, sync_folder, write_text
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-_LATEST_BYTES = 1000
+_POINTER_BYTES = 1000
 
 
 def rewind(run_directory: Path, step: int) -> list[int]:
@@ -35,6 +42,8 @@ def rewind(run_directory: Path, step: int) -> list[int]:
     Ranks: one, which owns the folder.
     """
     steps = [other for other in committed_steps(run_directory) if other > step]
+    if (best := read_best(run_directory)) is not None and best > step:
+        (run_directory / BEST).unlink()
     for later, newest in itertools.pairwise([*steps, step]):
         point_latest(run_directory, newest)
         target = set_aside(step_folder(run_directory, later), ABANDONED_SUFFIX)
@@ -70,7 +79,34 @@ def point_latest(run_directory: Path, step: int) -> None:
 
 def read_latest(run_directory: Path) -> int | None:
     """Returns the step that `latest` names, or None if the file is missing or names no step."""
+    return _read_pointer(run_directory / LATEST)
+
+
+def point_best(run_directory: Path, step: int | None) -> None:
+    """Writes the file `best`, or removes it where no step is the best.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if step is None:
+        (run_directory / BEST).unlink(missing_ok=True)
+    elif read_best(run_directory) != step:
+        write_text(run_directory / BEST, str(step))
+
+
+def read_best(run_directory: Path) -> int | None:
+    """Returns the step that `best` names, or None if the file is missing or names no step."""
+    return _read_pointer(run_directory / BEST)
+
+
+def follow_best(path: Path) -> Path:
+    """Returns the step folder that `<run>/best` names; any other path unchanged."""
+    step = read_best(path.parent) if path.name == BEST and path.is_file() else None
+    return path if step is None else step_folder(path.parent, step)
+
+
+def _read_pointer(path: Path) -> int | None:
     try:
-        return parse_step(read_text(run_directory / LATEST, limit=_LATEST_BYTES).strip())
+        return parse_step(read_text(path, limit=_POINTER_BYTES).strip())
     except (OSError, ValueError):
         return None

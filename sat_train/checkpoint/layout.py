@@ -1,6 +1,7 @@
 """File and folder names inside a run directory; no other module spells them.
 
 <run>/latest                     text: the newest committed step, for SAT and for people; not authoritative
+<run>/best                       text: the saved step with the lowest validation loss
 <run>/<step>/manifest.json       marks the step as committed
 <run>/<step>/mp_rank_00_model_states.pt
                                  weights as SAT reads them: one file for each rank of the model axis
@@ -23,6 +24,7 @@ from pathlib import Path
 from sat_train.errors import CheckpointError
 
 LATEST = "latest"
+BEST = "best"
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 CORRUPT_SUFFIX = ".corrupt"

@@ -7,7 +7,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from sat_train.checkpoint.history import read_latest
+from sat_train.checkpoint.history import read_best, read_latest
 from sat_train.checkpoint.layout import TEMPORARY_PREFIX, committed_steps, step_folder
 from sat_train.files import PART_SUFFIX, sync_folder
 from sat_train.log import get_logger
@@ -16,17 +16,24 @@ log = get_logger(__name__)
 
 
 def prune_checkpoints(
-    run_directory: Path, *, keep_last: int, keep_every: int = 0, resumed_step: int | None = None
+    run_directory: Path,
+    *,
+    keep_last: int,
+    keep_every: int = 0,
+    resumed_step: int | None = None,
+    best_step: int | None = None,
 ) -> list[int]:
     """Deletes checkpoints that are too old. Call it after the new checkpoint is committed, never before.
 
-    The step that `latest` names is kept too: it may be older if the disk was too full to update it.
+    The steps that `latest` and `best` name are kept too; `latest` may be older if the disk was too full to
+    update it.
 
     Args:
         run_directory: The run directory.
         keep_last: Number of the newest steps to keep; 0 keeps all.
         keep_every: Multiples of this are kept for good; 0 for none.
         resumed_step: The step that the run was resumed from, which is kept.
+        best_step: The step with the lowest validation loss, which is kept; `best` may not have been written.
 
     Returns:
         The deleted steps.
@@ -35,7 +42,7 @@ def prune_checkpoints(
     """
     if keep_last <= 0:
         return []
-    protected = {resumed_step, read_latest(run_directory)}
+    protected = {resumed_step, best_step, read_latest(run_directory), read_best(run_directory)}
     old = [step for step in committed_steps(run_directory)[keep_last:] if step not in protected]
     to_delete = [step for step in old if not (keep_every > 0 and step % keep_every == 0)]
     for step in to_delete:

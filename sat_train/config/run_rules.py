@@ -26,6 +26,7 @@ TRAINING_ONLY = frozenset(
         *("save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb", "callbacks"),
         *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "eval_timesteps"),
         *("valid_prompts", "valid_images", "valid_video_interval", "train_data", "train_data_weights"),
+        *("keep_best", "early_stop_patience", "early_stop_min_delta"),
         *("valid_data", "split", "num_workers", "prefetch_factor"),
     }
 )
@@ -127,6 +128,17 @@ def videos_at_validations(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault(
             "args.valid_video_interval", videos, f"a multiple of args.eval_interval = {every or 'null'}"
         )
+
+
+@rule("args.early_stop_patience", "args.early_stop_min_delta", "args.eval_interval")
+def early_stop_sees_validations(config: ParsedConfig) -> Iterator[Fault]:
+    args = config.args
+    if args.early_stop_patience is not None and args.eval_interval is None:
+        expected = "null, or an args.eval_interval: validations decide"
+        yield config.fault("args.early_stop_patience", args.early_stop_patience, expected)
+    if args.early_stop_patience is None and args.early_stop_min_delta:
+        expected = "0, or an args.early_stop_patience with it"
+        yield config.fault("args.early_stop_min_delta", args.early_stop_min_delta, expected)
 
 
 @rule("args.split", "args.valid_data", "args.eval_interval")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sat_train.checkpoint.history import follow_best
 from sat_train.checkpoint.layout import LATEST, MANIFEST, committed_steps, parse_step, step_folder
 from sat_train.config.paths import expand_assets
 from sat_train.config.reading import RESOLVED
@@ -43,15 +44,16 @@ def find_weights(path: str | Path, *, part: str = "transformer") -> WeightSource
     """Finds the weights at a path.
 
     Args:
-        path: A file; a SAT folder or one of its steps; a run directory of ours or one of its steps; a
-            diffusers model folder, or the folder of one of its parts. `asset:` paths are shipped files.
+        path: A file; a SAT folder or one of its steps; a run directory of ours, one of its steps or its
+            `best`; a diffusers model folder, or the folder of one of its parts. `asset:` paths are shipped
+            files.
         part: Folder to take from a diffusers model folder.
 
     Raises:
         CheckpointError: There are no weights, their format is unknown, or shards are missing.
     """
     with reading(str(path)[:200], error=CheckpointError, expected="weights", remedy="check the path"):
-        where = Path(expand_assets(str(path))).expanduser()
+        where = follow_best(Path(expand_assets(str(path))).expanduser())
         if where.is_dir():
             return _find_in_folder(where, part)
         if not where.exists():

@@ -38,7 +38,7 @@ from sat_train.files import reading
 from sat_train.log import get_logger
 from sat_train.models.build import compute_dtype
 from sat_train.objective.video_diffusion import VideoDiffusion
-from sat_train.training.callbacks.build import build_callbacks, owes_validation
+from sat_train.training.callbacks.build import build_callbacks, early_stop_reason, owes_validation
 from sat_train.training.loop.callback import Training
 from sat_train.training.loop.meter import Meter
 from sat_train.training.loop.state import TrainState
@@ -91,8 +91,8 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
     run_directory = open_run_directory(config, mesh)
     try:
         data = open_data(config, mesh, point=run_directory.point, run_directory=run_directory.folder)
-        finished = run_directory.point is not None and run_directory.point.step >= data.train_iters
-        if finished and not on_rank_0(mesh, lambda: say_finished(config, run_directory, data)):
+        ending = on_rank_0(mesh, lambda: find_ending(config, run_directory, data))
+        if ending and not on_rank_0(mesh, lambda: say_finished(config, run_directory, data, ending)):
             return
         facts = data.facts(mesh)
         log.info("this run:\n%s", summarize(config, facts))
@@ -106,7 +106,7 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
         trainer = build_trainer(config, mesh, run_directory, data, pipeline, start.base, engine, stop_request)
         if run_directory.point is not None:
             restore(mesh, run_directory.point, trainer, start.base)
-        if not finished:
+        if not ending:
             on_rank_0(mesh, lambda: describe_run(config, run_directory))
         stop_request.defer()
         trainer.run()
@@ -117,11 +117,14 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
 
 
 def say_where_stopped(config: RunConfig, trainer: Trainer) -> None:
-    """Logs how to resume a stopped run.
+    """Logs how to resume a stopped run, and why one has ended early.
 
     Raises:
         Stopped: A user interrupted it; the exit code is then that of an interrupted command.
     """
+    if trainer.finish_reason:
+        step, steps = trainer.state.step, trainer.train_iters
+        log.info("stopped early at step %d of %d: %s", step, steps, trainer.finish_reason)
     if not trainer.stopping:
         return
     message = f"saved step {trainer.state.step}; resume with args.resume=auto"
@@ -197,8 +200,30 @@ def describe_run(config: RunConfig, run_directory: RunDirectory) -> None:
     write_model_config(config, run_directory.folder / "model_config.json")
 
 
-def say_finished(config: RunConfig, run_directory: RunDirectory, data: RunData) -> bool:
+def find_ending(config: RunConfig, run_directory: RunDirectory, data: RunData) -> str:
+    """Returns what ends a run at the step that it resumes, with the way to continue; nothing if it trains.
+
+    Ranks: rank 0 only.
+    """
+    folder, point = run_directory.folder, run_directory.point
+    if folder is None or point is None:
+        return ""
+    if point.step >= data.train_iters:
+        length = "args.train_iters" if config.args.train_iters is not None else "args.epochs"
+        return f"(raise {length} to continue)"
+    if reason := early_stop_reason(config, folder, point.step):
+        return f"by early stop: {reason} (raise args.early_stop_patience to continue, or set it to null)"
+    return ""
+
+
+def say_finished(config: RunConfig, run_directory: RunDirectory, data: RunData, ending: str) -> bool:
     """Logs that the run is complete. The folder stays unchanged, except for the marker of a stopped run.
+
+    Args:
+        config: The configuration.
+        run_directory: The run directory.
+        data: The data.
+        ending: From `find_ending`.
 
     Returns:
         Whether the last step has still to be validated.
@@ -208,8 +233,7 @@ def say_finished(config: RunConfig, run_directory: RunDirectory, data: RunData) 
     folder, point = run_directory.folder, run_directory.point
     assert folder is not None, "only a saved run can be complete"
     assert point is not None, "only a saved run can be complete"
-    length = "args.train_iters" if config.args.train_iters is not None else "args.epochs"
-    log.info("finished already: step %d of %d (raise %s to continue)", point.step, data.train_iters, length)
+    log.info("finished already: step %d of %d %s", point.step, data.train_iters, ending)
     if changes := changes_since(point, config):
         log.warning("the changed settings have no effect: %s", "; ".join(changes))
     (folder / PREEMPTED).unlink(missing_ok=True)

@@ -138,6 +138,10 @@ class ArgsConfig(Record):
         None, ge=1, description="Also keep the checkpoints of steps divisible by this."
     )
 
+    keep_best: bool = Field(
+        True, description="Also keep the saved step with the lowest validation loss, which `best` names."
+    )
+
     # Log and validation
     log_interval: int = Field(50, ge=1, description="Steps between log lines.")
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
@@ -160,6 +164,16 @@ class ArgsConfig(Record):
     )
     eval_timesteps: int = Field(
         8, ge=1, le=1000, description="Timesteps at which each validation clip is measured, evenly spread."
+    )
+    early_stop_patience: int | None = Field(
+        None,
+        ge=1,
+        description="End the run after so many validations in a row without a lower loss; null: never.",
+    )
+    early_stop_min_delta: float = Field(
+        0.0,
+        ge=0,
+        description="For `early_stop_patience` a loss is lower only by more than this.",
     )
     valid_prompts: Texts = Field(
         (), description="Prompts of the validation videos; none: captions of the validation clips."

@@ -22,11 +22,12 @@ from sat_train.sampling.build import SamplingSettings, build_sampling
 from sat_train.sampling.generate import generate_video
 from sat_train.sampling.prompts import build_requests, read_image
 from sat_train.training.callbacks.bad_clip_count import BadClipCount
+from sat_train.training.callbacks.best_checkpoint import BestCheckpoint
 from sat_train.training.callbacks.cache_publisher import CachePublisher
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
+from sat_train.training.callbacks.early_stop import EarlyStop, exhausted_patience
 from sat_train.training.callbacks.ema import ExponentialMovingAverage
-from sat_train.training.callbacks.metrics_file import NAME as METRICS
-from sat_train.training.callbacks.metrics_file import read_metrics
+from sat_train.training.callbacks.metrics_file import read_validation_losses
 from sat_train.training.callbacks.progress import build_progress
 from sat_train.training.callbacks.validation import Measure, Validation
 from sat_train.training.callbacks.validation_file import ValidationFile
@@ -61,7 +62,10 @@ def build_callbacks(
     if config.args.ema_decay:
         callbacks.append(ExponentialMovingAverage(engine, config.args.ema_decay))
     callbacks += _registered(config, mesh, run_directory)
+    best: BestCheckpoint | None = None
     if run_directory is not None:
+        if mesh.rank == 0 and valid is not None and config.args.keep_best:
+            best = BestCheckpoint(run_directory)
         checkpointer = Checkpointer(
             mesh,
             run_directory,
@@ -69,12 +73,15 @@ def build_callbacks(
             interval=config.args.save_interval,
             keep_last=config.args.keep_last or 0,
             keep_every=config.args.keep_every or 0,
+            best_step=lambda: None if best is None else best.step,
         )
         callbacks.append(checkpointer)
         if mesh.rank == 0:
             callbacks.append(PreemptedMarker(run_directory))
     if isinstance(encode, EncodeAndKeep):
         callbacks.append(CachePublisher(encode.writer))
+    if best is not None:
+        callbacks.append(best)
     return callbacks + _validation(config, mesh, run_directory, valid, encode, pipeline, engine)
 
 
@@ -116,6 +123,9 @@ def _validation(
                 ),
             )
         )
+        if config.args.early_stop_patience is not None:
+            patience, min_delta = config.args.early_stop_patience, config.args.early_stop_min_delta
+            callbacks.append(EarlyStop(mesh, run_directory, patience=patience, min_delta=min_delta))
     if config.args.valid_video_interval is not None and run_directory is not None:
         sampling = _video_sampling(config, pipeline, engine, loader)
         if sampling is not None:
@@ -167,6 +177,20 @@ def _measure(
     return measure
 
 
+def early_stop_reason(config: RunConfig, run_directory: Path, step: int) -> str:
+    """Returns why a run that has validated up to a step ends there; nothing while it may train.
+
+    Ranks: rank 0 only.
+    """
+    if config.args.early_stop_patience is None or config.args.eval_interval is None:
+        return ""
+    return exhausted_patience(
+        {at: loss for at, loss in read_validation_losses(run_directory).items() if at <= step},
+        patience=config.args.early_stop_patience,
+        min_delta=config.args.early_stop_min_delta,
+    )
+
+
 def owes_validation(config: RunConfig, run_directory: Path, step: int, *, measures_loss: bool) -> bool:
     """Returns whether a run ended before it had validated its last step.
 
@@ -187,16 +211,7 @@ def owes_validation(config: RunConfig, run_directory: Path, step: int, *, measur
 
 def _is_measured(run_directory: Path | None, step: int) -> bool:
     """Returns whether `metrics.jsonl` has the validation loss of a step."""
-    if run_directory is None:
-        return False
-    try:
-        records = read_metrics(run_directory / METRICS)
-    except OSError as error:
-        log.warning(
-            "%s cannot be read, so the validation loss is measured: %s", run_directory / METRICS, error
-        )
-        return False
-    return any(record["step"] == step and "valid_loss" in record for record in records)
+    return run_directory is not None and step in read_validation_losses(run_directory)
 
 
 def given_conditions(config: RunConfig, settings: SamplingSettings) -> tuple[list[str], list[torch.Tensor]]:

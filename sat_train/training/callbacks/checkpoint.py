@@ -28,6 +28,7 @@ class Checkpointer(Callback):
         interval: Steps between checkpoints.
         keep_last: Number of newest checkpoints to keep; 0 keeps all.
         keep_every: Also keep checkpoints of steps divisible by this; 0 for none.
+        best_step: Returns the step with the lowest validation loss, which is kept; None if there is none.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class Checkpointer(Callback):
         interval: int,
         keep_last: int,
         keep_every: int,
+        best_step: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._mesh = mesh
         self._run_directory = run_directory
         self._save = save
         self._interval = interval
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._keep_last, self._keep_every, self._best_step = keep_last, keep_every, best_step
         self._saved_step = -1
         self._resumed_step: int | None = None
         self._failures_in_a_row = 0
@@ -68,8 +70,8 @@ class Checkpointer(Callback):
         trainer.asked_to_stop()  # meanwhile: then neither validation nor another step is waited for
 
     def finished(self, trainer: Training) -> None:
-        """Saves where validation was interrupted at an unsaved step."""
-        if trainer.stopping and trainer.state.step:
+        """Saves where a validation was interrupted, or has ended the run, at an unsaved step."""
+        if trainer.state.step:
             self._save_once(trainer)
 
     def _count_failure(self, error: CheckpointError) -> None:
@@ -98,6 +100,7 @@ class Checkpointer(Callback):
                 keep_last=self._keep_last,
                 keep_every=self._keep_every,
                 resumed_step=self._resumed_step,
+                best_step=self._best_step(),
             )
         except CheckpointError as error:  # the new one is saved; old ones are deleted after the next
             log.warning("old checkpoints were not deleted: %s", error)

@@ -54,6 +54,13 @@ class Training(Protocol):
     def asked_to_stop(self) -> bool:
         """Asks all ranks whether any was asked to stop while a callback worked. Ranks: all."""
 
+    def finish(self, reason: str) -> None:
+        """Completes the run at this step, as if it were the last; on all ranks alike.
+
+        Args:
+            reason: What has ended it, for the log.
+        """
+
     def settle(self) -> None:
         """Brings `state` up to date with the steps done. Ranks: all."""
 

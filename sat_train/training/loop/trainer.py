@@ -34,6 +34,7 @@ class Trainer:
         applied: The last step updated the weights; False where a gradient was not finite.
         stopping: All ranks know that the run was asked to stop.
         interrupted: The request was a user's Ctrl-C.
+        finish_reason: What has ended the run before `train_iters`; empty if nothing has.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Trainer:
         self.applied = True
         self.stopping = False
         self.interrupted = False
+        self.finish_reason = ""
         self._train_step = train_step
         self._meter = meter
         self._log_interval = log_interval
@@ -62,8 +64,8 @@ class Trainer:
 
     @property
     def complete(self) -> bool:
-        """True when all steps are done."""
-        return self.state.step >= self.train_iters
+        """True when all steps are done, or a callback has finished the run."""
+        return self.state.step >= self.train_iters or bool(self.finish_reason)
 
     def run(self) -> None:
         """Trains.
@@ -89,6 +91,10 @@ class Trainer:
     def report(self, metrics: Metrics) -> None:
         """Hands metrics to all callbacks."""
         self.callbacks.reported(metrics)
+
+    def finish(self, reason: str) -> None:
+        """Completes the run at this step; on all ranks alike."""
+        self.finish_reason = reason
 
     def asked_to_stop(self) -> bool:
         """Checks whether any rank was asked to stop while a callback worked, and sets `stopping` and
