@@ -26,7 +26,7 @@ TRAINING_ONLY = frozenset(
         *("save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb", "callbacks"),
         *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "eval_timesteps"),
         *("valid_prompts", "valid_images", "valid_video_interval", "train_data", "train_data_weights"),
-        *("keep_best", "early_stop_patience", "early_stop_min_delta"),
+        *("clip_ledger", "keep_best", "early_stop_patience", "early_stop_min_delta"),
         *("valid_data", "split", "num_workers", "prefetch_factor"),
     }
 )

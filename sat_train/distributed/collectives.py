@@ -133,6 +133,16 @@ def sum_over_data(mesh: ProcessMesh, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def sum_over_ranks(mesh: ProcessMesh, values: torch.Tensor) -> torch.Tensor:
+    """Replaces values by their sum over all ranks, in place.
+
+    Ranks: all.
+    """
+    if mesh.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def check_all_ranks(mesh: ProcessMesh, error: SatTrainError | None) -> None:
     """Raises on every rank if any rank has an error: its own error, or that of the first rank with one.
 

@@ -261,7 +261,7 @@ def build_trainer(
         # dropout draws from torch's global generator
         torch.manual_seed(derive_seed(config.args.seed, "dropout", batch.sample_indices[0]))
         output = pipeline.training_loss(encode(batch), network=engine)
-        trainer.callbacks.loss_computed(output)
+        trainer.callbacks.loss_computed(output, batch)
         return output.loss
 
     trainer = Trainer(

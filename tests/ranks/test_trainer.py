@@ -49,7 +49,7 @@ def _by_timestep(mesh: ProcessMesh) -> list[dict[str, float]]:
     measured = []
     for interval in range(2):
         for timesteps, losses in _losses(mesh.rank, interval):
-            callback.loss_computed(LossOutput(losses.mean(), losses, timesteps))
+            callback.loss_computed(LossOutput(losses.mean(), losses, timesteps), None)
         measured.append(callback.measure(None))
     return measured
 

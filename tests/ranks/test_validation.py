@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from sat_train.checkpoint.layout import committed_steps
 from sat_train.distributed.processes import ProcessMesh, stop_processes
 from sat_train.interchange.sources import find_weights
+from sat_train.training.callbacks.clip_ledger import read_ledger, render_table, summarize_clips
+from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.callbacks.validation_file import read_validations
 from sat_train.training.resume import find_resumed
 from tests.ranks.micro import micro_run, train_micro, write_micro
@@ -103,22 +107,99 @@ def test_a_run_that_goes_back_forgets_the_best_of_what_it_left(rank_pool, folder
     assert (run / "best").read_text() == "2", "at a rate of 0 step 4 is as good, and later"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_early_stop_ends_a_run_on_all_ranks_at_a_saved_step_and_a_resume_explains(
-    rank_pool, rising, folder, ranks
-):
+def test_early_stop_ends_a_run_on_all_ranks_at_a_saved_step_and_a_resume_explains(rank_pool, rising, folder):
     losses = means(rising)
     second = int((rising / "best").read_text()) + 4  # the second validation that is not lower
-    name = f"early{ranks}"
     words = ("args.train_iters=14", *RISING, "args.save_interval=4", "args.early_stop_patience=2")
-    run = train(rank_pool, folder, name, *words, ranks=ranks, batch_size=4 // ranks)
+    run = train(rank_pool, folder, "early", *words, ranks=2)
     assert means(run).keys() == {step for step in losses if step <= second}
     assert committed_steps(run)[0] == second, "which is no multiple of save_interval"
     assert not (run / "PREEMPTED").exists()
-    resumed = [f"args.experiment_name={name}", *words, "args.resume=must", "args.batch_size=4"]
+    resumed = ["args.experiment_name=early", *words, "args.resume=must", "args.batch_size=4"]
     (log,) = rank_pool(1)(log_of, folder, resumed)
     assert re.search(rf"finished already: step {second} of 14 by early stop: 2 validations in a row", log)
     assert committed_steps(run)[0] == second
     longer = [*resumed, "args.early_stop_patience=5", f"args.train_iters={second + 1}"]
     rank_pool(1)(train_micro, folder, longer)
     assert committed_steps(run)[0] == second + 1
+
+
+ALL_ON = (
+    *VALIDATED,
+    "args.keep_best=true",
+    "args.clip_ledger=true",
+    "args.early_stop_patience=50",
+    "args.callbacks.blocks={target: BlockStatistics, params: {interval: 3}}",
+)
+CONSTANT_RATE = ("args.warmup=0", "args.lr=1e-3", "args.lr_decay_style=constant")
+ALL_OFF = ("args.clip_ledger=false", "args.keep_best=false", "args.eval_interval=null")
+
+
+def leaves_of(value: object) -> Iterator[object]:
+    """Yields names and tensors of a saved state, in their order."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves_of(item)
+    else:
+        yield value
+
+
+def states(mesh: ProcessMesh, folder: Path, words: list[str]) -> bytes:
+    """Trains and returns the state of torch's generator afterwards."""
+    train_micro(mesh, folder, words)
+    return bytes(torch.get_rng_state().tolist())
+
+
+@pytest.fixture(scope="module")
+def with_and_without(rank_pool, folder) -> dict[tuple[str, int], list[bytes]]:
+    """Random states after runs of 24 steps: with all that watches the training, and without."""
+    found = {}
+    for ranks in (1, 2):
+        for name, words in (("with", ALL_ON), ("without", ALL_OFF)):
+            run_words = [f"args.experiment_name={name}{ranks}", "args.train_iters=24", "args.save_interval=4"]
+            run_words += [*CONSTANT_RATE, f"args.batch_size={4 // ranks}", *words]
+            found[name, ranks] = rank_pool(ranks)(states, folder, run_words)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_knowing_whether_it_learns_changes_no_bit_of_what_is_learnt(with_and_without, folder, ranks):
+    runs = [run_directory(folder, f"{name}{ranks}") for name in ("with", "without")]
+    first, second = (
+        [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record] for run in runs
+    )
+    assert len(first) == 24
+    assert first == second
+    assert with_and_without["with", ranks] == with_and_without["without", ranks]
+    saved, plain = (
+        [leaf for path in sorted((run / "24").glob("*.pt")) for leaf in leaves_of(torch.load(path))]
+        for run in runs
+    )
+    assert len(saved) == len(plain) > 50
+    assert all(
+        torch.equal(*pair) if isinstance(pair[0], torch.Tensor) else pair[0] == pair[1]
+        for pair in zip(saved, plain, strict=True)
+    )
+    run = runs[0]
+    reported = [record for record in read_metrics(run / "metrics.jsonl") if "update_ratio_by_block" in record]
+    assert [record["step"] for record in reported] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert "block_00" in reported[0]["grad_norm_by_block"]
+    assert means(run).keys() == set(range(0, 25, 2))
+
+
+def test_the_ledger_has_every_sample_once_at_any_number_of_ranks_and_after_a_resume(
+    rank_pool, with_and_without, folder
+):
+    whole = {ranks: read_ledger(run_directory(folder, f"with{ranks}")) for ranks in (1, 2)}
+    assert [row[0] for row in whole[1]] == list(range(24 * 4))
+    assert [row[:3] for row in whole[2]] == [row[:3] for row in whole[1]]
+    words = ["args.experiment_name=ledger", "args.save_interval=4", *CONSTANT_RATE]
+    words += ["args.batch_size=2", *ALL_ON, "args.keep_every=4"]
+    rank_pool(2)(train_micro, folder, [*words, "args.train_iters=10"])
+    run = run_directory(folder, "ledger")
+    back = [f"args.resume={run}/8", "args.train_iters=24"]
+    rank_pool(2)(train_micro, folder, [*words, *back])
+    assert read_ledger(run) == whole[2], "bit for bit; rows of the steps 9 and 10 are there once"
+    assert (run / "clip_losses.csv").read_text() == render_table(summarize_clips(whole[2]))

@@ -64,3 +64,20 @@ class WeightsAndBiasesParams(CallbackParams):
     writes_files: ClassVar[bool] = True
 
     project: Text = Field("sat_train", description="Weights & Biases project.")
+
+
+@part("callback", "ClipLedger", build="sat_train.training.callbacks.clip_ledger:build")
+class ClipLedgerParams(CallbackParams):
+    """Keeps the training loss of each clip in `clip_losses.jsonl`; `args.clip_ledger` enables it."""
+
+    every_rank: ClassVar[bool] = True
+    writes_files: ClassVar[bool] = True
+
+
+@part("callback", "BlockStatistics", build="sat_train.training.callbacks.block_statistics:build")
+class BlockStatisticsParams(CallbackParams):
+    """Reports gradient norm and update-to-weight ratio of each block."""
+
+    every_rank: ClassVar[bool] = True
+
+    interval: int = Field(100, ge=1, description="Steps between reports; each gathers all gradients once.")

@@ -147,6 +147,9 @@ class ArgsConfig(Record):
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
     wandb: bool = Field(False, description="Report to Weights & Biases.")
     wandb_project_name: Text = Field("sat_train", description="Weights & Biases project.")
+    clip_ledger: bool = Field(
+        True, description="Keep the training loss of each clip, and name the clips that train worst."
+    )
     callbacks: dict[PlainName, CallbackConfig] = Field(
         {}, description="Further callbacks, by a name of your own: target and params."
     )
@@ -243,6 +246,8 @@ class ArgsConfig(Record):
             flags["TensorBoard"] = {}
         if self.wandb:
             flags["WeightsAndBiases"] = {"project": self.wandb_project_name}
+        if self.clip_ledger:
+            flags["ClipLedger"] = {}
         targets = {each.target for each in self.callbacks.values()}
         by_flags = [CallbackConfig.of(name, params) for name, params in flags.items() if name not in targets]
         return (*by_flags, *self.callbacks.values())

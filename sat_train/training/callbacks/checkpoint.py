@@ -86,6 +86,7 @@ class Checkpointer(Callback):
         if trainer.state.step == self._saved_step:
             return
         trainer.settle()
+        trainer.callbacks.before_save(trainer)
         folder = self._save(trainer)
         self._saved_step = trainer.state.step
         self._failures_in_a_row = 0

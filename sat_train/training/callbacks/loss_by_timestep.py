@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sat_train.config.parts.callback_parts import LossByTimestepParams
+from sat_train.data.batches import LoadedBatch
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.objective.training_inputs import LossOutput
@@ -26,7 +27,7 @@ class LossByTimestep(Callback):
         self._mesh, self._num_timesteps, self._parts = mesh, num_timesteps, parts
         self._sums = torch.zeros(parts, 2, device=mesh.device)  # loss and count
 
-    def loss_computed(self, output: LossOutput) -> None:
+    def loss_computed(self, output: LossOutput, batch: LoadedBatch) -> None:
         """Adds the losses of a micro-batch to their parts."""
         part_b = (output.timesteps_b * self._parts // self._num_timesteps).to(self._sums.device)
         loss_b = output.loss_b.to(self._sums)

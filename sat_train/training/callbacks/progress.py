@@ -12,7 +12,13 @@ from sat_train.config.values import show_rate
 from sat_train.log import console, get_logger
 from sat_train.training.callbacks.bad_clip_count import BAD_CLIPS
 from sat_train.training.loop.callback import Callback, Training
-from sat_train.training.loop.metrics import Metrics, TrainMetrics, ValidationMetrics, VideoMetrics
+from sat_train.training.loop.metrics import (
+    BlockMetrics,
+    Metrics,
+    TrainMetrics,
+    ValidationMetrics,
+    VideoMetrics,
+)
 
 log = get_logger(__name__)
 
@@ -39,8 +45,8 @@ class PlainProgress(Callback):
 
     def reported(self, metrics: Metrics) -> None:
         """Logs one line; at intervals, and when a step or clip was skipped, a second one with details."""
-        if isinstance(metrics, VideoMetrics):
-            return  # logged when they were written
+        if isinstance(metrics, VideoMetrics | BlockMetrics):
+            return  # videos are logged when they are written, and blocks are too many for a log
         if isinstance(metrics, ValidationMetrics):
             for line in describe_validation(metrics, self._last_validation):
                 log.info("%s", line)

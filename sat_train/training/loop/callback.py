@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from sat_train.checkpoint.fragments import Fragment, SavedFragments
 from sat_train.config import RunConfig
 from sat_train.config.learning_rate import LearningRate
+from sat_train.data.batches import LoadedBatch
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import SatTrainError, TrainingError
@@ -98,7 +99,7 @@ class Callback:
     def started(self, trainer: Training) -> None:
         """Before the first step."""
 
-    def loss_computed(self, output: LossOutput) -> None:
+    def loss_computed(self, output: LossOutput, batch: LoadedBatch) -> None:
         """After each forward pass of training; reading its losses here would wait for the device."""
 
     def before_optimizer_step(self, trainer: Training) -> None:
@@ -116,6 +117,9 @@ class Callback:
 
     def reported(self, metrics: Metrics) -> None:
         """There are new metrics."""
+
+    def before_save(self, trainer: Training) -> None:
+        """Before a checkpoint is written, on all ranks."""
 
     def finished(self, trainer: Training) -> None:
         """After the last step, whether the run is complete or was asked to stop. Not after an error."""
@@ -160,9 +164,9 @@ class Callbacks:
         """Before the first step."""
         self._each(lambda callback: callback.started(trainer))
 
-    def loss_computed(self, output: LossOutput) -> None:
+    def loss_computed(self, output: LossOutput, batch: LoadedBatch) -> None:
         """After each forward pass of training."""
-        self._each(lambda callback: callback.loss_computed(output))
+        self._each(lambda callback: callback.loss_computed(output, batch))
 
     def before_optimizer_step(self, trainer: Training) -> None:
         """Between the last backward pass and the update."""
@@ -180,6 +184,10 @@ class Callbacks:
     def reported(self, metrics: Metrics) -> None:
         """There are new metrics."""
         self._each(lambda callback: callback.reported(metrics))
+
+    def before_save(self, trainer: Training) -> None:
+        """Before a checkpoint is written."""
+        self._each(lambda callback: callback.before_save(trainer))
 
     def finished(self, trainer: Training) -> None:
         """After the last step, not after an error."""

@@ -67,6 +67,21 @@ class ValidationMetrics:
 
 
 @dataclass(frozen=True)
+class BlockMetrics:
+    """Norms of one step by block of the transformer.
+
+    Args:
+        step: Optimizer steps done.
+        grad_norm_by_block: Norm of the gradient before clipping.
+        update_ratio_by_block: Norm of the update, divided by that of the weights before it.
+    """
+
+    step: int
+    grad_norm_by_block: dict[str, float]
+    update_ratio_by_block: dict[str, float]
+
+
+@dataclass(frozen=True)
 class VideoMetrics:
     """Written validation videos.
 
@@ -83,10 +98,11 @@ class VideoMetrics:
     captions: tuple[str, ...]
 
 
-Metrics = TrainMetrics | ValidationMetrics | VideoMetrics
+NumberMetrics = TrainMetrics | ValidationMetrics | BlockMetrics
+Metrics = NumberMetrics | VideoMetrics
 
 
-def as_json(metrics: TrainMetrics | ValidationMetrics) -> dict[str, Any]:
+def as_json(metrics: NumberMetrics) -> dict[str, Any]:
     """Returns metrics as a plain dictionary; numbers of callbacks are at the same level as the others."""
     if isinstance(metrics, ValidationMetrics):
         loss, by_timestep = metrics.valid_loss, metrics.valid_loss_by_timestep
@@ -99,15 +115,19 @@ def as_json(metrics: TrainMetrics | ValidationMetrics) -> dict[str, Any]:
             "valid_samples": len(metrics.losses),
         }
     values = asdict(metrics)
-    measured = values.pop("measured")
+    measured = values.pop("measured", {})
     return {**values, **measured}
 
 
-def scalars(metrics: TrainMetrics | ValidationMetrics) -> dict[str, float]:
+def scalars(metrics: NumberMetrics) -> dict[str, float]:
     """Returns the numbers of metrics by tracker name, e.g. `train/loss`."""
     if isinstance(metrics, TrainMetrics):
         values = {f"train/{name}": value for name, value in as_json(metrics).items() if name != "step"}
         return {name: value for name, value in values.items() if value is not None}
+    if isinstance(metrics, BlockMetrics):
+        norms = {f"grad_norm/{block}": norm for block, norm in metrics.grad_norm_by_block.items()}
+        ratios = {f"update_ratio/{block}": ratio for block, ratio in metrics.update_ratio_by_block.items()}
+        return {**norms, **ratios}
     estimates = {"loss": metrics.valid_loss}
     estimates |= {f"loss_at_{t}": loss for t, loss in metrics.valid_loss_by_timestep.items()}
     means = {f"valid/{name}": loss.mean for name, loss in estimates.items()}

@@ -10,7 +10,12 @@ from sat_train.errors import SatTrainError, TrainingError
 from sat_train.training.loop.callback import Callback, Callbacks
 
 METHODS = [name for name, _ in inspect.getmembers(Callback, inspect.isfunction)]
-ARGUMENTS = {"closed": (), "state_dict": (), "load_state_dict": ({"Listener": {}, "Listener 2": {}},)}
+ARGUMENTS = {
+    "closed": (),
+    "loss_computed": (None, None),
+    "state_dict": (),
+    "load_state_dict": ({"Listener": {}, "Listener 2": {}},),
+}
 
 
 class Listener(Callback):
@@ -50,7 +55,8 @@ def _call(callbacks: Callbacks, method: str) -> None:
 def test_the_methods_are_those_that_the_loop_calls():
     assert set(METHODS) == {
         *("started", "loss_computed", "before_optimizer_step", "step_done", "measure", "reported"),
-        *("finished", "closed", "state_dict", "load_state_dict", "add_tensors", "load_tensors"),
+        *("before_save", "finished", "closed"),
+        *("state_dict", "load_state_dict", "add_tensors", "load_tensors"),
     }
 
 

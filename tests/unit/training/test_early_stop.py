@@ -37,13 +37,13 @@ def test_a_run_ends_after_exactly_patience_validations_in_a_row_without_a_lower_
     assert {None, 1, 2, 3, 4} <= ends
 
 
+NEVER_VALIDATED = ("args.eval_interval=null", "args.valid_video_interval=null")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["args.early_stop_patience=3", "args.eval_interval=null", "args.valid_video_interval=null"],
-            "patience",
-        ),
+        (["args.early_stop_patience=3", *NEVER_VALIDATED], r"patience = 3: expected null, or an args\."),
         (["args.early_stop_min_delta=0.1"], r"min_delta = 0\.1: expected 0, or an args\.early_stop_patience"),
     ],
 )
