@@ -22,6 +22,10 @@ COMMANDS = {
         "sat_train.cli.convert",
         "convert weights of a run, of SAT or of diffusers to diffusers or SAT",
     ),
+    "compare": (
+        "sat_train.cli.compare",
+        "compare the validation losses of a run with another run or with what is expected",
+    ),
     "data": ("sat_train.cli.data", "inspect a data set, or preview samples as the model will see them"),
     "check": ("sat_train.cli.check", "read a configuration, name every fault, show every value"),
 }

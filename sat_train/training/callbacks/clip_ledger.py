@@ -58,7 +58,7 @@ class ClipLedger(Callback):
             self._records.resume(trainer.state.step)
 
     def loss_computed(self, output: LossOutput, batch: LoadedBatch) -> None:
-        """Takes the losses of a batch; ranks of the model axis have the same."""
+        """Adds the losses of a batch; ranks of the model axis have the same."""
         if self._mesh.model_rank == 0:
             timesteps = output.timesteps_b.tolist()
             self._keys += zip(batch.sample_indices, batch.clip_ids, timesteps, strict=True)

@@ -1,0 +1,164 @@
+"""Trains the embedded model by every recipe that changes training, and writes what to expect of each.
+
+    python benchmarks/recipes.py [RECIPE ...]
+
+It writes a card for each recipe (`docs/recipes/<recipe>.json`: the held-out losses of three seeds by step,
+and the band of one more) and prints the table of docs/recipes.md. It exits with 1 if a recipe does not lower
+the held-out loss. Clips are small, so that a step costs little; all recipes share one cache of samples.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sat_train.config import RunConfig, load_run_config
+from sat_train.distributed.processes import start_single_process
+from sat_train.training.build import train
+from sat_train.training.callbacks.metrics_file import NAME, read_metrics
+from sat_train.training.callbacks.validation_file import read_validations
+from sat_train.training.expected_curve import ExpectedCurve, write_card
+from sat_train.training.loop.clip_losses import ClipLosses
+
+CARDS = Path(__file__).resolve().parents[1] / "docs" / "recipes"
+SEEDS = (1, 2, 3)
+STEPS, INTERVAL = 300, 50
+
+# Of every card: 300 steps with the recipe's own schedule, and 12 clips of 9 small frames.
+WORDS = (
+    f"args.train_iters={STEPS}",
+    f"args.lr_decay_iters={STEPS}",  # the first steps alone have the same rates
+    f"args.save_interval={STEPS}",
+    f"args.eval_interval={INTERVAL}",
+    "args.valid_video_interval=null",
+    "args.batch_size=2",
+    "args.eval_batch_size=4",
+    "args.eval_iters=3",
+    "args.eval_timesteps=8",
+    "data.params.video_size=[32,48]",
+    "data.params.max_num_frames=9",
+    "data.params.views=1",
+    "data.params.short_clip=shrink",
+)
+# Of this machine alone.
+PLACE = ("args.device=cpu", "args.num_workers=0", "args.tensorboard=false", "args.log_interval=50")
+
+SFT, LORA = "configs/sft.yaml", "configs/lora.yaml"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe on the embedded model.
+
+    Args:
+        name: Name of its file in configs/recipe/.
+        behind: The preset that it goes behind; empty for a recipe that names its own.
+        words: What a model of this size needs otherwise: rates that suit 300 steps.
+    """
+
+    name: str
+    behind: str
+    words: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> tuple[str, ...]:
+        """Its configuration files."""
+        return (*filter(None, [self.behind]), f"configs/recipe/{self.name}.yaml")
+
+
+# Left out: `style_lora` changes data and length, `ema` not the weights that train; `buckets` and
+# `image_to_video` are about other data and another model.
+RECIPES = (
+    Recipe("sat_sft", "", ("args.lr=1e-4", "args.warmup=15")),
+    Recipe("sat_lora", "", ("args.warmup=15",)),
+    Recipe("diffusers_sft", SFT, ("args.lr=1e-4", "args.warmup=15")),
+    Recipe("diffusers_lora", LORA, ("args.lr=4e-4", "args.warmup=15")),
+    Recipe("min_snr", SFT, ("args.lr=1e-4", "args.warmup=15")),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one seed of a recipe gave.
+
+    Args:
+        validations: Losses by step.
+        step_time_s: Median time of a step.
+    """
+
+    validations: dict[int, ClipLosses]
+    step_time_s: float
+
+
+def load(recipe: Recipe, seed: int, folder: Path) -> RunConfig:
+    """Returns the configuration of one seed."""
+    words = [*WORDS, *recipe.words, *PLACE, f"args.seed={seed}", f"args.experiment_name={recipe.name}-{seed}"]
+    words += [f"args.save={folder / 'runs'}", "data.cache=fill", f"data.cache_dir={folder / 'cache'}"]
+    return load_run_config([*recipe.base], words)
+
+
+def run(recipe: Recipe, seed: int, folder: Path) -> Result:
+    """Trains one seed."""
+    train(load(recipe, seed, folder), start_single_process())
+    (run_directory,) = (folder / "runs").glob(f"{recipe.name}-{seed}-*")
+    times = [record["step_time_s"] for record in read_metrics(run_directory / NAME) if "loss" in record]
+    return Result(read_validations(run_directory), statistics.median(times[1:]))
+
+
+def row(recipe: Recipe, results: Sequence[Result], adam_s: float) -> tuple[str, bool]:
+    """Returns the row of the table, and whether the held-out loss has fallen."""
+    first, last = (mean_over_seeds([result.validations[step] for result in results]) for step in (0, STEPS))
+    loss, change = last.mean(), last.minus(first).mean()
+    config = load(recipe, SEEDS[0], Path())
+    time = statistics.median(result.step_time_s for result in results) / adam_s
+    cells = (
+        f"`{recipe.name}`",
+        f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})",
+        f"{change.mean:+.4f} ({change.low:+.4f} to {change.high:+.4f})",
+        f"{time:.2f}",
+        f"{config.deepspeed.optimizer.params.bytes_per_weight():g}",
+    )
+    return f"| {' | '.join(cells)} |", change.high < 0
+
+
+def mean_over_seeds(validations: Sequence[ClipLosses]) -> ClipLosses:
+    """Returns the mean loss of each clip at each timestep."""
+    clips = {}
+    for clip in validations[0].clips:
+        columns = zip(*(each.clips[clip] for each in validations), strict=True)
+        clips[clip] = tuple(map(statistics.fmean, columns))
+    return ClipLosses(validations[0].timesteps, clips)
+
+
+def main(names: Sequence[str]) -> int:
+    CARDS.mkdir(exist_ok=True)
+    rows, fallen, adam_s = [], [], 0.0
+    with tempfile.TemporaryDirectory() as temporary:
+        for recipe in RECIPES:
+            # the first is what times are shares of
+            if names and recipe.name not in (*names, RECIPES[0].name):
+                continue
+            results = {seed: run(recipe, seed, Path(temporary)) for seed in SEEDS}
+            adam_s = adam_s or statistics.median(result.step_time_s for result in results.values())
+            card = ExpectedCurve.of_runs(
+                recipe.name,
+                base=recipe.base,
+                words=(*WORDS, *recipe.words),
+                runs={seed: result.validations for seed, result in results.items()},
+            )
+            write_card(CARDS / f"{recipe.name}.json", card)
+            text, has_fallen = row(recipe, [*results.values()], adam_s)
+            rows.append(text)
+            fallen.append(has_fallen)
+            print(text, flush=True)
+    print("\n| recipe | held-out loss after 300 steps | change | time of a step | state, bytes a weight |")
+    print("|---|---|---|---|---|", *rows, sep="\n")
+    return 0 if all(fallen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
