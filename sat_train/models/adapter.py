@@ -178,9 +178,9 @@ def _adapt(name: str, layer: nn.Module, build: Callable[[LinearShape], Adapter],
     object.__setattr__(layer, "adapter", adapter)  # no module of its own: it would be a part of all keys
     fan_in = getattr(layer, "input_size", shape.in_features)
     for suffix, parameter in adapter.named_parameters():
-        found = find_adapter_tensor(f"{name}.{suffix}")
-        assert found is not None, f"the adapter's parameter {suffix} is not among the `tensors` of its record"
-        if shape.sharded and found[1].shard == shape.sharded:
+        match = find_adapter_tensor(f"{name}.{suffix}")
+        assert match is not None, f"the adapter's parameter {suffix} is not among the `tensors` of its record"
+        if shape.sharded and match[1].shard == shape.sharded:
             # SAT's mark of a shard, by which DeepSpeed counts it once on each rank in the gradient's norm
             parameter.model_parallel = True  # type: ignore[attr-defined]  # an attribute that SAT adds
         if parameter.device.type != "meta":

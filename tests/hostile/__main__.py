@@ -29,8 +29,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--show", action="store_true")
     options = parser.parse_args(words)
     beginnings = tuple(options.beginnings)
-    named = [case for case in corpus() if not beginnings or case.name.startswith(beginnings)]
-    chosen = named[:: options.every]
+    cases = [case for case in corpus() if not beginnings or case.name.startswith(beginnings)]
+    chosen = cases[:: options.every]
     counts, broken, slowest, largest = Counter[str](), 0, 0.0, 0
     with tempfile.TemporaryDirectory() as root:
         guard = Guard(Path(root), seconds=options.seconds)
@@ -40,9 +40,9 @@ def main(words: list[str]) -> int:
             slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.bytes)
             broken += bool(outcome.problems)
             if outcome.problems or options.show:
-                told = outcome.problems or (f"good, {outcome.seconds:.1f} s",)
+                lines = outcome.problems or (f"good, {outcome.seconds:.1f} s",)
                 last = outcome.output.strip()[-_SHOWN:]
-                print(f"{case.name}: {'; '.join(told)} | {last!r}", flush=True)
+                print(f"{case.name}: {'; '.join(lines)} | {last!r}", flush=True)
     for family, count in sorted(counts.items()):
         print(f"{family:<12}{count:>6} cases")
     print(f"{len(chosen)} cases, {broken} broke a law")

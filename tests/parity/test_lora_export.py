@@ -126,10 +126,10 @@ def test_adapters_at_start_change_nothing(tmp_path: Path) -> None:
             value.zero_()
     sat = write_sat_folder(tmp_path / "lora", dit.state_dict())
     merged = convert(Conversion(sat, tmp_path / "merged", "sat", merge_lora=True))
-    found = read_transformer_weights(merged)
+    contents = read_transformer_weights(merged)
     weights = {key: value for key, value in dit.state_dict().items() if not is_adapter_key(key)}
-    assert found.keys() == weights.keys()
-    assert all(torch.equal(found[key], value) for key, value in weights.items())
+    assert contents.keys() == weights.keys()
+    assert all(torch.equal(contents[key], value) for key, value in weights.items())
 
 
 def test_an_adapter_of_another_rank_is_refused_by_name(tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ def _one_process() -> None:
 
 def check_bit_equal(folder: Path, dit: DiffusionTransformer, *, lacks: frozenset[str] = frozenset()) -> None:
     expected = {key: value for key, value in dit.state_dict().items() if key not in lacks}
-    found = read_transformer_weights(folder)
-    assert found.keys() == expected.keys()
+    weights = read_transformer_weights(folder)
+    assert weights.keys() == expected.keys()
     for key, value in expected.items():
-        assert found[key].dtype == value.dtype
-        assert torch.equal(found[key], value), key
+        assert weights[key].dtype == value.dtype
+        assert torch.equal(weights[key], value), key
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -97,8 +97,8 @@ def test_the_command_converts_and_says_where_it_came_from(
     sat = write_sat_folder(tmp_path / "sat", random_transformer(model).state_dict())
     assert main([str(sat), str(tmp_path / "out"), "--to", "sat", "--dtype", "bf16"]) == 0
     assert "every value was read back and compared" in capsys.readouterr().out
-    found = read_transformer_weights(tmp_path / "out")
-    assert {lazy.dtype for lazy in found.tensors.values()} == {torch.bfloat16}
+    weights = read_transformer_weights(tmp_path / "out")
+    assert {lazy.dtype for lazy in weights.tensors.values()} == {torch.bfloat16}
     state = torch.load(tmp_path / "out" / "1" / "mp_rank_00_model_states.pt", weights_only=True)
     assert len(state["sat_train"]["sat_train.source_sha256"]) == 64
 

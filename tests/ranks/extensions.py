@@ -11,7 +11,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/extend.md"
 def write_extensions(folder: Path) -> None:
     """Writes each file that the page shows, under its name."""
     page = PAGE.read_text(encoding="utf-8")
-    shown = re.findall(r"`([\w/]+\.(?:py|yaml))`\n```(?:python|yaml)\n(.*?)```", page, re.DOTALL)
-    for name, code in shown:
+    files = re.findall(r"`([\w/]+\.(?:py|yaml))`\n```(?:python|yaml)\n(.*?)```", page, re.DOTALL)
+    for name, code in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(code, encoding="utf-8")

@@ -56,7 +56,7 @@ def _destroy_engines() -> None:
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is None or not deepspeed.comm.is_initialized():
         return
-    engines = [found for found in gc.get_objects() if type(found) is deepspeed.DeepSpeedEngine]
+    engines = [each for each in gc.get_objects() if type(each) is deepspeed.DeepSpeedEngine]
     for engine in engines:
         if engine not in _destroyed:
             _destroyed.add(engine)

@@ -228,8 +228,8 @@ def _counters(mesh: ProcessMesh) -> dict[str, Any]:
 
 
 def test_counters_and_shapes_are_those_of_what_trains(rank_pool: Callable[..., Any]) -> None:
-    (found,) = rank_pool(1)(_counters)
-    assert found == {"step": {3.0}, "shapes": SHAPES}
+    (facts,) = rank_pool(1)(_counters)
+    assert facts == {"step": {3.0}, "shapes": SHAPES}
 
 
 PRIVATE_NAMES = {

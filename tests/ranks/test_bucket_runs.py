@@ -45,8 +45,8 @@ def _words(folder: Path, name: str, steps: int, *words: str) -> list[str]:
 
 
 def _records(folder: Path, name: str) -> list[dict]:
-    (found,) = (folder / "runs").glob(f"{name}-*")
-    records = read_metrics(found / "metrics.jsonl")
+    (path,) = (folder / "runs").glob(f"{name}-*")
+    records = read_metrics(path / "metrics.jsonl")
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 
 

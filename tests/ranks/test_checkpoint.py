@@ -293,9 +293,9 @@ def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path) -> str:
     # training continues, and so does saving
     train(engine, mesh.rank, range(1, 2))
     save(mesh, engine, run_directory, step=3)
-    found = find(mesh, save_root)
-    assert found is not None
-    assert found.step == 3
+    point = find(mesh, save_root)
+    assert point is not None
+    assert point.step == 3
     return str(caught.value)
 
 

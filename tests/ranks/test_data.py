@@ -90,7 +90,7 @@ def test_bad_clips_are_counted_once_over_the_ranks_and_end_all_of_them(rank_pool
     bad = [dataset.record(dataset.order.clip_ref(index)).path for index in (1, 3)]  # one for each rank
     for path in bad:
         path.write_bytes(b"x" * 99)
-    assert [found[:2] for found in rank_pool(2)(_sum_bad, str(tmp_path), 0.5)] == [(2, 1), (2, 1)]
-    for _, _, told in rank_pool(2)(_sum_bad, str(tmp_path), 1 / 8):
-        assert "2 of 8 clips cannot be used" in told
-        assert all(f"{path.name} (unreadable" in told for path in bad)
+    assert [result[:2] for result in rank_pool(2)(_sum_bad, str(tmp_path), 0.5)] == [(2, 1), (2, 1)]
+    for _, _, message in rank_pool(2)(_sum_bad, str(tmp_path), 1 / 8):
+        assert "2 of 8 clips cannot be used" in message
+        assert all(f"{path.name} (unreadable" in message for path in bad)

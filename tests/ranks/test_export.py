@@ -116,9 +116,9 @@ def test_without_learning_an_export_is_the_base_bit_for_bit(
     run(_train_and_save, plain, base, tmp_path / "sft", zero_stage, 0.0)
     for ema in (False, True):
         out = convert(Conversion(tmp_path / "sft", tmp_path / f"out{ema}", "diffusers", ema=ema, model=plain))
-        found = read_transformer_weights(out)
-        assert found.keys() == weights.keys()
-        assert all(torch.equal(found[key], value) for key, value in weights.items())
+        contents = read_transformer_weights(out)
+        assert contents.keys() == weights.keys()
+        assert all(torch.equal(contents[key], value) for key, value in weights.items())
 
     run(_train_and_save, adapted, base, tmp_path / "lora", zero_stage, 0.0)
     out = convert(Conversion(tmp_path / "lora", tmp_path / "adapters", "diffusers"))
@@ -174,8 +174,8 @@ def test_slices_of_the_model_axis_come_out_whole(
     plain, adapted, weights, base = _models("cogvideox_5b", tmp_path)
     run = rank_pool(2)
     run(_train_and_save, plain, base, tmp_path / "sft", zero_stage, 0.0, model_parallel_size=2)
-    found = read_transformer_weights(convert(Conversion(tmp_path / "sft", tmp_path / "out", "sat")))
-    assert all(torch.equal(found[key], value) for key, value in weights.items())
+    contents = read_transformer_weights(convert(Conversion(tmp_path / "sft", tmp_path / "out", "sat")))
+    assert all(torch.equal(contents[key], value) for key, value in weights.items())
 
     run(_train_and_save, adapted, base, tmp_path / "two", zero_stage, 1e-2, model_parallel_size=2)
     run = rank_pool(1)

@@ -42,8 +42,8 @@ def lion(folder: Path, name: str, steps: int, *words: str) -> list[str]:
 
 
 def run_directory(folder: Path, name: str) -> Path:
-    (found,) = (folder / "runs").glob(f"{name}-*")
-    return found
+    (path,) = (folder / "runs").glob(f"{name}-*")
+    return path
 
 
 def losses(folder: Path, name: str) -> list[float]:

@@ -39,8 +39,8 @@ def train(rank_pool, folder: Path, name: str, *words: str, preset: str = "lora")
         *words,
     ]
     rank_pool(1)(train_micro, folder, given, preset)
-    (found,) = (folder / "runs").glob(f"{name}-*")
-    return found
+    (path,) = (folder / "runs").glob(f"{name}-*")
+    return path
 
 
 def first_loss(run: Path) -> float:
@@ -84,10 +84,10 @@ def test_a_run_that_begins_with_adapters_computes_what_they_were_trained_to_do(
 
 
 def check_same_adapters(run: Path, first: Path) -> None:
-    found, expected = read_lora(run), read_lora(first)
-    assert found.keys() == expected.keys()
+    result, expected = read_lora(run), read_lora(first)
+    assert result.keys() == expected.keys()
     for layer, parts in expected.items():
-        for ours, theirs in zip(found[layer], parts, strict=True):
+        for ours, theirs in zip(result[layer], parts, strict=True):
             torch.testing.assert_close(ours.delta(), theirs.delta(), rtol=1e-5, atol=1e-7)
 
 

@@ -65,15 +65,15 @@ def _losses(rank: int, interval: int) -> list[tuple[torch.Tensor, torch.Tensor]]
 
 def test_the_loss_by_timestep_is_the_mean_over_all_ranks_and_steps_since_the_last_report(rank_pool):
     for measured in rank_pool(2)(_by_timestep):
-        for interval, found in enumerate(measured):
+        for interval, values in enumerate(measured):
             expected: dict[str, list[float]] = {}
             for rank in range(2):
                 for timesteps, losses in _losses(rank, interval):
                     for timestep, loss in zip(timesteps.tolist(), losses.tolist(), strict=True):
                         expected.setdefault(f"loss_t{timestep // 125 * 125}", []).append(loss)
             means = {name: sum(each) / len(each) for name, each in expected.items()}
-            assert found == pytest.approx(means, rel=1e-6)
-            assert "loss_t875" not in found, "no sample was there"
+            assert values == pytest.approx(means, rel=1e-6)
+            assert "loss_t875" not in values, "no sample was there"
 
 
 def _trainer(
@@ -153,16 +153,16 @@ def test_every_entry_has_the_rate_of_its_step_and_all_that_people_ask_for(rank_p
 
 
 def test_how_often_a_run_is_logged_changes_neither_its_losses_nor_their_smoothing(rank_pool, tmp_path):
-    found = {}
+    values = {}
     for interval in (1, 4):
         folder = tmp_path / str(interval)
         folder.mkdir()
         rank_pool(1)(_run, folder, {"log_interval": interval})
-        found[interval] = {record["step"]: record for record in read_metrics(folder / "metrics.jsonl")}
-    assert sorted(found[4]) == [1, 4, 8, 10]
-    for step, record in found[4].items():
-        assert record["loss"] == found[1][step]["loss"]
-        assert record["loss_smoothed"] == found[1][step]["loss_smoothed"]
+        values[interval] = {record["step"]: record for record in read_metrics(folder / "metrics.jsonl")}
+    assert sorted(values[4]) == [1, 4, 8, 10]
+    for step, record in values[4].items():
+        assert record["loss"] == values[1][step]["loss"]
+        assert record["loss_smoothed"] == values[1][step]["loss_smoothed"]
 
 
 def test_the_smoothed_loss_is_a_mean_of_all_losses_from_the_first_step_on():

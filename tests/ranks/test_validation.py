@@ -31,8 +31,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run_directory(folder: Path, name: str) -> Path:
-    (found,) = (folder / "runs").glob(f"{name}-*")
-    return found
+    (path,) = (folder / "runs").glob(f"{name}-*")
+    return path
 
 
 def train(rank_pool, folder: Path, name: str, *words: str, ranks: int = 1, batch_size: int = 2) -> Path:

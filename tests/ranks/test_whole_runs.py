@@ -62,8 +62,8 @@ def _words(name: str, steps: int, *words: str, batch_size: int = 2) -> list[str]
 
 
 def _run_directory(folder: Path, name: str) -> Path:
-    (found,) = (folder / "runs").glob(f"{name}-*")
-    return found
+    (path,) = (folder / "runs").glob(f"{name}-*")
+    return path
 
 
 def _records(folder: Path, name: str) -> list[dict]:
@@ -316,8 +316,8 @@ def with_base(folder, rank_pool) -> Path:
     ],
 )
 def test_a_run_that_cannot_resume_is_refused(rank_pool, with_base, words, message):
-    (found,) = rank_pool(1)(_refused, with_base, _words("base", 4, *words))
-    assert re.search(message, found)
+    (result,) = rank_pool(1)(_refused, with_base, _words("base", 4, *words))
+    assert re.search(message, result)
 
 
 def test_a_learning_rate_that_explodes_stops_the_run_and_keeps_the_last_checkpoint(rank_pool, folder):

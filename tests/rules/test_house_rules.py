@@ -113,13 +113,13 @@ def test_no_grab_bag_modules() -> None:
 
 def test_no_unfinished_work() -> None:
     markers = ("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")
-    found = [
+    strays = [
         f"{path.relative_to(ROOT)}: {marker}"
         for path in SOURCES
         for marker in markers
         if marker in path.read_text(encoding="utf-8")
     ]
-    assert not found
+    assert not strays
 
 
 def test_every_module_says_what_it_is() -> None:
@@ -134,12 +134,12 @@ def test_every_module_says_what_it_is() -> None:
 
 def test_errors_are_never_swallowed() -> None:
     """A bare `except:` or an `except ...: pass` hides the first cause from the person who could repair it."""
-    found = []
+    strays = []
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler) and node.type is None:
-                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    assert not found
+                strays.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not strays
 
 
 def test_data_are_pixels_and_know_nothing_of_the_cache() -> None:
@@ -147,13 +147,13 @@ def test_data_are_pixels_and_know_nothing_of_the_cache() -> None:
     word = re.compile(r"cache|encoding", re.IGNORECASE)
     # words of libraries, and the folder of the user where tables of contents of archives are remembered
     other = re.compile(r'XDG_CACHE_HOME|~/\.cache|functools\.\w+|encoding="|invalidate_cache|cache_type')
-    found = [
+    strays = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in sorted((PACKAGE / "data").rglob("*.py"))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if word.search(other.sub("", line))
     ]
-    assert not found, "\n".join(found)
+    assert not strays, "\n".join(strays)
 
 
 def test_shipped_assets_keep_their_size() -> None:

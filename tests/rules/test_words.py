@@ -89,12 +89,12 @@ def test_no_two_modules_have_one_name() -> None:
 
 
 def test_identifiers_are_the_words_of_the_glossary() -> None:
-    found = [
+    strays = [
         f"{path}: {name} -> {IDENTIFIERS[name]}"
         for path in SOURCES
         for name in set(identifiers(path)) & IDENTIFIERS.keys()
     ]
-    assert not found, "say instead:\n" + "\n".join(found)
+    assert not strays, "say instead:\n" + "\n".join(strays)
 
 
 @pytest.mark.parametrize(
@@ -104,21 +104,21 @@ def test_identifiers_are_the_words_of_the_glossary() -> None:
 )
 def test_prose_uses(words: dict[str, str], paths: list[Path]) -> None:
     pattern = re.compile(rf"\b({'|'.join(words)})\b", re.IGNORECASE)
-    found = [
+    strays = [
         f"{path}: {match[0]} -> {words[match[0].lower()]}"
         for path in paths
         for match in pattern.finditer(path.read_text(encoding="utf-8"))
     ]
-    assert not found, "say instead:\n" + "\n".join(found)
+    assert not strays, "say instead:\n" + "\n".join(strays)
 
 
 def test_a_docstring_names_the_thing_or_starts_with_a_verb() -> None:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    found = []
+    strays = []
     for path in MODULES:
         nodes = [
             node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)
         ]
         openings = [(ast.get_docstring(node) or "-").split()[0] for node in nodes]
-        found += [f"{path}: {word}" for word in openings if word in CLAUSES]
-    assert not found
+        strays += [f"{path}: {word}" for word in openings if word in CLAUSES]
+    assert not strays

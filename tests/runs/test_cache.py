@@ -66,16 +66,16 @@ def losses(words: list[str]) -> tuple[list[float], bool]:
         with_encoders=data.needs_encoders,
     )
     encode = data.encoding.build_encode(mesh)
-    found = []
+    values = []
     with torch.no_grad():
         for _ in range(3):
-            found += pipeline.training_loss(encode(next(data.train))).loss_b.tolist()
+            values += pipeline.training_loss(encode(next(data.train))).loss_b.tolist()
         for batch in data.valid:
             timesteps_b = torch.tensor([500])
-            found += pipeline.validation_loss(encode(batch), timesteps_b=timesteps_b).loss_b.tolist()
+            values += pipeline.validation_loss(encode(batch), timesteps_b=timesteps_b).loss_b.tolist()
     if config.data.cache == "fill":
         encode.writer.publish_or_warn()
-    return found, data.needs_encoders
+    return values, data.needs_encoders
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -183,9 +183,9 @@ def test_a_signal_ends_precompute_after_the_clip_and_it_continues_there(
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 130
-    shown = "".join(capfd.readouterr())
-    assert "stopped: finished samples are kept; run the command again to continue" in shown
-    assert "Traceback" not in shown
+    output = "".join(capfd.readouterr())
+    assert "stopped: finished samples are kept; run the command again to continue" in output
+    assert "Traceback" not in output
     whole, faults = verify_entries(cache)
     assert not faults
     assert 0 < whole < 3 * 40

@@ -75,16 +75,16 @@ def sat_train(*line: str) -> str:
 
 def test_inspect_finds_every_clip_and_nothing_wrong_with_it(footage: Path, tmp_path: Path) -> None:
     said = sat_train("data", "inspect", *words(footage), "--output", str(tmp_path))
-    told = {
+    table = {
         line[:13].strip(): line[14:] for line in said.splitlines() if line and not line.startswith("wrote")
     }
-    assert told["clips"] == "5, of which 5 usable"
-    assert told["rates"] == "25 (3), 29.97 (2)"
-    assert told["sizes"] == "144x193 (2), 272x640 (2), 720x1280 (1)"  # 176x144 with pixels of 128:117
-    assert told["codecs"] == "h264 (5)"
-    assert told["length"].startswith("0.01 h in all; 4.004 to 10s")
-    assert told["duplicates"].startswith("2 clips, such as ")
-    assert told["not clips"] == "1 .db"
+    assert table["clips"] == "5, of which 5 usable"
+    assert table["rates"] == "25 (3), 29.97 (2)"
+    assert table["sizes"] == "144x193 (2), 272x640 (2), 720x1280 (1)"  # 176x144 with pixels of 128:117
+    assert table["codecs"] == "h264 (5)"
+    assert table["length"].startswith("0.01 h in all; 4.004 to 10s")
+    assert table["duplicates"].startswith("2 clips, such as ")
+    assert table["not clips"] == "1 .db"
 
 
 @pytest.mark.slow
@@ -155,13 +155,15 @@ def test_a_preview_shows_the_frames_of_the_file_at_their_times(footage: Path, tm
         assert caption == Path(PLACES[place]).stem
         times, pictures = plain_frames(footage / place)
         with av.open(preview) as container:
-            shown = [frame.to_ndarray(format="rgb24").astype(np.int16) for frame in container.decode(video=0)]
-        assert len(shown) == NUM_FRAMES
+            frames = [
+                frame.to_ndarray(format="rgb24").astype(np.int16) for frame in container.decode(video=0)
+            ]
+        assert len(frames) == NUM_FRAMES
         half = float(np.diff(times).max()) / 2
-        for told, moment in ((first, 0.0), (last, (NUM_FRAMES - 1) / FPS)):  # frames of the file, at the pace
-            assert np.abs(times - float(told)).min() <= 0.0051
-            assert abs(float(told) - float(first) - moment) <= 2 * half + 0.01
-        errors = np.array([np.abs(pictures - picture).mean(axis=(1, 2, 3)) for picture in shown])
+        for time, moment in ((first, 0.0), (last, (NUM_FRAMES - 1) / FPS)):  # frames of the file, at its pace
+            assert np.abs(times - float(time)).min() <= 0.0051
+            assert abs(float(time) - float(first) - moment) <= 2 * half + 0.01
+        errors = np.array([np.abs(pictures - picture).mean(axis=(1, 2, 3)) for picture in frames])
         starts = float(first) + np.linspace(-half, half, 21)
         assert errors.min(axis=1).max() <= 5, place
         assert min(excess(errors, times, start) for start in starts) <= 0.1, place

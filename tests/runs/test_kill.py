@@ -38,8 +38,8 @@ def is_saving(save: Path) -> bool:
 
 def resumed_from(log: Path) -> int:
     """Returns the step that a run says it resumes from, 0 for one that starts afresh."""
-    found = re.search(r"resuming from step (\d+)", log.read_text(encoding="utf-8"))
-    return int(found.group(1)) if found else 0
+    match = re.search(r"resuming from step (\d+)", log.read_text(encoding="utf-8"))
+    return int(match.group(1)) if match else 0
 
 
 def kill_at_some_moment(save: Path, *, inside_a_save: bool, rng: random.Random, log: Path) -> int:

@@ -42,10 +42,10 @@ def test_a_configuration_fault_on_one_rank_ends_all(tmp_path: Path, broken: int)
         lambda rank: [word.replace("$RANK", str(rank)) for word in words], world_size=2, logs=tmp_path
     )
     assert end_all(ranks, timeout_s=60) == [2, 2]
-    shown = outputs(tmp_path)
-    assert shown.count(f"disk{broken}") == 1, shown
-    assert ("rank 1: " in shown) is (broken == 1)
-    assert "Traceback" not in shown
+    output = outputs(tmp_path)
+    assert output.count(f"disk{broken}") == 1, output
+    assert ("rank 1: " in output) is (broken == 1)
+    assert "Traceback" not in output
 
 
 def test_torchrun_ends_with_the_fault_of_rank_1(tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_torchrun_ends_with_the_fault_of_rank_1(tmp_path: Path) -> None:
 def test_a_failure_at_work_is_shown_once_and_all_ranks_end_alike(tmp_path, body, codes, message) -> None:
     ranks = start_work(body, world_size=2, minutes=HOURS, logs=tmp_path)
     assert end_all(ranks, timeout_s=60) == codes
-    shown = outputs(tmp_path)
-    assert shown.count(message) == 1, shown
-    assert "rank 1: " in shown
+    output = outputs(tmp_path)
+    assert output.count(message) == 1, output
+    assert "rank 1: " in output
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path, monkeypatch, number
     (code,) = end_all([ranks[1 - lost]], timeout_s=60)
     ranks[lost].kill()
     ranks[lost].wait()
-    shown = (tmp_path / f"{1 - lost}.txt").read_text(encoding="utf-8")
+    output = (tmp_path / f"{1 - lost}.txt").read_text(encoding="utf-8")
     assert code == 1
-    assert f"rank {lost}" in shown or (lost == 0 and "the store of the run" in shown), shown
-    assert "Traceback" not in shown
+    assert f"rank {lost}" in output or (lost == 0 and "the store of the run" in output), output
+    assert "Traceback" not in output
 
 
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:

@@ -76,10 +76,10 @@ def test_ctrl_c_on_two_ranks_saves_and_no_rank_shows_a_traceback(tmp_path: Path)
     (folder,) = run_directories(tmp_path)
     saved = int((folder / "latest").read_text())
     assert (folder / str(saved) / "manifest.json").is_file()
-    shown = log.read_text()
-    assert f"saved step {saved}; resume with args.resume=auto" in shown
-    assert "KeyboardInterrupt" not in shown
-    assert "again" not in shown, "one press of a key is one request"
+    output = log.read_text()
+    assert f"saved step {saved}; resume with args.resume=auto" in output
+    assert "KeyboardInterrupt" not in output
+    assert "again" not in output, "one press of a key is one request"
 
 
 def test_ctrl_c_before_the_first_step_ends_clearly(tmp_path: Path) -> None:

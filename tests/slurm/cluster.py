@@ -134,8 +134,8 @@ class Cluster:
         self._run("munged", f"--key-file={key}", *options, "--force")
 
     def _field(self, job: str, name: str) -> str:
-        shown = self._run("scontrol", "--oneliner", "show", "job", job)
-        return dict(word.partition("=")[::2] for word in shown.split())[name]
+        output = self._run("scontrol", "--oneliner", "show", "job", job)
+        return dict(word.partition("=")[::2] for word in output.split())[name]
 
     def _run(self, *line: str, cwd: Path | None = None, check: bool = True) -> str:
         done = subprocess.run(

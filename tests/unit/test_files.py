@@ -85,7 +85,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "output"),
     [
         ("plain", "plain"),
         ("ein Ä,\u3000视频", "ein Ä,\u3000视频"),
@@ -98,6 +98,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         ("", ""),
     ],
 )
-def test_shown_text_steers_no_terminal(text: str, shown: str) -> None:
-    assert printable(text) == shown
-    assert str(SatTrainError(f"a{text}")) == f"a{shown}"
+def test_shown_text_steers_no_terminal(text: str, output: str) -> None:
+    assert printable(text) == output
+    assert str(SatTrainError(f"a{text}")) == f"a{output}"

@@ -42,8 +42,8 @@ def test_wildcards_stand_for_what_they_match(tree: Path, pattern: str, names: se
 def test_a_circle_of_links_and_repeated_wildcards_end(tree: Path) -> None:
     (tree / "b" / "up").symlink_to("..")
     (tree / "again").symlink_to(".")
-    found = find_local(str(tree / ("**/" * 30) / "*.tar"))
-    assert [path.relative_to(tree).as_posix() for path in found] == [
+    result = find_local(str(tree / ("**/" * 30) / "*.tar"))
+    assert [path.relative_to(tree).as_posix() for path in result] == [
         "[1]/a.tar",
         "a.tar",
         "b/a.tar",

@@ -58,10 +58,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     with reading(path, error=CheckpointError, expected="the configuration of a T5 v1.1 encoder"):
-        found = dict(json.loads(read_text(path, limit=_MOST_TEXT_BYTES)))
-        if found.get("model_type", "t5") != "t5":
-            raise ValueError(f"model_type is {found['model_type']}, not t5")
-        settings = {key: value for key, value in found.items() if key in _SIZES and value is not None}
+        content = dict(json.loads(read_text(path, limit=_MOST_TEXT_BYTES)))
+        if content.get("model_type", "t5") != "t5":
+            raise ValueError(f"model_type is {content['model_type']}, not t5")
+        settings = {key: value for key, value in content.items() if key in _SIZES and value is not None}
         for key, value in settings.items():
             if (
                 type(value) is not int
@@ -69,9 +69,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 or not 0 <= value <= _SIZES[key]
             ):
                 raise ValueError(f"{key} is {value}, expected a whole number up to {_SIZES[key]}")
-        if (kind := found.get("feed_forward_proj", "relu")) not in _FEED_FORWARD:
+        if (kind := content.get("feed_forward_proj", "relu")) not in _FEED_FORWARD:
             raise ValueError(f"feed_forward_proj is {kind}, expected one of {', '.join(_FEED_FORWARD)}")
-        epsilon = float(found.get("layer_norm_epsilon", 1e-6))
+        epsilon = float(content.get("layer_norm_epsilon", 1e-6))
         if not 0 < epsilon < 1:
             raise ValueError(f"layer_norm_epsilon is {epsilon}, expected a number between 0 and 1")
     return {**settings, "feed_forward_proj": kind, "layer_norm_epsilon": epsilon}
@@ -129,10 +129,10 @@ def publishable_files(folder: Path, *, tokenizer: bool) -> Iterator[Path]:
         CheckpointError: A link that leads out of the folder; those into the store of a Hugging Face cache,
             which a snapshot is made of, are followed.
     """
-    named = [folder / name for name in TOKENIZER_FILES] if tokenizer else weight_files(folder)
+    paths = [folder / name for name in TOKENIZER_FILES] if tokenizer else weight_files(folder)
     root = folder.resolve()
     allowed = next((parent.parent for parent in root.parents if parent.name == "snapshots"), root)
-    for path in named:
+    for path in paths:
         target = path.resolve()
         if not path.is_file():
             continue

@@ -44,10 +44,10 @@ def test_a_base_is_remembered_by_its_absolute_path_however_it_was_typed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for typed in ("base/dit.safetensors", "base", "./base/../base/dit.safetensors"):
-        found = base_weights_at(typed)
-        assert Path(found.source).is_absolute()
+        result = base_weights_at(typed)
+        assert Path(result.source).is_absolute()
         monkeypatch.chdir("/")
-        assert base_weights_at(found.source).sha256 == found.sha256
+        assert base_weights_at(result.source).sha256 == result.sha256
         monkeypatch.chdir(tmp_path)
     assert base_weights_at(str(ASSETS / "tiny" / "dit.safetensors")).source == "asset:tiny/dit.safetensors"
 

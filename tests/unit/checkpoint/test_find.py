@@ -70,9 +70,9 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_it_taken(mesh: ProcessMe
         commit(mesh, run, step)
     flip_one_bit(run / "30" / FILES[0])
     (run / "20" / FILES[1]).unlink()
-    found = find(tmp_path)
-    assert found is not None
-    assert found.step == 10
+    newest = find(tmp_path)
+    assert newest is not None
+    assert newest.step == 10
     assert sorted(path.name for path in run.glob("*.corrupt")) == ["20.corrupt", "30.corrupt"]
     commit(mesh, run, 30)
     flip_one_bit(run / "30" / FILES[0])
@@ -93,12 +93,12 @@ def test_auto_takes_the_newest_stopped_run_of_that_name(mesh: ProcessMesh, tmp_p
     commit(mesh, other, 500)
     (empty / "7").mkdir()
 
-    found = find(tmp_path)
-    assert found is not None
-    assert (found.run_directory, found.step) == (new, 100)
-    found = find(tmp_path, alive=(new,))
-    assert found is not None
-    assert found.run_directory == old
+    point = find(tmp_path)
+    assert point is not None
+    assert (point.run_directory, point.step) == (new, 100)
+    point = find(tmp_path, alive=(new,))
+    assert point is not None
+    assert point.run_directory == old
 
 
 def test_must_fails_when_there_is_nothing_and_none_looks_at_nothing(
@@ -115,12 +115,12 @@ def test_a_path_names_a_run_or_one_step_of_it(mesh: ProcessMesh, tmp_path: Path)
     run = run_directory(tmp_path)
     for step in (10, 20):
         commit(mesh, run, step)
-    found = find(tmp_path, str(run))
-    assert found is not None
-    assert found.step == 20
-    found = find(tmp_path, str(run / "10"))
-    assert found is not None
-    assert (found.run_directory, found.step) == (run, 10)
+    point = find(tmp_path, str(run))
+    assert point is not None
+    assert point.step == 20
+    point = find(tmp_path, str(run / "10"))
+    assert point is not None
+    assert (point.run_directory, point.step) == (run, 10)
 
     flip_one_bit(run / "10" / FILES[0])
     with pytest.raises(CheckpointError, match="10 is damaged"):
@@ -199,9 +199,9 @@ def test_what_cannot_be_read_is_not_called_damaged(
             find(tmp_path, mode)
     monkeypatch.undo()
     assert committed_steps(run) == [20, 10]
-    found = find(tmp_path)
-    assert found is not None
-    assert found.step == 20
+    point = find(tmp_path)
+    assert point is not None
+    assert point.step == 20
 
 
 def test_the_manifest_of_a_newer_version_is_not_called_damaged(mesh: ProcessMesh, tmp_path: Path) -> None:

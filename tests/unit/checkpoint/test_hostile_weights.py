@@ -40,8 +40,10 @@ def peak_memory() -> int:
 def check_one_error(read, path: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
         dict(read(path))
-    told = str(raised.value).replace("\\x00", "\0")
-    assert path.name[:50] in told or f"/{path.parent.name} " in told, "the file, or the folder that lacks one"
+    message = str(raised.value).replace("\\x00", "\0")
+    assert path.name[:50] in message or f"/{path.parent.name} " in message, (
+        "the file, or the folder that lacks one"
+    )
 
 
 def test_every_hostile_file_is_one_error_that_names_it(mesh: ProcessMesh, tmp_path: Path) -> None:

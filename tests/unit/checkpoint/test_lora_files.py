@@ -179,8 +179,8 @@ def test_mixed_ranks_and_q_and_k_alone_are_read_and_come_out_again(mesh: Process
     base = {key: value.contiguous() for key, value in transformer_to_diffusers(weights).items()}
     updates = read_lora(path)
     assert updates[QKV][2] is None
-    for found in (updates, read_exported(updates, tmp_path)):
-        merged = merge_updates(from_tensors(weights, where="base"), found)
+    for result in (updates, read_exported(updates, tmp_path)):
+        merged = merge_updates(from_tensors(weights, where="base"), result)
         ours = transformer_to_diffusers({key: merged[key] for key in merged})
         check_sum({key: value.contiguous() for key, value in ours.items()}, base, deltas)
 
@@ -309,11 +309,11 @@ def test_a_merge_is_one_rounding_of_the_exact_sum_whatever_the_dtype_of_the_base
         adapter[f"{QKV}.matrix_B.{i}"].double() @ adapter[f"{QKV}.matrix_A.{i}"].double() for i in range(3)
     ]
     expected = weights[f"{QKV}.weight"].double() + torch.cat(parts) / 3
-    found = out[f"{QKV}.weight"]
-    assert found.dtype == (dtype or base_dtype)
+    contents = out[f"{QKV}.weight"]
+    assert contents.dtype == (dtype or base_dtype)
     # half a step of the dtype, and a sum in fp32 before
-    step = torch.finfo(found.dtype).eps
-    assert ((found.double() - expected).abs() <= expected.abs() * step * 0.501 + 1e-6).all()
+    step = torch.finfo(contents.dtype).eps
+    assert ((contents.double() - expected).abs() <= expected.abs() * step * 0.501 + 1e-6).all()
     for key, value in weights.items():
         if key != f"{QKV}.weight":
             assert torch.equal(out[key], value.to(dtype or base_dtype)), key

@@ -56,11 +56,11 @@ def test_a_save_killed_at_any_point_never_leaves_a_torn_checkpoint(mesh: Process
 
         ended = run_killed(save_and_prune, number)
         assert ended in (0, signal.SIGKILL)
-        found = newest_verified(run)
-        assert found is not None, f"nothing to resume from after a kill at operation {number}"
-        assert holds_step(run / str(found.step), found.step)
+        newest = newest_verified(run)
+        assert newest is not None, f"nothing to resume from after a kill at operation {number}"
+        assert holds_step(run / str(newest.step), newest.step)
         assert not list(run.glob("*.corrupt")), f"a torn folder was committed at operation {number}"
-        seen.add(found.step)
+        seen.add(newest.step)
 
         remove_leftovers(run)
         assert not list(run.glob(".tmp-*"))
@@ -97,9 +97,9 @@ def test_a_disk_that_fills_during_a_save_keeps_the_earlier_checkpoint(
         CheckpointError, match=r"(?s)step 2 could not be written.*rank 0: .*No space left on device"
     ):
         commit(mesh, run, 2)
-    found = newest_verified(run)
-    assert found is not None
-    assert found.step == 1
+    newest = newest_verified(run)
+    assert newest is not None
+    assert newest.step == 1
     assert not list(run.glob(".tmp-*"))
     (tiny_disk / "other").unlink()
     commit(mesh, run, 2)

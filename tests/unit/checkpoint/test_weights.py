@@ -85,13 +85,13 @@ def test_every_form_gives_the_same_weights(
     mesh: ProcessMesh, tmp_path: Path, form: str, dtype: torch.dtype
 ) -> None:
     weights = random_weights(dtype=dtype)
-    found = read_transformer_weights(FORMS[form](tmp_path, weights))
-    assert found.keys() == weights.keys()
-    assert found.shapes == {key: tuple(value.shape) for key, value in weights.items()}
-    assert all(torch.equal(found[key], weights[key]) for key in weights)
+    contents = read_transformer_weights(FORMS[form](tmp_path, weights))
+    assert contents.keys() == weights.keys()
+    assert contents.shapes == {key: tuple(value.shape) for key, value in weights.items()}
+    assert all(torch.equal(contents[key], weights[key]) for key in weights)
 
     model = build_transformer(dtype=dtype)
-    load_weights(model, found)
+    load_weights(model, contents)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
@@ -100,11 +100,11 @@ def test_a_rank_of_the_model_axis_reads_its_slice(mesh: ProcessMesh, tmp_path: P
     weights = random_weights()
     path = FORMS[form](tmp_path, weights)
     for rank in range(2):
-        found = read_transformer_weights(path, model_rank=rank, model_size=2)
+        contents = read_transformer_weights(path, model_rank=rank, model_size=2)
         for key, value in weights.items():
             expected = shard_weight(key, value, rank=rank, size=2)
-            assert found.shapes[key] == tuple(expected.shape)
-            assert torch.equal(found[key], expected)
+            assert contents.shapes[key] == tuple(expected.shape)
+            assert torch.equal(contents[key], expected)
 
 
 def test_what_does_not_fit_is_listed_with_both_shapes_and_nothing_is_copied(mesh: ProcessMesh) -> None:

@@ -33,9 +33,9 @@ def test_weights_of_another_model_than_base_says_are_an_error_that_names_both(
 ) -> None:
     words = convert_words(WEIGHTS, tmp_path / "out", "--base", f"configs/model/{preset}.yaml")
     assert run_cli(lambda: main(words)) == 2
-    told = capsys.readouterr().err
-    assert str(WEIGHTS) in told
-    assert "the model has [" in told
+    message = capsys.readouterr().err
+    assert str(WEIGHTS) in message
+    assert "the model has [" in message
     assert not list(tmp_path.iterdir())
 
 
@@ -121,8 +121,8 @@ def test_an_ended_conversion_says_one_line_and_leaves_nothing(tmp_path: Path, nu
         assert process.poll() is None, "it ended before it wrote"
         time.sleep(0.001)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     name = signal.Signals(number).name
-    assert told == f"ended by {name}: {tmp_path}/out was not written, and nothing is left behind\n"
+    assert message == f"ended by {name}: {tmp_path}/out was not written, and nothing is left behind\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]

@@ -26,15 +26,15 @@ def test_help_shows_usage_examples_main_settings_and_where_to_read_on(
     command: str, flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, flag]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    assert f"usage: sat-train {command} --base FILE" in shown.out
-    assert shown.out.count("  # ") == 5
-    assert "--explain args.lr" in shown.out
-    settings = re.findall(r"^  (\w+) {2,}(.+)$", shown.out, flags=re.MULTILINE)
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert f"usage: sat-train {command} --base FILE" in output.out
+    assert output.out.count("  # ") == 5
+    assert "--explain args.lr" in output.out
+    settings = re.findall(r"^  (\w+) {2,}(.+)$", output.out, flags=re.MULTILINE)
     assert len(settings) == 10
     assert all(all_keys()[f"args.{name}"].description == what for name, what in settings)
-    assert all(len(line) <= 120 for line in shown.out.splitlines())
+    assert all(len(line) <= 120 for line in output.out.splitlines())
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -123,8 +123,8 @@ def test_sampling_arguments_win_over_the_model(
 
 
 def test_steps_from_the_command_line_are_guidances_too(load: Load) -> None:
-    told = "model: {sampler_config: {params: {guider_config: {params: {num_steps: 50}}}}}"
-    config = load(told, "--sampling-steps", "10")
+    text = "model: {sampler_config: {params: {guider_config: {params: {num_steps: 50}}}}}"
+    config = load(text, "--sampling-steps", "10")
     assert config.model.sampler_config.params.guider_config.params.num_steps == 10
 
 

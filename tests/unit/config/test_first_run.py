@@ -107,8 +107,8 @@ def test_training_on_from_a_run_takes_the_encoders_of_that_run(
 
 
 def demo_paths(config: RunConfig) -> list[str]:
-    named = [*(config.args.train_data or ()), *(config.args.valid_data or ())]
-    return [path for path in named if "/demo/" in path]
+    paths = [*(config.args.train_data or ()), *(config.args.valid_data or ())]
+    return [path for path in paths if "/demo/" in path]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)

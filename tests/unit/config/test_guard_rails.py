@@ -52,11 +52,11 @@ def load(
 
 def warned(notes: Sequence[str]) -> dict[str, str]:
     """Warnings by the name of their guard rail."""
-    found = {}
+    warnings = {}
     for note in notes:
-        if named := re.search(r"args\.silence=\[(\w+)\] hides this\)$", note):
-            found[named[1]] = note
-    return found
+        if match := re.search(r"args\.silence=\[(\w+)\] hides this\)$", note):
+            warnings[match[1]] = note
+    return warnings
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,10 @@ def test_malformed_files_are_one_message(number: int, tmp_path: Path) -> None:
 def test_malformed_words_are_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     for word in WORDS[number : number + 20]:
         assert main(["check", "--base", "configs/sft.yaml", "--lr", "1", word]) == 2, word[:80]
-        shown = capsys.readouterr()
-        assert "in the configuration:" in shown.err
-        assert "Traceback" not in shown.err
-        assert len(shown.err) < 2000
+        output = capsys.readouterr()
+        assert "in the configuration:" in output.err
+        assert "Traceback" not in output.err
+        assert len(output.err) < 2000
 
 
 def test_bytes_that_are_no_text_are_one_message(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def notes(config: RunConfig, facts: RunFacts) -> list[str]:
 
 
 def test_the_summary_says_what_the_numbers_come_to() -> None:
-    shown = summarize(lora("args.batch_size=2", "args.gradient_accumulation_steps=4"), FACTS)
+    output = summarize(lora("args.batch_size=2", "args.gradient_accumulation_steps=4"), FACTS)
     for says in (
         "text to video, 42 layers of width 3072, bf16",
         "LoRA of rank 128, alpha 1: scale 0.00781",
@@ -35,8 +35,8 @@ def test_the_summary_says_what_the_numbers_come_to() -> None:
         "1,000 steps = 32,000 samples = 640.0 epochs",
         "lr 0.001",
     ):
-        assert says in shown
-    assert len(shown.splitlines()) <= 14
+        assert says in output
+    assert len(output.splitlines()) <= 14
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
@@ -61,10 +61,10 @@ def test_what_looks_unintended_is_said(words: tuple[str, ...], says: str) -> Non
 
 def test_check_ends_with_the_summary_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--base", "configs/lora.yaml"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.rstrip().endswith("ready: this configuration has no fault")
-    assert "54 clips, 12 for validation" in shown
-    assert "args.tensorboard" not in shown  # a default
+    output = capsys.readouterr().out
+    assert output.rstrip().endswith("ready: this configuration has no fault")
+    assert "54 clips, 12 for validation" in output
+    assert "args.tensorboard" not in output  # a default
     assert main(["check", "--base", "configs/lora.yaml", "--all"]) == 0
     assert "args.tensorboard" in capsys.readouterr().out
 
@@ -72,10 +72,10 @@ def test_check_ends_with_the_summary_and_a_verdict(capsys: pytest.CaptureFixture
 def test_check_takes_the_number_of_gpus_and_their_memory(capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--no-paths", "--base", "configs/model/cogvideox_5b.yaml", "configs/sft.yaml"]
     assert main(["check", *files, "--ranks", "4", "--card", "24"]) == 0
-    shown = capsys.readouterr().out
-    assert "1 accumulated x 4 GPUs = 8 a step" in shown
-    assert "silence=[sft_takes_enough_clips]" in shown
-    assert "silence=[sft_videos_fit_the_card]" in shown
+    output = capsys.readouterr().out
+    assert "1 accumulated x 4 GPUs = 8 a step" in output
+    assert "silence=[sft_takes_enough_clips]" in output
+    assert "silence=[sft_videos_fit_the_card]" in output
     with pytest.raises(SystemExit) as caught:
         main(["check", *files, "--ranks", "0"])
     assert caught.value.code == 2

@@ -32,15 +32,15 @@ def clips(count):
 @pytest.mark.parametrize("num_processes", [1, 3, 50])
 def test_results_come_in_order_and_each_is_reported(left_over, num_processes):
     seen = []
-    found = look_into_clips(
+    result = look_into_clips(
         clips(20),
         lambda record: (record.clip_id, os.getpid()),
         num_processes=num_processes,
         on_clip=lambda: seen.append(1),
     )
-    assert [clip_id for clip_id, _ in found] == [record.clip_id for record in clips(20)]
-    assert os.getpid() not in {pid for _, pid in found}
-    assert len({pid for _, pid in found}) <= num_processes
+    assert [clip_id for clip_id, _ in result] == [record.clip_id for record in clips(20)]
+    assert os.getpid() not in {pid for _, pid in result}
+    assert len({pid for _, pid in result}) <= num_processes
     assert len(seen) == 20
     assert not left_over()
 
@@ -60,10 +60,10 @@ def test_clips_that_crash_or_hang_are_named_and_the_others_are_read(left_over, n
             raise BadClip("damaged", "of its own accord")
         return record.clip_id
 
-    found = look_into_clips(clips(12), look, num_processes=num_processes, timeout_s=0.2)
-    causes = {i: reason.cause for i, reason in enumerate(found) if isinstance(reason, BadClip)}
+    result = look_into_clips(clips(12), look, num_processes=num_processes, timeout_s=0.2)
+    causes = {i: reason.cause for i, reason in enumerate(result) if isinstance(reason, BadClip)}
     assert causes == {3: "worker died", 5: "timeout", 7: "damaged", 11: "worker died"}
-    assert [name for name in found if isinstance(name, str)] == [
+    assert [name for name in result if isinstance(name, str)] == [
         "00",
         "01",
         "02",

@@ -70,35 +70,35 @@ def read_epoch(records, workers, path):
     loader = make_loader(
         dataset, batch_size=1, allowed=1.0, path=path, num_workers=workers, worker_timeout_s=TIMEOUT_S
     )
-    shown = {}
+    clips = {}
     for batch in take(loader, len(records)):
-        shown.setdefault(batch.clip_ids[0], numbers_of(batch.samples[0].video_tchw))
+        clips.setdefault(batch.clip_ids[0], numbers_of(batch.samples[0].video_tchw))
     causes = {clip: failure.cause for clip, failure in loader.failures.by_clip.items()}
-    return shown, causes, [json.loads(line) for line in path.read_text().splitlines()]
+    return clips, causes, [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_every_clip_is_shown_or_refused_by_name_and_never_both(records, epochs, workers):
-    shown, causes, _ = epochs[workers]
+    clips, causes, _ = epochs[workers]
     assert len(records) > 190
-    assert shown.keys() | causes.keys() == {record.clip_id for record in records}
-    assert not shown.keys() & causes.keys()
-    assert len(shown) + len(causes) == len(records)
+    assert clips.keys() | causes.keys() == {record.clip_id for record in records}
+    assert not clips.keys() & causes.keys()
+    assert len(clips) + len(causes) == len(records)
     assert set(causes.values()) <= CAUSES
 
 
 def test_each_clip_ends_as_it_must(corpus, epochs):
     """Good ones are shown, bad ones are refused for the right reason."""
-    shown, causes, _ = epochs[0]
-    found = {clip: causes.get(clip, GOOD) for clip in corpus[1]}
+    clips, causes, _ = epochs[0]
+    verdicts = {clip: causes.get(clip, GOOD) for clip in corpus[1]}
     wrong = {
-        clip: (found[clip], label)
+        clip: (verdicts[clip], label)
         for clip, label in corpus[1].items()
-        if label != ANY and found[clip] not in label.split(", ")
+        if label != ANY and verdicts[clip] not in label.split(", ")
     }
     assert not wrong
     assert causes["videos/pipe.mp4"] == "unreadable"
-    assert {"videos/folder.mp4", "videos/notes.md"}.isdisjoint(shown.keys() | causes.keys())
+    assert {"videos/folder.mp4", "videos/notes.md"}.isdisjoint(clips.keys() | causes.keys())
 
 
 def test_the_number_of_workers_changes_nothing(epochs):
@@ -113,9 +113,9 @@ def test_the_log_file_holds_the_refused_clips_each_once(epochs):
 
 def test_what_is_left_of_a_cut_file_is_shown_at_its_pace(epochs):
     """A file that lost its end may be taken for a short one, but never for another film."""
-    shown, _, _ = epochs[0]
+    clips, _, _ = epochs[0]
     kept = {
-        clip: numbers for clip, numbers in shown.items() if clip.startswith(("videos/cut/", "videos/good/"))
+        clip: numbers for clip, numbers in clips.items() if clip.startswith(("videos/cut/", "videos/good/"))
     }
     assert any(clip.startswith("videos/cut/") for clip in kept)
     for clip, numbers in kept.items():
@@ -171,16 +171,16 @@ def test_inspect_counts_the_windows_that_training_reads_and_no_others(corpus, tm
     costly = ("videos/jump.mkv", "videos/8k.mp4", *(f"videos/good/{i:02d}.mp4" for i in range(2, 30)))
     records = [record for record in records if record.clip_id not in costly]
     facts = inspect_clips(records, SPEC, num_processes=2, max_windows=None, timeout_s=TIMEOUT_S)
-    found = {fact.record.clip_id: (fact.windows, fact.problem and fact.problem.cause) for fact in facts}
+    verdicts = {fact.record.clip_id: (fact.windows, fact.problem and fact.problem.cause) for fact in facts}
     trained = {record.clip_id: problem_in_training(record) for record in records}
     wrong = {
-        clip: (found[clip], trained[clip])
-        for clip in found
-        if found[clip][0] != trained[clip][0] or (found[clip][1] is None) != (trained[clip][1] is None)
+        clip: (verdicts[clip], trained[clip])
+        for clip in verdicts
+        if verdicts[clip][0] != trained[clip][0] or (verdicts[clip][1] is None) != (trained[clip][1] is None)
     }
     assert not wrong
-    assert found["xvid_packed.avi"] == (4, None)
-    assert found["recording.ts"][1] is None
+    assert verdicts["xvid_packed.avi"] == (4, None)
+    assert verdicts["recording.ts"][1] is None
     assert all(fact.decoded == fact.windows for fact in facts if fact.problem is None)
 
 
@@ -191,8 +191,8 @@ def test_the_inspect_command_counts_and_names_them_all(corpus, tmp_path, capsys)
     assert main(["data", "inspect", *words]) == 0
     said = capsys.readouterr().out
     total, usable = map(int, re.search(r"clips +(\d+), of which (\d+) usable", said).groups())
-    named = "|".join(CAUSES)
-    refused = sum(int(count) for _, count in re.findall(rf"^({named}) +(\d+):", said, re.MULTILINE))
+    names = "|".join(CAUSES)
+    refused = sum(int(count) for _, count in re.findall(rf"^({names}) +(\d+):", said, re.MULTILINE))
     assert total == len(corpus[1]) == usable + refused
     page = (tmp_path / "index.html").read_text()
     assert not [clip for clip in corpus[1] if clip not in page]
@@ -201,9 +201,9 @@ def test_the_inspect_command_counts_and_names_them_all(corpus, tmp_path, capsys)
 def test_inspect_does_not_wait_for_a_pipe(tmp_path):
     pipe = make_pipe(tmp_path / "set")
     records = read_source(tmp_path / "set").records
-    found = []
+    verdicts = []
     thread = threading.Thread(
-        target=lambda: found.extend(inspect_clips(records, SPEC, num_processes=1)), daemon=True
+        target=lambda: verdicts.extend(inspect_clips(records, SPEC, num_processes=1)), daemon=True
     )
     thread.start()
     thread.join(5)
@@ -212,4 +212,4 @@ def test_inspect_does_not_wait_for_a_pipe(tmp_path):
         os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # lets it go
         thread.join(5)
     assert not waits
-    assert [fact.problem.cause for fact in found] == ["unreadable"]
+    assert [fact.problem.cause for fact in verdicts] == ["unreadable"]

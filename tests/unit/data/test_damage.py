@@ -28,8 +28,8 @@ def outcome(path, *, index=0):
         sample = dataset.sample(index, dataset.order.clip_ref(0))
     except BadClip as error:
         return error.cause
-    shown = [round(time * 30) for time in sample.times]
-    return "right" if numbers_of(sample.video_tchw) == shown else "wrong"
+    numbers = [round(time * 30) for time in sample.times]
+    return "right" if numbers_of(sample.video_tchw) == numbers else "wrong"
 
 
 @pytest.fixture(scope="module", params=["a.mp4", "front.mp4", "a.mkv", "a.avi", "a.ts"])
@@ -42,29 +42,29 @@ def intact(request, tmp_path_factory):
 
 def test_files_cut_at_every_tenth_are_never_read_wrongly(intact, tmp_path):
     data = intact.read_bytes()
-    found = []
+    result = []
     for tenth in range(10):
         cut = tmp_path / f"{tenth}{intact.suffix}"
         cut.write_bytes(data[: len(data) * tenth // 10])
-        found.append(outcome(cut, index=tenth))
-    assert set(found) <= CAUSES | {"right"}
-    assert found[0] == "unreadable"
+        result.append(outcome(cut, index=tenth))
+    assert set(result) <= CAUSES | {"right"}
+    assert result[0] == "unreadable"
     if intact.suffix == ".mp4":
-        assert "right" not in found  # the index tells that something is missing, wherever the window lies
+        assert "right" not in result  # the index tells that something is missing, wherever the window lies
 
 
 def test_flipped_bits_never_crash(intact, tmp_path):
     rng = random.Random(str(intact.name))
     data = intact.read_bytes()
-    found = Counter()
+    result = Counter()
     for trial in range(14):
         flipped = bytearray(data)
         for _ in range(rng.choice((1, 10, 100))):
             flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path = tmp_path / f"{trial}{intact.suffix}"
         path.write_bytes(flipped)
-        found[outcome(path, index=trial)] += 1
-    assert set(found) <= CAUSES | {"right", "wrong"}  # some flips leave a valid file with another picture
+        result[outcome(path, index=trial)] += 1
+    assert set(result) <= CAUSES | {"right", "wrong"}  # some flips leave a valid file with another picture
 
 
 def test_odd_files_are_refused_by_name(tmp_path):

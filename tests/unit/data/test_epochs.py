@@ -68,8 +68,8 @@ def test_whatever_ranks_accumulation_and_batches_a_run_had_it_takes_each_sample_
         assert steps_left(sides, accumulation, position) == left - steps
     assert len(taken) == len(set(taken)), "a sample came twice"
     assert set(range(goal)) <= set(taken), "a sample of the epochs was not shown"
-    shown = Counter(order.clip_ref(index).clip for index in taken if index < goal)
-    assert shown == dict.fromkeys(range(length), epochs)
+    counts = Counter(order.clip_ref(index).clip for index in taken if index < goal)
+    assert counts == dict.fromkeys(range(length), epochs)
     assert position.consumed == len(taken)
 
 
@@ -136,5 +136,5 @@ def test_with_one_shape_a_sample_has_the_place_that_its_index_says() -> None:
         for rank in range(num_ranks):
             batches = OrderedBatches([size], rank=rank, num_ranks=num_ranks, accumulation=accumulation)
             for micro in itertools.islice(batches.micro_batches(DataPosition(24)), 8):
-                found = [(each.step, each.position, each.size) for each in micro.step_positions]
-                assert found == [(index // 12, index % 12, 12) for index in micro.mine]
+                result = [(each.step, each.position, each.size) for each in micro.step_positions]
+                assert result == [(index // 12, index % 12, 12) for index in micro.mine]

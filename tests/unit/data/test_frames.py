@@ -34,21 +34,21 @@ def read(path, targets, size=(SIDE, SIDE), **options):
         return reader.info, reader.read([reader.info.first + t for t in targets], choose_crop)
 
 
-def nearest_errors(shown, targets, times):
+def nearest_errors(moments, targets, times):
     """How much farther each chosen frame is from its moment than the nearest frame of the file."""
-    best = [min(abs(s - t) for s in shown) for t in targets]
+    best = [min(abs(s - t) for s in moments) for t in targets]
     return [abs(chosen - t) - b for chosen, t, b in zip(times, targets, best, strict=True)]
 
 
 @pytest.mark.parametrize("rate", RATES, ids=lambda r: f"{float(r):.3f}")
 def test_frames_are_the_nearest_to_their_moments_at_any_rate(tmp_path, rate):
-    shown = write_numbered(tmp_path / "a.mp4", num_frames=int(3 * rate), rate=rate)
+    moments = write_numbered(tmp_path / "a.mp4", num_frames=int(3 * rate), rate=rate)
     for start in (0.0, 0.31, 1.07):
         targets = [start + i / 8 for i in range(13)]
         info, frames = read(tmp_path / "a.mp4", targets)
         numbers = [read_number(picture) for picture in frames.video_thwc]
         assert info.rate == pytest.approx(float(rate), rel=1e-6)
-        assert [shown[n] for n in numbers] == pytest.approx(frames.times, abs=1e-4)
+        assert [moments[n] for n in numbers] == pytest.approx(frames.times, abs=1e-4)
         assert max(abs(a - b) for a, b in zip(frames.times, targets, strict=True)) <= 0.5 / rate + 1e-4
 
 
@@ -58,11 +58,11 @@ def test_frames_are_the_nearest_at_a_variable_rate(tmp_path, seed):
     times = [Fraction(0)]
     while times[-1] < 4:
         times.append(times[-1] + Fraction(rng.choice((750, 1500, 3000, 4500, 9000, 27000)), 90000))
-    shown = write_numbered(tmp_path / "a.mp4", times=times)
+    moments = write_numbered(tmp_path / "a.mp4", times=times)
     targets = [0.4 + i / 8 for i in range(25)]
     _, frames = read(tmp_path / "a.mp4", targets)
-    assert [shown[read_number(p)] for p in frames.video_thwc] == pytest.approx(frames.times, abs=1e-4)
-    assert max(nearest_errors(shown, targets, frames.times)) < 1e-4
+    assert [moments[read_number(p)] for p in frames.video_thwc] == pytest.approx(frames.times, abs=1e-4)
+    assert max(nearest_errors(moments, targets, frames.times)) < 1e-4
 
 
 @contextmanager
@@ -134,9 +134,9 @@ def test_headers_tell_when_the_last_frame_is_shown_at_a_variable_rate(tmp_path, 
     gaps = [0, *(Fraction(20 if i in pauses else 1, 25) for i in range(90))]
     how = {".gif": {"codec": "gif", "pix_fmt": "rgb8"}, ".wmv": {"codec": "wmv2"}}.get(Path(name).suffix)
     how = how or {"options": {"bf": "3", "b_strategy": "0"}}
-    shown = write_numbered(tmp_path / name, times=list(itertools.accumulate(gaps)), **how)
+    moments = write_numbered(tmp_path / name, times=list(itertools.accumulate(gaps)), **how)
     info, _ = read(tmp_path / name, [0.0])
-    assert info.last - info.first == pytest.approx(shown[-1], abs=1e-3)
+    assert info.last - info.first == pytest.approx(moments[-1], abs=1e-3)
 
 
 def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):

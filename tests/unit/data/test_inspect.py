@@ -43,8 +43,8 @@ def report(folder):
 
 
 def test_every_clip_is_counted_once(report):
-    found = {cause: [clip.record.clip_id for clip in clips] for cause, clips in report.problems().items()}
-    assert found == {
+    result = {cause: [clip.record.clip_id for clip in clips] for cause, clips in report.problems().items()}
+    assert result == {
         "unreadable": ["videos/broken.mp4"],
         "short": ["videos/short.mp4"],
         "too small": ["videos/small.mp4"],
@@ -52,15 +52,15 @@ def test_every_clip_is_counted_once(report):
     assert [[clip.record.clip_id for clip in group] for group in report.duplicates()] == [
         ["videos/a.mp4", "videos/b.mp4", "videos/c.mp4", "videos/twin.mp4"]
     ]
-    told = dict(report.lines())
-    assert told["clips"] == "8, of which 5 usable"
-    assert told["length"].startswith("0.00 h in all; 0.8 to 4s, median 2 each")
-    assert told["windows"] == "7 of a sample's length that share no frame; 7 were decoded"
-    assert told["  9x32x32"] == "5 clips"
-    assert told["rates"] == "30 (6), 25 (1)"
-    assert told["sizes"] == "32x32 (6), 16x16 (1)"
-    assert told["short"] == "1: videos/short.mp4"
-    assert told["not clips"] == "1 .md"
+    message = dict(report.lines())
+    assert message["clips"] == "8, of which 5 usable"
+    assert message["length"].startswith("0.00 h in all; 0.8 to 4s, median 2 each")
+    assert message["windows"] == "7 of a sample's length that share no frame; 7 were decoded"
+    assert message["  9x32x32"] == "5 clips"
+    assert message["rates"] == "30 (6), 25 (1)"
+    assert message["sizes"] == "32x32 (6), 16x16 (1)"
+    assert message["short"] == "1: videos/short.mp4"
+    assert message["not clips"] == "1 .md"
 
 
 def test_the_page_is_self_contained_and_escapes_what_it_shows(report):
@@ -86,10 +86,10 @@ def test_names_and_captions_do_not_steer_the_terminal(folder, tmp_path, capsys):
     (tmp_path / "odd/labels/\x1b]0;broken\x07.txt").write_text("a \x1b[31mred ball")
     assert main(["data", "inspect", *words(tmp_path / "odd", f"--output={tmp_path / 'report'}")]) == 0
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    told = "".join(capsys.readouterr())
-    assert "\x1b]0" not in told
+    message = "".join(capsys.readouterr())
+    assert "\x1b]0" not in message
     assert "\x1b" not in page
-    assert r"\x1b]0;broken\x07.mp4" in told
+    assert r"\x1b]0;broken\x07.mp4" in message
     assert r"a \x1b[31mred ball" in page
 
 

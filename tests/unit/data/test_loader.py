@@ -201,13 +201,13 @@ def test_batches_hold_their_samples_in_order():
 
 def test_first_frames_stand_in_for_missing_images():
     image = torch.full((3, 4, 4), 77, dtype=torch.uint8)
-    shown = [sample(3), sample(9, image=image)]
-    assert [int(each.conditioning_image_chw()[0, 0, 0]) for each in shown] == [3, 77]
+    samples = [sample(3), sample(9, image=image)]
+    assert [int(each.conditioning_image_chw()[0, 0, 0]) for each in samples] == [3, 77]
 
 
 def test_a_bad_clip_can_be_sent_to_other_ranks():
-    told = pickle.loads(pickle.dumps(BadClip("unreadable", "no answer", may_pass=True)))
-    assert (str(told), told.cause, told.may_pass) == ("unreadable: no answer", "unreadable", True)
+    copy = pickle.loads(pickle.dumps(BadClip("unreadable", "no answer", may_pass=True)))
+    assert (str(copy), copy.cause, copy.may_pass) == ("unreadable: no answer", "unreadable", True)
 
 
 def test_the_limit_is_of_the_whole_set():

@@ -66,9 +66,9 @@ def test_any_error_while_headers_are_read_is_a_bad_clip(mp4):
         for _ in ERRORS
     ]
     records = [type(r)(str(i), r.path, r.captions) for i, r in enumerate(records)]
-    found = look_into_clips(records, look, num_processes=2)
-    assert [clip.cause for clip in found] == ["unreadable"] * len(ERRORS)
-    assert all(type(error).__name__ in clip.detail for clip, error in zip(found, ERRORS, strict=True))
+    result = look_into_clips(records, look, num_processes=2)
+    assert [clip.cause for clip in result] == ["unreadable"] * len(ERRORS)
+    assert all(type(error).__name__ in clip.detail for clip, error in zip(result, ERRORS, strict=True))
 
 
 def test_every_number_of_an_mp4_header_may_be_absurd(mp4):

@@ -71,8 +71,8 @@ class Clip:
 def write_clip(path: Path, times: list[Fraction], *, shown_from: int = 0, rate=None, **how) -> Clip:
     """Writes frames at the given times; those before number `shown_from` are not meant to be shown."""
     write_numbered(path, times=times, **how)
-    shown = tuple(float(time - times[shown_from]) for time in times[shown_from:])
-    return Clip(path, shown, shown_from, None if rate is None else float(1 / rate) / 2)
+    moments = tuple(float(time - times[shown_from]) for time in times[shown_from:])
+    return Clip(path, moments, shown_from, None if rate is None else float(1 / rate) / 2)
 
 
 def write_ended(path: Path, rate: Fraction) -> Clip:
@@ -109,10 +109,10 @@ def even_clips(tmp_path_factory) -> list[Clip]:
     clips = []
     for i, rate in enumerate(RATES):
         path = root / f"{float(rate):.3f}.mp4"
-        shown = write_numbered(
+        moments = write_numbered(
             path, num_frames=math.ceil(2 * rate), rate=rate, options={"bf": str(i % 4), "b_strategy": "0"}
         )
-        clips.append(Clip(path, tuple(shown), half=float(1 / rate) / 2))
+        clips.append(Clip(path, tuple(moments), half=float(1 / rate) / 2))
     return clips
 
 
@@ -189,8 +189,8 @@ def check_pace(clip: Clip, window: str, fps: int, first: float, last: float, **p
             check_count(clip, chunks, last - first, fps)
         low, high = clip.starts(numbers, fps)
         legal = legal_starts(window, first, last, fps, (number, chunk, chunks))
-        told = f"{clip.path.name} {window} {fps} {part}: {numbers} for t0 {low:.5f}..{high:.5f} of {legal}"
-        assert max(low, legal[0]) <= min(high, legal[1]) + clip.tick, told
+        case = f"{clip.path.name} {window} {fps} {part}: {numbers} for t0 {low:.5f}..{high:.5f} of {legal}"
+        assert max(low, legal[0]) <= min(high, legal[1]) + clip.tick, case
 
 
 def check_count(clip: Clip, chunks: int, seconds: float, fps: int) -> None:

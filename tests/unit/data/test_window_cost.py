@@ -86,17 +86,17 @@ def test_windows_anywhere_show_the_frames_that_reading_from_the_beginning_shows(
             start = rng.uniform(0, (num - 1) / RATE - 0.5)
             numbers, times, targets = read(tmp_path / name, start)
             assert times == pytest.approx([in_order[n] for n in numbers], abs=1e-4)
-            nearest = [min(abs(shown - t) for shown in in_order.values()) for t in targets]
-            found = [abs(shown - t) for shown, t in zip(times, targets, strict=True)]
-            assert found == pytest.approx(nearest, abs=1e-4)
+            nearest = [min(abs(time - t) for time in in_order.values()) for t in targets]
+            distances = [abs(time - t) for time, t in zip(times, targets, strict=True)]
+            assert distances == pytest.approx(nearest, abs=1e-4)
 
 
 def times_in_order(path):
     """Returns when each frame is shown, by its number, as FFmpeg tells it who reads the file in order."""
     with av.open(str(path)) as container:
-        shown = [(f.pts, read_number(f.to_ndarray(format="rgb24"))) for f in container.decode(video=0)]
+        frames = [(f.pts, read_number(f.to_ndarray(format="rgb24"))) for f in container.decode(video=0)]
         tick = float(container.streams.video[0].time_base)
-    return {number: (pts - shown[0][0]) * tick for pts, number in shown}
+    return {number: (pts - frames[0][0]) * tick for pts, number in frames}
 
 
 def test_packed_b_frames_are_all_found():

@@ -27,13 +27,13 @@ def test_arrive_as_they_were_sent(dtype: torch.dtype, has_image: bool) -> None:
         "text": {"text": draw(2, 3, 11, dtype=torch.bfloat16)},
         **({"image": {"mean": image, "logvar": -image}} if has_image else {}),
     }
-    found = pickle.loads(pickle.dumps(batch(sent)))
-    assert (found.clip_ids, found.sample_indices, found.num_shown) == (("a", "b"), (3, 4), (9, 9))
-    assert found.encodings.keys() == sent.keys()
+    copy = pickle.loads(pickle.dumps(batch(sent)))
+    assert (copy.clip_ids, copy.sample_indices, copy.num_shown) == (("a", "b"), (3, 4), (9, 9))
+    assert copy.encodings.keys() == sent.keys()
     for name, tensors in sent.items():
-        assert found.encodings[name].keys() == tensors.keys()
+        assert copy.encodings[name].keys() == tensors.keys()
         for part, before in tensors.items():
-            after = found.encodings[name][part]
+            after = copy.encodings[name][part]
             assert after.dtype == before.dtype
             assert torch.equal(after, before)
 
@@ -43,7 +43,7 @@ def test_are_one_piece_of_shared_memory() -> None:
     sent = batch({"clip": moments, "text": {"text": draw(1, 7, 8)}})
     memory, *_ = sent.__reduce__()[1]
     assert memory.is_shared()
-    found = pickle.loads(pickle.dumps(sent))
-    tensors = [tensor for parts in found.encodings.values() for tensor in parts.values()]
+    copy = pickle.loads(pickle.dumps(sent))
+    tensors = [tensor for parts in copy.encodings.values() for tensor in parts.values()]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)

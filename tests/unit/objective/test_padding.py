@@ -26,10 +26,10 @@ def test_padding_fills_the_last_patch_and_no_more(frames, patch_t):
 @pytest.mark.parametrize("patch_t", [1, 2])
 def test_a_latent_frame_counts_when_any_of_its_pixel_frames_is_the_clips(patch_t):
     """Latent frame 0 is pixel frame 0, latent frame j pixel frames 4j-3 to 4j."""
-    shown = tuple(range(1, 18))
-    counted = counted_frames(shown, 5, geometry(patch_t))
+    counts = tuple(range(1, 18))
+    counted = counted_frames(counts, 5, geometry(patch_t))
     padding = -5 % patch_t
-    for row, frames in zip(counted.tolist(), shown, strict=True):
+    for row, frames in zip(counted.tolist(), counts, strict=True):
         own = [0, *(4 * j - 3 for j in range(1, 5))]  # the first pixel frame of each
         assert row == [True] * padding + [first < frames for first in own]
     assert counted_frames((17, 17), 5, geometry(patch_t)) is None

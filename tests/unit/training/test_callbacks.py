@@ -43,7 +43,7 @@ class Odd(Exception):
 
 
 @pytest.fixture
-def shown(caplog, monkeypatch):
+def log(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("sat_train"), "propagate", True)
     return caplog
 
@@ -64,7 +64,7 @@ def test_the_methods_are_those_that_the_loop_calls():
 @pytest.mark.parametrize(
     "error", [Odd("strange"), OSError(28, "No space left on device"), SatTrainError("x")]
 )
-def test_an_optional_callback_may_raise_anything_anywhere_and_is_reported_once(method, error, shown):
+def test_an_optional_callback_may_raise_anything_anywhere_and_is_reported_once(method, error, log):
     heard: list[str] = []
     failing = Listener(heard, "failing", optional=True, **{method: error})
     callbacks = Callbacks([failing, Listener(heard, "other")])
@@ -73,7 +73,7 @@ def test_an_optional_callback_may_raise_anything_anywhere_and_is_reported_once(m
     assert heard == [f"failing {method}", f"other {method}"] * 3, (
         "it is tried again, and the others are called"
     )
-    (record,) = [record for record in shown.records if record.levelno >= logging.WARNING]
+    (record,) = [record for record in log.records if record.levelno >= logging.WARNING]
     assert record.getMessage().startswith("Listener failed, training continues: ")
     assert str(error) in record.getMessage()
 
@@ -91,22 +91,22 @@ def test_ranks_that_have_parted_end_the_run_even_in_what_is_optional():
         callbacks.step_done(None)
 
 
-def test_each_callback_is_closed_and_the_first_error_is_raised_after_the_last(shown):
+def test_each_callback_is_closed_and_the_first_error_is_raised_after_the_last(log):
     heard: list[str] = []
     names = {"a": Odd("first"), "b": Odd("second"), "c": None}
     callbacks = Callbacks([Listener(heard, name, closed=error) for name, error in names.items()])
     with pytest.raises(Odd, match="first"):
         callbacks.closed()
     assert heard == ["a closed", "b closed", "c closed"]
-    assert "second" in shown.text
+    assert "second" in log.text
 
 
-def test_after_an_error_all_are_closed_and_no_other_error_hides_it(shown):
+def test_after_an_error_all_are_closed_and_no_other_error_hides_it(log):
     heard: list[str] = []
     callbacks = Callbacks([Listener(heard, "a", closed=AttributeError("no _bar")), Listener(heard, "b")])
     callbacks.closed_after(Odd("the cause"))
     assert heard == ["a closed", "b closed"]
-    assert "no _bar" in shown.text
+    assert "no _bar" in log.text
 
 
 class Counter(Callback):

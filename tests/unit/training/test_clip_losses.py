@@ -22,9 +22,9 @@ def drawn(seed: int, clips: int, *, spread: float = 1.0) -> ClipLosses:
 def test_the_interval_covers_the_true_mean_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(400):
-        (found,) = estimate_means(rng.normal(3.0, 2.0, size=(48, 1)).tolist())
-        assert found.low < found.mean < found.high
-        covered += found.low <= 3.0 <= found.high
+        (estimate,) = estimate_means(rng.normal(3.0, 2.0, size=(48, 1)).tolist())
+        assert estimate.low < estimate.mean < estimate.high
+        covered += estimate.low <= 3.0 <= estimate.high
     assert 0.92 <= covered / 400 <= 0.97  # 95 %, less the little that a percentile bootstrap of 48 lacks
 
 

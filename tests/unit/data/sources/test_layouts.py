@@ -45,18 +45,18 @@ def test_every_file_is_used_or_counted_and_named(tmp_path):
     place(tmp_path, "c0.mp4", "c0.txt", "img0.png", "img0.txt", "img1.JPG", "sub/notes.md", "prompt.txt")
     source = accounted(tmp_path)
     assert source.ignored == ((".jpg", 1), (".md", 1), (".png", 1), (".txt", 2))
-    told = "\n".join(source.notes)
+    text = "\n".join(source.notes)
     assert (
-        "2 pictures are neither images/NAME of a clip videos/NAME nor in videos/: img0.png, img1.JPG" in told
+        "2 pictures are neither images/NAME of a clip videos/NAME nor in videos/: img0.png, img1.JPG" in text
     )
-    assert "2 text files have the name of no clip: img0.txt, prompt.txt" in told
+    assert "2 text files have the name of no clip: img0.txt, prompt.txt" in text
     place(tmp_path / "i2v", "videos/a.mp4", "labels/a.txt", "images/z.png", "labels/z.txt", "images/a.png")
     place(tmp_path / "i2v", "images/a.bmp", "videos/.b.mp4")
-    told = "\n".join(read_source(tmp_path / "i2v").notes)
+    text = "\n".join(read_source(tmp_path / "i2v").notes)
     pictures = "2 pictures are neither images/NAME of a clip videos/NAME nor in videos/"
-    assert f"{pictures}: images/a.png, images/z.png" in told  # a.bmp is the picture of a.mp4
-    assert "1 text files have the name of no clip: labels/z.txt" in told
-    assert "1 hidden files or folders are not read: videos/.b.mp4" in told
+    assert f"{pictures}: images/a.png, images/z.png" in text  # a.bmp is the picture of a.mp4
+    assert "1 text files have the name of no clip: labels/z.txt" in text
+    assert "1 hidden files or folders are not read: videos/.b.mp4" in text
 
 
 def test_a_folder_without_clips_says_what_it_holds(tmp_path):

@@ -77,10 +77,10 @@ def packed(files):
 
 def two_archives(clip):
     long_name = "folder/" + "n" * 150  # needs a PAX header
-    told = json.dumps({"caption": "of b"}).encode()
+    caption = json.dumps({"caption": "of b"}).encode()
     return {
         "0.tar": packed({**members(clip, "a", long_name), "readme.md": b"x"}),
-        "1.tar": packed({"b.mp4": clip, "b.json": told}),
+        "1.tar": packed({"b.mp4": clip, "b.json": caption}),
     }
 
 
@@ -180,17 +180,17 @@ def test_a_damaged_index_is_rebuilt(clip, web, home, damage):
 
 def test_several_may_remember_at_once(clip, home):
     put("memory://set", {"a.tar": packed(members(clip, *"abc"))})
-    found = []
+    result = []
     threads = [
-        threading.Thread(target=lambda: found.append(index_archives([make_path("memory://set/a.tar")])))
+        threading.Thread(target=lambda: result.append(index_archives([make_path("memory://set/a.tar")])))
         for _ in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
-    assert all(index == found[0] for index in found)
+    assert len(result) == 8
+    assert all(index == result[0] for index in result)
     assert len(list(home.rglob("*.*"))) == 1
 
 
@@ -414,9 +414,9 @@ SECRETS = ("hunter2", "AKIA1", "s1gnature")
     ],
 )
 def test_passwords_and_signatures_are_not_shown(text):
-    told = public_url(text)
-    assert not any(secret in told for secret in SECRETS)
-    assert "host/" in told
+    url = public_url(text)
+    assert not any(secret in url for secret in SECRETS)
+    assert "host/" in url
     assert public_url("s3://bucket/shard-?.tar") == "s3://bucket/shard-?.tar"
 
 

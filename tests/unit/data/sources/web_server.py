@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
             state.num_failures -= 1
             return self._send(503)
         if name == "" or name.endswith("/"):
-            links = "".join(f'<a href="/{found}">x</a>' for found in state.files if found.startswith(name))
+            links = "".join(f'<a href="/{path}">x</a>' for path in state.files if path.startswith(name))
             return self._send(200, links.encode(), {"Content-Type": "text/html"}, with_body=with_body)
         if name not in state.files:
             return self._send(404)

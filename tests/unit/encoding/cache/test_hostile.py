@@ -196,9 +196,9 @@ def test_a_strangers_cache_is_inspected_without_harm(
     assert index.read("whole") is not None, "one bad shard spoils no other"
     index.read("clip")
     FileMetadata(cache)
-    shown = "".join(capfd.readouterr())
-    assert "Traceback" not in shown
-    assert "\x1b" not in shown
+    output = "".join(capfd.readouterr())
+    assert "Traceback" not in output
+    assert "\x1b" not in output
     assert no_requests == []
 
 

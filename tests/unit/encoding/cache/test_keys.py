@@ -73,12 +73,12 @@ def test_an_edited_clip_misses_even_with_its_size_and_time_put_back(tmp_path, cl
     path = tmp_path / "clip.mp4"
     shutil.copy(clip, path)
     dataset = open_dataset(tmp_path, [record_of(path)])
-    before, found = keys_of(dataset), path.stat()
+    before, status = keys_of(dataset), path.stat()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     if restored_times:
-        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert keys_of(dataset).clip != before.clip
     assert keys_of(open_dataset(tmp_path, [record_of(path)])).clip != before.clip
 
@@ -137,13 +137,13 @@ def test_limited_views_do_not_depend_on_names_or_on_other_clips(tmp_path, clip):
         "another file name": replace(record_of(other), clip_id="b.mp4"),
         "in an archive": replace(record, path=archive, span=Span(4, clip.stat().st_size), clip_id="x"),
     }
-    found = {}
+    by_name = {}
     for name, each in same.items():
         dataset = open_dataset(tmp_path / "cache", [each], image="noised", window="random", views=3)
-        found[name] = [keys_of(dataset, index) for index in range(3)]
-    assert len({keys.clip for keys in found["as it was"]}) == 3
-    for keys in found.values():
-        for each, as_it_was in zip(keys, found["as it was"], strict=True):
+        by_name[name] = [keys_of(dataset, index) for index in range(3)]
+    assert len({keys.clip for keys in by_name["as it was"]}) == 3
+    for keys in by_name.values():
+        for each, as_it_was in zip(keys, by_name["as it was"], strict=True):
             assert (each.clip, each.image) == (as_it_was.clip, as_it_was.image)
 
 

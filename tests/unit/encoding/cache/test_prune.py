@@ -27,9 +27,9 @@ def cache(tmp_path):
     for name in ("good", "edited", "gone", "moved"):
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(name.encode())
-        found = path.stat()
+        status = path.stat()
         sha256 = FileMetadata(folder).sha256(path)
-        origins[name] = Origin(str(path), found.st_size, found.st_mtime_ns, sha256)
+        origins[name] = Origin(str(path), status.st_size, status.st_mtime_ns, sha256)
         writer.add(name, tensors_of(1)["clip"], EntryInfo("clip", name, "vae", origins[name]))
     writer.add("old", tensors_of(2)["clip"], EntryInfo("clip", "old", "vae", code_version=CODE_VERSION - 1))
     writer.add("failed", {}, EntryInfo("failed", "failed", "", origins["good"], ("damaged", "x")))
