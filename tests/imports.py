@@ -8,7 +8,7 @@ MODULES = (
     "sat_train.training.build",
     "sat_train.cli.ranks",
     "sat_train.cli.sample_videos",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's engine imports it, with torch's compiler
+    "deepspeed",
 )
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the commands set it before they import torch

@@ -54,7 +54,23 @@ def import_deepspeed() -> ModuleType:
     # meanwhile leaves a lock that all later ones wait for, without end
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     keep_deepspeed_from_nvml(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    _import_muon_uncompiled()
     return cast(ModuleType, deepspeed)
+
+
+def _import_muon_uncompiled() -> None:
+    """Imports DeepSpeed's Muon, which its engine imports to ask whether it is in use, without the compiler.
+
+    Its kernels are decorated for torch.compile, whose import takes each rank more than a second and 50 MB.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_kernels = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_kernels
 
 
 def keep_deepspeed_from_nvml(visible_devices: str) -> None:
