@@ -27,14 +27,14 @@ from tests.runs.launching import Finished, command, environment
 
 def start_fork(function: Callable[..., None], *args: Any) -> BaseProcess:
     """Starts a process that calls a module-level function."""
-    context = _context()
     # no daemon: these processes have children, as in training
-    process = context.Process(target=function, args=args, daemon=False)
+    process = fork_context().Process(target=function, args=args, daemon=False)
     process.start()
     return process
 
 
-def _context() -> ForkServerContext:
+def fork_context() -> ForkServerContext:
+    """Returns the context of forks; the one process behind it is started for the first of them."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = multiprocessing.get_context("forkserver")

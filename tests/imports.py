@@ -8,6 +8,9 @@ MODULES = (
     "sat_train.training.build",
     "sat_train.cli.ranks",
     "sat_train.cli.sample_videos",
+    "sat_train.cli.main",
+    "sat_train.cli.convert",
+    "sat_train.cli.data",
     "deepspeed",
 )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.fault_parts.injection import Injection
 
-_PRELOADED = ["sat_train.cli.ranks", "sat_train.training.build"]
+_PRELOADED = ["sat_train.cli.ranks", "sat_train.training.build", "deepspeed"]
 _GRACE_S = 30.0  # a launcher ends the others at once; here they have to notice by themselves
 _LAST_GRACE_S = 20.0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
 import resource
@@ -17,11 +16,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from tests.forks import fork_context
 from tests.hostile.case import SECRET, Case, Field
 
 MAX_SECONDS = 20.0
 MAX_BYTES = 2_000_000_000
-_PRELOADED = ["sat_train.cli.main", "sat_train.training.build", "sat_train.cli.convert", "sat_train.cli.data"]
 _FORBIDDEN_EVENTS = (
     *("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"),
     *("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"),
@@ -61,10 +60,9 @@ class Guard:
     """
 
     def __init__(self, root: Path, *, seconds: float = MAX_SECONDS) -> None:
-        os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+        os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
         self._root, self._seconds = root, seconds
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        self._context = fork_context()
         first = self._context.Process(target=_import_everything)  # no case shall wait for it
         first.start()
         first.join()

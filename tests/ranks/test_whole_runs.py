@@ -129,7 +129,7 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
 
 @pytest.mark.parametrize("preset", ["sft", "lora"])
 def test_the_loss_sequence_does_not_depend_on_the_world_size(rank_pool, folder, preset):
-    words = ["args.eval_interval=4", "args.eval_iters=2"]
+    words = ["args.eval_interval=4", "args.eval_iters=2", "args.eval_batch_size=4"]  # which the ranks share
     names = [f"{preset}world{world_size}" for world_size in (1, 2)]
     rank_pool(1)(train_micro, folder, _words(names[0], STEPS, *words, batch_size=4), preset)
     rank_pool(2)(train_micro, folder, _words(names[1], STEPS, *words, batch_size=2), preset)

@@ -36,34 +36,37 @@ def vae() -> VideoVAE:
     return build_vae(spec, state_dict=load_file(ASSETS / "tiny" / "vae.safetensors"))
 
 
+@pytest.fixture(scope="module")
+def clips(vae) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Each held-out clip with the mean of its posterior."""
+    videos = {path.stem: read_clip(path) for path in VIDEOS}
+    return {name: (video, vae.encode_moments(video[None])[0]) for name, video in videos.items()}
+
+
 def psnr_db(video: torch.Tensor, decoded: torch.Tensor) -> float:
     return 10 * math.log10(4 / (decoded.clamp(-1, 1) - video).square().mean().item())  # range 2, squared
 
 
-def test_held_out_clips_come_back_at_22_db(vae):
-    scores = {}
-    for path in VIDEOS:
-        video = read_clip(path)
-        scores[path.stem] = psnr_db(video, vae.decode(vae.encode_moments(video[None])[0])[0])
+def test_held_out_clips_come_back_at_22_db(vae, clips):
+    scores = {name: psnr_db(video, vae.decode(mean)[0]) for name, (video, mean) in clips.items()}
     assert len(scores) == 12
     assert sum(scores.values()) / len(scores) >= 22, scores
 
 
-def test_latents_times_scale_factor_have_about_unit_variance(vae):
+def test_latents_times_scale_factor_have_about_unit_variance(clips):
     """The noise schedule is made for that; a tenth more or less does not matter to it."""
     scale_factor = load_run_config(base=CONFIG, purpose="check").model.scale_factor
-    means = torch.cat([vae.encode_moments(read_clip(path)[None])[0] for path in VIDEOS])
+    means = torch.cat([mean for _, mean in clips.values()])
     assert (scale_factor * means).std().item() == pytest.approx(1, abs=0.1)
 
 
-def test_tiles_cost_less_than_a_decibel(vae):
+def test_tiles_cost_less_than_a_decibel(vae, clips):
     """Tiles see their own group-norm statistics, so tiled differs from whole; how much is bounded here.
 
     Tiles of three quarters of the picture with a third of overlap: the decoded pictures agree to 26 dB,
     better than either agrees with the clip, and the reconstruction loses less than 1 dB.
     """
-    video = read_clip(VIDEOS[0])
-    mean, _ = vae.encode_moments(video[None])
+    video, mean = clips[VIDEOS[0].stem]
     whole = vae.decode(mean)[0]
     vae.tiling = Tiling(height=48, width=72, overlap_height=16, overlap_width=24)
     try:
