@@ -292,6 +292,11 @@ def _whole(count: float) -> int:
     return math.ceil(count / GB + CONTEXT_GB)
 
 
+def lora_gb(config: RunConfig) -> int:
+    """Returns GB of one GPU for LoRA with one sample, everything cached, rounded up, with the context."""
+    return _whole(training_need(config, gpus=1, passes=count_passes(config, batch_size=1)).cached)
+
+
 def hardware_lines(model: Path) -> str:
     """Returns what the head of a model file says about GPU memory."""
     need = figures(model)

@@ -65,6 +65,13 @@ def test_opens_with_what_hardware_and_command(path: Path) -> None:
         assert (CONFIGS.parent / mentioned).is_file(), mentioned
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "recipe"], ids=named)
+def test_a_recipe_opens_with_the_source_of_its_numbers_and_when_to_use_it(path: Path) -> None:
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    subjects = re.findall(r"^# (\w+) {3,}\S", head, re.MULTILINE)
+    assert subjects[:4] == ["Source", "When", "Hardware", "Use"]
+
+
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_says_where_the_schema_is(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]

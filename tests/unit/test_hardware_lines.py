@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.memory import LivingTensors, hardware_lines
+from benchmarks.memory import LivingTensors, hardware_lines, lora_gb
+from sat_train.config import load_run_config
 from sat_train.distributed.processes import start_single_process, stop_processes
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")  # image-to-video adds 16 channels to these
@@ -39,3 +40,26 @@ def test_hardware_lines_hold(name: str) -> None:
     """Write them again with `python benchmarks/memory.py`."""
     path = Path("configs/model") / f"{name}.yaml"
     assert hardware_lines(path) in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "words", "says"),
+    [
+        ("24gb", "cogvideox_5b", [], "CogVideoX-5B {} GB"),
+        ("24gb", "cogvideox_2b", [], "CogVideoX-2B {} GB"),
+        ("24gb", "cogvideox1.5_5b", ["data.params.max_num_frames=33"], "max_num_frames=33 {} GB"),
+        ("16gb", "cogvideox_5b", [], "CogVideoX-5B {} GB"),
+        ("16gb", "cogvideox_2b", ["data.params.max_num_frames=49"], "max_num_frames=49 {} GB"),
+        ("16gb", "cogvideox1.5_5b", ["data.params.video_size=[480,720]"], "video_size=[480,720] {} GB"),
+    ],
+)
+def test_small_cards_hold_what_their_recipes_say(
+    recipe: str, model: str, words: list[str], says: str
+) -> None:
+    path = Path(f"configs/recipe/low_vram_{recipe}.yaml")
+    files = [f"configs/model/{model}.yaml", "configs/lora.yaml", path]
+    config = load_run_config(files, words, purpose="check", check_paths=False)
+    need = lora_gb(config)
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert says.format(need) in " ".join(head.replace("\n#", " ").split())
+    assert need * 1e9 <= int(recipe[:2]) * 2**30
