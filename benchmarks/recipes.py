@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +69,14 @@ class Recipe:
         """Its configuration files."""
         return (*filter(None, [self.behind]), f"configs/recipe/{self.name}.yaml")
 
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether it trains a LoRA."""
+        return self.behind == LORA or self.name.endswith("_lora")
 
-# Left out: `style_lora` changes data and length, `ema` not the weights that train; `buckets` and
+
+# The first two are what the step times of the others are compared with. Left out: `style_lora` changes data
+# and length, `ema` not the weights that train, the low-memory ones only where things lie; `buckets` and
 # `image_to_video` are about other data and another model.
 RECIPES = (
     Recipe("sat_sft", "", ("args.lr=1e-4", "args.warmup=15")),
@@ -78,6 +84,10 @@ RECIPES = (
     Recipe("diffusers_sft", SFT, ("args.lr=1e-4", "args.warmup=15")),
     Recipe("diffusers_lora", LORA, ("args.lr=4e-4", "args.warmup=15")),
     Recipe("min_snr", SFT, ("args.lr=1e-4", "args.warmup=15")),
+    Recipe("prodigy", LORA, ("args.warmup=15",)),
+    Recipe("came", SFT, ("args.lr=1e-4", "args.warmup=15")),
+    Recipe("adafactor", SFT, ("args.lr=1e-2", "args.warmup=15")),
+    Recipe("muon", SFT, ("args.lr=1e-4", "args.warmup=15")),
 )
 
 
@@ -110,19 +120,29 @@ def run(recipe: Recipe, seed: int, folder: Path) -> Result:
 
 
 def row(recipe: Recipe, results: Sequence[Result], adam_s: float) -> tuple[str, bool]:
-    """Returns the row of the table, and whether the held-out loss has fallen."""
+    """Returns the row of the table, and whether the held-out loss has fallen.
+
+    Args:
+        recipe: The recipe.
+        results: One of each seed.
+        adam_s: Time of a step with AdamW and the same weights in training.
+    """
     first, last = (mean_over_seeds([result.validations[step] for result in results]) for step in (0, STEPS))
     loss, change = last.mean(), last.minus(first).mean()
-    config = load(recipe, SEEDS[0], Path())
-    time = statistics.median(result.step_time_s for result in results) / adam_s
+    optimizer = load(recipe, SEEDS[0], Path()).deepspeed.optimizer
     cells = (
         f"`{recipe.name}`",
         f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})",
         f"{change.mean:+.4f} ({change.low:+.4f} to {change.high:+.4f})",
-        f"{time:.2f}",
-        f"{config.deepspeed.optimizer.params.bytes_per_weight():g}",
+        f"{step_time(results) / adam_s:.2f}",
+        f"{optimizer.params.bytes_per_weight():g}",
     )
     return f"| {' | '.join(cells)} |", change.high < 0
+
+
+def step_time(results: Iterable[Result]) -> float:
+    """Returns the median time of a step over the seeds."""
+    return statistics.median(result.step_time_s for result in results)
 
 
 def mean_over_seeds(validations: Sequence[ClipLosses]) -> ClipLosses:
@@ -136,14 +156,15 @@ def mean_over_seeds(validations: Sequence[ClipLosses]) -> ClipLosses:
 
 def main(names: Sequence[str]) -> int:
     CARDS.mkdir(exist_ok=True)
-    rows, fallen, adam_s = [], [], 0.0
+    rows, fallen, adam_s = [], [], {}
     with tempfile.TemporaryDirectory() as temporary:
         for recipe in RECIPES:
-            # the first is what times are shares of
-            if names and recipe.name not in (*names, RECIPES[0].name):
+            is_baseline = not recipe.behind
+            if names and recipe.name not in names and not is_baseline:
                 continue
             results = {seed: run(recipe, seed, Path(temporary)) for seed in SEEDS}
-            adam_s = adam_s or statistics.median(result.step_time_s for result in results.values())
+            if is_baseline:
+                adam_s[recipe.trains_adapters] = step_time(results.values())
             card = ExpectedCurve.of_runs(
                 recipe.name,
                 base=recipe.base,
@@ -151,7 +172,7 @@ def main(names: Sequence[str]) -> int:
                 runs={seed: result.validations for seed, result in results.items()},
             )
             write_card(CARDS / f"{recipe.name}.json", card)
-            text, has_fallen = row(recipe, [*results.values()], adam_s)
+            text, has_fallen = row(recipe, [*results.values()], adam_s[recipe.trains_adapters])
             rows.append(text)
             fallen.append(has_fallen)
             print(text, flush=True)

@@ -76,6 +76,8 @@ def compare_runs(
 
 
 def _describe(difference: Estimate) -> str:
+    if not difference.has_interval:
+        return f"{difference.mean:+.5f}  too few clips to tell"
     verdict = "worse" if difference.low > 0 else "better" if difference.high < 0 else "no difference shown"
     return f"{difference.mean:+.5f} ({difference.low:+.5f} to {difference.high:+.5f})  {verdict}"
 

@@ -88,10 +88,10 @@ class BarProgress(PlainProgress):
 def describe_validation(metrics: ValidationMetrics, last: ValidationMetrics | None) -> list[str]:
     """Formats a validation, and its paired change since the last one, as lines that fit a terminal."""
     loss, clips = metrics.valid_loss, len(metrics.losses)
-    limits = f" ({_loss(loss.low)} to {_loss(loss.high)})" if clips > 1 else ""
+    limits = f" ({_loss(loss.low)} to {_loss(loss.high)})" if loss.has_interval else ""
     lines = [f"step {metrics.step}: validation loss {loss.mean:.5f}{limits} on {clips} clips"]
-    if last is not None and clips > 1:
-        change = metrics.losses.minus(last.losses).mean()
+    change = None if last is None else metrics.losses.minus(last.losses).mean()
+    if last is not None and change is not None and change.has_interval:
         mean, low, high = map(_change, (change.mean, change.low, change.high))
         lines.append(f"  since step {last.step} {mean} ({low} to {high})")
     return lines

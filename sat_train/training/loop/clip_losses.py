@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 _RESAMPLES = 2000
+_FEWEST_CLIPS = 5  # the resamples of fewer are too alike for an interval of 95 %
 _PERCENTILES = (2.5, 97.5)
 
 
@@ -20,13 +21,18 @@ class Estimate:
 
     Args:
         mean: The mean.
-        low: Lower limit; NaN where there is only one clip.
+        low: Lower limit; NaN where there are too few clips to tell.
         high: Upper limit, likewise.
     """
 
     mean: float
     low: float
     high: float
+
+    @property
+    def has_interval(self) -> bool:
+        """True where there were clips enough, and all losses were finite."""
+        return math.isfinite(self.low)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def estimate_means(rows: Sequence[Sequence[float]]) -> list[Estimate]:
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
     means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
-    if len(rows) == 1:
+    if len(rows) < _FEWEST_CLIPS:
         return [Estimate(mean, math.nan, math.nan) for mean in means]
     resampled = _resampling_weights(len(rows)) @ np.array(rows)
     low, high = np.percentile(resampled, _PERCENTILES, axis=0)

@@ -65,6 +65,12 @@ def test_a_run_is_placed_in_the_band_of_a_card(runs, tmp_path, capsys):
     assert [line.split()[-1] for line in lines[-2:]] == ["above", "inside"]
 
 
+def test_a_few_clips_in_common_give_a_difference_and_no_verdict(runs, tmp_path, capsys):
+    other = run_of(tmp_path / "few", {10: losses(-0.3, clips=[*CLIPS[:3], "x"])})
+    assert main(["compare", str(runs["plain"]), str(other)]) == 0
+    assert "+0.20000  too few clips to tell" in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared_is_refused_with_the_reason(runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.json").write_text("[1, 2]")

@@ -51,13 +51,14 @@ def test_a_paired_interval_finds_a_change_that_is_lost_in_the_spread_of_the_clip
     assert after.mean().low < before.mean().low < after.mean().high, "unpaired it cannot be seen"
 
 
-def test_clips_that_only_one_has_are_left_out_of_a_pair_and_one_clip_has_no_interval():
+def test_clips_that_only_one_has_are_left_out_of_a_pair_and_few_clips_have_no_interval():
     both = ClipLosses((5,), {"a": (1.0,), "b": (3.0,)}).minus(ClipLosses((5,), {"b": (1.0,), "c": (9.0,)}))
     assert both.clips == {"b": (2.0,)}
     alone = both.mean()
     assert alone.mean == 2.0
     assert math.isnan(alone.low)
     assert math.isnan(alone.high)
+    assert [drawn(4, clips).mean().has_interval for clips in (1, 4, 5, 6)] == [False, False, True, True]
 
 
 def test_losses_come_back_from_a_file_bit_for_bit():

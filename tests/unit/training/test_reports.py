@@ -36,7 +36,7 @@ def _metrics(step: int, **changes) -> TrainMetrics:
     return TrainMetrics(step=step, **{**values, **changes})
 
 
-LOSSES = ClipLosses((250, 750), {"a": (0.5, 1.5), "b": (0.25, 0.75)})
+LOSSES = ClipLosses((250, 750), {f"clip{n}": (0.5 - n % 2 / 4, 1.5 - 3 * (n % 2) / 4) for n in range(8)})
 VALIDATION = ValidationMetrics(step=2, losses=LOSSES)
 
 
@@ -200,7 +200,7 @@ def test_every_line_of_the_file_is_json_even_when_a_number_is_not_finite(tmp_pat
         "step": 2,
         "valid_loss": 0.75,
         "valid_loss_by_timestep": {"250": 0.375, "750": 1.125},
-        "valid_samples": 2,
+        "valid_samples": 8,
     }
 
 
