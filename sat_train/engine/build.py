@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sat_train.config import RunConfig
 from sat_train.config.rules import check_on_device
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.engine import TrainEngine
+from sat_train.engine.optim.build import build_optimizer
+from sat_train.engine.owned import OwnedParameters, padded_rows
+from sat_train.engine.slots import partition_slots
+from sat_train.models.trainable import group_parameters
 
 
-def build_engine(
-    config: RunConfig, dit: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh
-) -> TrainEngine:
-    """Hands the DiT and a torch optimizer to DeepSpeed.
+def build_engine(config: RunConfig, dit: nn.Module, mesh: ProcessMesh) -> TrainEngine:
+    """Builds the optimizer of the trained weights, and hands it and the DiT to DeepSpeed.
 
     No learning-rate scheduler goes with them: `Trainer` sets the rate before each step.
 
@@ -33,13 +37,45 @@ def build_engine(
     check_on_device(config, mesh.device.type)
     if config.args.compile == "blocks":
         cast(Any, dit).compile_blocks()  # before DeepSpeed hooks the modules
-    engine, _, _, _ = import_deepspeed().initialize(
-        model=dit.to(mesh.device),
-        optimizer=optimizer,
-        config=engine_config(config),
+    choice = config.deepspeed.optimizer
+    groups = group_parameters(dit, weight_decay=choice.params.weight_decay)
+    optimizer_over = partial(build_optimizer, choice, groups)
+    return start_engine(dit.to(mesh.device), optimizer_over, engine_config(config), mesh)
+
+
+def start_engine(
+    module: nn.Module,
+    optimizer_over: Callable[[Mapping[str, Tensor]], torch.optim.Optimizer],
+    settings: dict[str, Any],
+    mesh: ProcessMesh,
+) -> TrainEngine:
+    """Starts DeepSpeed in the layout of its stage.
+
+    Stage 0 steps the parameters, stages 1 and 2 step those that a rank owns (`owned.py`), and stage 3 steps
+    DeepSpeed's vectors of pieces.
+
+    Args:
+        module: The transformer, on its device.
+        optimizer_over: Returns the optimizer over named parameters.
+        settings: DeepSpeed's dictionary.
+        mesh: The process mesh.
+
+    Ranks: all.
+    """
+    initialize = partial(
+        import_deepspeed().initialize,
+        model=module,
+        config=settings,
         mpu=SatMesh(mesh) if mesh.model_size > 1 else None,
         dist_init_required=False,
     )
+    if settings["zero_optimization"]["stage"] not in (1, 2):
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        return TrainEngine(initialize(optimizer=optimizer_over(trained))[0], mesh)
+    with padded_rows(module, mesh.data_size) as parameters:
+        optimizer = OwnedParameters(parameters)
+        engine = initialize(optimizer=optimizer)[0]
+    optimizer.bind(partition_slots(engine), optimizer_over)
     return TrainEngine(engine, mesh)
 
 
@@ -102,7 +138,9 @@ def engine_config(config: RunConfig) -> dict[str, Any]:
         "zero_optimization": zero,
         "fp16": section.fp16.model_dump(),
         "bf16": section.bf16.model_dump(),
-        "zero_allow_untested_optimizer": section.zero_allow_untested_optimizer,
+        # `OwnedParameters` is in no list of DeepSpeed's
+        "zero_allow_untested_optimizer": section.zero_allow_untested_optimizer
+        or section.zero_optimization.stage in (1, 2),
         # a torch optimizer on offloaded states is slower than DeepSpeed's, but needs no compiler
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": section.steps_per_print,

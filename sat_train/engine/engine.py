@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sat_train.checkpoint.fragments import Fragment, SavedFragments, Scalar
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.engine.slots import find_slots
+from sat_train.engine.slots import base_optimizer, find_slots
 from sat_train.engine.trained_state import compact, read_state, write_state
 from sat_train.errors import TrainingError
 from sat_train.weights.names import Shape
@@ -36,6 +36,7 @@ class TrainEngine:
     def __init__(self, engine: Any, mesh: ProcessMesh) -> None:
         self._engine = engine
         self._mesh = mesh
+        self._optimizer = base_optimizer(engine)
         self.slots = find_slots(engine, mesh)
         self._plain_grad_norm: float | None = None
         self.module: nn.Module = engine.module
@@ -74,7 +75,7 @@ class TrainEngine:
 
         Ranks: all.
         """
-        for group in self._engine.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if self.zero_stage == 0:
             self._check_plain_gradients()

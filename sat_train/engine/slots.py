@@ -9,9 +9,10 @@ Source: microsoft/DeepSpeed@v0.19.8 `runtime/zero/stage_1_and_2.py`, `runtime/ze
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ class Slot:
         name: The parameter.
         shape: Its whole shape; under tensor parallelism that of this rank's shard.
         offset: Index of the first element in the flattened parameter.
-        flat: [m], fp32: the tensor that the optimizer steps, and the key of its state.
-        start: Index of the first element in `flat`.
+        flat: fp32: the tensor that the optimizer steps, and the key of its state. A parameter in its shape;
+            at stage 3 a vector.
+        start: Index of the first element in the flattened `flat`.
         count: Number of elements.
     """
 
@@ -61,9 +63,19 @@ def find_slots(engine: Any, mesh: ProcessMesh) -> list[Slot]:
 def held_slots(engine: Any, mesh: ProcessMesh) -> list[Slot]:
     """Returns the slots of everything that this rank's optimizer steps."""
     stage = int(engine.zero_optimization_stage())
-    find = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _scattered}[stage]
+    if stage in (1, 2):
+        return list(engine.optimizer.optimizer.slots)  # `OwnedParameters`
+    return _slots(engine, partial(_scattered, mesh) if stage == 3 else _replicated)
+
+
+def partition_slots(engine: Any) -> list[Slot]:
+    """Returns the slots of this rank's partition at stages 1 and 2, which is one vector."""
+    return _slots(engine, _partitioned)
+
+
+def _slots(engine: Any, find: Callable[[Any, str, Any], Iterator[Slot]]) -> list[Slot]:
     trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-    return [slot for name, parameter in trained for slot in find(engine, mesh, name, parameter) if slot.count]
+    return [slot for name, parameter in trained for slot in find(engine, name, parameter) if slot.count]
 
 
 def _share(slot: Slot, mesh: ProcessMesh) -> Slot:
@@ -72,13 +84,13 @@ def _share(slot: Slot, mesh: ProcessMesh) -> Slot:
     return replace(slot, offset=start, start=start, count=min(size, slot.count - start))
 
 
-def _replicated(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Iterator[Slot]:
+def _replicated(engine: Any, name: str, parameter: Any) -> Iterator[Slot]:
     """Yields the slots of stage 0: the optimizer steps the parameters themselves."""
     yield Slot(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel())
 
 
-def _partitioned(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Iterator[Slot]:
-    """Yields the slots of stages 1 and 2: each group is one vector, a rank has one partition of it."""
+def _partitioned(engine: Any, name: str, parameter: Any) -> Iterator[Slot]:
+    """Yields the slots of DeepSpeed's own partitions: the group is one vector, a rank has one part of it."""
     link = parameter._hp_mapping
     if link is None:  # wholly in another rank's partition
         return
@@ -87,7 +99,7 @@ def _partitioned(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> I
     yield Slot(name, tuple(parameter.shape), here.start, flat, there.start, there.numel)
 
 
-def _scattered(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Iterator[Slot]:
+def _scattered(mesh: ProcessMesh, engine: Any, name: str, parameter: Any) -> Iterator[Slot]:
     """Yields the slots of stage 3: each parameter is split over the ranks, which concatenate their pieces."""
     optimizer: Any = engine.optimizer
     group, start, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -98,9 +110,11 @@ def _scattered(engine: Any, mesh: ProcessMesh, name: str, parameter: Any) -> Ite
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """Returns the torch optimizer under ZeRO's."""
-    optimizer: Any = engine.optimizer
-    return optimizer if int(engine.zero_optimization_stage()) == 0 else optimizer.optimizer  # type: ignore[no-any-return]
+    """Returns the optimizer of the run, under ZeRO's."""
+    stage, optimizer = int(engine.zero_optimization_stage()), engine.optimizer
+    if stage == 0:
+        return cast(torch.optim.Optimizer, optimizer)
+    return cast(torch.optim.Optimizer, optimizer.optimizer if stage == 3 else optimizer.optimizer.inner)
 
 
 @torch.no_grad()

@@ -50,12 +50,12 @@ class ParameterGroup:
 
     Args:
         name: `decay` or `no_decay`.
-        parameters: Names and parameters; never empty.
+        names: Names of the parameters; never empty.
         weight_decay: Decay of this group.
     """
 
     name: str
-    parameters: tuple[tuple[str, nn.Parameter], ...]
+    names: tuple[str, ...]
     weight_decay: float
 
 
@@ -124,14 +124,13 @@ def group_parameters(module: nn.Module, *, weight_decay: float) -> tuple[Paramet
 
     Source: THUDM/SwissArmyTransformer@63dc23a `get_params_for_weight_decay_optimization`.
     """
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decays = [p.dim() > 1 for _, p in trainable]
+    trainable = [(name, p.dim() > 1) for name, p in module.named_parameters() if p.requires_grad]
     groups = (
         ParameterGroup(
             name,
-            tuple(pair for pair, decay in zip(trainable, decays, strict=True) if decay == is_decayed),
+            tuple(each for each, is_matrix in trainable if is_matrix == is_decayed),
             weight_decay if is_decayed else 0.0,
         )
         for name, is_decayed in (("decay", True), ("no_decay", False))
     )
-    return tuple(group for group in groups if group.parameters)
+    return tuple(group for group in groups if group.names)

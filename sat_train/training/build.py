@@ -32,7 +32,6 @@ from sat_train.distributed.seeds import derive_seed
 from sat_train.distributed.signals import StopRequest
 from sat_train.engine.build import build_engine
 from sat_train.engine.engine import TrainEngine
-from sat_train.engine.optim.build import build_optimizer
 from sat_train.errors import CheckpointError, LaunchError, Stopped
 from sat_train.files import reading
 from sat_train.log import get_logger
@@ -102,7 +101,7 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
         pipeline = build_models(
             config, mesh, start, data.encoding.encoders, with_encoders=data.needs_encoders
         )
-        engine = build_engine(config, pipeline.dit, build_optimizer(config, pipeline.dit), mesh)
+        engine = build_engine(config, pipeline.dit, mesh)
         trainer = build_trainer(config, mesh, run_directory, data, pipeline, start.base, engine, stop_request)
         if run_directory.point is not None:
             restore(mesh, run_directory.point, trainer, start.base)

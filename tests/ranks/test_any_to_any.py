@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,19 +78,22 @@ def _module(mesh: ProcessMesh, seed: int) -> Pull:
     return root
 
 
+def _optimizer_over(tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in tensors.values() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in tensors.values() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    live = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(live or [nn.Parameter(torch.zeros(1))], lr=LR)
+
+
 def _build(
     mesh: ProcessMesh, layout: Layout, dtype: str, seed: int
 ) -> tuple[TrainEngine, ExponentialMovingAverage]:
-    from sat_train.engine.build import SatMesh, import_deepspeed
-    from sat_train.engine.engine import TrainEngine
+    from sat_train.engine.build import start_engine
     from sat_train.training.callbacks.ema import ExponentialMovingAverage
 
     module = _module(mesh, seed)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
-    ]
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": layout.stage, "stage3_param_persistence_threshold": 20},
@@ -99,14 +102,7 @@ def _build(
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
     }
-    inner, *_ = import_deepspeed().initialize(
-        model=module,
-        optimizer=torch.optim.AdamW(groups, lr=LR),
-        config=config,
-        mpu=SatMesh(mesh) if layout.model > 1 else None,
-        dist_init_required=False,
-    )
-    engine = TrainEngine(inner, mesh)
+    engine = start_engine(module, _optimizer_over, config, mesh)
     return engine, ExponentialMovingAverage(engine, 0.5)
 
 

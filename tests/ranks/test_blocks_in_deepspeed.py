@@ -8,7 +8,7 @@ import torch
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.models.adapter import adapter_state_dict
 from sat_train.models.lora import add_lora
-from sat_train.models.trainable import group_parameters, select_trainable
+from sat_train.models.trainable import select_trainable
 from tests.unit.models.mixins import Branch, Fuser, Head
 from tests.unit.models.narrow import inputs, randomized
 
@@ -19,7 +19,7 @@ def _train(mesh: ProcessMesh, stage: int, added: str, compiled: bool) -> tuple[l
     """Returns the losses of three steps, the graph breaks and the number of graphs."""
     from torch._dynamo.utils import counters
 
-    from sat_train.engine.build import import_deepspeed
+    from sat_train.engine.build import start_engine
 
     torch._dynamo.reset()
     counters.clear()
@@ -37,21 +37,19 @@ def _train(mesh: ProcessMesh, stage: int, added: str, compiled: bool) -> tuple[l
     select_trainable(dit, not_trainable_prefixes=["all"] if added == "lora" else [])
     if compiled:
         dit.compile_blocks(backend="aot_eager")
-    groups = group_parameters(dit, weight_decay=0.0)
-    optimizer = torch.optim.SGD([{"params": [p for _, p in group.parameters]} for group in groups], lr=0.01)
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    engine = import_deepspeed().initialize(model=dit, optimizer=optimizer, config=config)[0]
+    engine = start_engine(dit, lambda tensors: torch.optim.SGD(tensors.values(), lr=0.01), config, mesh)
     losses = []
     for _ in range(3):
         v, outputs = engine(*inputs(), return_outputs=True)
         loss = sum((output.square().mean() for output in outputs.values()), v.square().mean())
         engine.backward(loss)
-        engine.step()
+        engine.step(0.01)
         losses.append(loss.item())
     return losses, dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +54,7 @@ def _fragment(
 def build_engine(
     mesh: ProcessMesh, *, zero_stage: int, dtype: str, lora: bool, seed: int = 0, width: int = 16
 ) -> TrainEngine:
-    from sat_train.engine.build import import_deepspeed
-    from sat_train.engine.engine import TrainEngine
+    from sat_train.engine.build import start_engine
 
     torch.manual_seed(seed)
     model = torch.nn.Sequential(
@@ -65,11 +64,6 @@ def build_engine(
     if lora:
         model[0].weight.requires_grad_(False)
         model[2].bias.requires_grad_(False)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in trainable if p.dim() == 1], "weight_decay": 0.0},
-    ]
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": zero_stage},
@@ -78,9 +72,15 @@ def build_engine(
         "gradient_clipping": 0.0 if zero_stage == 3 else 0.1,
         "zero_allow_untested_optimizer": True,
     }
-    optimizer = torch.optim.AdamW(groups, lr=LR)
-    engine = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
-    return TrainEngine(engine, mesh)
+    return start_engine(model, _optimizer_over, config, mesh)
+
+
+def _optimizer_over(tensors: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in tensors.values() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in tensors.values() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=LR)
 
 
 def train(engine: TrainEngine, rank: int, steps: range) -> list[float]:

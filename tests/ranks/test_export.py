@@ -31,8 +31,7 @@ def _train_and_save(
     """Two steps in bf16 from the weights of `base`, then a checkpoint of step 2."""
     from sat_train.checkpoint.save import RunState, save_training_checkpoint
     from sat_train.distributed.collectives import on_rank_0
-    from sat_train.engine.build import SatMesh, import_deepspeed
-    from sat_train.engine.engine import TrainEngine
+    from sat_train.engine.build import start_engine
     from sat_train.models.build import build_dit
     from sat_train.models.trainable import select_trainable
     from sat_train.training.callbacks.ema import ExponentialMovingAverage
@@ -41,21 +40,18 @@ def _train_and_save(
     weights = read_transformer_weights(base, model_rank=mesh.model_rank, model_size=mesh.model_size)
     load_weights(dit, weights, may_lack=adapter_state_dict(dit).keys())
     select_trainable(dit, not_trainable_prefixes=() if model.adapter is None else ["all"])
-    trained = [parameter for parameter in dit.parameters() if parameter.requires_grad]
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": zero_stage},
         "bf16": {"enabled": True},
         "zero_allow_untested_optimizer": True,
     }
-    inner, *_ = import_deepspeed().initialize(
-        model=dit,
-        optimizer=torch.optim.AdamW(trained, lr=lr, weight_decay=0.0),
-        config=config,
-        mpu=SatMesh(mesh) if mesh.model_size > 1 else None,
-        dist_init_required=False,
+    engine = start_engine(
+        dit,
+        lambda tensors: torch.optim.AdamW(tensors.values(), lr=lr, weight_decay=0.0),
+        config,
+        mesh,
     )
-    engine = TrainEngine(inner, mesh)
     average = ExponentialMovingAverage(engine, 0.5)
     frames, height, width = model.trained_latent
     for step in range(2):

@@ -17,7 +17,6 @@ from sat_train.distributed.seeds import derive_generator
 from sat_train.distributed.signals import StopRequest
 from sat_train.engine.build import build_engine
 from sat_train.engine.engine import TrainEngine
-from sat_train.engine.optim.build import build_optimizer
 from sat_train.training.loop.step import TrainStep
 
 WIDTH = 6
@@ -98,7 +97,7 @@ def build_toy(
 ) -> tuple[TrainEngine, TrainStep, StopRequest]:
     """Returns an engine over the toy model, a train_step over its batches, and its stop request."""
     model = toy_model()
-    engine = build_engine(config, model, build_optimizer(config, model), mesh)
+    engine = build_engine(config, model, mesh)
     dtype = next(model.parameters()).dtype
 
     def compute_loss(batch: ToyBatch) -> torch.Tensor:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sat_train.config import RunConfig
-from sat_train.models.trainable import group_parameters
+from sat_train.config.parts.optimizer_parts import OptimizerConfig
+from sat_train.models.trainable import ParameterGroup
 
 
-def build_optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """Returns the optimizer over the trainable parameters of `module`."""
-    optimizer = config.deepspeed.optimizer
-    groups = [
-        {"params": [parameter for _, parameter in group.parameters], "weight_decay": group.weight_decay}
-        for group in group_parameters(module, weight_decay=optimizer.params.weight_decay)
-    ]
-    return cast(torch.optim.Optimizer, optimizer.build(groups))
+def build_optimizer(
+    choice: OptimizerConfig, groups: Sequence[ParameterGroup], tensors: Mapping[str, Tensor]
+) -> torch.optim.Optimizer:
+    """Returns the optimizer over some of the trained weights.
+
+    Args:
+        choice: The part and its settings.
+        groups: The groups of the whole model.
+        tensors: What the optimizer steps, by the names of the parameters; a rank may have none.
+    """
+    parts: list[dict[str, Any]] = []
+    for group in groups:
+        names = [name for name in group.names if name in tensors]
+        if names:
+            parts.append(
+                {
+                    "params": [tensors[name] for name in names],
+                    "names": names,
+                    "weight_decay": group.weight_decay,
+                }
+            )
+    nothing = {"params": [nn.Parameter(torch.zeros(1))], "names": ["none"], "weight_decay": 0.0}
+    return cast(torch.optim.Optimizer, choice.build(parts or [nothing]))

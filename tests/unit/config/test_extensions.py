@@ -130,7 +130,7 @@ def test_schema_and_explanations_know_a_part_from_outside(tmp_path):
     load_extensions(["--extension", str(tmp_path / "lion")])
     schema = json.loads(render_json_schema())
     assert schema["$defs"].keys() - before["$defs"].keys() == {"LionParams"}
-    assert "Adam, AdamW, Lion" in explain_key("deepspeed.optimizer.type", None)
+    assert "CAME, Lion, Muon" in explain_key("deepspeed.optimizer.type", None)
     assert "Decay of the momentum." in explain_key("deepspeed.optimizer.params.beta_2", None)
     load_extensions([])
     assert json.loads(render_json_schema()) == before
