@@ -40,7 +40,9 @@ class Fragment:
         shape: Shape of the parameter; under tensor parallelism, of this rank's shard.
         offset: Index of the first element in the flattened parameter.
         tensors: [n] each, by kind: `master`, the optimizer's state per element, `ema`.
-        scalars: Optimizer state of the parameter as a whole, such as Adam's `step`.
+        scalars: Numbers of the parameter as a whole, such as Adam's `step`.
+        indivisible: Optimizer state of the parameter as a whole in tensors of any shape and dtype, such as a
+            factored second moment. The fragment with the first element has it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Fragment:
     offset: int
     tensors: dict[str, Tensor]
     scalars: dict[str, Scalar] = field(default_factory=dict)
+    indivisible: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -105,8 +108,23 @@ class SavedFragments:
         return self._of_kind(kind)[name].flatten()[offset : offset + count]
 
     def scalars(self, name: str) -> dict[str, Scalar]:
-        """Returns the optimizer state of a parameter as a whole."""
+        """Returns the numbers of a parameter as a whole."""
         return self._runs[0][name][0].scalars
+
+    def indivisible(self, name: str) -> dict[str, Tensor]:
+        """Returns the optimizer state of a parameter that fits no other size of the model axis.
+
+        Raises:
+            CheckpointError: There is such a state, and the model axis has another size.
+        """
+        same_size = self._size == len(self._runs)
+        state = self._runs[self._rank if same_size else 0][name][0].indivisible
+        if state and not same_size:
+            raise CheckpointError(
+                f"{self.where} holds {', '.join(state)} of {name}, which cannot be sharded",
+                expected=f"args.model_parallel_size = {len(self._runs)}",
+            )
+        return state
 
     def whole(self, kind: str) -> LazyWeights:
         """Returns every parameter whole, whatever the size of the model axis."""
@@ -159,7 +177,8 @@ def _checked(path: Path, fragment: Fragment) -> Fragment:
         isinstance(tensor, Tensor) and tensor.shape == (fragment.count,) and tensor.is_floating_point()
         for tensor in fragment.tensors.values()
     )
-    if not (is_shape and is_named and scalars_are_numbers and are_runs):
+    are_tensors = all(isinstance(tensor, Tensor) for tensor in fragment.indivisible.values())
+    if not (is_shape and is_named and scalars_are_numbers and are_runs and are_tensors):
         raise CheckpointError(
             f"{path} holds a fragment that is not understood: {str(fragment.name)[:80]}",
             expected="a name, a shape, an offset, and floating-point vectors of one length",

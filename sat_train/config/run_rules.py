@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Iterator
@@ -90,12 +91,28 @@ def offload_needs_a_stage(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault(path, zero.offload_optimizer.device, "none at ZeRO stage 0")
 
 
-@rule("deepspeed.optimizer", "args.zero_stage")
-def zero_splits_elementwise_optimizers_only(config: ParsedConfig) -> Iterator[Fault]:
-    optimizer = config.deepspeed.optimizer
-    if config.args.zero_stage and not optimizer.params.elementwise:
-        expected = "0: at other stages a rank steps pieces of weights, and this optimizer needs whole ones"
-        yield config.fault("args.zero_stage", config.args.zero_stage, f"{expected} ({optimizer.type})")
+@rule("deepspeed.optimizer", "args.zero_stage", "args.model_parallel_size")
+def whole_weights_stay_whole(config: ParsedConfig) -> Iterator[Fault]:
+    name, args = config.deepspeed.optimizer.type, config.args
+    if config.deepspeed.optimizer.params.elementwise:
+        return
+    reason = f"{name} steps whole weights; deepspeed.optimizer.type=AdamW can step parts of them"
+    if args.zero_stage == 3:
+        yield config.fault("args.zero_stage", 3, f"1 or 2, as {reason}")
+    if args.model_parallel_size > 1:
+        yield config.fault("args.model_parallel_size", args.model_parallel_size, f"1, as {reason}")
+
+
+@rule("deepspeed.optimizer")
+def optimizer_is_installed(config: ParsedConfig) -> Iterator[Fault]:
+    choice = config.deepspeed.optimizer
+    package = choice.params.package
+    if config.purpose in ("train", "check") and package and importlib.util.find_spec(package) is None:
+        yield config.fault(
+            "deepspeed.optimizer.type",
+            choice.type,
+            f"an optimizer that is installed: {choice.type} needs `pip install {package}`",
+        )
 
 
 @rule("model")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_train.checkpoint.fragments import Fragment, SavedFragments, Scalar
+from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.slots import base_optimizer, find_slots
 from sat_train.engine.trained_state import compact, read_state, write_state
@@ -36,12 +37,14 @@ class TrainEngine:
     def __init__(self, engine: Any, mesh: ProcessMesh) -> None:
         self._engine = engine
         self._mesh = mesh
-        self._optimizer = base_optimizer(engine)
+        self._optimizer: Any = base_optimizer(engine)
         self.slots = find_slots(engine, mesh)
         self._plain_grad_norm: float | None = None
         self.module: nn.Module = engine.module
         self.zero_stage = int(engine.zero_optimization_stage())
         self.micro_steps = int(engine.gradient_accumulation_steps())
+        if self.zero_stage and hasattr(self._optimizer, "sum_over_ranks"):
+            self._optimizer.sum_over_ranks = self._sum_over_ranks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the transformer, through ZeRO's gathering of weights."""
@@ -76,7 +79,7 @@ class TrainEngine:
         Ranks: all.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         if self.zero_stage == 0:
             self._check_plain_gradients()
         self._engine.step()
@@ -121,9 +124,15 @@ class TrainEngine:
         return [compact(fragment) for fragment in fragments] if is_shared else fragments
 
     def counters(self) -> dict[str, Scalar]:
-        """Returns the state of the engine as a whole: that of a dynamic loss scale."""
+        """Returns the state of the engine as a whole: a dynamic loss scale, the optimizer's `counters`."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        return {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
+        scale = {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
+        return {**scale, **getattr(self._optimizer, "counters", {})}
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the optimizer's own numbers for the log, such as an estimated learning rate."""
+        numbers: dict[str, float] = self._optimizer.metrics() if hasattr(self._optimizer, "metrics") else {}
+        return numbers
 
     def load(self, saved: SavedFragments, *, step: int, counters: Mapping[str, Scalar]) -> None:
         """Restores the state of a checkpoint, whatever number of ranks and ZeRO stage wrote it.
@@ -144,6 +153,8 @@ class TrainEngine:
         for name, value in counters.items():
             if name in _LOSS_SCALE and hasattr(scaler, name):
                 setattr(scaler, name, type(getattr(scaler, name))(value))
+            elif name in getattr(self._optimizer, "counters", {}):
+                self._optimizer.counters[name] = value
 
     def weights(self, *, trained_only: bool) -> dict[str, Tensor] | None:
         """Returns weights in the forward dtype, whole on this rank of the model axis, and buffers.
@@ -176,6 +187,11 @@ class TrainEngine:
                 if keep:
                     whole[name] = parameter.detach().to("cpu", copy=True)
         return whole
+
+    def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
+        """Sums numbers of the weights that each rank owns. Ranks: all."""
+        sums = torch.tensor(numbers, device=self._mesh.device, dtype=torch.float64)
+        return [float(number) for number in sum_over_data(self._mesh, sums)]
 
     def _check_plain_gradients(self) -> None:
         """Raises for gradients that are not finite: ZeRO skips them, stage 0 would apply them."""

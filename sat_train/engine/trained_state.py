@@ -1,7 +1,8 @@
 """The trained state of a DeepSpeed engine as fragments, without DeepSpeed's checkpoint code.
 
-The state is one number for each element (masters, moments) or one for a whole tensor (Adam's `step`). Any
-other state, such as a factored second moment, does not fit a flat tensor and is refused.
+The state of a parameter is a number for each element (masters, moments), a number for the whole (Adam's
+`step`), or tensors of any other shape (a factored second moment, quantised moments), which no other partition
+of the parameter can use: they are saved and loaded with the parameter as a whole.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from sat_train.checkpoint.fragments import AVERAGE, MASTER, Fragment, SavedFragments, Scalar
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.slots import Slot, base_optimizer, held_slots, refresh_weights
+from sat_train.errors import CheckpointError, TrainingError
 
 
 def read_state(engine: Any, slots: Sequence[Slot]) -> list[Fragment]:
@@ -33,22 +35,32 @@ def compact(fragment: Fragment) -> Fragment:
 
 
 def _fragment(slot: Slot, state: dict[str, Any]) -> Fragment:
-    tensors = {name: value for name, value in state.items() if _is_per_element(value, slot.flat)}
-    scalars = {name: _number(name, value) for name, value in state.items() if name not in tensors}
-    runs = {name: slot.of(tensor) for name, tensor in {MASTER: slot.flat, **tensors}.items()}
-    return Fragment(slot.name, slot.shape, slot.offset, runs, scalars)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
+    runs = {name: value for name, value in tensors.items() if _is_per_element(value, slot.flat)}
+    indivisible = {name: value for name, value in tensors.items() if name not in runs}
+    if indivisible and slot.flat.shape != slot.shape:
+        raise TrainingError(
+            f"the optimizer keeps {', '.join(indivisible)} for a vector of pieces of weights",
+            remedy="its record must say `elementwise = False`, so that it is refused at ZeRO stage 3",
+        )
+    return Fragment(
+        slot.name,
+        slot.shape,
+        slot.offset,
+        {name: slot.of(tensor) for name, tensor in {MASTER: slot.flat, **runs}.items()},
+        {name: _number(name, value) for name, value in state.items() if name not in tensors},
+        indivisible if slot.offset == 0 else {},
+    )
 
 
-def _is_per_element(value: object, flat: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == flat.numel()
+def _is_per_element(value: Tensor, flat: Tensor) -> bool:
+    return value.shape == flat.shape and value.is_floating_point()
 
 
 def _number(name: str, value: object) -> Scalar:
-    if isinstance(value, Tensor):
-        assert value.numel() == 1, f"the optimizer's {name} is neither one number nor one for each element"
-        return value.item()
-    assert isinstance(value, (int, float)), f"the optimizer's {name} is a {type(value).__name__}"
-    return value
+    number = value.item() if isinstance(value, Tensor) else value
+    assert isinstance(number, (int, float)), f"the optimizer's {name} is a {type(number).__name__}"
+    return number
 
 
 @torch.no_grad()
@@ -89,7 +101,7 @@ def _kept_by_engine(saved: SavedFragments, slot: Slot) -> list[str]:
 def _new_state(
     optimizer: torch.optim.Optimizer, flat: Tensor, slots: list[Slot], saved: SavedFragments
 ) -> dict[str, Any]:
-    """Returns zeros for each saved state, and separate counters for the flat tensor."""
+    """Returns zeros for each saved state, separate counters for the flat tensor, and what is indivisible."""
     kinds = {kind for slot in slots for kind in _kept_by_engine(saved, slot)} - {MASTER}
     settings = optimizer.param_groups[0]  # of fused kernels, alike in all groups
     on_device = settings.get("fused") or settings.get("capturable")
@@ -101,4 +113,20 @@ def _new_state(
         name: torch.tensor(value, device=device) if type(value) is float else value
         for name, value in numbers.items()
     }
-    return {**counters, **{kind: torch.zeros_like(flat) for kind in kinds}}
+    zeros = {kind: torch.zeros_like(flat) for kind in kinds}
+    return {**counters, **zeros, **_indivisible(flat, slots, saved)}
+
+
+def _indivisible(flat: Tensor, slots: list[Slot], saved: SavedFragments) -> dict[str, Tensor]:
+    """Returns copies of the state that belongs to a parameter as a whole.
+
+    Raises:
+        CheckpointError: There is some, and `flat` is not one whole parameter.
+    """
+    state = {kind: tensor for slot in slots for kind, tensor in saved.indivisible(slot.name).items()}
+    if state and flat.shape != slots[0].shape:
+        raise CheckpointError(
+            f"{saved.where} holds {', '.join(state)} of {slots[0].name}, which cannot be divided",
+            expected="ZeRO stage 0, 1 or 2",
+        )
+    return {kind: tensor.to(flat.device, copy=True) for kind, tensor in state.items()}

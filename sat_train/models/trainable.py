@@ -52,11 +52,13 @@ class ParameterGroup:
         name: `decay` or `no_decay`.
         names: Names of the parameters; never empty.
         weight_decay: Decay of this group.
+        lr_factor: Factor on the learning rate.
     """
 
     name: str
     names: tuple[str, ...]
     weight_decay: float
+    lr_factor: float = 1.0
 
 
 def select_trainable(

@@ -56,7 +56,9 @@ Sizes = Annotated[
     tuple[Annotated[tuple[int, int], BeforeValidator(list_to_tuple)], ...], BeforeValidator(list_to_tuple)
 ]
 HeightWidth = Annotated[tuple[int, int], BeforeValidator(list_to_tuple)]
-Betas = Annotated[tuple[float, float], BeforeValidator(list_to_tuple)]
+TwoFloats = Annotated[tuple[float, float], BeforeValidator(list_to_tuple)]
+Betas = TwoFloats
+Betas3 = Annotated[tuple[float, float, float], BeforeValidator(list_to_tuple)]
 # One text may stand for a list of one.
 Texts = Annotated[
     tuple[str, ...],

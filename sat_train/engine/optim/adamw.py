@@ -1,4 +1,10 @@
-"""AdamW, torch's own: DeepSpeed's optimizers compile C++ at start."""
+"""AdamW, torch's own: DeepSpeed's optimizers compile C++ at start.
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+    w = w - lr decay w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
+"""
 
 from __future__ import annotations
 
@@ -10,5 +16,6 @@ from sat_train.config.parts.optimizer_parts import AdamParams
 
 
 def build(params: AdamParams, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Returns the optimizer over parameter groups."""
-    return torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, eps=params.eps)
+    """Returns the optimizer over parameter groups; on GPUs one kernel updates many weights."""
+    is_fused = all(weight.is_cuda for group in groups for weight in group["params"])
+    return torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, eps=params.eps, fused=is_fused or None)

@@ -31,7 +31,13 @@ def build_optimizer(
                     "params": [tensors[name] for name in names],
                     "names": names,
                     "weight_decay": group.weight_decay,
+                    "lr_factor": group.lr_factor,
                 }
             )
-    nothing = {"params": [nn.Parameter(torch.zeros(1))], "names": ["none"], "weight_decay": 0.0}
+    nothing = {
+        "params": [nn.Parameter(torch.zeros(1))],
+        "names": ["none"],
+        "weight_decay": 0.0,
+        "lr_factor": 1.0,
+    }
     return cast(torch.optim.Optimizer, choice.build(parts or [nothing]))

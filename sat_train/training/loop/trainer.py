@@ -130,7 +130,7 @@ class Trainer:
         self._take_stop_level(result.stop_level)
         if state.step % self._log_interval == 0 or state.step == 1 or self.complete or self.stopping:
             self.settle()
-            measured = self.callbacks.measure(self)
+            measured = {**self.engine.metrics(), **self.callbacks.measure(self)}
             self.report(self._meter.read(state, lr=lr, grad_norm=self.engine.grad_norm(), measured=measured))
             self._meter.restart()
 
