@@ -188,8 +188,11 @@ def _walk_records(record: type[Record], prefix: str) -> Iterator[tuple[str, type
 def _records_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Record], bool]]:
     if isinstance(annotation, type) and issubclass(annotation, Choice) and annotation.is_slot():
         # a slot without parts stands for itself: its keys exist, and only an extension adds a part
-        records = annotation.records().values() or (annotation,)
-        yield from ((record, in_list) for record in records)
+        records = annotation.records().values()
+        # of a key that several parts have, that of the default part comes first
+        default = annotation.records_by_default() if records else annotation
+        yield default, in_list
+        yield from ((record, in_list) for record in records if record is not default)
     elif isinstance(annotation, type) and issubclass(annotation, Record):
         yield annotation, in_list
     for inner in get_args(annotation):

@@ -161,7 +161,9 @@ def test_faults_in_its_settings_are_refused_with_a_suggestion(folder, word, says
 
 def test_a_configuration_without_the_extension_does_not_know_its_parts(folder):
     micro_run(folder, *lion(folder, "new", 1))
-    with pytest.raises(ConfigError, match=r"deepspeed\.optimizer\.type = Lion: expected one of Adafactor, Adam"):
+    with pytest.raises(
+        ConfigError, match=r"deepspeed\.optimizer\.type = Lion: expected one of Adafactor, Adam"
+    ):
         micro_run(folder, *without(lion(folder, "new", 1)))
 
 
