@@ -27,6 +27,7 @@ _KNOWN_LORA_RATES = (5e-4 / 128, 1e-5)
 _LORA_RATES = (5e-4 / 128 / 4, 1e-4)
 _SAT_LORA_RATES, _SAT_SFT_RATE = (5e-4, 1e-3), 1e-5
 _HIGHEST_SFT_RATE = 5e-5
+_LOWEST_PRODIGY_RATE = 0.1
 _FEWEST_STEPS = {"LoRA": 1000, "SFT": 500}
 _SHORTEST_TIMEOUT = 30.0  # minutes
 _LARGEST_START_SHARE = 0.05  # of the initial weights in the average at the end of a run
@@ -38,7 +39,7 @@ _SMALL_CARD = 24.0  # GiB
 _ENCODERS_GIB = 10.0  # T5 and autoencoder, see the heads of configs/model/*.yaml
 _ROUNDING = 1 + 1e-9
 # Rates of other optimizers have other scales.
-_ADAM = ("Adam", "AdamW")
+_ADAM = ("Adam", "AdamW", "AdamW8bit")
 
 
 def _trains(config: ParsedConfig) -> bool:
@@ -137,12 +138,30 @@ def gradients_are_clipped(config: ParsedConfig) -> Iterator[Fault]:
         )
 
 
-@rule("args.clip_grad", "args.lr", "model.network_config", severity="warning", source=SAT_FILE)
+@rule("args.lr", "deepspeed.optimizer", severity="warning", source=DIFFUSERS_SETTINGS)
+def prodigy_rate_is_a_factor(config: ParsedConfig) -> Iterator[Fault]:
+    """Prodigy at a learning rate of 0.1 or below."""
+    is_prodigy = config.deepspeed.optimizer.type == "Prodigy"
+    if _trains(config) and is_prodigy and config.args.lr <= _LOWEST_PRODIGY_RATE:
+        expected = "about 1.0: Prodigy multiplies it by its own estimate, and converges extremely slowly"
+        yield config.fault("args.lr", config.args.lr, expected)
+
+
+@rule(
+    "args.clip_grad",
+    "args.lr",
+    "model.network_config",
+    "deepspeed.optimizer",
+    severity="warning",
+    source=SAT_FILE,
+)
 def sat_rates_clip_at_a_tenth(config: ParsedConfig) -> Iterator[Fault]:
-    """SAT's learning rate (1e-5; LoRA of alpha 1: 5e-4 to 1e-3) with gradients clipped at 1.0 or above."""
+    """SAT's learning rate (1e-5; LoRA of alpha 1: 5e-4 to 1e-3) and Adam, with clipping at 1.0 or above."""
     adapter, lr, limit = config.spec.adapter, config.args.lr, config.args.clip_grad
     lowest, highest = (_SAT_SFT_RATE, _SAT_SFT_RATE) if adapter is None else _SAT_LORA_RATES
     has_sat_scale = adapter is None or adapter.params.alpha == 1
+    if config.deepspeed.optimizer.type not in _ADAM:
+        return
     if _trains(config) and limit >= 1 and has_sat_scale and lowest / _ROUNDING <= lr <= highest * _ROUNDING:
         expected = f"0.1, which belongs to SAT's lr = {lr:g}; 1.0 belongs to the 2e-5 of diffusers"
         yield config.fault("args.clip_grad", limit, expected)

@@ -169,13 +169,20 @@ def _goes_back_to_default(path: str) -> bool:
 def _drop_params_of_other_target(
     into: dict[str, Any], layer: dict[str, Any], path: str, sources: dict[str, str]
 ) -> None:
-    """Keeps, where a layer chooses another target, only those earlier params that the new target has too."""
+    """Keeps, where a layer chooses another target, only those earlier params that the new target has too.
+
+    A key of the same name and another type, such as CAME's three betas, is another setting.
+    """
     table = slot_targets().get(pattern_of(path))
     params, key = into.get("params"), table.key if table is not None else ""
     record = table.params.get(str(layer.get(key))) if table is not None else None
     if not isinstance(params, dict) or record is None or layer[key] == into.get(key):
         return
-    for key in [key for key in params if key not in record.model_fields]:
+    fields, old = record.model_fields, table.params.get(str(into.get(key)), record).model_fields
+    kept = {
+        name for name, each in fields.items() if name not in old or old[name].annotation == each.annotation
+    }
+    for key in params.keys() - kept:
         del params[key]
         forget_sources(sources, f"{path}.params.{key}")
 

@@ -127,6 +127,12 @@ CASES = [
         "args.lr = 0.001: expected 4e-06 to 1e-05 with alpha 128 and rank 128: .* destroy the model",
         preset="lora",
     ),
+    Case(
+        "prodigy_rate_is_a_factor",
+        ("deepspeed.optimizer.type=Prodigy", "args.lr=0.1"),
+        ("deepspeed.optimizer.type=Prodigy", "args.lr=0.2"),
+        r"args\.lr = 0\.1: expected about 1\.0: .*converges extremely slowly",
+    ),
     Case("sft_rate_is_low", ("args.lr=6e-5",), ("args.lr=5e-5",), "args.lr = 6e-05: expected 1e-5"),
     Case(
         "sft_rate_is_low",
