@@ -176,7 +176,7 @@ def _drop_params_of_other_target(
     table = slot_targets().get(pattern_of(path))
     params, key = into.get("params"), table.key if table is not None else ""
     record = table.params.get(str(layer.get(key))) if table is not None else None
-    if not isinstance(params, dict) or record is None or layer[key] == into.get(key):
+    if table is None or not isinstance(params, dict) or record is None or layer[key] == into.get(key):
         return
     fields, old = record.model_fields, table.params.get(str(into.get(key)), record).model_fields
     kept = {
