@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from sat_train.config.catalog import all_keys
+from tests.longest_first import SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "sat_train"
@@ -155,6 +156,10 @@ def test_data_are_pixels_and_know_nothing_of_the_cache() -> None:
         if word.search(other.sub("", line))
     ]
     assert not strays, "\n".join(strays)
+
+
+def test_the_long_files_of_tests_are_there() -> None:
+    assert [name for name in SECONDS if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_shipped_assets_keep_their_size() -> None:
