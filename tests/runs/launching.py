@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -104,7 +105,8 @@ def run_words(words: Sequence[str], *, cwd: Path = ROOT, timeout_s: float = 300)
 
 def kill(process: Started) -> None:
     """SIGKILL to the command and everything it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it may have ended by itself
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
