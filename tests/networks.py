@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sat_train.config import NetworkSpec
+from sat_train.config.parts.adapter_parts import AdapterConfig
 from sat_train.config.parts.position_parts import PositionConfig
+from sat_train.models.build import add_adapters_of
 from sat_train.models.dit.transformer import DiffusionTransformer
 
 SMALL: dict[str, Any] = {
@@ -45,3 +47,10 @@ def build_network(**options: Any) -> DiffusionTransformer:
     others = ("hook_order", "activation_checkpointing", "device", "dtype", "init_seed")
     building = {name: options.pop(name) for name in others if name in options}
     return DiffusionTransformer(network_spec(**{**SMALL, **options}), **building)
+
+
+def add_adapters(dit: DiffusionTransformer, kind: str = "Lora", *, seed: int = 0, **settings: Any) -> None:
+    """Adds adapters by their settings, which the tests call rank and alpha; alpha is 1 by default."""
+    renamed = {"rank": "r", "alpha": "lora_alpha"}
+    params = {renamed.get(name, name): value for name, value in settings.items()}
+    add_adapters_of(dit, AdapterConfig.of(kind, params), seed=seed)

@@ -51,8 +51,10 @@ def main(argv: Sequence[str]) -> int:
         dest=options.dest,
         to=options.to,
         merge_lora=options.merge_lora,
-        lora=options.lora,
-        lora_strength=options.lora_strength,
+        strength=options.strength,
+        lora=tuple(options.lora),
+        lora_strength=tuple(options.lora_strength),
+        lora_rank=options.lora_rank,
         load_base=options.load_base,
         ema=options.ema,
         model_size=options.model_parallel_size,
@@ -158,11 +160,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lora",
         type=Path,
+        nargs="+",
+        default=(),
         metavar="PATH",
-        help="add the adapters of this LoRA file or folder to the weights",
+        help="add the adapters of these LoRA files or folders: to those of the source, which are written "
+        "as one file, or to the weights, if the source has none or with --merge-lora",
     )
     parser.add_argument(
-        "--lora-strength", type=_finite, default=1.0, metavar="X", help="factor on the adapters of --lora"
+        "--lora-strength",
+        type=_finite,
+        nargs="+",
+        default=(1.0,),
+        metavar="X",
+        help="factor on the adapters of --lora: one for each, or one for all",
+    )
+    parser.add_argument(
+        "--strength", type=_finite, default=1.0, metavar="X", help="factor on the adapters of the source"
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=_positive,
+        metavar="R",
+        help="truncate adapters that are written as a file to this rank (default: their exact sum)",
     )
     parser.add_argument(
         "--load-base", type=Path, metavar="PATH", help="present place of a LoRA run's base weights"

@@ -21,8 +21,8 @@ from sat_train.interchange.locate import load_weights, locate_weights
 from sat_train.log import console, get_logger
 from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.lora import add_lora_for
-from sat_train.models.low_rank import common_scale
+from sat_train.models.loaded_adapters import add_adapters_for
+from sat_train.models.low_rank import scales_of
 from sat_train.objective.build import build_pipeline
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
@@ -143,7 +143,7 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
     load = args.load
     assert load is not None, "the configuration ensures weights"
     located = on_rank_0(mesh, lambda: locate_weights(load, load_base=args.load_base))
-    start = StartWeights(located, None, args.load_lora, args.lora_strength)
+    start = StartWeights(located, None, args.load_lora or (), args.lora_strength)
     base, updates = read_weights_and_updates(start, ema=args.ema)
     dit = build_dit(
         config.spec, device=mesh.device, dtype=compute_dtype(args), initialize=False, with_adapters=False
@@ -151,8 +151,9 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
     weights = slice_weights(base, rank=mesh.model_rank, size=mesh.model_size)
     load_weights(dit, weights, may_lack=dit.derived_keys())
     if updates:
-        add_lora_for(dit, updates)
-        log.info("LoRA adapters of %d layers, scale %g", len(updates), common_scale(updates))
+        add_adapters_for(dit, updates)
+        scales = ", ".join(f"{scale:g}" for scale in scales_of(updates))
+        log.info("LoRA adapters of %d layers, scale %s", len(updates), scales)
     log.info("weights from %s%s", base.where, ", averaged" if args.ema else "")
     dit.eval().requires_grad_(False)
     return dit

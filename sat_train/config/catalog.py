@@ -226,6 +226,8 @@ def _describe_type(annotation: Any) -> str:
         return " or ".join(_describe_type(item) for item in inner)
     if origin is tuple and inner[-1] is Ellipsis:
         return f"a list, each {_describe_type(inner[0])}"
+    if origin is tuple and len(set(inner)) > 1:
+        return f"a list of {' and '.join(map(_describe_type, inner))}"
     if origin is tuple:
         return f"a list of {len(inner)}, each {_describe_type(inner[0])}"
     return _SCALARS.get(annotation, "a section")

@@ -28,6 +28,7 @@ class RunFacts:
         steps: Steps of the whole run.
         card_gib: Memory of one GPU, in GiB.
         long_captions: Share of the captions that the text encoder truncates.
+        adapter_scales: Scales at which the adapters that the run starts from were trained.
     """
 
     clips: ClipCounts | None = None
@@ -35,3 +36,4 @@ class RunFacts:
     steps: int | None = None
     card_gib: float | None = None
     long_captions: float | None = None
+    adapter_scales: tuple[float, ...] | None = None

@@ -16,8 +16,11 @@ SAT_FILE = "https://github.com/zai-org/CogVideo/blob/main/sat/configs/sft.yaml"
 DIFFUSERS_SETTINGS = "https://github.com/zai-org/CogVideo/blob/main/finetune/schemas/args.py"
 DIFFUSERS_GUIDE = "https://github.com/zai-org/CogVideo/blob/main/finetune/README.md"
 DIFFUSERS_LORA = "https://github.com/zai-org/CogVideo/blob/main/finetune/models/cogvideox_t2v/lora_trainer.py"
+PEFT_SCALE = "https://huggingface.co/docs/peft/package_reference/lora"
 EMA_LENGTHS = "https://arxiv.org/abs/2312.02696"
 ADAM_SCALING = "https://arxiv.org/abs/2205.10287"
+
+LORA = "model.network_config.params.modules.lora_config.params"
 
 # Adam changes an adapted weight in proportion to lr * alpha / r, the effective rate. Known to work are SAT's
 # (lr 5e-4 to 1e-3, alpha 1, rank 128: 3.9e-6 to 7.8e-6) and that of diffusers (2e-5, 64, 128: 1e-5).
@@ -92,16 +95,40 @@ def lora_rate_fits_its_scale(config: ParsedConfig) -> Iterator[Fault]:
     adapter, lr = config.spec.adapter, config.args.lr
     if adapter is None or not _trains(config) or config.deepspeed.optimizer.type not in _ADAM:
         return
-    scale = adapter.params.alpha / adapter.params.r
+    params = adapter.params
     lowest, highest = _LORA_RATES
-    if not lowest / _ROUNDING <= lr * scale <= highest * _ROUNDING:
+    # of layers with several scales the most extreme decide
+    wrong = [
+        scale
+        for scale in params.scales(config.spec.linear_layers())
+        if not lowest / _ROUNDING <= lr * scale <= highest * _ROUNDING
+    ]
+    if wrong:
+        scale = wrong[-1]
         low, high = (f"{rate / scale:.0e}" for rate in _KNOWN_LORA_RATES)
         effect = "hardly learns" if lr * scale < lowest else "tends to destroy the model"
+        divisor = "sqrt(r)" if params.use_rslora else "r"
         yield config.fault(
             "args.lr",
             lr,
-            f"{low} to {high} with alpha {adapter.params.alpha:g} and rank {adapter.params.r}: "
-            f"updates are scaled by alpha / r, and at an effective rate of {lr * scale:.1e} a LoRA {effect}",
+            f"{low} to {high} with alpha {params.lora_alpha:g} and rank {params.r}: "
+            f"updates are scaled by alpha / {divisor}, and at an effective rate of {lr * scale:.1e} "
+            f"a LoRA {effect}",
+        )
+
+
+@rule("args.load_lora", "model.network_config", "facts.adapter_scales", severity="warning", source=PEFT_SCALE)
+def loaded_adapters_keep_their_scale(config: ParsedConfig) -> Iterator[Fault]:
+    """Adapters of `args.load_lora` trained at another alpha / r than the YAML's; known when a run starts."""
+    adapter, found = config.spec.adapter, config.facts.adapter_scales or ()
+    own = () if adapter is None else adapter.params.scales(config.spec.linear_layers())
+    if adapter is not None and any(min(abs(scale / each - 1) for each in own) > 1e-5 for scale in found):
+        yield config.fault(
+            f"{LORA}.lora_alpha",
+            adapter.params.lora_alpha,
+            f"alpha / r = {' or '.join(f'{scale:g}' for scale in found)}, at which the adapters of "
+            f"args.load_lora were trained, not {' or '.join(f'{scale:g}' for scale in own)}: B is multiplied "
+            "by the ratio, so that they keep their effect, but the learning rate that suited them may not",
         )
 
 
@@ -159,7 +186,7 @@ def sat_rates_clip_at_a_tenth(config: ParsedConfig) -> Iterator[Fault]:
     """SAT's learning rate (1e-5; LoRA of alpha 1: 5e-4 to 1e-3) and Adam, with clipping at 1.0 or above."""
     adapter, lr, limit = config.spec.adapter, config.args.lr, config.args.clip_grad
     lowest, highest = (_SAT_SFT_RATE, _SAT_SFT_RATE) if adapter is None else _SAT_LORA_RATES
-    has_sat_scale = adapter is None or adapter.params.alpha == 1
+    has_sat_scale = adapter is None or (adapter.params.lora_alpha == 1 and not adapter.params.use_rslora)
     if config.deepspeed.optimizer.type not in _ADAM:
         return
     if _trains(config) and limit >= 1 and has_sat_scale and lowest / _ROUNDING <= lr <= highest * _ROUNDING:

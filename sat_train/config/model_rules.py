@@ -15,6 +15,7 @@ from sat_train.config.shapes import ASPECT, allowed_shapes, allowed_sizes
 from sat_train.errors import Fault
 
 _NETWORK = "model.network_config.params"
+_LORA = f"{_NETWORK}.modules.lora_config.params"
 _POSITION = f"{_NETWORK}.modules.pos_embed_config"
 _VAE = "model.first_stage_config.params"
 _CODER, _DECODER = f"{_VAE}.encoder_config.params", f"{_VAE}.decoder_config.params"
@@ -230,13 +231,21 @@ def adapters_have_a_frozen_base(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule(f"{_NETWORK}.modules.lora_config", f"{_NETWORK}.num_layers", f"{_NETWORK}.ofs_embed_dim")
 def adapters_find_their_layers(config: ParsedConfig) -> Iterator[Fault]:
-    adapter, names = config.spec.adapter, config.spec.linear_layers()
-    for index, target in enumerate(adapter.params.targets if adapter is not None else ()):
+    if config.spec.adapter is None:
+        return
+    params, names = config.spec.adapter.params, config.spec.linear_layers()
+    is_sound = True
+    for index, target in enumerate(params.targets):
         expected = _wanted_of_pattern(target, names)
         if expected:
+            is_sound = False
             ours = LORA_TARGETS.get(target.rpartition("attn1.")[2], "")
-            path = f"{_NETWORK}.modules.lora_config.params.targets.{index}"
-            yield config.fault(path, target, expected, ours)
+            yield config.fault(f"{_LORA}.targets.{index}", target, expected, ours)
+    adapted = params.targeted(names) if is_sound else names
+    for group in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(params, group):
+            if expected := _wanted_of_pattern(pattern, adapted):
+                yield config.fault(f"{_LORA}.{group}", pattern, expected)
 
 
 def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:
@@ -251,7 +260,11 @@ def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:
         finds = any(re.search(pattern, name) for name in names)
     except (re.error, OverflowError, RecursionError):
         return "a regular expression"
-    return "" if finds else f"a pattern that finds a linear layer, such as {names[0]} or {names[2]}"
+    return (
+        ""
+        if finds
+        else f"a pattern that finds a linear layer, such as {names[0]} or {names[min(2, len(names) - 1)]}"
+    )
 
 
 @rule("model.conditions", "model.modules")

@@ -113,5 +113,5 @@ def _weight_paths(config: ParsedConfig) -> Iterator[tuple[str, str]]:
         yield "args.load", args.load
     if args.load_base is not None:
         yield "args.load_base", args.load_base
-    if args.load_lora is not None and args.resume == "none":
-        yield "args.load_lora", args.load_lora
+    if args.resume == "none":
+        yield from (("args.load_lora", path) for path in args.load_lora or ())

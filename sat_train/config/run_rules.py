@@ -209,10 +209,14 @@ def finetune_has_weights(config: ParsedConfig) -> Iterator[Fault]:
 @rule("args.load_lora", "args.lora_strength", "args.load")
 def lora_has_a_base(config: ParsedConfig) -> Iterator[Fault]:
     args = config.args
-    if args.load_lora is not None and args.load is None:
+    files = args.load_lora or ()
+    if files and args.load is None:
         yield config.fault("args.load", None, "the base weights of the adapters of args.load_lora")
-    if args.load_lora is None and args.lora_strength != 1.0:
+    if not files and args.lora_strength != (1.0,):
         expected = "1, or args.load_lora with it: it is a factor on the adapters of that file"
+        yield config.fault("args.lora_strength", args.lora_strength, expected)
+    elif files and len(args.lora_strength) not in (1, len(files)):
+        expected = f"one number, or one for each of the {len(files)} files of args.load_lora"
         yield config.fault("args.lora_strength", args.lora_strength, expected)
 
 

@@ -54,7 +54,10 @@ def _trained(config: RunConfig) -> str:
         return "all weights of the transformer" + (f" but {', '.join(frozen)}" if frozen else "")
     name = "LoRA" if adapter.target == "Lora" else adapter.target
     params = adapter.params
-    return f"{name} of rank {params.r}, alpha {params.lora_alpha:g}: scale {params.alpha / params.r:.3g}"
+    scales = params.scales(config.spec.linear_layers())
+    scale = " to ".join(f"{scale:.3g}" for scale in dict.fromkeys((scales[0], scales[-1])))
+    patterns = ", patterns for single layers" if params.rank_pattern or params.alpha_pattern else ""
+    return f"{name} of rank {params.r}, alpha {params.lora_alpha:g}{patterns}: scale {scale}"
 
 
 def _data(config: RunConfig, facts: RunFacts) -> str:

@@ -1,35 +1,44 @@
-"""Reads, writes and merges LoRA adapters, in SAT's names and in PEFT's as diffusers loads them.
-
-SAT scales an update by alpha / rank and stores alpha next to it. The way diffusers uses a file's alpha has
-changed between versions, and without one it takes alpha = rank. So exported files carry the scale in their B
-matrices and say alpha = rank: at scale 1.0 every reader, old or new, gets the update as it was trained.
-"""
+"""Reads and merges LoRA adapters of all trainers. SAT scales by alpha / rank and stores alpha next to it."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sat_train.checkpoint.manifest import verify_checkpoint
-from sat_train.config.parts.adapter_parts import ALPHA_KEY, LORA_MATRIX, RANK_KEY, find_adapter_tensor
+from sat_train.config.parts.adapter_parts import (
+    ALPHA_KEY,
+    LAYER_ALPHA,
+    RANK_KEY,
+    find_adapter,
+    find_adapter_tensor,
+)
 from sat_train.errors import CheckpointError
+from sat_train.interchange.adapter_export import at_trained_scale
 from sat_train.interchange.locate import read_own_weights
 from sat_train.interchange.sources import find_weights
-from sat_train.models.low_rank import LowRank, Updates, common_scale, highest_rank, misfits, whole_delta
+from sat_train.models.low_rank import (
+    LowRank,
+    Parts,
+    Updates,
+    misfits,
+    stacked,
+    strengthened,
+    updated_weight,
+)
 from sat_train.weights.diffusers_keys import Part, part_of_diffusers_key, parts_of_sat_key
 from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard, shard_tensor
-from sat_train.weights.lora_files import PEFT_METADATA_KEY, holds_lora, read_lora_modules
+from sat_train.weights.lora_files import holds_lora, read_lora_modules
 from sat_train.weights.readers import read_metadata, read_weight_files
 
-TRAINED_ALPHA_KEY = "sat_train.lora_alpha"
 _DEFAULT_ALPHA = 1.0  # SAT's, whose checkpoints do not hold it
 
 
@@ -64,8 +73,8 @@ def read_lora(path: str | Path, *, ema: bool = False) -> Updates:
         if holds_lora(weights):
             modules = read_lora_modules(weights, source.files[0])
             updates = updates_of_modules(modules, where=weights.where)
-            return _at_trained_alpha(updates, read_metadata(source.files[0]), weights.where)
-        if any(LORA_MATRIX.search(key) for key in weights):
+            return at_trained_scale(updates, read_metadata(source.files[0]), weights.where)
+        if any(find_adapter_tensor(key) for key in weights):
             bare = weights.select(lambda key: re.sub(r"^(module\.)?model\.diffusion_model\.", "", key))
             return updates_of(bare)
     return updates_of(read_own_weights(source, ema=ema))
@@ -83,42 +92,84 @@ def read_given_lora(path: str | Path) -> Updates:
     return updates
 
 
+def read_given_loras(paths: Sequence[str | Path], strengths: Sequence[float]) -> Updates:
+    """Returns the exact sum of several adapters; none for no paths.
+
+    Args:
+        paths: As for `read_given_lora`.
+        strengths: Factor on each, or one for all.
+
+    Raises:
+        CheckpointError: One has no adapters, or is DoRA's and not alone at strength 1.
+    """
+    total: Updates = {}
+    for path, strength in zip(
+        paths, list(strengths) * (len(paths) if len(strengths) == 1 else 1), strict=True
+    ):
+        total = stacked(total, strengthened(read_given_lora(path), strength))
+    return total
+
+
 def updates_of(weights: LazyWeights) -> Updates:
     """Reads the adapters among SAT's weights.
 
     Raises:
-        CheckpointError: Half a pair, matrices that do not multiply, or an alpha that is not a number.
+        CheckpointError: Half a pair, matrices that do not multiply, an alpha that is not a number, or a kind
+            of adapter that works in its own run only.
     """
-    layers: dict[str, dict[str, dict[int, Tensor]]] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for key in weights:
-        if match := LORA_MATRIX.fullmatch(key):
-            layers.setdefault(match[1], {"A": {}, "B": {}})[match[2]][int(match[3])] = weights[key]
-    if not layers:
-        return {}
-    alpha = _stored_alpha(weights)
-    return {layer: _parts(layer, sides, alpha, weights.where) for layer, sides in layers.items()}
+        if found := find_adapter_tensor(key):
+            layers.setdefault(found[0], {})[key[len(found[0]) + 1 :]] = weights[key]
+    alpha = _number(ALPHA_KEY, weights[ALPHA_KEY], weights.where) if ALPHA_KEY in weights else _DEFAULT_ALPHA
+    return {layer: _read_layer(layer, tensors, alpha, weights.where) for layer, tensors in layers.items()}
 
 
-def _stored_alpha(weights: LazyWeights) -> float:
-    if ALPHA_KEY not in weights:
-        return _DEFAULT_ALPHA
-    stored = weights[ALPHA_KEY]
+def _number(key: str, stored: Tensor, where: str) -> float:
     if stored.numel() != 1 or not math.isfinite(float(stored)):
-        raise CheckpointError(f"{weights.where}: {ALPHA_KEY} is not a number", expected="one finite number")
+        raise CheckpointError(f"{where}: {key} is not a number", expected="one finite number")
     return float(stored)
 
 
-def _parts(layer: str, sides: dict[str, dict[int, Tensor]], alpha: float, where: str) -> tuple[LowRank, ...]:
-    downs, ups = sides["A"], sides["B"]
-    if downs.keys() != ups.keys() or sorted(downs) != list(range(len(downs))):
+def _read_layer(layer: str, tensors: dict[str, Tensor], alpha: float, where: str) -> Parts:
+    """Returns the updates of a layer by the kind of adapter that saves such tensors."""
+    if LAYER_ALPHA in tensors:
+        alpha = _number(f"{layer}.{LAYER_ALPHA}", tensors.pop(LAYER_ALPHA), where)
+    record = find_adapter({name.partition(".")[0] for name in tensors})
+    if record is None or not record.read:
         raise CheckpointError(
-            f"{where}: the adapter of {layer} has {len(downs)} A and {len(ups)} B matrices, or not all parts"
+            f"{where}: the adapter of {layer} has {', '.join(sorted(tensors))}",
+            expected="a kind of adapter that says how it is read",
+            remedy="it works in the run that trained it",
         )
-    for index, down in downs.items():
-        if down.dim() != 2 or ups[index].dim() != 2 or not 0 < down.shape[0] == ups[index].shape[1]:
-            shapes = f"{list(down.shape)} and {list(ups[index].shape)}"
-            raise CheckpointError(f"{where}: the matrices {index} of {layer} do not multiply: {shapes}")
-    return tuple(LowRank(downs[i], ups[i], alpha / downs[i].shape[0]) for i in range(len(downs)))
+    rank = _check_complete(layer, tensors, list(record.tensors), where)
+    module, _, function = record.read.partition(":")
+    parts: Parts = getattr(import_module(module), function)(tensors, alpha / rank)
+    return parts
+
+
+def _check_complete(layer: str, tensors: Mapping[str, Tensor], names: Sequence[str], where: str) -> int:
+    """Returns the rank, once all tensors of a layer's adapter are there and fit each other."""
+    counts = {name: sum(key.partition(".")[0] == name for key in tensors) for name in names}
+    count = max(counts.values())
+    if tensors.keys() != {f"{name}.{index}" for name in names for index in range(count)}:
+        found = " and ".join(f"{number} {name}" for name, number in counts.items())
+        raise CheckpointError(f"{where}: the adapter of {layer} has {found}, or not all parts")
+    ranks = set()
+    for index in range(count):
+        shapes = {name: tuple(tensors[f"{name}.{index}"].shape) for name in names}
+        for name in (name for name in names if name.endswith("_A")):
+            down, up = shapes[name], shapes[f"{name[:-1]}B"]
+            if len(down) != 2 or len(up) != 2 or not 0 < down[0] == up[1]:
+                both = f"{list(down)} and {list(up)}"
+                raise CheckpointError(f"{where}: the matrices {index} of {layer} do not multiply: {both}")
+            ranks.add(down[0])
+            vectors = [name for name in names if not name.endswith(("_A", "_B"))]
+            if any(shapes[name] != up[:1] for name in vectors):
+                raise CheckpointError(f"{where}: the vectors {index} of {layer} do not have {up[0]} elements")
+    if len(ranks) > 1:
+        raise CheckpointError(f"{where}: the adapter of {layer} has several ranks: {sorted(ranks)}")
+    return int(ranks.pop())
 
 
 def updates_of_modules(modules: Mapping[str, LowRank], *, where: str) -> Updates:
@@ -170,73 +221,6 @@ def _over_all_rows(members: list[tuple[Part, LowRank]]) -> LowRank:
     return LowRank(torch.cat(downs), torch.cat(ups, dim=1), 1.0)
 
 
-def _at_trained_alpha(updates: Updates, metadata: Mapping[str, str], where: str) -> Updates:
-    """Restores the scale that our own export was trained with; the product B @ A stays the same."""
-    if TRAINED_ALPHA_KEY not in metadata:
-        return updates
-    try:
-        alpha = float(metadata[TRAINED_ALPHA_KEY])
-    except ValueError:
-        alpha = math.nan
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise CheckpointError(f"{where}: {TRAINED_ALPHA_KEY} is not a positive number", expected="e.g. 1.0")
-    return {
-        layer: tuple(
-            part and LowRank(part.down, part.scaled_up(alpha / part.rank), alpha / part.rank)
-            for part in parts
-        )
-        for layer, parts in updates.items()
-    }
-
-
-def updates_to_peft(updates: Updates) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Renames updates for diffusers.
-
-    Args:
-        updates: Whole updates under SAT's layers.
-
-    Returns:
-        fp32 tensors and safetensors metadata of a file for `pipe.load_lora_weights`. Lower ranks are padded
-        with zeros to the highest, because readers differ in how they treat several ranks.
-
-    Raises:
-        CheckpointError: A layer that diffusers does not have.
-    """
-    rank = highest_rank(updates)
-    tensors = {}
-    for layer, pieces in updates.items():
-        places = parts_of_sat_key(f"{layer}.weight")
-        if not places:
-            raise CheckpointError(f"diffusers has no layer for the adapter of {layer}")
-        for place in places:
-            update = _update_of_part(place, pieces)
-            if update is not None:
-                name = f"transformer.{place.diffusers_key.removesuffix('.weight')}"
-                missing = rank - update.rank
-                down, up = update.down.float(), update.scaled_up(1.0)
-                tensors[f"{name}.lora_A.weight"] = torch.nn.functional.pad(
-                    down, (0, 0, 0, missing)
-                ).contiguous()
-                tensors[f"{name}.lora_B.weight"] = torch.nn.functional.pad(up, (0, missing)).contiguous()
-    modules = sorted({key.split(".lora_")[0].removeprefix("transformer.") for key in tensors})
-    peft = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": modules}
-    header = {PEFT_METADATA_KEY: json.dumps(peft), "format": "pt"}
-    alpha = common_scale(updates) * rank
-    if alpha > 0:
-        header[TRAINED_ALPHA_KEY] = repr(alpha)
-    return tensors, header
-
-
-def _update_of_part(place: Part, pieces: tuple[LowRank | None, ...]) -> LowRank | None:
-    if len(pieces) == place.pieces:
-        return pieces[place.chunks[0]]
-    # one update over the whole output, of which diffusers' layer gives some rows
-    whole = pieces[0]
-    assert whole is not None, "a layer with one adapter has it"
-    rows = whole.up.chunk(place.pieces)
-    return replace(whole, up=torch.cat([rows[index] for index in place.chunks]))
-
-
 def merge_updates(weights: LazyWeights, updates: Updates, *, dtype: torch.dtype | None = None) -> LazyWeights:
     """Adds updates to weights lazily: each sum is computed in fp32 and cast once, on access.
 
@@ -268,10 +252,8 @@ def merge_updates(weights: LazyWeights, updates: Updates, *, dtype: torch.dtype 
     return LazyWeights(lazy_tensors, where=weights.where)
 
 
-def _read_merged(
-    weight: LazyTensor, parts: tuple[LowRank | None, ...], dtype: torch.dtype, shard: Shard | None
-) -> Tensor:
-    merged = weight.read(None).float() + whole_delta(parts, weight.shape[0], torch.float32)
+def _read_merged(weight: LazyTensor, parts: Parts, dtype: torch.dtype, shard: Shard | None) -> Tensor:
+    merged = updated_weight(weight.read(None).float(), parts)
     return shard_tensor(merged.to(dtype), shard)
 
 
@@ -284,10 +266,10 @@ def check_merged(written: LazyWeights, base: LazyWeights, updates: Updates) -> N
     for layer, parts in updates.items():
         key = f"{layer}.weight"
         merged, weight = written[key], base[key].double()
-        expected = weight + whole_delta(parts, weight.shape[0], torch.float64)
+        expected = updated_weight(weight, parts)
         info = torch.finfo(merged.dtype)
         # half a step of the dtype, and what sums in fp32 lose before the cast
-        size = weight.abs() + sum_of_sizes(parts, weight.shape[0])
+        size = _sum_of_sizes(weight, parts)
         allowed = expected.abs() * (info.eps * 0.501) + size * 2.0**-19 + info.smallest_normal * info.eps
         wrong = ~((merged.double() - expected).abs() <= allowed)
         if wrong.any():
@@ -298,7 +280,13 @@ def check_merged(written: LazyWeights, base: LazyWeights, updates: Updates) -> N
             )
 
 
-def sum_of_sizes(parts: tuple[LowRank | None, ...], out_features: int) -> Tensor:
-    """Returns the sum of the absolute values of all products in an update, in fp64."""
+def _sum_of_sizes(weight: Tensor, parts: Parts) -> Tensor:
+    """Returns the sum of the absolute values of all terms of the updated weight, in fp64."""
     sizes = tuple(part and LowRank(part.down.abs(), part.up.abs(), abs(part.scale)) for part in parts)
-    return whole_delta(sizes, out_features, torch.float64)
+    total = updated_weight(weight.abs(), sizes)
+    if not any(part is not None and part.magnitude is not None for part in parts):
+        return total
+    without = tuple(part and replace(part, magnitude=None) for part in parts)
+    lengths = [torch.linalg.vector_norm(updated_weight(weight, each), dim=1) for each in (parts, without)]
+    factor: Tensor = lengths[0] / lengths[1]
+    return total * factor[:, None]

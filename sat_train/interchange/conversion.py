@@ -22,19 +22,19 @@ from sat_train.checkpoint.manifest import Manifest, read_manifest
 from sat_train.config import ModelSpec
 from sat_train.errors import CheckpointError
 from sat_train.files import HashingFile, reading, sync_folder, write_file, write_text
+from sat_train.interchange.adapter_export import updates_to_peft
 from sat_train.interchange.adapters import (
     check_merged,
     is_adapter_key,
     merge_updates,
-    read_given_lora,
+    read_given_loras,
     read_lora,
-    updates_to_peft,
     without_adapters,
 )
 from sat_train.interchange.diffusers_folder import check_model, write_pipeline
 from sat_train.interchange.locate import read_transformer_weights
 from sat_train.interchange.sources import WeightSource, find_weights, hash_weights
-from sat_train.models.low_rank import Updates, stacked, strengthened
+from sat_train.models.low_rank import Updates, is_dora, stacked, strengthened, truncated
 from sat_train.weights.lazy import LazyWeights, check_same, from_tensors
 from sat_train.weights.readers import read_weight_files
 from sat_train.weights.safetensors_out import Progress, write_safetensors
@@ -53,8 +53,10 @@ class Conversion:
         dest: Folder to create; it must not exist, or must be empty.
         to: Target format.
         merge_lora: Add the adapters to the weights instead of writing them separately.
-        lora: Other adapters to add to the weights too; implies `merge_lora`.
-        lora_strength: Factor on the adapters of `lora`.
+        strength: Factor on the adapters of the source.
+        lora: Other adapters. They are added to the adapters of the source, or to its weights if it has none.
+        lora_strength: Factor on each of `lora`, or one for all.
+        lora_rank: Rank to truncate adapters to that are written separately; None keeps them exact.
         load_base: Present place of a LoRA run's base weights; None: the recorded one.
         ema: Export the average of the weights instead of the weights.
         model_size: Ranks on the model axis (`sat` only).
@@ -67,8 +69,10 @@ class Conversion:
     dest: Path
     to: Literal["diffusers", "sat"]
     merge_lora: bool = False
-    lora: Path | None = None
-    lora_strength: float = 1.0
+    strength: float = 1.0
+    lora: tuple[Path, ...] = ()
+    lora_strength: tuple[float, ...] = (1.0,)
+    lora_rank: int | None = None
     load_base: Path | None = None
     ema: bool = False
     model_size: int = 1
@@ -84,6 +88,7 @@ class ConversionSource:
         weights: Weights under SAT's keys, in the dtype to write; empty if adapters are written separately.
         updates: Adapters to write separately, or those that were added to `base`.
         base: The weights that adapters were added to; None if nothing was added.
+        below: The weights under adapters that are written separately, where these need them: under DoRA's.
         metadata: The origin of the weights, as texts.
     """
 
@@ -91,6 +96,7 @@ class ConversionSource:
     updates: Updates
     base: LazyWeights | None
     metadata: dict[str, str]
+    below: LazyWeights | None = None
 
 
 def no_progress(size: int) -> Progress:
@@ -115,10 +121,7 @@ def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_
     _check_dest(conversion.dest)
     if conversion.to == "diffusers" and conversion.model_size != 1:
         raise CheckpointError("--model-parallel-size applies to SAT's format only", remedy="use --to sat")
-    if conversion.lora is None and conversion.lora_strength != 1.0:
-        raise CheckpointError(
-            "--lora-strength is given without --lora", remedy="name the LoRA file with --lora"
-        )
+    _check_strengths(conversion)
     source = open_source(conversion)
     temporary = conversion.dest.parent / f".tmp-convert-{uuid.uuid4().hex[:8]}"
     try:
@@ -145,24 +148,39 @@ def open_source(conversion: Conversion) -> ConversionSource:
     """
     source = find_weights(conversion.source)
     manifest = read_manifest(source.path) if source.kind == "step" else None
-    updates = read_lora(conversion.source, ema=conversion.ema)
+    updates = strengthened(read_lora(conversion.source, ema=conversion.ema), conversion.strength)
+    is_merging = conversion.merge_lora or (
+        bool(conversion.lora) and not (updates and conversion.to == "diffusers")
+    )
+    _check_adapter_words(conversion, has_adapters=bool(updates), is_merging=is_merging)
     metadata = _metadata(source, manifest, conversion)  # hashes the source, after its headers were checked
-    is_merging = conversion.merge_lora or conversion.lora is not None
     if updates and not is_merging and conversion.to == "diffusers":
-        return ConversionSource(LazyWeights({}, where=str(source.path)), updates, None, metadata)
+        return _adapters_apart(conversion, updates, metadata, where=str(source.path))
     dtype = conversion.dtype or (trained_dtype(manifest) if manifest else None)
     whole = read_transformer_weights(conversion.source, ema=conversion.ema, load_base=conversion.load_base)
     if not is_merging:
         adapters = whole.select(lambda key: key if is_adapter_key(key) else None)
         return ConversionSource(without_adapters(whole).cast(dtype).overlaid(adapters), {}, None, metadata)
-    if conversion.lora is not None:
-        updates = stacked(updates, strengthened(read_given_lora(conversion.lora), conversion.lora_strength))
+    updates = stacked(updates, read_given_loras(conversion.lora, conversion.lora_strength))
     if not updates:
         raise CheckpointError(
             f"{whole.where} holds no LoRA adapters to merge", remedy="leave out --merge-lora"
         )
     base = without_adapters(whole)
     return ConversionSource(merge_updates(base, updates, dtype=dtype).cast(dtype), updates, base, metadata)
+
+
+def _adapters_apart(
+    conversion: Conversion, updates: Updates, metadata: dict[str, str], *, where: str
+) -> ConversionSource:
+    """Returns the adapters of the source and the others as one set; of DoRA's, the base too."""
+    updates = stacked(updates, read_given_loras(conversion.lora, conversion.lora_strength))
+    if conversion.lora_rank is not None:
+        updates = truncated(updates, conversion.lora_rank)
+    below = None
+    if is_dora(updates):
+        below = without_adapters(read_transformer_weights(conversion.source, load_base=conversion.load_base))
+    return ConversionSource(LazyWeights({}, where=where), updates, None, metadata, below)
 
 
 def _write(
@@ -227,7 +245,7 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 def _write_adapters(
     folder: Path, source: ConversionSource, dtype: torch.dtype | None, progress: Callable[[int], Progress]
 ) -> None:
-    tensors, header = updates_to_peft(source.updates)
+    tensors, header = updates_to_peft(source.updates, source.below)
     lazy = from_tensors(tensors, where=source.weights.where).cast(dtype)
     metadata = {**source.metadata, **header}
     write_safetensors(folder, LORA_FILE_STEM, lazy, metadata=metadata, progress=progress(lazy.num_bytes))
@@ -248,11 +266,36 @@ def _metadata(source: WeightSource, manifest: Manifest | None, conversion: Conve
         "data_fingerprint": manifest.data_fingerprint,
         "weights": "average" if conversion.ema else "trained",
     }
-    if conversion.lora is not None:
-        origin |= {"lora": conversion.lora, "lora_strength": conversion.lora_strength}
+    if conversion.lora:
+        origin["lora"] = ", ".join(map(str, conversion.lora))
+        origin["lora_strength"] = ", ".join(f"{strength:g}" for strength in conversion.lora_strength)
     if manifest.base_weights is not None:
         origin |= {"base": manifest.base_weights.source, "base_sha256": manifest.base_weights.sha256}
     return {f"sat_train.{name}": str(value) for name, value in origin.items()}
+
+
+def _check_strengths(conversion: Conversion) -> None:
+    if not conversion.lora and conversion.lora_strength != (1.0,):
+        raise CheckpointError(
+            "--lora-strength is given without --lora", remedy="name the LoRA file with --lora"
+        )
+    if len(conversion.lora_strength) not in (1, len(conversion.lora)):
+        raise CheckpointError(
+            f"--lora-strength has {len(conversion.lora_strength)} numbers for {len(conversion.lora)} files",
+            expected="one number, or one for each file of --lora",
+        )
+
+
+def _check_adapter_words(conversion: Conversion, *, has_adapters: bool, is_merging: bool) -> None:
+    if conversion.strength != 1.0 and not has_adapters:
+        raise CheckpointError(
+            f"{conversion.source} has no adapters for --strength", remedy="leave --strength out"
+        )
+    if conversion.lora_rank is not None and (is_merging or not has_adapters or conversion.to == "sat"):
+        raise CheckpointError(
+            "--lora-rank applies to adapters that are written as a file of their own",
+            expected="a source with adapters, --to diffusers, and no --merge-lora",
+        )
 
 
 def _check_dest(dest: Path) -> None:

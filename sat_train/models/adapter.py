@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from sat.mpu import (
 )
 from torch import Tensor, nn
 
-from sat_train.config.parts.adapter_parts import MIXIN, find_adapter_tensor
+from sat_train.config.parts.adapter_parts import LAYER_ALPHA, MIXIN, find_adapter_tensor
+from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import ConfigError, Fault
 from sat_train.models.dit.initialization import initialize_parameter
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.low_rank import LowRank
+from sat_train.models.low_rank import Parts
 
 PARAMS_KEY = "model.network_config.params.modules.lora_config.params"
 # The layers people adapt, and what diffusers and PEFT call them.
@@ -37,12 +39,14 @@ class LinearShape:
     """A linear layer as this rank holds it.
 
     Args:
+        name: The layer, such as `transformer.layers.0.attention.dense`.
         in_features: Inputs.
         out_features: Outputs.
         parts: Equal parts of the output that are adapted apart: three for the fused q, k, v.
         sharded: The side that is divided over the ranks of the model axis.
     """
 
+    name: str
     in_features: int
     out_features: int
     parts: int
@@ -66,20 +70,53 @@ class Adapter(nn.Module):
 
     Parameters belong into submodules that compute with them in a `forward`, where ZeRO-3 gathers them; their
     names are those of the record's `tensors`.
+
+    Args:
+        layer: The layer.
+        rank: Inner width.
+        scale: Factor on the update; saved as alpha, which is scale * rank.
     """
 
     is_merged = False
+
+    def __init__(self, layer: LinearShape, *, rank: int, scale: float) -> None:
+        super().__init__()
+        self.layer, self.rank, self.scale = layer, rank, scale
 
     def delta(self, x: Tensor) -> Tensor:
         """Returns what is added to the layer's output."""
         raise NotImplementedError
 
+    def adapted(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns the output with the adapter, given the layer's own, `y`; most adapters add `delta(x)`."""
+        return y + self.delta(x)
+
     def merged(self, weight: Tensor) -> Tensor:
         """Returns the weight that alone computes what layer and adapter compute, fp32; this rank's shard."""
         raise NotImplementedError
 
-    def export(self) -> tuple[LowRank, ...]:
-        """Returns the update of each part of the output; this rank's shard."""
+    def start(self, weight: Tensor, mesh: ProcessMesh, *, seed: int) -> None:
+        """Sets what follows from the layer's weight, in place, when a run starts; a resumed run loads it.
+
+        Args:
+            weight: This rank's shard.
+            mesh: The process mesh.
+            seed: The run's seed.
+
+        Ranks: all.
+        """
+
+    def misfits(self, parts: Parts) -> list[str]:
+        """Returns why updates cannot be loaded, beginning with the layer's name."""
+        return [f"{self.layer.name} has a {type(self).__name__} adapter, which cannot start from a LoRA file"]
+
+    def load(self, parts: Parts, weight: Tensor) -> None:
+        """Loads updates that fit, whole ones, in place.
+
+        Args:
+            parts: The update of each part of the output; a part without one stays as it is.
+            weight: This rank's shard of the layer's weight.
+        """
         raise NotImplementedError
 
 
@@ -87,13 +124,14 @@ class AdaptedLayer(nn.Module):
     """A linear layer that holds an adapter."""
 
     weight: Tensor
+    bias: Tensor | None
     adapter: Adapter
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer and its adapter."""
         y: Tensor = super().forward(x)
         if not self.adapter.is_merged:
-            return y + self.adapter.delta(x)
+            return self.adapter.adapted(y, x, self.weight, self.bias)
         assert not self.training, "adapters that are merged into the weights do not train"
         return y
 
@@ -124,8 +162,9 @@ def add_adapters(
     Args:
         dit: The transformer, changed in place.
         build: Makes the adapter of a layer.
-        rank: Inner width, kept with the weights.
-        alpha: The scale is alpha / rank; kept with the weights.
+        rank: Inner width of most adapters, kept with the weights.
+        alpha: Their scale is alpha / rank; kept with the weights, and where an adapter has another one, that
+            too.
         targets: Regular expressions searched in module names such as
             `transformer.layers.0.attention.query_key_value`.
         seed: The run's seed.
@@ -137,7 +176,7 @@ def add_adapters(
     _check_targets(targets, layers)
     for name, layer in layers.items():
         if any(re.search(target, name) for target in targets):
-            _adapt(name, layer, build, seed=seed)
+            _adapt(name, layer, build, alpha=alpha, seed=seed)
     with torch.device(dit.device):
         dit.add_mixin(MIXIN, AdapterMixin(rank=rank, alpha=alpha))
 
@@ -166,8 +205,10 @@ def _check_targets(targets: Sequence[str], layers: Mapping[str, nn.Module]) -> N
         raise ConfigError(faults)
 
 
-def _adapt(name: str, layer: nn.Module, build: Callable[[LinearShape], Adapter], *, seed: int) -> None:
-    shape = _shape_of(layer)
+def _adapt(
+    name: str, layer: nn.Module, build: Callable[[LinearShape], Adapter], *, alpha: float, seed: int
+) -> None:
+    shape = _shape_of(name, layer)
     assert isinstance(layer.weight, Tensor), "a linear layer"
     with layer.weight.device:
         adapter = build(shape)
@@ -175,6 +216,10 @@ def _adapt(name: str, layer: nn.Module, build: Callable[[LinearShape], Adapter],
     layer.__class__ = _ADAPTED[type(layer)]
     for child, module in adapter.named_children():
         layer.add_module(child, module)
+    own_alpha = adapter.scale * adapter.rank
+    if not math.isclose(own_alpha, alpha, rel_tol=1e-6):
+        value = torch.tensor(own_alpha, dtype=torch.float32, device=layer.weight.device)
+        layer.register_buffer(LAYER_ALPHA, value)
     object.__setattr__(layer, "adapter", adapter)  # no module of its own: it would be a part of all keys
     fan_in = getattr(layer, "input_size", shape.in_features)
     for suffix, parameter in adapter.named_parameters():
@@ -187,16 +232,27 @@ def _adapt(name: str, layer: nn.Module, build: Callable[[LinearShape], Adapter],
             initialize_parameter(f"{name}.{suffix}", parameter, seed=seed, fan_in=fan_in)
 
 
-def _shape_of(layer: nn.Module) -> LinearShape:
+def _shape_of(name: str, layer: nn.Module) -> LinearShape:
     out_features, in_features = cast(Tensor, layer.weight).shape
     if isinstance(layer, ColumnParallelLinear):
-        return LinearShape(in_features, out_features, layer.stride, "out")
-    return LinearShape(in_features, out_features, 1, "in" if isinstance(layer, RowParallelLinear) else "")
+        return LinearShape(name, in_features, out_features, layer.stride, "out")
+    sharded: Literal["in", ""] = "in" if isinstance(layer, RowParallelLinear) else ""
+    return LinearShape(name, in_features, out_features, 1, sharded)
 
 
 def adapted_layers(dit: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Yields the adapted layers and their names."""
     return ((name, module) for name, module in dit.named_modules() if isinstance(module, AdaptedLayer))
+
+
+@torch.no_grad()
+def start_adapters(dit: nn.Module, mesh: ProcessMesh, *, seed: int) -> None:
+    """Sets what adapters take from the weights of their layers; call it when these have been loaded.
+
+    Ranks: all.
+    """
+    for _, layer in adapted_layers(dit):
+        layer.adapter.start(layer.weight, mesh, seed=seed)
 
 
 @torch.no_grad()

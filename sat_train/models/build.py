@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sat_train.config import ArgsConfig, ModelSpec
+from sat_train.config.parts.adapter_parts import AdapterConfig
 from sat_train.distributed.seeds import derive_seed
 from sat_train.models.adapter import add_adapters
 from sat_train.models.dit.sat_layers import building
@@ -50,11 +51,20 @@ def build_dit(
             torch.manual_seed(derive_seed(seed, f"module {name}"))
             mixin = module.build(spec)
         dit.add_mixin(name, mixin)
-    adapter = spec.adapter if with_adapters else None
-    if adapter is not None:
-        params = adapter.params
-        add_adapters(dit, adapter.build, rank=params.r, alpha=params.alpha, targets=params.targets, seed=seed)
+    if spec.adapter is not None and with_adapters:
+        add_adapters_of(dit, spec.adapter, seed=seed)
     return dit
+
+
+def add_adapters_of(dit: DiffusionTransformer, adapter: AdapterConfig, *, seed: int) -> None:
+    """Adds the adapters that a configuration names.
+
+    Raises:
+        ConfigError: A target matches no layer, or a layer is too small for its adapter.
+    """
+    params = adapter.params
+    alpha = params.scale(params.r, params.lora_alpha) * params.r
+    add_adapters(dit, adapter.build, rank=params.r, alpha=alpha, targets=params.targets, seed=seed)
 
 
 def compute_dtype(args: ArgsConfig) -> torch.dtype:

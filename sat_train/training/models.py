@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +10,16 @@ from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.layout import step_folder
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.config import RunConfig
-from sat_train.config.parts.adapter_parts import ALPHA_KEY, RANK_KEY
+from sat_train.config.facts import RunFacts
 from sat_train.config.paths import expand_assets
+from sat_train.config.rules import warnings_of_run
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import build_encoders
 from sat_train.errors import CheckpointError
 from sat_train.interchange.adapters import (
     merge_updates,
-    read_given_lora,
+    read_given_loras,
     updates_of,
     without_adapters,
 )
@@ -32,12 +32,12 @@ from sat_train.interchange.locate import (
     read_located,
 )
 from sat_train.log import get_logger
-from sat_train.models.adapter import adapter_state_dict
+from sat_train.models.adapter import adapted_layers, adapter_state_dict, start_adapters
 from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.encoders import Encoders
-from sat_train.models.lora import load_updates
-from sat_train.models.low_rank import Updates, common_scale, highest_rank, stacked, strengthened
+from sat_train.models.loaded_adapters import load_updates
+from sat_train.models.low_rank import Updates, highest_rank, scales_of, stacked
 from sat_train.models.trainable import select_trainable
 from sat_train.objective.build import build_pipeline
 from sat_train.objective.video_diffusion import VideoDiffusion
@@ -87,14 +87,14 @@ class StartWeights:
         base: Base weights, which the checkpoints of a LoRA run name but do not contain; None where
             checkpoints hold all weights.
         lora: Adapters from elsewhere to start from.
-        strength: Factor on these adapters.
-        resumed: A checkpoint that holds all weights, instead of the others.
+        strength: Factor on each of these adapters, or one for all.
+        resumed: The checkpoint that a run resumes from. Without `located` it holds all weights.
     """
 
     located: Located | None = None
     base: BaseWeights | None = None
-    lora: str | None = None
-    strength: float = 1.0
+    lora: tuple[str, ...] = ()
+    strength: tuple[float, ...] = (1.0,)
     resumed: ResumePoint | None = None
 
 
@@ -123,14 +123,14 @@ def _find_start_weights(config: RunConfig, point: ResumePoint | None) -> StartWe
     args, has_lora = config.args, config.spec.adapter is not None
     if point is not None and point.manifest.base_weights is not None:
         recorded = find_resumed_base(point, args.load_base, args.load)
-        return StartWeights(Located(Path(expand_assets(recorded.source))), recorded)
+        return StartWeights(Located(Path(expand_assets(recorded.source))), recorded, resumed=point)
     if point is not None:
         return StartWeights(resumed=point)
     if args.load is None:
         return StartWeights()
     located = locate_weights(args.load, load_base=args.load_base)
     base = located.base or (base_weights_at(located.path) if has_lora else None)
-    return StartWeights(located, base if has_lora else None, args.load_lora, args.lora_strength)
+    return StartWeights(located, base if has_lora else None, args.load_lora or (), args.lora_strength)
 
 
 def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | None) -> BaseWeights:
@@ -154,11 +154,16 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
         seed=config.args.seed,
         initialize=start.located is None and start.resumed is None,
     )
+    updates: Updates = {}
+    if start.located is not None:
+        updates = load_first_weights(dit, mesh, start, has_adapters=config.spec.adapter is not None)
     if start.resumed is not None:
-        load_resumed_weights(dit, mesh, start.resumed)
-    elif start.located is not None:
-        has_adapters = config.spec.adapter is not None
-        load_first_weights(dit, mesh, start, has_adapters=has_adapters)
+        load_resumed_weights(dit, mesh, start.resumed, adapters_only=start.located is not None)
+    else:
+        start_adapters(dit, mesh, seed=config.args.seed)
+        if updates:
+            load_updates(dit, updates)
+            _describe_adapters(config, dit, updates)
     summary = select_trainable(
         dit,
         not_trainable_prefixes=config.model.not_trainable_prefixes,
@@ -168,17 +173,34 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
     return dit
 
 
-def load_resumed_weights(dit: DiffusionTransformer, mesh: ProcessMesh, point: ResumePoint) -> None:
-    """Loads the weights of a checkpoint in their forward dtype; the fp32 masters are loaded later."""
+def load_resumed_weights(
+    dit: DiffusionTransformer, mesh: ProcessMesh, point: ResumePoint, *, adapters_only: bool = False
+) -> None:
+    """Loads the weights of a checkpoint in their forward dtype; the fp32 masters are loaded later.
+
+    Args:
+        dit: The transformer.
+        mesh: The process mesh.
+        point: The checkpoint.
+        adapters_only: Load the adapters alone, with what they keep and do not train.
+    """
     whole = read_computing_weights(step_folder(point.run_directory, point.step), point.manifest)
+    may_lack = dit.derived_keys()
+    if adapters_only:
+        own = adapter_state_dict(dit).keys()
+        whole, may_lack = whole.select(lambda key: key if key in own else None), dit.state_dict().keys() - own
     weights = slice_weights(whole, rank=mesh.model_rank, size=mesh.model_size)
-    load_weights(dit, weights, may_lack=dit.derived_keys())
+    load_weights(dit, weights, may_lack=may_lack)
 
 
 def load_first_weights(
     dit: DiffusionTransformer, mesh: ProcessMesh, start: StartWeights, *, has_adapters: bool
-) -> None:
-    """Loads weights into a trainable transformer: adapters into its own, or merged where it has none."""
+) -> Updates:
+    """Loads weights into a trainable transformer; adapters are merged where it has none of its own.
+
+    Returns:
+        The adapters that are still to be loaded.
+    """
     assert start.located is not None, "there are weights to load"
     base, updates = read_weights_and_updates(start)
     if updates and not has_adapters:
@@ -198,9 +220,7 @@ def load_first_weights(
     for prefix, mixin in new.items():
         log.info("%s* is new: these weights do not contain it", prefix)
         mixin.reinit(dit)
-    if updates and has_adapters:
-        load_updates(dit, updates)
-        _tell_of_adapters(dit, updates)
+    return updates if has_adapters else {}
 
 
 def read_weights_and_updates(start: StartWeights, *, ema: bool = False) -> tuple[LazyWeights, Updates]:
@@ -208,24 +228,19 @@ def read_weights_and_updates(start: StartWeights, *, ema: bool = False) -> tuple
     assert start.located is not None, "there are weights to load"
     whole = read_located(start.located, ema=ema)
     updates = updates_of(whole)
-    if start.lora is not None:
-        updates = stacked(updates, strengthened(read_given_lora(start.lora), start.strength))
+    updates = stacked(updates, read_given_loras(start.lora, start.strength))
     return without_adapters(whole), updates
 
 
-def _tell_of_adapters(dit: DiffusionTransformer, updates: Updates) -> None:
-    own = adapter_state_dict(dit)
-    rank, scale = int(own[RANK_KEY]), float(own[ALPHA_KEY]) / int(own[RANK_KEY])
+def _describe_adapters(config: RunConfig, dit: DiffusionTransformer, updates: Updates) -> None:
+    """Logs the adapters that a run starts from, and warns if their scale is another one."""
     log.info("starts from the LoRA adapters of %d layers, rank %d", len(updates), highest_rank(updates))
-    if not math.isclose(common_scale(updates), scale):
-        log.info(
-            "they were trained at scale %g, this run has lora_alpha / r = %g: B is scaled so that they have "
-            "the effect they were trained to have",
-            common_scale(updates),
-            scale,
-        )
-    if highest_rank(updates) < rank:
-        log.info("ranks %d to %d of each adapter start at zero", highest_rank(updates) + 1, rank)
+    adapters = {name: layer.adapter for name, layer in adapted_layers(dit) if name in updates}
+    spare = sum(adapter.rank > highest_rank({name: updates[name]}) for name, adapter in adapters.items())
+    if spare:
+        log.info("the last ranks of %d adapters start at zero", spare)
+    for warning in warnings_of_run(config, RunFacts(adapter_scales=tuple(scales_of(updates)))):
+        log.warning("%s", warning)
 
 
 def _of_one_rank(mesh: ProcessMesh) -> str:

@@ -19,7 +19,7 @@ from sat_train.interchange.conversion import Conversion, convert
 from sat_train.interchange.locate import read_transformer_weights
 from sat_train.models.adapter import adapter_state_dict
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.lora import load_updates
+from sat_train.models.loaded_adapters import load_updates
 from tests.parity.presets import PRESETS, forward_pair, lora_words, narrow_model, random_transformer
 from tests.parity.test_transformer import relative_error
 from tests.unit.checkpoint.transformers import write_sat_folder

@@ -7,8 +7,8 @@ import torch
 
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.models.adapter import adapter_state_dict
-from sat_train.models.lora import add_lora
 from sat_train.models.trainable import select_trainable
+from tests.networks import add_adapters
 from tests.unit.models.mixins import Branch, Fuser, Head
 from tests.unit.models.narrow import inputs, randomized
 
@@ -29,7 +29,7 @@ def _train(mesh: ProcessMesh, stage: int, added: str, compiled: bool) -> tuple[l
         for name, mixin in {"control": Branch(0, 1), "motion": Fuser(1), "head": Head()}.items():
             dit.add_mixin(name, mixin)
     if added == "lora":
-        add_lora(dit, rank=2, targets=(r"attention\.", r"mlp\."))
+        add_adapters(dit, rank=2, targets=(r"attention\.", r"mlp\."))
         with torch.no_grad():
             for key, matrix in adapter_state_dict(dit).items():
                 if "matrix_B" in key:

@@ -18,7 +18,7 @@ from sat_train.interchange.conversion import Conversion, convert
 from sat_train.interchange.locate import load_weights, read_transformer_weights
 from sat_train.interchange.sources import hash_weights
 from sat_train.models.adapter import adapter_state_dict
-from sat_train.models.lora import load_updates
+from sat_train.models.loaded_adapters import load_updates
 
 pytestmark = pytest.mark.ranks
 

@@ -170,11 +170,11 @@ def test_a_configuration_without_the_extension_does_not_know_its_parts(folder):
 LORA = "model.network_config.params.modules.lora_config"
 
 
-def rs_lora(folder: Path, name: str, steps: int, *words: str) -> list[str]:
-    choice = [f"{LORA}.target=RsLora", f"{LORA}.params.r=16", f"args.experiment_name={name}"]
+def fixed_lora(folder: Path, name: str, steps: int, *words: str) -> list[str]:
+    choice = [f"{LORA}.target=FixedLora", f"{LORA}.params.r=16", f"args.experiment_name={name}"]
     return [
         "--extension",
-        str(folder / "rs_lora.py"),
+        str(folder / "fixed_lora.py"),
         *choice,
         f"args.train_iters={steps}",
         *CONSTANT,
@@ -189,23 +189,23 @@ def plain_lora(folder: Path, name: str, alpha: float) -> list[str]:
 
 def test_a_lora_variant_from_outside_trains_resumes_and_exports(rank_pool, folder, tmp_path):
     run = partial(rank_pool(1), train_micro, folder)
-    run(rs_lora(folder, "rs", 4), "lora")
-    run(rs_lora(folder, "rsresumed", 2), "lora")
-    run(rs_lora(folder, "rsresumed", 4, "args.resume=must"), "lora")
-    run(plain_lora(folder, "scaled", 4.0), "lora")
+    run(fixed_lora(folder, "fixed", 4), "lora")
+    run(fixed_lora(folder, "fixedresumed", 2), "lora")
+    run(fixed_lora(folder, "fixedresumed", 4, "args.resume=must"), "lora")
+    run(plain_lora(folder, "scaled", 16.0), "lora")
     run(plain_lora(folder, "plain", 1.0), "lora")
-    assert losses(folder, "rs") == losses(folder, "rsresumed")
-    assert losses(folder, "rs") == losses(folder, "scaled"), "lora_alpha / sqrt(16) is 4 / 16"
-    assert losses(folder, "rs") != losses(folder, "plain")
-    ours, theirs = (read_lora(run_directory(folder, name)) for name in ("rs", "scaled"))
+    assert losses(folder, "fixed") == losses(folder, "fixedresumed")
+    assert losses(folder, "fixed") == losses(folder, "scaled"), "lora_alpha is 16 / 16"
+    assert losses(folder, "fixed") != losses(folder, "plain")
+    ours, theirs = (read_lora(run_directory(folder, name)) for name in ("fixed", "scaled"))
     assert ours.keys() == theirs.keys()
     for layer, parts in theirs.items():
         for mine, part in zip(ours[layer], parts, strict=True):
             assert torch.equal(mine.delta(), part.delta())
-    with pytest.raises(ConfigError, match=r"extensions\.rs_lora: expected `--extension rs_lora`"):
-        micro_run(folder, *without(rs_lora(folder, "rs", 6, "args.resume=must")), preset="lora")
+    with pytest.raises(ConfigError, match=r"extensions\.fixed_lora: expected `--extension fixed_lora`"):
+        micro_run(folder, *without(fixed_lora(folder, "fixed", 6, "args.resume=must")), preset="lora")
     with pytest.raises(ConfigError, match=r"params\.lora_alpa = 3: expected a key that exists; did you mean"):
-        micro_run(folder, *rs_lora(folder, "typo", 1, f"{LORA}.params.lora_alpa=3"), preset="lora")
+        micro_run(folder, *fixed_lora(folder, "typo", 1, f"{LORA}.params.lora_alpa=3"), preset="lora")
 
 
 def tracked(folder: Path, name: str, steps: int, *words: str) -> list[str]:

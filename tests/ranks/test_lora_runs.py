@@ -127,8 +127,8 @@ def test_a_run_resumes_on_its_base_after_that_has_moved(rank_pool, folder, tmp_p
 def _outputs(mesh: ProcessMesh, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what a model with weights of noise computes without and with the adapters of a file."""
     from sat_train.models.dit.sharding import full_shape, shard_weight
-    from sat_train.models.lora import add_lora, load_updates
-    from tests.networks import build_network
+    from sat_train.models.loaded_adapters import load_updates
+    from tests.networks import add_adapters, build_network
     from tests.unit.models.narrow import inputs
 
     dit = build_network()
@@ -137,7 +137,7 @@ def _outputs(mesh: ProcessMesh, folder: Path) -> tuple[torch.Tensor, torch.Tenso
         noise = 0.2 * torch.randn(whole, generator=torch.Generator().manual_seed(sum(map(ord, key))))
         parameter.copy_(shard_weight(key, noise, rank=mesh.model_rank, size=mesh.model_size))
     plain = dit.eval()(*inputs())
-    add_lora(dit, rank=6, alpha=2.0, targets=(r"query_key_value$", r"dense", r"mlp\."))
+    add_adapters(dit, rank=6, alpha=2.0, targets=(r"query_key_value$", r"dense", r"mlp\."))
     load_updates(dit, read_lora(folder / "lora.pt"))
     return plain, dit.eval()(*inputs())
 

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.errors import CheckpointError, ConfigError
-from sat_train.models.adapter import merge_adapters
+from sat_train.models.adapter import adapted_layers, merge_adapters
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.sharding import merge_shards, shard_weight, tensor_parallel_layout
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.lora import add_lora, lora_layers
-from tests.networks import build_network
+from tests.networks import add_adapters, build_network
 from tests.unit.models.mixins import Branch, Fuser, Remembering
 from tests.unit.models.narrow import inputs
 
@@ -36,7 +35,7 @@ def _noise_of(dit: torch.nn.Module) -> dict[str, Tensor]:
 def _build(positions: str, added: str) -> DiffusionTransformer:
     dit = build_network(positions=positions)
     if added == "lora":
-        add_lora(dit, rank=3, targets=TARGETS)
+        add_adapters(dit, rank=3, targets=TARGETS)
     if added == "modules":
         for name, mixin in {"control": Branch(0, 1), "motion": Fuser(0), "reference": Remembering(1)}.items():
             dit.add_mixin(name, mixin)
@@ -118,8 +117,8 @@ def test_replicated_weights_inside_attention_are_refused_under_tensor_parallelis
 
 def _initial(mesh: ProcessMesh) -> dict[str, Tensor]:
     dit = build_network(init_seed=11)
-    add_lora(dit, rank=3, targets=TARGETS, seed=11)
-    assert len(list(lora_layers(dit))) == 10
+    add_adapters(dit, rank=3, targets=TARGETS, seed=11)
+    assert len(list(adapted_layers(dit))) == 10
     return {key: parameter.detach() for key, parameter in dit.named_parameters()}
 
 
@@ -154,5 +153,5 @@ def test_a_weight_that_cannot_be_cut_is_an_error():
 def _adapted():
     start_single_process()
     dit = build_network(layers=1)
-    add_lora(dit, rank=4, targets=TARGETS)
+    add_adapters(dit, rank=4, targets=TARGETS)
     return dit

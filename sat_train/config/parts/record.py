@@ -33,6 +33,18 @@ def _one_to_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else list_to_tuple(value)
 
 
+def _one_number_to_tuple(value: Any) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (value,) if is_number else list_to_tuple(value)
+
+
+def _pairs_to_tuple(value: Any) -> Any:
+    """Turns a mapping, whose keys are names without dots, or a list of lists into pairs."""
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return tuple(map(list_to_tuple, value)) if isinstance(value, list) else value
+
+
 def _no_truth_value(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("literal_error", "true is not 1, and false is not 0")
@@ -64,6 +76,27 @@ Texts = Annotated[
     tuple[str, ...],
     BeforeValidator(_one_to_tuple),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+# One number may stand for a list of one.
+Numbers = Annotated[
+    tuple[float, ...],
+    BeforeValidator(_one_number_to_tuple),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}}]}),
+]
+# Pairs of a pattern and a number, the first match of which counts; a mapping where the patterns are names.
+_PAIRS = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "object", "additionalProperties": {"type": "number"}},
+            {"type": "array", "items": {"type": "array", "minItems": 2, "maxItems": 2}},
+        ]
+    }
+)
+PatternRanks = Annotated[
+    tuple[tuple[str, Annotated[int, Field(ge=1)]], ...], BeforeValidator(_pairs_to_tuple), _PAIRS
+]
+PatternAlphas = Annotated[
+    tuple[tuple[str, Annotated[float, Field(gt=0)]], ...], BeforeValidator(_pairs_to_tuple), _PAIRS
 ]
 # `16:9` without quotes is a number to base 60 in YAML.
 Aspects = Annotated[

@@ -11,6 +11,7 @@ from sat_train.config.parts.record import (
     FileName,
     Floats,
     HeightWidth,
+    Numbers,
     PlainName,
     Record,
     Text,
@@ -117,15 +118,15 @@ class ArgsConfig(Record):
         description="Where the base weights of the LoRA run in `load` or `resume` lie now, when they have "
         "moved; compared by hash.",
     )
-    load_lora: Text | None = Field(
+    load_lora: Texts | None = Field(
         None,
         description="LoRA adapters to start from or to sample with, on top of `load`: a file or folder of "
-        "ours, of diffusers, PEFT or kohya.",
+        "ours, of diffusers, PEFT or kohya. Several add up.",
     )
-    lora_strength: float = Field(
-        1.0,
-        allow_inf_nan=False,
-        description="Factor on the adapters of `load_lora`; 1 is as they were trained.",
+    lora_strength: Numbers = Field(
+        (1.0,),
+        min_length=1,
+        description="Factor on the adapters of `load_lora`: one for each, or one for all; 1 is as trained.",
     )
     resume: Text = Field(
         "none",

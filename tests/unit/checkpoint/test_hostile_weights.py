@@ -105,12 +105,14 @@ def test_a_hostile_header_of_a_lora_is_one_error(tmp_path: Path, text: str) -> N
         read_lora(tmp_path / "peft")
 
 
-def test_a_lora_header_with_an_alpha_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_a_lora_header_with_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
     name = "transformer.transformer_blocks.0.attn1.to_q"
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
-    for alpha in ("x", "nan", "-1", "0", "inf"):
-        save_file(tensors, tmp_path / "a.safetensors", metadata={"sat_train.lora_alpha": alpha})
-        with pytest.raises(CheckpointError, match=r"a\.safetensors: sat_train\.lora_alpha is not a positive"):
+    for scale in ("x", "NaN", "-1", "0", "Infinity", "[1]", "{}", '{"transformer.layers.0": 1}', "9" * 5000):
+        save_file(tensors, tmp_path / "a.safetensors", metadata={"sat_train.lora_scale": scale})
+        with pytest.raises(
+            CheckpointError, match=r"(?s)a\.safetensors: .*a positive number, or one for each"
+        ):
             read_lora(tmp_path / "a.safetensors")
 
 

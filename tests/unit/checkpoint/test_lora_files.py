@@ -13,20 +13,21 @@ from torch import Tensor
 from sat_train.config import load_run_config
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.interchange.adapter_export import updates_to_peft
 from sat_train.interchange.adapters import (
     check_merged,
     merge_updates,
     read_lora,
     updates_of,
-    updates_to_peft,
     without_adapters,
 )
 from sat_train.interchange.conversion import Conversion, convert
 from sat_train.interchange.locate import load_weights, read_transformer_weights
 from sat_train.models.build import build_dit
-from sat_train.models.lora import add_lora, add_lora_for, load_updates
+from sat_train.models.loaded_adapters import add_adapters_for, load_updates
 from sat_train.models.low_rank import stacked, strengthened
 from sat_train.weights.lazy import from_tensors
+from tests.networks import add_adapters
 from tests.unit.checkpoint.transformers import random_weights, write_sat_folder
 
 LORAS = Path(__file__).parent / "loras"
@@ -99,8 +100,8 @@ def test_every_spelling_merges_to_weight_plus_strength_times_alpha_over_rank_tim
             Path(config.args.load),
             tmp_path / "out",
             "diffusers",
-            lora=LORAS / name,
-            lora_strength=strength,
+            lora=(LORAS / name,),
+            lora_strength=(strength,),
             dtype=torch.float32,
             model=config.spec,
         )
@@ -133,14 +134,14 @@ def test_sampling_with_and_continuing_from_a_file_compute_what_merging_gives(
         return forward(dit)
 
     def continued(dit) -> None:
-        add_lora(dit, rank=16, alpha=1.0, targets=(*EVERYTHING, "final_layer.linear"))
+        add_adapters(dit, rank=16, alpha=1.0, targets=(*EVERYTHING, "final_layer.linear"))
         load_updates(dit, updates)
 
     merged = build_dit(config.spec, device="cpu", dtype=torch.float32, initialize=False)
     load_weights(merged, merge_updates(weights, updates, dtype=torch.float32), may_lack=merged.derived_keys())
     expected = forward(merged)
     assert (expected - built(lambda dit: None)).abs().max() > 1e-3, "this adapter must matter"
-    sampled = built(lambda dit: add_lora_for(dit, updates))
+    sampled = built(lambda dit: add_adapters_for(dit, updates))
     # fp32 sums in another order
     torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(built(continued), sampled, rtol=1e-4, atol=1e-4)

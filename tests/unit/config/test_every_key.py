@@ -24,6 +24,8 @@ NEVER = (".inf", "-.inf", ".nan", "1" + "0" * 30, "1" * 5000, "[.inf]", '"a\\0b"
 # The few notations that stand for another value, each documented in the schema.
 NOTATIONS = {
     "one text for a list of one": lambda value, kept: isinstance(value, str) and kept == [value],
+    "one number for a list of one": lambda value, kept: type(value) in (int, float) and kept == [value],
+    "a mapping for pairs": lambda value, kept: kept == [list(pair) for pair in value.items()],
     "a whole float": lambda value, kept: isinstance(value, float) and type(kept) is int and value == kept,
     "one number for a patch": lambda value, kept: type(value) is int and kept == [1, value, value],
     "off is false in YAML": lambda value, kept: value is False and kept == "off",
@@ -83,7 +85,7 @@ def safely(notation):
     def check(value, kept):
         try:
             return notation(value, kept)
-        except TypeError:
+        except (TypeError, AttributeError):
             return False
 
     return check

@@ -119,7 +119,8 @@ def test_each_part_of_the_page_takes_one_file_or_two_where_torch_begins(tmp_path
     write_extensions(tmp_path)
     files = [path.relative_to(tmp_path).parts[0].removesuffix(".py") for path in tmp_path.rglob("*.py")]
     one_file = dict.fromkeys(
-        ("rs_lora", "careful", "csv_tracker", "eta_ddim", "interval_guidance", "riflex", "late_timesteps"), 1
+        ("fixed_lora", "careful", "csv_tracker", "eta_ddim", "interval_guidance", "riflex", "late_timesteps"),
+        1,
     )
     assert Counter(files) == {"lion": 2, "brightness": 2, **one_file}
 

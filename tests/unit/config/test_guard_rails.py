@@ -90,6 +90,7 @@ class Case:
         return {**warned(config.notes), **warned(warnings_of_run(config, facts))}
 
 
+LORA = "model.network_config.params.modules.lora_config.params"
 BETAS = "deepspeed.optimizer.params.betas"
 CASES = [
     Case(
@@ -266,6 +267,15 @@ CASES = [
         facts=RunFacts(long_captions=0.03),
         clean_facts=RunFacts(long_captions=0.01),
     ),
+    Case(
+        "loaded_adapters_keep_their_scale",
+        (f"{LORA}.alpha_pattern={{dense: 2}}",),
+        (f"{LORA}.alpha_pattern={{dense: 64}}",),
+        r"lora_alpha = 1\.0: expected alpha / r = 0\.0078125 or 0\.5, at which .* not 0\.0078125 or 0\.0156",
+        preset="lora",
+        facts=RunFacts(adapter_scales=(1 / 128, 0.5)),
+        clean_facts=RunFacts(adapter_scales=(1 / 128, 0.5)),
+    ),
 ]
 IDS = [f"{case.name}-{case.preset}-{index}" for index, case in enumerate(CASES)]
 
@@ -340,8 +350,23 @@ def test_parts_and_sampling_are_not_judged() -> None:
 @pytest.mark.parametrize(("recipe", "rate"), [("sat_lora", 1e-3 / 128), ("diffusers_lora", 1e-5)])
 def test_lora_recipes_have_the_effective_rate_of_their_source(recipe: str, rate: float) -> None:
     config = load("5b", "lora", behind=(Path(f"configs/recipe/{recipe}.yaml"),))
-    params = config.spec.adapter.params
-    assert config.args.lr * params.alpha / params.r == pytest.approx(rate)
+    scales = config.spec.adapter.params.scales(config.spec.linear_layers())
+    assert [config.args.lr * scale for scale in scales] == pytest.approx([rate])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((f"{LORA}.use_rslora=true", "args.lr=1e-3"), ""),  # 1e-3 / sqrt(128) is 8.8e-5
+        ((f"{LORA}.use_rslora=true", "args.lr=2e-3"), r"scaled by alpha / sqrt\(r\), and at .* 1\.8e-04"),
+        ((f"{LORA}.rank_pattern={{dense: 4}}", "args.lr=1e-3"), r"an effective rate of 2\.5e-04"),
+        ((f"{LORA}.alpha_pattern={{dense: 0.01}}", "args.lr=1e-3"), r"rate of 7\.8e-08 a LoRA hardly learns"),
+        ((f"{LORA}.alpha_pattern={{dense: 4}}", "args.lr=1e-3"), ""),
+    ],
+)
+def test_the_effective_rate_is_that_of_the_most_extreme_layer(words: tuple[str, ...], says: str) -> None:
+    found = warned(load("5b", "lora", *words).notes).get("lora_rate_fits_its_scale", "")
+    assert re.search(says, found) if says else not found
 
 
 def documented(rule: Rule) -> str:

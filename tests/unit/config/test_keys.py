@@ -10,12 +10,10 @@ import pytest
 
 from sat_train.config.aliases import SAME
 from sat_train.config.catalog import Key, all_keys
-from sat_train.config.parts.adapter_parts import LoraParams
 from sat_train.config.parts.noise_schedule import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.parts.record import Record
 from sat_train.config.schema.encoder_slots import VideoCoderParams
 from sat_train.diffusion.schedule import zero_snr_alpha_bar
-from sat_train.models.lora import add_lora
 from sat_train.models.vae.video_vae import VideoVAE
 
 PACKAGE = Path(__file__).resolve().parents[3] / "sat_train"
@@ -52,7 +50,6 @@ def test_every_key_is_read() -> None:
 
 # A record, what is built from it, and the words that the two sides spell differently.
 BUILT: list[tuple[type[Record], object, dict[str, str]]] = [
-    (LoraParams, add_lora, {"r": "rank", "lora_alpha": "alpha"}),
     (
         VideoCoderParams,
         VideoVAE.__init__,

@@ -8,9 +8,9 @@ from sat_train.interchange.adapters import updates_of
 from sat_train.models.adapter import adapted_layers, adapter_state_dict, merge_adapters
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.stack import BlockStack
-from sat_train.models.lora import add_lora, add_lora_for, load_updates, lora_layers
+from sat_train.models.loaded_adapters import add_adapters_for, load_updates
 from sat_train.weights.lazy import from_tensors
-from tests.networks import SMALL, network_spec
+from tests.networks import SMALL, add_adapters, network_spec
 from tests.unit.models.narrow import inputs, randomized
 
 EVERYTHING = (r"attention\.", r"mlp\.", r"adaLN_modulations\.")
@@ -19,7 +19,7 @@ EVERYTHING = (r"attention\.", r"mlp\.", r"adaLN_modulations\.")
 def adapted(*, trained: bool, rank: int = 3, alpha: float = 1.0, **options):
     """Builds an adapted transformer; `trained` gives its B matrices values, which start at zero."""
     dit = randomized()
-    add_lora(dit, rank=rank, alpha=alpha, **options)
+    add_adapters(dit, rank=rank, alpha=alpha, **options)
     if trained:
         generator = torch.Generator().manual_seed(9)
         with torch.no_grad():
@@ -101,7 +101,7 @@ def test_all_gradients_reach_the_adapters():
 
 def test_adapters_stay_fp32_on_half_precision_weights():
     dit = randomized().to(torch.bfloat16)
-    add_lora(dit, rank=2)
+    add_adapters(dit, rank=2)
     assert {value.dtype for key, value in adapter_state_dict(dit).items() if "matrix" in key} == {
         torch.float32
     }
@@ -136,7 +136,7 @@ def test_a_pattern_that_matches_nothing_is_an_error():
     with pytest.raises(
         ConfigError, match=r"lora_config\.params\.targets = attn1: expected a pattern"
     ) as raised:
-        add_lora(randomized(), rank=2, targets=(r"attention\.dense$", "attn1", "to_q"))
+        add_adapters(randomized(), rank=2, targets=(r"attention\.dense$", "attn1", "to_q"))
     assert len(raised.value.faults) == 2
 
 
@@ -169,7 +169,7 @@ def test_adapters_keep_their_effect_in_a_model_of_another_alpha_or_a_higher_rank
     torch.testing.assert_close(fresh(*inputs()), trained(*inputs()), rtol=1e-5, atol=1e-5)
     own = adapter_state_dict(fresh)
     assert (own["mixins.lora.rank"], own["mixins.lora.alpha"]) == (rank, torch.tensor(alpha))
-    assert all((name, each.scale) == (name, alpha / rank) for name, each in lora_layers(fresh)), (
+    assert all(layer.adapter.scale == alpha / rank for _, layer in adapted_layers(fresh)), (
         "the scale that computes is the one that is exported"
     )
     spare = own["transformer.layers.0.attention.dense.matrix_A.0"][3:]
@@ -179,11 +179,11 @@ def test_adapters_keep_their_effect_in_a_model_of_another_alpha_or_a_higher_rank
 def test_a_model_gets_exactly_the_adapters_of_a_file():
     trained = adapted(trained=True, alpha=2.0, targets=(r"layers\.1\.attention\.dense$",))
     bare = randomized()
-    add_lora_for(bare, updates(adapter_state_dict(trained)))
+    add_adapters_for(bare, updates(adapter_state_dict(trained)))
     assert adapter_state_dict(bare).keys() == adapter_state_dict(trained).keys()
     assert torch.equal(bare(*inputs()), trained(*inputs()))
     with pytest.raises(CheckpointError, match="layers that this model does not have: nowhere"):
-        add_lora_for(randomized(), {"nowhere": next(iter(updates(adapter_state_dict(trained)).values()))})
+        add_adapters_for(randomized(), {"nowhere": next(iter(updates(adapter_state_dict(trained)).values()))})
 
 
 def test_adapters_that_do_not_fit_are_refused_whole():
@@ -200,7 +200,7 @@ def test_adapters_that_do_not_fit_are_refused_whole():
     ):
         load_updates(fresh, updates(short))
     del weights["transformer.layers.0.attention.dense.matrix_B.0"]
-    with pytest.raises(CheckpointError, match=r"layers\.0\.attention\.dense has 1 A and 0 B matrices"):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.attention\.dense has 1 matrix_A and 0 matrix_B"):
         load_updates(fresh, updates(weights))
     assert all(torch.equal(value, before[key]) for key, value in adapter_state_dict(fresh).items())
 
@@ -214,9 +214,9 @@ def test_merged_adapters_do_not_train():
 
 def test_adapts_on_the_meta_device():
     dit = randomized(device="meta", init_seed=None)
-    add_lora(dit, rank=2)
+    add_adapters(dit, rank=2)
     assert {value.device.type for value in dit.state_dict().values()} == {"meta"}
-    assert len(list(lora_layers(dit))) == 4
+    assert len(list(adapted_layers(dit))) == 4
 
 
 def test_adapters_go_to_the_base_and_not_into_a_branch_of_its_blocks():
@@ -227,5 +227,5 @@ def test_adapters_go_to_the_base_and_not_into_a_branch_of_its_blocks():
 
     dit = randomized()
     dit.add_mixin("branch", Branch())
-    add_lora(dit, rank=3)
+    add_adapters(dit, rank=3)
     assert {name.split(".")[0] for name, _ in adapted_layers(dit)} == {"transformer"}

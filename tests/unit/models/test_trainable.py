@@ -3,9 +3,8 @@
 import pytest
 
 from sat_train.errors import ConfigError
-from sat_train.models.lora import add_lora
 from sat_train.models.trainable import group_parameters, select_trainable
-from tests.networks import build_network
+from tests.networks import add_adapters, build_network
 from tests.unit.models.narrow import inputs
 
 
@@ -34,7 +33,7 @@ def test_prefixes_freeze_with_and_without_cogvideo_s_own(prefix):
 
 def test_all_leaves_the_adapters_alone():
     dit = build_network()
-    add_lora(dit, rank=2)
+    add_adapters(dit, rank=2)
     summary = select_trainable(dit, not_trainable_prefixes=["all"])
     assert all("matrix_" in name for name in trainable_names(dit))
     assert summary.num_trainable == 2 * (3 * 2 + 1 * 2) * 64 * 2
@@ -77,7 +76,7 @@ def test_matrices_decay_and_vectors_do_not():
 def test_there_is_no_empty_group():
     """A torch schedule counts groups that DeepSpeed drops."""
     dit = build_network()
-    add_lora(dit, rank=2)
+    add_adapters(dit, rank=2)
     select_trainable(dit, not_trainable_prefixes=["all"])
     groups = group_parameters(dit, weight_decay=0.1)
     assert [group.name for group in groups] == ["decay"]
