@@ -65,6 +65,7 @@ def read_lora_modules(weights: LazyWeights, file: Path) -> dict[str, LowRank]:
     Raises:
         CheckpointError: An unknown key, half a pair, or a kind of adapter that is not LoRA.
     """
+    config = _read_config(file)  # says which kind of adapter it is, where unknown keys do not
     modules: dict[str, _AdapterPair] = {}
     unknown = [key for key in weights if not _sort(key, weights, modules)]
     if unknown:
@@ -74,7 +75,6 @@ def read_lora_modules(weights: LazyWeights, file: Path) -> dict[str, LowRank]:
             expected="pairs such as lora_A, lora_B or lora_down, lora_up, and alphas",
             remedy="export the adapter as plain LoRA, without DoRA, biases or whole weights",
         )
-    config = _read_config(file)
     return {module: _low_rank(module, parts, config, weights.where) for module, parts in modules.items()}
 
 
@@ -163,4 +163,5 @@ def _check_plain_lora(settings: Mapping[str, Any], file: Path) -> None:
             raise CheckpointError(
                 f"{file} says {kind}",
                 expected="a plain LoRA: weight + alpha / r * B @ A on the released weights",
+                remedy="of a run of sat_train, name the run or its step instead of its export",
             )

@@ -48,11 +48,11 @@ def narrow_model(preset: str, words: tuple[str, ...] = ()) -> ModelSpec:
     ).spec
 
 
-def lora_words(*, rank: int, alpha: float, targets: str) -> tuple[str, ...]:
+def lora_words(*, rank: int, alpha: float, targets: str, kind: str = "Lora") -> tuple[str, ...]:
     """Returns what a command line says to get adapters."""
     return (
         "model.not_trainable_prefixes=[all]",
-        f"{_LORA}.target=Lora",
+        f"{_LORA}.target={kind}",
         f"{_LORA}.params.r={rank}",
         f"{_LORA}.params.lora_alpha={alpha}",
         f"{_LORA}.params.targets={targets}",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.models.adapter import adapter_state_dict
+from sat_train.models.adapter import adapter_state_dict, start_adapters
 from sat_train.models.trainable import select_trainable
 from tests.networks import add_adapters
 from tests.unit.models.mixins import Branch, Fuser, Head
@@ -28,13 +28,14 @@ def _train(mesh: ProcessMesh, stage: int, added: str, compiled: bool) -> tuple[l
     if added == "modules":
         for name, mixin in {"control": Branch(0, 1), "motion": Fuser(1), "head": Head()}.items():
             dit.add_mixin(name, mixin)
-    if added == "lora":
-        add_adapters(dit, rank=2, targets=(r"attention\.", r"mlp\."))
+    if added in ("Lora", "Dora", "Pissa"):
+        add_adapters(dit, added, rank=2, targets=(r"attention\.", r"mlp\."))
+        start_adapters(dit, mesh, seed=0)
         with torch.no_grad():
             for key, matrix in adapter_state_dict(dit).items():
                 if "matrix_B" in key:
                     matrix.fill_(0.1)
-    select_trainable(dit, not_trainable_prefixes=["all"] if added == "lora" else [])
+    select_trainable(dit, not_trainable_prefixes=["all"] if added in ("Lora", "Dora", "Pissa") else [])
     if compiled:
         dit.compile_blocks(backend="aot_eager")
     config = {
@@ -54,11 +55,12 @@ def _train(mesh: ProcessMesh, stage: int, added: str, compiled: bool) -> tuple[l
     return losses, dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("added", ["base", "lora", "modules"])
+@pytest.mark.parametrize("added", ["base", "Lora", "Dora", "Pissa", "modules"])
 def test_every_stage_and_compiled_blocks_give_the_same_losses(rank_pool, added):
     expected, _, _ = rank_pool(1)(_train, 1, added, False)[0]
     assert expected[2] < expected[1] < expected[0]
-    for stage, compiled in ((1, True), (2, True), (3, False)):
+    others = {"Dora": ((1, True), (3, False)), "Pissa": ((3, False),)}  # what they have of their own
+    for stage, compiled in others.get(added, ((1, True), (2, True), (3, False))):
         losses, breaks, graphs = rank_pool(1)(_train, stage, added, compiled)[0]
         assert losses == pytest.approx(expected, rel=1e-5), (stage, compiled)  # fp32, sums in another order
         assert not breaks

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from sat_train.checkpoint.manifest import read_manifest
-from sat_train.distributed.processes import ProcessMesh, stop_processes
+from sat_train.distributed.processes import ProcessMesh, start_single_process, stop_processes
 from sat_train.interchange.adapters import read_lora
 from sat_train.training.callbacks.metrics_file import read_metrics
-from tests.ranks.micro import train_micro, write_micro
+from sat_train.training.models import build_trained_dit, find_start_weights
+from sat_train.training.resume import find_resumed
+from tests.ranks.micro import micro_run, train_micro, write_micro
 
 pytestmark = pytest.mark.ranks
 
 LORA = "model.network_config.params.modules.lora_config.params"
+KIND = "model.network_config.params.modules.lora_config.target={}"
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +168,72 @@ def test_adapters_from_a_file_are_cut_over_the_ranks_of_the_model_axis(rank_pool
     for _, output in rank_pool(2)(_outputs, tmp_path, model_parallel_size=2):
         # fp32 sums over two slices
         torch.testing.assert_close(output, whole, rtol=1e-4, atol=1e-4)
+
+
+VARIANTS = {
+    "patterns": [
+        f"{LORA}.use_rslora=true",
+        f"{LORA}.rank_pattern={{dense: 2}}",
+        f"{LORA}.alpha_pattern=[['query', 2]]",
+        f"{LORA}.dropout=0.2",
+    ],
+    "dora": [KIND.format("Dora"), f"{LORA}.use_rslora=true", "args.zero_stage=2", "args.fp16=true"],
+    "pissa": [
+        KIND.format("Pissa"),
+        f"{LORA}.rank_pattern={{dense: 2}}",
+        "args.zero_stage=3",
+        "args.bf16=true",
+    ],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_resumes_bit_for_bit_and_keeps_its_average(rank_pool, folder, variant):
+    steady = ["args.lr=3e-3", "args.lr_decay_style=constant", "args.ema_decay=0.5"]
+    words = [*VARIANTS[variant], *steady]
+    straight = train(rank_pool, folder, f"{variant}straight", *words, "args.train_iters=5")
+    train(rank_pool, folder, variant, *words, "args.train_iters=2")
+    resumed = train(rank_pool, folder, variant, *words, "args.train_iters=5", "args.resume=must")
+    losses = [[each["loss"] for each in read_metrics(run / "metrics.jsonl")] for run in (straight, resumed)]
+    assert losses[0] == losses[1]
+    for ema in (False, True):
+        ours, expected = (read_lora(run, ema=ema) for run in (resumed, straight))
+        assert ours.keys() == expected.keys()
+        for layer, parts in expected.items():
+            for part, other in zip(ours[layer], parts, strict=True):
+                assert torch.equal(part.delta(), other.delta())
+                assert part.delta().any(), "these adapters must have trained"
+                assert part.magnitude is None or torch.equal(part.magnitude, other.magnitude)
+    if variant == "patterns":
+        more = train(rank_pool, folder, "patternsmore", *words, f"args.load={straight}", *ONE_STEP)
+        check_same_adapters(more, straight)
+    if variant == "pissa":
+        check_principal_vectors_are_those_of_the_checkpoint(folder, words)
+
+
+def check_principal_vectors_are_those_of_the_checkpoint(folder: Path, words: list[str]) -> None:
+    """A checkpoint holds them in the run's bf16; the weights of the base would give others."""
+    name = ["args.experiment_name=pissa", "args.resume=must", f"{LORA}.r=4", "args.train_iters=6"]
+    config = micro_run(folder, *words, *name, preset="lora")
+    mesh = start_single_process()
+    dit = build_trained_dit(config, mesh, find_start_weights(config, mesh, find_resumed(config)))
+    stop_processes()
+    own = {key: value for key, value in dit.state_dict().items() if ".principal_" in key}
+    assert own
+    assert all(torch.equal(value, value.bfloat16().float()) for value in own.values())
+
+
+def test_a_run_warns_by_name_of_adapters_that_were_trained_at_another_scale(folder, first, caplog):
+    def warnings(*words: str) -> list[str]:
+        caplog.clear()
+        config = micro_run(folder, f"args.load={first}", f"{LORA}.r=4", *words, preset="lora")
+        mesh = start_single_process()
+        build_trained_dit(config, mesh, find_start_weights(config, mesh))
+        stop_processes()
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings(f"{LORA}.lora_alpha=128") == []
+    (warning,) = warnings()
+    assert "alpha / r = 32, at which" in warning
+    assert "args.silence=[loaded_adapters_keep_their_scale]" in warning
+    assert warnings("args.silence=[loaded_adapters_keep_their_scale]") == []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.errors import CheckpointError, ConfigError
-from sat_train.models.adapter import adapted_layers, merge_adapters
+from sat_train.models.adapter import adapted_layers, merge_adapters, start_adapters
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.sharding import merge_shards, shard_weight, tensor_parallel_layout
 from sat_train.models.dit.transformer import DiffusionTransformer
@@ -27,6 +29,9 @@ def _noise(key: str, shape: torch.Size) -> Tensor:
     return 0.2 * torch.randn(shape, generator=generator)
 
 
+ADAPTERS = {"lora": "Lora", "dora": "Dora", "pissa": "Pissa"}
+
+
 def _noise_of(dit: torch.nn.Module) -> dict[str, Tensor]:
     """Whole weights for a model on one rank."""
     return {key: _noise(key, parameter.shape) for key, parameter in dit.named_parameters()}
@@ -34,8 +39,9 @@ def _noise_of(dit: torch.nn.Module) -> dict[str, Tensor]:
 
 def _build(positions: str, added: str) -> DiffusionTransformer:
     dit = build_network(positions=positions)
-    if added == "lora":
-        add_adapters(dit, rank=3, targets=TARGETS)
+    if added in ADAPTERS:
+        rank_pattern = [["mlp", 2], ["attention.dense", 4]]
+        add_adapters(dit, ADAPTERS[added], rank=3, rank_pattern=rank_pattern, targets=TARGETS)
     if added == "modules":
         for name, mixin in {"control": Branch(0, 1), "motion": Fuser(0), "reference": Remembering(1)}.items():
             dit.add_mixin(name, mixin)
@@ -51,12 +57,13 @@ def _run(
         with torch.no_grad():
             for key, parameter in dit.named_parameters():
                 parameter.copy_(shard_weight(key, weights[key], rank=mesh.model_rank, size=mesh.model_size))
+    start_adapters(dit, mesh, seed=0)
     output = dit(*inputs())
     output.square().mean().backward()
     marked = {key for key, parameter in dit.named_parameters() if getattr(parameter, "model_parallel", False)}
     assert marked == {key for key, _ in dit.named_parameters() if tensor_parallel_layout(key)}
     merged = None
-    if added == "lora":
+    if added in ADAPTERS:
         merge_adapters(dit.eval())
         merged = dit(*inputs()).detach()
     gradients = {key: parameter.grad for key, parameter in dit.named_parameters()}
@@ -68,8 +75,13 @@ def _on_rank(mesh: ProcessMesh, weights: dict[str, Tensor], positions: str, adde
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("added", ["base", "lora", "modules"])
-@pytest.mark.parametrize("positions", ["sincos", "rotary_learned"])
+@pytest.mark.parametrize(
+    ("positions", "added"),
+    [
+        *itertools.product(("sincos", "rotary_learned"), ("base", "lora", "modules")),
+        *itertools.product(("sincos",), ("dora", "pissa")),
+    ],
+)
 def test_two_ranks_compute_what_one_does(rank_pool, positions, added):
     mesh = start_single_process()
     weights = _noise_of(_build(positions, added))
@@ -77,7 +89,7 @@ def test_two_ranks_compute_what_one_does(rank_pool, positions, added):
     results = rank_pool(2)(_on_rank, weights, positions, added, model_parallel_size=2)
     for output, _, merged_here in results:
         assert torch.allclose(output, expected, atol=TOLERANCE * expected.abs().max())
-        if added == "lora":
+        if added in ADAPTERS:
             assert torch.allclose(merged_here, merged, atol=TOLERANCE * merged.abs().max())
     # without rotation a bias of all keys has no effect: its gradient is zero, noise in fp32
     floor = 1e-3 * max(gradient.abs().max() for gradient in gradients.values())
