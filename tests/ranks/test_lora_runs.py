@@ -177,7 +177,7 @@ VARIANTS = {
         f"{LORA}.alpha_pattern=[['query', 2]]",
         f"{LORA}.dropout=0.2",
     ],
-    "dora": [KIND.format("Dora"), f"{LORA}.use_rslora=true", "args.zero_stage=2", "args.fp16=true"],
+    "dora": [KIND.format("Dora"), f"{LORA}.use_rslora=true", "args.zero_stage=2", "args.bf16=true"],
     "pissa": [
         KIND.format("Pissa"),
         f"{LORA}.rank_pattern={{dense: 2}}",
