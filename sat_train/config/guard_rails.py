@@ -274,7 +274,7 @@ def rate_is_not_scaled_with_the_batch(config: ParsedConfig) -> Iterator[Fault]:
     is_adam = config.deepspeed.optimizer.type in _ADAM
     if not (_trains(config) and _release(config) and is_adam and clips is not None):
         return
-    scale = 1.0 if adapter is None else adapter.params.alpha / adapter.params.r
+    scale = 1.0 if adapter is None else adapter.params.scale(adapter.params.r, adapter.params.lora_alpha)
     known = _KNOWN_SFT_RATES if adapter is None else (*(rate / 128 for rate in _SAT_LORA_RATES), 1e-5)
     usual = (*known, _LORA_RATES[1])
     if any(math.isclose(lr * scale, rate, rel_tol=1e-3) for rate in usual):
