@@ -156,33 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dest", type=Path, help="folder to create")
     parser.add_argument("--to", choices=("diffusers", "sat"), required=True)
-    parser.add_argument("--merge-lora", action="store_true", help="add the adapters to the weights")
-    parser.add_argument(
-        "--lora",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="PATH",
-        help="add the adapters of these LoRA files or folders: to those of the source, which are written "
-        "as one file, or to the weights, if the source has none or with --merge-lora",
-    )
-    parser.add_argument(
-        "--lora-strength",
-        type=_finite,
-        nargs="+",
-        default=(1.0,),
-        metavar="X",
-        help="factor on the adapters of --lora: one for each, or one for all",
-    )
-    parser.add_argument(
-        "--strength", type=_finite, default=1.0, metavar="X", help="factor on the adapters of the source"
-    )
-    parser.add_argument(
-        "--lora-rank",
-        type=_positive,
-        metavar="R",
-        help="truncate adapters that are written as a file to this rank (default: their exact sum)",
-    )
+    _add_adapter_words(parser)
     parser.add_argument(
         "--load-base", type=Path, metavar="PATH", help="present place of a LoRA run's base weights"
     )
@@ -210,6 +184,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--accept-changed-extension", action="store_true", help="although its files differ")
     return parser
+
+
+def _add_adapter_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--merge-lora", action="store_true", help="add the adapters to the weights")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help="add the adapters of these LoRA files or folders: to those of the source, which are written "
+        "as one file, or to the weights, if the source has none or with --merge-lora",
+    )
+    parser.add_argument(
+        "--lora-strength",
+        type=_finite,
+        nargs="+",
+        default=(1.0,),
+        metavar="X",
+        help="factor on the adapters of --lora: one for each, or one for all",
+    )
+    parser.add_argument(
+        "--strength", type=_finite, default=1.0, metavar="X", help="factor on the adapters of the source"
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=_positive,
+        metavar="R",
+        help="truncate adapters that are written as a file to this rank (default: their exact sum)",
+    )
 
 
 def _positive(text: str) -> int:
