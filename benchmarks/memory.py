@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py                                             # every model of the family
     python benchmarks/memory.py --base configs/model/cogvideox_5b.yaml      # one
+    python benchmarks/memory.py --recompute                                 # by args.checkpoint_activations
 
 Every tensor that our own code makes is counted while it lives, at the model's own size. Attention counts as a
-flash kernel's does (inputs, output and one float a row). Not counted: workspaces of libraries, fragmentation.
+flash kernel's does. Not counted: workspaces of libraries, fragmentation.
 These are computed figures; docs/benchmarks.md has the measured ones.
 """
 
@@ -81,26 +82,15 @@ class LivingTensors(TorchDispatchMode):
         self._now -= size
 
 
-class FlashLikeAttention(torch.autograd.Function):
-    """Takes and keeps the memory that a flash kernel takes and keeps; computes nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(query)
-        log_sum = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-        ctx.save_for_backward(query, key, value, out, log_sum)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+def _flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    return out
 
 
 @contextmanager
 def _counting(module: torch.nn.Module) -> Iterator[LivingTensors]:
     attention = "torch.nn.functional.scaled_dot_product_attention"
-    with mock.patch(attention, FlashLikeAttention.apply), LivingTensors(module) as living:
+    with mock.patch(attention, _flash_attention), LivingTensors(module) as living:
         yield living
 
 
@@ -179,7 +169,8 @@ def _build_dit(config: RunConfig, *, layers: int | None = None) -> DiffusionTran
         replace(config.spec, layers=layers or config.spec.layers),
         device="meta",
         dtype=torch.bfloat16,
-        activation_checkpointing=config.args.checkpoint_activations,
+        recompute=config.args.checkpoint_activations,
+        recompute_every=config.args.checkpoint_every,
         initialize=False,
     )
     select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
@@ -247,10 +238,10 @@ def real_models() -> list[Path]:
     return sorted(path for path in (CONFIGS / "model").glob("*.yaml") if "tiny" not in path.stem)
 
 
-def load(model: str | Path, recipe: str) -> RunConfig:
+def load(model: str | Path, recipe: str, *words: str) -> RunConfig:
     """Reads a model file with a recipe, placeholders and all."""
     files = [model, CONFIGS / f"{recipe}.yaml"]
-    return load_run_config(files, purpose="check", check_paths=False)
+    return load_run_config(files, words, purpose="check", check_paths=False)
 
 
 @dataclass(frozen=True)
@@ -309,13 +300,29 @@ def hardware_lines(model: Path) -> str:
 """
 
 
+def recompute_row(model: Path, recipe: str, *, gpus: int) -> str:
+    """Returns the GB of one GPU at one sample, by what is recomputed, as a row of a table."""
+    cells = []
+    for policy in ("off", "gemm", "attention", "full"):
+        config = load(model, recipe, f"args.checkpoint_activations={policy}")
+        need = training_need(config, gpus=gpus, passes=count_passes(config, batch_size=1))
+        cells.append(str(_whole(need.cached)))
+    return f"| {model.stem}, {recipe}, {gpus} GPUs | {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", nargs="+", type=Path, help="model files; the whole family when left out")
-    models = parser.parse_args().base or real_models()
+    parser.add_argument("--recompute", action="store_true", help="off, gemm, attention, full side by side")
+    options = parser.parse_args()
+    models = options.base or real_models()
     start_single_process()
+    if options.recompute:
+        for model in models:
+            print(recompute_row(model, "sft", gpus=8), recompute_row(model, "lora", gpus=1), sep="\n")
+        return
     for model in models:
         print(f"{model.stem}\n{hardware_lines(model)}", flush=True)
 

@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5, help="timed steps; the fastest is printed")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
-    parser.add_argument("--checkpoint", action="store_true", help="checkpoint activations")
+    parser.add_argument("--recompute", default="off", help="off, gemm, attention or full")
     return parser.parse_args()
 
 
@@ -44,7 +44,7 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[ModelSpec,
     config = load_run_config(options.base, words, purpose="check", check_paths=False)
     spec, data = config.spec, config.require_data().params
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dit = build_dit(spec, device=device, dtype=dtype, activation_checkpointing=options.checkpoint)
+    dit = build_dit(spec, device=device, dtype=dtype, recompute=options.recompute)
     select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
     if options.compile:
         dit.compile_blocks()

@@ -23,14 +23,22 @@ TRAINING_ONLY = frozenset(
         *("train_iters", "epochs", "batch_size", "gradient_accumulation_steps", "lr", "weight_decay"),
         *("clip_grad", "warmup", "lr_decay_style", "lr_decay_iters", "lr_decay_ratio", "ema_decay"),
         *("lr_decay_power", "lr_decay_cycles", "lr_decay_share"),
-        *("zero_stage", "checkpoint_activations", "compile", "experiment_name", "resume", "save"),
-        *("save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb", "callbacks"),
+        *("zero_stage", "checkpoint_activations", "checkpoint_every", "compile", "experiment_name", "resume"),
+        *("save", "save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb"),
+        "callbacks",
         *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "eval_timesteps"),
         *("valid_prompts", "valid_images", "valid_video_interval", "train_data", "train_data_weights"),
         *("clip_ledger", "keep_best", "early_stop_patience", "early_stop_min_delta"),
         *("valid_data", "split", "num_workers", "prefetch_factor"),
     }
 )
+
+
+@rule("args.checkpoint_activations", "args.checkpoint_every")
+def something_is_recomputed(config: ParsedConfig) -> Iterator[Fault]:
+    every = config.args.checkpoint_every
+    if every > 1 and config.args.checkpoint_activations == "off":
+        yield config.fault("args.checkpoint_every", every, "1: args.checkpoint_activations is off")
 
 
 @rule("args.fp16", "args.bf16", "deepspeed.fp16", "deepspeed.bf16")

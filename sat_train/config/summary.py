@@ -120,7 +120,9 @@ def _rate(config: RunConfig, facts: RunFacts) -> str:
 def _memory(config: RunConfig) -> str:
     args = config.args
     parts = [f"ZeRO-{args.zero_stage}"]
-    parts += ["activations recomputed"] * args.checkpoint_activations
+    if args.checkpoint_activations != "off":
+        some = "" if args.checkpoint_every == 1 else f" in one block of {args.checkpoint_every}"
+        parts.append(f"activations recomputed ({args.checkpoint_activations}){some}")
     parts += [f"tensor parallel over {args.model_parallel_size}"] * (args.model_parallel_size > 1)
     return ", ".join(parts)
 

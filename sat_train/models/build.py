@@ -6,6 +6,7 @@ import torch
 
 from sat_train.config import ArgsConfig, ModelSpec
 from sat_train.config.parts.adapter_parts import AdapterConfig
+from sat_train.config.parts.record import Recompute
 from sat_train.distributed.seeds import derive_seed
 from sat_train.models.adapter import add_adapters
 from sat_train.models.dit.sat_layers import building
@@ -17,7 +18,8 @@ def build_dit(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    activation_checkpointing: bool = False,
+    recompute: Recompute = "off",
+    recompute_every: int = 1,
     seed: int = 0,
     initialize: bool = True,
     with_adapters: bool = True,
@@ -28,7 +30,8 @@ def build_dit(
         spec: The numbers of the model.
         device: Where the weights live; `meta` costs neither time nor memory.
         dtype: Dtype of the weights; adapters are fp32.
-        activation_checkpointing: See `DiffusionTransformer`.
+        recompute: See `DiffusionTransformer`.
+        recompute_every: See `DiffusionTransformer`.
         seed: Seed of the initial weights.
         initialize: False leaves the transformer's weights unset, for loading over; adapters are always set.
         with_adapters: False leaves the model's adapters out: the weights bring their own.
@@ -40,7 +43,8 @@ def build_dit(
     """
     dit = DiffusionTransformer(
         spec,
-        activation_checkpointing=activation_checkpointing,
+        recompute=recompute,
+        recompute_every=recompute_every,
         device=device,
         dtype=dtype,
         init_seed=seed if initialize else None,

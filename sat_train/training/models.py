@@ -150,7 +150,8 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
         config.spec,
         device=mesh.device,
         dtype=compute_dtype(config.args),
-        activation_checkpointing=config.args.checkpoint_activations,
+        recompute=config.args.checkpoint_activations,
+        recompute_every=config.args.checkpoint_every,
         seed=config.args.seed,
         initialize=start.located is None and start.resumed is None,
     )

@@ -24,7 +24,7 @@ def _train(mesh: ProcessMesh, stage: int, added: str, compiled: bool) -> tuple[l
     torch._dynamo.reset()
     counters.clear()
     # ZeRO-3 gathers every weight where a module computes: the learned table and the adapters among them
-    dit = randomized(positions="rotary_learned", activation_checkpointing=True)
+    dit = randomized(positions="rotary_learned", recompute="full")
     if added == "modules":
         for name, mixin in {"control": Branch(0, 1), "motion": Fuser(1), "head": Head()}.items():
             dit.add_mixin(name, mixin)

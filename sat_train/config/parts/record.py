@@ -56,6 +56,10 @@ def false_to_off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _truth_to_policy(value: Any) -> Any:
+    return {True: "full", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 def _base_60_to_aspect(value: Any) -> Any:
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return f"{value // 60}:{value % 60}" if is_number else value
@@ -110,5 +114,11 @@ Text = str
 FileName = Annotated[str, Field(pattern=FILE_NAME)]
 # Key of a mapping, which is a part of a dotted path.
 PlainName = Annotated[str, Field(pattern=PLAIN_NAME)]
+# CogVideo's files have a truth value here.
+Recompute = Annotated[
+    Literal["off", "gemm", "attention", "full"],
+    BeforeValidator(_truth_to_policy),
+    WithJsonSchema({"enum": ["off", "gemm", "attention", "full", True, False]}),
+]
 # Pydantic by itself accepts true as 1 and false as 0.
 ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth_value)]

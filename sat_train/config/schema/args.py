@@ -13,6 +13,7 @@ from sat_train.config.parts.record import (
     HeightWidth,
     Numbers,
     PlainName,
+    Recompute,
     Record,
     Text,
     Texts,
@@ -94,8 +95,14 @@ class ArgsConfig(Record):
     fp16: bool = Field(False, description="Compute in float16 with a loss scale.")
     bf16: bool = Field(False, description="Compute in bfloat16.")
     zero_stage: ZeroStage = Field(1, description="DeepSpeed ZeRO stage. 0 works in fp32 only.")
-    checkpoint_activations: bool = Field(
-        False, description="Compute activations again in the backward pass instead of keeping them."
+    checkpoint_activations: Recompute = Field(
+        "off",
+        description="What the backward pass computes again instead of keeping it. full (or true): all but "
+        "the input of each block; attention: all but that and the output of attention; gemm: all but the "
+        "outputs of matrix products and attention; off (or false): nothing.",
+    )
+    checkpoint_every: int = Field(
+        1, ge=1, description="Recompute one block in so many; 2: every second block keeps its activations."
     )
     compile: Annotated[Literal["off", "blocks"], BeforeValidator(false_to_off)] = Field(
         "off", description="blocks: torch.compile on each DiT block."

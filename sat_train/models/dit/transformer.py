@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sat_train.config import NetworkSpec
+from sat_train.config.parts.record import Recompute
 from sat_train.models.dit.block import AdaLNLayer, DitBlock
 from sat_train.models.dit.context import BlockContext, ForwardContext, cast_extras
 from sat_train.models.dit.embedding import FinalLayer, PatchEmbed, PatchGrid, timestep_features
@@ -18,6 +18,7 @@ from sat_train.models.dit.hooks import OWNERS, HookOrder, Hooks, check_mixin
 from sat_train.models.dit.initialization import initialize_weights
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.positions import PositionEmbedding
+from sat_train.models.dit.recompute import recomputing
 from sat_train.models.dit.sat_layers import NORM_EPS, build_layers, building
 
 
@@ -28,7 +29,8 @@ class DiffusionTransformer(BaseModel):
         spec: Its numbers; a `ModelSpec` works too.
         hook_order: By hook, names of the modules around it, outermost first; required where there are
             several.
-        activation_checkpointing: Keep only each block's input and compute the rest again in the backward.
+        recompute: What the backward of a block computes again, see `recomputing`.
+        recompute_every: One block in so many is recomputed; the others keep everything.
         device: Where parameters live; `meta` costs neither time nor memory.
         dtype: Dtype of parameters and of computation.
         init_seed: Seed of the initial weights, the same numbers on any device and mesh. None leaves them
@@ -44,7 +46,8 @@ class DiffusionTransformer(BaseModel):
         spec: NetworkSpec,
         *,
         hook_order: HookOrder | None = None,
-        activation_checkpointing: bool = False,
+        recompute: Recompute = "off",
+        recompute_every: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         init_seed: int | None = 0,
@@ -55,8 +58,8 @@ class DiffusionTransformer(BaseModel):
             super().__init__(None, transformer=layers)
             self.spec = spec
             self.hook_order: HookOrder = hook_order or {}
-            self.activation_checkpointing = activation_checkpointing
-            self.run_block = self._run_block
+            self.recompute, self.recompute_every = recompute, recompute_every
+            self._run = recomputing
             self.time_embed = _two_layers(spec.width, spec.time_width)
             if spec.ofs_width is not None:
                 self.ofs_embed = _two_layers(spec.ofs_width, spec.ofs_width)
@@ -171,11 +174,17 @@ class DiffusionTransformer(BaseModel):
         rotation_lk2 = positions.rotation(grid, text_length, emb_bd.device)
         return BlockContext(emb_bd, rotation_lk2, grid, text_length)
 
+    def run_block(self, block: DitBlock, hidden_bld: Tensor, context: BlockContext) -> Tensor:
+        """Runs a block, or one of a `BlockStack`: compiled and recomputed as the model is."""
+        # decided outside of the graph: one that reads the index is compiled for each block
+        recompute = "off" if block.index % self.recompute_every else self.recompute
+        return self._run(block, hidden_bld, context, recompute=recompute)
+
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles the block, once for all layers, for each size and mode. Call it before DeepSpeed."""
         # training and sampling of a dozen sizes; past the limit torch falls back to eager silently
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.run_block = torch.compile(self._run_block, backend=backend, dynamic=False)
+        self._run = torch.compile(recomputing, backend=backend, dynamic=False)
 
     def add_mixin(self, name: str, new_mixin: BaseMixin, reinit: bool = False) -> None:
         """Adds a module under `mixins.NAME`, as SAT's method does. The order of additions has no effect.
@@ -218,13 +227,6 @@ class DiffusionTransformer(BaseModel):
             twice = sorted(extras.keys() & forward.extras.keys())
             assert not twice, f"extras {', '.join(twice)} are set twice: name them after the module"
             forward.extras.update(extras)
-
-    def _run_block(self, block: DitBlock, hidden_bld: Tensor, context: BlockContext) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            hidden_bld = checkpoint(block, hidden_bld, context, use_reentrant=False)
-        else:
-            hidden_bld = block(hidden_bld, context)
-        return hidden_bld
 
     def _add_layers(self) -> None:
         spec = self.spec

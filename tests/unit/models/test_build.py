@@ -58,9 +58,9 @@ def test_settings_reach_the_transformer():
         load("model/cogvideox_2b", words=words).spec,
         device="meta",
         dtype=torch.float32,
-        activation_checkpointing=True,
+        recompute="full",
     )
-    assert dit.activation_checkpointing
+    assert dit.recompute == "full"
     assert dit.mixins["pos_embed"].size_policy == "interpolate"
     assert dit.mixins["pos_embed"].interpolation == (1.0, 1.875, 1.875)
 

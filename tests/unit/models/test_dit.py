@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sat_train.errors import ConfigError
 from sat_train.models.dit.elementwise import rotate_pairs
@@ -131,23 +132,49 @@ def test_patch_weight_loads_in_either_shape():
         other.load_state_dict(weights)
 
 
+class Operations(TorchDispatchMode):
+    """Counts attention and matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.attention += "attention" in name and "backward" not in name
+        self.products += name in ("mm", "addmm", "bmm")
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("positions", ["sincos", "rotary_learned"])
-def test_activation_checkpointing_changes_no_number(positions):
-    plain = randomized(positions=positions)
-    saving = randomized(positions=positions, activation_checkpointing=True)
-    for dit in (plain, saving):
-        dit(*inputs()).square().sum().backward()
-    for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
+def test_recomputing_changes_no_number_and_computes_only_what_it_says(positions):
+    policies = [("off", 1), ("gemm", 1), ("attention", 1), ("full", 1), ("full", 2)]
+    dits = [randomized(positions=positions, layers=4, recompute=p, recompute_every=n) for p, n in policies]
+    counts = []
+    for dit in dits:
+        with Operations() as counted:
+            dit(*inputs()).square().sum().backward()
+        counts.append((counted.attention, counted.products))
+        for (name, a), (_, b) in zip(dits[0].named_parameters(), dit.named_parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad), name
+    (_, products), again = counts[0], 4 * 5  # qkv, dense, two of the MLP and the modulation
+    assert counts == [
+        (4, products),
+        (4, products),
+        (4, products + again),
+        (8, products + again),
+        (6, products + again // 2),
+    ]
 
 
-def test_compiled_blocks_have_no_graph_break_and_the_same_gradients():
+@pytest.mark.parametrize("recompute", ["off", "gemm"])
+def test_compiled_blocks_have_no_graph_break_and_the_same_gradients(recompute):
     """`aot_eager` traces forward and backward as Inductor does, without its minutes of code generation."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    eager, compiled = randomized(layers=3), randomized(layers=3)
+    eager, compiled = randomized(layers=3), randomized(layers=3, recompute=recompute)
     compiled.compile_blocks(backend="aot_eager")
     for dit in (eager, compiled):
         dit(*inputs()).square().sum().backward()

@@ -122,7 +122,7 @@ def test_compiled_adapters_have_no_graph_break():
     torch._dynamo.reset()
     counters.clear()
     dit, expected = adapted(trained=True, targets=EVERYTHING), adapted(trained=True, targets=EVERYTHING)
-    dit.activation_checkpointing = True
+    dit.recompute = "full"
     dit.compile_blocks(backend="aot_eager")
     for model in (dit, expected):
         model(*inputs()).square().sum().backward()

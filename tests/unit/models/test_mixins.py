@@ -64,8 +64,8 @@ def test_modules_that_add_zero_leave_output_and_gradients_of_the_base_bit_for_bi
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_order_in_which_modules_are_added_changes_no_bit(checkpointing):
     modules = several()
-    forwards = with_modules(copy.deepcopy(modules), activation_checkpointing=checkpointing)
-    backwards = with_modules(dict(reversed(modules.items())), activation_checkpointing=checkpointing)
+    forwards = with_modules(copy.deepcopy(modules), recompute="full" if checkpointing else "off")
+    backwards = with_modules(dict(reversed(modules.items())), recompute="full" if checkpointing else "off")
     assert_same_bits(results(backwards), results(forwards))
     assert backwards.hook_origins == forwards.hook_origins
     assert forwards.hook_origins["after_block"] == "audio + control"
@@ -73,7 +73,7 @@ def test_the_order_in_which_modules_are_added_changes_no_bit(checkpointing):
 
 def test_activation_checkpointing_changes_no_bit_of_taps_and_modules():
     plain = with_modules({**several(), "head": Head()})
-    saving = with_modules({**several(), "head": Head()}, activation_checkpointing=True)
+    saving = with_modules({**several(), "head": Head()}, recompute="full")
     assert_same_bits(results(saving), results(plain))
 
 
@@ -86,7 +86,7 @@ def test_a_tap_sees_what_each_block_gives_to_the_next(checkpointing):
             assert len(seen) == block.index
             seen.append(hidden_bld)
 
-    dit = with_modules({**several(), "tap": Tap()}, activation_checkpointing=checkpointing)
+    dit = with_modules({**several(), "tap": Tap()}, recompute="full" if checkpointing else "off")
     v, _ = dit(*inputs(), return_outputs=True)
     v.sum().backward()
     assert len(seen) == LAYERS, "the backward computes blocks again, and taps nothing"
@@ -102,8 +102,8 @@ def test_blocks_with_the_same_modules_share_one_compiled_graph(checkpointing):
     torch._dynamo.reset()
     counters.clear()
     modules = {"control": Branch(0, 1, 3), "audio": Branch(*range(LAYERS)), "reference": Remembering(0, 3)}
-    eager = with_modules(copy.deepcopy(modules), activation_checkpointing=checkpointing)
-    compiled = with_modules(modules, activation_checkpointing=checkpointing)
+    eager = with_modules(copy.deepcopy(modules), recompute="full" if checkpointing else "off")
+    compiled = with_modules(modules, recompute="full" if checkpointing else "off")
     compiled.compile_blocks(backend="aot_eager")
     expected, actual = results(eager), results(compiled)
     assert not counters["graph_break"]

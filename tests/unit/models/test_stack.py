@@ -123,7 +123,7 @@ def test_a_branch_is_compiled_and_checkpointed_as_the_base_is(spec, checkpointin
     results = []
     for backend in (None, "aot_eager"):
         torch.manual_seed(5)
-        dit = network(spec, activation_checkpointing=checkpointing)
+        dit = network(spec, recompute="full" if checkpointing else "off")
         dit.add_mixin("control", Branch(spec, layers=2))
         dit.add_mixin("camera", Branch(spec, layers=3, heads=1))
         if backend:

@@ -1,0 +1,50 @@
+"""Activations of a block: which the forward keeps, and which the backward computes again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from sat_train.config.parts.record import Recompute
+from sat_train.models.dit.block import DitBlock
+from sat_train.models.dit.context import BlockContext
+
+_aten = torch.ops.aten
+_ATTENTION = (
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+_PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
+# outputs of these operations are kept; all else but the block's input is computed again
+_KEPT: dict[Recompute, Sequence[torch._ops.OpOverload[..., Any]]] = {
+    "full": (),
+    "attention": _ATTENTION,
+    "gemm": _ATTENTION + _PRODUCTS,
+}
+
+
+def recomputing(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recompute: Recompute) -> Tensor:
+    """Runs a block; in training its backward computes again what the policy does not keep.
+
+    Args:
+        block: The block.
+        x_bld: Tokens.
+        context: Its other inputs.
+        recompute: `off` keeps everything, `gemm` the outputs of matrix products and attention, `attention`
+            that of attention, `full` the block's input alone.
+    """
+    if recompute == "off" or not torch.is_grad_enabled():
+        return block(x_bld, context)
+    kept = _KEPT[recompute]
+    selective: dict[str, Callable[[], Any]] = (
+        {"context_fn": functools.partial(create_selective_checkpoint_contexts, list(kept))} if kept else {}
+    )
+    out: Tensor = checkpoint(block, x_bld, context, use_reentrant=False, **selective)
+    return out
