@@ -16,6 +16,8 @@ from sat_train.errors import Fault
 
 WANTED_BASE = "`--base` in front of a YAML file"
 _WORD = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=", re.ASCII)
+# SAT's flags without a value whose settings have more choices here
+_SAT_SWITCHES = ("checkpoint_activations",)
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -81,6 +83,8 @@ def _read_flag(word: str, rest: list[str], faults: list[Fault]) -> tuple[str, An
         return "", None
     if equals:
         return f"args.{key}", _read_value(f"args.{key}", text, faults)
+    if key in _SAT_SWITCHES and not (rest and _is_value(rest[0])):
+        return f"args.{key}", True
     if field is None or field.annotation is bool:
         takes = bool(rest) and (rest[0].lower() in _BOOLEANS or (field is None and _is_value(rest[0])))
         return f"args.{key}", (_BOOLEANS.get(rest.pop(0).lower(), True) if takes else True)

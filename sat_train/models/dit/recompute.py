@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,7 @@ def recomputing(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recomp
     """
     if recompute == "off" or not torch.is_grad_enabled():
         return block(x_bld, context)
-    kept = _KEPT[recompute]
-    selective: dict[str, Callable[[], Any]] = (
-        {"context_fn": functools.partial(create_selective_checkpoint_contexts, list(kept))} if kept else {}
-    )
-    out: Tensor = checkpoint(block, x_bld, context, use_reentrant=False, **selective)
-    return out
+    contexts = functools.partial(create_selective_checkpoint_contexts, list(_KEPT[recompute]))
+    if recompute == "full":
+        return checkpoint(block, x_bld, context, use_reentrant=False)
+    return checkpoint(block, x_bld, context, use_reentrant=False, context_fn=contexts)

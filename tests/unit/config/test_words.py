@@ -40,6 +40,7 @@ def test_files_and_words_part(argv: str, base: list[str], words: list[str]) -> N
         (["--lr=1e-3"], {"lr": 1e-3}),
         (["--checkpoint-activations"], {"checkpoint_activations": True}),
         (["--checkpoint-activations", "false"], {"checkpoint_activations": False}),
+        (["--checkpoint-activations", "gemm"], {"checkpoint_activations": "gemm"}),
         (["--bf16", "--seed", "3"], {"bf16": True, "seed": 3}),
         (["--train-data", "a", "b", "--seed", "1"], {"train_data": ["a", "b"], "seed": 1}),
         (["--train-data", "a", "args.seed=1"], {"train_data": ["a"], "seed": 1}),
