@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +14,15 @@ from sat_train.models.dit.block import DitBlock
 from sat_train.models.dit.context import BlockContext
 
 _aten = torch.ops.aten
-_ATTENTION = (
+_ATTENTION = [
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
-)
-_PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
+]
+_PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default]
 # outputs of these operations are kept; all else but the block's input is computed again
-_KEPT: dict[Recompute, Sequence[torch._ops.OpOverload[..., Any]]] = {
-    "full": (),
+_KEPT: dict[Recompute, list[torch._ops.OpOverload[..., Any]]] = {
     "attention": _ATTENTION,
     "gemm": _ATTENTION + _PRODUCTS,
 }
@@ -42,7 +40,7 @@ def recomputing(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recomp
     """
     if recompute == "off" or not torch.is_grad_enabled():
         return block(x_bld, context)
-    contexts = functools.partial(create_selective_checkpoint_contexts, list(_KEPT[recompute]))
     if recompute == "full":
         return checkpoint(block, x_bld, context, use_reentrant=False)
+    contexts = functools.partial(create_selective_checkpoint_contexts, _KEPT[recompute])
     return checkpoint(block, x_bld, context, use_reentrant=False, context_fn=contexts)

@@ -23,7 +23,7 @@ OTHER_VALUES = {
     "args.zero_stage": 3,
     "args.fp16": True,
     "args.bf16": True,
-    "args.checkpoint_activations": True,
+    "args.checkpoint_activations": "attention",
     "args.model_parallel_size": 2,
 }
 PAIRS = [(first, second) for first, second in SAME.items()]
