@@ -221,7 +221,7 @@ def adapters_have_a_frozen_base(config: ParsedConfig) -> Iterator[Fault]:
     frozen = config.model.not_trainable_prefixes
     if has_adapters and "all" not in frozen:
         yield config.fault("model.not_trainable_prefixes", frozen, "['all'], because lora_config is given")
-    if "all" in frozen and not has_adapters and config.purpose == "train":
+    if "all" in frozen and not (has_adapters or config.model.train) and config.purpose == "train":
         yield config.fault(
             "model.not_trainable_prefixes",
             frozen,
@@ -249,7 +249,16 @@ def adapters_find_their_layers(config: ParsedConfig) -> Iterator[Fault]:
 
 
 def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:
-    """Returns the expectation that a pattern fails; nothing where it is valid."""
+    """Returns the expectation that a pattern of linear layers fails; nothing where it is valid."""
+    if expected := _fault_of_expression(pattern):
+        return expected
+    finds = any(re.search(pattern, name) for name in names)
+    example = names[min(2, len(names) - 1)]
+    return "" if finds else f"a pattern that finds a linear layer, such as {names[0]} or {example}"
+
+
+def _fault_of_expression(pattern: str) -> str:
+    """Returns the expectation that a regular expression fails; nothing where it is valid."""
     if (
         len(pattern) > _LONGEST_PATTERN
         or _REPEATED_GROUP.search(pattern)
@@ -257,14 +266,27 @@ def _wanted_of_pattern(pattern: str, names: tuple[str, ...]) -> str:
     ):
         return "a short pattern: no repeated group, at most three of `*`, `+` and `{}`"
     try:
-        finds = any(re.search(pattern, name) for name in names)
+        re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
         return "a regular expression"
-    return (
-        ""
-        if finds
-        else f"a pattern that finds a linear layer, such as {names[0]} or {names[min(2, len(names) - 1)]}"
-    )
+    return ""
+
+
+@rule("model.train", "model.freeze", "deepspeed.optimizer", f"{_NETWORK}.modules.lora_config")
+def patterns_of_weights_are_valid(config: ParsedConfig) -> Iterator[Fault]:
+    """Patterns that are no short regular expressions, and factors for an optimizer with one rate."""
+    train, optimizer, adapter = config.model.train, config.deepspeed.optimizer, config.spec.adapter
+    patterns = [(f"model.freeze.{i}", each) for i, each in enumerate(config.model.freeze)]
+    patterns += [(f"model.train.{k}.match.{i}", p) for k, t in train.items() for i, p in enumerate(t.match)]
+    for path, pattern in patterns:
+        if expected := _fault_of_expression(pattern):
+            yield config.fault(path, pattern, expected)
+    factors = {f"model.train.{name}.lr": each.lr for name, each in train.items()}
+    for name, factor in (adapter.params.lr_factors if adapter is not None else {}).items():
+        factors[f"{_LORA} ({name})"] = factor
+    for path, factor in factors.items():
+        if factor != 1 and optimizer.params.has_one_rate:
+            yield config.fault(path, factor, f"1: {optimizer.type} has one rate for all weights")
 
 
 @rule("model.conditions", "model.modules")

@@ -18,7 +18,10 @@ from sat_train.engine.engine import TrainEngine
 from sat_train.engine.optim.build import build_optimizer
 from sat_train.engine.owned import OwnedParameters, padded_rows
 from sat_train.engine.slots import partition_slots
-from sat_train.models.trainable import group_parameters
+from sat_train.log import get_logger
+from sat_train.models.trainable import adapter_rules, group_parameters, group_table, train_rules
+
+log = get_logger(__name__)
 
 
 def build_engine(config: RunConfig, dit: nn.Module, mesh: ProcessMesh) -> TrainEngine:
@@ -38,7 +41,10 @@ def build_engine(config: RunConfig, dit: nn.Module, mesh: ProcessMesh) -> TrainE
     if config.args.compile == "blocks":
         cast(Any, dit).compile_blocks()  # before DeepSpeed hooks the modules
     choice = config.deepspeed.optimizer
-    groups = group_parameters(dit, weight_decay=choice.params.weight_decay)
+    rules = (*train_rules(config.model.train), *adapter_rules(config.spec.adapter))
+    groups = group_parameters(dit, weight_decay=choice.params.weight_decay, rules=rules)
+    if rules:
+        log.info("learning rates, at their highest:\n%s", group_table(groups, dit, lr=choice.params.lr))
     optimizer_over = partial(build_optimizer, choice, groups)
     return start_engine(dit.to(mesh.device), optimizer_over, engine_config(config), mesh)
 

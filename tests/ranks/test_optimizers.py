@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from sat_train.checkpoint.fragments import MASTER, Fragment, SavedFragments, Scalar, pack_fragments
 from sat_train.config.parts.optimizer_parts import OptimizerConfig
+from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
-from sat_train.models.trainable import group_parameters
+from sat_train.models.trainable import TrainRule, group_parameters
 
 if TYPE_CHECKING:
     from sat_train.engine.engine import TrainEngine
@@ -75,10 +76,10 @@ def _lr(name: str, step: int) -> float:
     return float(_choice(name).params.lr * min(1.0, step / 2))  # a warm-up from zero
 
 
-def _optimizer_over(choice: Any, module: nn.Module) -> Callable[..., Any]:
+def _optimizer_over(choice: Any, module: nn.Module, rules: tuple[TrainRule, ...] = ()) -> Callable[..., Any]:
     from sat_train.engine.optim.build import build_optimizer
 
-    return partial(build_optimizer, choice, group_parameters(module, weight_decay=0.1))
+    return partial(build_optimizer, choice, group_parameters(module, weight_decay=0.1, rules=rules))
 
 
 def _plain(name: str) -> dict[str, Tensor]:
@@ -95,7 +96,9 @@ def _plain(name: str) -> dict[str, Tensor]:
     return {key: parameter.detach() for key, parameter in module.named_parameters()}
 
 
-def _engine(mesh: ProcessMesh, name: str, layout: Layout, only: str = "") -> TrainEngine:
+def _engine(
+    mesh: ProcessMesh, name: str, layout: Layout, only: str = "", rules: tuple[TrainRule, ...] = ()
+) -> TrainEngine:
     from sat_train.engine.build import start_engine
 
     module = Net()
@@ -108,7 +111,7 @@ def _engine(mesh: ProcessMesh, name: str, layout: Layout, only: str = "") -> Tra
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return start_engine(module, _optimizer_over(_choice(name), module), settings, mesh)
+    return start_engine(module, _optimizer_over(_choice(name), module, rules), settings, mesh)
 
 
 def _train(mesh: ProcessMesh, engine: TrainEngine, name: str, steps: range) -> None:
@@ -254,6 +257,38 @@ def test_a_rank_that_owns_nothing_takes_part(rank_pool: Callable[..., Any]) -> N
         assert sum(not torch.equal(*pair) for pair in zip(first[name][2], starts, strict=True)) == 1
     metrics = first["Prodigy"][1]
     assert metrics["prodigy_d"] == metrics["effective_lr"] > PARAMS["Prodigy"]["d0"]  # at lr 1
+
+
+def _first_steps(mesh: ProcessMesh, stage: int) -> dict[str, tuple[float, float]]:
+    """Two steps with a rule, the second after a resume: how far each weight has moved at most in each."""
+    rules = (TrainRule("model.train.last", ("last",), 0.1),)
+    before: Any = None
+    saved: Any = None
+    moved = []
+    for _ in range(2):
+        engine = _engine(mesh, "AdamW", Layout(mesh.data_size, stage), rules=rules)
+        if saved is not None:
+            engine.load(saved, step=1, counters=engine.counters())
+        before = [master.clone() for master in engine.masters()]
+        engine.backward(_loss(engine, 0, slice(0, BATCH // mesh.data_size)))
+        engine.step(1e-2)
+        names = [slot.name for slot in engine.slots]
+        distances = [(now - old).abs().max() for now, old in zip(engine.masters(), before, strict=True)]
+        moved.append(dict(zip(names, map(float, distances), strict=True)))
+        whole = gather_objects(mesh, pack_fragments(_copies(engine)))
+        saved = SavedFragments([[Fragment(**f) for each in whole for f in each["fragments"]]], where="memory")
+    return {name: (moved[0][name], moved[1][name]) for name in moved[0]}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_factor_on_the_learning_rate_holds_at_every_stage_and_across_resume(
+    rank_pool: Callable[..., Any], stage: int
+) -> None:
+    for moved in rank_pool(2)(_first_steps, stage):
+        for name, distances in moved.items():
+            # Adam's steps on one gradient are as long as its learning rate, and decay is a thousandth of it
+            expected = 1e-3 if name.startswith("last") else 1e-2
+            assert distances == pytest.approx((expected, expected), rel=0.05), name
 
 
 def _load_at_stage_3(mesh: ProcessMesh) -> str:

@@ -66,7 +66,8 @@ def toy_run(
             "optimizer": {"params": {"lr": lr, "weight_decay": 0.01}},
         }
     )
-    return SimpleNamespace(args=args, deepspeed=deepspeed, model=None, data=None, sources={})
+    model, spec = SimpleNamespace(train={}), SimpleNamespace(adapter=None)
+    return SimpleNamespace(args=args, deepspeed=deepspeed, model=model, spec=spec, data=None, sources={})
 
 
 def toy_batches(

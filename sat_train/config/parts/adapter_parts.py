@@ -95,6 +95,11 @@ class AdapterParams(Params):
 def _first_match(patterns: Iterable[tuple[str, N]], layer: str, default: N) -> N:
     return next((number for pattern, number in patterns if re.search(pattern, layer)), default)
 
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """Factors on the learning rate of its tensors, by names out of `tensors`; 1 where there is none."""
+        return {}
+
 
 class AdapterConfig(Choice):
     """Adapters of linear layers."""
@@ -138,6 +143,15 @@ class PissaParams(AdapterParams):
         "principal_B": AdapterTensor("out", "zeros"),
     }
     read: ClassVar[str] = "sat_train.models.pissa:read"
+
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="LoRA+ (arXiv:2402.12354): learning rate of B over that of A; 16 there."
+    )
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """The factor of LoRA+."""
+        return {"matrix_B": self.loraplus_lr_ratio}
 
 
 def find_adapter_tensor(key: str) -> tuple[str, AdapterTensor] | None:

@@ -15,6 +15,15 @@ from sat_train.config.schema.encoder_slots import ConditionerGroup, VideoVAEGrou
 from sat_train.config.schema.network import DiffusionTransformerSlot
 
 
+class TrainConfig(Record):
+    """Weights that train at a learning rate of their own."""
+
+    match: Texts = Field(
+        min_length=1, description="Regular expressions searched in the names of weights; each must find one."
+    )
+    lr: float = Field(1.0, gt=0, description="Factor on the learning rate.")
+
+
 class ModelConfig(Record):
     """One member of the CogVideoX family."""
 
@@ -41,6 +50,12 @@ class ModelConfig(Record):
     noised_image_log_std: float = Field(0.5, ge=0, le=5, description="Its standard deviation.")
     not_trainable_prefixes: Texts = Field(
         (), description="Prefixes of the names of frozen weights; all: everything but adapters."
+    )
+    freeze: Texts = Field(
+        (), description="Regular expressions of the names of further frozen weights; each must find one."
+    )
+    train: dict[PlainName, TrainConfig] = Field(
+        {}, description="Weights that train whatever else freezes them, by a name of your own: match and lr."
     )
     null_condition: Literal["zero", "empty_prompt"] = Field(
         "zero", description="Replacement of a dropped caption: a zero embedding, or the encoded empty prompt."

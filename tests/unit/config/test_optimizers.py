@@ -59,6 +59,40 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
         load("deepspeed.optimizer.type=AdamW8bit")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model.freeze=[(a]"], r"model\.freeze\.0 = \(a: expected a regular expression"),
+        (
+            ["model.train.patches={match: a**, lr: 2}"],
+            r"model\.train\.patches\.match\.0 = a\*\*: expected a reg",
+        ),
+        (
+            ["model.train.patches={match: proj, lr: 0}"],
+            r"model\.train\.patches\.lr = 0.*: expected a number > 0",
+        ),
+        (["model.train.patches={mach: proj}"], r"model\.train\.patches\.mach .*did you mean 'match'"),
+        (
+            ["model.train.patches={match: proj, lr: 2}", "deepspeed.optimizer.type=Prodigy"],
+            r"model\.train\.patches\.lr = 2\.0: expected 1: Prodigy has one rate for all weights",
+        ),
+    ],
+)
+def test_patterns_of_weights_are_checked(words: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(*words)
+
+
+def test_lora_plus_is_a_rate_of_b_alone() -> None:
+    lora = "model.network_config.params.modules.lora_config.params.loraplus_lr_ratio=16"
+    config = load_run_config(["configs/lora.yaml"], [lora], check_paths=False)
+    assert config.spec.adapter is not None
+    assert config.spec.adapter.params.lr_factors == {"matrix_B": 16.0}
+    words = [lora, "deepspeed.optimizer.type=Prodigy"]
+    with pytest.raises(ConfigError, match=r"\(matrix_B\) = 16\.0: expected 1: Prodigy has one rate"):
+        load_run_config(["configs/lora.yaml"], words, check_paths=False)
+
+
 def test_settings_of_the_same_name_and_another_type_are_not_taken_over() -> None:
     """The two betas of sft.yaml are Adam's, and so is its epsilon."""
     params = load("deepspeed.optimizer.type=CAME").deepspeed.optimizer.params

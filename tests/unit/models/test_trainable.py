@@ -1,9 +1,11 @@
 """Laws of what trains."""
 
+import re
+
 import pytest
 
 from sat_train.errors import ConfigError
-from sat_train.models.trainable import group_parameters, select_trainable
+from sat_train.models.trainable import TrainRule, group_parameters, group_table, select_trainable
 from tests.networks import add_adapters, build_network
 from tests.unit.models.narrow import inputs
 
@@ -80,3 +82,71 @@ def test_there_is_no_empty_group():
     select_trainable(dit, not_trainable_prefixes=["all"])
     groups = group_parameters(dit, weight_decay=0.1)
     assert [group.name for group in groups] == ["decay"]
+
+
+def rule(match, lr_factor=1.0, name="patches"):
+    return TrainRule(f"model.train.{name}", (match,), lr_factor)
+
+
+def test_train_wins_over_freeze_and_prefixes():
+    dit = build_network()
+    everything = trainable_names(dit)
+    select_trainable(dit, freeze=[r"time_embed", r"layers\.1\."], train=[rule(r"layers\.1\.mlp")])
+    frozen = everything - trainable_names(dit)
+    assert frozen == {
+        name for name in everything if re.search(r"time_embed|layers\.1\.", name) and "1.mlp" not in name
+    }
+    select_trainable(dit, not_trainable_prefixes=["all"], train=[rule(r"patch_embed\.proj")])
+    assert trainable_names(dit) == {name for name in everything if "patch_embed.proj" in name}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"freeze": ["tim_embed"]}, r"model\.freeze = tim_embed: expected a pattern .*such as time_embed"),
+        ({"train": [rule(r"layers\.99\.")]}, r"model\.train\.patches\.match = layers.*finds a weight, such"),
+    ],
+)
+def test_a_pattern_that_finds_nothing_is_an_error_with_near_names(options, says):
+    with pytest.raises(ConfigError, match=says):
+        select_trainable(build_network(), **options)
+
+
+def test_a_lora_does_not_train_its_base_which_is_not_saved_with_it():
+    dit = build_network()
+    add_adapters(dit, rank=2)
+    select_trainable(
+        dit, not_trainable_prefixes=["all"], freeze=[r"dense\.matrix_"], train=[rule("matrix_B")]
+    )
+    assert all(re.search(r"value\.matrix_|matrix_B", name) for name in trainable_names(dit))
+    with pytest.raises(
+        ConfigError, match=r"expected adapters and added modules only, not time_embed\.0\.bias"
+    ):
+        select_trainable(dit, not_trainable_prefixes=["all"], train=[rule("time_embed")])
+
+
+def test_rules_give_groups_of_their_own_rate_and_a_table():
+    dit = build_network()
+    select_trainable(dit)
+    groups = group_parameters(dit, weight_decay=0.1, rules=[rule("patch_embed", 0.1)])
+    by_name = {group.name: group for group in groups}
+    assert list(by_name) == ["patches decay", "decay", "patches no_decay", "no_decay"]
+    assert {(group.lr_factor, group.weight_decay) for group in groups} == {
+        (0.1, 0.1),
+        (1, 0.1),
+        (0.1, 0),
+        (1, 0),
+    }
+    assert sorted(name for group in groups for name in group.names) == sorted(trainable_names(dit))
+    assert all("patch_embed" in name for name in by_name["patches decay"].names)
+    rows = [line.split() for line in group_table(groups, dit, lr=1e-3).splitlines()]
+    assert [row[-2] for row in rows[1:]] == ["0.0001", "0.001", "0.0001", "0.001"]
+    counts = [int(row[-3].replace(",", "")) for row in rows[1:]]
+    assert sum(counts) == sum(p.numel() for p in dit.parameters())
+
+
+def test_two_factors_for_one_weight_are_an_error():
+    dit = build_network()
+    rules = [rule("patch_embed", 0.1), rule(r"proj\.weight", 2.0, "projections")]
+    with pytest.raises(ConfigError, match=r"patches = 0\.1: expected one factor for .*projections gives 2"):
+        group_parameters(dit, weight_decay=0.1, rules=rules)
