@@ -70,6 +70,11 @@ class AdapterParams(Params):
     alpha_pattern: PatternAlphas = Field((), description="The same for lora_alpha.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
 
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """Factors on the learning rate of its tensors, by names out of `tensors`; 1 where there is none."""
+        return {}
+
     def scale(self, rank: int, alpha: float) -> float:
         """Returns the factor on an adapter."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -95,11 +100,6 @@ class AdapterParams(Params):
 def _first_match(patterns: Iterable[tuple[str, N]], layer: str, default: N) -> N:
     return next((number for pattern, number in patterns if re.search(pattern, layer)), default)
 
-    @property
-    def lr_factors(self) -> dict[str, float]:
-        """Factors on the learning rate of its tensors, by names out of `tensors`; 1 where there is none."""
-        return {}
-
 
 class AdapterConfig(Choice):
     """Adapters of linear layers."""
@@ -119,6 +119,15 @@ class LoraParams(AdapterParams):
         "matrix_B": AdapterTensor("out", "zeros"),
     }
     read: ClassVar[str] = "sat_train.models.lora:read"
+
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="LoRA+ (arXiv:2402.12354): learning rate of B over that of A; 16 there."
+    )
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """The factor of LoRA+."""
+        return {"matrix_B": self.loraplus_lr_ratio}
 
 
 @part("adapter", "Dora", build="sat_train.models.dora:build")
@@ -143,15 +152,6 @@ class PissaParams(AdapterParams):
         "principal_B": AdapterTensor("out", "zeros"),
     }
     read: ClassVar[str] = "sat_train.models.pissa:read"
-
-    loraplus_lr_ratio: float = Field(
-        1.0, gt=0, description="LoRA+ (arXiv:2402.12354): learning rate of B over that of A; 16 there."
-    )
-
-    @property
-    def lr_factors(self) -> dict[str, float]:
-        """The factor of LoRA+."""
-        return {"matrix_B": self.loraplus_lr_ratio}
 
 
 def find_adapter_tensor(key: str) -> tuple[str, AdapterTensor] | None:
