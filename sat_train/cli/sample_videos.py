@@ -19,6 +19,7 @@ from sat_train.encoding.build import build_encoders
 from sat_train.errors import SatTrainError, Stopped
 from sat_train.interchange.locate import load_weights, locate_weights
 from sat_train.log import console, get_logger
+from sat_train.models.attention import attention_kernels
 from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.loaded_adapters import add_adapters_for
@@ -49,6 +50,7 @@ def sample(config: RunConfig, mesh: ProcessMesh) -> None:
     for note in config.notes:
         log.info("%s", note)
     stop_request = StopRequest("stopped before the first video").listen()
+    kernels = attention_kernels(config.args, mesh.device)
     requests, settings = read_requests(config), build_sampling(config)
     folder = Path(config.args.output_dir)
     with explaining_lack_of_memory(SAMPLING_REMEDY):
@@ -56,7 +58,8 @@ def sample(config: RunConfig, mesh: ProcessMesh) -> None:
         shape = (settings.num_frames, settings.height, settings.width)
         log.info("%d videos of %d frames, %dx%d", len(requests), *shape)
         try:
-            previews, problem = write_videos(mesh, pipeline, requests, settings, folder, stop_request)
+            with kernels:
+                previews, problem = write_videos(mesh, pipeline, requests, settings, folder, stop_request)
         except Stopped as stop:
             count = sum((folder / f"{request.name}.mp4").exists() for request in requests)
             message = f"stopped; {count} of {len(requests)} videos are in {folder}"

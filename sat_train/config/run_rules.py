@@ -34,6 +34,13 @@ TRAINING_ONLY = frozenset(
 )
 
 
+@rule("args.attention", "args.deterministic")
+def attention_is_deterministic(config: ParsedConfig) -> Iterator[Fault]:
+    kernel = config.args.attention
+    if config.args.deterministic and kernel in ("cudnn", "fa3"):
+        yield config.fault("args.attention", kernel, "auto, flash or math with args.deterministic")
+
+
 @rule("args.checkpoint_activations", "args.checkpoint_every")
 def something_is_recomputed(config: ParsedConfig) -> Iterator[Fault]:
     every = config.args.checkpoint_every

@@ -35,6 +35,7 @@ from sat_train.engine.engine import TrainEngine
 from sat_train.errors import CheckpointError, LaunchError, Stopped
 from sat_train.files import reading
 from sat_train.log import get_logger
+from sat_train.models.attention import attention_kernels
 from sat_train.models.build import compute_dtype
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, early_stop_reason, owes_validation
@@ -87,6 +88,7 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
     """
     stop_request = StopRequest().listen()
     set_determinism(config.args.deterministic)
+    kernels = attention_kernels(config.args, mesh.device)
     run_directory = open_run_directory(config, mesh)
     try:
         data = open_data(config, mesh, point=run_directory.point, run_directory=run_directory.folder)
@@ -108,7 +110,8 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
         if not ending:
             on_rank_0(mesh, lambda: describe_run(config, run_directory))
         stop_request.defer()
-        trainer.run()
+        with kernels:
+            trainer.run()
         say_where_stopped(config, trainer)
     finally:
         if run_directory.lock is not None:

@@ -27,6 +27,9 @@ from sat_train.config.parts.sampler_parts import SamplerConfig
 IMAGE_SEPARATOR = "@@"
 
 
+Attention = Literal["auto", "flash", "cudnn", "fa3", "math"]
+
+
 class ArgsConfig(Record):
     """Training, checkpoints, validation and sampling of a run."""
 
@@ -103,6 +106,11 @@ class ArgsConfig(Record):
     )
     checkpoint_every: int = Field(
         1, ge=1, description="Recompute one block in so many; 2: every second block keeps its activations."
+    )
+    attention: Attention = Field(
+        "auto",
+        description="Kernel that attention prefers. auto: cuDNN on Hopper, else flash. fa3 needs "
+        "FlashAttention 3; cudnn and fa3 need a GPU, and may differ from run to run.",
     )
     compile: Annotated[Literal["off", "blocks"], BeforeValidator(false_to_off)] = Field(
         "off", description="blocks: torch.compile on each DiT block."

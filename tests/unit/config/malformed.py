@@ -190,6 +190,7 @@ CASES = [
     Case("aspect", BUCKETS % "aspects: [wide]", "data.params.buckets.aspects.0", "width:height, e.g. 16:9"),
     Case("few tokens", BUCKETS % "max_tokens: 150", "data.params.buckets.max_tokens", "at least 152"),
     Case("width", "data: {params: {video_size: [64, 100]}}", "data.params.video_size", "[64, 96]"),
+    Case("kernel", "args: {attention: cudnn, deterministic: true}", "args.attention", "flash or math"),
     Case("nothing recomputed", "args: {checkpoint_every: 2}", "args.checkpoint_every", "is off"),
     Case("both precisions", "args: {fp16: true, bf16: true}", "args.fp16", "because args.bf16 is true"),
     Case(
