@@ -94,8 +94,8 @@ def check_same_adapters(run: Path, first: Path) -> None:
             torch.testing.assert_close(ours.delta(), theirs.delta(), rtol=1e-5, atol=1e-7)
 
 
-def test_half_the_strength_is_half_the_update(rank_pool, folder, first):
-    words = (f"args.load_lora={first}", "args.lora_strength=0.5", *ONE_STEP)
+def test_several_files_add_up_each_at_its_strength(rank_pool, folder, first):
+    words = (f"args.load_lora=[{first},{first}]", "args.lora_strength=[0.75,-0.25]", f"{LORA}.r=8", *ONE_STEP)
     run = train(rank_pool, folder, "half", *words)
     for layer, parts in read_lora(first).items():
         for ours, theirs in zip(read_lora(run)[layer], parts, strict=True):

@@ -53,6 +53,26 @@ CASES = [
         "a key that exists",
     ),
     Case(
+        "rank of no adapted layer",
+        "model: {not_trainable_prefixes: [all], network_config: {params: {modules: {lora_config: "
+        "{target: Dora, params: {r: 4, rank_pattern: {mlp: 2}}}}}}}",
+        f"{NETWORK}.modules.lora_config.params.rank_pattern",
+        "a pattern that finds a linear layer, such as transformer.layers.0.attention.query_key_value",
+    ),
+    Case(
+        "alpha of a pattern that never ends",
+        "model: {not_trainable_prefixes: [all], network_config: {params: {modules: {lora_config: "
+        "{target: Pissa, params: {r: 4, alpha_pattern: [['(a+)+$', 2]]}}}}}}",
+        f"{NETWORK}.modules.lora_config.params.alpha_pattern",
+        "a short pattern",
+    ),
+    Case(
+        "strengths of other files",
+        "args: {load_lora: [a, b, c], lora_strength: [1, 2]}",
+        "args.lora_strength",
+        "one number, or one for each of the 3 files of args.load_lora",
+    ),
+    Case(
         "in a list",
         TINY_T5 % "params: {model_dir: x, max_lenght: 32}",
         "model.conditioner_config.params.emb_models.0.params.max_lenght",
