@@ -22,7 +22,7 @@ from sat_train.models.text.t5 import count_tokens
 
 log = get_logger(__name__)
 
-_CAPTIONS_COUNTED = 1000  # at most, spread over the data
+_CLIPS_COUNTED = 1000  # whose captions are counted, spread over the data
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class RunData:
     def _long_captions(self) -> float | None:
         """Returns the share of the captions that the text encoder truncates; None without a tokenizer."""
         sources = self.train.dataset.sources
-        captions = [text for source in sources for record in source.records for text in record.captions]
-        sample = captions[:: -(-len(captions) // _CAPTIONS_COUNTED) or 1]
+        every = -(-sum(map(len, sources)) // _CLIPS_COUNTED) or 1
+        records = [record for source in sources for record in source.records[::every]]
+        sample = [caption for record in records for caption in record.captions]
         try:
             counts = count_tokens(Path(self.text.model_dir), sample)
         except CheckpointError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sat_train.config.parts.callback_parts import LossByTimestepParams
@@ -15,7 +17,7 @@ from sat_train.training.loop.callback import Callback, CallbackContext, Training
 class LossByTimestep(Callback):
     """Adds to the metrics the mean loss in each part of the schedule since the last report.
 
-    Sums stay on the device until a step is reported. A part without a sample is left out.
+    Losses stay on the device until a step is reported. A part without a sample is left out.
 
     Args:
         mesh: The process mesh.
@@ -25,25 +27,33 @@ class LossByTimestep(Callback):
 
     def __init__(self, mesh: ProcessMesh, *, num_timesteps: int, parts: int) -> None:
         self._mesh, self._num_timesteps, self._parts = mesh, num_timesteps, parts
-        self._sums = torch.zeros(parts, 2, device=mesh.device)  # loss and count
+        self._pending: list[LossOutput] = []
 
     def loss_computed(self, output: LossOutput, batch: LoadedBatch) -> None:
-        """Adds the losses of a micro-batch to their parts."""
-        part_b = (output.timesteps_b * self._parts // self._num_timesteps).to(self._sums.device)
-        loss_b = output.loss_b.to(self._sums)
-        self._sums.index_add_(0, part_b, torch.stack([loss_b, torch.ones_like(loss_b)], dim=1))
+        """Keeps the losses of a micro-batch, without its graph."""
+        self._pending.append(replace(output, loss=output.loss.detach()))
 
     def measure(self, trainer: Training) -> dict[str, float]:
         """Returns the means by the first timestep of each part: `loss_t0`, `loss_t100`.
 
         Ranks: all.
         """
-        sums = sum_over_data(self._mesh, self._sums.clone()).tolist()
-        self._sums.zero_()
+        sums = sum_over_data(self._mesh, self._sums().to(self._mesh.device)).tolist()
         firsts = [-(-part * self._num_timesteps // self._parts) for part in range(self._parts)]
         return {
             f"loss_t{first}": loss / count for first, (loss, count) in zip(firsts, sums, strict=True) if count
         }
+
+    def _sums(self) -> torch.Tensor:
+        """Returns loss and count of each part on this rank, float64 of shape (parts, 2), and forgets them."""
+        sums = torch.zeros(self._parts, 2, dtype=torch.float64)
+        if self._pending:
+            loss_b = torch.cat([output.loss_b for output in self._pending]).cpu().double()
+            timesteps_b = torch.cat([output.timesteps_b for output in self._pending])
+            rows = torch.stack([loss_b, torch.ones_like(loss_b)], dim=1)
+            sums.index_add_(0, timesteps_b * self._parts // self._num_timesteps, rows)
+        self._pending.clear()
+        return sums
 
 
 def build(params: LossByTimestepParams, context: CallbackContext) -> LossByTimestep:
