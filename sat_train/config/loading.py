@@ -75,10 +75,7 @@ def load_run_config(
     if sections is None or not is_whole:  # the content of a file that cannot be read is unknown
         raise ConfigError(faults)
     parsed_config = ParsedConfig(
-        args=sections.args,
-        model=sections.model,
-        data=sections.data,
-        deepspeed=sections.deepspeed,
+        **dict(sections),
         purpose=purpose,
         source_of=partial(_source_of_given, merged),
     )
@@ -88,10 +85,7 @@ def load_run_config(
     if faults:
         raise ConfigError(faults)
     return RunConfig(
-        args=sections.args,
-        model=sections.model,
-        data=sections.data,
-        deepspeed=sections.deepspeed,
+        **dict(sections),
         sources=_sources(sections, merged, extensions),
         extensions=extensions,
         notes=(*_notes(layers, parsed_config), *warnings_of(parsed_config)),

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sat_train.config.values import map_texts
 from sat_train.patterns import expand_braces
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -33,24 +34,12 @@ def exists(path: str | Path) -> bool:
 
 def expand_assets(value: Any) -> Any:
     """Replaces `asset:name` by the path of the shipped file, in all texts of a tree."""
-    if isinstance(value, dict):
-        return {key: expand_assets(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [expand_assets(item) for item in value]
-    if isinstance(value, str) and value.startswith(_PREFIX):
-        return str(ASSETS / value[len(_PREFIX) :])
-    return value
+    return map_texts(value, lambda text: re.sub(f"^{_PREFIX}", lambda _: f"{ASSETS}/", text))
 
 
 def shorten_assets(value: Any) -> Any:
     """Undoes `expand_assets`, so that written paths are the same on every machine."""
-    if isinstance(value, dict):
-        return {key: shorten_assets(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [shorten_assets(item) for item in value]
-    if isinstance(value, str) and value.startswith(f"{ASSETS}/"):
-        return _PREFIX + value[len(str(ASSETS)) + 1 :]
-    return value
+    return map_texts(value, lambda text: re.sub(f"^{re.escape(str(ASSETS))}/", _PREFIX, text))
 
 
 def is_placeholder(path: str) -> bool:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 from sat_train.config.facts import RunFacts
-from sat_train.config.model_spec import ModelSpec, build_model_spec
 from sat_train.config.parts.registry import register_check
-from sat_train.config.schema.args import ArgsConfig
-from sat_train.config.schema.data_section import DataConfig
-from sat_train.config.schema.deepspeed import DeepSpeedConfig
-from sat_train.config.schema.model_section import ModelConfig
+from sat_train.config.run import SectionRecords
 from sat_train.config.values import show_value
 from sat_train.errors import Fault
 
@@ -21,31 +16,18 @@ Purpose = Literal["train", "sample", "precompute", "check"]
 
 
 @dataclass(frozen=True)
-class ParsedConfig:
+class ParsedConfig(SectionRecords):
     """Settings that are each valid by themselves.
 
     Args:
-        args: Section `args`.
-        model: Section `model`.
-        data: Section `data`.
-        deepspeed: Section `deepspeed`.
         purpose: Training or sampling.
         source_of: Returns the file a key came from.
         facts: What is known of the run besides, once it starts.
     """
 
-    args: ArgsConfig
-    model: ModelConfig
-    data: DataConfig | None
-    deepspeed: DeepSpeedConfig
     purpose: Purpose
     source_of: Callable[[str], str]
     facts: RunFacts = field(default_factory=RunFacts)
-
-    @cached_property
-    def spec(self) -> ModelSpec:
-        """Flat record of the model's numbers."""
-        return build_model_spec(self.model)
 
     def value(self, path: str) -> Any:
         """Returns the value of a dotted key; None where a group on the way is null or has no such key."""

@@ -10,7 +10,7 @@ from sat_train.config import run_rules
 from sat_train.config.facts import RunFacts
 from sat_train.config.parts.registry import registered_checks
 from sat_train.config.rule import ParsedConfig, Rule
-from sat_train.config.run import RunConfig
+from sat_train.config.run import RunConfig, Sections
 from sat_train.errors import ConfigError, Fault
 
 
@@ -75,11 +75,5 @@ def check_on_device(config: RunConfig, device: str) -> None:
 
 def _parsed(config: RunConfig) -> ParsedConfig:
     """Returns the settings of a run that trains, as rules take them."""
-    return ParsedConfig(
-        args=config.args,
-        model=config.model,
-        data=config.data,
-        deepspeed=config.deepspeed,
-        purpose="train",
-        source_of=lambda path: config.sources.get(path, ""),
-    )
+    sections = {name: getattr(config, name) for name in Sections.model_fields}
+    return ParsedConfig(**sections, purpose="train", source_of=lambda path: config.sources.get(path, ""))

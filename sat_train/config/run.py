@@ -19,6 +19,7 @@ from sat_train.config.schema.args import ArgsConfig
 from sat_train.config.schema.data_section import DataConfig
 from sat_train.config.schema.deepspeed import DeepSpeedConfig
 from sat_train.config.schema.model_section import ModelConfig
+from sat_train.config.values import map_texts
 from sat_train.errors import without_secrets
 
 # Settings of storage and display, which do not change the numbers of a run.
@@ -51,14 +52,6 @@ _FPS_WITHOUT_DATA = 8.0  # of the first CogVideoX
 _SPLIT_WITH_VALIDATION = "95,5,0"
 
 
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(item) for item in value]
-    return without_secrets(value) if isinstance(value, str) else value
-
-
 class Sections(Record):
     """The four sections of the merged files."""
 
@@ -69,33 +62,42 @@ class Sections(Record):
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """The complete configuration of a run.
+class SectionRecords:
+    """The sections of a configuration, each valid by itself.
 
     Args:
         args: SAT's arguments and ours.
         model: The model.
         data: The data; None only where a run was loaded for sampling.
         deepspeed: The engine.
-        sources: For each dotted key with a value, the file it came from, `command line` or `default`.
-        notes: Messages shown to the user once, e.g. old keys without effect.
-        needs: Keys still missing before this configuration can be used; empty when it is complete.
-        extensions: The extensions that were loaded for it.
     """
 
     args: ArgsConfig
     model: ModelConfig
     data: DataConfig | None
     deepspeed: DeepSpeedConfig
-    sources: Mapping[str, str]
-    notes: tuple[str, ...] = ()
-    needs: str = ""
-    extensions: Extensions = _NO_EXTENSIONS
 
     @cached_property
     def spec(self) -> ModelSpec:
         """Flat record of the model's numbers."""
         return build_model_spec(self.model)
+
+
+@dataclass(frozen=True)
+class RunConfig(SectionRecords):
+    """The complete configuration of a run.
+
+    Args:
+        sources: For each dotted key with a value, the file it came from, `command line` or `default`.
+        notes: Messages shown to the user once, e.g. old keys without effect.
+        needs: Keys still missing before this configuration can be used; empty when it is complete.
+        extensions: The extensions that were loaded for it.
+    """
+
+    sources: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    needs: str = ""
+    extensions: Extensions = _NO_EXTENSIONS
 
     def require_data(self) -> DataConfig:
         """Returns `data` for commands that always have it: training, caching, inspecting data."""
@@ -104,7 +106,7 @@ class RunConfig:
 
     def shown_tree(self) -> dict[str, Any]:
         """Returns `tree` without passwords and signatures in URLs, for display, trackers and checkpoints."""
-        tree: dict[str, Any] = _without_secrets(self.tree())
+        tree: dict[str, Any] = map_texts(self.tree(), without_secrets)
         return tree
 
     def tree(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 COMMAND_LINE = "command line"  # source of a value, besides the names of files
@@ -24,6 +24,15 @@ def unusable(value: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
         yield path, f"a number of {value.bit_length()} bits", "a whole number below 2^63"
     elif isinstance(value, str) and not _is_text(value):
         yield path, value, "text in UTF-8 without NUL characters"
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Returns a tree with every text in it changed; keys stay."""
+    if isinstance(value, dict):
+        return {key: map_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def show_value(value: Any) -> str:

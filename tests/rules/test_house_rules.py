@@ -190,3 +190,16 @@ def test_prose_of_the_docs_fits_120_columns() -> None:
             if is_prose and len(line) > 120:
                 wide.append(f"{page.name}:{number}")
     assert not wide
+
+
+def test_the_step_path_of_the_design_is_that_of_the_code() -> None:
+    """`docs/design.md` counts the files of the step path and names them; all of them exist."""
+    section = (
+        (ROOT / "docs/design.md")
+        .read_text(encoding="utf-8")
+        .partition("## Step path")[2]
+        .partition("\n## ")[0]
+    )
+    names = re.findall(r"`([\w/]+\.py)`", section)
+    assert not [name for name in names if not any((folder / name).is_file() for folder in (ROOT, PACKAGE))]
+    assert f"data and model included: {len(set(names))}." in section
