@@ -7,6 +7,7 @@ and renamed. A failure at any point leaves nothing behind.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from sat_train.checkpoint.consolidate import trained_dtype
 from sat_train.checkpoint.layout import LATEST, SAT_PREFIX
 from sat_train.checkpoint.manifest import Manifest, read_manifest
 from sat_train.config import ModelSpec
+from sat_train.config.parts.adapter_parts import ALPHA_KEY, RANK_KEY
 from sat_train.errors import CheckpointError
 from sat_train.files import HashingFile, reading, sync_folder, write_file, write_text
 from sat_train.interchange.adapter_export import updates_to_peft
@@ -42,6 +44,7 @@ from sat_train.weights.tensor_parallel import slice_weights
 
 LORA_FILE_STEM = "pytorch_lora_weights"
 _SAT_STEP = "1"
+_SAT_MATRIX = re.compile(r"\.matrix_[AB]\.\d+$")
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ def open_source(conversion: Conversion) -> ConversionSource:
     whole = read_transformer_weights(conversion.source, ema=conversion.ema, load_base=conversion.load_base)
     if not is_merging:
         adapters = whole.select(lambda key: key if is_adapter_key(key) else None)
+        _check_sat_reads(adapters)
         return ConversionSource(without_adapters(whole).cast(dtype).overlaid(adapters), {}, None, metadata)
     updates = stacked(updates, read_given_loras(conversion.lora, conversion.lora_strength))
     if not updates:
@@ -168,6 +172,17 @@ def open_source(conversion: Conversion) -> ConversionSource:
         )
     base = without_adapters(whole)
     return ConversionSource(merge_updates(base, updates, dtype=dtype).cast(dtype), updates, base, metadata)
+
+
+def _check_sat_reads(adapters: LazyWeights) -> None:
+    """Raises for adapters that SAT's `lora2` does not compute: other tensors, or scales of single layers."""
+    foreign = [key for key in adapters if not (key in (RANK_KEY, ALPHA_KEY) or _SAT_MATRIX.search(key))]
+    if foreign:
+        raise CheckpointError(
+            f"{adapters.where} holds {foreign[0]}, which SAT does not know",
+            expected="plain LoRA with one scale",
+            remedy="use --merge-lora, or --to diffusers",
+        )
 
 
 def _adapters_apart(

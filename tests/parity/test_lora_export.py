@@ -192,6 +192,8 @@ def test_every_variant_is_read_back_by_diffusers_by_peft_and_by_us(kind: str, tm
     ours, expected = forward_pair(dit, by_peft.eval(), model)
     assert relative_error(ours, expected) < TOLERANCE
 
+    with pytest.raises(CheckpointError, match=r"which SAT does not know(?s:.*)--merge-lora"):
+        convert(Conversion(sat, tmp_path / "unmerged", "sat"))
     if kind == "dora":
         with pytest.raises(CheckpointError, match=r"says use_dora(?s:.*)name the run or its step"):
             read_lora(out)
