@@ -78,6 +78,10 @@ def start_engine(
     if settings["zero_optimization"]["stage"] not in (1, 2):
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         return TrainEngine(initialize(optimizer=optimizer_over(trained))[0], mesh)
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if OwnedParameters not in ZERO_SUPPORTED_OPTIMIZERS:  # it would warn of one that it does not know
+        ZERO_SUPPORTED_OPTIMIZERS.append(OwnedParameters)
     with padded_rows(module, mesh.data_size) as parameters:
         optimizer = OwnedParameters(parameters)
         engine = initialize(optimizer=optimizer)[0]
@@ -144,9 +148,7 @@ def engine_config(config: RunConfig) -> dict[str, Any]:
         "zero_optimization": zero,
         "fp16": section.fp16.model_dump(),
         "bf16": section.bf16.model_dump(),
-        # `OwnedParameters` is in no list of DeepSpeed's
-        "zero_allow_untested_optimizer": section.zero_allow_untested_optimizer
-        or section.zero_optimization.stage in (1, 2),
+        "zero_allow_untested_optimizer": section.zero_allow_untested_optimizer,
         # a torch optimizer on offloaded states is slower than DeepSpeed's, but needs no compiler
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": section.steps_per_print,
