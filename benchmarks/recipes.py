@@ -82,13 +82,15 @@ class Recipe:
 
 
 # The first two are what the step times of the others are compared with. Left out: `style_lora` changes data
-# and length, `ema` not the weights that train, the low-memory ones only where things lie; `buckets` and
-# `image_to_video` are about other data and another model.
+# and length alone, `ema` not the weights that train; `buckets` and `image_to_video` are about other data and
+# another model.
 RECIPES = (
     Recipe("sat_sft", "", ("args.lr=1e-4", "args.warmup=15")),
     Recipe("sat_lora", "", ("args.warmup=15",)),
     Recipe("diffusers_sft", SFT, ("args.lr=1e-4", "args.warmup=15")),
     Recipe("diffusers_lora", LORA, ("args.lr=4e-4", "args.warmup=15")),
+    Recipe("low_vram_24gb", LORA, ("args.warmup=15",)),
+    Recipe("low_vram_16gb", LORA, ("args.warmup=15",)),
     Recipe("min_snr", SFT, ("args.lr=1e-4", "args.warmup=15")),
     Recipe("prodigy", LORA, ("args.warmup=15",)),
     Recipe("came", SFT, ("args.lr=1e-4", "args.warmup=15")),
