@@ -17,6 +17,9 @@ from sat_train.distributed.signals import StopRequest
 configure_logging()
 request = StopRequest().listen()
 def ready(): print("ready", flush=True)
+# in pieces: no handler runs for a signal that comes between the last line of Python and a long sleep
+def wait():
+    while True: time.sleep(0.1)
 """
 
 
@@ -37,7 +40,7 @@ def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_before_there_is_work_a_signal_ends_the_command_clearly(number):
     process = _start(
-        "try:\n    ready(); time.sleep(60)\nexcept Stopped as stop: print(stop); sys.exit(stop.exit_code)\n"
+        "try:\n    ready(); wait()\nexcept Stopped as stop: print(stop); sys.exit(stop.exit_code)\n"
     )
     process.send_signal(number)
     code, out, _ = _end(process)
@@ -51,7 +54,7 @@ def test_a_later_request_takes_over_and_nothing_listens_twice():
         "later = StopRequest('stopped later').listen()\n"
         "threads = [thread.name for thread in threading.enumerate()]\n"
         "assert threads.count('stop-signals') == 1, threads\n"
-        "try:\n    ready(); time.sleep(60)\nexcept Stopped as stop: print(stop); sys.exit(stop.exit_code)\n"
+        "try:\n    ready(); wait()\nexcept Stopped as stop: print(stop); sys.exit(stop.exit_code)\n"
     )
     process.send_signal(signal.SIGTERM)
     assert _end(process)[:2] == (128 + signal.SIGTERM, "SIGTERM: stopped later\n")
@@ -66,7 +69,7 @@ def test_a_signal_where_the_interpreter_swallows_what_is_raised_is_not_lost(lost
     }[lost_in]
     process = _start(
         "def hit(*_): signal.raise_signal(signal.SIGINT); time.sleep(0.01)\n"
-        f"try:\n    ready()\n    {lose}    time.sleep(60)\n"
+        f"try:\n    ready()\n    {lose}    wait()\n"
         "except Stopped as stop: print(stop); sys.exit(stop.exit_code)\n"
     )
     code, out, err = _end(process)
