@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from memory import flash_attention
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +31,7 @@ from sat_train.config.parts.position_parts import PositionConfig
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.trainable import select_trainable
+from sat_train.models.trainable import select_configured
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")
 ONE_LAYER = "model.network_config.params.num_layers=1"
@@ -38,12 +39,6 @@ UNCOUNTED = ("mm", "addmm", "bmm", "baddbmm", "_unsafe_view")
 
 # a block as a function of inputs, and the inputs
 Block = tuple[Callable[..., Any], tuple[Tensor, ...]]
-
-
-def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Returns the output of flash attention, which runs on the meta device too."""
-    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-    return out
 
 
 class Traffic(TorchDispatchMode):
@@ -122,7 +117,7 @@ def count() -> None:
             )
             spec, data = config.spec, config.require_data().params
             dit = build_dit(spec, device=torch.device("meta"), dtype=torch.bfloat16)
-            select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
+            select_configured(dit, config.model)
             shape = spec.latent(data.max_num_frames, *data.video_size)
             size = (1, shape.padded_frames, spec.in_channels, shape.height, shape.width)
             latent = torch.empty(size, device="meta")

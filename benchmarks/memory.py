@@ -30,7 +30,7 @@ from sat_train.config.parts.optimizer_parts import AdamParams
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.trainable import select_trainable
+from sat_train.models.trainable import select_configured
 from sat_train.models.vae.build import build_vae
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -82,7 +82,8 @@ class LivingTensors(TorchDispatchMode):
         self._now -= size
 
 
-def _flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Returns the output of flash attention, which runs on the meta device too."""
     out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
     return out
 
@@ -90,7 +91,7 @@ def _flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 @contextmanager
 def _counting(module: torch.nn.Module) -> Iterator[LivingTensors]:
     attention = "torch.nn.functional.scaled_dot_product_attention"
-    with mock.patch(attention, _flash_attention), LivingTensors(module) as living:
+    with mock.patch(attention, flash_attention), LivingTensors(module) as living:
         yield living
 
 
@@ -173,7 +174,7 @@ def _build_dit(config: RunConfig, *, layers: int | None = None) -> DiffusionTran
         recompute_every=config.args.checkpoint_every,
         initialize=False,
     )
-    select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
+    select_configured(dit, config.model)
     return dit
 
 

@@ -18,7 +18,7 @@ from sat_train.config import ModelSpec, load_run_config
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.trainable import select_trainable
+from sat_train.models.trainable import select_configured
 
 TINY = str(Path(__file__).resolve().parents[1] / "configs/model/cogvideox_tiny.yaml")
 
@@ -45,7 +45,7 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[ModelSpec,
     spec, data = config.spec, config.require_data().params
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dit = build_dit(spec, device=device, dtype=dtype, recompute=options.recompute)
-    select_trainable(dit, not_trainable_prefixes=config.model.not_trainable_prefixes)
+    select_configured(dit, config.model)
     if options.compile:
         dit.compile_blocks()
     shape = spec.latent(data.max_num_frames, *data.video_size)

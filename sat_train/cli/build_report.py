@@ -7,7 +7,7 @@ import torch
 from sat_train.config import RunConfig
 from sat_train.distributed.processes import start_single_process, stop_processes
 from sat_train.models.build import build_dit
-from sat_train.models.trainable import select_trainable, train_rules
+from sat_train.models.trainable import select_configured
 
 
 def report_build(config: RunConfig) -> str:
@@ -22,13 +22,7 @@ def report_build(config: RunConfig) -> str:
     """
     start_single_process()
     dit = build_dit(config.spec, device="meta", dtype=torch.float32, initialize=False)
-    counts = select_trainable(
-        dit,
-        not_trainable_prefixes=config.model.not_trainable_prefixes,
-        freeze=config.model.freeze,
-        train=train_rules(config.model.train),
-        added=tuple(dit.modules_of_its_own()),
-    )
+    counts = select_configured(dit, config.model)
     width = max(map(len, dit.hook_origins))
     hooks = [f"{hook:{width}}  {origin}" for hook, origin in sorted(dit.hook_origins.items())]
     stop_processes()

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from sat_train.config.parts.adapter_parts import AdapterConfig, find_adapter_tensor
-from sat_train.config.schema.model_section import TrainConfig
+from sat_train.config.schema.model_section import ModelConfig, TrainConfig
 from sat_train.errors import ConfigError, Fault
+from sat_train.models.dit.transformer import DiffusionTransformer
 
 _KEY = "model.not_trainable_prefixes"
 
@@ -95,6 +96,21 @@ def adapter_rules(adapter: AdapterConfig | None) -> tuple[TrainRule, ...]:
         TrainRule("lora_config", (rf"\.{re.escape(name)}(?:\.\d+)?$",), factor)
         for name, factor in factors.items()
         if factor != 1
+    )
+
+
+def select_configured(dit: DiffusionTransformer, model: ModelConfig) -> TrainableSummary:
+    """Freezes the weights that section `model` does not train; see `select_trainable`.
+
+    Raises:
+        ConfigError: A prefix or pattern matches nothing, or nothing is left to train.
+    """
+    return select_trainable(
+        dit,
+        not_trainable_prefixes=model.not_trainable_prefixes,
+        freeze=model.freeze,
+        train=train_rules(model.train),
+        added=tuple(dit.modules_of_its_own()),
     )
 
 

@@ -38,7 +38,7 @@ from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.encoders import Encoders
 from sat_train.models.loaded_adapters import load_updates
 from sat_train.models.low_rank import Updates, highest_rank, scales_of, stacked
-from sat_train.models.trainable import select_trainable, train_rules
+from sat_train.models.trainable import select_configured
 from sat_train.objective.build import build_pipeline
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.weights.lazy import LazyWeights
@@ -165,13 +165,7 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
         if updates:
             load_updates(dit, updates)
             _describe_adapters(config, dit, updates)
-    summary = select_trainable(
-        dit,
-        not_trainable_prefixes=config.model.not_trainable_prefixes,
-        freeze=config.model.freeze,
-        train=train_rules(config.model.train),
-        added=tuple(dit.modules_of_its_own()),
-    )
+    summary = select_configured(dit, config.model)
     log.info("weights of the transformer%s:\n%s", _of_one_rank(mesh), summary)
     return dit
 
