@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,23 @@ def train_micro(mesh: ProcessMesh, folder: Path, words: list[str], preset: str =
     from sat_train.training.build import train
 
     train(micro_run(folder, *words, preset=preset), mesh)
+
+
+def logged_micro(mesh: ProcessMesh, folder: Path, words: list[str]) -> list[str]:
+    """Runs the training command's work on this rank; returns what it logs."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("sat_train")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        train_micro(mesh, folder, words)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return lines
 
 
 def _save_random(module: nn.Module, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from sat_train.training.callbacks.clip_ledger import read_ledger, render_table, 
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.callbacks.validation_file import read_validations
 from sat_train.training.resume import find_resumed
-from tests.ranks.micro import micro_run, train_micro, write_micro
+from tests.ranks.micro import logged_micro, micro_run, train_micro, write_micro
 
 pytestmark = pytest.mark.ranks
 
@@ -67,22 +66,6 @@ def means(run: Path) -> dict[int, float]:
     return {step: losses.mean().mean for step, losses in read_validations(run).items()}
 
 
-def log_of(mesh: ProcessMesh, folder: Path, words: list[str]) -> str:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("sat_train")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        train_micro(mesh, folder, words)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    return "\n".join(lines)
-
-
 @pytest.fixture(scope="module")
 def rising(rank_pool, folder) -> Path:
     return train(rank_pool, folder, "rising", "args.train_iters=10", *RISING, ranks=2)
@@ -116,8 +99,9 @@ def test_early_stop_ends_a_run_on_all_ranks_at_a_saved_step_and_a_resume_explain
     assert committed_steps(run)[0] == second, "which is no multiple of save_interval"
     assert not (run / "PREEMPTED").exists()
     resumed = ["args.experiment_name=early", *words, "args.resume=must", "args.batch_size=4"]
-    (log,) = rank_pool(1)(log_of, folder, resumed)
-    assert re.search(rf"finished already: step {second} of 14 by early stop: 2 validations in a row", log)
+    (lines,) = rank_pool(1)(logged_micro, folder, resumed)
+    ending = rf"finished already: step {second} of 14 by early stop: 2 validations in a row"
+    assert re.search(ending, "\n".join(lines))
     assert committed_steps(run)[0] == second
     longer = [*resumed, "args.early_stop_patience=5", f"args.train_iters={second + 1}"]
     rank_pool(1)(train_micro, folder, longer)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import os
 import re
 import signal
@@ -23,7 +22,7 @@ from sat_train.errors import SatTrainError
 from sat_train.interchange.sources import find_weights
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.resume import CONFIG_KEY, find_resumed
-from tests.ranks.micro import micro_run, train_micro, write_micro
+from tests.ranks.micro import logged_micro, micro_run, train_micro, write_micro
 
 pytestmark = pytest.mark.ranks
 
@@ -333,7 +332,7 @@ def test_going_back_to_an_older_step_leaves_one_line_of_history(rank_pool, folde
     rank_pool(1)(train_micro, folder, _words(name, 6, "args.keep_last=2", "args.keep_every=2"))
     run_directory = _run_directory(folder, name)
     words = [f"args.resume={run_directory}/2", "args.keep_last=2", "args.save_interval=1", "args.lr=5e-3"]
-    (lines,) = rank_pool(1)(_logged, folder, _words(name, 5, *words))
+    (lines,) = rank_pool(1)(logged_micro, folder, _words(name, 5, *words))
     jump = "the learning rate jumps: step 3 has 0.005; with the settings of the checkpoint it would have 0.01"
     assert jump in lines
     assert committed_steps(run_directory) == [5, 4, 2]
@@ -350,32 +349,15 @@ def test_going_back_to_an_older_step_leaves_one_line_of_history(rank_pool, folde
     assert (
         "# deepspeed.optimizer.params.lr = 0.005 (was 0.01)" in head or "# args.lr = 0.005 (was 0.01)" in head
     )
-    (lines,) = rank_pool(1)(_logged, folder, _words(name, 6, "args.resume=auto", "args.lr=5e-3"))
+    (lines,) = rank_pool(1)(logged_micro, folder, _words(name, 6, "args.resume=auto", "args.lr=5e-3"))
     assert not [line for line in lines if "jumps" in line], "the curve is that of the checkpoint"
-
-
-def _logged(mesh: ProcessMesh, folder: Path, words: list[str]) -> list[str]:
-    """Returns what is logged."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("sat_train")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        train_micro(mesh, folder, words)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    return lines
 
 
 def test_a_run_warns_of_what_only_its_data_show(rank_pool, folder):
     length = "model.conditioner_config.params.emb_models.0.params.max_length=6"
     positions = "model.network_config.params.modules.pos_embed_config.params.text_length=6"
     words = _words("captions", 1, "args.save=null", length, positions, "args.warmup=0")
-    (lines,) = rank_pool(1)(_logged, folder, words)
+    (lines,) = rank_pool(1)(logged_micro, folder, words)
     (warning,) = [line for line in lines if "captions_fit_the_text_encoder" in line]
     assert "max_length = 6: expected captions of at most 6 tokens: 100% are longer" in warning
 
@@ -395,7 +377,7 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(rank_pool, folder):
         [f"args.resume={run_directory}/4"],
     ):
         steps = 4 if "/" in words[0] else 6
-        (lines,) = rank_pool(1)(_logged, folder, _words("finished", steps, *words))
+        (lines,) = rank_pool(1)(logged_micro, folder, _words("finished", steps, *words))
         text = "\n".join(lines)
         assert f"finished already: step {steps} of {steps} (raise args.train_iters to continue)" in text
         assert "training steps" not in text
