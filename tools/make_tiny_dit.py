@@ -1,6 +1,7 @@
-"""Pre-trains the tiny transformer of the embedded model and writes `sat_train/assets/tiny/dit.safetensors`.
+"""Pre-trains the tiny transformer of an embedded model and writes the weights that its `args.load` names.
 
     python tools/make_tiny_dit.py --work /tmp/tiny_dit     # run again to continue where it stopped
+    python tools/make_tiny_dit.py --work /tmp/dit_1.5 --model configs/model/cogvideox1.5_tiny.yaml --minutes 4
 
 It sees drawn clips only, none of the demo data set's, so that fine-tuning on the demo clips is a true
 fine-tune. Latents and text embeddings are computed once and kept in `--work`. The running average of the
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sat_train.config import RunConfig, load_run_config
+from sat_train.config.paths import expand_assets
 from sat_train.data.batches import StepPosition
 from sat_train.distributed.processes import start_single_process
 from sat_train.encoding.encoded_batch import EncodedBatch
@@ -30,7 +32,6 @@ from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.models import build_models, find_start_weights
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUT = ROOT / "sat_train" / "assets" / "tiny" / "dit.safetensors"
 FIRST_SEED = FIRST_FREE_SEED + 100_000
 BATCH_SIZE = 8
 PEAK_LR, LOWEST_LR, WARMUP_STEPS = 1.5e-3, 5e-5, 200
@@ -128,16 +129,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for latents and the training state")
     parser.add_argument("--minutes", type=float, default=27.0, help="training time, over all calls together")
     parser.add_argument("--clips", type=int, default=1200, help="how many clips are drawn")
+    parser.add_argument("--model", type=Path, default=ROOT / "configs/model/cogvideox_tiny.yaml")
     options = parser.parse_args()
+    files = [options.model, ROOT / "configs" / "sft.yaml"]
+    load = load_run_config(files, purpose="check", check_paths=False).args.load
+    output = Path(expand_assets(load))
     options.work.mkdir(parents=True, exist_ok=True)
-    config = load_run_config([ROOT / "configs" / "sft.yaml"], ["args.load=null", "args.mode=pretrain"])
+    config = load_run_config(files, ["args.load=null", "args.mode=pretrain"])
     mesh = start_single_process()
     pipeline = build_models(config, mesh, find_start_weights(config, mesh))
     encoded = encode_clips(pipeline, config, count=options.clips, path=options.work / "clips.safetensors")
     weights = train(pipeline, encoded, minutes=options.minutes, state_path=options.work / "state.pt")
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, OUTPUT)
-    print(f"wrote {OUTPUT} ({OUTPUT.stat().st_size / 1e6:.1f} MB)")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, output)
+    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

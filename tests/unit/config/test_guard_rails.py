@@ -25,7 +25,7 @@ MODELS = sorted(Path("configs/model").glob("*.yaml"))
 RECIPES = sorted([*Path("configs/recipe").glob("*.yaml"), *Path("configs/parallel").glob("*.yaml")])
 ALPHA = "model.network_config.params.modules.lora_config.params.lora_alpha"
 RANK = "model.network_config.params.modules.lora_config.params.r"
-ONE_SIZE = ("cogvideox_2b", "cogvideox_5b_i2v")  # models with position tables
+ONE_SIZE = ("cogvideox_2b", "cogvideox_5b_i2v", "cogvideox_tiny_i2v")  # models with position tables
 
 
 def makes_sense(model: Path, preset: str, recipe: Path) -> bool:

@@ -59,6 +59,8 @@ def test_families_differ_in_patches_in_time() -> None:
     assert {name for name, family in families.items() if family == "1.5"} == {
         "cogvideox1.5_5b",
         "cogvideox1.5_5b_i2v",
+        "cogvideox1.5_tiny",
+        "cogvideox1.5_tiny_i2v",
     }
 
 
