@@ -8,5 +8,7 @@ from sat_train.models.dit.mixin import Mixin as Mixin
 from sat_train.models.dit.positions import PositionEmbedding as PositionEmbedding
 from sat_train.models.dit.rotary import RotaryPositions as RotaryPositions
 from sat_train.models.dit.stack import BlockStack as BlockStack
+from sat_train.objective.loss_inputs import LossInputs as LossInputs
+from sat_train.objective.loss_term import LossTerm as LossTerm
 from sat_train.training.loop.callback import Callback as Callback
 from sat_train.training.loop.metrics import TrainMetrics as TrainMetrics

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from sat_train.config.other_trainers import LORA_TARGETS
 from sat_train.config.parts import condition_parts, module_parts
+from sat_train.config.parts.loss_term_parts import DIFFUSION, DIFFUSION_TERM, LossTermConfig
 from sat_train.config.parts.noise_schedule import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.parts.position_parts import Rotary3DPositionEmbeddingParams
 from sat_train.config.rule import ParsedConfig, rule
@@ -298,3 +299,20 @@ def names_of_parts_are_free(config: ParsedConfig) -> Iterator[Fault]:
                 yield config.fault(
                     f"model.{group}.{name}", name, f"another name: {', '.join(names)} are taken"
                 )
+
+
+@rule("model.loss_terms", f"{_NETWORK}.modules.lora_config")
+def loss_terms_have_what_they_need(config: ParsedConfig) -> Iterator[Fault]:
+    """The reserved name, weights that leave nothing to train, and terms without adapters to switch off."""
+    terms = config.model.loss_terms
+    for name, term in terms.items():
+        path = f"model.loss_terms.{name}"
+        if (name == DIFFUSION) != (term.target == DIFFUSION_TERM):
+            others = ", ".join(set(LossTermConfig.records()) - {DIFFUSION_TERM}) or "one of an extension"
+            expected = DIFFUSION_TERM if name == DIFFUSION else f"a term besides {DIFFUSION}: {others}"
+            yield config.fault(f"{path}.target", term.target, expected)
+        if term.params.needs_reference and config.spec.adapter is None:
+            expected = f"{_NETWORK}.modules.lora_config: the reference is the model without its adapters"
+            yield config.fault(f"{path}.target", term.target, expected)
+    if DIFFUSION in terms and not any(term.weight for term in terms.values()):
+        yield config.fault(f"model.loss_terms.{DIFFUSION}.weight", 0, "a term with a weight above 0")

@@ -9,6 +9,7 @@ from sat_train.config.geometry import Geometry
 from sat_train.config.network_spec import NetworkSpec
 from sat_train.config.parts.adapter_parts import AdapterConfig
 from sat_train.config.parts.guidance_parts import GuidanceConfig
+from sat_train.config.parts.loss_term_parts import LossTermConfig
 from sat_train.config.parts.module_parts import ModuleConfig
 from sat_train.config.parts.noise_schedule import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.parts.position_parts import TimeHeightWidth
@@ -45,6 +46,7 @@ class ModelSpec(NetworkSpec):
         offset_noise_level: Standard deviation of the noise that all elements of a sample share.
         min_snr_gamma: Largest weight of the x0 error; None for no limit.
         timesteps: Distribution of the training timesteps.
+        loss_terms: Terms of the training loss, by name; `diffusion` has weight 1 where it is not named.
     """
 
     trained_frames: int
@@ -66,6 +68,7 @@ class ModelSpec(NetworkSpec):
     offset_noise_level: float
     min_snr_gamma: float | None
     timesteps: TimestepsConfig
+    loss_terms: Mapping[str, LossTermConfig]
 
     @property
     def trained_fps(self) -> int:
@@ -124,6 +127,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         offset_noise_level=loss.offset_noise_level,
         min_snr_gamma=loss.min_snr_value,
         timesteps=loss.sigma_sampler_config,
+        loss_terms=model.loss_terms,
     )
 
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def v_mse_per_sample(v_pred: Tensor, v_true: Tensor, counted_bt: Tensor | None = None) -> Tensor:
+def v_mse_per_sample(
+    v_pred: Tensor, v_true: Tensor, counted_bt: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Mean squared error of the velocity per sample, in fp32.
 
     Equivalent to CogVideo's x0 loss weighted by `1 / (1 - alpha_bar)`, but better conditioned: near t = 0 the
@@ -16,13 +18,16 @@ def v_mse_per_sample(v_pred: Tensor, v_true: Tensor, counted_bt: Tensor | None =
         v_pred: Prediction, shape (b, t, ...), any float dtype.
         v_true: Target of the same shape.
         counted_bt: Frames of each sample that count, bool, at least one per sample; None: all of them.
+        weight: Factor on the squares, of a shape that broadcasts to theirs; None: 1.
 
     Returns:
-        float32 of shape (b,).
+        float32 of shape (b,): the mean over all elements of the frames that count, whatever their weights.
 
     Source: zai-org/CogVideo@7a1af71 `sgm/modules/diffusionmodules/loss.py` VideoDiffusionLoss.
     """
     squares = (v_pred.float() - v_true.float()).square()
+    if weight is not None:
+        squares = squares * weight
     if counted_bt is None:
         return squares.flatten(1).mean(1)
     return (squares.flatten(2).mean(2) * counted_bt).sum(1) / counted_bt.sum(1)

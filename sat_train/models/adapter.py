@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -78,6 +79,7 @@ class Adapter(nn.Module):
     """
 
     is_merged = False
+    is_off = False
 
     def __init__(self, layer: LinearShape, *, rank: int, scale: float) -> None:
         super().__init__()
@@ -130,6 +132,8 @@ class AdaptedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer and its adapter."""
         y: Tensor = super().forward(x)
+        if self.adapter.is_off:
+            return y
         if not self.adapter.is_merged:
             return self.adapter.adapted(y, x, self.weight, self.bias)
         assert not self.training, "adapters that are merged into the weights do not train"
@@ -262,6 +266,22 @@ def merge_adapters(dit: nn.Module) -> None:
         if not layer.adapter.is_merged:
             layer.weight.copy_(layer.adapter.merged(layer.weight))
             layer.adapter.is_merged = True
+
+
+@contextmanager
+def adapters_off(dit: nn.Module) -> Iterator[None]:
+    """Switches the adapters off inside its body: the model computes what its own weights do, at no memory.
+
+    A backward belongs outside: what it computes again would lack the adapters.
+    """
+    adapters = [layer.adapter for _, layer in adapted_layers(dit)]
+    for adapter in adapters:
+        adapter.is_off = True
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_off = False
 
 
 def adapter_state_dict(dit: nn.Module) -> dict[str, Tensor]:

@@ -114,6 +114,13 @@ class Encoders:
         dtype = next(self.vae.parameters()).dtype
         return {"mean": mean[0].to(dtype), "logvar": logvar[0].to(dtype)}
 
+    def decode_with_gradient(self, latent_btchw: Tensor) -> Tensor:
+        """Decodes unscaled latents to pixels in [-1, 1], not clamped, float32, one sample at a time.
+
+        The gradient reaches the latents; the decoder's activations are kept for it.
+        """
+        return torch.cat([self.vae.decode(latent).float() for latent in latent_btchw.split(1)])
+
     @torch.no_grad()
     def decode(self, latent_btchw: Tensor) -> Tensor:
         """Decodes unscaled latents to uint8 video_btchw on the CPU, one sample at a time."""

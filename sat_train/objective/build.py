@@ -11,6 +11,7 @@ from sat_train.diffusion.schedule import zero_snr_alpha_bar
 from sat_train.encoding.build import build_conditions
 from sat_train.models.build import compute_dtype
 from sat_train.models.encoders import Encoders
+from sat_train.objective.loss_term import WeightedTerm
 from sat_train.objective.video_diffusion import VideoDiffusion
 
 if TYPE_CHECKING:
@@ -29,12 +30,21 @@ def build_pipeline(config: RunConfig, *, dit: DiffusionTransformer, encoders: En
         posterior_sampling=spec.posterior_sampling,
         offset_noise_level=spec.offset_noise_level,
         min_snr_gamma=spec.min_snr_gamma,
+        loss_terms=build_loss_terms(spec),
         timestep_law=spec.timesteps.build(),
         stratified=spec.timesteps.params.uniform_sampling,
         seed=args.seed,
         dtype=compute_dtype(args),
         device=next(dit.parameters()).device,
     )
+
+
+def build_loss_terms(spec: ModelSpec) -> dict[str, WeightedTerm]:
+    """Builds the terms of the loss that the configuration names."""
+    return {
+        name: WeightedTerm(choice.build(spec), choice.weight, choice.params.needs_reference)
+        for name, choice in spec.loss_terms.items()
+    }
 
 
 def build_alpha_bar(spec: ModelSpec) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sat_train.encoding.conditions.condition import DitInputs
+from sat_train.encoding.conditions.condition import DitInputs, Encoding
+from sat_train.encoding.conditions.randomness import SampleRandomness
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,9 @@ class TrainingInputs:
         timesteps_b: int64, on the CPU.
         dit: Inputs of the transformer from the conditions, after drop-out.
         counted_bt: True at latent frames that count in the loss, bool; None: all of them.
+        encoded: Encodings of the conditions, before drop-out, for loss terms.
+        random: Random numbers of the samples, for loss terms.
+        padding: Latent frames of `x0_btchw` in front of the clip's.
     """
 
     x0_btchw: Tensor
@@ -26,6 +31,9 @@ class TrainingInputs:
     timesteps_b: Tensor
     dit: DitInputs
     counted_bt: Tensor | None = None
+    encoded: Mapping[str, Encoding] = field(default_factory=dict)
+    random: SampleRandomness | None = None
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,10 @@ class LossOutput:
         loss: Mean over the samples, a float32 scalar with a gradient.
         loss_b: Loss of each sample, float32 of shape (b,), without gradient.
         timesteps_b: int64 of shape (b,), on the CPU.
+        terms: Unweighted loss of each sample by term, float32 of shape (b,), without gradient.
     """
 
     loss: Tensor
     loss_b: Tensor
     timesteps_b: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)

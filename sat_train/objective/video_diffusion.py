@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sat_train.config import Geometry
+from sat_train.config.parts.loss_term_parts import DIFFUSION
 from sat_train.data.batches import VideoSample
 from sat_train.data.sampler import AugmentationKey
 from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
 from sat_train.diffusion.guidance import Guidance
-from sat_train.diffusion.loss import min_snr_weight, offset_noise, v_mse_per_sample
+from sat_train.diffusion.loss import min_snr_weight, offset_noise
 from sat_train.diffusion.parameterization import add_noise, v_target
 from sat_train.diffusion.samplers import OnStep, Sampler
 from sat_train.diffusion.timestep_laws import TimestepLaw, uniform_law
@@ -23,7 +25,10 @@ from sat_train.distributed.seeds import derive_seed
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
 from sat_train.encoding.conditions.randomness import PromptRandomness, SampleRandomness
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, stack_rows
+from sat_train.models.adapter import adapters_off
 from sat_train.models.encoders import Encoders
+from sat_train.objective.loss_inputs import LossInputs
+from sat_train.objective.loss_term import DiffusionError, WeightedTerm, weighted_sum
 from sat_train.objective.padding import counted_frames, pad_in_time
 from sat_train.objective.training_inputs import LossOutput, TrainingInputs
 
@@ -49,6 +54,8 @@ class VideoDiffusion:
         posterior_sampling: Draw training latents from the autoencoder's posterior instead of taking its mean.
         offset_noise_level: Standard deviation of the noise that all elements of a sample share.
         min_snr_gamma: Upper limit of the loss weight; None for no limit.
+        loss_terms: Further terms of the loss by name; `diffusion` is the model's own, with weight 1 if it is
+            not there.
         timestep_law: Distribution of the training timesteps.
         stratified: Spread the timesteps evenly over the distribution in each optimizer step; off, each
             sample's is drawn alone.
@@ -68,6 +75,7 @@ class VideoDiffusion:
         posterior_sampling: bool = True,
         offset_noise_level: float = 0.0,
         min_snr_gamma: float | None = None,
+        loss_terms: Mapping[str, WeightedTerm] | None = None,
         timestep_law: TimestepLaw = uniform_law,
         stratified: bool = False,
         seed: int = 0,
@@ -79,6 +87,7 @@ class VideoDiffusion:
         self.alpha_bar = alpha_bar.cpu()
         self.scale_factor, self.posterior_sampling = scale_factor, posterior_sampling
         self.offset_noise_level, self.min_snr_gamma = offset_noise_level, min_snr_gamma
+        self.terms = {DIFFUSION: WeightedTerm(DiffusionError()), **(loss_terms or {})}
         self.timestep_law, self.stratified = timestep_law, stratified
         self.geometry: Geometry = dit.spec
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
@@ -124,15 +133,12 @@ class VideoDiffusion:
     def loss(
         self, inputs: TrainingInputs, *, network: Network | None = None, weighted: bool = True
     ) -> LossOutput:
-        """Predicts v once and compares it with the target; `weighted` applies min-SNR."""
-        alpha_bar_b = self.alpha_bar[inputs.timesteps_b]
-        x_t = add_noise(inputs.x0_btchw, inputs.eps_btchw, alpha_bar_b)
-        v_pred = self._predict(network or self.dit, x_t, inputs.timesteps_b, inputs.dit)
-        v_true = v_target(inputs.x0_btchw, inputs.eps_btchw, alpha_bar_b)
-        loss_b = v_mse_per_sample(v_pred, v_true, inputs.counted_bt)
-        if weighted and self.min_snr_gamma is not None:
-            loss_b = loss_b * min_snr_weight(alpha_bar_b, self.min_snr_gamma).to(loss_b.device)
-        return LossOutput(loss_b.mean(), loss_b.detach(), inputs.timesteps_b)
+        """Predicts v once, and adds up the terms of the loss; not `weighted`, it is the plain error of v."""
+        step = self._loss_inputs(inputs, network or self.dit, min_snr=weighted)
+        errors = {name: term.errors(step, name=name) for name, term in self.terms.items()}
+        loss_b = weighted_sum(errors, self.terms) if weighted else errors[DIFFUSION]
+        terms = {name: error_b.detach() for name, error_b in errors.items()}
+        return LossOutput(loss_b.mean(), loss_b.detach(), inputs.timesteps_b[: step.num_samples], terms)
 
     # Sampling
 
@@ -197,18 +203,76 @@ class VideoDiffusion:
 
     # Parts of the above
 
+    def _loss_inputs(self, inputs: TrainingInputs, network: Network, *, min_snr: bool) -> LossInputs:
+        """Runs the network once, and before it, where a term asks for it, once without adapters."""
+        x0, eps, timesteps_b = inputs.x0_btchw, inputs.eps_btchw, inputs.timesteps_b
+        alpha_bar_b = self.alpha_bar[timesteps_b]
+        x_t = add_noise(x0, eps, alpha_bar_b)
+        predict = functools.partial(self._call, x_t=x_t, timesteps_b=timesteps_b, inputs=inputs.dit)
+        reference = None
+        if any(term.needs_reference for term in self.terms.values()):
+            # before the prediction: ZeRO-3 expects a backward after a forward with gradient
+            with torch.no_grad(), adapters_off(self.dit):
+                reference = predict(network).float()
+        if len(self.terms) > 1:
+            v_pred, outputs = predict(network, return_outputs=True)
+        else:
+            v_pred, outputs = predict(network), {}
+        return LossInputs(
+            x0_btchw=x0,
+            eps_btchw=eps,
+            x_t_btchw=x_t,
+            timesteps_b=timesteps_b,
+            levels_bt=None,
+            alpha_bar_b=alpha_bar_b,
+            noise_alpha_bar=alpha_bar_b,
+            v_pred_btchw=v_pred.float(),
+            v_true_btchw=v_target(x0, eps, alpha_bar_b),
+            counted_bt=inputs.counted_bt,
+            encoded=inputs.encoded,
+            outputs=outputs,
+            random=inputs.random,
+            num_samples=len(timesteps_b),
+            min_snr_b=self._min_snr(alpha_bar_b) if min_snr else None,
+            reference=reference,
+            decode_latent=functools.partial(self._decode, padding=inputs.padding),
+        )
+
+    def _min_snr(self, alpha_bar_b: Tensor) -> Tensor | None:
+        gamma = self.min_snr_gamma
+        return None if gamma is None else min_snr_weight(alpha_bar_b, gamma).to(self.device)
+
+    def _decode(self, latent_btchw: Tensor, frames: tuple[int, int] | None, *, padding: int) -> Tensor:
+        shown_btchw = latent_btchw[:, padding:][:, slice(*(frames or (None,)))]
+        return self.encoders.decode_with_gradient(shown_btchw / self.scale_factor)
+
     def _predict(self, network: Network, x_t: Tensor, timesteps_b: Tensor, inputs: DitInputs) -> Tensor:
-        """Calls the network in its own dtype and on its device; returns float32."""
+        """Returns the prediction as float32."""
+        v: Tensor = self._call(network, x_t, timesteps_b, inputs).float()
+        return v
+
+    def _call(
+        self,
+        network: Network,
+        x_t: Tensor,
+        timesteps_b: Tensor,
+        inputs: DitInputs,
+        *,
+        return_outputs: bool = False,
+    ) -> Any:
+        """Calls the network in its own dtype and on its device."""
         inputs = inputs.to(self.device, self.dtype)
-        extras = {"extras": inputs.extras} if inputs.extras else {}
+        options: dict[str, Any] = {"extras": inputs.extras} if inputs.extras else {}
+        if return_outputs:
+            options["return_outputs"] = True
         return network(
             x_t.to(self.device, self.dtype),
             timesteps_b.to(self.device),
             inputs.text_bld,
             image_latent_btchw=inputs.image_latent_btchw,
             ofs_b=inputs.ofs_b,
-            **extras,
-        ).float()
+            **options,
+        )
 
     def _guided(
         self, network: Network, inputs: DitInputs, guidance: Guidance, steps: int
@@ -271,7 +335,16 @@ class VideoDiffusion:
             inputs.append(condition.inputs(encoded, random, tuple(x0.shape)))
         counted_bt = self._counted_frames(batch.num_shown, num_latent_frames=latent.shape[1])
         eps = self._noise_like(x0, random, offset_level=self.offset_noise_level if drops else 0.0)
-        return TrainingInputs(x0, eps, timesteps_b, DitInputs.merged(inputs), counted_bt)
+        return TrainingInputs(
+            x0,
+            eps,
+            timesteps_b,
+            DitInputs.merged(inputs),
+            counted_bt,
+            encoded={name: encoded for name, encoded in batch.encodings.items() if name != CLIP},
+            random=random,
+            padding=x0.shape[1] - latent.shape[1],
+        )
 
     def _counted_frames(self, num_shown: Sequence[int], *, num_latent_frames: int) -> Tensor | None:
         """Returns a mask of the latent frames that count, without those that only pad a short clip."""

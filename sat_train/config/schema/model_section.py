@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from sat_train.config.parts.condition_parts import ConditionConfig
+from sat_train.config.parts.loss_term_parts import LossTermConfig
 from sat_train.config.parts.module_parts import ModuleConfig
 from sat_train.config.parts.record import PlainName, Record, Texts
 from sat_train.config.parts.sampler_parts import SamplerConfig
@@ -74,4 +75,9 @@ class ModelConfig(Record):
     first_stage_config: VideoVAEGroup = Field(description="The video autoencoder.")
     denoiser_config: DenoiserGroup = Field(DenoiserGroup(), description="Noise schedule and prediction.")
     loss_fn_config: LossGroup = Field(LossGroup(), description="The training loss.")
+    loss_terms: dict[PlainName, LossTermConfig] = Field(
+        {},
+        description="Terms of the training loss, by a name of your own: target, weight, params. "
+        "`diffusion` is the model's own error, with weight 1 if it is not named.",
+    )
     sampler_config: SamplerConfig = Field(SamplerConfig.default(), description="Settings of the sampler.")

@@ -27,6 +27,7 @@ from sat_train.training.callbacks.cache_publisher import CachePublisher
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.early_stop import EarlyStop, exhausted_patience
 from sat_train.training.callbacks.ema import ExponentialMovingAverage
+from sat_train.training.callbacks.loss_terms import LossTerms
 from sat_train.training.callbacks.metrics_file import read_validation_losses
 from sat_train.training.callbacks.progress import build_progress
 from sat_train.training.callbacks.validation import Measure, Validation
@@ -59,6 +60,8 @@ def build_callbacks(
     Ranks: all.
     """
     callbacks: list[Callback] = [BadClipCount(mesh, train)]
+    if len(pipeline.terms) > 1:
+        callbacks.append(LossTerms(mesh, names=tuple(pipeline.terms), micro_steps=engine.micro_steps))
     if config.args.ema_decay:
         callbacks.append(ExponentialMovingAverage(engine, config.args.ema_decay))
     callbacks += _registered(config, mesh, run_directory)
