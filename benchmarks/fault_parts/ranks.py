@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from benchmarks.fault_parts.injection import Injection
+from tests.ports import HeldPort
 
 _PRELOADED = ["sat_train.cli.ranks", "sat_train.training.build", "deepspeed"]
 _GRACE_S = 30.0  # a launcher ends the others at once; here they have to notice by themselves
@@ -58,7 +58,7 @@ class WarmRanks:
             log: Gets what they print.
             injection: What goes wrong inside them.
         """
-        port = _free_port()
+        port = HeldPort()
         processes = []
         for rank in range(ranks):
             variables = {
@@ -67,20 +67,21 @@ class WarmRanks:
                 "WORLD_SIZE": str(ranks),
                 "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(port.number),
             }
             process = self._context.Process(target=_train, args=(variables, list(words), str(log), injection))
             process.start()
             processes.append(process)
-        return RunningRanks(processes, log)
+        return RunningRanks(processes, log, port)
 
 
 class RunningRanks:
     """Ranks that train."""
 
-    def __init__(self, processes: list[ForkServerProcess], log: Path) -> None:
+    def __init__(self, processes: list[ForkServerProcess], log: Path, port: HeldPort) -> None:
         self._processes = processes
         self._log = log
+        self._port = port
 
     def signal(self, number: signal.Signals, *, ranks: Sequence[int]) -> None:
         """Sends a signal to some ranks, if they still live."""
@@ -111,17 +112,12 @@ class RunningRanks:
         for process in self._processes:
             process.kill()
             process.join()
+        self._port.close()
         return Ended(codes, hung, self.output())
 
     def _join(self, deadline: float) -> None:
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _train(variables: dict[str, str], words: list[str], log: str, injection: Injection | None) -> None:

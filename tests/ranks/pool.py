@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import socket
 import sys
 import time
 import traceback
@@ -14,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tests.forks import start_fork
+from tests.ports import HeldPort
 
 TIMEOUT_MINUTES = 2  # of collectives; neither gloo's own default nor NCCL's
 _GRACE_S = 5  # how long the others may take to fail too once one rank has failed
@@ -65,12 +65,6 @@ def _destroy_engines() -> None:
     gc.collect()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class RankFailure(AssertionError):
     """A function raised on a rank; carries that rank's traceback."""
 
@@ -101,10 +95,10 @@ class RankPool:
             RankFailure: With the traceback of the first rank that raised. The next call starts new processes.
         """
         ranks = self._worlds.get(world_size) or self._start(world_size)
-        port = _free_port()
-        for rank, (_, connection) in enumerate(ranks):
-            connection.send((rank, world_size, port, model_parallel_size, function, args))
-        results, failure = _collect(ranks, time.monotonic() + timeout_s)
+        with HeldPort() as port:
+            for rank, (_, connection) in enumerate(ranks):
+                connection.send((rank, world_size, port.number, model_parallel_size, function, args))
+            results, failure = _collect(ranks, time.monotonic() + timeout_s)
         if failure or len(results) < world_size:
             self._end(world_size)
             missing = sorted(set(range(world_size)) - set(results))

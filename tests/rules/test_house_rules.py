@@ -203,3 +203,10 @@ def test_the_step_path_of_the_design_is_that_of_the_code() -> None:
     names = re.findall(r"`([\w/]+\.py)`", section)
     assert not [name for name in names if not any((folder / name).is_file() for folder in (ROOT, PACKAGE))]
     assert f"data and model included: {len(set(names))}." in section
+
+
+def test_nobody_looks_up_a_free_port_and_lets_it_go() -> None:
+    """Another process may take it before ours listens: `tests.ports.HeldPort` keeps it."""
+    home = ROOT / "tests" / "ports.py"
+    texts = {path: path.read_text(encoding="utf-8") for path in SOURCES if path != home}
+    assert not [path for path, text in texts.items() if re.search(r"\.bind\(\(.*, 0\)\)", text)]

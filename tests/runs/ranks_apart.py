@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.forks import ForkedCommand, start_python
+from tests.ports import HeldPort
 
 # What a rank does once the ranks have met; `argv[1]` is a body of Python.
 WORK = """
@@ -23,16 +23,17 @@ args = SimpleNamespace(device="cpu", distributed_backend="auto", model_parallel_
 sys.exit(_join_and_work(SimpleNamespace(args=args), RankEnv.read(), ("work", "work")))
 """
 
+_held_ports: list[HeldPort] = []  # until the tests end: a rank may come late, or be started again
+
 
 def start_ranks(words: Callable[[int], Sequence[str]], *, world_size: int, logs: Path) -> list[ForkedCommand]:
     """Starts `python <words(rank)>` for each rank, whose output goes to `<logs>/<rank>.txt`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = HeldPort()
+    _held_ports.append(port)
     ranks = []
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        variables = {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
+        variables = {name: str(value) for name, value in {**place, "MASTER_PORT": port.number}.items()}
         variables["MASTER_ADDR"] = "127.0.0.1"
         ranks.append(start_python(words(rank), log=logs / f"{rank}.txt", variables=variables))
     return ranks

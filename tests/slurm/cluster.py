@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.ports import HeldPort
 from tests.runs.launching import environment, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -72,7 +73,8 @@ class Cluster:
         for name in ("munge", "state", "spool"):
             (folder / name).mkdir(mode=0o755)
         conf = folder / "slurm.conf"
-        ports = {"controller_port": _free_port(), "node_port": _free_port()}
+        self._controller_port, self._node_port = HeldPort(), HeldPort()
+        ports = {"controller_port": self._controller_port.number, "node_port": self._node_port.number}
         conf.write_text(CONF.format(folder=folder, host=socket.gethostname().split(".")[0], **ports))
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-15]\n")
         for number in range(16):
@@ -123,6 +125,8 @@ class Cluster:
             path = self._folder / name
             if path.exists():
                 _end(int(path.read_text()))
+        self._controller_port.close()
+        self._node_port.close()
 
     def _start_munge(self) -> None:
         folder = self._folder / "munge"
@@ -149,12 +153,6 @@ class Cluster:
         )
         assert done.returncode == 0 or not check, f"{line}: {done.stdout}"
         return done.stdout
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _end(pid: int) -> None:
