@@ -13,6 +13,11 @@ from sat_train.config.parts.position_parts import PositionParams as PositionPara
 from sat_train.config.parts.position_parts import (
     Rotary3DPositionEmbeddingParams as Rotary3DPositionEmbeddingParams,
 )
+from sat_train.config.parts.reference import ConditionName as ConditionName
+from sat_train.config.parts.reference import FieldName as FieldName
+from sat_train.config.parts.reference import Kinds as Kinds
+from sat_train.config.parts.reference import ModuleName as ModuleName
+from sat_train.config.parts.reference import WeightsFile as WeightsFile
 from sat_train.config.parts.registry import Field as Field
 from sat_train.config.parts.registry import Params as Params
 from sat_train.config.parts.registry import part as part

@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from sat_train.config.other_trainers import OUR_KEYS
 from sat_train.config.parts.record import FILE_NAME, Record
+from sat_train.config.parts.reference import NameOf
 from sat_train.config.parts.registry import Choice, NameIn, parts_of, registry_revision
 from sat_train.config.run import Sections
 
@@ -203,6 +204,8 @@ def _records_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[R
 def _describe(field: FieldInfo) -> str:
     limits = []
     for constraint in field.metadata:
+        if isinstance(constraint, NameOf):
+            limits.append(f"that is a name in {constraint.group}")
         if pattern := getattr(constraint, "pattern", None):
             limits.append(_PATTERNS[pattern])
         for name, sign in _BOUNDS.items():

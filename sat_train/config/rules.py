@@ -6,6 +6,7 @@ from dataclasses import replace
 from sat_train.config import guard_rails as guard_rails
 from sat_train.config import model_rules as model_rules
 from sat_train.config import path_rules as path_rules
+from sat_train.config import reference_rules as reference_rules
 from sat_train.config import run_rules
 from sat_train.config.facts import RunFacts
 from sat_train.config.parts.registry import registered_checks

@@ -92,7 +92,7 @@ def build_conditions(config: RunConfig, encoders: Encoders) -> tuple[Condition, 
 
 def _build_own(name: str, choice: ConditionConfig, spec: ModelSpec) -> Condition:
     condition: Condition = choice.build(spec)
-    condition.name, condition.settings = name, choice.params.model_dump(mode="json")
+    condition.name, condition.params, condition.model = name, choice.params, spec
     condition.drop_probability, condition.drop_purpose = choice.drop, f"condition_drop.{name}"
     return condition
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from sat_train.config import RunConfig
+from sat_train.config.parts.reference import weights_files
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
@@ -83,7 +85,18 @@ def digest_encoders(config: RunConfig, file_metadata: FileMetadata) -> EncoderDi
             max_length=text.max_length,
             dtype=[str(dtype), str(compute_dtype(config.args))],
         ),
+        files={path: _weights(file_metadata, path, partial(_files_at, path)) for path in _files_of(config)},
     )
+
+
+def _files_of(config: RunConfig) -> set[str]:
+    return {path for each in config.model.conditions.values() for path in weights_files(each.params)}
+
+
+def _files_at(path: str) -> Sequence[Path]:
+    """Returns a file, or all files of a folder."""
+    found = Path(path)
+    return [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
 
 
 def _weights(file_metadata: FileMetadata, path: str, files: Callable[[], Sequence[Path]]) -> str:
@@ -100,7 +113,7 @@ def _weights(file_metadata: FileMetadata, path: str, files: Callable[[], Sequenc
         raise DataError(
             f"{path} does not exist, and the cache holds nothing that was encoded with it",
             expected="the encoder's weights, or a cache that was filled with weights at this path",
-            remedy="correct model.first_stage_config or model.conditioner_config, or data.cache_dir",
+            remedy="correct the path in model, or data.cache_dir",
         )
     return cached
 

@@ -54,7 +54,7 @@ class Encode:
     def _part(self, name: str, sample: VideoSample) -> dict[str, Tensor]:
         if name == CLIP:
             return self._encoders.video(sample.video_tchw, subject=sample.clip_id)
-        return self._conditions[name].encode(sample, self._encoders)
+        return self._conditions[name].encoded(sample, self._encoders)
 
 
 class EncodeAndKeep(Encode):

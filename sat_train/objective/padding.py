@@ -1,4 +1,4 @@
-"""Padding in time up to whole patches, and the frames that count in a loss."""
+"""The latent frames of a sample that count in a loss."""
 
 from __future__ import annotations
 
@@ -26,13 +26,3 @@ def counted_frames(num_shown: Sequence[int], num_latent_frames: int, geometry: G
     filled = torch.tensor([-(-(shown - 1) // compression) + 1 for shown in num_shown])
     counted_bt = torch.arange(padding + num_latent_frames) < padding + filled[:, None]
     return None if counted_bt.all() else counted_bt
-
-
-def pad_in_time(latent_btchw: Tensor, geometry: Geometry) -> Tensor:
-    """Prepends copies of the first latent frame until the length divides into patches.
-
-    Source: zai-org/CogVideo@7a1af71 `finetune/models/cogvideox1_5_t2v/lora_trainer.py`; diffusers 0.42
-    `CogVideoXPipeline.__call__` adds its padding, and drops it again, at the same end.
-    """
-    padding = geometry.padding(latent_btchw.shape[1])
-    return torch.cat([latent_btchw[:, :1].expand(-1, padding, -1, -1, -1), latent_btchw], dim=1)

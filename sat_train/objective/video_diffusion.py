@@ -23,13 +23,14 @@ from sat_train.diffusion.timestep_laws import TimestepLaw, uniform_law
 from sat_train.diffusion.timesteps import Spacing, stratify, timesteps_at
 from sat_train.distributed.seeds import derive_seed
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
+from sat_train.encoding.conditions.latent_time import pad_in_time
 from sat_train.encoding.conditions.randomness import PromptRandomness, SampleRandomness
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, stack_rows
 from sat_train.models.adapter import adapters_off
 from sat_train.models.encoders import Encoders
 from sat_train.objective.loss_inputs import LossInputs
 from sat_train.objective.loss_term import DiffusionError, WeightedTerm, weighted_sum
-from sat_train.objective.padding import counted_frames, pad_in_time
+from sat_train.objective.padding import counted_frames
 from sat_train.objective.training_inputs import LossOutput, TrainingInputs
 
 if TYPE_CHECKING:
@@ -309,7 +310,7 @@ class VideoDiffusion:
         shape, every = (len(samples), *latent_shape), torch.ones(len(samples), dtype=torch.bool)
         null, full = [], []
         for condition in self.conditions:
-            encoded = [condition.encode(sample, self.encoders) for sample in samples]
+            encoded = [condition.encoded(sample, self.encoders) for sample in samples]
             stacked = {part: stack_rows([each[part] for each in encoded]) for part in condition.tensors}
             full.append(condition.inputs(stacked, random, shape))
             null.append(full[-1])

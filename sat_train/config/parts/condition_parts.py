@@ -6,7 +6,7 @@ A builder gets the parameters and the `ModelSpec`, and returns a `Condition`
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -16,7 +16,21 @@ TAKEN = ("clip", "text", "image", "ofs")  # names of the package's own encodings
 
 
 class ConditionParams(Params):
-    """Base of the settings of a condition."""
+    """Base of the settings of a condition.
+
+    Attributes:
+        takes_image_slot: It takes the place of the first frame of image-to-video models.
+    """
+
+    takes_image_slot: ClassVar[bool] = False
+
+    def channels(self, model: Any) -> int:
+        """Returns the channels that it places next to the latent: the patch embedding is widened by them.
+
+        Args:
+            model: The `ModelSpec`.
+        """
+        return 0
 
 
 class ConditionConfig(Choice):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sat_train.json_record import JsonRecord
@@ -28,10 +28,12 @@ class EncoderDigests:
     Args:
         vae: Of the video autoencoder.
         text: Of the text encoder.
+        files: By path, of the files of weights that conditions name.
     """
 
     vae: str
     text: str
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

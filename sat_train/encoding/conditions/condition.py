@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sat_train.config.geometry import LatentShape
+from sat_train.config.parts.reference import field_names
+from sat_train.config.values import map_texts
 from sat_train.data.batches import VideoSample
 from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
 from sat_train.encoding.cache.key import digest
+from sat_train.encoding.conditions.declared import declared_encoders, declared_sample
+from sat_train.encoding.conditions.latent_time import How, pad_in_time, to_latent_frames
 from sat_train.encoding.conditions.randomness import Randomness
+from sat_train.errors import SatTrainError
 from sat_train.models.encoders import Encoders
 
 Encoding = Mapping[str, Tensor]
@@ -81,49 +87,53 @@ class DitInputs:
 class Condition:
     """One input of the model. It owns no trainable weight.
 
+    Args:
+        params: The part's parameter record.
+        model: The model's description, a `ModelSpec`.
+
     Attributes:
         name: Its key among the encodings of a sample.
         tensors: Names of the tensors that `encode` returns; empty where nothing of a sample is encoded.
         drop_probability: Share of the training samples in which it is dropped.
         drop_purpose: Key of the random numbers that choose these.
         guides: Guidance contrasts the prediction with one from which it is dropped.
-        augments: `encode` draws random numbers (`sample.generator`).
-        settings: Inputs of `encode` besides the sample, as JSON values.
+        augments: `encode` differs between training and validation, or draws (`sample.generator`).
+        reads_caption: `encode` reads `sample.caption`.
+        encodes_text: `encode` calls the text encoder.
     """
 
-    name: str
+    params: Any = None
+    model: Any = None
+    name: str = ""
     tensors: frozenset[str] = frozenset()
     drop_probability = 0.0
     drop_purpose = ""
     guides = False
     augments = False
-    settings: Mapping[str, Any] = {}
+    reads_caption = True
+    encodes_text = False
+    _is_loaded = False
+
+    def __init__(self, params: Any = None, model: Any = None) -> None:
+        self.params, self.model = params, model
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields that its settings refer to, sorted."""
+        return () if self.params is None else field_names(self.params)
+
+    # What an extension overrides
+
+    def load(self, device: torch.device) -> None:
+        """Loads frozen encoders of its own: once, and only where a sample must be encoded."""
 
     def encode(self, sample: VideoSample, encoders: Encoders) -> dict[str, Tensor]:
-        """Encodes one sample for the cache, without batch dimension."""
-        return {}
+        """Encodes one sample for the cache, without batch dimension.
 
-    def entry(self, facts: SampleFacts) -> CacheEntry:
-        """Returns the cache entry of a sample's encoding, keyed by all its inputs.
-
-        By default these are the clip's pixels, its caption, the settings, the source file of the condition
-        and, where it augments, the augmentation.
+        What it reads is the key of the cache: pixels and the fields that its settings name always, all else
+        as declared by the attributes. Reading more is an error.
         """
-        key = digest(
-            kind="condition",
-            name=self.name,
-            settings=dict(self.settings),
-            source=self._source,
-            pixels=facts.clip.key,
-            caption=facts.caption,
-            noise=list(facts.view) if self.augments and facts.training else None,
-        )
-        return CacheEntry(key, replace(facts.clip.info, kind=self.name.lower()))
-
-    @functools.cached_property
-    def _source(self) -> str:
-        """SHA-256 of its source file; the same for all samples."""
-        return hashlib.sha256(Path(inspect.getfile(type(self))).read_bytes()).hexdigest()
+        return {}
 
     def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
         """Drops the condition from samples of a batch: in training, and for guidance.
@@ -133,10 +143,13 @@ class Condition:
             dropped_b: bool, True at samples without the condition.
 
         Returns:
-            The encoding, by default with zeros for those samples.
+            The encoding, by default with zeros for those samples; a posterior becomes one whose samples are
+            exactly zero.
         """
         return {
-            name: tensor.masked_fill(dropped_b.view(-1, *[1] * (tensor.dim() - 1)), 0)
+            name: tensor.masked_fill(
+                dropped_b.view(-1, *[1] * (tensor.dim() - 1)), -torch.inf if name == "logvar" else 0
+            )
             for name, tensor in encoded.items()
         }
 
@@ -149,3 +162,95 @@ class Condition:
             latent_shape: Of the noised latent, (b, t, c, h, w).
         """
         return DitInputs()
+
+    # Helpers
+
+    def latent(self, encoded: Encoding, random: Randomness, purpose: str | None = None) -> Tensor:
+        """Draws latents from `mean` and `logvar`: scaled, and padded in time, like those of the clips.
+
+        Args:
+            encoded: Posterior moments, batch first.
+            random: Random numbers of the samples.
+            purpose: Key of the numbers; None: the condition's own, so that no two latents share noise.
+
+        Returns:
+            float32 `[b, t, c, h, w]`.
+        """
+        latent = self.model.latent_scale * random.latent(encoded, purpose or f"condition.{self.name}")
+        return pad_in_time(latent, self.model)
+
+    def latent_frames(self, x_t: Tensor, how: How) -> Tensor:
+        """Turns values of pixel frames into values of latent frames, see `to_latent_frames`."""
+        return to_latent_frames(x_t, how, self.model)
+
+    def latent_shape(self, sample: VideoSample) -> LatentShape:
+        """Returns the shape of the latent of a sample's clip."""
+        shape: LatentShape = self.model.latent(len(sample.video_tchw), *sample.video_tchw.shape[-2:])
+        return shape
+
+    # What the stages call
+
+    def encoded(self, sample: VideoSample, encoders: Encoders) -> dict[str, Tensor]:
+        """Encodes one sample as declared.
+
+        Raises:
+            SatTrainError: `encode` reads more than the condition declares, or returns other tensors.
+        """
+        if not self._is_loaded:
+            with torch.random.fork_rng():  # the run's own random numbers stay
+                self.load(encoders.device)
+            self._is_loaded = True
+        tensors = self.encode(declared_sample(sample, self), declared_encoders(encoders, self))
+        if tensors.keys() != self.tensors:
+            raise SatTrainError(
+                f"condition '{self.name}': encode returns {sorted(tensors)}",
+                expected=f"the tensors that its class declares: {sorted(self.tensors)}",
+            )
+        return tensors
+
+    def entry(self, facts: SampleFacts) -> CacheEntry:
+        """Returns the cache entry of a sample's encoding, keyed by all its inputs.
+
+        These are the clip's pixels, with the autoencoder, the settings, the source files of the condition
+        and, where it has or declares them: the conditioning image, the fields, the files of weights, the
+        caption, the text encoder and the augmentation.
+        """
+        key = digest(
+            kind="condition",
+            name=self.name,
+            settings=self._settings(facts),
+            source=self._source,
+            pixels=facts.clip.key,
+            caption=facts.caption if self.reads_caption else None,
+            noise=list(facts.view) if self.augments and facts.training else None,
+            **self._further_facts(facts),
+        )
+        return CacheEntry(key, replace(facts.clip.info, kind=self.name.lower()))
+
+    def _settings(self, facts: SampleFacts) -> dict[str, Any]:
+        """Returns its settings, with the content of a file of weights in place of its path."""
+        if self.params is None:
+            return {}
+        files = facts.encoder_digests.files
+        settings: dict[str, Any] = map_texts(
+            self.params.model_dump(mode="json"), lambda text: files.get(text, text)
+        )
+        return settings
+
+    def _further_facts(self, facts: SampleFacts) -> dict[str, Any]:
+        """Returns the inputs that not every condition has: the keys of those without stay the same."""
+        further: dict[str, Any] = {}
+        if facts.record.image is not None:
+            further["image"] = facts.picture(facts.record.image).key
+        if self.fields:
+            further["fields"] = {name: facts.field(name) for name in self.fields}  # type: ignore[attr-defined]
+        if self.encodes_text:
+            further["text"] = facts.encoder_digests.text
+        return further
+
+    @functools.cached_property
+    def _source(self) -> str:
+        """SHA-256 of the source files of its class and of the classes between it and this one."""
+        classes = [each for each in type(self).__mro__ if issubclass(each, Condition)][:-1]
+        files = dict.fromkeys(inspect.getfile(each) for each in classes)
+        return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

@@ -34,6 +34,8 @@ class ImageCondition(Condition):
     name = "image"
     tensors = frozenset({"mean", "logvar"})
     drop_purpose = "image_drop"
+    augments = True
+    reads_caption = False
 
     def __init__(
         self,
@@ -65,12 +67,6 @@ class ImageCondition(Condition):
 
     def _noise_key(self, facts: SampleFacts) -> tuple[float, ...]:
         return facts.view if self.noise == _RELEASED_NOISE else (*facts.view, *self.noise)
-
-    def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
-        """Replaces posteriors by one whose samples are exactly zero."""
-        dropped = dropped_b[:, None, None, None, None]
-        mean, logvar = encoded["mean"], encoded["logvar"]
-        return {"mean": mean.masked_fill(dropped, 0.0), "logvar": logvar.masked_fill(dropped, -torch.inf)}
 
     def inputs(self, encoded: Encoding, random: Randomness, latent_shape: Sequence[int]) -> DitInputs:
         """Returns the scaled latent in the first of the frames, padding in front included."""

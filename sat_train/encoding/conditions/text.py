@@ -31,6 +31,7 @@ class TextCondition(Condition):
     tensors = frozenset({"text"})
     drop_purpose = "caption_drop"
     guides = True
+    encodes_text = True
 
     def __init__(
         self,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sat_train.config import Geometry
-from sat_train.objective.padding import counted_frames, pad_in_time
+from sat_train.encoding.conditions.latent_time import pad_in_time
+from sat_train.objective.padding import counted_frames
 
 
 def geometry(patch_t: int) -> Geometry:
