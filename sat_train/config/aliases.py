@@ -75,6 +75,14 @@ def get_value(tree: Any, path: str) -> Any:
     return tree
 
 
+def remove_value(merged: Merged, path: str) -> None:
+    """Removes a key that the tree has, with its sources."""
+    parent, _, leaf = path.rpartition(".")
+    group: Any = get_value(merged.tree, parent) if parent else merged.tree
+    del group[int(leaf) if isinstance(group, list) else leaf]
+    forget_sources(merged.sources, path)
+
+
 def _fold_same(merged: Merged, first: str, second: str, faults: list[Fault]) -> None:
     spelled = {path: get_value(merged.tree, path) for path in (first, second)}
     each_other = {f"${{{first}}}", f"${{{second}}}"}  # a reference to the other spelling does not count

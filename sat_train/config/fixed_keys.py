@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from sat_train.config.aliases import get_value
+from sat_train.config.aliases import get_value, remove_value
 from sat_train.config.catalog import suggest_value
-from sat_train.config.layers import Merged, forget_sources
+from sat_train.config.layers import Merged
+from sat_train.config.sat_forks import about_class
 from sat_train.config.values import show_value
 from sat_train.errors import Fault
 
@@ -99,19 +100,14 @@ def drop_fixed_keys(merged: Merged, faults: list[Fault]) -> None:
         if not any(_is_same(value, one) for one in allowed):
             text, expected = show_value(value), show_value(allowed[0])
             suggestion = suggest_value(text, [expected])
+            expected += about_class(path, text)
             faults.append(Fault(path, text, expected, merged.source_of(path), suggestion))
-        _take_out(merged, path)
+        remove_value(merged, path)
     for group in WITHOUT_SETTINGS:
         if get_value(merged.tree, group) in (None, {}, {"params": {}}):
-            _take_out(merged, group)
+            remove_value(merged, group)
 
 
 def _is_same(value: Any, allowed: Any) -> bool:
     """Returns whether a value equals the allowed one: 0 and 0.0 are equal, 0 and false are not."""
     return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)
-
-
-def _take_out(merged: Merged, path: str) -> None:
-    parent, _, leaf = path.rpartition(".")
-    del get_value(merged.tree, parent)[leaf]
-    forget_sources(merged.sources, path)

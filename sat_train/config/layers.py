@@ -50,12 +50,14 @@ class Merged:
         sources: The layer each leaf came from, by dotted path.
         derived: Keys whose value comes from another spelling of the same setting.
         order: The layers, first to last; of two spellings the one in the later layer wins.
+        translated: Keys of SAT forks that are understood, with the keys that they have become.
     """
 
     tree: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     derived: set[str] = field(default_factory=set)
     order: list[str] = field(default_factory=list)
+    translated: dict[str, str] = field(default_factory=dict)
 
     def source_of(self, path: str) -> str:
         """Returns the layer of a key, or of the nearest group above it; empty for a default."""

@@ -30,7 +30,9 @@ from sat_train.config.rule import ParsedConfig, Purpose
 from sat_train.config.rules import all_rules, check_rules, warnings_of
 from sat_train.config.run import RunConfig, Sections
 from sat_train.config.run_model import check_recorded_extensions, find_run, use_model_of_run
+from sat_train.config.sat_forks import answer_fork_keys
 from sat_train.config.section_check import validate
+from sat_train.config.trained_names import translate_trained_names
 from sat_train.config.weights_folder import fill_frozen_models
 from sat_train.config.words import COMMAND_LINE
 from sat_train.errors import ConfigError, Fault
@@ -88,13 +90,15 @@ def load_run_config(
         **dict(sections),
         sources=_sources(sections, merged, extensions),
         extensions=extensions,
-        notes=(*_notes(layers, parsed_config), *warnings_of(parsed_config)),
+        notes=(*_notes(layers, merged, parsed_config), *warnings_of(parsed_config)),
         needs=_missing_for_use(parsed_config) if purpose == "check" else "",
     )
 
 
 def _settle(merged: Merged, faults: list[Fault]) -> None:
     """Resolves other spellings and references in the tree, and fills in the paths found next to weights."""
+    translate_trained_names(merged, faults)
+    answer_fork_keys(merged, faults)
     drop_fixed_keys(merged, faults)
     fold_aliases(merged, faults)
     resolve_references(merged, faults)
@@ -159,7 +163,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return values
 
 
-def _notes(layers: Sequence[Layer], config: ParsedConfig) -> list[str]:
+def _notes(layers: Sequence[Layer], merged: Merged, config: ParsedConfig) -> list[str]:
     notes = []
     if any(layer.is_embedded for layer in layers):
         notes.append(f"No file chooses a network: the embedded tiny model is used ({EMBEDDED}).")
@@ -167,6 +171,9 @@ def _notes(layers: Sequence[Layer], config: ParsedConfig) -> list[str]:
     if dropped:
         keys = ", ".join(path if why == NO_EFFECT else f"{path} ({why})" for path, why in dropped.items())
         notes.append(f"Keys of older files that have no effect: {keys}.")
+    if merged.translated:
+        keys = ", ".join(f"{path} ({ours})" for path, ours in merged.translated.items())
+        notes.append(f"Keys of SAT forks, as they are here: {keys}.")
     sampling_fps = config.args.sampling_fps
     data_fps = None if config.data is None else config.data.params.fps
     if sampling_fps is not None and data_fps is not None and sampling_fps != data_fps:

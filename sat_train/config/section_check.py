@@ -21,6 +21,7 @@ from sat_train.config.catalog import (
 )
 from sat_train.config.layers import Merged
 from sat_train.config.run import Sections
+from sat_train.config.sat_forks import about_class
 from sat_train.config.values import show_value
 from sat_train.errors import Fault
 
@@ -104,9 +105,10 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
         expected = "text, in quotes where YAML would read a number or true and false"
     else:
         expected = _expected(path)
-    return Fault(
-        path, text, expected.replace("one of ", "", "," not in expected), merged.source_of(path), suggestion
-    )
+    expected = expected.replace("one of ", "", "," not in expected)
+    if kind in ("union_tag_invalid", "literal_error"):
+        expected += about_class(path, text)
+    return Fault(path, text, expected, merged.source_of(path), suggestion)
 
 
 def _expected_key(path: str, merged: Merged) -> tuple[str, str]:
