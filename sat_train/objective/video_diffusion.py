@@ -263,17 +263,11 @@ class VideoDiffusion:
     ) -> Any:
         """Calls the network in its own dtype and on its device."""
         inputs = inputs.to(self.device, self.dtype)
-        options: dict[str, Any] = {"extras": inputs.extras} if inputs.extras else {}
+        options = inputs.keywords()
         if return_outputs:
             options["return_outputs"] = True
-        return network(
-            x_t.to(self.device, self.dtype),
-            timesteps_b.to(self.device),
-            inputs.text_bld,
-            image_latent_btchw=inputs.image_latent_btchw,
-            ofs_b=inputs.ofs_b,
-            **options,
-        )
+        latent, timesteps_b = x_t.to(self.device, self.dtype), timesteps_b.to(self.device)
+        return network(latent, timesteps_b, inputs.text_bld, **options)
 
     def _guided(
         self, network: Network, inputs: DitInputs, guidance: Guidance, steps: int

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sat_train.config.geometry import LatentShape
@@ -28,6 +29,12 @@ from sat_train.models.encoders import Encoders
 Encoding = Mapping[str, Tensor]
 
 
+# inputs that several conditions may set, by the dimension on which they stand behind each other
+_JOINED = {"channels_btchw": 2, "frames_bfchw": 1, "frame_index_f": 0, "frame_level_bf": 1}
+_SHARED = "frame_index_f"  # the batch has one
+_CLEAN = -1
+
+
 @dataclass(frozen=True)
 class DitInputs:
     """Inputs of the transformer next to the noised latent, batch first.
@@ -36,30 +43,57 @@ class DitInputs:
         text_bld: Text embeddings.
         image_latent_btchw: Latent concatenated to the noised one on channels, of its shape.
         ofs_b: The `ofs` input of CogVideoX1.5-I2V.
+        channels_btchw: Channels next to these. Those of several conditions stand in their order.
+        frames_bfchw: Latent frames that stand behind the video in time: attention reads them, and they are
+            not predicted. They have all channels of the input, or the first of them.
+        frame_index_f: Their times in latent frames, int64 on the CPU; 0 is that of the first frame. They may
+            repeat, and be those of frames of the video. The batch shares them.
+        frame_level_bf: Their timesteps, int64, -1 for exactly clean; None: all are clean.
         extras: Named tensors for network modules.
     """
 
     text_bld: Tensor | None = None
     image_latent_btchw: Tensor | None = None
     ofs_b: Tensor | None = None
+    channels_btchw: Tensor | None = None
+    frames_bfchw: Tensor | None = None
+    frame_index_f: Tensor | None = None
+    frame_level_bf: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        frames, index, level = self.frames_bfchw, self.frame_index_f, self.frame_level_bf
+        assert (frames is None) == (index is None), "frames_bfchw and frame_index_f belong together"
+        if frames is not None and index is not None:
+            count = frames.shape[1]
+            assert index.shape == (count,), f"{count} frames at the times {index.tolist()}"
+            assert level is None or level.shape == frames.shape[:2], f"a level for each of {count} frames"
 
     @staticmethod
     def merged(parts: Iterable[DitInputs]) -> DitInputs:
-        """Returns the inputs of several conditions together; no two may set the same one."""
+        """Returns the inputs of several conditions together.
+
+        Channels and appended frames of several stand behind each other; no two may set any other input.
+        """
         inputs: dict[str, Tensor] = {}
         for part in parts:
             own = part.tensors()
-            both = sorted(inputs.keys() & own.keys())
+            if part.frames_bfchw is not None:  # another condition may append frames that are not clean
+                own.setdefault("frame_level_bf", torch.full(part.frames_bfchw.shape[:2], _CLEAN))
+            both = sorted(inputs.keys() & own.keys() - _JOINED.keys())
             assert not both, f"two conditions set {both}"
-            inputs |= own
+            inputs |= {name: _joined(name, inputs.get(name), tensor) for name, tensor in own.items()}
         return DitInputs.of(inputs)
 
     @staticmethod
     def cat(parts: Sequence[DitInputs]) -> DitInputs:
         """Returns batches of inputs as one batch."""
         columns = [part.tensors() for part in parts]
-        return DitInputs.of({name: torch.cat([column[name] for column in columns]) for name in columns[0]})
+        joined = {
+            name: tensor if name == _SHARED else torch.cat([column[name] for column in columns])
+            for name, tensor in columns[0].items()
+        }
+        return DitInputs.of(joined)
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> DitInputs:
@@ -74,14 +108,34 @@ class DitInputs:
         assert not inputs.keys() & self.extras.keys(), f"extras {sorted(self.extras)} need other names"
         return {**inputs, **self.extras}
 
+    def keywords(self) -> dict[str, Any]:
+        """Returns the inputs except for text as keyword arguments of the transformer, those that are set."""
+        own = {name: tensor for name, tensor in self.tensors().items() if name not in self.extras}
+        own.pop("text_bld", None)
+        return {**own, **({"extras": self.extras} if self.extras else {})}
+
     def to(self, device: torch.device, dtype: torch.dtype) -> DitInputs:
-        """Returns the inputs on a device and in a dtype, except for extras, which the transformer casts."""
-        return DitInputs.of(
-            {
-                name: tensor.to(device) if name in self.extras else tensor.to(device, dtype)
-                for name, tensor in self.tensors().items()
-            }
-        )
+        """Returns the inputs on a device and in a dtype.
+
+        The transformer casts extras. Whole numbers keep their dtype, and the times of frames their place.
+        """
+
+        def moved(name: str, tensor: Tensor) -> Tensor:
+            if name == _SHARED:
+                return tensor
+            is_cast = tensor.is_floating_point() and name not in self.extras
+            return tensor.to(device, dtype) if is_cast else tensor.to(device)
+
+        return DitInputs.of({name: moved(name, tensor) for name, tensor in self.tensors().items()})
+
+
+def _joined(name: str, first: Tensor | None, second: Tensor) -> Tensor:
+    if first is None:
+        return second
+    if name == "frames_bfchw":  # channels that one of them lacks are zero
+        channels = max(first.shape[2], second.shape[2])
+        first, second = (F.pad(each, (0, 0, 0, 0, 0, channels - each.shape[2])) for each in (first, second))
+    return torch.cat([first, second.to(first.device)], dim=_JOINED[name])
 
 
 class Condition:

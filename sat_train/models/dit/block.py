@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from sat.model.base_model import BaseMixin
 from sat.model.transformer import BaseTransformerLayer
@@ -75,10 +76,14 @@ class DitBlock:
         return {name: module for name, module in modules.items() if module is not None}
 
     def modulate(self, context: BlockContext) -> tuple[Tensor, ...]:
-        """Returns shift, scale, gate of attention, then of the MLP, of text and video: six of `[b, 2, d]`."""
-        video_text_bsjd = self.modulation(context.emb_bd).unflatten(1, (2, 6, -1))
-        modulations: tuple[Tensor, ...] = video_text_bsjd.flip(1).unbind(2)
-        return modulations
+        """Returns shift, scale, gate of attention, then of the MLP, of each segment: six of `[b, s, d]`."""
+        features = context.emb_bd
+        video_text = self.modulation(features).unflatten(-1, (2, 6, -1))  # [b, 2, 6, d], or [b, r, 2, 6, d]
+        if features.dim() == 2:
+            modulations: tuple[Tensor, ...] = video_text.flip(1).unbind(2)
+            return modulations
+        of_text, of_frames, of_rest = video_text[:, :1, 1], video_text[:, 1:, 0], video_text[:, :1, 0]
+        return torch.cat([of_text, of_frames, of_rest], dim=1).unbind(2)
 
 
 def layer_forward(x_bld: Tensor, *, block: DitBlock, context: BlockContext) -> Tensor:
@@ -89,12 +94,12 @@ def layer_forward(x_bld: Tensor, *, block: DitBlock, context: BlockContext) -> T
     Source: zai-org/CogVideo@7a1af71 `sat/dit_video_concat.py` `AdaLNMixin.layer_forward`.
     """
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.modulate(context)
-    layer, text_length = block.layer, context.text_length
-    modulated = layer.input_layernorm(x_bld, shift_a, scale_a, text_length)
+    layer, segments = block.layer, context.segments
+    modulated = layer.input_layernorm(x_bld, shift_a, scale_a, segments)
     attended = block.run(attention_forward, modulated, context=context)
-    x_bld = gated_sum(x_bld, attended, gate_a, text_length)
-    modulated = layer.post_attention_layernorm(x_bld, shift_m, scale_m, text_length)
-    return gated_sum(x_bld, block.run(mlp_forward, modulated, context=context), gate_m, text_length)
+    x_bld = gated_sum(x_bld, attended, gate_a, segments)
+    modulated = layer.post_attention_layernorm(x_bld, shift_m, scale_m, segments)
+    return gated_sum(x_bld, block.run(mlp_forward, modulated, context=context), gate_m, segments)
 
 
 def attention_forward(x_bld: Tensor, *, block: DitBlock, context: BlockContext) -> Tensor:

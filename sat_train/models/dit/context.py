@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from sat.model.base_model import BaseModel
 from torch import Tensor
 
+from sat_train.models.dit.elementwise import Segments
 from sat_train.models.dit.embedding import PatchGrid, to_patches
+from sat_train.models.dit.frame_levels import AppendedFrames
 
 # by name; of a mapping by block index each block receives its own tensor
 Extras = dict[str, Tensor | dict[int, Tensor]]
@@ -21,10 +23,11 @@ Extras = dict[str, Tensor | dict[int, Tensor]]
 class BlockContext(NamedTuple):
     """Inputs of a block other than its tokens. They cannot be changed: a block may run twice (checkpointing).
 
-    Tokens are text, then video, then those appended by modules.
+    Tokens are text, then video, then those of appended frames, then those appended by modules.
 
     Args:
-        emb_bd: Timestep (and `ofs`) features, `[b, time_embed_dim]`.
+        emb_bd: Timestep (and `ofs`) features, `[b, e]`. Where frames have levels of their own, `[b, r, e]`:
+            the sample's, which text has, then those of every patch of frames in time, also of appended ones.
         rotation_lk2: Cosine and sine of each token's rotary angles, fp32 `[l, k / 2, 2]`; (1, 0) at those
             that are not rotated. None: no rotary positions.
         grid: Patches of the video.
@@ -41,7 +44,7 @@ class BlockContext(NamedTuple):
     extras: Mapping[str, Tensor] = MappingProxyType({})
 
     def video(self, x_bld: Tensor) -> Tensor:
-        """Returns the video tokens alone, `[b, l, d]` to `[b, t, h, w, d]`."""
+        """Returns the video tokens alone, without appended frames, `[b, l, d]` to `[b, t, h, w, d]`."""
         video_bld = x_bld[:, self.text_length : self.text_length + self.grid.tokens]
         video_bthwd: Tensor = video_bld.unflatten(1, self.grid)
         return video_bthwd
@@ -49,6 +52,19 @@ class BlockContext(NamedTuple):
     def tokens(self, video_bthwd: Tensor) -> Tensor:
         """Returns video tokens at their positions among all tokens, `[b, l, d]`; the others are zero."""
         return F.pad(video_bthwd.flatten(1, 3), (0, 0, self.text_length, self.appended))
+
+    @property
+    def segments(self) -> Segments:
+        """The tokens that share a modulation."""
+        if self.emb_bd.dim() == 2:
+            return Segments(self.text_length)
+        area = self.grid.height * self.grid.width
+        return Segments(self.text_length, self.emb_bd.shape[1] - 1, area)
+
+    @property
+    def video_features(self) -> Tensor:
+        """Time features of the video, `[b, e]`, or of each of its patches in time, `[b, grid.frames, e]`."""
+        return self.emb_bd if self.emb_bd.dim() == 2 else self.emb_bd[:, 1 : 1 + self.grid.frames]
 
     def with_tokens(self, count: int) -> BlockContext:
         """Returns the context of a sequence with more tokens at its end; these are not rotated."""
@@ -71,7 +87,11 @@ class BlockContext(NamedTuple):
 
 
 def cast_extras(extras: Mapping[str, Tensor], latent_btchw: Tensor) -> Extras:
-    """Casts the tensors of conditions to the device and dtype of a latent."""
+    """Casts the tensors of conditions to the device and dtype of a latent.
+
+    Whole numbers stay, and so do tensors whose name ends in `_fp32`: pixel coordinates do not survive half
+    precision.
+    """
     for name, value in extras.items():
         assert len(value) == len(latent_btchw), f"extras {name}: {len(value)} rows, another batch"
     return {
@@ -86,10 +106,13 @@ class ForwardContext:
 
     Args:
         dit: The `DiffusionTransformer`.
-        latent_btchw: All channels that are embedded: the noised latent and those next to it.
+        latent_btchw: All channels that are embedded: the noised latent and those next to it. Appended frames
+            are not in it.
         text_bld: Text embeddings, `[b, l, text_hidden_size]`.
         timesteps_b: The samples' timesteps, `[b]`.
         ofs_b: `ofs` values, `[b]`; None for models without.
+        levels_bt: Timesteps of latent frames, `[b, t]`, -1 where clean; None: they have the sample's.
+        appended: Frames that are appended in time.
         extras: Named tensors of the conditions; those of `before_blocks` join them.
         outputs: Tensors that hooks return to the loss, by name.
     """
@@ -99,6 +122,8 @@ class ForwardContext:
     text_bld: Tensor
     timesteps_b: Tensor
     ofs_b: Tensor | None
+    levels_bt: Tensor | None
+    appended: AppendedFrames | None
     extras: Extras
     outputs: dict[str, Tensor] = field(default_factory=dict)
     block_context: BlockContext | None = None

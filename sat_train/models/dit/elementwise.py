@@ -1,16 +1,35 @@
 """Elementwise steps of a block, which move and keep fewer tensors than their formulas would in eager PyTorch.
 
-A modulation is a row for each segment of the tokens, text and video, and is never spread over the tokens. A
-compiler fuses the plain formulas by itself, and gets them.
+A modulation is a row for each segment of the tokens, text and video or text and every frame, and is never
+spread over the tokens. A compiler fuses the plain formulas by itself, and gets them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Segments(NamedTuple):
+    """Runs of tokens that share a modulation, in order: text, each frame that has one of its own, the rest.
+
+    Args:
+        text: Text tokens.
+        frames: Frames; 0: the video is in the rest.
+        area: Tokens of a frame.
+    """
+
+    text: int
+    frames: int = 0
+    area: int = 0
+
+    def lengths(self, tokens: int) -> list[int]:
+        """Returns the length of each segment of so many tokens; the last may be empty."""
+        return [self.text, *[self.area] * self.frames, tokens - self.text - self.frames * self.area]
 
 
 class ModulatedLayerNorm(nn.LayerNorm):
@@ -21,43 +40,47 @@ class ModulatedLayerNorm(nn.LayerNorm):
         x_bld: Tensor,
         shift_bsd: Tensor | None = None,
         scale_bsd: Tensor | None = None,
-        text_length: int = 0,
+        segments: Segments = Segments(0),  # noqa: B008  (immutable)
     ) -> Tensor:
         """Normalises the last dim; without a modulation it is a LayerNorm.
 
         Args:
             x_bld: Tokens, text first.
-            shift_bsd: Shifts of text and of the other tokens, `[b, 2, d]`.
+            shift_bsd: Shift of each segment, `[b, s, d]`.
             scale_bsd: Scales, less one, of the same.
-            text_length: Text tokens.
+            segments: The segments; there are s.
         """
         if shift_bsd is None or scale_bsd is None:
             return super().forward(x_bld)
         if torch.compiler.is_compiling():
-            spread = (
-                spread_over_tokens(each, x_bld.shape[1], text_length) for each in (shift_bsd, scale_bsd)
-            )
+            spread = (spread_over_tokens(each, x_bld.shape[1], segments) for each in (shift_bsd, scale_bsd))
             shift_bld, scale_bld = spread
             return super().forward(x_bld) * (1 + scale_bld) + shift_bld
         weight_bsd, bias_bsd = 1 + scale_bsd, shift_bsd
         if self.weight is not None:
             weight_bsd, bias_bsd = self.weight * weight_bsd, self.bias * weight_bsd + bias_bsd
-        out: Tensor = _SegmentNorm.apply(x_bld, weight_bsd, bias_bsd, text_length, self.eps)
+        lengths = segments.lengths(x_bld.shape[1])
+        out: Tensor = _SegmentNorm.apply(x_bld, weight_bsd, bias_bsd, lengths, self.eps)
         return out
 
 
-def gated_sum(x_bld: Tensor, y_bld: Tensor, gate_bsd: Tensor, text_length: int) -> Tensor:
-    """Returns `x + gate * y`, with one gate `[d]` for text and one for the other tokens."""
+def gated_sum(x_bld: Tensor, y_bld: Tensor, gate_bsd: Tensor, segments: Segments) -> Tensor:
+    """Returns `x + gate * y`, with one gate `[d]` for each segment."""
     if torch.compiler.is_compiling():
-        return x_bld + spread_over_tokens(gate_bsd, x_bld.shape[1], text_length) * y_bld
-    out: Tensor = _GatedSum.apply(x_bld, y_bld, gate_bsd, text_length)
+        return x_bld + spread_over_tokens(gate_bsd, x_bld.shape[1], segments) * y_bld
+    out: Tensor = _GatedSum.apply(x_bld, y_bld, gate_bsd, segments.lengths(x_bld.shape[1]))
     return out
 
 
-def spread_over_tokens(rows_bsd: Tensor, tokens: int, text_length: int) -> Tensor:
-    """Returns the row of each token, `[b, 2, d]` to `[b, tokens, d]`."""
-    is_text_l1 = torch.arange(tokens, device=rows_bsd.device)[:, None] < text_length
-    return torch.where(is_text_l1, rows_bsd[:, :1], rows_bsd[:, 1:])
+def spread_over_tokens(rows_bsd: Tensor, tokens: int, segments: Segments) -> Tensor:
+    """Returns the row of each token, `[b, s, d]` to `[b, tokens, d]`."""
+    if not segments.frames:
+        is_text_l1 = torch.arange(tokens, device=rows_bsd.device)[:, None] < segments.text
+        return torch.where(is_text_l1, rows_bsd[:, :1], rows_bsd[:, 1:])
+    text, frames, rest = rows_bsd.split([1, segments.frames, 1], dim=1)
+    rest_length = segments.lengths(tokens)[-1]
+    spread = frames[:, :, None].expand(-1, -1, segments.area, -1).flatten(1, 2)
+    return torch.cat([text.expand(-1, segments.text, -1), spread, rest.expand(-1, rest_length, -1)], dim=1)
 
 
 def rotate_pairs(x_blnk: Tensor, rotation_lk2: Tensor) -> Tensor:
@@ -79,22 +102,18 @@ def rotate_pairs(x_blnk: Tensor, rotation_lk2: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x_blnk.dtype)
 
 
-def _segments(tensor_bld: Tensor, text_length: int) -> tuple[Tensor, ...]:
-    return tensor_bld.tensor_split((text_length,), dim=1)
-
-
 class _SegmentNorm(torch.autograd.Function):
     """`norm(x) * weight + bias` with weights of each sample and segment; keeps the input alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, text_length: int, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, lengths: list[int], eps: float) -> Tensor:
         out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
         for part, scale, shift in zip(
-            _segments(out, text_length), weight.split(1, 1), bias.split(1, 1), strict=True
+            out.split(lengths, 1), weight.split(1, 1), bias.split(1, 1), strict=True
         ):
             torch.addcmul(shift, part, scale, out=part)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.text_length = text_length
+        ctx.lengths = lengths
         return out
 
     @staticmethod
@@ -106,7 +125,7 @@ class _SegmentNorm(torch.autograd.Function):
             for each, is_wanted in zip((x, weight, bias), wanted, strict=True)
         )
         # of one sample and segment they are a LayerNorm's weights; its kernel gives all gradients at once
-        for sample, segment, span in _spans(len(x), x.shape[1], ctx.text_length):
+        for sample, segment, span in _spans(len(x), ctx.lengths):
             tokens = (each[sample, span] for each in (grads[0], x))
             statistics = (each[sample, span] for each in (mean, rstd))
             rows = (each[sample, segment] for each in (weight, bias))
@@ -121,36 +140,37 @@ class _SegmentNorm(torch.autograd.Function):
         return g_x, g_weight, g_bias, None, None
 
 
-def _spans(samples: int, tokens: int, text_length: int) -> Iterator[tuple[int, int, slice]]:
+def _spans(samples: int, lengths: Sequence[int]) -> Iterator[tuple[int, int, slice]]:
+    ends = list(itertools.accumulate(lengths))
     for sample in range(samples):
-        yield sample, 0, slice(0, text_length)
-        yield sample, 1, slice(text_length, tokens)
+        for segment, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+            yield sample, segment, slice(end - length, end)
 
 
 class _GatedSum(torch.autograd.Function):
     """`x + gate * y` with gates of each sample and segment."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, text_length: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, lengths: list[int]) -> Tensor:
         out = torch.empty_like(x)
-        parts = (_segments(each, text_length) for each in (out, x, y))
+        parts = (each.split(lengths, 1) for each in (out, x, y))
         for out_part, x_part, y_part, row in zip(*parts, gate.split(1, 1), strict=True):
             torch.addcmul(x_part, row, y_part, out=out_part)
         ctx.save_for_backward(gate, *([y] if ctx.needs_input_grad[2] else []))
-        ctx.text_length = text_length
+        ctx.lengths = lengths
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, text_length = grads[0], ctx.text_length
+        grad, lengths = grads[0], ctx.lengths
         gate, *kept = ctx.saved_tensors
         g_y, g_gate = None, None
         if ctx.needs_input_grad[1]:
             g_y = torch.empty_like(grad)
-            parts = _segments(g_y, text_length), _segments(grad, text_length)
+            parts = g_y.split(lengths, 1), grad.split(lengths, 1)
             for g_part, part, row in zip(*parts, gate.split(1, 1), strict=True):
                 torch.mul(part, row, out=g_part)
         if ctx.needs_input_grad[2]:
-            sums = [part.sum(1, keepdim=True) for part in _segments(grad * kept[0], text_length)]
+            sums = [part.sum(1, keepdim=True) for part in (grad * kept[0]).split(lengths, 1)]
             g_gate = torch.cat(sums, dim=1)
         return grad, g_y, g_gate, None

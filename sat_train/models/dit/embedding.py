@@ -39,7 +39,7 @@ def timestep_features(values_b: Tensor, dim: int) -> Tensor:
     """Returns cosines, then sines, of a timestep at geometric frequencies.
 
     Args:
-        values_b: Timesteps or `ofs` values, any number type, `[b]`.
+        values_b: Timesteps or `ofs` values, any number type, `[b]`, or of any shape.
         dim: Even width.
 
     Returns:
@@ -49,7 +49,7 @@ def timestep_features(values_b: Tensor, dim: int) -> Tensor:
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=values_b.device) / half
-    angles = values_b.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+    angles = values_b.float()[..., None] * torch.exp(-math.log(10000.0) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -130,9 +130,20 @@ class FinalLayer(BaseMixin):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 2 * hidden_size))
 
     def final_forward(self, video_bld: Tensor, emb_bd: Tensor, grid: PatchGrid) -> Tensor:
-        """SAT hook: video tokens `[b, tokens, d]` to `[b, t, out_channels, h, w]`."""
-        shift, scale = self.adaLN_modulation(emb_bd)[:, None].chunk(2, dim=-1)
-        patches = self.linear(self.norm_final(video_bld) * (1 + scale) + shift)
+        """SAT hook: video tokens `[b, tokens, d]` to `[b, t, out_channels, h, w]`.
+
+        Args:
+            video_bld: Video tokens.
+            emb_bd: Time features `[b, e]`, or of every patch of frames `[b, grid.frames, e]`.
+            grid: Patches of the video.
+        """
+        shift, scale = self.adaLN_modulation(emb_bd)[..., None, :].chunk(2, dim=-1)
+        normed = self.norm_final(video_bld)
+        if emb_bd.dim() == 3:
+            normed = normed.unflatten(1, (grid.frames, -1))
+        patches = self.linear(normed * (1 + scale) + shift)
+        if emb_bd.dim() == 3:
+            patches = patches.flatten(1, 2)
         o, p, q = self.patch_size
         latent_btchw: Tensor = rearrange(
             patches,

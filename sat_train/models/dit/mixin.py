@@ -67,7 +67,11 @@ class Mixin(BaseMixin):
     # Between: once a forward
 
     def time_features(self, forward: ForwardContext) -> Tensor | None:
-        """Returns an addition to the time features, `[b, time_embed_dim]`; `forward.block` is not set yet."""
+        """Returns an addition to the time features, `[b, time_embed_dim]`; `forward.block` is not set yet.
+
+        One of `[b, frames, time_embed_dim]` modulates each patch of frames of the video alone: `frames` of
+        `forward.dit.patch_grid(forward.latent_btchw)`.
+        """
 
     def before_blocks(self, hidden_bld: Tensor, forward: ForwardContext) -> Extras | None:
         """Reads the embedded tokens; returns named tensors for `context.extras`.

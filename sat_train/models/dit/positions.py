@@ -6,10 +6,11 @@ import torch
 from sat.model.base_model import BaseMixin
 from torch import Tensor
 
-from sat_train.errors import ConfigError, Fault
+from sat_train.errors import ConfigError, Fault, SatTrainError
 from sat_train.models.dit.embedding import PatchGrid
 
 Device = torch.device | str
+Times = tuple[float, ...]
 
 _SIZE_POLICY_KEY = "model.network_config.params.modules.pos_embed_config.params.size_policy"
 
@@ -26,6 +27,25 @@ class PositionEmbedding(BaseMixin):
 
     def rotation(self, grid: PatchGrid, text_length: int, device: torch.device) -> Tensor | None:
         """Returns cosine and sine of the angles of all tokens, fp32 `[l, k / 2, 2]`; None rotates nothing."""
+        return None
+
+    def frame_positions(self, grid: PatchGrid, times: Times) -> Tensor | None:
+        """Returns positions that are added to the tokens of appended frames, `[1, tokens, d]`, or None.
+
+        Args:
+            grid: Patches of the video.
+            times: Time of each appended patch of frames, in patches.
+
+        Raises:
+            SatTrainError: There are none for these times.
+        """
+        raise SatTrainError(
+            f"{type(self).__name__} has no positions for frames that are appended in time",
+            expected="a position embedding with `frame_positions` and `frame_rotation`",
+        )
+
+    def frame_rotation(self, grid: PatchGrid, times: Times, device: torch.device) -> Tensor | None:
+        """Returns cosine and sine of the angles of appended frames; None rotates nothing."""
         return None
 
 

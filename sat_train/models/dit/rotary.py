@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 
 from sat_train.config import NetworkSpec
 from sat_train.config.parts.position_parts import Rotary3DPositionEmbeddingParams
+from sat_train.errors import SatTrainError
 from sat_train.models.dit.embedding import PatchGrid
-from sat_train.models.dit.positions import Device, PositionEmbedding, check_size, is_prefix
+from sat_train.models.dit.positions import Device, PositionEmbedding, Times, check_size, is_prefix
 
 
 class RotaryPositions(PositionEmbedding):
@@ -34,7 +37,7 @@ class RotaryPositions(PositionEmbedding):
             interpolation=spec.interpolation,
             theta=params.theta,
         )
-        self._tables: dict[tuple[PatchGrid, int, torch.device], Tensor] = {}
+        self._tables: dict[tuple[Any, ...], Tensor] = {}
         self.pos_embedding = None
         if params.learnable_pos_embed:
             table = torch.zeros(1, params.text_length + base.tokens, spec.width)
@@ -56,17 +59,56 @@ class RotaryPositions(PositionEmbedding):
 
     def rotation(self, grid: PatchGrid, text_length: int, device: torch.device) -> Tensor:
         """Returns cosine and sine of the angles of all tokens, fp32 `[l, k / 2, 2]`; text is not rotated."""
-        key = (grid, text_length, device)
-        if key not in self._tables:
-            # training may save for its backward a table that sampling has computed first
-            with torch.inference_mode(False):
-                angles = F.pad(self.angles(grid, device), (0, 0, text_length, 0))
-                self._tables[key] = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return self._tables[key]
+        return self._table(
+            (grid, text_length, device), lambda: F.pad(self.angles(grid, device), (0, 0, text_length, 0))
+        )
 
     def angles(self, grid: PatchGrid, device: torch.device) -> Tensor:
         """Returns the rotary angles of the patches, fp32 `[grid.tokens, k / 2]`."""
         return self._angles(grid, device=device)
+
+    def frame_positions(self, grid: PatchGrid, times: Times) -> Tensor | None:
+        """Returns the rows of the learned table at these times; None without one.
+
+        Raises:
+            SatTrainError: A time is outside of the table, or between its rows.
+        """
+        if self.pos_embedding is None:
+            return None
+        if not all(time in range(self.base.frames) for time in times):
+            raise SatTrainError(
+                f"the learned table of positions has no row for appended frames at the times {list(times)}",
+                expected=f"times of the table: whole numbers from 0 to {self.base.frames - 1}",
+                remedy="give frame_index_f frames of the clip, 0 is the first",
+            )
+        rows = [int(time) for time in times]
+        own: Tensor = self(PatchGrid(max(rows) + 1, *grid[1:]), 0)[0].unflatten(0, (-1, grid[1] * grid[2]))
+        return own[rows].flatten(0, 1)[None]
+
+    def frame_rotation(self, grid: PatchGrid, times: Times, device: torch.device) -> Tensor:
+        """Returns cosine and sine of the angles of appended frames."""
+        return self._table((grid, times, device), lambda: self.frame_angles(grid, times, device))
+
+    def frame_angles(self, grid: PatchGrid, times: Times, device: torch.device) -> Tensor:
+        """Returns the rotary angles of appended frames at any times, fp32 `[tokens, k / 2]`.
+
+        Raises:
+            SatTrainError: A subclass has other angles, and does not say which they are here.
+        """
+        if type(self).angles is not RotaryPositions.angles:
+            raise SatTrainError(
+                f"{type(self).__name__} has its own angles, and none for frames that are appended in time",
+                expected="a method frame_angles(grid, times, device) next to angles",
+            )
+        return self._angles(grid, times=times, device=device)
+
+    def _table(self, key: tuple[Any, ...], angles: Callable[[], Tensor]) -> Tensor:
+        if key not in self._tables:
+            # training may save for its backward a table that sampling has computed first
+            with torch.inference_mode(False):
+                own = angles()
+                self._tables[key] = torch.stack([own.cos(), own.sin()], dim=-1)
+        return self._tables[key]
 
 
 def rotary_angles(
@@ -77,6 +119,7 @@ def rotary_angles(
     fit_to_base: bool,
     interpolation: tuple[float, float, float] = (1.0, 1.0, 1.0),
     theta: float = 10000.0,
+    times: Times | None = None,
     device: Device = "cpu",
 ) -> Tensor:
     """Returns the rotary angles of every patch: a quarter for time, three eighths each for h and w.
@@ -90,23 +133,27 @@ def rotary_angles(
             0, 1, 2... False (1.5): always 0, 1, 2...
         interpolation: Positions along (t, h, w) are divided by these.
         theta: Base of the frequencies.
+        times: Positions in time of frames with the rows and columns of `grid`; None: 0, 1, 2...
 
     Returns:
-        fp32 `[grid.tokens, head_dim / 2]`, computed in fp64.
+        fp32 `[tokens, head_dim / 2]`, computed in fp64.
 
     Source: zai-org/CogVideo@7a1af71 `Rotary3DPositionEmbeddingMixin`; huggingface/diffusers@0.42
         `CogVideoXPipeline._prepare_rotary_positional_embeddings`.
     """
     rows, columns = _fit_to_base(grid, base) if fit_to_base else ((0, grid.height), (0, grid.width))
     widths = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
+    spans = ((0, grid.frames), rows, columns)
+    positions = [_spread(*span, count, device) for span, count in zip(spans, grid, strict=True)]
+    if times is not None:
+        positions[0] = torch.tensor(times, dtype=torch.float64, device=device)
     t, h, w = (
-        _axis_angles(_spread(*span, count, device) / scale, width, theta)
-        for span, count, scale, width in zip(
-            ((0, grid.frames), rows, columns), grid, interpolation, widths, strict=True
-        )
+        _axis_angles(axis / scale, width, theta)
+        for axis, scale, width in zip(positions, interpolation, widths, strict=True)
     )
+    size = (len(t), grid.height, grid.width)
     parts = (t[:, None, None], h[None, :, None], w[None, None])
-    return torch.cat([part.expand(*grid, -1) for part in parts], dim=-1).flatten(0, 2).float()
+    return torch.cat([part.expand(*size, -1) for part in parts], dim=-1).flatten(0, 2).float()
 
 
 def _axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:

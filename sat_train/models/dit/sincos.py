@@ -9,7 +9,7 @@ from torch import Tensor
 from sat_train.config import NetworkSpec
 from sat_train.config.parts.position_parts import Sincos3DPositionEmbeddingParams
 from sat_train.models.dit.embedding import PatchGrid
-from sat_train.models.dit.positions import Device, PositionEmbedding, check_size, is_prefix
+from sat_train.models.dit.positions import Device, PositionEmbedding, Times, check_size, is_prefix
 
 
 class SincosPositions(PositionEmbedding):
@@ -42,12 +42,23 @@ class SincosPositions(PositionEmbedding):
             ).to(table.dtype)
         return F.pad(video, (0, 0, text_length, 0))[None]
 
+    def frame_positions(self, grid: PatchGrid, times: Times) -> Tensor:
+        """Returns the positions of appended frames, by the formula at any time."""
+        if not is_prefix(self.base, grid):
+            check_size(self.base, grid, size_policy=self.size_policy)
+        table = self.pos_embedding
+        frames = sincos_table(
+            grid, table.shape[-1], interpolation=self.interpolation, times=times, device=table.device
+        )
+        return frames.to(table.dtype)[None]
+
 
 def sincos_table(
     grid: PatchGrid,
     dim: int,
     *,
     interpolation: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    times: Times | None = None,
     device: Device = "cpu",
 ) -> Tensor:
     """Returns the sine-cosine embedding of every patch: a quarter of the width for time, then w, then h.
@@ -56,20 +67,25 @@ def sincos_table(
         grid: Patches along each axis.
         dim: Model width, divisible by 16.
         interpolation: Positions along (t, h, w) are divided by these.
+        times: Positions in time of frames with the rows and columns of `grid`; None: 0, 1, 2...
 
     Returns:
-        fp32 `[grid.tokens, dim]`.
+        fp32 `[tokens, dim]`.
 
     Source: zai-org/CogVideo@7a1af71 `sat/dit_video_concat.py` `get_3d_sincos_pos_embed`.
     """
+    positions = [torch.arange(count, dtype=torch.float32, device=device) for count in grid]
+    if times is not None:
+        positions[0] = torch.tensor(times, dtype=torch.float32, device=device)
     t, h, w = (
-        _axis_sincos(torch.arange(count, dtype=torch.float32, device=device) / scale, width)
-        for count, scale, width in zip(
-            grid, interpolation, (dim // 4, dim // 8 * 3, dim // 8 * 3), strict=True
+        _axis_sincos(axis / scale, width)
+        for axis, scale, width in zip(
+            positions, interpolation, (dim // 4, dim // 8 * 3, dim // 8 * 3), strict=True
         )
     )
+    size = (len(t), grid.height, grid.width)
     parts = (t[:, None, None], w[None, None], h[None, :, None])
-    return torch.cat([part.expand(*grid, -1) for part in parts], dim=-1).flatten(0, 2)
+    return torch.cat([part.expand(*size, -1) for part in parts], dim=-1).flatten(0, 2)
 
 
 def _axis_sincos(positions: Tensor, dim: int) -> Tensor:

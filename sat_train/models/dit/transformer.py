@@ -14,6 +14,13 @@ from sat_train.config.parts.record import Recompute
 from sat_train.models.dit.block import AdaLNLayer, DitBlock
 from sat_train.models.dit.context import BlockContext, ForwardContext, cast_extras
 from sat_train.models.dit.embedding import FinalLayer, PatchEmbed, PatchGrid, timestep_features
+from sat_train.models.dit.frame_levels import (
+    AppendedFrames,
+    add_time_features,
+    append_frames,
+    concatenated,
+    timestep_rows,
+)
 from sat_train.models.dit.hooks import OWNERS, HookOrder, Hooks, check_mixin
 from sat_train.models.dit.initialization import initialize_weights
 from sat_train.models.dit.mixin import Mixin
@@ -86,19 +93,27 @@ class DiffusionTransformer(BaseModel):
         image_latent_btchw: Tensor | None = None,
         ofs_b: Tensor | None = None,
         *,
+        channels_btchw: Tensor | None = None,
+        frames_bfchw: Tensor | None = None,
+        frame_index_f: Tensor | None = None,
+        frame_level_bf: Tensor | None = None,
+        levels_bt: Tensor | None = None,
         extras: Mapping[str, Tensor] | None = None,
         return_outputs: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Predicts v.
 
         Args:
-            latent_btchw: Noised latent, `[b, t, c, h, w]`; t, h, w divisible by the patch size.
-            timesteps_b: Discrete timesteps, `[b]`.
+            latent_btchw: Noised latent; t, h, w divisible by the patch size.
+            timesteps_b: Discrete timesteps.
             text_bld: Text embeddings, `[b, l, text_hidden_size]`.
-            image_latent_btchw: Latent of the image condition, next to the noised one on channels (I2V).
-            ofs_b: `ofs` values, `[b]` (1.5-I2V).
-            extras: Named tensors for modules, batch first. Floating ones are cast to the dtype of the
-                weights, unless their name ends in `_fp32`: pixel coordinates do not survive half precision.
+            image_latent_btchw: Latent of the image condition (I2V), next to the noised one on channels.
+            ofs_b: `ofs` values (1.5-I2V).
+            channels_btchw: Further channels.
+            frames_bfchw: Latent frames behind the video in time, at `frame_index_f`, see `append_frames`.
+            frame_level_bf: Their timesteps; None: clean.
+            levels_bt: Timesteps of latent frames, -1 where clean; None: the samples', which text always has.
+            extras: Named tensors for modules, batch first, see `cast_extras`.
             return_outputs: Run the modules' `tap`, and return their outputs for the loss as well.
 
         Returns:
@@ -106,23 +121,30 @@ class DiffusionTransformer(BaseModel):
 
         Raises:
             ConfigError: A position table refuses this size.
+            SatTrainError: Appended frames do not fit the model or its positions.
         """
-        if image_latent_btchw is not None:
-            latent_btchw = torch.cat([latent_btchw, image_latent_btchw.to(latent_btchw)], dim=2)
-        latent_btchw, text_bld = latent_btchw.to(self.dtype), text_bld.to(self.dtype)
-        inputs = cast_extras(extras or {}, latent_btchw)
-        forward = ForwardContext(self, latent_btchw, text_bld, timesteps_b, ofs_b, inputs)
+        latent_btchw = concatenated(latent_btchw, image_latent_btchw, channels_btchw).to(self.dtype)
+        frames = append_frames(frames_bfchw, frame_index_f, frame_level_bf, latent_btchw, self.spec.patch[0])
+        text_bld, inputs = text_bld.to(self.dtype), cast_extras(extras or {}, latent_btchw)
+        forward = ForwardContext(self, latent_btchw, text_bld, timesteps_b, ofs_b, levels_bt, frames, inputs)
+        v_btchw = self._predict(forward, taps=return_outputs)
+        return (v_btchw, forward.outputs) if return_outputs else v_btchw
+
+    def _predict(self, forward: ForwardContext, *, taps: bool) -> Tensor:
+        latent_btchw, text_bld = forward.latent_btchw, forward.text_bld
         hidden_bld = self.embed(latent_btchw, text_bld, forward)
-        emb_bd = self.time_features(timesteps_b, ofs_b, forward)
-        forward.block_context = context = self.block_context(emb_bd, latent_btchw, text_bld)
+        emb_bd = self.time_features(forward.timesteps_b, forward.ofs_b, forward)
+        forward.block_context = context = self.block_context(emb_bd, latent_btchw, text_bld, forward.appended)
         self._run_before_blocks(hidden_bld, forward)
         for block in self.blocks:
             hidden_bld = self.run_block(block, hidden_bld, context.for_block(block.index, forward.extras))
-            for mixin in self.hooks.between["tap"] if return_outputs else ():
+            for mixin in self.hooks.between["tap"] if taps else ():
                 mixin.tap(hidden_bld, block, forward)
-        video_bld = self.transformer.final_layernorm(hidden_bld[:, context.text_length :])
-        v_btchw: Tensor = self._step("final_forward", forward)(video_bld, emb_bd, context.grid)
-        return (v_btchw, forward.outputs) if return_outputs else v_btchw
+        end = context.text_length + context.grid.tokens  # appended frames are not predicted
+        video_bld = self.transformer.final_layernorm(hidden_bld[:, context.text_length : end])
+        final_forward = self._step("final_forward", forward)
+        v_btchw: Tensor = final_forward(video_bld, context.video_features, context.grid)
+        return v_btchw
 
     def patch_grid(self, latent_btchw: Tensor) -> PatchGrid:
         """Returns the number of patches of a latent along each axis."""
@@ -147,32 +169,79 @@ class DiffusionTransformer(BaseModel):
         Returns:
             Tokens, `[b, l, d]`.
         """
-        hidden_bld: Tensor = self._step("word_embedding_forward", forward)(latent_btchw, text_bld)
+        appended = None if forward is None else forward.appended
+        frames_btchw = (
+            latent_btchw if appended is None else torch.cat([latent_btchw, appended.latent_bfchw], dim=1)
+        )
+        hidden_bld: Tensor = self._step("word_embedding_forward", forward)(frames_btchw, text_bld)
         grid, text_length = self.patch_grid(latent_btchw), text_bld.shape[1]
         positions = self._step("position_embedding_forward", forward)(grid, text_length)
-        return hidden_bld if positions is None else hidden_bld + positions.to(hidden_bld.dtype)
+        if appended is None:
+            return _added(hidden_bld, positions)
+        own, others = hidden_bld.tensor_split((text_length + grid.tokens,), dim=1)
+        of_others = self._positions.frame_positions(grid, appended.positions)
+        return torch.cat([_added(own, positions), _added(others, of_others)], dim=1)
 
     def time_features(
         self, timesteps_b: Tensor, ofs_b: Tensor | None = None, forward: ForwardContext | None = None
     ) -> Tensor:
-        """Returns the features that modulate blocks, `[b, time_embed_dim]`; sines and cosines are fp32."""
+        """Returns the features that modulate blocks, `BlockContext.emb_bd`; sines and cosines are fp32.
+
+        Args:
+            timesteps_b: The samples' timesteps.
+            ofs_b: `ofs` values.
+            forward: The forward whose modules and frames have features of their own; None: none have.
+        """
         assert (ofs_b is None) == (self.spec.ofs_width is None), "ofs is for models that embed it"
-        emb_bd: Tensor = self.time_embed(timestep_features(timesteps_b, self.spec.width).to(self.dtype))
+        steps = timesteps_b if forward is None else self._timestep_rows(forward)
+        emb_bd: Tensor = self.time_embed(timestep_features(steps, self.spec.width).to(self.dtype))
         if ofs_b is not None and self.spec.ofs_width is not None:
-            emb_bd = emb_bd + self.ofs_embed(timestep_features(ofs_b, self.spec.ofs_width).to(self.dtype))
-        if forward is not None:
-            for mixin in self.hooks.between["time_features"]:
-                added = mixin.time_features(forward)
-                emb_bd = emb_bd if added is None else emb_bd + added
+            ofs_bd = self.ofs_embed(timestep_features(ofs_b, self.spec.ofs_width).to(self.dtype))
+            emb_bd = emb_bd + (ofs_bd if emb_bd.dim() == 2 else ofs_bd[:, None])
+        return emb_bd if forward is None else self._add_modules_features(emb_bd, forward)
+
+    def _add_modules_features(self, emb_bd: Tensor, forward: ForwardContext) -> Tensor:
+        for mixin in self.hooks.between["time_features"]:
+            added = mixin.time_features(forward)
+            if added is not None:
+                frames = self.patch_grid(forward.latent_btchw).frames
+                appended = len(forward.appended.positions) if forward.appended is not None else 0
+                emb_bd = add_time_features(emb_bd, added, frames=frames, appended=appended)
         return emb_bd
 
-    def block_context(self, emb_bd: Tensor, latent_btchw: Tensor, text_bld: Tensor) -> BlockContext:
-        """Returns the inputs of blocks besides their tokens, without extras."""
-        grid, text_length = self.patch_grid(latent_btchw), text_bld.shape[1]
+    def _timestep_rows(self, forward: ForwardContext) -> Tensor:
+        return timestep_rows(
+            forward.timesteps_b,
+            forward.levels_bt,
+            forward.appended,
+            frames=self.patch_grid(forward.latent_btchw).frames,
+            patch_frames=self.spec.patch[0],
+        )
+
+    @property
+    def _positions(self) -> PositionEmbedding:
         positions = self.mixins["pos_embed"]
         assert isinstance(positions, PositionEmbedding), "the builder of a position embedding returns one"
-        rotation_lk2 = positions.rotation(grid, text_length, emb_bd.device)
-        return BlockContext(emb_bd, rotation_lk2, grid, text_length)
+        return positions
+
+    def block_context(
+        self,
+        emb_bd: Tensor,
+        latent_btchw: Tensor,
+        text_bld: Tensor,
+        appended: AppendedFrames | None = None,
+    ) -> BlockContext:
+        """Returns the inputs of blocks besides their tokens, without extras."""
+        grid, text_length, device = self.patch_grid(latent_btchw), text_bld.shape[1], emb_bd.device
+        rotation_lk2 = self._positions.rotation(grid, text_length, device)
+        if appended is None:
+            return BlockContext(emb_bd, rotation_lk2, grid, text_length)
+        of_frames = self._positions.frame_rotation(grid, appended.positions, device)
+        if rotation_lk2 is not None:
+            assert of_frames is not None, "positions that rotate the video rotate appended frames"
+            rotation_lk2 = torch.cat([rotation_lk2, of_frames])
+        count = len(appended.positions) * grid.height * grid.width
+        return BlockContext(emb_bd, rotation_lk2, grid, text_length, count)
 
     def run_block(self, block: DitBlock, hidden_bld: Tensor, context: BlockContext) -> Tensor:
         """Runs a block, or one of a `BlockStack`: compiled and recomputed as the model is."""
@@ -255,6 +324,10 @@ class DiffusionTransformer(BaseModel):
         super().add_mixin("patch_embed", patch_embed)
         super().add_mixin("adaln_layer", adaln_layer)
         super().add_mixin("final_layer", final_layer)
+
+
+def _added(hidden_bld: Tensor, positions: Tensor | None) -> Tensor:
+    return hidden_bld if positions is None else hidden_bld + positions.to(hidden_bld.dtype)
 
 
 def _two_layers(in_features: int, out_features: int) -> nn.Sequential:

@@ -6,45 +6,52 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sat_train.models.dit.elementwise import ModulatedLayerNorm, gated_sum, rotate_pairs, spread_over_tokens
+from sat_train.models.dit.elementwise import (
+    ModulatedLayerNorm,
+    Segments,
+    gated_sum,
+    rotate_pairs,
+    spread_over_tokens,
+)
 from tests.networks import build_network
 
-TEXT_LENGTHS = (0, 2, 5)
+# text and the rest; text, frames of their own, and the rest
+SEGMENTS = [Segments(0), Segments(2), Segments(5), Segments(1, 2, 2), Segments(2, 1, 2), Segments(0, 3, 1)]
 
 
 def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("text_length", TEXT_LENGTHS)
+@pytest.mark.parametrize("segments", SEGMENTS, ids=str)
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_modulated_norm_is_its_formula(text_length, affine):
+def test_a_modulated_norm_is_its_formula(segments, affine):
     norm = ModulatedLayerNorm(6, elementwise_affine=affine, dtype=torch.float64)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
-    x, shift, scale = rows(3, 5, 6), rows(3, 2, 6), rows(3, 2, 6)
+    x, shift, scale = rows(3, 5, 6), *(rows(3, len(segments.lengths(5)), 6) for _ in range(2))
 
     def plain(x: Tensor, shift: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
-        shift_bld, scale_bld = (spread_over_tokens(each, 5, text_length) for each in (shift, scale))
+        shift_bld, scale_bld = (spread_over_tokens(each, 5, segments) for each in (shift, scale))
         return norm(x) * (1 + scale_bld) + shift_bld
 
     def ours(x: Tensor, shift: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
-        return norm(x, shift, scale, text_length)
+        return norm(x, shift, scale, segments)
 
     inputs = (x, shift, scale, *norm.parameters())
     check_alike(ours, plain, inputs)
     assert torch.autograd.gradcheck(ours, inputs)
 
 
-@pytest.mark.parametrize("text_length", TEXT_LENGTHS)
-def test_a_gated_sum_is_its_formula(text_length):
-    inputs = rows(3, 5, 6), rows(3, 5, 6), rows(3, 2, 6)
+@pytest.mark.parametrize("segments", SEGMENTS, ids=str)
+def test_a_gated_sum_is_its_formula(segments):
+    inputs = rows(3, 5, 6), rows(3, 5, 6), rows(3, len(segments.lengths(5)), 6)
 
     def plain(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        return x + spread_over_tokens(gate, 5, text_length) * y
+        return x + spread_over_tokens(gate, 5, segments) * y
 
     def ours(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        return gated_sum(x, y, gate, text_length)
+        return gated_sum(x, y, gate, segments)
 
     check_alike(ours, plain, inputs)
     assert torch.autograd.gradcheck(ours, inputs)
@@ -75,8 +82,8 @@ def test_a_compiler_gets_formulas_with_the_same_values():
     heads, angles = torch.randn(2, 5, 3, 4), torch.randn(5, 2)
     rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)
     steps = (
-        (lambda: norm(x, shift, scale, 2)),
-        (lambda: gated_sum(x, y, shift, 2)),
+        (lambda: norm(x, shift, scale, Segments(2))),
+        (lambda: gated_sum(x, y, shift, Segments(2))),
         (lambda: rotate_pairs(heads, rotation)),
     )
     for step in steps:
