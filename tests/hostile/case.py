@@ -49,9 +49,11 @@ class Case:
         codes: Exit codes that are right. 0 only where the input is harmless once it is handled, such as a
             name with terminal escapes.
         reads_secret: The person asked for the file outside by name, so that reading it is no fault.
+        opens_nothing: Nobody asked for any file outside: opening one is a fault, whatever becomes of it.
     """
 
     name: str
     make: Callable[[Field], list[str]]
     codes: tuple[int, ...] = (2,)
     reads_secret: bool = False
+    opens_nothing: bool = False

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from itertools import chain
 
-from tests.hostile import caches, configurations, footage, malformed, run_directories, tables, weights
+from tests.hostile import (
+    caches,
+    configurations,
+    footage,
+    generated,
+    malformed,
+    run_directories,
+    tables,
+    weights,
+)
 from tests.hostile.case import Case
 
-FAMILIES = (configurations, malformed, weights, run_directories, footage, tables, caches)
+FAMILIES = (configurations, generated, malformed, weights, run_directories, footage, tables, caches)
 
 
 def corpus() -> list[Case]:

@@ -80,7 +80,8 @@ class Guard:
         field.victim.write_text("mine\n")
         words = case.make(field)
         log, report = place / "log", place / "report"
-        process = self._context.Process(target=_perform, args=(words, field, str(log), str(report)))
+        watched = str(field.outside) if case.opens_nothing else ""
+        process = self._context.Process(target=_perform, args=(words, field, str(log), str(report), watched))
         begin = time.monotonic()
         process.start()
         process.join(self._seconds)
@@ -188,7 +189,7 @@ def _import_everything() -> None:
     """Runs in the process from which the others are forked, once that has imported everything."""
 
 
-def _perform(words: list[str], field: Field, log: str, report: str) -> None:
+def _perform(words: list[str], field: Field, log: str, report: str, watched: str) -> None:
     """Runs a command under watch; its exit code becomes that of the process."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -198,7 +199,7 @@ def _perform(words: list[str], field: Field, log: str, report: str) -> None:
     os.environ.update(SECRET_TOKEN=SECRET, AWS_SECRET_ACCESS_KEY=SECRET)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     events: list[str] = []
-    sys.addaudithook(lambda event, args: _note(event, args, events))
+    sys.addaudithook(lambda event, args: _note(event, args, watched, events))
     from sat_train.cli.main import main
 
     code = 1
@@ -213,7 +214,9 @@ def _perform(words: list[str], field: Field, log: str, report: str) -> None:
     sys.exit(code)
 
 
-def _note(event: str, args: tuple[Any, ...], events: list[str]) -> None:
+def _note(event: str, args: tuple[Any, ...], watched: str, events: list[str]) -> None:
+    if event == "open" and watched and str(args[0]).startswith(watched):
+        events.append(f"open {args[0]}"[:200])
     is_probe = event == "subprocess.Popen" and bool(_PROBES.fullmatch(str(args[0])))
     if event in _FORBIDDEN_EVENTS and not is_probe:
         events.append(" ".join(f"{event} {args!r}".split())[:200])

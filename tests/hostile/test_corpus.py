@@ -12,6 +12,7 @@ import pytest
 
 from tests.hostile.case import Case, Field
 from tests.hostile.corpus import corpus
+from tests.hostile.generated import set_traps
 from tests.hostile.guard import Guard
 
 _SLICE = 48
@@ -86,3 +87,20 @@ def test_the_guard_sees_what_is_wrong(guard: Guard, monkeypatch: pytest.MonkeyPa
     }
     for make, problem in expected.items():
         assert guard.run(Case(make.__name__, make)).problems == (problem,)
+
+
+def test_the_guard_sees_what_an_extension_and_a_configuration_open(guard: Guard) -> None:
+    """The files that would do damage are imported if somebody asks for them, and opening one is seen."""
+
+    def imports_the_trap(field: Field) -> list[str]:
+        set_traps(field)
+        return ["check", "--extension", "evil.py", "--base", "nothing.yaml"]
+
+    def opens_the_secret(field: Field) -> list[str]:
+        return ["check", "--base", str(field.secret)]
+
+    (seen,) = guard.run(Case("trap", imports_the_trap)).problems
+    assert seen == "a payload was executed"
+    problems = guard.run(Case("open", opens_the_secret, opens_nothing=True)).problems
+    assert problems
+    assert all(problem.startswith("audit: open ") for problem in problems)

@@ -132,10 +132,19 @@ def test_changed_files_are_named_and_can_be_accepted(folder, straight, tmp_path)
     with (tmp_path / "lion/optimizer.py").open("a") as file:
         file.write("# faster\n")
     words = lion(tmp_path, "straight", 6, "args.resume=must")
-    with pytest.raises(
-        ConfigError, match=r"extensions\.lion = optimizer\.py changed: expected the files .*accept"
-    ):
+    says = r"extensions\.lion = optimizer\.py changed: expected the files .*accept"
+    with pytest.raises(ConfigError, match=says):
         micro_run(folder, *words)
+    sampled = [f"args.load={straight}", "--prompt", "a ball", *words[:2]]
+    with pytest.raises(ConfigError, match=says):
+        load_run_config(["configs/sample.yaml"], sampled, purpose="sample")
+    assert load_run_config(
+        ["configs/sample.yaml"], [*sampled, "--accept-changed-extension"], purpose="sample"
+    )
+    converted = [str(straight), str(tmp_path / "sat"), "--to", "sat", *words[:2]]
+    with pytest.raises(ConfigError, match=says):
+        convert(converted)
+    assert convert([*converted, "--accept-changed-extension"]) == 0
     config = micro_run(folder, *words, "--accept-changed-extension")
     point = find_resumed(config)
     assert point is not None
