@@ -189,7 +189,7 @@ class VideoDiffusion:
         assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
         frames, latent_shape = self._latent_shape(num_frames, height, width)
         random = PromptRandomness(tuple(torch.Generator().manual_seed(seed) for seed in seeds))
-        samples = as_samples(prompts, image_bchw)
+        samples = as_samples(prompts, image_bchw, (num_frames, height, width))
         inputs = self._sampling_inputs(samples, random, latent_shape, with_null=guidance.needs_null)
         with self._evaluation_mode():
             latent = sampler(
@@ -303,7 +303,7 @@ class VideoDiffusion:
         """Returns the inputs of prompts; with guidance, first those without the conditions that guide."""
         shape, every = (len(samples), *latent_shape), torch.ones(len(samples), dtype=torch.bool)
         null, full = [], []
-        for condition in self.conditions:
+        for condition in (each for each in self.conditions if not each.training_only):
             encoded = [condition.encoded(sample, self.encoders) for sample in samples]
             stacked = {part: stack_rows([each[part] for each in encoded]) for part in condition.tensors}
             full.append(condition.inputs(stacked, random, shape))
@@ -370,11 +370,21 @@ class VideoDiffusion:
             self.dit.train(was_training)
 
 
-def as_samples(prompts: Sequence[str], image_bchw: Tensor | None) -> list[VideoSample]:
-    """Returns prompts as samples for the conditions: each with a caption and, if given, a first frame."""
-    videos = torch.empty(len(prompts), 0) if image_bchw is None else image_bchw[:, None]
+def as_samples(
+    prompts: Sequence[str], image_bchw: Tensor | None, shape: tuple[int, int, int]
+) -> list[VideoSample]:
+    """Returns prompts as samples for the conditions: each with a caption and, if given, a first frame.
+
+    Args:
+        prompts: Captions.
+        image_bchw: First frames.
+        shape: Frames, height and width of the videos to come.
+    """
+    frames, height, width = shape
+    none = torch.empty(len(prompts), 0, 3, height, width, dtype=torch.uint8)
+    videos = none if image_bchw is None else image_bchw[:, None]
     key = AugmentationKey(0, 0)  # nothing about a prompt is augmented
     return [
-        VideoSample("sample", 0, 0, video, prompt, None, key, training=False)
+        VideoSample("sample", 0, frames, video, prompt, None, key, training=False)
         for prompt, video in zip(prompts, videos, strict=True)
     ]
