@@ -29,7 +29,6 @@ _FIXED = (
     "model",
     "data.target",
     "data.params",
-    "data.fields",
     "args.seed",
     "args.train_data",
     "args.train_data_weights",
