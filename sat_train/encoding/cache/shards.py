@@ -31,7 +31,15 @@ _MAX_HEADER_BYTES = 32_000_000
 _MOST_ENTRIES = 5_000  # of one shard: a header of a few megabytes
 _RETRY_S = 60  # after a shard could not be written
 _MOST_WAITING = 4  # shards that may wait for a disk with room
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
