@@ -8,7 +8,6 @@ from sat_train.config.parts.condition_parts import ConditionParams as ConditionP
 from sat_train.config.parts.guidance_parts import GuidanceParams as GuidanceParams
 from sat_train.config.parts.loss_term_parts import LossTermParams as LossTermParams
 from sat_train.config.parts.module_parts import ModuleParams as ModuleParams
-from sat_train.config.parts.noise_parts import NoiseParams as NoiseParams
 from sat_train.config.parts.optimizer_parts import OptimizerParams as OptimizerParams
 from sat_train.config.parts.position_parts import PositionParams as PositionParams
 from sat_train.config.parts.position_parts import (

@@ -20,12 +20,9 @@ class ConditionParams(Params):
 
     Attributes:
         takes_image_slot: It takes the place of the first frame of image-to-video models.
-        adds_rows: Its encodings `mean` and `logvar` are those of videos that lost against the clip,
-            `[n, t, c, h, w]`: they join the batch as rows, for loss terms that `needs_pairs`.
     """
 
     takes_image_slot: ClassVar[bool] = False
-    adds_rows: ClassVar[bool] = False
 
     def channels(self, model: Any) -> int:
         """Returns the channels that it places next to the latent: the patch embedding is widened by them.

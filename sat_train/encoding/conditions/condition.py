@@ -176,11 +176,6 @@ class Condition:
         """Names of the fields that its settings refer to, sorted."""
         return () if self.params is None else field_names(self.params)
 
-    @property
-    def adds_rows(self) -> bool:
-        """True where it holds videos that lost against the clip, which join the batch as rows."""
-        return self.params is not None and bool(self.params.adds_rows)
-
     # What an extension overrides
 
     def load(self, device: torch.device) -> None:

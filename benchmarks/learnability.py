@@ -1,0 +1,157 @@
+"""Compares held-out losses with and without each kind of condition, of a narrow model trained from scratch.
+
+    python benchmarks/learnability.py --work /tmp/learnability
+    python benchmarks/learnability.py --work /tmp/learnability --kinds channels branch
+
+Each run is the training command on the `mosaic` set of `tools/make_control_videos.py`, whose clips are
+determined by their fields and by nothing else. All runs see the same samples, noise and timesteps, and share
+one cache, which is filled before. Run directories and data stay in `--work`; a run that is there is not
+repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_SHARE, MOST_CORE_SECONDS = 0.5, 2 * 180  # of the loss without condition; 3 minutes of 2 cores
+TRAIN_CLIPS, VALID_CLIPS = 192, 32
+NETWORK, OPTIMIZER = "model.network_config.params", "deepspeed.optimizer.params"
+COMMON = (
+    *("args.mode=pretrain", "args.load=null", "args.device=cpu", "args.seed=0"),
+    *("args.batch_size=8", "args.lr=2e-3", "args.warmup=0.1", "args.clip_grad=1.0", "args.weight_decay=0.01"),
+    *("args.eval_iters=4", "args.eval_batch_size=8", "args.valid_video_interval=null"),
+    *("args.num_workers=0", "args.log_interval=50", "args.tensorboard=false", "args.keep_last=1"),
+    *(f"{OPTIMIZER}.betas=[0.9,0.99]", f"{NETWORK}.num_layers=3", "data.params.views=1"),
+)
+CONTROL = "data.fields.control.kind=video"
+# A condition named `c`, and what reads it.
+KINDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "frames": (
+        "model.conditions.c.target=FramesInSlot",
+        "model.conditions.c.params.noise_log_mean=null",
+    ),
+    "branch": (
+        CONTROL,
+        "model.conditions.c.target=ControlVideo",
+        "model.conditions.c.params.into=extras",
+        "model.modules.branch.target=ControlBranch",
+        "model.modules.branch.params.condition=c",
+        "model.modules.branch.params.blocks=2",
+    ),
+    "channels": (CONTROL, "model.conditions.c.target=ControlVideo"),
+    "inpainting": ("data.fields.mask.kind=mask", "model.conditions.c.target=Inpainting"),
+    "reference": ("data.fields.reference.kind=image", "model.conditions.c.target=ReferenceFrames"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Args:
+        loss: Held-out loss after the last step.
+        by_timestep: The same by timestep.
+        seconds: Of the training command, start included.
+        core_seconds: Seconds of all its threads.
+    """
+
+    loss: float
+    by_timestep: dict[str, float]
+    seconds: float
+    core_seconds: float
+
+
+def command(verb: str, work: Path, kind: str, steps: int) -> list[str]:
+    """Returns a command of the run of a kind."""
+    data = work / "control" / "mosaic"
+    return [
+        *(sys.executable, "-m", "sat_train.cli.main", verb, "--base", str(ROOT / "configs/sft.yaml")),
+        *COMMON,
+        *KINDS[kind],
+        f"args.train_data=[{data}/train/manifest.jsonl]",
+        f"args.valid_data=[{data}/valid/manifest.jsonl]",
+        *(f"args.train_iters={steps}", f"args.eval_interval={steps}", f"args.save_interval={steps}"),
+        *(f"args.save={work}/runs", f"args.experiment_name={kind}", f"data.cache_dir={work}/cache"),
+    ]
+
+
+def run(words: list[str], *, threads: int) -> None:
+    """Runs a command to its end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+def measure(work: Path, kind: str, *, steps: int, threads: int) -> Result:
+    """Trains one kind and reads its held-out loss."""
+    path = work / f"{kind}_{steps}.json"
+    if not path.is_file():
+        run(command("precompute", work, kind, steps), threads=threads)
+        start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        run([*command("train", work, kind, steps), "data.cache=require"], threads=threads)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        record = last_validation(sorted((work / "runs").glob(f"{kind}-*"))[-1])
+        losses = record["valid_loss_by_timestep"]
+        result = Result(record["valid_loss"], losses, time.monotonic() - start, used)
+        path.write_text(json.dumps(asdict(result), indent=1))
+    return Result(**json.loads(path.read_text()))
+
+
+def last_validation(folder: Path) -> dict:
+    """Returns the last record of a run that has a validation loss."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "valid_loss" in record][-1]
+
+
+def rows(results: dict[str, Result]) -> Iterator[str]:
+    """Yields the lines of the table."""
+    yield "| condition | held-out loss | of that without | t = 62 | 437 | 937 | seconds | core seconds |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for kind, result in results.items():
+        at = [f"{result.by_timestep[timestep]:.3f}" for timestep in ("62", "437", "937")]
+        share = result.loss / results["none"].loss
+        times = f"{result.seconds:.0f} | {result.core_seconds:.0f}"
+        yield f"| {kind} | {result.loss:.4f} | {share:.2f} | {' | '.join(at)} | {times} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, cache and runs")
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS][1:], default=[*KINDS][1:])
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    if not (options.work / "control").is_dir():
+        tool = [sys.executable, str(ROOT / "tools/make_control_videos.py"), str(options.work / "control")]
+        sizes = ["--train", str(TRAIN_CLIPS), "--valid", str(VALID_CLIPS)]
+        run([*tool, "--sets", "mosaic", *sizes], threads=1)
+    results = {}
+    for kind in ("none", *options.kinds):
+        results[kind] = measure(options.work, kind, steps=options.steps, threads=options.threads)
+        print("\n".join([*rows(results)][-1 if len(results) > 1 else 0 :]), flush=True)
+    missed = [
+        kind
+        for kind in options.kinds
+        if results[kind].loss > MOST_SHARE * results["none"].loss
+        or results[kind].core_seconds > MOST_CORE_SECONDS
+    ]
+    sys.exit(f"missed: {', '.join(missed)}" if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

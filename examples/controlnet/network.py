@@ -1,0 +1,58 @@
+"""The condition and the module in torch.
+
+Source: TheDenk/cogvideox-controlnet@8033643 `cogvideo_controlnet.py`.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import pixel_unshuffle
+
+from sat_train.extend import BlockStack, Condition, DitInputs, Mixin
+
+
+class ControlPixels(Condition):
+    """All pixels of a latent frame's group of frames as channels of one latent pixel."""
+
+    tensors = frozenset({"pixels"})
+    reads_caption = False
+
+    def encode(self, sample, encoders):
+        control_t3hw = sample.fields[self.params.field]
+        folded = pixel_unshuffle(control_t3hw, self.model.spatial_compression)
+        return {"pixels": self.latent_frames(folded, "stack").flatten(1, 2)}  # uint8 [t, 768, h, w]
+
+    def inputs(self, encoded, random, latent_shape):
+        return DitInputs(extras={self.name: encoded["pixels"].float() / 255})  # dropped: black
+
+
+class PixelControlNet(Mixin):
+    """Encodes the control, adds it to the embedded tokens, and runs the copied blocks on them."""
+
+    def __init__(self, params, model):
+        super().__init__(params, model)
+        inside, width = 3 * model.temporal_compression * model.spatial_compression**2, params.width
+        self.encode = nn.Sequential(
+            nn.Conv3d(inside, 2 * width, 1),
+            nn.GroupNorm(2, 2 * width),
+            nn.SiLU(),
+            nn.Conv3d(2 * width, width, 1),
+        )
+        self.embed = nn.Linear(width * torch.Size(model.patch).numel(), model.width)
+        self.stack = BlockStack(model, layers=params.blocks)
+        gates = {str(block): nn.Linear(model.width, model.width) for block in range(params.blocks)}
+        for gate in gates.values():
+            nn.init.zeros_(gate.weight)
+            nn.init.zeros_(gate.bias)
+        self.per_block = nn.ModuleDict(gates)
+
+    def reinit(self, dit=None):
+        self.stack.copy_from(dit, range(self.params.blocks))
+
+    def before_blocks(self, hidden_bld, forward):
+        control_btchw = forward.extras[self.params.condition]
+        encoded_btchw = self.encode(control_btchw.transpose(1, 2)).transpose(1, 2)
+        control_bthwd = self.embed(forward.patches(encoded_btchw))
+        return {self.name: self.stack.run(hidden_bld + forward.block.tokens(control_bthwd), forward)}
+
+    def after_block(self, x_bld, *, part, block, context):
+        return context.tokens(part(context.video(context.extras[self.name])))
