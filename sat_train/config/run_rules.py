@@ -25,7 +25,7 @@ TRAINING_ONLY = frozenset(
         *("lr_decay_power", "lr_decay_cycles", "lr_decay_share"),
         *("zero_stage", "checkpoint_activations", "checkpoint_every", "compile", "experiment_name", "resume"),
         *("save", "save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb"),
-        "callbacks",
+        *("callbacks", "condition_report"),
         *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "eval_timesteps"),
         *("valid_prompts", "valid_images", "valid_video_interval", "train_data", "train_data_weights"),
         *("clip_ledger", "keep_best", "early_stop_patience", "early_stop_min_delta"),
@@ -171,6 +171,19 @@ def early_stop_sees_validations(config: ParsedConfig) -> Iterator[Fault]:
     if args.early_stop_patience is None and args.early_stop_min_delta:
         expected = "0, or an args.early_stop_patience with it"
         yield config.fault("args.early_stop_min_delta", args.early_stop_min_delta, expected)
+
+
+@rule("args.condition_report", "model.conditions", "model.noised_image_input")
+def reported_conditions_exist(config: ParsedConfig) -> Iterator[Fault]:
+    known = [*config.model.conditions, "text", *(["image"] if config.model.noised_image_input else [])]
+    for number, name in enumerate(config.args.condition_report.conditions or ()):
+        if name not in known:
+            yield config.fault(
+                f"args.condition_report.conditions.{number}",
+                name,
+                f"a condition of this model: {', '.join(known)}",
+                suggest_value(name, known),
+            )
 
 
 @rule("args.split", "args.valid_data", "args.eval_interval")

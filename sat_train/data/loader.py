@@ -215,6 +215,21 @@ class VideoLoader(Generic[Batches]):
         self.failures.check()
         return self._move(packed)
 
+    def with_batches(self, batches: OrderedBatches) -> OrderedLoader:
+        """Returns another loader of the same data set, with workers of its own."""
+        return VideoLoader(
+            dataset=self.dataset,
+            batches=batches,
+            failures=self.failures,
+            reader=self.reader,
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch_factor or 0,
+            pin_memory=self._pin_memory,
+            worker_timeout_s=self._worker_timeout_s,
+            replaces_lost=self._replaces_lost,
+            fingerprint=self.fingerprint,
+        )
+
     def close(self) -> None:
         """Ends the workers. The loader can be used again and continues at its position."""
         self._iterator = None  # asks idle workers to leave and waits for them

@@ -15,7 +15,7 @@ from sat_train.encoding.cache.entries import CacheEntry
 from sat_train.encoding.cache.shards import ShardWriter
 from sat_train.encoding.conditions.condition import Condition
 from sat_train.encoding.conditions.text import TextCondition
-from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, EncodedSample, stack_samples
+from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, EncodedSample, stack_rows, stack_samples
 from sat_train.encoding.encoded_dataset import UnencodedSample
 from sat_train.models.encoders import Encoders
 
@@ -39,6 +39,19 @@ class Encode:
         assert isinstance(batch, SampleBatch), f"a loader yields no {type(batch).__name__}"
         samples = [self.sample(sample).to(self._encoders.device) for sample in batch.samples]
         return stack_samples(samples, batch.step_positions)
+
+    def condition(self, name: str, batch: LoadedBatch) -> dict[str, Tensor]:
+        """Returns the encoding of one condition of a batch alone, batch first."""
+        if isinstance(batch, EncodedBatch):
+            return {part: tensor.to(self._encoders.device) for part, tensor in batch.encodings[name].items()}
+        assert isinstance(batch, SampleBatch), f"a loader yields no {type(batch).__name__}"
+        samples = [
+            sample.encodings[name] if isinstance(sample, EncodedSample) else self._part(name, sample)
+            for sample in batch.samples
+            if isinstance(sample, EncodedSample | VideoSample)
+        ]
+        device = self._encoders.device
+        return {part: stack_rows([each[part].to(device) for each in samples]) for part in samples[0]}
 
     def sample(self, sample: Sample) -> EncodedSample:
         """Returns a sample encoded; one from the cache is returned unchanged."""

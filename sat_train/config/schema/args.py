@@ -22,6 +22,7 @@ from sat_train.config.parts.record import (
 )
 from sat_train.config.parts.registry import NameIn
 from sat_train.config.parts.sampler_parts import SamplerConfig
+from sat_train.config.schema.validation import ConditionReportConfig
 
 # between prompt and image in one text, as in CogVideo's prompt files
 IMAGE_SEPARATOR = "@@"
@@ -183,6 +184,9 @@ class ArgsConfig(Record):
     )
     eval_timesteps: int = Field(
         8, ge=1, le=1000, description="Timesteps at which each validation clip is measured, evenly spread."
+    )
+    condition_report: ConditionReportConfig = Field(
+        ConditionReportConfig(), description="Report of validations on what the conditions are worth."
     )
     early_stop_patience: int | None = Field(
         None,

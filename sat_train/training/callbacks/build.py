@@ -9,7 +9,6 @@ import torch
 
 from sat_train.config import RunConfig
 from sat_train.config.schema.args import IMAGE_SEPARATOR
-from sat_train.data.batches import LoadedBatch
 from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessMesh
@@ -25,17 +24,19 @@ from sat_train.training.callbacks.bad_clip_count import BadClipCount
 from sat_train.training.callbacks.best_checkpoint import BestCheckpoint
 from sat_train.training.callbacks.cache_publisher import CachePublisher
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
+from sat_train.training.callbacks.condition_check import ConditionCheck
 from sat_train.training.callbacks.early_stop import EarlyStop, exhausted_patience
 from sat_train.training.callbacks.ema import ExponentialMovingAverage
+from sat_train.training.callbacks.gradient_check import GradientCheck
+from sat_train.training.callbacks.held_out import HeldOutClips
 from sat_train.training.callbacks.loss_terms import LossTerms
 from sat_train.training.callbacks.metrics_file import read_validation_losses
 from sat_train.training.callbacks.progress import build_progress
-from sat_train.training.callbacks.validation import Measure, Validation
+from sat_train.training.callbacks.validation import Validation
 from sat_train.training.callbacks.validation_file import ValidationFile
-from sat_train.training.callbacks.validation_loss import measure_clip_losses, validation_timesteps
+from sat_train.training.callbacks.validation_loss import validation_timesteps
 from sat_train.training.callbacks.validation_videos import SampleVideos, contact_sheet
 from sat_train.training.loop.callback import Callback, CallbackContext, Training
-from sat_train.training.loop.clip_losses import ClipLosses
 
 log = get_logger(__name__)
 
@@ -59,7 +60,8 @@ def build_callbacks(
 
     Ranks: all.
     """
-    callbacks: list[Callback] = [BadClipCount(mesh, train)]
+    new = tuple(pipeline.dit.modules_of_its_own())
+    callbacks: list[Callback] = [BadClipCount(mesh, train), GradientCheck(mesh, new)]
     if len(pipeline.terms) > 1:
         callbacks.append(LossTerms(mesh, names=tuple(pipeline.terms), micro_steps=engine.micro_steps))
     if config.args.ema_decay:
@@ -116,11 +118,14 @@ def _validation(
     if loader is not None:
         if run_directory is not None and mesh.rank == 0:
             callbacks.append(ValidationFile(run_directory))
+        if mesh.rank == 0:
+            callbacks.append(ConditionCheck(config.args.condition_report.warn_after))
         callbacks.append(
             Validation(
                 engine,
-                _measure(config, loader, mesh, pipeline, engine, encode),
+                _held_out_clips(config, loader, mesh, pipeline, engine, encode),
                 interval=interval,
+                report_every=config.args.condition_report.every,
                 is_measured=lambda step: broadcast_object(
                     mesh, _is_measured(run_directory if mesh.rank == 0 else None, step)
                 ),
@@ -148,36 +153,26 @@ def _validation(
     return callbacks
 
 
-def _measure(
+def _held_out_clips(
     config: RunConfig,
     loader: OrderedLoader,
     mesh: ProcessMesh,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
     encode: Encode,
-) -> Measure:
-    timesteps = validation_timesteps(len(pipeline.alpha_bar), config.args.eval_timesteps)
-
-    def losses_of(batch: LoadedBatch) -> torch.Tensor:
-        encoded = encode(batch)  # once for all timesteps
-        size = len(batch.sample_indices)
-        at_timesteps = (
-            pipeline.validation_loss(encoded, timesteps_b=torch.full((size,), timestep), network=engine)
-            for timestep in timesteps
-        )
-        return torch.stack([losses.loss_b for losses in at_timesteps], dim=1)
-
-    def measure(asked_to_stop: Callable[[], bool]) -> ClipLosses | None:
-        return measure_clip_losses(
-            batches=loader,
-            losses_of=losses_of,
-            num_samples=loader.num_samples,
-            timesteps=timesteps,
-            mesh=mesh,
-            asked_to_stop=asked_to_stop,
-        )
-
-    return measure
+) -> HeldOutClips:
+    report = config.args.condition_report
+    names = config.model.conditions if report.conditions is None else report.conditions
+    return HeldOutClips(
+        loader,
+        encode,
+        pipeline,
+        engine,
+        timesteps=validation_timesteps(len(pipeline.alpha_bar), config.args.eval_timesteps),
+        mesh=mesh,
+        conditions=[each for each in pipeline.conditions if each.name in names and each.tensors],
+        moves=report.moves,
+    )
 
 
 def early_stop_reason(config: RunConfig, run_directory: Path, step: int) -> str:

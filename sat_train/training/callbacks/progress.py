@@ -12,6 +12,8 @@ from sat_train.config.values import show_rate
 from sat_train.log import console, get_logger
 from sat_train.training.callbacks.bad_clip_count import BAD_CLIPS
 from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.clip_losses import Estimate
+from sat_train.training.loop.condition_losses import ConditionLosses
 from sat_train.training.loop.metrics import (
     BlockMetrics,
     Metrics,
@@ -94,7 +96,20 @@ def describe_validation(metrics: ValidationMetrics, last: ValidationMetrics | No
     if last is not None and change is not None and change.has_interval:
         mean, low, high = map(_change, (change.mean, change.low, change.high))
         lines.append(f"  since step {last.step} {mean} ({low} to {high})")
-    return lines
+    return [*lines, *(line for each in metrics.conditions for line in _describe_condition(each))]
+
+
+def _describe_condition(losses: ConditionLosses) -> Iterator[str]:
+    """Yields lines on what a condition is worth."""
+    differences = {"another clip's": losses.over_shuffled, "none": losses.over_dropped}
+    for instead, difference in differences.items():
+        if difference is not None:
+            yield f"  {losses.name}: true minus {instead} {_difference(difference)}"
+
+
+def _difference(estimate: Estimate) -> str:
+    mean, low, high = map(_change, (estimate.mean, estimate.low, estimate.high))
+    return f"{mean} ({low} to {high})" if estimate.has_interval else mean
 
 
 def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> list[str]:

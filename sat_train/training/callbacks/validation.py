@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sat_train.engine.engine import TrainEngine
+from sat_train.training.callbacks.held_out import HeldOutClips
 from sat_train.training.loop.callback import Callback, Training
-from sat_train.training.loop.clip_losses import ClipLosses
-from sat_train.training.loop.metrics import ValidationMetrics
-
-Measure = Callable[[Callable[[], bool]], ClipLosses | None]
 
 
 class Validation(Callback):
@@ -20,17 +17,25 @@ class Validation(Callback):
 
     Args:
         engine: The engine, put into evaluation mode meanwhile.
-        measure: (asked to stop) -> losses of the clips, or None when interrupted; on all ranks.
+        clips: The held-out clips.
         interval: Steps between validations.
+        report_every: One validation in so many reports on the conditions, and the last one.
         is_measured: Returns whether the loss at a step is known already; on all ranks.
     """
 
     def __init__(
-        self, engine: TrainEngine, measure: Measure, *, interval: int, is_measured: Callable[[int], bool]
+        self,
+        engine: TrainEngine,
+        clips: HeldOutClips,
+        *,
+        interval: int,
+        report_every: int = 1,
+        is_measured: Callable[[int], bool],
     ) -> None:
         self._engine = engine
-        self._measure = measure
+        self._clips = clips
         self._interval = interval
+        self._report_every = report_every
         self._is_measured = is_measured
 
     def started(self, trainer: Training) -> None:
@@ -49,10 +54,12 @@ class Validation(Callback):
     def _validate(self, trainer: Training) -> None:
         if trainer.stopping:
             return
+        step = trainer.state.step
+        with_report = step // self._interval % self._report_every == 0 or trainer.complete
         self._engine.eval()
         try:
-            losses = self._measure(trainer.asked_to_stop)
+            metrics = self._clips.measure(step, trainer.asked_to_stop, with_report=with_report)
         finally:
             self._engine.train()
-        if losses is not None:
-            trainer.report(ValidationMetrics(trainer.state.step, losses))
+        if metrics is not None:
+            trainer.report(metrics)

@@ -1,17 +1,50 @@
-"""The validation loss: fixed clips, noise and timesteps, nothing dropped; it depends on the weights only."""
+"""Numbers of held-out clips: fixed clips, noise and timesteps, so that they depend on the weights only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from sat_train.data.batches import LoadedBatch
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.training.loop.clip_losses import ClipLosses
 
-_Row = tuple[str, list[float]]  # clip, and its losses
+T = TypeVar("T")
+_Rows = dict[int, list[float]]  # by index of the sample
+
+
+@dataclass(frozen=True)
+class ClipNumbers:
+    """Numbers of the clips of a batch.
+
+    Args:
+        timesteps: The timesteps.
+        values: [b, timesteps].
+        counts: For each clip, whether it has these numbers; None: all have.
+    """
+
+    timesteps: tuple[int, ...]
+    values: Tensor
+    counts: Sequence[bool] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a batch.
+
+    Args:
+        clip_ids: Its clips.
+        sample_indices: Global indices of its samples.
+        tables: Numbers, by a name that is the same for all batches.
+    """
+
+    clip_ids: tuple[str, ...]
+    sample_indices: tuple[int, ...]
+    tables: Mapping[str, ClipNumbers]
 
 
 def validation_timesteps(num_timesteps: int, count: int) -> tuple[int, ...]:
@@ -20,46 +53,70 @@ def validation_timesteps(num_timesteps: int, count: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def measure_clip_losses(
+def measure_clips(
     *,
-    batches: Iterable[LoadedBatch],
-    losses_of: Callable[[LoadedBatch], torch.Tensor],
+    batches: Iterable[T],
+    measure: Callable[[T], Measured],
     num_samples: int,
-    timesteps: tuple[int, ...],
     mesh: ProcessMesh,
     asked_to_stop: Callable[[], bool] = lambda: False,
-) -> ClipLosses | None:
-    """Measures the loss of each validation clip at each timestep.
+) -> dict[str, ClipLosses] | None:
+    """Measures the validation clips.
 
     Args:
         batches: This rank's batches; each rank has as many.
-        losses_of: Returns the losses of a batch, [b, timesteps].
+        measure: Measures a batch.
         num_samples: Clips in all. Later indices, which fill the last batches, do not count.
-        timesteps: The timesteps.
         mesh: The process mesh.
         asked_to_stop: Called before each batch, on all ranks.
 
     Returns:
-        The losses, in the order of the samples, on all ranks alike; None when interrupted.
+        The numbers by table, in the order of the samples, on all ranks alike; without the tables that no clip
+        has. None when interrupted.
 
     Ranks: all.
     """
-    rows: dict[int, _Row] = {}
+    clips: dict[int, str] = {}
+    tables: dict[str, _Rows] = {}
+    timesteps: dict[str, tuple[int, ...]] = {}
     for batch in batches:
         if asked_to_stop():
             return None
-        losses = losses_of(batch).double().cpu().tolist()
-        for index, clip, row in zip(batch.sample_indices, batch.clip_ids, losses, strict=True):
-            if index < num_samples:
-                rows[index] = (clip, row)
-    gathered = {index: row for part in gather_objects(mesh, rows) for index, row in part.items()}
-    return ClipLosses(timesteps, _by_clip(gathered))
+        measured = measure(batch)
+        indices = measured.sample_indices
+        clips.update(zip(indices, measured.clip_ids, strict=True))
+        for name, table in measured.tables.items():
+            timesteps[name] = table.timesteps
+            rows = zip(indices, table.values.double().cpu().tolist(), strict=True)
+            counts = table.counts or [True] * len(indices)
+            kept = {index: row for (index, row), has in zip(rows, counts, strict=True) if has}
+            tables.setdefault(name, {}).update(kept)
+    shares = gather_objects(mesh, (clips, tables, timesteps))
+    names = _clip_names({at: clip for share in shares for at, clip in share[0].items() if at < num_samples})
+    return _together(
+        names, [share[1] for share in shares], {k: v for share in shares for k, v in share[2].items()}
+    )
 
 
-def _by_clip(rows: dict[int, _Row]) -> dict[str, tuple[float, ...]]:
-    """Names the rows by their clips; a clip that replaces a bad one comes twice and gets its number too."""
-    clips: dict[str, tuple[float, ...]] = {}
-    for index in sorted(rows):
-        clip, losses = rows[index]
-        clips[clip if clip not in clips else f"{clip} in place of {index}"] = tuple(losses)
-    return clips
+def _together(
+    names: Mapping[int, str], shares: Sequence[dict[str, _Rows]], timesteps: Mapping[str, tuple[int, ...]]
+) -> dict[str, ClipLosses]:
+    """Joins the tables of all ranks."""
+    joined = {}
+    for table, columns in timesteps.items():
+        rows = {index: row for share in shares for index, row in share.get(table, {}).items()}
+        clips = {names[index]: tuple(rows[index]) for index in sorted(names.keys() & rows.keys())}
+        if clips:
+            joined[table] = ClipLosses(columns, clips)
+    return joined
+
+
+def _clip_names(clips: Mapping[int, str]) -> dict[int, str]:
+    """Names samples by their clips; a clip that replaces a bad one comes twice and gets its number too."""
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    for index in sorted(clips):
+        clip = clips[index]
+        names[index] = clip if clip not in taken else f"{clip} in place of {index}"
+        taken.add(names[index])
+    return names

@@ -62,6 +62,12 @@ class ClipLosses:
         """Returns the mean over clips at each timestep."""
         return dict(zip(self.timesteps, estimate_means(list(self.clips.values())), strict=True))
 
+    def at(self, timesteps: Sequence[int]) -> ClipLosses:
+        """Returns the losses at some of the timesteps."""
+        columns = [self.timesteps.index(timestep) for timestep in timesteps]
+        rows = {clip: tuple(row[column] for column in columns) for clip, row in self.clips.items()}
+        return ClipLosses(tuple(timesteps), rows)
+
     def minus(self, other: ClipLosses) -> ClipLosses:
         """Returns the differences of the clips that both have: paired, so the clips' own spread cancels."""
         assert self.timesteps == other.timesteps, "losses at other timesteps cannot be paired"

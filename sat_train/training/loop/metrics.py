@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sat_train.training.loop.clip_losses import ClipLosses, Estimate
+from sat_train.training.loop.condition_losses import ConditionLosses
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ class ValidationMetrics:
     Args:
         step: Optimizer steps done.
         losses: Loss of each clip at each timestep.
+        conditions: Losses with one condition replaced, of the conditions that are reported on.
     """
 
     step: int
     losses: ClipLosses
+    conditions: tuple[ConditionLosses, ...] = ()
 
     @cached_property
     def valid_loss(self) -> Estimate:
@@ -113,6 +116,11 @@ def as_json(metrics: NumberMetrics) -> dict[str, Any]:
             "valid_loss_by_timestep": {t: at.mean for t, at in by_timestep.items()},
             "valid_loss_interval_by_timestep": {t: [at.low, at.high] for t, at in by_timestep.items()},
             "valid_samples": len(metrics.losses),
+            **(
+                {"conditions": {each.name: each.as_json() for each in metrics.conditions}}
+                if metrics.conditions
+                else {}
+            ),
         }
     values = asdict(metrics)
     measured = values.pop("measured", {})
@@ -130,6 +138,10 @@ def scalars(metrics: NumberMetrics) -> dict[str, float]:
         return {**norms, **ratios}
     estimates = {"loss": metrics.valid_loss}
     estimates |= {f"loss_at_{t}": loss for t, loss in metrics.valid_loss_by_timestep.items()}
+    for condition in metrics.conditions:
+        estimates |= {f"{condition.name}/true_minus_dropped": condition.over_dropped}
+        if condition.over_shuffled is not None:
+            estimates |= {f"{condition.name}/true_minus_shuffled": condition.over_shuffled}
     means = {f"valid/{name}": loss.mean for name, loss in estimates.items()}
     limits = {f"valid_interval/{name}_low": loss.low for name, loss in estimates.items()}
     limits |= {f"valid_interval/{name}_high": loss.high for name, loss in estimates.items()}

@@ -1,0 +1,35 @@
+"""Warns of a condition that the model does not use, or that does not lie where the clip shows it."""
+
+from __future__ import annotations
+
+from sat_train.log import get_logger
+from sat_train.training.loop.callback import Callback
+from sat_train.training.loop.metrics import Metrics, ValidationMetrics
+
+log = get_logger(__name__)
+
+_REASONS = (
+    "is the condition given to a module that reads it, and does the module train? "
+    "docs/validation.md lists what to look at"
+)
+
+
+class ConditionCheck(Callback):
+    """Reads the condition report of each validation from a step on. Rank 0 only.
+
+    Args:
+        warn_after: First step of which it warns.
+    """
+
+    optional = True
+
+    def __init__(self, warn_after: int) -> None:
+        self._warn_after = warn_after
+
+    def reported(self, metrics: Metrics) -> None:
+        """Warns of each condition with a problem."""
+        if not isinstance(metrics, ValidationMetrics) or metrics.step < self._warn_after:
+            return
+        for losses in metrics.conditions:
+            for problem in losses.problems():
+                log.warning("step %d: %s; %s", metrics.step, problem, _REASONS)

@@ -1,0 +1,111 @@
+"""Validation losses with one condition replaced, and what they say about it: is it used, is it aligned?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sat_train.training.loop.clip_losses import ClipLosses, Estimate
+
+SHUFFLED, DROPPED = "shuffled", "dropped"
+# A move that gains less than this share of what the condition gains is no sign of a wrong alignment: what has
+# no place of its own, such as a reference image, hardly notices a move.
+_LEAST_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class ConditionLosses:
+    """Losses of one validation with the true condition and with others: same clips, noise and timesteps.
+
+    Args:
+        name: The condition.
+        true: Losses with the condition of the clip itself.
+        dropped: Losses without the condition.
+        shuffled: Losses with that of another clip of its shape; None where no clip has such a partner.
+        moved: Losses with the condition moved in time or space, by move, perhaps at fewer timesteps.
+    """
+
+    name: str
+    true: ClipLosses
+    dropped: ClipLosses
+    shuffled: ClipLosses | None
+    moved: Mapping[str, ClipLosses]
+
+    def minus_shuffled(self) -> ClipLosses | None:
+        """Returns the true loss minus the shuffled one, by clip: below zero where the condition is used."""
+        return None if self.shuffled is None else self.true.minus(self.shuffled)
+
+    def minus_dropped(self) -> ClipLosses:
+        """Returns the true loss minus the one without the condition, by clip."""
+        return self.true.minus(self.dropped)
+
+    @cached_property
+    def over_shuffled(self) -> Estimate | None:
+        """Mean of the true loss minus the shuffled one, with its interval."""
+        difference = self.minus_shuffled()
+        return None if difference is None else difference.mean()
+
+    @cached_property
+    def over_dropped(self) -> Estimate:
+        """Mean of the true loss minus the one without the condition, with its interval."""
+        return self.minus_dropped().mean()
+
+    @cached_property
+    def over_moved(self) -> dict[str, Estimate]:
+        """Mean of the true loss minus the moved one, by move: below zero where the condition is aligned."""
+        return {
+            move: self.true.at(losses.timesteps).minus(losses).mean() for move, losses in self.moved.items()
+        }
+
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with the condition, as sentences; nothing where there are too few clips."""
+        used = self.over_shuffled
+        if used is None or not used.has_interval:
+            return
+        interval = f"{used.mean:+.3g} ({used.low:+.3g} to {used.high:+.3g})"
+        if used.high >= 0:
+            how = "the same" if used.low <= 0 else "lower"
+            yield (
+                f"the condition {self.name} is not used: the loss with another clip's is {how} "
+                f"(true minus shuffled {interval})"
+            )
+            return
+        if (better := self.better_move()) is not None:
+            move, gain = better
+            yield (
+                f"the condition {self.name} is not aligned with the clip: moved {move} the loss is lower by "
+                f"{gain.mean:.3g} ({gain.low:.3g} to {gain.high:.3g}); true minus shuffled is {interval}"
+            )
+
+    def better_move(self) -> tuple[str, Estimate] | None:
+        """Returns the move that lowers the loss most beyond doubt, and what it gains; None: there is none."""
+        if self.shuffled is None:
+            return None
+        found = []
+        for move, gain in self.over_moved.items():
+            timesteps = self.moved[move].timesteps
+            worth = -self.true.at(timesteps).minus(self.shuffled.at(timesteps)).mean().mean
+            if gain.has_interval and gain.low > 0 and gain.mean > _LEAST_SHARE * worth:
+                found.append((gain.mean, move))
+        return (max(found)[1], self.over_moved[max(found)[1]]) if found else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the differences as a part of a record of `metrics.jsonl`."""
+        shuffled = self.minus_shuffled()
+        return {
+            "true_minus_shuffled": _limits(self.over_shuffled),
+            "true_minus_dropped": _limits(self.over_dropped),
+            "true_minus_shuffled_by_timestep": {} if shuffled is None else _by_timestep(shuffled),
+            "true_minus_dropped_by_timestep": _by_timestep(self.minus_dropped()),
+            "true_minus_moved": {move: _limits(each) for move, each in self.over_moved.items()},
+        }
+
+
+def _by_timestep(difference: ClipLosses) -> dict[int, list[float] | None]:
+    return {timestep: _limits(estimate) for timestep, estimate in difference.by_timestep().items()}
+
+
+def _limits(estimate: Estimate | None) -> list[float] | None:
+    return None if estimate is None else [estimate.mean, estimate.low, estimate.high]
