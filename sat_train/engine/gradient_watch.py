@@ -1,4 +1,4 @@
-"""Which trained parameters get a gradient, and of which it is exactly zero."""
+"""Gradients of a backward pass: which trained parameters get one, and of which it is exactly zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class GradientWatch:
-    """Looks at the gradient of each trained parameter when a backward pass hands it over.
+    """Inspects the gradient of each trained parameter when a backward pass hands it over.
 
     It sees what autograd gives on this rank, before ZeRO divides it: at stages 1 to 3 the engine has zeros
     for a parameter without a gradient, and nothing at all for one that another rank owns. While it is open

@@ -48,8 +48,9 @@ def test_a_used_condition_is_told_from_one_that_nothing_reads(rank_pool, folder)
     lines, used = train(rank_pool, folder, "used", MODULE, warned)
     mean, low, high = used[2]["brightness"]["true_minus_shuffled"]
     assert used[0]["brightness"]["true_minus_shuffled"] == [0, 0, 0], "a module that begins at zero"
-    assert low <= mean <= high < 0
-    assert not any("is not used" in line for line in lines)
+    assert low <= mean <= high
+    assert mean, "two steps later it matters whose brightness it is"
+    assert any("brightness: true minus another clip's" in line for line in lines)
     lines, unused = train(rank_pool, folder, "unused", warned)
     assert unused[2]["brightness"]["true_minus_shuffled"] == [0, 0, 0]
     assert sum("step 2: the condition brightness is not used" in line for line in lines) == 1
@@ -63,6 +64,6 @@ def test_the_report_does_not_depend_on_ranks_batches_zero_stage_or_cache(rank_po
     _, cached = train(rank_pool, folder, "cached", MODULE, "data.cache=require", *cache)
     reports = [each[2]["brightness"] for each in (one, three)]
     for kind in ("true_minus_shuffled", "true_minus_dropped"):
-        assert reports[1][kind] == pytest.approx(reports[0][kind], rel=1e-3), "rounding of another stage"
+        assert reports[1][kind] == pytest.approx(reports[0][kind], abs=1e-6), "losses of 2.5 in fp32"
     _, uncached = train(rank_pool, folder, "uncached", MODULE, *cache[1:])
     assert cached[2] == uncached[2], "bit for bit"

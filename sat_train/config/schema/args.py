@@ -22,7 +22,7 @@ from sat_train.config.parts.record import (
 )
 from sat_train.config.parts.registry import NameIn
 from sat_train.config.parts.sampler_parts import SamplerConfig
-from sat_train.config.schema.validation import ConditionReportConfig
+from sat_train.config.schema.condition_report import ConditionReportConfig
 
 # between prompt and image in one text, as in CogVideo's prompt files
 IMAGE_SEPARATOR = "@@"

@@ -1,4 +1,4 @@
-"""Names what does not learn in the first steps of a new run: no gradient, or one that stays exactly zero."""
+"""Check for weights that do not learn in the first steps of a new run: their gradient is missing or zero."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class GradientCheck(Callback):
             self._watch = GradientWatch(trainer.engine.module)
 
     def before_optimizer_step(self, trainer: Training) -> None:
-        """Looks at the gradients of a step."""
+        """Inspects the gradients of a step."""
         if self._watch is None:
             return
         missing, zero = _on_all_ranks(self._mesh, self._watch)

@@ -12,11 +12,11 @@ from sat_train.data.loader import OrderedLoader
 from sat_train.data.partners import PartnerBatches
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.conditions.condition import Condition
+from sat_train.encoding.conditions.latent_time import pad_in_time
 from sat_train.encoding.encode import Encode
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch
 from sat_train.engine.engine import TrainEngine
 from sat_train.log import get_logger
-from sat_train.objective.padding import pad_in_time
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.condition_probe import gives_inputs, variants
 from sat_train.training.callbacks.validation_loss import ClipNumbers, Measured, measure_clips

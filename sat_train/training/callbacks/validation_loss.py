@@ -34,7 +34,7 @@ class ClipNumbers:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a batch.
+    """Numbers of a batch.
 
     Args:
         clip_ids: Its clips.

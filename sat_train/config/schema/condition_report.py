@@ -1,4 +1,4 @@
-"""Settings of what a validation reports besides its loss."""
+"""Settings of the report on conditions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sat_train.config.parts.record import Record, Texts
 
 
 class ConditionReportConfig(Record):
-    """What the conditions of held-out clips are worth: losses with another clip's, without, and moved."""
+    """Worth of the conditions of held-out clips: losses with another clip's, without one, and moved."""
 
     conditions: Texts | None = Field(
         None,
