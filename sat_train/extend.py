@@ -1,5 +1,7 @@
 """Classes that an extension computes with, in files that `build=` names (`docs/extend.md`)."""
 
+from sat_train.data.fields.reader import FieldReader as FieldReader
+from sat_train.data.fields.reader import SampleGeometry as SampleGeometry
 from sat_train.diffusion.timesteps import sampling_timesteps as sampling_timesteps
 from sat_train.encoding.conditions.condition import Condition as Condition
 from sat_train.encoding.conditions.condition import DitInputs as DitInputs
@@ -10,5 +12,6 @@ from sat_train.models.dit.rotary import RotaryPositions as RotaryPositions
 from sat_train.models.dit.stack import BlockStack as BlockStack
 from sat_train.objective.loss_inputs import LossInputs as LossInputs
 from sat_train.objective.loss_term import LossTerm as LossTerm
+from sat_train.objective.noising import NoiseLaw as NoiseLaw
 from sat_train.training.loop.callback import Callback as Callback
 from sat_train.training.loop.metrics import TrainMetrics as TrainMetrics

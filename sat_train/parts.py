@@ -5,9 +5,13 @@ from sat_train.config.parts.adapter_parts import AdapterTensor as AdapterTensor
 from sat_train.config.parts.adapter_parts import LoraParams as LoraParams
 from sat_train.config.parts.callback_parts import CallbackParams as CallbackParams
 from sat_train.config.parts.condition_parts import ConditionParams as ConditionParams
+from sat_train.config.parts.field_parts import FieldParams as FieldParams
+from sat_train.config.parts.field_parts import NumbersParams as NumbersParams
+from sat_train.config.parts.field_parts import TimedParams as TimedParams
 from sat_train.config.parts.guidance_parts import GuidanceParams as GuidanceParams
 from sat_train.config.parts.loss_term_parts import LossTermParams as LossTermParams
 from sat_train.config.parts.module_parts import ModuleParams as ModuleParams
+from sat_train.config.parts.noise_parts import NoiseParams as NoiseParams
 from sat_train.config.parts.optimizer_parts import OptimizerParams as OptimizerParams
 from sat_train.config.parts.position_parts import PositionParams as PositionParams
 from sat_train.config.parts.position_parts import (

@@ -55,11 +55,13 @@ class Targets:
 
     Args:
         key: The key that holds the name: `target`, or `type` for the optimizer.
-        params: Record of the `params` of each, by name.
+        params: Record of the settings of each, by name.
+        place: The key below which the settings stand, with a dot; empty where they stand next to `key`.
     """
 
     key: str
     params: dict[str, type[Record]]
+    place: str = "params."
 
 
 def all_keys() -> dict[str, Key]:
@@ -88,9 +90,12 @@ def _targets_at(revision: int) -> dict[str, Targets]:
         key = record.key if issubclass(record, Choice) else "target"
         if (target := record.model_fields.get(key)) is None:
             continue
-        params_record = cast("type[Record]", record.model_fields["params"].annotation)
+        is_flat = "params" not in record.model_fields
+        table = tables.setdefault(path, Targets(key, {}, "" if is_flat else "params."))
         for name in get_args(target.annotation):
-            tables.setdefault(path, Targets(key, {})).params[name] = params_record
+            table.params[name] = cast(
+                "type[Record]", record if is_flat else record.model_fields["params"].annotation
+            )
     return tables
 
 

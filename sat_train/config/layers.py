@@ -176,17 +176,19 @@ def _drop_params_of_other_target(
     A key of the same name and another type, such as CAME's three betas, is another setting.
     """
     table = slot_targets().get(pattern_of(path))
-    params, key = into.get("params"), table.key if table is not None else ""
-    record = table.params.get(str(layer.get(key))) if table is not None else None
-    if table is None or not isinstance(params, dict) or record is None or layer[key] == into.get(key):
+    if table is None:
+        return
+    params, key = into.get("params") if table.place else into, table.key
+    record = table.params.get(str(layer.get(key)))
+    if not isinstance(params, dict) or record is None or layer[key] == into.get(key):
         return
     fields, old = record.model_fields, table.params.get(str(into.get(key)), record).model_fields
     kept = {
         name for name, each in fields.items() if name not in old or old[name].annotation == each.annotation
     }
-    for key in params.keys() - kept:
-        del params[key]
-        forget_sources(sources, f"{path}.params.{key}")
+    for name in params.keys() - kept - ({key} if params is into else set()):
+        del params[name]
+        forget_sources(sources, f"{path}.{table.place}{name}")
 
 
 def forget_sources(sources: dict[str, str], path: str) -> None:

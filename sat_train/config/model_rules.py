@@ -301,10 +301,11 @@ def names_of_parts_are_free(config: ParsedConfig) -> Iterator[Fault]:
                 )
 
 
-@rule("model.loss_terms", f"{_NETWORK}.modules.lora_config")
+@rule("model.loss_terms", "model.conditions", f"{_NETWORK}.modules.lora_config")
 def loss_terms_have_what_they_need(config: ParsedConfig) -> Iterator[Fault]:
     """The reserved name, weights that leave nothing to train, and terms without adapters to switch off."""
     terms = config.model.loss_terms
+    gives_pairs = any(each.params.adds_rows for each in config.model.conditions.values())
     for name, term in terms.items():
         path = f"model.loss_terms.{name}"
         if (name == DIFFUSION) != (term.target == DIFFUSION_TERM):
@@ -314,5 +315,11 @@ def loss_terms_have_what_they_need(config: ParsedConfig) -> Iterator[Fault]:
         if term.params.needs_reference and config.spec.adapter is None:
             expected = f"{_NETWORK}.modules.lora_config: the reference is the model without its adapters"
             yield config.fault(f"{path}.target", term.target, expected)
+        if term.params.needs_pairs and not gives_pairs:
+            expected = "a condition of pairs in model.conditions, such as PreferencePairs"
+            yield config.fault(f"{path}.target", term.target, expected)
+    if gives_pairs and not any(term.params.needs_pairs for term in terms.values()):
+        expected = "a term that compares pairs, such as Preference: model.conditions has pairs"
+        yield config.fault("model.loss_terms", sorted(terms), expected)
     if DIFFUSION in terms and not any(term.weight for term in terms.values()):
         yield config.fault(f"model.loss_terms.{DIFFUSION}.weight", 0, "a term with a weight above 0")

@@ -11,6 +11,7 @@ from sat_train.config.parts.adapter_parts import AdapterConfig
 from sat_train.config.parts.guidance_parts import GuidanceConfig
 from sat_train.config.parts.loss_term_parts import LossTermConfig
 from sat_train.config.parts.module_parts import ModuleConfig
+from sat_train.config.parts.noise_parts import NoiseConfig
 from sat_train.config.parts.noise_schedule import ZeroSNRDDPMDiscretizationParams
 from sat_train.config.parts.position_parts import TimeHeightWidth
 from sat_train.config.parts.sampler_parts import SamplerConfig
@@ -46,6 +47,7 @@ class ModelSpec(NetworkSpec):
         offset_noise_level: Standard deviation of the noise that all elements of a sample share.
         min_snr_gamma: Largest weight of the x0 error; None for no limit.
         timesteps: Distribution of the training timesteps.
+        noise: Distribution of the noise.
         loss_terms: Terms of the training loss, by name; `diffusion` has weight 1 where it is not named.
     """
 
@@ -68,6 +70,7 @@ class ModelSpec(NetworkSpec):
     offset_noise_level: float
     min_snr_gamma: float | None
     timesteps: TimestepsConfig
+    noise: NoiseConfig
     loss_terms: Mapping[str, LossTermConfig]
 
     @property
@@ -127,6 +130,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         offset_noise_level=loss.offset_noise_level,
         min_snr_gamma=loss.min_snr_value,
         timesteps=loss.sigma_sampler_config,
+        noise=loss.noise_config,
         loss_terms=model.loss_terms,
     )
 

@@ -132,10 +132,11 @@ def optimizer_is_installed(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule("model")
 def parts_fit_the_model(config: ParsedConfig) -> Iterator[Fault]:
-    sections = {"args": config.args, "model": config.model, "deepspeed": config.deepspeed}
+    sections = {name: getattr(config, name) for name in ("args", "model", "data", "deepspeed")}
     for path, choice in choices_in(sections):
-        for key, expected in choice.params.check(config.spec):
-            yield config.fault(f"{path}.params.{key}", getattr(choice.params, key), expected)
+        place = path if choice.base else f"{path}.params"
+        for key, expected in choice.settings.check(config.spec):
+            yield config.fault(f"{place}.{key}", getattr(choice.settings, key), expected)
 
 
 @rule("args.distributed_backend", "args.device")

@@ -112,12 +112,14 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
 
 
 def _expected_key(path: str, merged: Merged) -> tuple[str, str]:
-    """Returns the expectation for an unknown key: in a part's `params`, the settings of that part."""
+    """Returns the expectation for an unknown key: of a part, the settings of that part."""
     place, _, key = path.rpartition(".params.")
-    table = slot_targets().get(pattern_of(place))
+    if (table := slot_targets().get(pattern_of(place))) is None:
+        place, _, key = path.rpartition(".")
+        table = slot_targets().get(pattern_of(place))
     name = get_value(merged.tree, f"{place}.{table.key}") if table is not None else None
     record = table.params.get(str(name)) if table is not None else None
-    if record is None or pattern_of(path) not in all_keys():
+    if table is None or record is None or (table.place and pattern_of(path) not in all_keys()):
         return "a key that exists", suggest_key(path)
     near = difflib.get_close_matches(key, record.model_fields, n=1)
     return f"a setting of {name}: {', '.join(record.model_fields)}", "".join(near)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,6 +95,9 @@ class VideoSample(Sample):
         augmentation: Key of everything random about its pixels.
         times: Time of each frame in its file, in seconds.
         training: Whether its conditions are augmented; off in validation and sampling.
+        fields: Values of the fields (`data.fields`), by name, of the clip's window, scale and crop. video:
+            uint8 [t, 3, h, w]. mask: uint8 0 or 1, [t, 1, h, w]. image: uint8 [3, h, w]. per_frame: float32
+            [t, ...]. array: float32 [...]. text: str. pair: uint8 [n, t, 3, h, w].
     """
 
     video_tchw: Tensor
@@ -103,6 +106,7 @@ class VideoSample(Sample):
     augmentation: AugmentationKey
     times: tuple[float, ...] = ()
     training: bool = True
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def conditioning_image_chw(self) -> Tensor:
         """Returns the image that conditions the clip: the given one, else the first frame."""
@@ -115,7 +119,11 @@ class VideoSample(Sample):
     def pin_memory(self) -> VideoSample:
         """Returns the sample in page-locked memory."""
         image = None if self.image_chw is None else self.image_chw.pin_memory()
-        return replace(self, video_tchw=self.video_tchw.pin_memory(), image_chw=image)
+        fields = {
+            name: value.pin_memory() if isinstance(value, Tensor) else value
+            for name, value in self.fields.items()
+        }
+        return replace(self, video_tchw=self.video_tchw.pin_memory(), image_chw=image, fields=fields)
 
 
 class LoadedBatch(Protocol):

@@ -15,6 +15,7 @@ from sat_train.data.buckets import SampleSpec
 from sat_train.data.clips.remote import file_name
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failure_log import ClipFailure, FailureLog, write_failures
+from sat_train.data.fields.reader import FieldReader
 from sat_train.data.loader import OrderedLoader, SampleReader, VideoLoader
 from sat_train.data.prepass import ClipSet, HeaderMemory, assign_clips, describe_clip_set, look_at
 from sat_train.data.sampler import GlobalOrder
@@ -63,9 +64,11 @@ def build_train_loader(
     batches = build_train_batches(config, mesh, dataset, start=start)
     loader = build_loader(config, mesh, dataset, batches, run_directory, reader_of)
     if mesh.local_rank == 0 and loader.reader.decodes:
+        planes = [field.settings for field in config.require_data().fields.values()]
         needed = bytes_in_flight(
             dataset.buckets.shapes,
             batch_sizes(config, config.args.batch_size),
+            planes_of=lambda frames: sum(each.planes(frames) for each in planes),
             num_workers=config.args.num_workers,
             prefetch_factor=config.args.prefetch_factor,
         )
@@ -227,9 +230,15 @@ def _build_dataset(
         spec=build_sample_spec(config),
         seed=config.args.seed,
         timeout_s=config.require_data().worker_timeout_s,
+        fields=build_field_readers(config),
         views=views,
         training=training,
     )
+
+
+def build_field_readers(config: RunConfig) -> dict[str, FieldReader]:
+    """Builds the readers of `data.fields`, by name."""
+    return {name: field.build() for name, field in sorted(config.require_data().fields.items())}
 
 
 def build_sample_spec(config: RunConfig) -> SampleSpec:

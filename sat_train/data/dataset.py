@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,6 +20,8 @@ from sat_train.data.clips.clip_file import ClipInfo, read_stamp
 from sat_train.data.clips.frames import Frames, open_frames
 from sat_train.data.clips.resize import CoverCrop, cover_crop
 from sat_train.data.failure_log import ClipFailure
+from sat_train.data.fields.pictures import to_tensor
+from sat_train.data.fields.reader import FieldReader, SampleGeometry, read_fields, repeat_last
 from sat_train.data.sampler import AugmentationKey, ClipRef, GlobalOrder, limited_augmentation_key
 from sat_train.data.sources.records import ClipRecord, ClipSource
 from sat_train.data.window import Window, fit_frames, usable_part, window_start
@@ -52,6 +53,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         spec: Shape and rate of the samples.
         seed: The run's seed: key of windows, choice of captions and substitutes.
         timeout_s: Time after which decoding a clip is abandoned; None: never.
+        fields: Readers of the fields (`data.fields`), by name.
         views: Number of windows and image noises of each clip; None: new ones for every sample.
         training: Whether conditions are augmented; off in validation.
     """
@@ -67,6 +69,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         spec: SampleSpec,
         seed: int,
         timeout_s: float | None = None,
+        fields: Mapping[str, FieldReader] | None = None,
         views: int | None = None,
         training: bool = True,
     ) -> None:
@@ -76,6 +79,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
         self.spec = spec
         self.seed = seed
         self.timeout_s = timeout_s
+        self.fields = dict(fields or {})
         self.views = views
         self.training = training
         self.given_up: dict[str, BadClip] = {}  # clips that made a worker hang or die
@@ -177,9 +181,9 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
             BadClip: It cannot give a sample.
         """
         record, augmentation, shape = self.record(ref), self.augmentation_key(index, ref), self.shape(index)
-        frames, num_shown = self._frames(record, augmentation, shape)
+        frames, num_shown, fields = self._read(record, augmentation, shape)
         return VideoSample(
-            video_tchw=_to_tensor(frames.video_thwc),
+            video_tchw=to_tensor(frames.video_thwc),
             caption=self.caption(index, ref),
             image_chw=self._image(record.image, shape) if self.spec.images and record.image else None,
             clip_id=record.clip_id,
@@ -188,6 +192,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
             times=frames.times,
             augmentation=augmentation,
             training=self.training,
+            fields=fields,
         )
 
     @staticmethod
@@ -207,15 +212,20 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
             info, self.record(ref), self.augmentation_key(index, ref), self.shape(index).frames
         )
 
-    def _frames(
+    def _read(
         self, record: ClipRecord, augmentation: AugmentationKey, shape: ClipShape
-    ) -> tuple[Frames, int]:
-        """Returns the frames of a sample, and the number of frames that the clip gave."""
+    ) -> tuple[Frames, int, dict[str, Any]]:
+        """Returns the frames of a sample, the number of frames that the clip gave, and its fields."""
+        deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         with open_frames(record.path, span=record.span, timeout_s=self.timeout_s) as reader:
             window = self._window(reader.info, record, augmentation, shape.frames)
             times = [window.start + i / self.spec.fps for i in range(window.count)]
             frames = reader.read(times, self._crop_chooser(shape))
-        return _repeat_last(frames, window.total), window.count
+            geometry = SampleGeometry(
+                frames.times, window.total, frames.crop, self.spec.max_upscale, reader.number_at, deadline
+            )
+            fields = read_fields(self.fields, record.fields, geometry)
+        return _repeat_last(frames, window.total), window.count, fields
 
     def _window(
         self, info: ClipInfo, record: ClipRecord, augmentation: AugmentationKey, num_frames: int
@@ -236,7 +246,7 @@ class VideoDataset(Dataset[SampleResult[VideoSample]]):
     def _image(self, path: Path, shape: ClipShape) -> Tensor:
         with naming_image(path), open_frames(path, timeout_s=self.timeout_s) as reader:
             frames = reader.read([reader.info.first], self._crop_chooser(shape))
-        return _to_tensor(frames.video_thwc)[0]
+        return to_tensor(frames.video_thwc)[0]
 
     def _crop_chooser(self, shape: ClipShape) -> Callable[[int, int], CoverCrop]:
         """Returns the crop function for `FrameReader.read`; video and image of a sample are cropped alike."""
@@ -258,11 +268,5 @@ def naming_image(path: Path) -> Iterator[None]:
 
 def _repeat_last(frames: Frames, total: int) -> Frames:
     missing = total - len(frames.times)
-    if not missing:
-        return frames
-    tail = np.repeat(frames.video_thwc[-1:], missing, axis=0)
-    return Frames(np.concatenate([frames.video_thwc, tail]), frames.times + frames.times[-1:] * missing)
-
-
-def _to_tensor(video_thwc: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(video_thwc.transpose(0, 3, 1, 2)))
+    times = frames.times + frames.times[-1:] * missing
+    return replace(frames, video_thwc=repeat_last(frames.video_thwc, total), times=times)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sat_train.config.shapes import ClipShape
@@ -19,10 +19,23 @@ REMEDY = (
 
 
 def bytes_in_flight(
-    shapes: Sequence[ClipShape], batch_sizes: Sequence[int], *, num_workers: int, prefetch_factor: int
+    shapes: Sequence[ClipShape],
+    batch_sizes: Sequence[int],
+    *,
+    num_workers: int,
+    prefetch_factor: int,
+    planes_of: Callable[[int], int] = lambda frames: 0,
 ) -> int:
-    """Returns the largest total size of the batches that one rank's workers hold."""
-    pixels = [3 * shape.frames * shape.height * shape.width for shape in shapes]
+    """Returns the largest total size of the batches that one rank's workers hold.
+
+    Args:
+        shapes: Shapes of the samples.
+        batch_sizes: Samples in a batch of each shape.
+        num_workers: Workers of the rank.
+        prefetch_factor: Batches that each of them prepares.
+        planes_of: Returns the bytes a pixel of the fields of a sample of this many frames.
+    """
+    pixels = [(3 * shape.frames + planes_of(shape.frames)) * shape.height * shape.width for shape in shapes]
     largest = max(size * count for size, count in zip(pixels, batch_sizes, strict=True))
     return largest * (num_workers * prefetch_factor + 1) if num_workers else 0
 

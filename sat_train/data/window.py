@@ -12,13 +12,13 @@ import torch
 
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.clips.clip_file import ClipInfo
+from sat_train.data.clips.clip_times import HEADER_ROUNDING_S
 from sat_train.data.sources.records import ClipRecord
 
 WindowMode = Literal["head", "center", "random", "uniform", "chunks"]
 ShortClip = Literal["error", "skip", "pad", "shrink"]
 
 SHORT_REMEDY = "set data.params.short_clip to skip, pad or shrink, or lower max_num_frames"
-HEADER_ROUNDING_S = 1.5e-3  # mp4 and mkv give a file's length in milliseconds
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ def build_conditions(config: RunConfig, encoders: Encoders) -> tuple[Condition, 
         empty_prompt=encoders.empty_prompt,
         drop_probability=spec.caption_dropout,
     )
-    conditions = [text]
-    if model.noised_image_input:
+    conditions, own = [text], model.conditions
+    if model.noised_image_input and not any(each.params.takes_image_slot for each in own.values()):
         image = ImageCondition(
             scale=spec.image_latent_scale,
             drop_probability=model.noised_image_dropout,
@@ -87,13 +87,18 @@ def build_conditions(config: RunConfig, encoders: Encoders) -> tuple[Condition, 
         conditions.append(image)
     if spec.ofs_width is not None:
         conditions.append(OfsCondition(_OFS))
-    return (*conditions, *(_build_own(name, choice, spec) for name, choice in model.conditions.items()))
+    conditions += [_build_own(name, choice, spec) for name, choice in sorted(own.items())]
+    if (dropped := config.args.guidance_drops) is not None:
+        for condition in conditions:
+            condition.guides = condition.name in dropped
+    return tuple(conditions)
 
 
 def _build_own(name: str, choice: ConditionConfig, spec: ModelSpec) -> Condition:
     condition: Condition = choice.build(spec)
     condition.name, condition.params, condition.model = name, choice.params, spec
-    condition.drop_probability, condition.drop_purpose = choice.drop, f"condition_drop.{name}"
+    condition.drop_probability = choice.drop
+    condition.drop_purpose = condition.drop_purpose or f"condition_drop.{name}"
     return condition
 
 
@@ -160,6 +165,11 @@ class EncodingStage:
     def headers(self) -> FileMetadata | None:
         """Known headers of clips."""
         return None if self.cache is None else self.cache.file_metadata
+
+    @property
+    def augments(self) -> bool:
+        """An encoding of a clip's window differs from view to view."""
+        return any(each.augments for each in self.conditions)
 
     def reader(self, videos: VideoDataset) -> SampleReader:
         """Returns the reader of a data set's samples."""

@@ -87,7 +87,7 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
     assert isinstance(encode, EncodeAndKeep), "it is written"
     works = [
         _find_work(mesh, name, EncodedDataset(videos, cache, stage.conditions), samples)
-        for name, videos, samples in _datasets(config, mesh, cache)
+        for name, videos, samples in _datasets(config, mesh, cache, augments=stage.augments)
     ]
     captions = _captions(config, cache, works)
     num_missing, num_samples = sum(len(w.indices) for w in works), sum(w.num_samples for w in works)
@@ -121,7 +121,7 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
 
 
 def _datasets(
-    config: RunConfig, mesh: ProcessMesh, cache: OpenCache
+    config: RunConfig, mesh: ProcessMesh, cache: OpenCache, *, augments: bool
 ) -> list[tuple[str, VideoDataset, Sequence[int]]]:
     """Returns the data sets, each with a name and its samples to encode.
 
@@ -129,9 +129,7 @@ def _datasets(
     and world size; else the samples that a run of this configuration on as many ranks will train on.
     """
     params = config.require_data().params
-    is_limited = params.views is not None or (
-        params.window in ("head", "center") and not config.model.noised_image_input
-    )
+    is_limited = params.views is not None or (params.window in ("head", "center") and not augments)
     train = build_train_dataset(config, mesh, headers=cache.file_metadata, each_view_once=is_limited)
     if is_limited:
         samples: Sequence[int] = range(len(train) * (params.views or 1))

@@ -32,6 +32,7 @@ def build_pipeline(config: RunConfig, *, dit: DiffusionTransformer, encoders: En
         min_snr_gamma=spec.min_snr_gamma,
         loss_terms=build_loss_terms(spec),
         timestep_law=spec.timesteps.build(),
+        noise_law=spec.noise.build(spec),
         stratified=spec.timesteps.params.uniform_sampling,
         seed=args.seed,
         dtype=compute_dtype(args),

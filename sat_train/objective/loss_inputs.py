@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from sat_train.diffusion.loss import v_mse_per_sample
-from sat_train.diffusion.parameterization import x0_from_v
+from sat_train.diffusion.loss import min_snr_weight, v_mse_per_sample
+from sat_train.diffusion.parameterization import add_noise, v_target, x0_from_v
 from sat_train.encoding.conditions.condition import Encoding
 from sat_train.encoding.conditions.randomness import SampleRandomness
+from sat_train.objective.noising import Noising
+from sat_train.objective.training_inputs import TrainingInputs
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class LossInputs:
     counted_bt: Tensor | None
     encoded: Mapping[str, Encoding]
     outputs: Mapping[str, Tensor]
-    random: SampleRandomness | None
+    random: SampleRandomness
     num_samples: int
     min_snr_b: Tensor | None
     reference: Tensor | None
@@ -103,3 +106,54 @@ class LossInputs:
         """Returns numbers of rows by sample, `[b, 1 + losers]`: the winner's first."""
         groups_bn: Tensor = x_b.unflatten(0, (-1, self.num_samples)).transpose(0, 1)
         return groups_bn
+
+
+def build_loss_inputs(
+    inputs: TrainingInputs,
+    noising: Noising,
+    predict: Callable[..., Any],
+    *,
+    reference: Callable[[Tensor], Tensor] | None,
+    with_outputs: bool,
+    min_snr_gamma: float | None,
+    decode_latent: Callable[[Tensor, tuple[int, int] | None], Tensor],
+) -> LossInputs:
+    """Runs the network once, and before it, where a term asks for it, once without adapters.
+
+    Args:
+        inputs: All inputs of the loss but the weights.
+        noising: The noise schedule.
+        predict: Predicts v from the noised latent; with `return_outputs` (v, outputs).
+        reference: Predicts v without adapters and without gradient; None: no term asks for it.
+        with_outputs: A term may read the outputs of modules.
+        min_snr_gamma: Upper limit of the loss weight; None for no limit.
+        decode_latent: See `LossInputs.decode`.
+    """
+    x0, eps, levels_bt = inputs.x0_btchw, inputs.eps_btchw, inputs.levels_bt
+    alpha_bar_b = noising.signal(inputs.timesteps_b)
+    noise_alpha_bar = alpha_bar_b if levels_bt is None else noising.signal(levels_bt)
+    x_t = add_noise(x0, eps, noise_alpha_bar)
+    # before the prediction: ZeRO-3 expects a backward after a forward with gradient
+    reference_v = None if reference is None else reference(x_t)
+    v_pred, outputs = predict(x_t, return_outputs=True) if with_outputs else (predict(x_t), {})
+    v_pred = v_pred.float()
+    min_snr_b = None if min_snr_gamma is None else min_snr_weight(alpha_bar_b, min_snr_gamma)
+    return LossInputs(
+        x0_btchw=x0,
+        eps_btchw=eps,
+        x_t_btchw=x_t,
+        timesteps_b=inputs.timesteps_b,
+        levels_bt=levels_bt,
+        alpha_bar_b=alpha_bar_b,
+        noise_alpha_bar=noise_alpha_bar,
+        v_pred_btchw=v_pred,
+        v_true_btchw=v_target(x0, eps, noise_alpha_bar),
+        counted_bt=inputs.counted_bt,
+        encoded=inputs.encoded,
+        outputs=outputs,
+        random=inputs.random,
+        num_samples=inputs.num_samples,
+        min_snr_b=None if min_snr_b is None else min_snr_b.to(v_pred.device),
+        reference=reference_v,
+        decode_latent=decode_latent,
+    )

@@ -29,6 +29,7 @@ _FIXED = (
     "model",
     "data.target",
     "data.params",
+    "data.fields",
     "args.seed",
     "args.train_data",
     "args.train_data_weights",

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from sat_train.config.parts.reference import ConditionName
 from sat_train.config.parts.registry import Choice, Params, part
 
 DIFFUSION, DIFFUSION_TERM = "diffusion", "Diffusion"  # reserved for the error of the model's own prediction
@@ -44,3 +45,25 @@ class LossTermConfig(Choice):
 @part("loss_term", DIFFUSION_TERM, build="sat_train.objective.loss_term:DiffusionError")
 class DiffusionErrorParams(LossTermParams):
     """Mean squared error of v, with the weights of min-SNR: the model's own loss, `diffusion`."""
+
+
+@part("loss_term", "MaskedError", build="sat_train.objective.terms:MaskedError")
+class MaskedErrorParams(LossTermParams):
+    """The error of v where a mask is set, as a mean over the whole latent; min-SNR does not act on it."""
+
+    condition: ConditionName = Field(description="The condition that holds the mask.")
+    tensor: str = Field("mask", description="Its encoding that is the mask, [t, 1, h, w], from 0 to 1.")
+    outside: bool = Field(False, description="Count where the mask is not set.")
+
+
+@part("loss_term", "Preference", build="sat_train.objective.terms:Preference")
+class PreferenceParams(LossTermParams):
+    """Diffusion-DPO (arXiv:2311.12908): clips against the videos of a condition such as PreferencePairs.
+
+    The reference is the model without its adapters. min-SNR does not act on it.
+    """
+
+    needs_reference = True
+    needs_pairs = True
+
+    beta: float = Field(5000.0, gt=0, description="Strength; 2500 to 5000 in the papers.")

@@ -124,7 +124,7 @@ def _check_part(slot: str, name: str, params: type[Params], *, is_target: bool) 
     if (slot, name) in _PARTS:
         other = _PARTS[slot, name].params
         raise ValueError(f"the {slot} '{name}' is registered already, by {other.__module__}")
-    base = choice.model_fields["params"].annotation
+    base = choice.base or choice.model_fields["params"].annotation
     if not (isinstance(params, type) and issubclass(params, cast("type[Params]", base))):
         raise ValueError(f"the record of {slot} '{name}' must derive from {base}")
     silent = [
@@ -133,6 +133,8 @@ def _check_part(slot: str, name: str, params: type[Params], *, is_target: bool) 
     if not params.__doc__ or silent:
         what = f"descriptions (with a full stop) for {', '.join(silent)}" if silent else "a docstring"
         raise ValueError(f"the record of {slot} '{name}' needs {what}")
+    if choice.base is not None and choice.key in params.model_fields:
+        raise ValueError(f"the record of {slot} '{name}' cannot have a setting '{choice.key}'")
     if not _NAME.fullmatch(name) or not is_target:
         raise ValueError(f"{slot} '{name}' needs a plain name and build='module:callable'")
 
@@ -181,12 +183,14 @@ class Choice(Record):
     """A group of settings in which YAML names a part: the base of each slot's record.
 
     A subclass sets `slot`, the name of the slot, and `key`, the key that holds the part's name; its field
-    `params` is annotated with the record that all parts of the slot derive from. Reading YAML returns an
-    instance of a subclass that is created for the part.
+    `params` is annotated with the record that all parts of the slot derive from. Where the settings stand
+    next to the key, without `params`, that record is `base`. Reading YAML returns an instance of a subclass
+    that is created for the part.
     """
 
     slot: ClassVar[str]
     key: ClassVar[str] = "target"
+    base: ClassVar[type[Params] | None] = None
     if TYPE_CHECKING:  # a field of each subclass, behind the key
         params: Params
 
@@ -213,12 +217,17 @@ class Choice(Record):
     @classmethod
     def of(cls, name: str, params: dict[str, Any]) -> Any:
         """Returns the part with this name and these settings."""
-        return cls._choose({cls.key: name, "params": params})
+        return cls._choose({cls.key: name, **(params if cls.base else {"params": params})})
+
+    @property
+    def settings(self) -> Params:
+        """The settings of the part, wherever they stand."""
+        return cast("Params", self) if self.base else self.params
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Builds the part from its parameters and the arguments of its slot."""
         builder = _PARTS[self.slot, getattr(self, self.key)].builder()
-        return builder(self.params, *args, **kwargs)
+        return builder(self.settings, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         slot = next(each for each in type(self).__mro__ if issubclass(each, Choice) and each.is_slot())
@@ -310,10 +319,13 @@ def _record_of(choice: type[Choice], each: RegisteredPart) -> type[Choice]:
         choice.key: (
             Literal[each.name],  # type: ignore[name-defined]
             Field(each.name if key.default == each.name else ..., description=key.description),
-        ),
-        "params": (params, Field(params() if is_complete else ..., description="Its settings.")),
+        )
     }
-    return create_model(f"{each.name}{choice.__name__}", __base__=choice, __doc__=params.__doc__, **fields)
+    if choice.base is None:
+        fields["params"] = (params, Field(params() if is_complete else ..., description="Its settings."))
+    bases: Any = choice if choice.base is None else (params, choice)
+    name = f"{each.name}{choice.__name__}"
+    return cast("type[Choice]", create_model(name, __base__=bases, __doc__=params.__doc__, **fields))
 
 
 def choices_in(value: Any, path: str = "") -> Iterator[tuple[str, Choice]]:

@@ -45,6 +45,18 @@ class UniformParams(TimestepsParams):
     """Each timestep is as likely as any other: CogVideo's DiscreteSampling."""
 
 
+@part("timesteps", "PrefixClean", build="sat_train.diffusion.timestep_laws:PrefixClean")
+class PrefixCleanParams(TimestepsParams):
+    """The first latent frames stay clean and the others are noised: the model continues given frames."""
+
+    frames: int = Field(1, ge=1, description="Latent frames that stay clean, padding in front included.")
+
+    def check(self, model: Any) -> Iterator[tuple[str, str]]:
+        """Yields a number that divides a patch, whose frames have one timestep."""
+        if self.frames % model.patch[0]:
+            yield "frames", f"a multiple of {model.patch[0]}, the frames of a patch"
+
+
 @part("timesteps", "LogitNormal", build="sat_train.diffusion.timestep_laws:build_logit_normal")
 class LogitNormalParams(TimestepsParams):
     """The sigmoid of a normal number: mostly the middle of the schedule (arXiv:2403.03206)."""

@@ -258,6 +258,11 @@ class ArgsConfig(Record):
         None, description="Wins over `model.sampler_config.target`."
     )
     guidance_scale: float | None = Field(None, ge=0, description="Wins over the guider's `scale`.")
+    guidance_drops: Texts | None = Field(
+        None,
+        description="Conditions that the other half of guidance is without, such as [text, control]; null: "
+        "the caption, and those of extensions that say so.",
+    )
 
     def all_callbacks(self) -> tuple[CallbackConfig, ...]:
         """Returns the callbacks that flags enable, then those of `callbacks`, which win over a flag."""

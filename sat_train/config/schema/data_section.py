@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from sat_train.config.parts.field_parts import FieldConfig
 from sat_train.config.parts.record import (
     Aspects,
     HeightWidth,
     Ints,
+    PlainName,
     Record,
     Sizes,
     Text,
@@ -81,6 +83,9 @@ class DataConfig(Record):
     params: VideoDatasetParams = Field(description="Captioned video files.")
     columns: ColumnsConfig = Field(
         ColumnsConfig(), description="Names of columns in manifests and Hugging Face datasets."
+    )
+    fields: dict[PlainName, FieldConfig] = Field(
+        {}, description="Further values of each sample, by a name of your own: kind and its settings."
     )
     follow_links: bool = Field(False, description="Read files through links that lead out of a given folder.")
     cache: Annotated[Literal["off", "read", "require", "fill"], BeforeValidator(false_to_off)] = Field(

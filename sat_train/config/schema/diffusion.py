@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from sat_train.config.parts.noise_parts import NoiseConfig
 from sat_train.config.parts.noise_schedule import ScheduleGroup
 from sat_train.config.parts.record import Record
 from sat_train.config.parts.timestep_parts import TimestepsConfig
@@ -35,6 +36,9 @@ class LossParams(Record):
     )
     sigma_sampler_config: TimestepsConfig = Field(
         TimestepsConfig.default(), description="Timesteps of training."
+    )
+    noise_config: NoiseConfig = Field(
+        NoiseConfig.default(), description="Noise of training, and the first noise of sampling."
     )
 
 

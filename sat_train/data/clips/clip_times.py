@@ -19,6 +19,7 @@ DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, ArithmeticError)  # the l
 _EDGE = 34  # index entries to inspect: twice the frames that a codec reorders, and the gaps between them
 _TAIL_S = 3.0  # end of a program stream to read for its last frame: time stamps are at most 0.7 s apart
 _SETTLED_S = 1.0
+HEADER_ROUNDING_S = 1.5e-3  # mp4 and mkv give a file's length in milliseconds
 _REORDERED = ("h264", "hevc")  # codecs whose slots in AVI do not give presentation times
 MAX_SECONDS = 7 * 24 * 3600.0  # a clip that claims more would be split into endless samples
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,10 +45,12 @@ class Frames:
     Args:
         video_thwc: uint8 RGB.
         times: Time of each frame, in seconds from the clip's first frame.
+        crop: How they were scaled and cropped.
     """
 
     video_thwc: np.ndarray
     times: tuple[float, ...]
+    crop: CoverCrop
 
 
 @contextmanager
@@ -88,26 +91,70 @@ class FrameReader:
         self._stream = stream
         self._deadline = deadline
         self._tick = float(time_base(stream))
+        self._stamps: Sequence[int] | None = None
         self.info = read_info(container, stream)
         self.orientation: Orientation | None = None  # of an image; a video's frames carry their own
         self._context = _decoder(stream)
         self._context.thread_count = 1  # many workers decode in parallel; one thread each is fastest
 
-    def read(self, targets: Sequence[float], choose_crop: Callable[[int, int], CoverCrop]) -> Frames:
+    def read(
+        self,
+        targets: Sequence[float],
+        choose_crop: Callable[[int, int], CoverCrop],
+        *,
+        nearest_pixel: bool = False,
+    ) -> Frames:
         """Reads the frame nearest to each time.
 
         Args:
             targets: Times in seconds of the file's clock, ascending.
             choose_crop: Returns the crop for a picture's height and width as shown; called once.
+            nearest_pixel: Scale without mixing colours, as masks need it.
 
         Raises:
             BadClip: The file is damaged or ends inside the window, or `choose_crop` refuses its size.
         """
-        shape = Shaper((self.info.height, self.info.width), choose_crop, self.orientation)
+        size = (self.info.height, self.info.width)
+        shape = Shaper(size, choose_crop, self.orientation, nearest=nearest_pixel)
         nearest = self._nearest_slots if is_avi(self._container) else self._nearest
         pictures = list(nearest(targets, shape))
         times = tuple(moment - self.info.first for moment, _ in pictures)
-        return Frames(np.stack([picture for _, picture in pictures]), times)
+        assert shape.crop is not None, "at least one frame was read"
+        return Frames(np.stack([picture for _, picture in pictures]), times, shape.crop)
+
+    def number_at(self, moment: float) -> int:
+        """Returns the index in its file of the frame nearest to a time.
+
+        Args:
+            moment: Seconds from the clip's first frame, which is number 0.
+
+        Raises:
+            BadClip: The file cannot be read to its end.
+        """
+        if self.info.is_image:
+            return 0
+        if self._stamps is None:
+            self._stamps = self._even_stamps() or self._all_stamps()
+        return _nearest_index(self._stamps, (self.info.first + moment) / self._tick)
+
+    def _even_stamps(self) -> Sequence[int]:
+        """Returns the time stamps of all frames, if the index shows that all last equally long."""
+        entries = [entry.timestamp for entry in self._stream.index_entries]
+        gaps = {after - before for before, after in itertools.pairwise(entries)}
+        is_whole = "mp4" in self._container.format.name and len(entries) == self._stream.frames
+        if is_avi(self._container):
+            gaps = {1}
+        elif not is_whole or len(gaps) != 1:
+            return ()
+        first, last = (round(moment / self._tick) for moment in (self.info.first, self.info.last))
+        return range(first, last + 1, gaps.pop())
+
+    def _all_stamps(self) -> Sequence[int]:
+        """Reads the time stamps of all frames from the packets of the file."""
+        self._seek(self.info.first)
+        stamps = sorted(p.pts for p in self._packets() if p.pts is not None and not p.is_discard)
+        first = round(self.info.first / self._tick)
+        return [stamp for stamp in stamps if stamp >= first] or [first]
 
     def _nearest(
         self, targets: Sequence[float], shape: Callable[[VideoFrame], np.ndarray]
@@ -290,7 +337,7 @@ class FrameReader:
             raise BadClip("timeout", "decoding takes longer than data.worker_timeout_s")
 
 
-def _nearest_index(values: list[int], target: float) -> int:
+def _nearest_index(values: Sequence[int], target: float) -> int:
     """Returns the index of the value nearest to `target` in a sorted list; of two, the earlier one."""
     right = bisect.bisect_left(values, target)
     if right == 0:

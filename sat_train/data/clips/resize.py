@@ -20,6 +20,7 @@ class CoverCrop:
         left: First column of the crop.
         height: Target size.
         width: Likewise.
+        source: Height and width of the picture as shown, before scaling.
     """
 
     scaled_height: int
@@ -28,6 +29,7 @@ class CoverCrop:
     left: int
     height: int
     width: int
+    source: tuple[int, int]
 
 
 def cover_crop(
@@ -59,4 +61,4 @@ def cover_crop(
     width = max(target[1], round(source[1] * scale))
     if height * width > MAX_SCALED_PIXELS:
         raise BadClip("too large", f"scaled until it covers {target[0]}x{target[1]} it is {height}x{width}")
-    return CoverCrop(height, width, (height - target[0]) // 2, (width - target[1]) // 2, *target)
+    return CoverCrop(height, width, (height - target[0]) // 2, (width - target[1]) // 2, *target, source)

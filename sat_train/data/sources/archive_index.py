@@ -26,7 +26,7 @@ from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-_FORMAT = 2  # raise it when the same archive begins to give another index
+_FORMAT = 3  # raise it when the same archive begins to give another index
 _MAX_TEXT_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 4 << 20  # of one read: a long name or a text, which tarfile reads as a whole
 _INDEX_BYTES = 1 << 30  # of a remembered index
@@ -44,12 +44,14 @@ class Member(JsonRecord):
         offset: Position of its first byte.
         size: Size in bytes.
         caption: Caption of the clip.
+        others: Further members of its key: suffix, position and size of each.
     """
 
     name: str
     offset: int
     size: int
     caption: str
+    others: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class ArchiveIndex(JsonRecord):
     Args:
         clips: Clips in the order of their first members.
         faults: Clips without a usable caption, by name, with the reason.
-        ignored: Unused members, by suffix.
+        ignored: Members of no clip, by suffix.
         skipped: Number of members that are not read, by kind.
     """
 
@@ -211,8 +213,10 @@ def _sort(samples: dict[str, dict[str, _File]], skipped: Counter[str]) -> Archiv
         try:
             check_name(clip.name)
             used, caption = _caption(files)
-            clips.append(Member(clip.name, clip.offset, clip.size, caption))
-            ignored.update(set(files) - {suffix, used})
+            others = tuple(
+                (name, file.offset, file.size) for name, file in files.items() if name not in (suffix, used)
+            )
+            clips.append(Member(clip.name, clip.offset, clip.size, caption, others))
         except DataError as error:
             faults.append((clip.name, error.problem))
     return ArchiveIndex(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sat_train.data.clips.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from sat_train.data.sources.columns import check_columns, find_columns, shown_columns
+from sat_train.data.sources.columns import cell_path, check_columns, find_columns, shown_columns
+from sat_train.data.sources.field_places import FieldFinder, columns_of, wanted_columns
+from sat_train.data.sources.listing import Listing
 from sat_train.data.sources.records import (
     DEFAULT_OPTIONS,
     MAX_WEIGHT,
@@ -16,7 +18,6 @@ from sat_train.data.sources.records import (
     ClipSource,
     SourceOptions,
     check_faults,
-    check_name,
     clean_caption,
     make_source,
     name_some,
@@ -30,20 +31,24 @@ def read_manifest(path: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipS
 
     Columns: `video`, `caption` (a text, or in JSON and Parquet a list of texts) and optionally `image`,
     `start`, `end` (seconds) and `weight`, or those that `find_columns` takes for them. Relative paths start
-    at the manifest; any path may be named.
+    at the manifest; any path may be named. A field without a column is found next to the clip's `videos/`.
 
     Raises:
         DataError: More rows are unusable than allowed (all of them are counted, the first ten named), the
             columns are not there, or there is no row.
     """
-    table = read_table(path, options.columns)
+    table = read_table(path, options.columns, also=wanted_columns(options.fields).values())
     columns = find_columns(table.columns, options.columns, place=str(path))
     if any(isinstance(row, dict) for _, row in table.rows):
         check_columns(columns, table.columns, place=str(path))
+    root, own = path.absolute().parent, columns_of(options.fields, table.columns)
+    listing = Listing(root, options)
+    finder = FieldFinder(options.fields, root, listing)
     records, faults, turned = [], [], 0
     for line, row in table.rows:
         try:
-            record = make_record(canonical_row(row, columns), path.absolute().parent)
+            record = make_record(canonical_row(row, columns), root)
+            record = finder.add(record, cells_of(row, own))
         except DataError as error:
             faults.append((f"{path}:{line}", error.problem))
             continue
@@ -53,7 +58,8 @@ def read_manifest(path: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipS
     check_faults(faults, f"{path}: {len(faults)} of {len(table.rows)} rows cannot be used", allowed=allowed)
     if not records:
         raise DataError(f"{path}: this manifest has no rows", expected="one row for each clip")
-    notes = unused_columns(table.columns, columns)
+    listing.check_links()
+    notes = unused_columns(table.columns, (*columns.values(), *own.values()))
     notes += [f"{turned} paths hold backslashes, which are read as slashes"] if turned else []
     return make_source(str(path), records, notes=notes, faults=faults)
 
@@ -66,16 +72,21 @@ def canonical_row(row: dict[str, Any] | DataError, columns: Mapping[str, str]) -
     """
     if isinstance(row, DataError):
         raise row
-    values = {kind: row[name] for kind, name in columns.items() if name in row}
+    values = cells_of(row, columns)
     for kind in ("video", "caption"):
         if kind not in values:
             raise DataError(f"column `{columns.get(kind, kind)}` is missing; {shown_columns(row)}")
     return values
 
 
-def unused_columns(columns: tuple[str, ...], by_kind: Mapping[str, str]) -> list[str]:
+def cells_of(row: Mapping[str, Any] | DataError, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the cells of a row by the names of `columns`; those without a value are left out."""
+    return {} if isinstance(row, DataError) else {n: row[c] for n, c in columns.items() if c in row}
+
+
+def unused_columns(columns: Iterable[str], used: Iterable[str]) -> list[str]:
     """Returns a sentence that names the unused columns, if there are any."""
-    unused = sorted(set(columns) - set(by_kind.values()))
+    unused = sorted(set(columns) - set(used))
     return [f"columns that are not used: {name_some(unused)}"] if unused else []
 
 
@@ -89,7 +100,7 @@ def make_record(row: Mapping[str, Any], root: Path) -> ClipRecord:
     Raises:
         DataError: Something is missing or makes no sense.
     """
-    video = _path(row, "video", root)
+    video = cell_path(row, "video", root)
     _check_no_folder(root / video)
     texts = row.get("caption", [])
     texts = [texts] if isinstance(texts, str) else texts
@@ -107,21 +118,9 @@ def make_record(row: Mapping[str, Any], root: Path) -> ClipRecord:
         captions=captions,
         start=start,
         end=end,
-        image=root / _path(row, "image", root) if "image" in row else None,
+        image=root / cell_path(row, "image", root) if "image" in row else None,
         weight=1.0 if weight is None else weight,
     )
-
-
-def _path(row: Mapping[str, Any], kind: str, root: Path) -> str:
-    """Returns the path in a cell, with Windows backslashes turned into slashes."""
-    path = row.get(kind)
-    if not isinstance(path, str):
-        raise DataError(f"column `{kind}` is missing" if path is None else f"column `{kind}` is not a text")
-    if "://" in path:
-        raise DataError(f"column `{kind}`: remote files are read from .tar archives only")
-    check_name(path)
-    is_foreign = "\\" in path and not os.path.exists(root / path)
-    return path.replace("\\", "/") if is_foreign else path
 
 
 def _check_no_folder(path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from sat_train.data.sources.records import name_some
+from sat_train.data.sources.records import check_name, name_some
 from sat_train.errors import DataError
 
 KINDS = ("video", "caption", "image", "start", "end", "weight")
@@ -85,3 +88,19 @@ def shown_columns(names: Iterable[str]) -> str:
     """Returns a message that lists the columns of a table."""
     names = [f"`{name}`" for name in names]
     return f"the columns found are {name_some(names)}" if names else "it has no columns"
+
+
+def cell_path(row: Mapping[str, Any], kind: str, root: Path) -> str:
+    """Returns the path in a cell, with Windows backslashes turned into slashes.
+
+    Raises:
+        DataError: It is missing, remote, or no path.
+    """
+    path = row.get(kind)
+    if not isinstance(path, str):
+        raise DataError(f"column `{kind}` is missing" if path is None else f"column `{kind}` is not a text")
+    if "://" in path:
+        raise DataError(f"column `{kind}`: remote files are read from .tar archives only")
+    check_name(path)
+    is_foreign = "\\" in path and not os.path.exists(root / path)
+    return path.replace("\\", "/") if is_foreign else path

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sat_train.data.clips.clip_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from sat_train.data.sources.field_places import FieldFinder, field_files
 from sat_train.data.sources.listing import Found, Listing, describe, exchange_folder
 from sat_train.data.sources.lists import CAPTION_LISTS, VIDEO_LIST, find_lists, read_lists
 from sat_train.data.sources.records import (
@@ -47,7 +48,7 @@ def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSou
     listing = Listing(place, options)
     files = listing.walk()
     pairs = [_pair(listing, path) for path in files.clips]
-    lists = find_lists(place, files.texts)
+    lists = find_lists(place, files.texts, options.fields)
     if lists.complete and not any(pair.caption for pair in pairs):
         listing.check_links()
         return read_lists(root, listing, files, lists.complete, options)
@@ -59,24 +60,28 @@ def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSou
             remedy=f"correct the path. {_other_files(place, files)}{_frames_hint(files)}",
         )
     listing.check_links()
+    finder = FieldFinder(options.fields, place, listing)
     records, faults = [], []
     for pair in pairs:
         try:
             name = pair.clip.relative_to(place).as_posix()
             check_name(name)
             captions = (read_caption(pair.caption, pair.expected),)
-            records.append(ClipRecord(name, pair.clip, captions, image=pair.image))
+            records.append(finder.add(ClipRecord(name, pair.clip, captions, image=pair.image)))
         except DataError as error:
             faults.append((_shown(pair.clip), error.problem))
+    listing.check_links()
+    fields = " and fields" if options.fields else ""
     check_faults(
         faults,
-        f"{root}: {len(faults)} of {len(pairs)} clips have no usable name and caption",
+        f"{root}: {len(faults)} of {len(pairs)} clips have no usable name and caption{fields}",
         allowed=options.max_bad_fraction * len(pairs),
+        expected=f"one caption in UTF-8{fields} for each clip",
         remedy=f"write the captions, or move these clips away{lists.hint()}{_frames_hint(files)}",
     )
     if not records:
         raise DataError(f"{root}: no clip of this folder can be used", expected="clips with captions")
-    used = {path for pair in pairs for path in (pair.caption, pair.image) if path}
+    used = {path for pair in pairs for path in (pair.caption, pair.image) if path} | field_files(records)
     notes = [*_missing_images(place, pairs), *files.notes(place, used)]
     return make_source(str(root), records, ignored=files.unused(used), notes=notes, faults=faults)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import numpy as np
 
 from sat_train.data.clips.clip_file import Span
 from sat_train.data.sources.arrow import checked_rows, import_pyarrow
-from sat_train.data.sources.clip_manifest import canonical_row, make_record, unused_columns
+from sat_train.data.sources.clip_manifest import canonical_row, cells_of, make_record, unused_columns
 from sat_train.data.sources.columns import check_columns, find_columns
+from sat_train.data.sources.field_places import FieldFinder, columns_of
 from sat_train.data.sources.links import check_links
 from sat_train.data.sources.records import (
     DEFAULT_OPTIONS,
     MAX_ROWS,
     ClipRecord,
     ClipSource,
+    FieldFile,
     SourceOptions,
     check_faults,
     make_source,
@@ -50,12 +53,16 @@ def read_hf_dataset(folder: Path, options: SourceOptions = DEFAULT_OPTIONS) -> C
     faults: list[tuple[str, str]] = []
     notes: dict[str, None] = {}
     number = 0
+    finder = FieldFinder(options.fields, folder.absolute())
     for file in _data_files(folder, options):
         path = folder.absolute() / file
-        for columns, by_kind, row, span in _rows(path, options.columns):
-            notes.update(dict.fromkeys(unused_columns(columns, by_kind)))
+        for columns, by_kind, row, spans in _rows(path, options):
+            own = columns_of(options.fields, columns)
+            used = (*by_kind.values(), *own.values())
+            notes.update(dict.fromkeys(unused_columns(columns, used)))
             try:
-                records.append(_record(canonical_row(row, by_kind), span, path, number))
+                record = _record(canonical_row(row, by_kind), spans.get(by_kind["video"]), path, number)
+                records.append(finder.add(record, _with_spans(cells_of(row, own), own, spans, path)))
             except DataError as error:
                 faults.append((f"row {number}", error.problem))
             number += 1
@@ -95,14 +102,26 @@ def _record(row: dict[str, Any], span: Span | None, file: Path, number: int) -> 
     return replace(make_record({**row, "video": name}, file.parent), path=file, span=span)
 
 
-_Row = tuple[tuple[str, ...], dict[str, str], dict[str, Any], Span | None]
+def _with_spans(
+    cells: dict[str, Any], columns: Mapping[str, str], spans: Mapping[str, Span], path: Path
+) -> dict[str, Any]:
+    """Returns the cells of fields, with files in place of those that hold a file's bytes."""
+    return {
+        name: cell
+        if columns[name] not in spans
+        else FieldFile(path, spans[columns[name]], Path(str(cell)).suffix.lower())
+        for name, cell in cells.items()
+    }
 
 
-def _rows(path: Path, choices: Mapping[str, str]) -> Iterator[_Row]:
-    """Yields columns, their meaning, a row without the video's bytes, and the position of these bytes in the
-    file.
+_Row = tuple[tuple[str, ...], dict[str, str], dict[str, Any], dict[str, Span]]
 
-    The value of a video that has no name of its own is True.
+
+def _rows(path: Path, options: SourceOptions) -> Iterator[_Row]:
+    """Yields columns, their meaning, a row without the bytes of files, and the positions of these in the
+    Arrow file, by column.
+
+    The value of a file that has no name of its own is True.
     """
     pa = import_pyarrow(path)
     with reading(path, error=DataError, expected="an Arrow file as `Dataset.save_to_disk` writes it"):
@@ -112,36 +131,54 @@ def _rows(path: Path, choices: Mapping[str, str]) -> Iterator[_Row]:
             mapped.seek(0)
             for batch in pa.ipc.open_stream(mapped):
                 columns = tuple(batch.schema.names)
-                by_kind = find_columns(columns, choices, place=str(path))
+                by_kind = find_columns(columns, options.columns, place=str(path))
                 check_columns(by_kind, columns, place=str(path))
-                for row, span in _batch_rows(batch, by_kind, base, size, path):
-                    yield columns, by_kind, row, span
+                own = set(columns_of(options.fields, columns).values())
+                used = batch.select(sorted({*by_kind.values(), *own}))
+                for row, spans in _batch_rows(used, by_kind["video"], own, base, size, path):
+                    yield columns, by_kind, row, spans
 
 
 def _batch_rows(
-    batch: Any, by_kind: Mapping[str, str], base: int, size: int, path: Path
-) -> list[tuple[dict[str, Any], Span | None]]:
+    batch: Any, video: str, fields: AbstractSet[str], base: int, size: int, path: Path
+) -> list[tuple[dict[str, Any], dict[str, Span]]]:
     """Returns the rows of a batch. Arrow trusts offsets, so they are checked before anything is read."""
+    files = [
+        name
+        for name in batch.schema.names
+        if name in {video, *fields} and _holds_files(batch.column(name).type, must=name == video)
+    ]
+    rows = checked_rows(batch.select([n for n in batch.schema.names if n not in files]), place=path)
+    spans: list[dict[str, Span]] = [{} for _ in rows]
+    for name in files:
+        found = _file_column(batch.column(name), base, size, path)
+        for row, own, (text, span) in zip(rows, spans, found, strict=True):
+            row[name] = text if text is not None or span is None else True
+            if span is not None:
+                own[name] = span
+    return [(_present(row), own) for row, own in zip(rows, spans, strict=True)]
+
+
+def _holds_files(kind: Any, *, must: bool) -> bool:
+    """Returns whether a column holds the bytes of files; one that must hold files or paths does otherwise."""
+    import pyarrow.types as types
+
+    if types.is_string(kind) or types.is_large_string(kind):
+        return False
+    return must or bool(types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _file_column(data: Any, base: int, size: int, path: Path) -> list[tuple[str | None, Span | None]]:
+    """Returns name and position of each file in a column."""
     import pyarrow as pa
 
-    name = by_kind["video"]
-    others = [column for kind, column in by_kind.items() if kind != "video"]
-    video = batch.column(name)
-    if pa.types.is_string(video.type) or pa.types.is_large_string(video.type):
-        rows = checked_rows(batch.select([*others, name]), place=path)
-        return [(_present(row), None) for row in rows]
-    rows = checked_rows(batch.select(others), place=path)
-    video.validate(full=True)
-    names = [None] * len(rows)
-    if pa.types.is_struct(video.type):
-        table = pa.RecordBatch.from_arrays([video.field("path")], ["path"])
+    data.validate(full=True)
+    names = [None] * len(data)
+    if pa.types.is_struct(data.type):
+        table = pa.RecordBatch.from_arrays([data.field("path")], ["path"])
         names = [row["path"] for row in checked_rows(table, place=path)]
-        video = video.field("bytes")
-    spans = _spans(video, base, size, path)
-    return [
-        (_present({**row, name: text if text is not None or span is None else True}), span)
-        for row, text, span in zip(rows, names, spans, strict=True)
-    ]
+        data = data.field("bytes")
+    return list(zip(names, _spans(data, base, size, path), strict=True))
 
 
 def _present(row: Mapping[str, Any]) -> dict[str, Any]:

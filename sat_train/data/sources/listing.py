@@ -21,6 +21,7 @@ class Found:
         clips: Videos, and pictures below a folder `videos`.
         pictures: The other pictures.
         texts: Files `.txt`.
+        field_files: Files in the folders of fields, which stand next to `videos`.
         others: How many other files there are, by suffix.
         hidden: Files and folders whose names begin with a dot.
         repeated: Linked folders that were found in another place too.
@@ -29,6 +30,7 @@ class Found:
     clips: list[Path] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
     texts: list[Path] = field(default_factory=list)
+    field_files: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     hidden: list[Path] = field(default_factory=list)
     repeated: list[Path] = field(default_factory=list)
@@ -39,7 +41,7 @@ class Found:
         Args:
             used: Captions, pictures and lists that are.
         """
-        unused_paths = (path for path in (*self.pictures, *self.texts) if path not in used)
+        unused_paths = (path for path in (*self.pictures, *self.texts, *self.field_files) if path not in used)
         return self.others + Counter(path.suffix.lower() for path in unused_paths)
 
     def notes(self, root: Path, used: set[Path]) -> list[str]:
@@ -47,6 +49,7 @@ class Found:
         groups = [
             ("pictures are neither images/NAME of a clip videos/NAME nor in videos/", self.pictures),
             ("text files have the name of no clip", self.texts),
+            ("files in the folders of fields belong to no clip", self.field_files),
             ("hidden files or folders are not read", self.hidden),
             ("linked folders are here twice and read once", self.repeated),
         ]
@@ -62,13 +65,14 @@ class Listing:
 
     Args:
         root: The folder that was given, absolute.
-        options: `follow_links` is read.
+        options: `follow_links` and the names of folders of `fields` are read.
     """
 
     def __init__(self, root: Path, options: SourceOptions) -> None:
         self.root = root
         self._real_root = os.path.realpath(root)
         self._follows = options.follow_links
+        self._field_folders = {each.settings.column or name for name, each in options.fields.items()}
         self._stems: dict[Path, dict[str, list[str]]] = {}
         self._links: set[Path] = set()  # links, and folders behind links
         self._leading_out: dict[Path, None] = {}
@@ -173,8 +177,10 @@ class Listing:
         return listed
 
     def _sort(self, path: Path, files: Found) -> None:
-        suffix = path.suffix.lower()
-        if suffix in VIDEO_SUFFIXES or (suffix in IMAGE_SUFFIXES and "videos" in path.parts[:-1]):
+        suffix, folders = path.suffix.lower(), path.relative_to(self.root).parts[:-1]
+        if "videos" not in folders and not self._field_folders.isdisjoint(folders):
+            files.field_files.append(path)
+        elif suffix in VIDEO_SUFFIXES or (suffix in IMAGE_SUFFIXES and "videos" in path.parts[:-1]):
             files.clips.append(path)
         elif suffix in IMAGE_SUFFIXES:
             files.pictures.append(path)

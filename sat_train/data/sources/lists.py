@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sat_train.data.clips.clip_file import IMAGE_SUFFIXES
-from sat_train.data.sources.clip_manifest import make_record
+from sat_train.data.sources.clip_manifest import cells_of, make_record
+from sat_train.data.sources.field_places import FieldFinder, Fields, columns_of, field_files
 from sat_train.data.sources.listing import Found, Listing, describe
 from sat_train.data.sources.records import ClipRecord, ClipSource, SourceOptions, check_faults, make_source
 from sat_train.data.sources.tables import read_lines as read_lines_of
@@ -17,6 +18,7 @@ from sat_train.files import reading
 VIDEO_LIST = "videos.txt"
 IMAGE_LIST = "images.txt"
 CAPTION_LISTS = ("prompt.txt", "prompts.txt", "caption.txt", "captions.txt")
+_FIELD = "field "  # before the name of a field, among what lists hold
 ALL_LISTS = (VIDEO_LIST, IMAGE_LIST, *CAPTION_LISTS)
 
 
@@ -28,11 +30,20 @@ class Lists:
         videos: Names a clip in each line.
         captions: Its caption in the same line.
         images: The picture that conditions it, likewise; None: there is no such list.
+        fields: Lists of values of fields, by the name of the field.
     """
 
     videos: Path
     captions: Path
     images: Path | None
+    fields: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The lists by what they hold."""
+        paths = {"video": self.videos, "caption": self.captions}
+        paths |= {"image": self.images} if self.images else {}
+        return paths | {f"{_FIELD}{name}": path for name, path in self.fields.items()}
 
 
 @dataclass(frozen=True)
@@ -52,8 +63,8 @@ class FoundLists:
         return f". {self.names[0]} is there, {missing} is missing: with both, captions are read line by line"
 
 
-def find_lists(root: Path, texts: Sequence[Path]) -> FoundLists:
-    """Finds the lists directly in a folder.
+def find_lists(root: Path, texts: Sequence[Path], fields: Fields) -> FoundLists:
+    """Finds the lists directly in a folder, those of fields (`NAME.txt`) included.
 
     Raises:
         DataError: Several files may hold the captions.
@@ -69,7 +80,9 @@ def find_lists(root: Path, texts: Sequence[Path]) -> FoundLists:
             remedy="rename the other one",
         )
     images = root / IMAGE_LIST if IMAGE_LIST in names else None
-    return FoundLists(tuple(names), Lists(root / VIDEO_LIST, root / captions[0], images))
+    columns = columns_of(fields, (path.stem for path in texts if path.parent == root))
+    own = {name: root / f"{column}.txt" for name, column in columns.items()}
+    return FoundLists(tuple(names), Lists(root / VIDEO_LIST, root / captions[0], images, own))
 
 
 def read_lists(
@@ -88,11 +101,14 @@ def read_lists(
         DataError: The lists have different numbers of lines, or more lines are unusable than allowed.
     """
     rows = _read_rows(lists)
+    finder = FieldFinder(options.fields, listing.root, listing)
     records: list[ClipRecord] = []
     faults: list[tuple[str, str]] = []
     for number, row in rows:
         try:
-            record = make_record(_filled(row, lists, number), listing.root)
+            cells = _filled(row, lists, number)
+            record = make_record(cells, listing.root)
+            record = finder.add(record, cells_of(cells, {name: f"{_FIELD}{name}" for name in lists.fields}))
         except DataError as error:
             faults.append((f"{lists.videos}:{number}", error.problem))
             continue
@@ -103,11 +119,11 @@ def read_lists(
     check_faults(faults, problem, allowed=options.max_bad_fraction * len(rows))
     if not records:
         raise DataError(f"{lists.videos}: this list is empty", expected="one clip in each line")
-    used = {path for path in (lists.videos, lists.captions, lists.images) if path}
+    used = set(lists.paths.values())
     for path in used:
         listing.use(path)
     listing.check_links()
-    used |= {record.image for record in records if record.image}
+    used |= {record.image for record in records if record.image} | field_files(records)
     listed_paths = {record.path for record in records}
     unnamed = [path for path in files.clips if path not in listed_paths | used]
     notes = [
@@ -122,8 +138,7 @@ def _read_rows(lists: Lists) -> list[tuple[int, dict[str, str]]]:
 
     Lists of different length are compared without their blank lines too, as other trainers read them.
     """
-    paths = {"video": lists.videos, "caption": lists.captions}
-    paths |= {"image": lists.images} if lists.images else {}
+    paths = lists.paths
     columns = {kind: _read_column(path) for kind, path in paths.items()}
     if len(set(map(len, columns.values()))) > 1:
         columns = {kind: [line for line in lines if line] for kind, lines in columns.items()}

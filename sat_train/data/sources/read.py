@@ -32,6 +32,7 @@ def build_source_options(data: DataConfig) -> SourceOptions:
         columns={kind: name for kind, name in names.items() if name is not None},
         follow_links=data.follow_links,
         max_bad_fraction=data.max_bad_fraction,
+        fields=data.fields,
     )
 
 

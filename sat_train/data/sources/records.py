@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sat_train.config.parts.field_parts import FieldConfig
 from sat_train.data.clips.clip_file import Span
 from sat_train.errors import DataError
 
@@ -30,14 +31,51 @@ class SourceOptions:
         columns: Names of a table's columns, by kind (`data.columns`).
         follow_links: Follow links that lead out of a source's folder (`data.follow_links`).
         max_bad_fraction: Share of a source's clips that may be unusable (`data.max_bad_fraction`).
+        fields: Further values of each clip, by name (`data.fields`).
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     follow_links: bool = False
     max_bad_fraction: float = 0.0
+    fields: Mapping[str, FieldConfig] = field(default_factory=dict)
 
 
 DEFAULT_OPTIONS = SourceOptions()
+
+
+@dataclass(frozen=True)
+class FieldFile:
+    """A file, or a part of one, that holds the value of a field.
+
+    Args:
+        path: As in `ClipRecord`.
+        span: Likewise.
+        suffix: Of its name, in small letters, also where `path` is an archive.
+    """
+
+    path: Path
+    span: Span | None = None
+    suffix: str = ""
+
+
+@dataclass(frozen=True)
+class FieldPlace:
+    """The files or the text that hold one field of a clip.
+
+    Args:
+        files: Its files.
+        value: The value itself, where the source holds it: a text, or numbers as JSON; None: it is in files.
+        begins: Where in the clip the field begins, in seconds from the clip's first frame.
+    """
+
+    files: tuple[FieldFile, ...] = ()
+    value: str | None = None
+    begins: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name for messages."""
+        return ", ".join(file.path.name for file in self.files) or "in the source"
 
 
 @dataclass(frozen=True)
@@ -53,6 +91,7 @@ class ClipRecord:
         image: File of the image that conditions the clip; None: its first frame.
         weight: How often an epoch takes the clip, on average.
         span: Bytes of `path` that hold the clip; None: all of them.
+        fields: Where its further values are found, by the name of the field.
     """
 
     clip_id: str
@@ -63,6 +102,7 @@ class ClipRecord:
     image: Path | None = None
     weight: float = 1.0
     span: Span | None = None
+    fields: Mapping[str, FieldPlace] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +112,7 @@ class ClipSource:
     Args:
         name: The item, as the user wrote it.
         records: The clips.
-        fingerprint: Hash of names, file sizes, captions, parts and weights.
+        fingerprint: Hash of names, file sizes, captions, parts, weights and fields.
         ignored: Unused files, by suffix.
         notes: Sentences about other unused files, and about substitutes for missing ones.
         faults: Unusable clips, by name or row, with the reason; few enough to leave out.
@@ -130,12 +170,23 @@ def make_source(
 
 
 def _describe(record: ClipRecord) -> list[Any]:
-    size = record.span.size if record.span else _size(record.path)
     image = record.image and record.image.name
-    return [record.clip_id, size, record.captions, record.start, record.end, image, record.weight]
+    fields = [[name, *_describe_field(place)] for name, place in sorted(record.fields.items())]
+    about = [record.captions, record.start, record.end, image, record.weight]
+    return [record.clip_id, _size(record.path, record.span), *about, *fields]
 
 
-def _size(path: Path) -> int | None:
+def _describe_field(place: FieldPlace) -> list[Any]:
+    return [
+        [[file.path.name, _size(file.path, file.span)] for file in place.files],
+        place.value,
+        place.begins,
+    ]
+
+
+def _size(path: Path, span: Span | None) -> int | None:
+    if span is not None:
+        return span.size
     try:
         state = os.stat(path)
     except (OSError, ValueError):

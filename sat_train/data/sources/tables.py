@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Table:
     rows: list[tuple[int, Row]]
 
 
-def read_table(path: Path, choices: Mapping[str, str]) -> Table:
+def read_table(path: Path, choices: Mapping[str, str], *, also: Iterable[str] = ()) -> Table:
     """Reads `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`.
 
     Bytes that are not UTF-8 become lone surrogates, which are refused where they matter.
@@ -45,6 +45,7 @@ def read_table(path: Path, choices: Mapping[str, str]) -> Table:
     Args:
         path: The file.
         choices: `data.columns`, by which the delimiter of a CSV file is recognised too.
+        also: Further columns to read, where there are any of these names.
 
     Raises:
         DataError: It is no such table, or cannot be read as a whole.
@@ -58,7 +59,7 @@ def read_table(path: Path, choices: Mapping[str, str]) -> Table:
     columns: dict[str, None] = {}
     rows: list[tuple[int, Row]] = []
     with reading(path, error=DataError, expected=f"a {path.suffix} table of clips"):
-        for number, row in reader(path, columns, choices):
+        for number, row in reader(path, columns, choices, frozenset(also)):
             rows.append((number, row))
             if len(rows) > MAX_ROWS:
                 raise DataError(
@@ -88,7 +89,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _jsonl_rows(
-    path: Path, columns: dict[str, None], choices: Mapping[str, str]
+    path: Path, columns: dict[str, None], choices: Mapping[str, str], also: frozenset[str]
 ) -> Iterator[tuple[int, Row]]:
     for number, line in read_lines(path):
         if line.strip():
@@ -119,7 +120,9 @@ def _present(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None and value != ""}
 
 
-def _json_rows(path: Path, columns: dict[str, None], choices: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
+def _json_rows(
+    path: Path, columns: dict[str, None], choices: Mapping[str, str], also: frozenset[str]
+) -> Iterator[tuple[int, Row]]:
     try:
         content = parse_json(read_text(path, limit=_JSON_BYTES).removeprefix("\ufeff"))
     except DataError as error:
@@ -139,7 +142,9 @@ def _json_rows(path: Path, columns: dict[str, None], choices: Mapping[str, str])
         yield number, _row_or_fault(_json_row, row, columns)
 
 
-def _csv_rows(path: Path, columns: dict[str, None], choices: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
+def _csv_rows(
+    path: Path, columns: dict[str, None], choices: Mapping[str, str], also: frozenset[str]
+) -> Iterator[tuple[int, Row]]:
     lines = (line for _, line in read_lines(path))
     header = next(lines, "")
     delimiter = _delimiter(header, "\t,;" if path.suffix.lower() == ".tsv" else ",;\t", choices)
@@ -172,7 +177,7 @@ def _delimiter(header: str, candidates: str, choices: Mapping[str, str]) -> str:
 
 
 def _parquet_rows(
-    path: Path, columns: dict[str, None], choices: Mapping[str, str]
+    path: Path, columns: dict[str, None], choices: Mapping[str, str], also: frozenset[str]
 ) -> Iterator[tuple[int, Row]]:
     import_pyarrow(path)
     from pyarrow import parquet
@@ -184,6 +189,7 @@ def _parquet_rows(
         if table.metadata.num_rows > MAX_ROWS:
             raise DataError(f"{path}: more than {MAX_ROWS:,} rows", remedy="divide it into several manifests")
         needed = list(find_columns(names, choices, place=str(path)).values())
+        needed += [name for name in names if name in also and name not in needed]
         number = 0
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=needed) if needed else ():
             for row in checked_rows(batch, place=path):

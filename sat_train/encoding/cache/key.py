@@ -12,6 +12,7 @@ from sat_train.json_record import JsonRecord
 
 # Raise it when the same file and settings give other pixels, latents or embeddings than before.
 CODE_VERSION = 1
+FIELDS_VERSION = 1  # the same for values of fields
 PIXELS_VERSION = 2  # the same for pixels alone: embeddings of captions stay valid
 
 
@@ -88,6 +89,16 @@ def clip_key(
         crop=["center"],
         vae=vae,
     )
+
+
+def field_key(**facts: Any) -> str:
+    """Returns the key of the value of one field of a sample.
+
+    Args:
+        **facts: All its inputs: settings, files or the value itself and, as far as it depends on them, the
+            clip's identity, window and picture.
+    """
+    return digest(kind="field", fields=FIELDS_VERSION, **facts)
 
 
 def image_key(*, pixels: str, noise: Sequence[float] | None, vae: str) -> str:

@@ -172,9 +172,19 @@ class Condition:
         self.params, self.model = params, model
 
     @property
+    def training_only(self) -> bool:
+        """Sampling does without it."""
+        return self.params is not None and self.params.training_only
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Names of the fields that its settings refer to, sorted."""
         return () if self.params is None else field_names(self.params)
+
+    @property
+    def adds_rows(self) -> bool:
+        """True where it holds videos that lost against the clip, which join the batch as rows."""
+        return self.params is not None and bool(self.params.adds_rows)
 
     # What an extension overrides
 
@@ -238,8 +248,9 @@ class Condition:
         return to_latent_frames(x_t, how, self.model)
 
     def latent_shape(self, sample: VideoSample) -> LatentShape:
-        """Returns the shape of the latent of a sample's clip."""
-        shape: LatentShape = self.model.latent(len(sample.video_tchw), *sample.video_tchw.shape[-2:])
+        """Returns the shape of the latent of a sample's clip; of a prompt, that of the video to come."""
+        frames = max(len(sample.video_tchw), sample.num_shown)  # a prompt may come with the first ones
+        shape: LatentShape = self.model.latent(frames, *sample.video_tchw.shape[-2:])
         return shape
 
     # What the stages call

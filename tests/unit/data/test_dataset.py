@@ -60,7 +60,7 @@ def test_chunks_lie_in_their_own_part(long_clip):
     records = chunk_records(clip, look_into(clip), SampleSpec((), fps=8), 5)
     dataset = make(records, window="chunks")
     for record in records:
-        frames, _ = dataset._frames(record, AugmentationKey(1, 3), ClipShape(5, SIDE, SIDE))
+        frames, *_ = dataset._read(record, AugmentationKey(1, 3), ClipShape(5, SIDE, SIDE))
         assert record.start - 1 / 60 <= frames.times[0]
         assert frames.times[-1] <= record.end + 1 / 60
 

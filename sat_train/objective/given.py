@@ -1,0 +1,108 @@
+"""Inputs of sampling: prompts as samples, their conditions, and the frames that a video continues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sat_train.config import Geometry
+from sat_train.data.batches import VideoSample
+from sat_train.data.sampler import AugmentationKey
+from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
+from sat_train.encoding.conditions.randomness import PromptRandomness
+from sat_train.encoding.encoded_batch import stack_rows
+from sat_train.models.encoders import Encoders
+
+
+def as_samples(
+    prompts: Sequence[str], image_bchw: Tensor | None, shape: tuple[int, int, int]
+) -> list[VideoSample]:
+    """Returns prompts as samples for the conditions: each with a caption and, if given, a first frame.
+
+    Args:
+        prompts: Captions.
+        image_bchw: First frames.
+        shape: Frames, height and width of the videos to come.
+    """
+    frames, height, width = shape
+    none = torch.empty(len(prompts), 0, 3, height, width, dtype=torch.uint8)
+    videos = none if image_bchw is None else image_bchw[:, None]
+    key = AugmentationKey(0, 0)  # nothing about a prompt is augmented
+    return [
+        VideoSample("sample", 0, frames, video, prompt, None, key, training=False)
+        for prompt, video in zip(prompts, videos, strict=True)
+    ]
+
+
+def encode_samples(
+    samples: Sequence[VideoSample], conditions: Sequence[Condition], encoders: Encoders
+) -> dict[str, Encoding]:
+    """Returns the encodings of samples by condition, batch first; sampling does without some."""
+    encoded: dict[str, Encoding] = {}
+    for condition in conditions:
+        if condition.training_only:
+            continue
+        each = [condition.encoded(sample, encoders) for sample in samples]
+        encoded[condition.name] = {
+            part: stack_rows([own[part] for own in each]) for part in condition.tensors
+        }
+    return encoded
+
+
+def sampling_inputs(
+    conditions: Sequence[Condition],
+    encoded: Mapping[str, Encoding],
+    random: PromptRandomness,
+    latent_shape: tuple[int, ...],
+    *,
+    with_null: bool,
+) -> DitInputs:
+    """Returns the inputs of prompts; with guidance, first those without the conditions that guide.
+
+    Args:
+        conditions: The conditions.
+        encoded: Their encodings, batch first.
+        random: Random numbers of the prompts.
+        latent_shape: Of the latent, (b, t, c, h, w).
+        with_null: Guidance needs the network without the conditions too.
+    """
+    every = torch.ones(latent_shape[0], dtype=torch.bool)
+    null, full = [], []
+    for condition in (each for each in conditions if each.name in encoded):
+        own = encoded[condition.name]
+        full.append(condition.inputs(own, random, latent_shape))
+        null.append(full[-1])
+        if with_null and condition.guides:
+            device = next((tensor.device for tensor in own.values()), every.device)
+            null[-1] = condition.inputs(condition.drop(own, every.to(device)), random, latent_shape)
+    if not with_null:
+        return DitInputs.merged(full)
+    return DitInputs.cat([DitInputs.merged(null), DitInputs.merged(full)])
+
+
+def encode_history(
+    history_btchw: Tensor | None, encoders: Encoders, geometry: Geometry, *, frames: int, scale_factor: float
+) -> Tensor | None:
+    """Encodes the frames that videos continue.
+
+    Args:
+        history_btchw: uint8 first frames, 4 k + 1 of them; None: there are none.
+        encoders: The frozen models.
+        geometry: Sizes of patches and latent frames.
+        frames: Latent frames of the videos, without the padding in front.
+        scale_factor: Latents are multiplied by this.
+
+    Returns:
+        Scaled latents with the padding that the videos have in front, `[b, t, c, h, w]`.
+
+    Raises:
+        SatTrainError: The number of frames does not fit the autoencoder.
+    """
+    if history_btchw is None:
+        return None
+    means = [encoders.video(each, subject="the given frames")["mean"] for each in history_btchw]
+    given_btchw = scale_factor * torch.stack(means).float()[:, :frames]
+    padding = geometry.padding(frames)
+    return torch.cat([given_btchw[:, :1].expand(-1, padding, -1, -1, -1), given_btchw], dim=1)
