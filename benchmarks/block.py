@@ -12,18 +12,14 @@ whose time depends on arithmetic instead. On a CPU, times are CPU times.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-from memory import flash_attention
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sat_train.config import NetworkSpec, load_run_config
@@ -32,40 +28,13 @@ from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.trainable import select_configured
+from sat_train.planning.counting import Traffic, bytes_in, flash_attention
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")
 ONE_LAYER = "model.network_config.params.num_layers=1"
-UNCOUNTED = ("mm", "addmm", "bmm", "baddbmm", "_unsafe_view")
 
 # a block as a function of inputs, and the inputs
 Block = tuple[Callable[..., Any], tuple[Tensor, ...]]
-
-
-class Traffic(TorchDispatchMode):
-    """Adds up the bytes that operations read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moved = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if func.is_view or name in UNCOUNTED or "empty" in name or "attention" in name:
-            return result
-        read = _bytes_in(args[1:] if name == "copy_" else args)
-        self.moved += _bytes_in(result) + (0 if "zeros" in name or "fill" in name else read)
-        if name == "native_layer_norm" and not args[0].is_contiguous():
-            self.moved += 2 * _bytes_in(args[0])  # its kernel makes a contiguous copy first
-        return result
-
-
-def _bytes_in(value: Any) -> int:
-    """Returns the bytes of the distinct elements of all tensors."""
-    if isinstance(value, Tensor):
-        sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)
-        return math.prod(sizes) * value.element_size()
-    return sum(map(_bytes_in, value)) if isinstance(value, (tuple, list)) else 0
 
 
 def kept_bytes(block: Block, tables: tuple[Tensor, ...]) -> int:
@@ -107,9 +76,9 @@ def diffusers_block(ours: Block, spec: NetworkSpec, text_length: int) -> Block:
     return lambda text, video, emb: block(video, text, emb, image_rotary_emb=rotary), (text, video, emb)
 
 
+@flash_attention()
 def count() -> None:
     """Prints the rows that a layer keeps and moves."""
-    F.scaled_dot_product_attention = lambda q, k, v, **_: flash_attention(q, k, v)  # type: ignore[assignment]
     for name in MODELS:
         for adapter in ((), ("configs/lora.yaml",)):
             config = load_run_config(
@@ -128,7 +97,7 @@ def count() -> None:
             if not adapter:
                 blocks["  diffusers"] = (diffusers_block(ours, spec, text.shape[1]), ())
             for label, (block, tables) in blocks.items():
-                print(f"{label:<22} {_counted(block, tables, row=_bytes_in(ours[1][0]))}")
+                print(f"{label:<22} {_counted(block, tables, row=bytes_in(ours[1][0]))}")
 
 
 def _counted(block: Block, tables: tuple[Tensor, ...], *, row: int) -> str:

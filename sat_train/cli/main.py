@@ -27,6 +27,7 @@ COMMANDS = {
         "compare the validation losses of a run with another run or with what is expected",
     ),
     "data": ("sat_train.cli.data", "inspect a data set, or preview samples as the model will see them"),
+    "plan": ("sat_train.cli.plan", "compute memory, time, disk and GPU-hours of a run"),
     "check": ("sat_train.cli.check", "read a configuration, name every fault, show every value"),
 }
 _INTERRUPTED = 130

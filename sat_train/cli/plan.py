@@ -1,0 +1,169 @@
+"""`sat-train plan`: computes memory, time, disk and GPU-hours of a run before it is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from sat_train.config import RunConfig, load_run_config, split_command_line
+from sat_train.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    from sat_train.planning.gpu_memory import PhaseMemory
+    from sat_train.planning.planner import Climb, Plan, Rung
+
+_GB = 1e9
+_GIB = 2**30
+_WIDTH = 24
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plans the run that a command line describes.
+
+    Args:
+        argv: The words after `sat-train plan`.
+
+    Returns:
+        0 where it fits the card, 1 where it does not.
+
+    Raises:
+        ConfigError: With every fault.
+    """
+    options, rest = _parser().parse_known_args(argv)
+    base, words = split_command_line(rest)
+    config = load_run_config(base, words, purpose="check", check_paths=False)
+    if config.data is None:
+        raise ConfigError(
+            [Fault("data", "", "a section that gives the size of a clip: add configs/sft.yaml")]
+        )
+    if options.gpus % config.args.model_parallel_size:
+        expected = f"a multiple of args.model_parallel_size = {config.args.model_parallel_size}"
+        raise ConfigError([Fault("--gpus", str(options.gpus), expected, "the command line")])
+
+    from sat_train.distributed.processes import start_single_process  # imports torch
+    from sat_train.planning.hardware import find_hardware
+    from sat_train.planning.planner import Planner, climb_down
+
+    card = find_hardware(options.hardware).scaled(options.efficiency)
+    if options.gpu_memory is not None:
+        card = replace(card, memory_gib=options.gpu_memory)
+    start_single_process()
+    planner = Planner(card, options.gpus)
+    plan = planner.plan(config)
+
+    def reload(rungs: Sequence[Rung]) -> RunConfig:
+        files = [*base, *(file for rung in rungs for file in rung.files)]
+        more = [*words, *(word for rung in rungs for word in rung.words)]
+        return load_run_config(files, more, purpose="check", check_paths=False)
+
+    climbs = [] if plan.fits else climb_down(planner, config, reload)
+    print(_as_json(plan, climbs) if options.json else _as_text(plan, climbs))
+    return 0 if plan.fits else 1
+
+
+def _as_json(plan: Plan, climbs: Sequence[Climb]) -> str:
+    tree: dict[str, Any] = asdict(plan)
+    tree["phases"] = [{**asdict(phase), "total": phase.total} for phase in plan.phases]
+    tree["step"] = {**asdict(plan.step), "total": plan.step.total}
+    tree |= {"fits": plan.fits, "samples_per_second": plan.samples_per_second}
+    tree["ladder"] = [
+        {**asdict(climb.rung), "total": climb.plan.peak.total, "step_s": climb.plan.step.total}
+        for climb in climbs
+    ]
+    return json.dumps(tree, indent=2)
+
+
+def _as_text(plan: Plan, climbs: Sequence[Climb]) -> str:
+    lines = [*_head(plan), "", *_memory_table(plan), "", *_time_lines(plan)]
+    if not plan.fits:
+        lines += ["", *_ladder_lines(plan, climbs)]
+    return "\n".join([*lines, "", "Computed, not measured."])
+
+
+def _head(plan: Plan) -> list[str]:
+    rows = [
+        ("GPUs", f"{plan.gpus} x {plan.hardware.name}, {plan.hardware.memory_gib:g} GiB each"),
+        ("weights", f"{plan.weights:,}, of which {plan.trained:,} train"),
+        ("samples", f"{plan.samples} a step, {plan.tokens:,} tokens each"),
+    ]
+    return [f"{name:<{_WIDTH}}{text}" for name, text in rows]
+
+
+def _memory_table(plan: Plan) -> list[str]:
+    names = ("weights", "gradients", "optimizer", "activations", "buffers", "encoders", "total", "host")
+    lines = [f"{'GB of one GPU':<14}" + "".join(f"{name:>12}" for name in names)]
+    lines += [
+        f"{phase.phase:<14}" + "".join(f"{getattr(phase, name) / _GB:>12.1f}" for name in names)
+        for phase in plan.phases
+    ]
+    return lines
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    step = asdict(plan.step)
+    parts = ", ".join(f"{name} {seconds:.2g}" for name, seconds in step.items() if seconds)
+    rows = [
+        ("a step", f"{plan.step.total:.3g} s ({parts})"),
+        ("MFU", f"{plan.mfu:.1%} of {plan.hardware.peak_tflops:g} TFLOP/s, {plan.tflops:,.0f} TFLOP a GPU"),
+        ("throughput", f"{plan.samples_per_second:.3g} samples/s"),
+        ("checkpoint", f"{plan.checkpoint_bytes / _GB:.3g} GB"),
+        ("cache", f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB for 1,000 clips, of one view each"),
+    ]
+    if plan.hours is not None:
+        hours = f"{plan.hours:.3g} h, {plan.hours * plan.gpus:,.3g} GPU-hours, for {plan.steps:,} steps"
+        rows.append(("the run", f"{hours}, with validation and saves"))
+    return [f"{name:<{_WIDTH}}{text}" for name, text in rows]
+
+
+def _ladder_lines(plan: Plan, climbs: Sequence[Climb]) -> list[str]:
+    peak: PhaseMemory = plan.peak
+    memory = plan.hardware.memory_gib * _GIB / _GB
+    lines = [f"This does not fit: {peak.phase} takes {peak.total / _GB:.1f} GB, the card has {memory:.1f}."]
+    for climb in climbs:
+        typed = " ".join([*climb.rung.files, *climb.rung.words])
+        figures = f"{climb.plan.peak.total / _GB:.1f} GB, {climb.plan.step.total:.3g} s a step"
+        lines.append(f"  {figures:<30}{climb.rung.meaning}: {typed}")
+    if not climbs or not climbs[-1].plan.fits:
+        return [*lines, "Nothing makes it fit: take more GPUs, a larger card, or shorter or smaller clips."]
+    files = [file for climb in climbs for file in climb.rung.files]
+    words = {word.partition("=")[0]: word for climb in climbs for word in climb.rung.words}
+    typed = " ".join([*files, *words.values()])
+    return [*lines, "It fits with all of these, files behind the others of --base:", f"  {typed}"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sat-train plan",
+        description="Computes what a run takes of GPUs, hosts and disks; if it does not fit, what to change.",
+        usage="sat-train plan --base FILE [FILE ...] [key.path=value ...] [--flag value ...] "
+        "[--extension NAME ...] [--gpus N] [--hardware NAME] [--gpu-memory GIB] [--efficiency X] [--json]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=_positive(int), default=1, metavar="N", help="GPUs of the run")
+    parser.add_argument(
+        "--hardware",
+        default="h100",
+        metavar="NAME",
+        help="h100, h200, a100, a100-40, l40s or rtx4090",
+    )
+    parser.add_argument(
+        "--gpu-memory", type=_positive(float), metavar="GIB", help="its memory, where it differs"
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=_positive(float),
+        default=1.0,
+        metavar="X",
+        help="factor on the rates that the card is assumed to reach",
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    return parser
+
+
+def _positive(kind: type[int] | type[float]) -> Any:
+    from sat_train.cli.check import _positive as positive
+
+    return positive(kind)

@@ -1,0 +1,1 @@
+"""Plans of runs: memory, time and disk, computed before a run is started."""

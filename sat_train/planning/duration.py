@@ -1,0 +1,109 @@
+"""Time of a step, computed from what it does and what a card reaches.
+
+    t = linear / matmul + attention / its forward + backward / its backward + bytes moved / memory
+        + what collectives and the optimizer take when nothing hides them
+
+FLOPs of the hardware count what is recomputed; MFU counts those of the model alone, which closed forms give:
+three forwards with all weights trained, and with frozen weights two of the linear layers and three of
+attention. Never 6 x weights x tokens: adaLN's weights, a seventh of all, see no token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sat_train.config import RunConfig
+from sat_train.planning.counting import Work
+from sat_train.planning.gpu_memory import Weights
+from sat_train.planning.hardware import Hardware
+
+_TERA, _GIGA = 1e12, 1e9
+_HOST_UPDATE_S = 1.2e-8  # an element of torch's AdamW on one CPU thread
+_HOST_COPY_GBPS = 20  # between GPU and host
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step of one rank.
+
+    Args:
+        linear: Matrix products.
+        attention: Attention, forward and backward.
+        elementwise: Everything that is bound by memory.
+        communication: Collectives, if nothing hides them.
+        optimizer: The update.
+        encoding: Autoencoder and T5, where samples are not cached.
+    """
+
+    linear: float
+    attention: float
+    elementwise: float
+    communication: float
+    optimizer: float
+    encoding: float
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        parts = (self.linear, self.attention, self.elementwise)
+        return sum((*parts, self.communication, self.optimizer, self.encoding))
+
+
+def model_flops(config: RunConfig, *, tokens: int) -> float:
+    """Returns the FLOPs of the model for one sample, forward and backward, without what is recomputed.
+
+    Args:
+        config: The model, and whether its own weights train.
+        tokens: Of the sample, text included.
+    """
+    flops = config.spec.flops(tokens)
+    trains_base = config.spec.adapter is None
+    return (3 if trains_base else 2) * flops.linear + 3 * flops.attention
+
+
+def computing_seconds(work: Work, card: Hardware) -> tuple[float, float, float]:
+    """Returns seconds of matrix products, attention and elementwise operations."""
+    linear = work.linear_flops / card.matmul_tflops
+    forward = work.attention_flops / card.attention_tflops
+    backward = work.attention_backward_flops / card.attention_backward_tflops
+    return linear / _TERA, (forward + backward) / _TERA, work.moved_bytes / card.memory_tbps / _TERA
+
+
+def communication_seconds(
+    config: RunConfig, weights: Weights, card: Hardware, *, data_ranks: int, gpus: int
+) -> float:
+    """Returns the seconds of ZeRO's collectives in a step.
+
+    Stage 2 reduces in every micro-step, stages 0 and 1 once a step. DeepSpeed reduces whole buckets below
+    stage 3, so a gradient crosses twice. Stage 3 gathers all weights for the forward, for what is recomputed
+    and for the backward.
+    """
+    if data_ranks == 1:
+        return 0.0
+    stage, micro_steps = config.args.zero_stage, config.args.gradient_accumulation_steps
+    element = 2 if config.args.bf16 or config.args.fp16 else 4
+    gradients, everything = element * weights.num_trained, element * weights.transformer
+    if stage == 3:
+        gathers = 3 if config.args.checkpoint_activations != "off" else 2
+        volume = micro_steps * (gathers * everything + gradients)
+    else:
+        volume = (micro_steps if stage == 2 else 1) * 2 * gradients + (gradients if stage else 0)
+    return volume * (data_ranks - 1) / data_ranks / card.collective_gbps(gpus) / _GIGA
+
+
+def optimizer_seconds(config: RunConfig, card: Hardware, *, elements: float) -> float:
+    """Returns the seconds of the update of so many elements: reads and writes of masters and states.
+
+    In host memory one thread computes it, between copies of gradients and weights.
+    """
+    if config.deepspeed.zero_optimization.offload_optimizer.device == "cpu":
+        return elements * (_HOST_UPDATE_S + 4 / _HOST_COPY_GBPS / _GIGA)
+    state = config.deepspeed.optimizer.params.bytes_per_weight()
+    return elements * (2 * (4 + state) + 4 + 2) / card.memory_tbps / _TERA
+
+
+def encoding_seconds(work: Work, weights: Weights, card: Hardware, *, text_tokens: int) -> float:
+    """Returns the seconds of autoencoder and T5 for one sample."""
+    text = 2 * weights.text_encoder * text_tokens / card.matmul_tflops
+    convolutions = work.linear_flops / card.convolution_tflops
+    return (text + convolutions) / _TERA + work.moved_bytes / card.memory_tbps / _TERA

@@ -1,0 +1,166 @@
+"""GPU memory of each phase of a run, by what takes it, in bytes.
+
+Weights, gradients and states follow from the layout of the ZeRO stage (`engine/owned.py`); activations are
+counted (`counting.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from sat_train.config import RunConfig
+from sat_train.engine.owned import owners
+from sat_train.models.build import compute_dtype, encoder_dtype
+from sat_train.planning.counting import build_meta_dit, build_meta_vae
+from sat_train.weights.readers import read_weight_files
+
+CONTEXT_BYTES = 2e9  # CUDA context, NCCL and the libraries' workspaces, which nobody counts
+T5_XXL_WEIGHTS = 4.762e9  # google/t5-v1_1-xxl, encoder only
+_MASTER = 4  # bytes of a weight in fp32
+_ENCODER = ("encoder.", "shared.")  # keys of T5 that are not its decoder's
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of weights on one rank of the model axis.
+
+    Args:
+        transformer: All of the transformer, adapters and modules included.
+        trained: Of each weight that trains.
+        vae: The video autoencoder.
+        text_encoder: T5.
+    """
+
+    transformer: int
+    trained: tuple[int, ...]
+    vae: int
+    text_encoder: int
+
+    @property
+    def num_trained(self) -> int:
+        """Trained weights in all."""
+        return sum(self.trained)
+
+
+def count_weights(config: RunConfig) -> Weights:
+    """Counts the weights of a configuration; a text encoder that is not there counts as T5-XXL."""
+    dit = build_meta_dit(config)
+    return Weights(
+        transformer=_size(dit),
+        trained=tuple(each.numel() for each in dit.parameters() if each.requires_grad),
+        vae=_size(build_meta_vae(config)),
+        text_encoder=_text_encoder_weights(Path(config.spec.text.model_dir)),
+    )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _text_encoder_weights(folder: Path) -> int:
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return int(T5_XXL_WEIGHTS)
+    shapes = read_weight_files(files).shapes
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(_ENCODER))
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Bytes on one GPU in one phase of a run, at its worst moment.
+
+    Args:
+        phase: The phase.
+        weights: Of the transformer.
+        gradients: Of the trained weights.
+        optimizer: fp32 masters, optimizer states and the moving average.
+        activations: What a forward and backward pass, or the update, takes besides.
+        buffers: Of collectives, and the CUDA context.
+        encoders: Text encoder and autoencoder.
+        host: Bytes of host memory of the rank, apart from libraries.
+    """
+
+    phase: str
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    buffers: float = CONTEXT_BYTES
+    encoders: float = 0.0
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """GPU memory in all."""
+        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.buffers, self.encoders)
+        return sum(parts)
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes of one rank that last from step to step, and those of the update.
+
+    Args:
+        weights: The transformer's, in the dtype of computation.
+        gradients: As they are when the backward pass ends.
+        optimizer: Masters, states and the moving average that are on the GPU.
+        offloaded: Those that are in host memory.
+        buffers: Of collectives.
+        update: What the update takes besides, when activations are gone.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    offloaded: float
+    buffers: float
+    update: float
+
+
+def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> StateMemory:
+    """Computes the lasting bytes of one rank from the layout of the ZeRO stage.
+
+    Args:
+        config: Stage, optimizer, precision and offload.
+        weights: From `count_weights`.
+        data_ranks: Ranks that share the states.
+    """
+    zero, stage = config.deepspeed.zero_optimization, config.args.zero_stage
+    element = compute_dtype(config.args).itemsize
+    trained, total = weights.num_trained, weights.transformer
+    share = owned_elements(weights.trained, data_ranks) if stage in (1, 2) else trained / data_ranks
+    share = trained if stage == 0 else share
+    average = _MASTER if config.args.ema_decay is not None else 0
+    masters = 0 if stage == 0 else _MASTER
+    states = (masters + average + config.deepspeed.optimizer.params.bytes_per_weight()) * share
+    is_offloaded = zero.offload_optimizer.device == "cpu"
+    frozen_and_padded = total - trained + (share * data_ranks if stage in (1, 2) else trained)
+    buckets = 2 if zero.overlap_comm else 1
+    return StateMemory(
+        weights=element * (total / data_ranks if stage == 3 else frozen_and_padded),
+        gradients=element * (trained if stage < 2 else share),
+        optimizer=0.0 if is_offloaded else states,
+        offloaded=states if is_offloaded else 0.0,
+        buffers=element * min(zero.reduce_bucket_size, trained) * buckets * (data_ranks > 1 or stage > 0),
+        # the fp32 gradient, and DeepSpeed's flat copy of the half-precision one
+        update=0.0
+        if is_offloaded or stage == 0
+        else (_MASTER + (element if element < _MASTER else 0)) * share,
+    )
+
+
+def owned_elements(sizes: tuple[int, ...], ranks: int) -> int:
+    """Returns the elements of the longest row of `engine/owned.py`, to which all rows are padded."""
+    loads = [0] * ranks
+    for size, owner in zip(sizes, owners(sizes, ranks), strict=True):
+        loads[owner] += size
+    return max(loads)
+
+
+def encoder_bytes(config: RunConfig, weights: Weights) -> float:
+    """Returns the bytes of both encoders."""
+    return encoder_dtype(config.args).itemsize * (weights.vae + weights.text_encoder)

@@ -1,0 +1,88 @@
+"""The plan of a run agrees with what engines and passes really hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sat_train.config import RunConfig, load_run_config
+from sat_train.distributed.processes import ProcessMesh
+
+pytestmark = pytest.mark.ranks
+
+MODEL = "configs/model/cogvideox_tiny.yaml"
+SMALL = ["data.params.max_num_frames=5", "args.batch_size=1", "args.bf16=true"]
+CLOSE = 0.05
+
+
+def _config(recipe: str, *words: str) -> RunConfig:
+    files = [MODEL, f"configs/{recipe}.yaml"]
+    return load_run_config(files, [*SMALL, *words], purpose="check", check_paths=False)
+
+
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
+
+
+def _inputs(config: RunConfig, dit: Any) -> dict[str, Tensor]:
+    spec, data = config.spec, config.require_data().params
+    latent = spec.latent(data.max_num_frames, *data.video_size)
+    size = (1, latent.padded_frames, spec.in_channels, latent.height, latent.width)
+    text = torch.randn(1, spec.text.max_length, spec.text_width, dtype=dit.dtype)
+    return {"latent_btchw": torch.randn(size), "timesteps_b": torch.tensor([500]), "text_bld": text}
+
+
+def _states_as_planned(mesh: ProcessMesh, recipe: str, stage: int) -> None:
+    from sat_train.engine.build import build_engine
+    from sat_train.engine.slots import base_optimizer
+    from sat_train.planning.gpu_memory import count_states, count_weights
+    from sat_train.training.models import StartWeights, build_trained_dit
+
+    config = _config(recipe, f"args.zero_stage={stage}")
+    planned = count_states(config, count_weights(config), data_ranks=mesh.data_size)
+    engine = build_engine(config, build_trained_dit(config, mesh, StartWeights()), mesh)
+    engine.backward(engine(**_inputs(config, engine.module)).float().square().mean())
+    engine.step(1e-3)
+
+    parameters = list(engine.module.parameters())
+    weights = _storage_bytes([getattr(each, "ds_tensor", each.data) for each in parameters])
+    optimizer = base_optimizer(engine._engine)
+    held = [slot.flat for slot in engine.slots]
+    held += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    assert weights == pytest.approx(planned.weights, rel=CLOSE)
+    assert _storage_bytes(held) == pytest.approx(planned.optimizer, rel=CLOSE)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "lora"])
+def test_lasting_bytes_are_those_of_the_engine(rank_pool: Callable[..., Any], recipe: str) -> None:
+    for stage in (1, 2, 3):
+        rank_pool(2)(_states_as_planned, recipe, stage)
+
+
+def _passes_as_planned(mesh: ProcessMesh) -> None:
+    from sat_train.planning.counting import LivingTensors, count_peak
+    from sat_train.training.models import StartWeights, build_trained_dit
+
+    for recipe in ("sft", "lora"):
+        for policy in ("off", "gemm", "attention", "full"):
+            config = _config(recipe, f"args.checkpoint_activations={policy}")
+            dit = build_trained_dit(config, mesh, StartWeights())
+            inputs = _inputs(config, dit)
+            for parameter in dit.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+            with LivingTensors(dit) as living:
+                dit(**inputs).float().square().mean().backward()
+            planned = count_peak(config, batch_size=1)
+            assert living.peak == pytest.approx(planned, rel=CLOSE), (recipe, policy)
+
+
+def test_activations_of_all_layers_are_those_that_two_and_four_layers_predict(
+    rank_pool: Callable[..., Any],
+) -> None:
+    rank_pool(1)(_passes_as_planned)

@@ -1,0 +1,100 @@
+"""Plans: FLOPs by closed forms, memory that fits when the plan says so, and words that make it fit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from sat_train.cli.main import main
+from sat_train.config import RunConfig, load_run_config
+from sat_train.distributed.processes import start_single_process, stop_processes
+from sat_train.planning.counting import count_work
+from sat_train.planning.duration import model_flops
+from sat_train.planning.hardware import find_hardware
+from sat_train.planning.planner import Planner
+
+TINY = ["--base", "configs/model/cogvideox_tiny.yaml", "configs/sft.yaml"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    start_single_process()
+    yield
+    stop_processes()
+
+
+def _read(model: str, *files: str, words: tuple[str, ...] = ()) -> RunConfig:
+    paths = [f"configs/model/{model}.yaml", *(f"configs/{name}.yaml" for name in files)]
+    return load_run_config(paths, words, purpose="check", check_paths=False)
+
+
+def _tokens(config: RunConfig) -> int:
+    data = config.require_data().params
+    return config.spec.tokens(config.spec.latent(data.max_num_frames, *data.video_size))
+
+
+# forwards of the linear layers and of attention in a step, with what is recomputed; a flash kernel's backward
+# is 2.5 forwards
+@pytest.mark.parametrize(
+    ("recipe", "policy", "linear", "attention"),
+    [("sft", "off", 3, 3.5), ("sft", "full", 4, 4.5), ("sft", "attention", 4, 3.5), ("lora", "off", 2, 3.5)],
+)
+def test_work_is_that_of_the_closed_forms(recipe: str, policy: str, linear: float, attention: float) -> None:
+    config = _read("cogvideox_5b", recipe, words=(f"args.checkpoint_activations={policy}",))
+    flops, work = config.spec.flops(_tokens(config)), count_work(config, batch_size=1)
+    adapters = 0.037 if recipe == "lora" else 0.0  # of the linear layers
+    assert work.linear_flops == pytest.approx(linear * flops.linear * (1 + adapters), rel=0.02)
+    assert work.attention_flops + work.attention_backward_flops == pytest.approx(
+        attention * flops.attention, rel=0.001
+    )
+
+
+def test_mfu_counts_the_model_and_not_what_is_recomputed() -> None:
+    config = _read("cogvideox_tiny", "sft")
+    flops = config.spec.flops(_tokens(config))
+    assert model_flops(config, tokens=_tokens(config)) == 3 * (flops.linear + flops.attention)
+    plan = Planner(find_hardware("h100"), gpus=8).plan(config)
+    seconds = plan.tflops / plan.hardware.peak_tflops / plan.mfu
+    assert seconds == pytest.approx(plan.step.total)
+
+
+def test_more_gpus_share_the_states_only() -> None:
+    config = _read("cogvideox_tiny", "sft", words=("args.zero_stage=2",))
+    one, eight = (Planner(find_hardware("h100"), gpus=n).plan(config) for n in (1, 8))
+    for phase, shared in zip(one.phases, eight.phases, strict=True):
+        assert shared.optimizer == pytest.approx(phase.optimizer / 8, rel=0.1)
+        assert shared.activations <= phase.activations
+    assert eight.samples == 8 * one.samples
+
+
+def test_words_of_the_ladder_make_the_run_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, "args.bf16=true", "--gpu-memory", "1.91", "--json"]
+    assert main(["plan", *words]) == 1
+    tree = json.loads(capsys.readouterr().out)
+    totals = [max(phase["total"] for phase in tree["phases"]), *(rung["total"] for rung in tree["ladder"])]
+    assert not tree["fits"]
+    assert all(lower < higher for higher, lower in itertools.pairwise(totals))
+    assert len(totals) > 1
+    enough = str(totals[-1] / 2**30 + 1e-6)
+    taken = [word for rung in tree["ladder"] for word in rung["words"]]
+    files = [file for rung in tree["ladder"] for file in rung["files"]]
+    again = ["plan", *TINY, *files, "args.bf16=true", *taken, "--gpu-memory", enough]
+    assert main(again) == 0
+    assert "Computed, not measured." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--hardware", "h300"], "one of h100"),
+        (["--gpus", "3", "args.model_parallel_size=2"], "a multiple of args.model_parallel_size"),
+    ],
+)
+def test_a_plan_of_no_machine_is_refused(
+    capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    assert main(["plan", *TINY, *words]) == 2
+    assert expected in capsys.readouterr().err
