@@ -13,7 +13,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from benchmarks.fault_parts.injection import Injection
-from tests.ports import HeldPort
+from sat_train.testing.ports import HeldPort
 
 _PRELOADED = ["sat_train.cli.ranks", "sat_train.training.build", "deepspeed"]
 _GRACE_S = 30.0  # a launcher ends the others at once; here they have to notice by themselves

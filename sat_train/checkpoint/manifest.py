@@ -35,7 +35,7 @@ class DamagedCheckpoint(CheckpointError):
 
 @dataclass(frozen=True)
 class BaseWeights(JsonRecord):
-    """The frozen base weights of a LoRA run.
+    """The frozen base weights of a run.
 
     Args:
         source: Path or `asset:` name they were read from.
@@ -58,7 +58,7 @@ class Manifest(JsonRecord):
         data_size: Ranks on the data axis.
         model_size: Ranks on the model axis.
         dtype: Precision of the run: `fp32`, `bf16` or `fp16`.
-        trainable_only: Whether frozen weights are left out (LoRA).
+        trainable_only: Whether the frozen weights of the base are left out.
         config_digest: `RunConfig.digest()`.
         data_fingerprint: Fingerprint of the data set.
         base_weights: The frozen weights, if `trainable_only`.

@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "data": ("sat_train.cli.data", "inspect a data set, or preview samples as the model will see them"),
     "plan": ("sat_train.cli.plan", "compute memory, time, disk and GPU-hours of a run"),
+    "new-extension": ("sat_train.cli.new_extension", "write the skeleton of an extension, with its test"),
     "check": ("sat_train.cli.check", "read a configuration, name every fault, show every value"),
 }
 _INTERRUPTED = 130
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    listed = "\n".join(f"  {word:<11} {what}" for word, (_, what) in COMMANDS.items())
+    listed = "\n".join(f"  {word:<13} {what}" for word, (_, what) in COMMANDS.items())
     return f"usage: sat-train COMMAND ...\n\n{listed}\n\nsat-train COMMAND --help describes a command."
 
 

@@ -18,6 +18,7 @@ from sat_train.distributed.work_queue import WorkQueue
 from sat_train.encoding.build import build_encoders
 from sat_train.errors import SatTrainError, Stopped
 from sat_train.interchange.locate import load_weights, locate_weights
+from sat_train.interchange.module_files import check_module_files
 from sat_train.log import console, get_logger
 from sat_train.models.attention import attention_kernels
 from sat_train.models.build import build_dit, compute_dtype
@@ -146,7 +147,9 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
     load = args.load
     assert load is not None, "the configuration ensures weights"
     located = on_rank_0(mesh, lambda: locate_weights(load, load_base=args.load_base))
-    start = StartWeights(located, None, args.load_lora or (), args.lora_strength)
+    modules = args.load_modules or ()
+    on_rank_0(mesh, lambda: check_module_files(modules, config, located.path))
+    start = StartWeights(located, None, args.load_lora or (), args.lora_strength, modules)
     base, updates = read_weights_and_updates(start, ema=args.ema)
     dit = build_dit(
         config.spec, device=mesh.device, dtype=compute_dtype(args), initialize=False, with_adapters=False

@@ -222,7 +222,8 @@ def adapters_have_a_frozen_base(config: ParsedConfig) -> Iterator[Fault]:
     frozen = config.model.not_trainable_prefixes
     if has_adapters and "all" not in frozen:
         yield config.fault("model.not_trainable_prefixes", frozen, "['all'], because lora_config is given")
-    if "all" in frozen and not (has_adapters or config.model.train) and config.purpose == "train":
+    trains = has_adapters or config.model.train or config.model.modules
+    if "all" in frozen and not trains and config.purpose == "train":
         yield config.fault(
             "model.not_trainable_prefixes",
             frozen,

@@ -115,3 +115,4 @@ def _weight_paths(config: ParsedConfig) -> Iterator[tuple[str, str]]:
         yield "args.load_base", args.load_base
     if args.resume == "none":
         yield from (("args.load_lora", path) for path in args.load_lora or ())
+        yield from (("args.load_modules", path) for path in args.load_modules or ())

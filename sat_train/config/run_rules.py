@@ -235,6 +235,13 @@ def finetune_has_weights(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault("args.load", None, f"weights to start from{remedy}")
 
 
+@rule("args.load_modules", "args.load")
+def modules_have_a_base(config: ParsedConfig) -> Iterator[Fault]:
+    """Files of module weights hold those next to a base."""
+    if config.args.load_modules and config.args.load is None:
+        yield config.fault("args.load", None, "the base weights under the modules of args.load_modules")
+
+
 @rule("args.load_lora", "args.lora_strength", "args.load")
 def lora_has_a_base(config: ParsedConfig) -> Iterator[Fault]:
     args = config.args

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -156,26 +156,24 @@ class TrainEngine:
             elif name in getattr(self._optimizer, "counters", {}):
                 self._optimizer.counters[name] = value
 
-    def weights(self, *, trained_only: bool) -> dict[str, Tensor] | None:
+    def weights(self, *, left_out: Collection[str] = ()) -> dict[str, Tensor] | None:
         """Returns weights in the forward dtype, whole on this rank of the model axis, and buffers.
 
         Args:
-            trained_only: Leave out frozen parameters.
+            left_out: Names of parameters to leave out, such as `frozen_base`.
 
         Returns:
             By name; None on all data ranks but the first.
 
         Ranks: all.
         """
-        frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
-        left_out = frozen if trained_only else set()
         is_first = self._mesh.data_rank == 0
         state = self.module.state_dict()
         if self.zero_stage == 3:
             state.update(self._gathered(left_out, keep=is_first))
         return {name: tensor for name, tensor in state.items() if name not in left_out} if is_first else None
 
-    def _gathered(self, left_out: set[str], *, keep: bool) -> dict[str, Tensor]:
+    def _gathered(self, left_out: Collection[str], *, keep: bool) -> dict[str, Tensor]:
         """Gathers one parameter at a time, to host memory."""
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 

@@ -23,7 +23,7 @@ from sat_train.config.parts.adapter_parts import (
 )
 from sat_train.errors import CheckpointError
 from sat_train.interchange.adapter_export import at_trained_scale
-from sat_train.interchange.locate import read_own_weights
+from sat_train.interchange.locate import Located, read_own_weights
 from sat_train.interchange.sources import find_weights
 from sat_train.models.low_rank import (
     LowRank,
@@ -45,6 +45,11 @@ _DEFAULT_ALPHA = 1.0  # SAT's, whose checkpoints do not hold it
 def is_adapter_key(key: str) -> bool:
     """Returns whether a SAT key belongs to an adapter."""
     return find_adapter_tensor(key) is not None or key in (RANK_KEY, ALPHA_KEY)
+
+
+def holds_adapters(located: Located) -> bool:
+    """Returns whether located weights have adapters of their own."""
+    return any(is_adapter_key(key) for key in read_own_weights(find_weights(located.path)))
 
 
 def without_adapters(weights: LazyWeights) -> LazyWeights:

@@ -11,7 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -19,7 +19,7 @@ import torch
 
 from sat_train.checkpoint.consolidate import trained_dtype
 from sat_train.checkpoint.layout import LATEST, SAT_PREFIX
-from sat_train.checkpoint.manifest import Manifest, read_manifest
+from sat_train.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from sat_train.config import ModelSpec
 from sat_train.config.parts.adapter_parts import ALPHA_KEY, RANK_KEY
 from sat_train.errors import CheckpointError
@@ -34,7 +34,8 @@ from sat_train.interchange.adapters import (
     without_adapters,
 )
 from sat_train.interchange.diffusers_folder import check_model, write_pipeline
-from sat_train.interchange.locate import read_transformer_weights
+from sat_train.interchange.locate import read_own_weights, read_transformer_weights
+from sat_train.interchange.module_files import module_of, modules_in, write_module_file
 from sat_train.interchange.sources import WeightSource, find_weights, hash_weights
 from sat_train.models.low_rank import Updates, is_dora, stacked, strengthened, truncated
 from sat_train.weights.lazy import LazyWeights, check_same, from_tensors
@@ -54,7 +55,7 @@ class Conversion:
     Args:
         source: A run or step of ours, a SAT folder, a diffusers folder, or a file.
         dest: Folder to create; it must not exist, or must be empty.
-        to: Target format.
+        to: Target format; `modules` writes the network modules of a run into a file of their own.
         merge_lora: Add the adapters to the weights instead of writing them separately.
         strength: Factor on the adapters of the source.
         lora: Other adapters. They are added to the adapters of the source, or to its weights if it has none.
@@ -64,13 +65,16 @@ class Conversion:
         ema: Export the average of the weights instead of the weights.
         model_size: Ranks on the model axis (`sat` only).
         dtype: Dtype of the written weights; None: the precision of the run, or that of the source.
-        model: Its numbers, for diffusers' configuration files; None if only SAT's format or adapters are
-            written.
+        model: Its numbers, for diffusers' configuration files and modules; None if only SAT's format or
+            adapters are written.
+        extensions: Record of the extensions it was trained with, for modules.
+        modules: Modules to write (`modules` only); none: everything that the run trained or added.
+        without_modules: Leave out modules that diffusers does not have.
     """
 
     source: Path
     dest: Path
-    to: Literal["diffusers", "sat"]
+    to: Literal["diffusers", "sat", "modules"]
     merge_lora: bool = False
     strength: float = 1.0
     lora: tuple[Path, ...] = ()
@@ -81,6 +85,9 @@ class Conversion:
     model_size: int = 1
     dtype: torch.dtype | None = None
     model: ModelSpec | None = None
+    extensions: Mapping[str, Any] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    without_modules: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,13 +132,16 @@ def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_
     if conversion.to == "diffusers" and conversion.model_size != 1:
         raise CheckpointError("--model-parallel-size applies to SAT's format only", remedy="use --to sat")
     _check_strengths(conversion)
-    source = open_source(conversion)
+    source = None if conversion.to == "modules" else open_source(conversion)
     temporary = conversion.dest.parent / f".tmp-convert-{uuid.uuid4().hex[:8]}"
     try:
         conversion.dest.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        _check_space(temporary, source.weights)
-        _write(conversion, source, temporary, progress)
+        if source is None:
+            _write_modules(conversion, temporary, progress)
+        else:
+            _check_space(temporary, source.weights)
+            _write(conversion, source, temporary, progress)
         if conversion.dest.exists():
             conversion.dest.rmdir()
         os.rename(temporary, conversion.dest)
@@ -141,6 +151,26 @@ def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return conversion.dest
+
+
+def _write_modules(conversion: Conversion, folder: Path, progress: Callable[[int], Progress]) -> None:
+    source = find_weights(conversion.source)
+    if conversion.model is None or source.kind != "step":
+        raise CheckpointError(
+            f"{conversion.source} is not a run of sat_train", expected="a run, or one of its steps"
+        )
+    manifest = verify_checkpoint(source.path)
+    path = write_module_file(
+        source,
+        folder,
+        conversion.model,
+        extensions=conversion.extensions,
+        names=conversion.modules,
+        dtype=conversion.dtype,
+        ema=conversion.ema,
+        metadata=_metadata(source, manifest, conversion),
+    )
+    progress(path.stat().st_size)(path.stat().st_size)
 
 
 def open_source(conversion: Conversion) -> ConversionSource:
@@ -156,11 +186,15 @@ def open_source(conversion: Conversion) -> ConversionSource:
         bool(conversion.lora) and not (updates and conversion.to == "diffusers")
     )
     _check_adapter_words(conversion, has_adapters=bool(updates), is_merging=is_merging)
+    if conversion.to == "diffusers":
+        _check_diffusers_holds(conversion, source)
     metadata = _metadata(source, manifest, conversion)  # hashes the source, after its headers were checked
     if updates and not is_merging and conversion.to == "diffusers":
         return _adapters_apart(conversion, updates, metadata, where=str(source.path))
     dtype = conversion.dtype or (trained_dtype(manifest) if manifest else None)
     whole = read_transformer_weights(conversion.source, ema=conversion.ema, load_base=conversion.load_base)
+    if conversion.without_modules:
+        whole = whole.select(lambda key: key if module_of(key) is None else None)
     if not is_merging:
         adapters = whole.select(lambda key: key if is_adapter_key(key) else None)
         _check_sat_reads(adapters)
@@ -172,6 +206,17 @@ def open_source(conversion: Conversion) -> ConversionSource:
         )
     base = without_adapters(whole)
     return ConversionSource(merge_updates(base, updates, dtype=dtype).cast(dtype), updates, base, metadata)
+
+
+def _check_diffusers_holds(conversion: Conversion, source: WeightSource) -> None:
+    """Raises for network modules, which diffusers does not have, unless they are to be left out."""
+    modules = modules_in(read_own_weights(source))
+    if modules and not conversion.without_modules:
+        raise CheckpointError(
+            f"{conversion.source} has the modules {', '.join(modules)}, which diffusers does not know",
+            expected="weights of a CogVideoX transformer and adapters alone",
+            remedy="--to modules writes them into a file of their own; --without-modules exports the rest",
+        )
 
 
 def _check_sat_reads(adapters: LazyWeights) -> None:
@@ -204,18 +249,21 @@ def _write(
     if source.updates and source.base is None:
         _write_adapters(folder, source, conversion.dtype, progress)
         return
-    if conversion.model is not None:
-        check_model(without_adapters(source.weights), conversion.model, source=conversion.source)
+    model = conversion.model
+    if model is not None and conversion.without_modules:
+        model = replace(model, modules={}, hook_order={})
+    if model is not None:
+        check_model(without_adapters(source.weights), model, source=conversion.source)
     if conversion.to == "sat":
         _write_sat(folder, source, conversion.model_size, progress)
-    elif conversion.model is None:
+    elif model is None:
         raise CheckpointError(
             f"{conversion.source} does not name its model",
             expected="the model's numbers, for diffusers' config.json",
             remedy="name its preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
     else:
-        write_pipeline(folder, source.weights, conversion.model, metadata=source.metadata, progress=progress)
+        write_pipeline(folder, source.weights, model, metadata=source.metadata, progress=progress)
     if source.base is not None:
         weights_folder = folder / "transformer" if conversion.to == "diffusers" else folder
         check_merged(read_transformer_weights(weights_folder), source.base, source.updates)

@@ -49,7 +49,7 @@ class Located:
 
     Args:
         path: A path for `find_weights`; for a run, its newest step at the time.
-        base: Base weights of a LoRA run; None for all other weights.
+        base: Base weights of a run with a frozen base; None for all other weights.
     """
 
     path: Path
@@ -57,11 +57,11 @@ class Located:
 
 
 def locate_weights(path: str | Path, *, load_base: str | Path | None = None) -> Located:
-    """Finds weights and the base weights of a LoRA run, and verifies checkpoints of runs.
+    """Finds weights, and the base under them if it was frozen, and verifies checkpoints of runs.
 
     Args:
         path: As for `read_transformer_weights`.
-        load_base: Present place of a LoRA run's base weights; None: the recorded one.
+        load_base: Present place of frozen base weights; None: the recorded one.
 
     Raises:
         CheckpointError: The weights are missing or damaged, or base weights are gone or have changed.
@@ -71,7 +71,7 @@ def locate_weights(path: str | Path, *, load_base: str | Path | None = None) -> 
     if manifest is not None and manifest.trainable_only:
         return Located(source.path.absolute(), find_base(source.path, manifest, load_base=load_base))
     if load_base is not None:
-        log.warning("%s is not a LoRA run: the base weights %s are not used", path, load_base)
+        log.warning("%s holds all of its weights: the base weights %s are not used", path, load_base)
     return Located(source.path.absolute())
 
 
@@ -90,7 +90,7 @@ def read_located(located: Located, *, ema: bool = False) -> LazyWeights:
 
 
 def read_own_weights(source: WeightSource, *, ema: bool = False) -> LazyWeights:
-    """Opens the weights inside a source: for a LoRA run, its adapters alone.
+    """Opens the weights inside a source: of a run with a frozen base, what it trained and added.
 
     Raises:
         CheckpointError: As `read_located`.
@@ -126,10 +126,10 @@ def read_transformer_weights(
         model_rank: Rank on the model axis.
         model_size: Ranks on the model axis; only this rank's slices are read.
         ema: Read the average of the weights, from a run of ours that keeps one.
-        load_base: Present place of a LoRA run's base weights.
+        load_base: Present place of frozen base weights.
 
     Returns:
-        Weights under SAT's keys without prefix; for a LoRA run, its base weights together with its adapters.
+        Weights under SAT's keys without prefix; of a run with a frozen base, its base together with the rest.
 
     Raises:
         CheckpointError: The weights are missing, damaged or not a transformer's, or base weights have
@@ -140,7 +140,7 @@ def read_transformer_weights(
 
 
 def find_base(folder: Path, manifest: Manifest, *, load_base: str | Path | None = None) -> BaseWeights:
-    """Finds the base weights of a LoRA run, by path and then by hash.
+    """Finds the frozen base weights of a run, by path and then by hash.
 
     Args:
         folder: The step, for messages.
@@ -156,9 +156,9 @@ def find_base(folder: Path, manifest: Manifest, *, load_base: str | Path | None 
     """
     recorded = manifest.base_weights
     if recorded is None:
-        raise CheckpointError(f"{folder} holds adapters only and does not name their base weights")
+        raise CheckpointError(f"{folder} lacks its frozen weights and does not name them")
     remedy = "give their present place: args.load_base, or --load-base of sat-train convert"
-    problem = f"{folder} is a LoRA run with the base {recorded.source} (sha256 {recorded.sha256[:12]})"
+    problem = f"{folder} was trained on the base {recorded.source} (sha256 {recorded.sha256[:12]})"
     place = recorded.source if load_base is None else load_base
     mismatches = []
     try:
@@ -180,7 +180,7 @@ def find_base(folder: Path, manifest: Manifest, *, load_base: str | Path | None 
 
 
 def base_weights_at(path: str | Path) -> BaseWeights:
-    """Returns the record of base weights that a LoRA run saves: the absolute path and the hash.
+    """Returns the record of base weights that a run saves: the absolute path and the hash.
 
     Raises:
         CheckpointError: There are no weights at the path.
@@ -194,7 +194,7 @@ def _recorded(path: str | Path, sha256: str) -> BaseWeights:
 
 
 def _read_base(base: BaseWeights, above: frozenset[Path]) -> LazyWeights:
-    """Opens base weights; older records name a LoRA run, which has a base itself."""
+    """Opens base weights; those may be of a run that has a frozen base itself."""
     source = find_weights(base.source)
     if source.kind == "step" and (manifest := read_manifest(source.path)).trainable_only:
         if source.path in above:

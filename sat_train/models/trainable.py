@@ -201,6 +201,16 @@ def _faults(key: str, pattern: str, names: Sequence[str], allowed: Sequence[str]
         yield Fault(key, pattern, text)
 
 
+def frozen_base(dit: DiffusionTransformer) -> frozenset[str]:
+    """Returns the names of the base's frozen weights: neither adapters' nor those of added modules."""
+    added = tuple(dit.modules_of_its_own())
+    return frozenset(
+        name
+        for name, parameter in dit.named_parameters()
+        if not parameter.requires_grad and not name.startswith(added) and find_adapter_tensor(name) is None
+    )
+
+
 def summarize_parameters(dit: nn.Module) -> TrainableSummary:
     """Counts trainable and frozen weights under each prefix; on one rank of several, those of its slice."""
     trainable: dict[str, int] = {}

@@ -37,6 +37,7 @@ from sat_train.files import reading
 from sat_train.log import get_logger
 from sat_train.models.attention import attention_kernels
 from sat_train.models.build import compute_dtype
+from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, early_stop_reason, owes_validation
 from sat_train.training.loop.callback import Training
@@ -45,7 +46,7 @@ from sat_train.training.loop.state import TrainState
 from sat_train.training.loop.step import TrainStep
 from sat_train.training.loop.trainer import Trainer
 from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
-from sat_train.training.models import build_models, find_start_weights
+from sat_train.training.models import StartWeights, build_models, find_start_weights
 from sat_train.training.resume import (
     CALLBACKS_KEY,
     CONFIG_KEY,
@@ -104,7 +105,7 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
             config, mesh, start, data.encoding.encoders, with_encoders=data.needs_encoders
         )
         engine = build_engine(config, pipeline.dit, mesh)
-        trainer = build_trainer(config, mesh, run_directory, data, pipeline, start.base, engine, stop_request)
+        trainer = build_trainer(config, mesh, run_directory, data, pipeline, start, engine, stop_request)
         if run_directory.point is not None:
             restore(mesh, run_directory.point, trainer, start.base)
         if not ending:
@@ -249,7 +250,7 @@ def build_trainer(
     run_directory: RunDirectory,
     data: RunData,
     pipeline: VideoDiffusion,
-    base_weights: BaseWeights | None,
+    start: StartWeights,
     engine: TrainEngine,
     stop_request: StopRequest,
 ) -> Trainer:
@@ -288,7 +289,7 @@ def build_trainer(
             encode=encode,
             pipeline=pipeline,
             engine=engine,
-            save=build_save(config, mesh, run_directory, data, base_weights),
+            save=build_save(config, mesh, run_directory, data, start, pipeline.dit),
         ),
     )
     return trainer
@@ -299,9 +300,11 @@ def build_save(
     mesh: ProcessMesh,
     run_directory: RunDirectory,
     data: RunData,
-    base_weights: BaseWeights | None,
+    start: StartWeights,
+    dit: DiffusionTransformer,
 ) -> Callable[[Training], Path]:
     """Returns a function that writes a trainer's checkpoint and returns its folder; call it on all ranks."""
+    left_out, base_weights = start.left_out(dit), start.base
 
     def save(trainer: Training) -> Path:
         assert run_directory.folder is not None, "only a run with a folder saves"
@@ -318,7 +321,7 @@ def build_save(
         return save_training_checkpoint(
             mesh,
             state=RunState(
-                weights=trainer.engine.weights(trained_only=base_weights is not None),
+                weights=trainer.engine.weights(left_out=left_out),
                 fragments=trainer.callbacks.add_tensors(trainer.engine.fragments()),
                 client_state=client_state,
             ),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 from sat_train.checkpoint.consolidate import read_computing_weights
 from sat_train.checkpoint.find import ResumePoint
@@ -11,13 +11,13 @@ from sat_train.checkpoint.layout import step_folder
 from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.config import RunConfig
 from sat_train.config.facts import RunFacts
-from sat_train.config.paths import expand_assets
 from sat_train.config.rules import warnings_of_run
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import build_encoders
 from sat_train.errors import CheckpointError
 from sat_train.interchange.adapters import (
+    holds_adapters,
     merge_updates,
     read_given_loras,
     updates_of,
@@ -31,6 +31,7 @@ from sat_train.interchange.locate import (
     locate_weights,
     read_located,
 )
+from sat_train.interchange.module_files import check_module_files, read_module_files
 from sat_train.log import get_logger
 from sat_train.models.adapter import adapted_layers, adapter_state_dict, start_adapters
 from sat_train.models.build import build_dit, compute_dtype
@@ -38,7 +39,7 @@ from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.encoders import Encoders
 from sat_train.models.loaded_adapters import load_updates
 from sat_train.models.low_rank import Updates, highest_rank, scales_of, stacked
-from sat_train.models.trainable import select_configured
+from sat_train.models.trainable import frozen_base, select_configured
 from sat_train.objective.build import build_pipeline
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.weights.lazy import LazyWeights
@@ -84,18 +85,26 @@ class StartWeights:
 
     Args:
         located: Weights to load; None for random weights.
-        base: Base weights, which the checkpoints of a LoRA run name but do not contain; None where
-            checkpoints hold all weights.
+        base: Base weights, which the checkpoints of a run with a frozen base name but do not contain; None
+            where checkpoints hold all weights.
         lora: Adapters from elsewhere to start from.
         strength: Factor on each of these adapters, or one for all.
+        modules: Files with weights of network modules, over those of `located`.
         resumed: The checkpoint that a run resumes from. Without `located` it holds all weights.
+        kept: Names of weights that differ from the base's, which checkpoints hold even where they are frozen.
     """
 
     located: Located | None = None
     base: BaseWeights | None = None
     lora: tuple[str, ...] = ()
     strength: tuple[float, ...] = (1.0,)
+    modules: tuple[str, ...] = ()
     resumed: ResumePoint | None = None
+    kept: frozenset[str] = frozenset()
+
+    def left_out(self, dit: DiffusionTransformer) -> frozenset[str]:
+        """Returns the names of the weights that checkpoints leave to the base that they name."""
+        return frozenset() if self.base is None else frozen_base(dit) - self.kept
 
 
 def find_start_weights(
@@ -103,8 +112,8 @@ def find_start_weights(
 ) -> StartWeights:
     """Finds the initial weights of a run, by path and hash.
 
-    A resumed LoRA run uses the base weights that it recorded, whatever `args.load` names by now, and its
-    adapters from the checkpoint. A run that starts from another LoRA run uses that run's base.
+    A resumed run with a frozen base uses the base weights that it recorded, whatever `args.load` names by
+    now, and what it trains from the checkpoint. A LoRA run that starts from another one uses that run's base.
 
     Args:
         config: The configuration.
@@ -120,21 +129,41 @@ def find_start_weights(
 
 
 def _find_start_weights(config: RunConfig, point: ResumePoint | None) -> StartWeights:
-    args, has_lora = config.args, config.spec.adapter is not None
+    args = config.args
     if point is not None and point.manifest.base_weights is not None:
         recorded = find_resumed_base(point, args.load_base, args.load)
-        return StartWeights(Located(Path(expand_assets(recorded.source))), recorded, resumed=point)
+        step = step_folder(point.run_directory, point.step)
+        kept = frozenset(read_computing_weights(step, point.manifest))
+        return StartWeights(locate_weights(recorded.source), recorded, resumed=point, kept=kept)
     if point is not None:
         return StartWeights(resumed=point)
     if args.load is None:
         return StartWeights()
     located = locate_weights(args.load, load_base=args.load_base)
-    base = located.base or (base_weights_at(located.path) if has_lora else None)
-    return StartWeights(located, base if has_lora else None, args.load_lora or (), args.lora_strength)
+    modules = args.load_modules or ()
+    check_module_files(modules, config, located.path)
+    return StartWeights(
+        located,
+        _named_base(config, located),
+        args.load_lora or (),
+        args.lora_strength,
+        modules,
+        kept=frozenset(read_module_files(modules)),
+    )
+
+
+def _named_base(config: RunConfig, located: Located) -> BaseWeights | None:
+    """Returns the weights that checkpoints name instead of holding them; None where they hold all weights."""
+    is_lora = config.spec.adapter is not None
+    if is_lora and located.base is not None and holds_adapters(located):
+        return located.base  # its adapters go on as the run's own
+    if is_lora or ("all" in config.model.not_trainable_prefixes and not config.args.load_lora):
+        return base_weights_at(located.path)
+    return None
 
 
 def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | None) -> BaseWeights:
-    """Returns the base weights of a resumed LoRA run: at `load_base`, else as recorded, else at `load`."""
+    """Returns the base weights of a resumed run: at `load_base`, else as recorded, else at `load`."""
     folder = step_folder(point.run_directory, point.step)
     try:
         return find_base(folder, point.manifest, load_base=load_base)
@@ -159,7 +188,7 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
     if start.located is not None:
         updates = load_first_weights(dit, mesh, start, has_adapters=config.spec.adapter is not None)
     if start.resumed is not None:
-        load_resumed_weights(dit, mesh, start.resumed, adapters_only=start.located is not None)
+        load_resumed_weights(dit, mesh, start.resumed, over_base=start.located is not None)
     else:
         start_adapters(dit, mesh, seed=config.args.seed)
         if updates:
@@ -171,7 +200,7 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
 
 
 def load_resumed_weights(
-    dit: DiffusionTransformer, mesh: ProcessMesh, point: ResumePoint, *, adapters_only: bool = False
+    dit: DiffusionTransformer, mesh: ProcessMesh, point: ResumePoint, *, over_base: bool = False
 ) -> None:
     """Loads the weights of a checkpoint in their forward dtype; the fp32 masters are loaded later.
 
@@ -179,13 +208,15 @@ def load_resumed_weights(
         dit: The transformer.
         mesh: The process mesh.
         point: The checkpoint.
-        adapters_only: Load the adapters alone, with what they keep and do not train.
+        over_base: The base is loaded already: the checkpoint holds the rest, which is what trains and what
+            adapters and added modules keep.
     """
     whole = read_computing_weights(step_folder(point.run_directory, point.step), point.manifest)
-    may_lack = dit.derived_keys()
-    if adapters_only:
-        own = adapter_state_dict(dit).keys()
-        whole, may_lack = whole.select(lambda key: key if key in own else None), dit.state_dict().keys() - own
+    may_lack: Collection[str] = dit.derived_keys()
+    if over_base:
+        known = dit.state_dict().keys()
+        own = known - dit.derived_keys()
+        whole, may_lack = whole.select(lambda key: key if key in own else None), known
     weights = slice_weights(whole, rank=mesh.model_rank, size=mesh.model_size)
     load_weights(dit, weights, may_lack=may_lack)
 
@@ -226,7 +257,7 @@ def read_weights_and_updates(start: StartWeights, *, ema: bool = False) -> tuple
     whole = read_located(start.located, ema=ema)
     updates = updates_of(whole)
     updates = stacked(updates, read_given_loras(start.lora, start.strength))
-    return without_adapters(whole), updates
+    return without_adapters(whole).overlaid(read_module_files(start.modules)), updates
 
 
 def _describe_adapters(config: RunConfig, dit: DiffusionTransformer, updates: Updates) -> None:

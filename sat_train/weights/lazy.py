@@ -108,6 +108,8 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def overlaid(self, other: LazyWeights) -> LazyWeights:
         """Returns the union of both; `other` wins where a name is in both."""
+        if not other:
+            return self
         return LazyWeights({**self.tensors, **other.tensors}, where=f"{self.where} with {other.where}")
 
 

@@ -18,6 +18,7 @@ from sat_train.models.dit.sharding import shard_weight
 if TYPE_CHECKING:
     from sat_train.engine.engine import TrainEngine
     from sat_train.training.callbacks.ema import ExponentialMovingAverage
+from tests.ranks.toy import frozen_names
 
 pytestmark = pytest.mark.ranks
 
@@ -142,7 +143,8 @@ def _load_each(
         state = SavedFragments(shards, where="memory", model_rank=mesh.model_rank, model_size=mesh.model_size)
         engine.load(state, step=2, counters=engine.counters())
         average.load_tensors(state)
-        loaded, weights = _copies(engine, average), engine.weights(trained_only=True)
+        loaded = _copies(engine, average)
+        weights = engine.weights(left_out=frozen_names(engine.module))
         kept = None if weights is None else {name: tensor.clone() for name, tensor in weights.items()}
         _train(engine, average, int(number in trained))
         results.append((loaded, kept, _copies(engine, average) if number in trained else []))

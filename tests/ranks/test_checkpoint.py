@@ -18,12 +18,13 @@ from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.testing.pool import FailedOnRank
 from sat_train.weights.names import dtype_name
-from tests.ranks.pool import RankFailure
 
 if TYPE_CHECKING:
     from sat_train.engine.engine import TrainEngine
     from sat_train.training.callbacks.ema import ExponentialMovingAverage
+from tests.ranks.toy import frozen_names
 
 pytestmark = pytest.mark.ranks
 
@@ -108,7 +109,7 @@ def save(
 
     fragments = engine.fragments()
     state = RunState(
-        weights=engine.weights(trained_only=lora),
+        weights=engine.weights(left_out=frozen_names(engine.module) if lora else ()),
         fragments=fragments if average is None else average.add_tensors(fragments),
         client_state={"smoothed_loss": 0.5, "names": ["a", "b"]},
     )
@@ -326,6 +327,6 @@ def _resumed_step(mesh: ProcessMesh, save_root: Path) -> int:
 def test_a_rank_killed_in_a_save_leaves_the_earlier_checkpoint(
     rank_pool: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(RankFailure):
+    with pytest.raises(FailedOnRank):
         rank_pool(2)(_killed_in_a_save, tmp_path)
     assert rank_pool(2)(_resumed_step, tmp_path) == [1, 1]

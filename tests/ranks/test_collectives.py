@@ -13,7 +13,7 @@ from sat_train.distributed.collectives import (
 )
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import DataError, SatTrainError
-from tests.ranks.pool import RankFailure
+from sat_train.testing.pool import FailedOnRank
 
 pytestmark = pytest.mark.ranks
 
@@ -63,6 +63,6 @@ def _fail_on_one(mesh: ProcessMesh) -> None:
 
 
 def test_the_pool_reports_a_failing_rank_and_lives_on(rank_pool):
-    with pytest.raises(RankFailure, match="this rank is broken"):
+    with pytest.raises(FailedOnRank, match="this rank is broken"):
         rank_pool(2)(_fail_on_one)
     assert len(rank_pool(2)(_place)) == 2

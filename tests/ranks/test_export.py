@@ -19,6 +19,7 @@ from sat_train.interchange.locate import load_weights, read_transformer_weights
 from sat_train.interchange.sources import hash_weights
 from sat_train.models.adapter import adapter_state_dict
 from sat_train.models.loaded_adapters import load_updates
+from tests.ranks.toy import frozen_names
 
 pytestmark = pytest.mark.ranks
 
@@ -67,7 +68,7 @@ def _train_and_save(
     save_training_checkpoint(
         mesh,
         state=RunState(
-            weights=engine.weights(trained_only=has_lora),
+            weights=engine.weights(left_out=frozen_names(engine.module) if has_lora else ()),
             fragments=average.add_tensors(engine.fragments()),
             client_state={},
         ),

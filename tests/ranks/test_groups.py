@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from sat_train.distributed.processes import ProcessMesh
-from tests.ranks.pool import TIMEOUT_MINUTES
+from sat_train.testing.pool import TIMEOUT_MINUTES
 from tests.ranks.toy import build_toy, toy_run
 
 pytestmark = pytest.mark.ranks

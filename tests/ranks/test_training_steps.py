@@ -6,7 +6,7 @@ import torch
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import TrainingError
-from tests.ranks.pool import RankFailure
+from sat_train.testing.pool import FailedOnRank
 from tests.ranks.toy import build_toy, toy_run
 
 pytestmark = pytest.mark.ranks
@@ -136,5 +136,5 @@ def _build_fp16(mesh: ProcessMesh) -> None:
 
 
 def test_what_cannot_work_is_refused_at_once(rank_pool):
-    with pytest.raises(RankFailure, match=r"2 faults(.|\n)*args.zero_stage = 0(.|\n)*args.fp16 = true"):
+    with pytest.raises(FailedOnRank, match=r"2 faults(.|\n)*args.zero_stage = 0(.|\n)*args.fp16 = true"):
         rank_pool(1)(_build_fp16)

@@ -115,4 +115,9 @@ def build_toy(
     return engine, train_step, stop_request
 
 
+def frozen_names(module: nn.Module) -> set[str]:
+    """Returns the names of the frozen parameters."""
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+
 CONSTANT = LearningRate(peak=1e-2, warmup_steps=0, style="constant", decay_end=100, floor_ratio=0.0)

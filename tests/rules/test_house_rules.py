@@ -206,7 +206,7 @@ def test_the_step_path_of_the_design_is_that_of_the_code() -> None:
 
 
 def test_nobody_looks_up_a_free_port_and_lets_it_go() -> None:
-    """Another process may take it before ours listens: `tests.ports.HeldPort` keeps it."""
-    home = ROOT / "tests" / "ports.py"
+    """Another process may take it before ours listens: `sat_train.testing.ports.HeldPort` keeps it."""
+    home = PACKAGE / "testing" / "ports.py"
     texts = {path: path.read_text(encoding="utf-8") for path in SOURCES if path != home}
     assert not [path for path, text in texts.items() if re.search(r"\.bind\(\(.*, 0\)\)", text)]

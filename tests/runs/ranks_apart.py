@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sat_train.testing.ports import HeldPort
 from tests.forks import ForkedCommand, start_python
-from tests.ports import HeldPort
 
 # What a rank does once the ranks have met; `argv[1]` is a body of Python.
 WORK = """

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from tests.ports import HeldPort
+from sat_train.testing.ports import HeldPort
 
 
 def test_a_held_port_is_refused_to_others_and_taken_by_the_store() -> None:

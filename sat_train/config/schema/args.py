@@ -144,6 +144,10 @@ class ArgsConfig(Record):
         min_length=1,
         description="Factor on the adapters of `load_lora`: one for each, or one for all; 1 is as trained.",
     )
+    load_modules: Texts | None = Field(
+        None,
+        description="Weights of network modules on top of `load`: files that `convert --to modules` wrote.",
+    )
     resume: Text = Field(
         "none",
         description="auto: resume the newest run of this name, or start. must: resume. none. A path.",

@@ -68,7 +68,7 @@ def test_a_base_that_has_moved_is_named_by_the_run_and_found_by_its_hash(
     run = lora_run(mesh, tmp_path, base)
     expected = merged(run, tmp_path / "before")
     moved = base.rename(tmp_path / "moved.safetensors")
-    message = rf"(?s){run}/5 is a LoRA run with the base {base} .*no such file.*--load-base"
+    message = rf"(?s){run}/5 was trained on the base {base} .*no such file.*--load-base"
     for use in (lambda: merged(run, tmp_path / "x"), lambda: read_transformer_weights(run)):
         with pytest.raises(CheckpointError, match=message):
             use()
@@ -76,7 +76,7 @@ def test_a_base_that_has_moved_is_named_by_the_run_and_found_by_its_hash(
     with pytest.raises(CheckpointError, match="but other weights were given"):
         locate_weights(run, load_base=ASSETS / "tiny" / "dit.safetensors")
     save_file(random_weights(seed=9), base)
-    with pytest.raises(CheckpointError, match=f"with the base {base} .*which has changed"):
+    with pytest.raises(CheckpointError, match=f"on the base {base} .*which has changed"):
         read_transformer_weights(run)
 
 

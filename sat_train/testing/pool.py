@@ -1,4 +1,4 @@
-"""Living rank processes: starting engines and groups costs seconds, so tests share the processes."""
+"""Living rank processes: starting processes and importing torch costs seconds, so runs share them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,28 @@ import traceback
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, cast
 
-from tests.forks import start_fork
-from tests.ports import HeldPort
+from sat_train.testing.ports import HeldPort
 
 TIMEOUT_MINUTES = 2  # of collectives; neither gloo's own default nor NCCL's
 _GRACE_S = 5  # how long the others may take to fail too once one rank has failed
+
+
+def start_process(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """Starts a process that calls a module-level function: a fork of one that has imported what ranks need.
+
+    Under a script, not under pytest, the caller's code needs `if __name__ == "__main__"`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sat_train.training.build"])
+    process = context.Process(target=function, args=args, daemon=False)
+    process.start()
+    return process
+
+
+StartProcess = Callable[..., BaseProcess]
 
 
 def _serve(connection: Connection) -> None:
@@ -65,7 +80,7 @@ def _destroy_engines() -> None:
     gc.collect()
 
 
-class RankFailure(AssertionError):
+class FailedOnRank(AssertionError):
     """A function raised on a rank; carries that rank's traceback."""
 
 
@@ -73,9 +88,13 @@ class RankPool:
     """Runs functions on gloo ranks. Processes start when first needed and live until `close`.
 
     Each world size has its own: ZeRO-3 counts modules from the start of the process and compares the ranks.
+
+    Args:
+        start: Starts a process that calls a module-level function with an argument.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: StartProcess = start_process) -> None:
+        self._start_process = start
         self._worlds: dict[int, list[tuple[Any, Connection]]] = {}
 
     def run(
@@ -92,7 +111,7 @@ class RankPool:
             function: A module-level function; it, its arguments and its result are pickled.
 
         Raises:
-            RankFailure: With the traceback of the first rank that raised. The next call starts new processes.
+            FailedOnRank: With the traceback of the first rank that raised; the next call starts new ones.
         """
         ranks = self._worlds.get(world_size) or self._start(world_size)
         with HeldPort() as port:
@@ -102,7 +121,7 @@ class RankPool:
         if failure or len(results) < world_size:
             self._end(world_size)
             missing = sorted(set(range(world_size)) - set(results))
-            raise RankFailure(failure or f"ranks {missing} did not answer")
+            raise FailedOnRank(failure or f"ranks {missing} did not answer")
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
@@ -114,7 +133,7 @@ class RankPool:
         ranks = self._worlds[world_size] = []
         for _ in range(world_size):
             ours, theirs = multiprocessing.Pipe()
-            process = start_fork(_serve, theirs)  # the end of the pipe ends it
+            process = self._start_process(_serve, theirs)  # the end of the pipe ends it
             theirs.close()
             ranks.append((process, ours))
         return ranks
@@ -133,8 +152,8 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> tuple[dict
     while len(results) < len(ranks) and time.monotonic() < deadline:
         waiting = {connection: rank for rank, (_, connection) in enumerate(ranks) if rank not in results}
         for ready in wait(list(waiting), timeout=0.2):
-            rank = waiting[ready]
-            results[rank], problem = _receive(rank, ready)
+            rank = waiting[cast(Connection, ready)]
+            results[rank], problem = _receive(rank, ranks[rank][1])
             if problem and not failure:
                 failure = problem
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
