@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.data.buckets import SampleSpec
-from sat_train.data.build import build_sample_spec, build_train_loader
+from sat_train.data.build import build_field_readers, build_sample_spec, build_train_loader
+from sat_train.data.fields.reader import FieldReader
 from sat_train.data.inspect import MAX_WINDOWS, SetReport, inspect_clips
+from sat_train.data.preview import join_videos, show_sample
 from sat_train.data.report import render_page
 from sat_train.data.sources.read import build_source_options, read_source
 from sat_train.data.sources.records import ClipSource
@@ -84,11 +86,11 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _inspect(config: RunConfig, output: Path, num_processes: int, max_windows: int | None) -> int:
-    spec = build_sample_spec(config)
+    spec, readers = build_sample_spec(config), build_field_readers(config)
     reports = []
     for path in dict.fromkeys((*(config.args.train_data or ()), *(config.args.valid_data or ()))):
         source = read_source(path, build_source_options(config.require_data()))
-        report = _report(config, source, spec, num_processes, max_windows)
+        report = _report(config, source, spec, readers, num_processes, max_windows)
         reports.append(report)
         _show("".join(f"{name:<13} {value}\n" for name, value in report.lines()))
     page = output / "index.html"
@@ -106,7 +108,12 @@ def _show(text: str) -> None:
 
 
 def _report(
-    config: RunConfig, source: ClipSource, spec: SampleSpec, num_processes: int, max_windows: int | None
+    config: RunConfig,
+    source: ClipSource,
+    spec: SampleSpec,
+    readers: Mapping[str, FieldReader],
+    num_processes: int,
+    max_windows: int | None,
 ) -> SetReport:
     columns = (TextColumn("inspecting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -114,6 +121,7 @@ def _report(
         clips = inspect_clips(
             source.records,
             spec,
+            readers,
             num_processes=num_processes,
             max_windows=max_windows,
             timeout_s=config.require_data().worker_timeout_s,
@@ -131,6 +139,7 @@ def _report(
         text.max_length,
         (*source.notes, *([source.left_out()] if source.faults else [])),
         text.model_dir,
+        {name: reader.params.kind for name, reader in readers.items()},
     )
 
 
@@ -148,14 +157,16 @@ def _long_captions(source: ClipSource, folder: Path, max_length: int) -> tuple[t
 def _preview(config: RunConfig, output: Path, count: int) -> int:
     loader = build_train_loader(config, start_single_process())
     samples = [loader.dataset[index].sample for index in range(count)]
-    for sample in samples:
+    shown = [show_sample(sample, loader.dataset.fields) for sample in samples]
+    for sample, videos in zip(samples, shown, strict=True):
         path, video = output / f"{sample.sample_index:04d}.mp4", sample.video_tchw
-        write_mp4(path, video, fps=config.require_data().params.fps)
+        write_mp4(path, join_videos([each for _, each in videos]), fps=config.require_data().params.fps)
         times = f"{sample.times[0]:.2f} to {sample.times[-1]:.2f} s"
         shape = "x".join(str(side) for side in (len(video), *video.shape[-2:]))
         _show(f"{path}  {shape}  {sample.clip_id}  {times}  {sample.caption}")
+    rows = [row for videos in shown for row in videos]
     write_contact_sheet(
-        output / "contact_sheet.png", [s.video_tchw for s in samples], [s.caption for s in samples]
+        output / "contact_sheet.png", [video for _, video in rows], [title for title, _ in rows]
     )
     _show(f"wrote {output / 'contact_sheet.png'}")
     return 0

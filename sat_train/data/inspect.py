@@ -6,10 +6,11 @@ import hashlib
 import io
 import math
 import statistics
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from sat_train.data.clips.clip_file import ClipInfo, open_part
 from sat_train.data.clips.frames import FrameReader, open_frames
 from sat_train.data.clips.resize import CoverCrop, cover_crop
 from sat_train.data.dataset import naming_image
+from sat_train.data.fields.reader import FieldReader, SampleGeometry, naming_field, read_fields
 from sat_train.data.sources.records import ClipRecord, name_some
 from sat_train.data.window import count_windows, split_chunks, usable_part
 
@@ -44,6 +46,8 @@ class ClipFacts:
         problem: Reason why it cannot be used; None if it can.
         content_key: Key of its contents: size, beginning and end of the file.
         thumbnail: Its middle frame as a JPEG file; empty if there is none.
+        fields: A few words about each of its fields.
+        bad_field: The field for which it cannot be used; empty if it is not for a field.
     """
 
     record: ClipRecord
@@ -54,22 +58,26 @@ class ClipFacts:
     problem: BadClip | None = None
     content_key: str = ""
     thumbnail: bytes = b""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    bad_field: str = ""
 
 
 def inspect_clips(
     records: Sequence[ClipRecord],
     spec: SampleSpec,
+    readers: Mapping[str, FieldReader] | None = None,
     *,
     num_processes: int,
     max_windows: int | None = MAX_WINDOWS,
     timeout_s: float | None = None,
     on_clip: Callable[[], None] = lambda: None,
 ) -> list[ClipFacts]:
-    """Reads headers, windows and images of clips with the functions that training uses.
+    """Reads headers, windows, fields and images of clips with the functions that training uses.
 
     Args:
         records: The clips.
         spec: Shape and rate of the samples.
+        readers: Readers of the fields, by name.
         num_processes: Clips to read in parallel.
         max_windows: Windows to decode per clip, spread over it; None: all.
         timeout_s: Time after which a window is abandoned.
@@ -77,7 +85,7 @@ def inspect_clips(
     """
     results = look_into_clips(
         records,
-        lambda record: Inspection(record, spec, max_windows, timeout_s).run(),
+        lambda record: Inspection(record, spec, max_windows, timeout_s, readers or {}).run(),
         num_processes=num_processes,
         timeout_s=timeout_s and timeout_s * ((max_windows or _MANY_WINDOWS) + 2),
         on_clip=on_clip,
@@ -96,13 +104,19 @@ class Inspection:
         spec: Shape and rate of the samples.
         max_windows: Windows to decode; None: all.
         timeout_s: Time limit of one window.
+        readers: Readers of the fields, by name.
     """
 
     def __init__(
-        self, record: ClipRecord, spec: SampleSpec, max_windows: int | None, timeout_s: float | None
+        self,
+        record: ClipRecord,
+        spec: SampleSpec,
+        max_windows: int | None,
+        timeout_s: float | None,
+        readers: Mapping[str, FieldReader],
     ) -> None:
         self._spec, self._max_windows = spec, max_windows
-        self._timeout_s = timeout_s
+        self._timeout_s, self._readers = timeout_s, readers
         self._facts = ClipFacts(record)
 
     def run(self) -> ClipFacts:
@@ -110,6 +124,7 @@ class Inspection:
         try:
             with one_clip():
                 self._look()
+                self._describe_fields()
                 self._read_windows()
                 self._read_image()
         except BadClip as error:
@@ -153,10 +168,47 @@ class Inspection:
         first, last = usable_part(facts.info, facts.record, spec.skip_frms_num)
         frames = min(spec.shapes[facts.bucket].frames, spec.available(facts.info, facts.record))
         parts = split_chunks(first=first, last=last, count=facts.windows)
+        total = spec.shapes[facts.bucket].frames
+        crop = self._crop(facts.bucket, facts.info.shown_size)
         for number, part in enumerate(_spread_over(parts, self._max_windows), 1):
+            deadline = self._timeout_s and time.monotonic() + self._timeout_s
             with self._open() as reader:
-                reader.read([part[0] + i / spec.fps for i in range(frames)], _small)
+                times = reader.read([part[0] + i / spec.fps for i in range(frames)], _small).times
+                self._read_fields(
+                    SampleGeometry(times, total, crop, spec.max_upscale, reader.number_at, deadline)
+                )
             self._learn(decoded=number)
+
+    def _describe_fields(self) -> None:
+        """Finds out what the fields are.
+
+        Raises:
+            BadClip: One cannot be read.
+        """
+        record = self._facts.record
+        for name, place in record.fields.items():
+            with self._blaming(name), naming_field(name, place):
+                about = self._readers[name].describe(place)
+            self._learn(fields={**self._facts.fields, name: about})
+
+    def _read_fields(self, geometry: SampleGeometry) -> None:
+        """Reads the fields of a window.
+
+        Raises:
+            BadClip: One of them does not give its value.
+        """
+        for name, reader in self._readers.items():
+            with self._blaming(name):
+                read_fields({name: reader}, self._facts.record.fields, geometry)
+
+    @contextmanager
+    def _blaming(self, name: str) -> Iterator[None]:
+        """Remembers the field for which the clip cannot be used."""
+        try:
+            yield
+        except BadClip:
+            self._learn(bad_field=name)
+            raise
 
     def _read_image(self) -> None:
         """Reads the image that conditions the clip, if the model takes one.
@@ -242,6 +294,7 @@ class SetReport:
         max_tokens: Largest number of tokens for the text encoder.
         notes: Notes on the files; see `ClipSource`.
         tokenizer: The text encoder's folder, with the tokenizer.
+        fields: Kinds of the fields, by name.
     """
 
     name: str
@@ -253,6 +306,7 @@ class SetReport:
     max_tokens: int
     notes: tuple[str, ...] = ()
     tokenizer: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
 
     def readable(self) -> list[ClipFacts]:
         return [clip for clip in self.clips if clip.info is not None]
@@ -303,6 +357,8 @@ class SetReport:
                 "long captions",
                 f"{len(self.long_captions)} have more than the {self.max_tokens} tokens{whose}",
             )
+        for name, kind in self.fields.items():
+            yield f"field {name}", self._about_field(name, kind)
         for cause, clips in self.problems().items():
             yield cause, f"{len(clips)}: {', '.join(clip.record.clip_id for clip in clips[:5])}"
         repeated = self.duplicates()
@@ -313,6 +369,14 @@ class SetReport:
             yield "not clips", ", ".join(f"{count} {suffix}" for suffix, count in self.ignored)
         for note in self.notes:
             yield "note", note
+
+    def _about_field(self, name: str, kind: str) -> str:
+        """Counts what the clips have under a field, and names those that cannot be used for it."""
+        found = Counter(clip.fields[name] for clip in self.clips if name in clip.fields)
+        bad = [clip for clip in self.clips if clip.bad_field == name]
+        faults = (f"{clip.record.clip_id} ({clip.problem})" for clip in bad)
+        about = f"{kind}: {_most(found) or 'none can be read'}"
+        return f"{about}; {len(bad)} clips fail for it: {name_some(faults, limit=5)}" if bad else about
 
     def _distinct(self) -> int:
         return len({caption for clip in self.clips for caption in clip.record.captions})

@@ -85,13 +85,13 @@ class PerFrameField(NumbersField):
         before = geometry.number_at(begins) if begins else 0
         return max(0, geometry.number_at(moment) - before)
 
-    def view(self, value: Tensor, video_tchw: Tensor) -> Tensor | None:
+    def views(self, value: Tensor, video_tchw: Tensor) -> tuple[Tensor, ...]:
         """Returns the clip with its points, if these are points in the sample's picture."""
         if self.params.space != "points":
-            return None
+            return ()
         points_tnc = value.flatten(1, -2) if value.dim() > 2 else value[:, None]
         middle = 0.5 if self.params.origin == "center" else 0.0
-        return _drawn(points_tnc[..., :2] + middle, video_tchw)
+        return (_drawn(points_tnc[..., :2] + middle, video_tchw),)
 
 
 class ArrayField(NumbersField):

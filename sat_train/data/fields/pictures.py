@@ -34,9 +34,9 @@ class VideoField(PictureField):
         """Returns its frames at the clip's own times, uint8 [t, 3, h, w]."""
         return to_tensor(_aligned_frames(place.files[0], place, geometry))
 
-    def view(self, value: Tensor, video_tchw: Tensor) -> Tensor:
+    def views(self, value: Tensor, video_tchw: Tensor) -> tuple[Tensor, ...]:
         """Returns the field itself."""
-        return value
+        return (value,)
 
 
 class MaskField(PictureField):
@@ -49,10 +49,10 @@ class MaskField(PictureField):
         inside = (grey_thw >= self.params.threshold) != self.params.invert
         return torch.from_numpy(inside.astype(np.uint8))[:, None]
 
-    def view(self, value: Tensor, video_tchw: Tensor) -> Tensor:
+    def views(self, value: Tensor, video_tchw: Tensor) -> tuple[Tensor, ...]:
         """Returns the clip, red inside."""
         tint = torch.tensor(_TINT, dtype=torch.uint8).view(3, 1, 1)
-        return torch.where(value.bool(), video_tchw // 2 + tint // 2, video_tchw)
+        return (torch.where(value.bool(), video_tchw // 2 + tint // 2, video_tchw),)
 
 
 class ImageField(PictureField):
@@ -69,9 +69,9 @@ class ImageField(PictureField):
         with open_frames(file.path, span=file.span, timeout_s=geometry.seconds_left()) as reader:
             return to_tensor(reader.read([reader.info.first], choose_crop).video_thwc)[0]
 
-    def view(self, value: Tensor, video_tchw: Tensor) -> Tensor:
-        """Returns it as one frame."""
-        return value[None]
+    def views(self, value: Tensor, video_tchw: Tensor) -> tuple[Tensor, ...]:
+        """Returns it, still."""
+        return (value.expand_as(video_tchw),)
 
 
 class PairField(PictureField):
@@ -81,9 +81,9 @@ class PairField(PictureField):
         """Returns their frames at the clip's own times, uint8 [n, t, 3, h, w]."""
         return torch.stack([to_tensor(_aligned_frames(file, place, geometry)) for file in place.files])
 
-    def view(self, value: Tensor, video_tchw: Tensor) -> Tensor:
-        """Returns the videos one after another."""
-        return value.flatten(0, 1)
+    def views(self, value: Tensor, video_tchw: Tensor) -> tuple[Tensor, ...]:
+        """Returns the videos."""
+        return tuple(value)
 
 
 def to_tensor(video_thwc: np.ndarray) -> Tensor:

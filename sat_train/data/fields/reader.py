@@ -116,14 +116,14 @@ class FieldReader:
         """
         return ""
 
-    def view(self, value: Any, video_tchw: Tensor) -> Tensor | None:
-        """Returns frames for `data preview` that show the value, uint8 [t, 3, h, w]; None: it has none.
+    def views(self, value: Any, video_tchw: Tensor) -> tuple[Tensor, ...]:
+        """Returns videos for `data preview` that show the value, each uint8 [t, 3, h, w]; empty: none can.
 
         Args:
             value: From `read`.
             video_tchw: The clip's frames.
         """
-        return None
+        return ()
 
 
 def repeat_last(values: np.ndarray, total: int) -> np.ndarray:

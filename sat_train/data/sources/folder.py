@@ -71,13 +71,12 @@ def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSou
         except DataError as error:
             faults.append((_shown(pair.clip), error.problem))
     listing.check_links()
-    fields = " and fields" if options.fields else ""
     check_faults(
         faults,
-        f"{root}: {len(faults)} of {len(pairs)} clips have no usable name and caption{fields}",
+        f"{root}: {len(faults)} of {len(pairs)} clips have no usable {_wanted(options)}",
         allowed=options.max_bad_fraction * len(pairs),
-        expected=f"one caption in UTF-8{fields} for each clip",
-        remedy=f"write the captions, or move these clips away{lists.hint()}{_frames_hint(files)}",
+        remedy=f"write the captions, or move these clips away{lists.hint()}{_frames_hint(files)}"
+        f"{_fields_hint(place, files.clips)}",
     )
     if not records:
         raise DataError(f"{root}: no clip of this folder can be used", expected="clips with captions")
@@ -154,6 +153,19 @@ def _frames_hint(files: Found) -> str:
     if not frames:
         return ""
     return f". Folders of frames ({frames[0].name}, ...) are not read: make a video file of each"
+
+
+def _wanted(options: SourceOptions) -> str:
+    return "name, caption and fields" if options.fields else "name and caption"
+
+
+def _fields_hint(root: Path, clips: Sequence[Path]) -> str:
+    """Returns a hint that folders next to `videos` hold fields, if there are some."""
+    folders = dict.fromkeys(path.relative_to(root).parts[0] for path in clips if path.parent != root)
+    others = [name for name in folders if name != "videos"]
+    if "videos" not in folders or not others:
+        return ""
+    return f". Folders next to videos/ ({name_some(others)}) hold fields if data.fields names them"
 
 
 def _numbered(paths: Iterable[Path]) -> list[Path]:
