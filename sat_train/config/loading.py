@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from sat_train.config.aliases import fold_aliases, get_value
+from sat_train.config.batch_keys import translate_batch_keys
 from sat_train.config.extensions import KEY, Extensions, load_extensions
 from sat_train.config.fixed_keys import drop_fixed_keys
 from sat_train.config.layers import (
@@ -98,6 +99,7 @@ def load_run_config(
 def _settle(merged: Merged, faults: list[Fault]) -> None:
     """Resolves other spellings and references in the tree, and fills in the paths found next to weights."""
     translate_trained_names(merged, faults)
+    translate_batch_keys(merged, faults)
     answer_fork_keys(merged, faults)
     drop_fixed_keys(merged, faults)
     fold_aliases(merged, faults)

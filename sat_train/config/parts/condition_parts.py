@@ -175,3 +175,15 @@ class PreferencePairsParams(ConditionParams):
     adds_rows = True
 
     field: Annotated[FieldName, Kinds("pair")] = Field("losers", description="The videos.")
+
+
+@part("condition", "FieldValues", build="sat_train.encoding.conditions.field_values:FieldValues")
+class FieldValuesParams(ConditionParams):
+    """The numbers of a field as they are, a named tensor for modules: SAT's `batch2model_keys`."""
+
+    field: Annotated[FieldName, Kinds("per_frame", "array")] = Field(description="The numbers.")
+    frames: Literal["pixel", "mean", "last", "stack"] = Field(
+        "pixel",
+        description="Rows of a `per_frame` field. pixel: one for each frame. Others: one a latent frame, "
+        "the mean or the last of its frames, or a stack of them.",
+    )

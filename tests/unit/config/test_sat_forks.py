@@ -20,6 +20,7 @@ FORKS = {
           not_trainable_prefixes: [ref_model]
           train_prefix: {ref_model: [attention], model: [face, attention]}
           ref_net_path: weights/transformer
+          loss_fn_config: {params: {batch2model_keys: [audio_emb, face_emb]}}
           ref_network_config: {target: ref_dit_video_concat.DiffusionTransformer, params: {num_layers: 42}}
           network_config:
             params:
@@ -127,3 +128,28 @@ def test_what_is_understood_is_noted_and_loads(load: Load) -> None:
 def test_what_is_none_is_refused(load: Load, text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         load(text)
+
+
+FIELDS = "data: {fields: {sound: {kind: per_frame}, pose: {kind: video}, note: {kind: text}}}\n"
+LOSS = "model: {{loss_fn_config: {{params: {{batch2model_keys: {}}}}}}}"
+
+
+def test_keys_from_batch_to_model_are_conditions_that_give_the_same_names(load: Load) -> None:
+    config = load(FIELDS + LOSS.format("[sound, pose]"))
+    made = {name: (each.target, each.params.field) for name, each in config.model.conditions.items()}
+    assert made == {"sound": ("FieldValues", "sound"), "pose": ("ControlVideo", "pose")}
+    assert config.model.conditions["pose"].params.into == "extras"
+    assert any("batch2model_keys (model.conditions.sound, model.conditions.pose)" in n for n in config.notes)
+    one = load(FIELDS + LOSS.format("sound") + "\n")
+    assert list(one.model.conditions) == ["sound"]
+    mine = (
+        "args.seed=1",
+        "model.conditions.sound={target: FieldValues, params: {field: sound, frames: stack}}",
+    )
+    assert load(FIELDS + LOSS.format("[sound]"), *mine).model.conditions["sound"].params.frames == "stack"
+
+
+@pytest.mark.parametrize("names", ["[note]", "[audio]", "{audio: 1}", "[1]"])
+def test_keys_that_no_field_and_no_condition_gives_are_refused(load: Load, names: str) -> None:
+    with pytest.raises(ConfigError, match=r"batch2model_keys = .*expected names of values that modules read"):
+        load(FIELDS + LOSS.format(names))

@@ -294,3 +294,14 @@ def test_a_prompt_without_the_field_is_refused_by_name():
     bench = Bench("cogvideox_tiny", "ControlVideo")
     with pytest.raises(SatTrainError, match="'own': this sample has no field 'control'"):
         bench.encode(replace(make_sample(), fields={}))
+
+
+@pytest.mark.parametrize(("frames", "rows"), [("pixel", FRAMES), ("last", 3), ("stack", 3)])
+def test_the_numbers_of_a_field_reach_modules_under_the_condition_s_name(frames, rows):
+    bench, sample = Bench("cogvideox_tiny", "FieldValues", field="poses", frames=frames), make_sample()
+    (given,) = bench.inputs(sample).extras.values()
+    assert list(bench.inputs(sample).extras) == ["own"]
+    assert given.shape == (1, rows, *([4] if frames == "stack" else []), 3, 4)
+    last = given[0, -1, -1] if frames == "stack" else given[0, -1]
+    assert torch.equal(last, sample.fields["poses"][-1])
+    assert not bench.inputs(sample, drop=True).extras["own"].any()
