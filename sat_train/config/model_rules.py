@@ -310,12 +310,13 @@ def loss_terms_have_what_they_need(config: ParsedConfig) -> Iterator[Fault]:
     for name, term in terms.items():
         path = f"model.loss_terms.{name}"
         if (name == DIFFUSION) != (term.target == DIFFUSION_TERM):
-            others = ", ".join(set(LossTermConfig.records()) - {DIFFUSION_TERM}) or "one of an extension"
+            others = ", ".join(name for name in LossTermConfig.records() if name != DIFFUSION_TERM)
             expected = DIFFUSION_TERM if name == DIFFUSION else f"a term besides {DIFFUSION}: {others}"
             yield config.fault(f"{path}.target", term.target, expected)
+            continue
         if term.params.needs_reference and config.spec.adapter is None:
-            expected = f"{_NETWORK}.modules.lora_config: the reference is the model without its adapters"
-            yield config.fault(f"{path}.target", term.target, expected)
+            expected = f"adapters: the reference of {path}, {term.target}, is the model without them"
+            yield config.fault(f"{_NETWORK}.modules.lora_config", None, expected)
         if term.params.needs_pairs and not gives_pairs:
             expected = "a condition of pairs in model.conditions, such as PreferencePairs"
             yield config.fault(f"{path}.target", term.target, expected)

@@ -74,8 +74,12 @@ def build_models(
     """
     dit = build_trained_dit(config, mesh, start)
     encoders = encoders or build_encoders(config, mesh.device)
+    decoding = [name for name, term in config.spec.loss_terms.items() if term.params.decodes]
     if with_encoders:
         encoders.load()
+    elif decoding:
+        log.info("the VAE is loaded for the loss term %s, which decodes", ", ".join(decoding))
+        encoders.load(text=False)
     return build_pipeline(config, dit=dit, encoders=encoders)
 
 

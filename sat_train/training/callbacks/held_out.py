@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from sat_train.encoding.encode import Encode
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch
 from sat_train.engine.engine import TrainEngine
 from sat_train.log import get_logger
+from sat_train.objective.training_inputs import LossOutput
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.condition_probe import gives_inputs, variants
 from sat_train.training.callbacks.validation_loss import ClipNumbers, Measured, measure_clips
@@ -26,7 +28,7 @@ from sat_train.training.loop.metrics import ValidationMetrics
 
 log = get_logger(__name__)
 
-_LOSS = "loss"
+_LOSS, _TERM = "loss", "term."
 _Pair = tuple[LoadedBatch, LoadedBatch | None]
 
 
@@ -85,7 +87,8 @@ class HeldOutClips:
         )
         if tables is None:
             return None
-        return ValidationMetrics(step, tables[_LOSS], conditions=_by_condition(tables))
+        terms = {name.removeprefix(_TERM): table for name, table in tables.items() if name.startswith(_TERM)}
+        return ValidationMetrics(step, tables[_LOSS], conditions=_by_condition(tables), terms=terms)
 
     def _pairs(self, *, with_report: bool) -> Iterable[_Pair]:
         """Yields the batches, with the batches of their partners where these are needed."""
@@ -96,13 +99,21 @@ class HeldOutClips:
     def _measure_batch(self, pair: _Pair) -> Measured:
         loaded, partners = pair
         batch = self._encode(loaded)  # once for all timesteps
-        tables = {_LOSS: ClipNumbers(self._timesteps, self._losses(batch, self._timesteps))}
+        tables = self._measure_terms(batch)
         if partners is not None:
             batch = batch.to(self._pipeline.device)
             has_other = [a != b for a, b in zip(batch.sample_indices, partners.sample_indices, strict=True)]
             for condition in self._reported(batch):
                 tables |= self._replaced(batch, condition, partners, has_other)
         return Measured(loaded.clip_ids, loaded.sample_indices, tables)
+
+    def _measure_terms(self, batch: EncodedBatch) -> dict[str, ClipNumbers]:
+        """Measures the loss at each timestep and, where it has several, its terms."""
+        outputs = self._outputs(batch, self._timesteps, with_terms=True)
+        columns = {_LOSS: [output.loss_b for output in outputs]}
+        if len(self._pipeline.terms) > 1:
+            columns |= {f"{_TERM}{name}": [o.terms[name] for o in outputs] for name in self._pipeline.terms}
+        return {name: ClipNumbers(self._timesteps, torch.stack(c, dim=1)) for name, c in columns.items()}
 
     def _reported(self, batch: EncodedBatch) -> Sequence[Condition]:
         """Returns the conditions to report on: those that give the network anything."""
@@ -127,14 +138,18 @@ class HeldOutClips:
 
     def _losses(self, batch: EncodedBatch, timesteps: Sequence[int]) -> Tensor:
         """Returns the loss of each clip at each timestep, [b, timesteps]."""
+        outputs = self._outputs(batch, timesteps, with_terms=False)
+        return torch.stack([output.loss_b for output in outputs], dim=1)
+
+    def _outputs(
+        self, batch: EncodedBatch, timesteps: Sequence[int], *, with_terms: bool
+    ) -> list[LossOutput]:
         size = len(batch.sample_indices)
-        at_timesteps = (
-            self._pipeline.validation_loss(
-                batch, timesteps_b=torch.full((size,), timestep), network=self._engine
-            )
+        measure = functools.partial(self._pipeline.validation_loss, batch, network=self._engine)
+        return [
+            measure(timesteps_b=torch.full((size,), timestep), with_terms=with_terms)
             for timestep in timesteps
-        )
-        return torch.stack([losses.loss_b for losses in at_timesteps], dim=1)
+        ]
 
 
 def _key(condition: str, variant: str) -> str:

@@ -13,6 +13,8 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.objective.training_inputs import LossOutput
 from sat_train.training.loop.callback import Callback, Training
 
+TERM = "loss/"  # in front of the name of a term among the metrics
+
 
 class LossTerms(Callback):
     """Adds to the metrics each term of a step's loss, without its weight: `loss/diffusion`, `loss/NAME`.
@@ -37,4 +39,4 @@ class LossTerms(Callback):
         """Returns the terms of this step. Ranks: all."""
         own = torch.stack(list(self._step)).mean(0)
         means = (sum_over_data(self._mesh, own) / self._mesh.data_size).tolist()
-        return {f"loss/{name}": mean for name, mean in zip(self._names, means, strict=True)}
+        return {f"{TERM}{name}": mean for name, mean in zip(self._names, means, strict=True)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
 from sat_train.config.values import show_rate
 from sat_train.log import console, get_logger
 from sat_train.training.callbacks.bad_clip_count import BAD_CLIPS
+from sat_train.training.callbacks.loss_terms import TERM
 from sat_train.training.loop.callback import Callback, Training
 from sat_train.training.loop.clip_losses import Estimate
 from sat_train.training.loop.condition_losses import ConditionLosses
@@ -92,6 +93,7 @@ def describe_validation(metrics: ValidationMetrics, last: ValidationMetrics | No
     loss, clips = metrics.valid_loss, len(metrics.losses)
     limits = f" ({_loss(loss.low)} to {_loss(loss.high)})" if loss.has_interval else ""
     lines = [f"step {metrics.step}: validation loss {loss.mean:.5f}{limits} on {clips} clips"]
+    lines += _describe_terms({name: losses.mean().mean for name, losses in metrics.terms.items()})
     change = None if last is None else metrics.losses.minus(last.losses).mean()
     if last is not None and change is not None and change.has_interval:
         mean, low, high = map(_change, (change.mean, change.low, change.high))
@@ -141,7 +143,13 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
     if len(" ".join(filter(None, parts))) > _COLUMNS:
         parts.remove(lr)
         details.insert(0, lr)
-    return [*_wrapped(parts), *(_wrapped(details) if with_details else ())]
+    terms = {n.removeprefix(TERM): x for n, x in metrics.measured.items() if n.startswith(TERM)}
+    return [*_wrapped(parts), *_describe_terms(terms), *(_wrapped(details) if with_details else ())]
+
+
+def _describe_terms(terms: Mapping[str, float]) -> Iterator[str]:
+    """Yields lines on the terms of the loss, without their weights."""
+    return _wrapped(["  terms:", *(f"{name} {_loss(loss)}" for name, loss in terms.items())] if terms else [])
 
 
 def duration(seconds: float) -> str:

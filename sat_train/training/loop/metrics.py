@@ -52,11 +52,13 @@ class ValidationMetrics:
         step: Optimizer steps done.
         losses: Loss of each clip at each timestep.
         conditions: Losses with one condition replaced, of the conditions that are reported on.
+        terms: Each term of the training loss by name, without its weight; empty where there is only one.
     """
 
     step: int
     losses: ClipLosses
     conditions: tuple[ConditionLosses, ...] = ()
+    terms: Mapping[str, ClipLosses] = field(default_factory=dict)
 
     @cached_property
     def valid_loss(self) -> Estimate:
@@ -116,6 +118,7 @@ def as_json(metrics: NumberMetrics) -> dict[str, Any]:
             "valid_loss_by_timestep": {t: at.mean for t, at in by_timestep.items()},
             "valid_loss_interval_by_timestep": {t: [at.low, at.high] for t, at in by_timestep.items()},
             "valid_samples": len(metrics.losses),
+            **{f"valid_loss/{name}": term.mean().mean for name, term in metrics.terms.items()},
             **(
                 {"conditions": {each.name: each.as_json() for each in metrics.conditions}}
                 if metrics.conditions
@@ -138,6 +141,7 @@ def scalars(metrics: NumberMetrics) -> dict[str, float]:
         return {**norms, **ratios}
     estimates = {"loss": metrics.valid_loss}
     estimates |= {f"loss_at_{t}": loss for t, loss in metrics.valid_loss_by_timestep.items()}
+    estimates |= {f"loss/{name}": term.mean() for name, term in metrics.terms.items()}
     for condition in metrics.conditions:
         estimates |= {f"{condition.name}/true_minus_dropped": condition.over_dropped}
         if condition.over_shuffled is not None:

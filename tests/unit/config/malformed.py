@@ -124,6 +124,68 @@ CASES = [
         "model.loss_fn_config.params.sigma_sampler_config.params.mean",
         "within 6 std of the limits 0 and 1",
     ),
+    Case(
+        "clean frames that divide a patch",
+        "model: {network_config: {params: {patch_size: [2, 2, 2]}}, loss_fn_config: {params: "
+        "{sigma_sampler_config: {target: PrefixClean, params: {frames: 1}}}}}",
+        "model.loss_fn_config.params.sigma_sampler_config.params.frames",
+        "a multiple of 2",
+    ),
+    Case(
+        "loss term",
+        "model: {loss_terms: {hole: {target: MaskdError, params: {condition: x}}}}",
+        "model.loss_terms.hole.target",
+        "did you mean 'MaskedError'?",
+    ),
+    Case(
+        "loss term without a target",
+        "model: {loss_terms: {hole: {weight: 2}}}",
+        "model.loss_terms.hole.target",
+        "a term besides diffusion: MaskedError, Preference",
+    ),
+    Case(
+        "reserved loss term",
+        "model: {loss_terms: {diffusion: {target: Preference}}}",
+        "model.loss_terms.diffusion.target",
+        "Diffusion",
+    ),
+    Case(
+        "negative weight",
+        "model: {loss_terms: {diffusion: {weight: -1}}}",
+        "model.loss_terms.diffusion.weight",
+        "a number >= 0",
+    ),
+    Case(
+        "no weight left",
+        "model: {loss_terms: {diffusion: {weight: 0}}}",
+        "model.loss_terms.diffusion.weight",
+        "a term with a weight above 0",
+    ),
+    Case(
+        "mask of a condition that is not there",
+        "model: {loss_terms: {hole: {target: MaskedError, params: {condition: hole}}}}",
+        "model.loss_terms.hole.params.condition",
+        "model.conditions",
+    ),
+    Case(
+        "preference without adapters",
+        "data: {fields: {losers: {kind: pair}}}\n"
+        "model: {conditions: {pairs: {target: PreferencePairs}}, loss_terms: {better: {target: Preference}}}",
+        "model.network_config.params.modules.lora_config",
+        "adapters: the reference of model.loss_terms.better, Preference, is the model without them",
+    ),
+    Case(
+        "pairs that nothing compares",
+        "data: {fields: {losers: {kind: pair}}}\nmodel: {conditions: {pairs: {target: PreferencePairs}}}",
+        "model.loss_terms",
+        "a term that compares pairs, such as Preference",
+    ),
+    Case(
+        "noise law",
+        "model: {loss_fn_config: {params: {noise_config: {target: Norml}}}}",
+        "model.loss_fn_config.params.noise_config.target",
+        "did you mean 'Normal'?",
+    ),
     Case("lr style", "args: {lr_decay_style: cosin}", "args.lr_decay_style", "did you mean 'cosine'?"),
     Case(
         "lr style of SAT",
