@@ -14,6 +14,7 @@ import secrets
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from sat_train.errors import SatTrainError
 from sat_train.json_record import Count, JsonRecord, Sha256
 
 _CHUNK_BYTES = 16 * 1024 * 1024
+_HASHED_APART = 1024 * 1024  # bytes from which a piece is hashed in a second thread
 PART_SUFFIX = ".part"  # a file being written; one left behind by a kill may be deleted
 
 
@@ -151,26 +153,36 @@ class FileRecord(JsonRecord):
 class HashingFile:
     """A file that is written once, front to back; hashes its contents and keeps its first error.
 
-    `torch.save` writes through C++, where an exception from `write` causes a second one that hides it. So
-    `write` never raises, and `finish` does.
+    A large piece is hashed in a second thread while it is written. `torch.save` writes through C++, where an
+    exception from `write` causes a second one that hides it. So `write` never raises, and `finish` does.
     """
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
         self._digest = hashlib.sha256()
         self._error: OSError | None = None
+        self._hashing = ThreadPoolExecutor(1)
         self.size = 0
 
     def write(self, data: Any) -> int:
         count = memoryview(data).nbytes
-        if self._error is None:
+        if self._error is not None:
+            return count
+        self.size += count
+        if count < _HASHED_APART:
             self._digest.update(data)
-            self.size += count
-            try:
-                self._raw.write(data)
-            except OSError as error:
-                self._error = error
+            self._write(data)
+        else:  # both release the interpreter; the caller may reuse its buffer, so this waits for both
+            hashed = self._hashing.submit(self._digest.update, data)
+            self._write(data)
+            hashed.result()
         return count
+
+    def _write(self, data: Any) -> None:
+        try:
+            self._raw.write(data)
+        except OSError as error:
+            self._error = error
 
     def flush(self) -> None:
         """Does nothing: `finish` flushes and syncs."""
@@ -181,6 +193,7 @@ class HashingFile:
         Raises:
             OSError: The first error of any write, or of the sync.
         """
+        self._hashing.shutdown()
         if self._error is not None:
             raise self._error
         self._raw.flush()

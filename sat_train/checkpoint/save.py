@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+from torch.serialization import get_crc32_options, set_crc32_options
 
 import sat_train
 from sat_train.checkpoint.fragments import Fragment, pack_fragments
@@ -88,7 +90,23 @@ def _files(mesh: ProcessMesh, state: RunState) -> Iterator[tuple[str, Callable[[
 
 
 def _write_tensors(content: dict[str, Any], file: HashingFile) -> None:
-    torch.save(content, cast(IO[bytes], file))
+    with _saving_fast():
+        torch.save(content, cast(IO[bytes], file))
+
+
+@contextmanager
+def _saving_fast() -> Iterator[None]:
+    """Leaves out torch's checksum, as there is a SHA-256, and copies from the GPU through pinned memory."""
+    from torch.utils.serialization import config
+
+    checksums, pins = get_crc32_options(), config.save.use_pinned_memory_for_d2h
+    set_crc32_options(False)
+    config.save.use_pinned_memory_for_d2h = torch.cuda.is_available()
+    try:
+        yield
+    finally:
+        set_crc32_options(checksums)
+        config.save.use_pinned_memory_for_d2h = pins
 
 
 def _write_text(text: str, file: HashingFile) -> None:

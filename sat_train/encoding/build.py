@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +28,12 @@ from sat_train.errors import DataError
 from sat_train.interchange.locate import read_vae_weights
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.models.encoders import Encoders
-from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
 from sat_train.weights.names import check_names_and_shapes
+
+if TYPE_CHECKING:
+    from sat_train.models.text.t5 import T5TextEncoder
 
 # the value in diffusers' pipeline and CogVideo's sampling of CogVideoX1.5-I2V
 _OFS = 2.0
@@ -124,6 +126,8 @@ def build_encoders(
 
 def build_loaded_text_encoder(config: RunConfig, device: torch.device) -> T5TextEncoder:
     """Builds the text encoder with its weights."""
+    from sat_train.models.text.t5 import T5TextEncoder  # imports transformers, which a full cache saves
+
     text, dtype = config.spec.text, encoder_dtype(config.args)
     return T5TextEncoder.from_folder(text.model_dir, max_length=text.max_length, dtype=dtype, device=device)
 

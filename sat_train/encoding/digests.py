@@ -18,7 +18,7 @@ from sat_train.encoding.cache.key import EncoderDigests, digest
 from sat_train.errors import DataError
 from sat_train.interchange.sources import find_weights
 from sat_train.models.build import compute_dtype, encoder_dtype
-from sat_train.models.text.t5 import find_t5_folders
+from sat_train.models.text.t5_folder import find_t5_folders
 
 # Settings of the autoencoder that change its latents, besides its numbers.
 _WITH_EFFECT = {"encode_chunk_frames", "tiling", "tile_size", "tile_overlap"}

@@ -171,8 +171,7 @@ def _write_vae(folder: Path, model: ModelSpec) -> bool:
 def _link_text_encoder(folder: Path, model: ModelSpec) -> bool:
     """Links T5's files, 9 to 19 GB that are unchanged; copies them if the file system has no hard links."""
     # these import transformers
-    from sat_train.models.text.t5 import find_t5_folders
-    from sat_train.models.text.t5_folder import CONFIG, publishable_files, read_settings
+    from sat_train.models.text.t5_folder import CONFIG, find_t5_folders, publishable_files, read_settings
 
     path = Path(expand_assets(model.text.model_dir))
     try:

@@ -18,7 +18,7 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import EncodingStage, build_encoding
 from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
-from sat_train.models.text.t5 import count_tokens
+from sat_train.models.text.token_count import count_tokens
 
 log = get_logger(__name__)
 

@@ -17,17 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
+from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from sat_train.errors import CheckpointError
 from sat_train.files import reading
-from sat_train.models.text.t5_folder import check_tokenizer_files, read_config
+from sat_train.models.text.t5_folder import (
+    CONFIG,
+    LEAST_BYTES_OF_A_WEIGHT,
+    bytes_of_weights,
+    check_tokenizer_files,
+    find_t5_folders,
+    read_settings,
+)
 
-_TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 _ATTENTION = "sdpa"  # named, so that no configuration names one
 _ADAPTER = "adapter_config.json"
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
 class T5TextEncoder(nn.Module):
@@ -75,7 +80,7 @@ class T5TextEncoder(nn.Module):
         assert dtype in (torch.float32, torch.bfloat16), f"T5 in {dtype}: fp32 and bf16 only"
         weights_folder, tokenizer_folder = find_t5_folders(Path(folder))
         transformer = _read_transformer(weights_folder, dtype)
-        tokenizer = _read_tokenizer(tokenizer_folder)
+        tokenizer = read_tokenizer(tokenizer_folder)
         return cls(transformer=transformer, tokenizer=tokenizer, max_length=max_length).to(device)
 
     def train(self, mode: bool = True) -> T5TextEncoder:
@@ -108,72 +113,15 @@ class T5TextEncoder(nn.Module):
         """Returns the number of tokens of a caption, including the end token; it is truncated above
         `max_length`.
         """
-        return _count(self.tokenizer, caption)
+        return len(self.tokenizer(caption, return_attention_mask=False)["input_ids"])
 
 
-def find_t5_folders(folder: Path) -> tuple[Path, Path]:
-    """Finds the folders of weights and tokenizer below a path.
-
-    Args:
-        folder: As for `T5TextEncoder.from_folder`.
-
-    Returns:
-        The folder with config.json and weights, and the folder with the tokenizer.
+def read_tokenizer(folder: Path) -> T5Tokenizer:
+    """Reads a tokenizer from its folder.
 
     Raises:
-        CheckpointError: One of them is not there.
+        CheckpointError: It is damaged.
     """
-    with reading(
-        f"T5 folder {str(folder)[:200]}", error=CheckpointError, expected="a folder on this machine"
-    ):
-        return _find_t5_folders(folder)
-
-
-def _find_t5_folders(folder: Path) -> tuple[Path, Path]:
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"T5 folder {folder} does not exist",
-            expected="a folder on this machine; nothing is downloaded",
-            remedy="download google/t5-v1_1-xxl, or use the folder of a diffusers CogVideoX model",
-        )
-    homes = (folder, folder / "text_encoder")
-    weights = next((place for place in homes if (place / "config.json").is_file()), None)
-    if weights is None or not any(any(weights.glob(pattern)) for pattern in _WEIGHT_FILES):
-        raise CheckpointError(
-            f"{folder} holds no T5 encoder",
-            expected="config.json and model*.safetensors there or in its text_encoder/",
-            remedy="check model.conditioner_config.params.emb_models[0].params.model_dir",
-        )
-    places = (folder, folder / "tokenizer", folder.parent / "tokenizer")
-    tokenizer = next((f for f in places if any((f / name).is_file() for name in _TOKENIZER_FILES)), None)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{folder} holds no T5 tokenizer",
-            expected=f"{' or '.join(_TOKENIZER_FILES)} there or in tokenizer/ next to text_encoder/",
-            remedy="copy the tokenizer's files of google/t5-v1_1-xxl into it",
-        )
-    return weights, tokenizer
-
-
-def count_tokens(folder: Path, captions: Sequence[str]) -> list[int]:
-    """Returns the number of tokens of each caption, including its end token, without loading the encoder.
-
-    Args:
-        folder: As for `T5TextEncoder.from_folder`.
-        captions: Texts.
-
-    Raises:
-        CheckpointError: The folder has no tokenizer.
-    """
-    tokenizer = _read_tokenizer(find_t5_folders(folder)[1])
-    return [_count(tokenizer, caption) for caption in captions]
-
-
-def _count(tokenizer: PreTrainedTokenizerBase, caption: str) -> int:
-    return len(tokenizer(caption, return_attention_mask=False)["input_ids"])
-
-
-def _read_tokenizer(folder: Path) -> T5Tokenizer:
     check_tokenizer_files(folder)
     expected = "the tokenizer of google/t5-v1_1-xxl"
     try:
@@ -188,9 +136,24 @@ def _read_tokenizer(folder: Path) -> T5Tokenizer:
         ) from error
 
 
+def _read_config(folder: Path) -> T5Config:
+    """Returns the configuration of an encoder, after checking it against the size of the weights."""
+    config = T5Config(**read_settings(folder), is_encoder_decoder=False, use_cache=False)
+    held = bytes_of_weights(folder)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in T5EncoderModel(config).parameters())
+    if count * LEAST_BYTES_OF_A_WEIGHT > held:
+        raise CheckpointError(
+            f"{folder / CONFIG} claims {count:,} weights, but the files next to it have {held:,} bytes",
+            expected="all weights that it calls for, in at least 16 bits each",
+            remedy="check that every shard is there and that config.json belongs to the weights",
+        )
+    return config
+
+
 def _read_transformer(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
     """Reads the weights; unlike transformers itself, fails if a weight is missing."""
-    config = read_config(folder)
+    config = _read_config(folder)
     if (folder / _ADAPTER).exists():
         raise CheckpointError(
             f"{folder} holds {_ADAPTER}, which leads to other weights",

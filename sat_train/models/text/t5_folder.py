@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import T5Config, T5EncoderModel
-
 from sat_train.errors import CheckpointError
 from sat_train.files import open_regular, read_text, reading, refuse_packed
 
@@ -42,7 +39,9 @@ _SIZES = {
     "eos_token_id": 1_000_000,
 }
 _FEED_FORWARD = ("relu", "gelu", "gated-gelu", "gated-silu")
-_LEAST_BYTES_OF_A_WEIGHT = 2
+LEAST_BYTES_OF_A_WEIGHT = 2
+_TOKENIZERS = ("spiece.model", "tokenizer.json")  # of which one is enough
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -77,23 +76,48 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return {**settings, "feed_forward_proj": kind, "layer_norm_epsilon": epsilon}
 
 
-def read_config(folder: Path) -> T5Config:
-    """Returns the configuration of an encoder, after checking it against the size of the weights.
+def find_t5_folders(folder: Path) -> tuple[Path, Path]:
+    """Finds the folders of weights and tokenizer below a path.
+
+    Args:
+        folder: A T5 folder, or a diffusers model with `text_encoder/` and `tokenizer/`.
+
+    Returns:
+        The folder with config.json and weights, and the folder with the tokenizer.
 
     Raises:
-        CheckpointError: As `read_settings`; a file that is no regular one; fewer weights than are claimed.
+        CheckpointError: One of them is not there.
     """
-    config = T5Config(**read_settings(folder), is_encoder_decoder=False, use_cache=False)
-    held = sum(_checked_size(path) for path in weight_files(folder))
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in T5EncoderModel(config).parameters())
-    if count * _LEAST_BYTES_OF_A_WEIGHT > held:
+    with reading(
+        f"T5 folder {str(folder)[:200]}", error=CheckpointError, expected="a folder on this machine"
+    ):
+        return _find_t5_folders(folder)
+
+
+def _find_t5_folders(folder: Path) -> tuple[Path, Path]:
+    if not folder.is_dir():
         raise CheckpointError(
-            f"{folder / CONFIG} claims {count:,} weights, but the files next to it have {held:,} bytes",
-            expected="all weights that it calls for, in at least 16 bits each",
-            remedy="check that every shard is there and that config.json belongs to the weights",
+            f"T5 folder {folder} does not exist",
+            expected="a folder on this machine; nothing is downloaded",
+            remedy="download google/t5-v1_1-xxl, or use the folder of a diffusers CogVideoX model",
         )
-    return config
+    homes = (folder, folder / "text_encoder")
+    weights = next((place for place in homes if (place / "config.json").is_file()), None)
+    if weights is None or not any(any(weights.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise CheckpointError(
+            f"{folder} holds no T5 encoder",
+            expected="config.json and model*.safetensors there or in its text_encoder/",
+            remedy="check model.conditioner_config.params.emb_models[0].params.model_dir",
+        )
+    places = (folder, folder / "tokenizer", folder.parent / "tokenizer")
+    tokenizer = next((f for f in places if any((f / name).is_file() for name in _TOKENIZERS)), None)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{folder} holds no T5 tokenizer",
+            expected=f"{' or '.join(_TOKENIZERS)} there or in tokenizer/ next to text_encoder/",
+            remedy="copy the tokenizer's files of google/t5-v1_1-xxl into it",
+        )
+    return weights, tokenizer
 
 
 def check_tokenizer_files(folder: Path) -> None:
@@ -108,6 +132,15 @@ def check_tokenizer_files(folder: Path) -> None:
                 with open_regular(path) as file:
                     if file.seek(0, 2) > _MOST_TEXT_BYTES:
                         raise ValueError(f"has more than {_MOST_TEXT_BYTES:,} bytes")
+
+
+def bytes_of_weights(folder: Path) -> int:
+    """Returns the size of all weight files.
+
+    Raises:
+        CheckpointError: One is no regular file, or an index names others.
+    """
+    return sum(_checked_size(path) for path in weight_files(folder))
 
 
 def _checked_size(path: Path) -> int:

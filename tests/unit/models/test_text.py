@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sat_train.config.paths import ASSETS
 from sat_train.errors import CheckpointError
 from sat_train.models.text.t5 import T5TextEncoder
+from sat_train.models.text.token_count import count_tokens
 
 TINY = ASSETS / "tiny" / "t5"
 CAPTIONS = ("a red ball bounces on a green floor", "a blue ball bounces on a green floor", "")
@@ -44,6 +45,19 @@ def test_token_length_counts_the_end_token_and_is_what_is_cut():
     assert text_encoder.token_length(short) == 4
     assert text_encoder.token_length(long) > 8
     assert torch.equal(text_encoder.encode([long]), text_encoder.encode([long + " with a yellow star"]))
+
+
+def test_tokens_are_counted_as_the_encoder_counts_them():
+    captions = [path.read_text().strip() for path in sorted((ASSETS / "demo").glob("*/labels/*.txt"))]
+    captions += [
+        "",
+        "  two  spaces ",
+        "\u00fcml\u00e4ute, \u6f22\u5b57 & \U0001f600",
+        "A" * 3000,
+        "line\nbreak\ttab",
+    ]
+    text_encoder = encoder()
+    assert count_tokens(TINY, captions) == [text_encoder.token_length(caption) for caption in captions]
 
 
 def test_it_stays_frozen_in_evaluation_mode():
