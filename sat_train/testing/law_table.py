@@ -104,8 +104,8 @@ def check_extension(
 
     Args:
         path: File, folder or package of the extension.
-        files_and_words: YAML files that use it, and `key=value` words of a command line. Without data of
-            their own they get a few drawn clips with their fields.
+        files_and_words: YAML files that use it, and `key=value` words of a command line. The samples are a
+            few drawn clips with their fields, unless a word is `args.train_data=...`.
         laws: Names among `LAWS`; None tries all.
         field_shapes: For drawn samples, by the field's name, the shape of a frame of a `per_frame` field, or
             of an `array`; by default that of cameras and points, and 8 numbers.

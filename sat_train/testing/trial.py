@@ -41,7 +41,8 @@ ROWS = 5  # no size of a tensor by accident
 _WORDS = (
     *("args.device=cpu", "args.num_workers=0", "args.warmup=0", "args.lr_decay_style=constant"),
     *("args.lr=1e-2", "args.batch_size=2", "args.log_interval=1", "args.tensorboard=false"),
-    *("args.eval_interval=null", "args.valid_video_interval=null", "args.keep_last=9"),
+    "args.keep_last=9",
+    *("args.eval_interval=null", "args.valid_video_interval=null", "args.valid_data=null"),
     *(f"data.params.max_num_frames={FRAMES}", f"data.params.fps={FPS}"),
     *("data.params.video_size=[32,32]", "data.params.max_upscale=8"),
 )

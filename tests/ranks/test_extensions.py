@@ -15,8 +15,9 @@ from sat_train.checkpoint.manifest import read_manifest
 from sat_train.cli.convert import main as convert
 from sat_train.config import load_run_config
 from sat_train.distributed.processes import stop_processes
-from sat_train.errors import ConfigError
+from sat_train.errors import CheckpointError, ConfigError
 from sat_train.interchange.adapters import read_lora
+from sat_train.interchange.module_files import read_module_file
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.resume import find_resumed
 from tests.ranks.extensions import write_extensions
@@ -300,14 +301,32 @@ def test_its_encodings_are_cached_and_dropped_like_those_of_the_package(rank_poo
     assert losses(folder, "undropped")[2:] != losses(folder, "uncached")[2:]
 
 
-def test_with_lora_the_module_trains_next_to_the_adapters_and_videos_are_sampled(rank_pool, folder):
+def test_with_lora_the_module_trains_next_to_the_adapters_and_each_is_exported(rank_pool, folder, tmp_path):
     words = ["args.eval_interval=2", "args.valid_video_interval=2", "args.valid_prompts=[a ball]"]
     size = ["args.sampling_num_frames=5", "args.sampling_image_size=[32,32]", "args.sampling_steps=2"]
     rank_pool(1)(train_micro, folder, bright(folder, "brightlora", 2, *words, *size), "lora")
     saved = state_of(run_directory(folder, "brightlora") / "2")
     assert "mixins.brightness.project.weight" in saved.shapes
     assert any(".matrix_A." in name for name in saved.shapes)
-    assert (run_directory(folder, "brightlora") / "samples/000002/00.mp4").exists()
+    run = run_directory(folder, "brightlora")
+    assert (run / "samples/000002/00.mp4").exists()
+    extension = ["--extension", str(folder / "brightness")]
+    with pytest.raises(CheckpointError, match=r"has the modules brightness, which diffusers does not know"):
+        convert([str(run), str(tmp_path / "hf"), "--to", "diffusers", *extension])
+    assert (
+        convert([str(run), str(tmp_path / "hf"), "--to", "diffusers", "--without-modules", *extension]) == 0
+    )
+    assert read_lora(tmp_path / "hf")
+    with pytest.raises(ConfigError, match=r"extensions\.brightness: expected `--extension brightness`"):
+        convert([str(run), str(tmp_path / "out"), "--to", "modules"])
+    assert convert([str(run), str(tmp_path / "out"), "--to", "modules", *extension]) == 0
+    weights, record = read_module_file(tmp_path / "out/modules.safetensors")
+    assert set(weights) == {"mixins.brightness.project.weight", "mixins.brightness.project.bias"}
+    assert record.extensions.keys() == {"brightness"}
+    parts = [f"args.load_modules={tmp_path}/out", f"args.load_lora={run}"]
+    rank_pool(1)(train_micro, folder, bright(folder, "brightparts", 1, *parts), "lora")
+    rank_pool(1)(train_micro, folder, bright(folder, "brightwhole", 1, f"args.load={run}"), "lora")
+    assert losses(folder, "brightparts") == losses(folder, "brightwhole") != losses(folder, "brightlora")[:1]
 
 
 def test_conditions_and_modules_are_named_where_they_are_missing_or_misspelt(folder):
