@@ -127,7 +127,7 @@ def check_extension(
     rest = tuple(word for word in words if "=" in word)
     with tempfile.TemporaryDirectory(prefix="sat-train-laws-") as folder:
         trial = ExtensionTrial(str(path), files, rest, Path(folder), field_shapes or {})
-        _ = trial.extended
+        _ = trial.parts  # while the extension is registered
         pool = ranks or RankPool()
         try:
             runs = TrainedRuns(trial, pool)

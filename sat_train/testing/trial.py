@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.extensions import KEY
-from sat_train.config.parts.registry import Choice, choices_in
+from sat_train.config.parts.registry import Params, choices_in, parts_of
 from sat_train.config.run import Sections
 from sat_train.data.batches import LoadedBatch
 from sat_train.distributed.processes import start_single_process
@@ -59,6 +59,21 @@ class LawBroken(AssertionError):
 
 class NotApplicable(Exception):
     """The law has nothing to say about this extension; the message says why."""
+
+
+@dataclass(frozen=True)
+class UsedPart:
+    """A part of an extension in a configuration.
+
+    Args:
+        path: Where it is named.
+        settings: Where its settings are.
+        record: Their record.
+    """
+
+    path: str
+    settings: str
+    record: type[Params]
 
 
 @dataclass(frozen=True)
@@ -108,13 +123,17 @@ class ExtensionTrial:
             )
         return config
 
-    def parts(self) -> Iterator[tuple[str, Choice]]:
-        """Yields the parts of the extension that the configuration uses, with their dotted paths."""
-        modules = tuple(each.name for each in self.extended.extensions.loaded)
-        for section in Sections.model_fields:
-            for path, choice in choices_in(getattr(self.extended, section), section):
-                if type(choice.params).__module__.split(".")[0] in {name.split(".")[0] for name in modules}:
-                    yield path, choice
+    @cached_property
+    def parts(self) -> tuple[UsedPart, ...]:
+        """The parts of the extension that the configuration uses."""
+        loaded = {each.name.split(".")[0] for each in self.extended.extensions.loaded}
+        used = [
+            UsedPart(path, f"{path}.params" if hasattr(choice, "params") else path, record)
+            for section in Sections.model_fields
+            for path, choice in choices_in(getattr(self.extended, section), section)
+            for record in [parts_of(choice.slot)[getattr(choice, choice.key)].params]
+        ]
+        return tuple(each for each in used if each.record.__module__.split(".")[0] in loaded)
 
     @cached_property
     def base(self) -> RunConfig:
@@ -126,8 +145,8 @@ class ExtensionTrial:
         if self.extended.spec.adapter is None:
             tree["model"]["not_trainable_prefixes"] = []
         tree["data"].pop("fields", None)
-        for path, _ in self.parts():
-            _remove(tree, path.split("."))
+        for part in self.parts:
+            _remove(tree, part.path.split("."))
         (self.folder / "base.yaml").write_text(json.dumps(tree))
         config = load_run_config([self.folder / "base.yaml"], [], check_paths=False)
         _ = self.extended  # loading the base has unregistered the extension
