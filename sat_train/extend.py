@@ -13,5 +13,6 @@ from sat_train.models.dit.stack import BlockStack as BlockStack
 from sat_train.objective.loss_inputs import LossInputs as LossInputs
 from sat_train.objective.loss_term import LossTerm as LossTerm
 from sat_train.objective.noising import NoiseLaw as NoiseLaw
+from sat_train.objective.validation_view import ValidationView as ValidationView
 from sat_train.training.loop.callback import Callback as Callback
 from sat_train.training.loop.metrics import TrainMetrics as TrainMetrics

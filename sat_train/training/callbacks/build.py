@@ -36,6 +36,7 @@ from sat_train.training.callbacks.validation import Validation
 from sat_train.training.callbacks.validation_file import ValidationFile
 from sat_train.training.callbacks.validation_loss import validation_timesteps
 from sat_train.training.callbacks.validation_videos import SampleVideos, contact_sheet
+from sat_train.training.callbacks.view_pictures import ViewPictures
 from sat_train.training.loop.callback import Callback, CallbackContext, Training
 
 log = get_logger(__name__)
@@ -117,7 +118,7 @@ def _validation(
         return callbacks
     if loader is not None:
         if run_directory is not None and mesh.rank == 0:
-            callbacks.append(ValidationFile(run_directory))
+            callbacks += [ValidationFile(run_directory), ViewPictures(run_directory)]
         if mesh.rank == 0:
             callbacks.append(ConditionCheck(config.args.condition_report.warn_after))
         callbacks.append(
@@ -170,6 +171,10 @@ def _held_out_clips(
         engine,
         timesteps=validation_timesteps(len(pipeline.alpha_bar), config.args.eval_timesteps),
         mesh=mesh,
+        views={
+            name: (choice.build(config.spec), choice.clips)
+            for name, choice in config.args.validation_views.items()
+        },
         conditions=[each for each in pipeline.conditions if each.name in names and each.tensors],
         moves=report.moves,
     )
