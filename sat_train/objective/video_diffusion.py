@@ -131,6 +131,27 @@ class VideoDiffusion:
         inputs = self.validation_inputs(batch, timesteps_b, with_losers=with_terms)
         return self.loss(inputs, network=network, weighted=False, with_terms=with_terms)
 
+    def validation_step(
+        self,
+        batch: EncodedBatch,
+        *,
+        timesteps_b: Tensor,
+        network: Network | None = None,
+        with_outputs: bool = False,
+    ) -> LossInputs:
+        """Returns prediction and target of the validation loss, for validation views.
+
+        Args:
+            batch: Encoded clips and conditions.
+            timesteps_b: int64 timesteps, one for each sample.
+            network: The transformer, or the engine around it; None uses `dit`.
+            with_outputs: Also return what modules kept in `forward.outputs`.
+        """
+        inputs, own = self.validation_inputs(batch, timesteps_b), {DIFFUSION: self.terms[DIFFUSION]}
+        return self._loss_inputs(
+            inputs, network or self.dit, terms=own, min_snr=False, with_outputs=with_outputs
+        )
+
     @torch.no_grad()
     def training_inputs(self, batch: EncodedBatch) -> TrainingInputs:
         """Draws all random numbers of the loss of a batch."""
@@ -240,7 +261,13 @@ class VideoDiffusion:
     # Parts of the above
 
     def _loss_inputs(
-        self, inputs: TrainingInputs, network: Network, *, terms: Mapping[str, WeightedTerm], min_snr: bool
+        self,
+        inputs: TrainingInputs,
+        network: Network,
+        *,
+        terms: Mapping[str, WeightedTerm],
+        min_snr: bool,
+        with_outputs: bool = False,
     ) -> LossInputs:
         def predict(x_t: Tensor, *, return_outputs: bool = False) -> Any:
             return self._call(
@@ -263,7 +290,7 @@ class VideoDiffusion:
             self.noising,
             predict,
             reference=predict_without_adapters if needs_reference else None,
-            with_outputs=len(terms) > 1,
+            with_outputs=with_outputs or len(terms) > 1,
             min_snr_gamma=self.min_snr_gamma if min_snr else None,
             decode_latent=functools.partial(self._decode, padding=inputs.padding),
         )

@@ -14,13 +14,7 @@ from sat_train.config.parts.registry import Choice, Params
 
 
 class ViewParams(Params):
-    """Base of the settings of a validation view.
-
-    Attributes:
-        decodes: It calls `decode`: training loads the autoencoder, also where all samples are cached.
-    """
-
-    decodes: ClassVar[bool] = False
+    """Base of the settings of a validation view."""
 
 
 class ViewConfig(Choice):
