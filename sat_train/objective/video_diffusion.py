@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from sat_train.config import Geometry
 from sat_train.config.parts.loss_term_parts import DIFFUSION
+from sat_train.data.batches import VideoSample
 from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
 from sat_train.diffusion.guidance import Guidance
 from sat_train.diffusion.known_frames import with_known_frames
@@ -26,7 +26,14 @@ from sat_train.encoding.conditions.randomness import PromptRandomness, SampleRan
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch
 from sat_train.models.adapter import adapters_off
 from sat_train.models.encoders import Encoders
-from sat_train.objective.given import as_samples, encode_history, encode_samples, sampling_inputs
+from sat_train.objective.given import (
+    as_samples,
+    encode_history,
+    encode_samples,
+    evaluation_mode,
+    sampling_inputs,
+    shape_to_sample,
+)
 from sat_train.objective.loss_inputs import LossInputs, build_loss_inputs
 from sat_train.objective.loss_term import DiffusionError, WeightedTerm, weighted_sum
 from sat_train.objective.noising import NoiseLaw, Noising, noised_frames
@@ -139,14 +146,7 @@ class VideoDiffusion:
         network: Network | None = None,
         with_outputs: bool = False,
     ) -> LossInputs:
-        """Returns prediction and target of the validation loss, for validation views.
-
-        Args:
-            batch: Encoded clips and conditions.
-            timesteps_b: int64 timesteps, one for each sample.
-            network: The transformer, or the engine around it; None uses `dit`.
-            with_outputs: Also return what modules kept in `forward.outputs`.
-        """
+        """Returns prediction and target of `validation_loss`, for views; with the `outputs` of modules."""
         inputs, own = self.validation_inputs(batch, timesteps_b), {DIFFUSION: self.terms[DIFFUSION]}
         return self._loss_inputs(
             inputs, network or self.dit, terms=own, min_snr=False, with_outputs=with_outputs
@@ -199,7 +199,7 @@ class VideoDiffusion:
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | VideoSample],
         *,
         image_bchw: Tensor | None = None,
         history_btchw: Tensor | None = None,
@@ -220,7 +220,7 @@ class VideoDiffusion:
         `torch.Generator().manual_seed(seed)`: the same numbers are drawn in the same order.
 
         Args:
-            prompts: Captions.
+            prompts: Captions, or samples of the size of the video with what conditions read of them.
             image_bchw: uint8 first frames of the size of the video, for image-to-video.
             history_btchw: uint8 first frames, 4 k + 1 of them, that the law of the timesteps keeps clean.
             num_frames: Pixel frames.
@@ -240,14 +240,16 @@ class VideoDiffusion:
         Raises:
             SatTrainError: The number of frames or the size does not fit the model.
         """
-        frames, latent_shape = self._latent_shape(num_frames, height, width)
+        frames, latent_shape = shape_to_sample(
+            self.geometry, self.dit.spec.out_channels, (num_frames, height, width)
+        )
         generators = [torch.Generator().manual_seed(seed) for _, seed in zip(prompts, seeds, strict=True)]
         samples = as_samples(prompts, image_bchw, (num_frames, height, width))
         random, shape = PromptRandomness(tuple(generators)), (len(prompts), *latent_shape)
         encoded = encode_samples(samples, self.conditions, self.encoders)
         inputs = sampling_inputs(self.conditions, encoded, random, shape, with_null=guidance.needs_null)
         sampler = self._keeping_history(sampler, history_btchw, shape, frames)
-        with self._evaluation_mode():
+        with evaluation_mode(self.dit):
             latent = sampler(
                 self._guided(network or self.dit, inputs, guidance, steps),
                 self._drawn(random, latent_shape, encoded),
@@ -336,14 +338,6 @@ class VideoDiffusion:
 
         return denoise
 
-    def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, tuple[int, ...]]:
-        """Returns the latent frames of a video, and the shape of its latent with the padding in front."""
-        self.geometry.check_size(height, width, subject="sample")
-        self.geometry.check_frames(num_frames, subject="sample")
-        latent = self.geometry.latent(num_frames, height, width)
-        shape = (latent.padded_frames, self.dit.spec.out_channels, latent.height, latent.width)
-        return latent.frames, shape
-
     def _keeping_history(
         self, sampler: Sampler, history_btchw: Tensor | None, shape: tuple[int, ...], frames: int
     ) -> Sampler:
@@ -399,12 +393,3 @@ class VideoDiffusion:
             padding=x0.shape[1] - latent.shape[1],
             num_samples=num_samples,
         )
-
-    @contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
-        was_training = self.dit.training
-        self.dit.eval()
-        try:
-            yield
-        finally:
-            self.dit.train(was_training)

@@ -17,6 +17,7 @@ from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
 from sat_train.training.callbacks.validation_videos import SampleVideos
+from sat_train.training.callbacks.videos_to_sample import VideoToSample
 from sat_train.training.loop.callback import Callback
 from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.meter import Meter
@@ -304,7 +305,7 @@ def _sampled(
         mesh,
         engine,
         folder,
-        prompts=["a", "b", "c", "d"],
+        videos=[VideoToSample(prompt) for prompt in "abcd"],
         generate=generate,
         fps=8,
         interval=1,
