@@ -121,7 +121,7 @@ def _validation(
         callbacks.append(
             Validation(
                 engine,
-                _held_out_clips(config, loader, mesh, pipeline, engine, encode),
+                _held_out_clips(config, loader, mesh, pipeline, engine, encode).measure,
                 interval=interval,
                 report_every=config.args.condition_report.every,
                 is_measured=lambda step: broadcast_object(
