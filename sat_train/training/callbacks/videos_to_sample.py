@@ -76,12 +76,13 @@ def choose_videos(
 
 def shown_fields(dataset: VideoDataset, clip: VideoSample) -> tuple[tuple[str, Tensor], ...]:
     """Returns the frames of a clip and of those of its fields that can be shown, by caption."""
-    views = {
-        name: dataset.fields[name].view(value, clip.video_tchw)
+    readers = dataset.fields
+    fields = [
+        (name, frames)
         for name, value in clip.fields.items()
-        if name in dataset.fields
-    }
-    fields = [(name, frames) for name, frames in views.items() if frames is not None]
+        if name in readers
+        for frames in readers[name].views(value, clip.video_tchw)
+    ]
     return (*fields, (f"{clip.clip_id}, the clip itself", clip.video_tchw))
 
 
