@@ -144,12 +144,14 @@ class VideoDiffusion:
         *,
         timesteps_b: Tensor,
         network: Network | None = None,
+        with_terms: bool = False,
         with_outputs: bool = False,
     ) -> LossInputs:
-        """Returns prediction and target of `validation_loss`, for views; with the `outputs` of modules."""
-        inputs, own = self.validation_inputs(batch, timesteps_b), {DIFFUSION: self.terms[DIFFUSION]}
+        """Returns what `validation_loss` reads, for views; with the `outputs` of modules."""
+        inputs = self.validation_inputs(batch, timesteps_b, with_losers=with_terms)
+        terms = self.terms if with_terms else {DIFFUSION: self.terms[DIFFUSION]}
         return self._loss_inputs(
-            inputs, network or self.dit, terms=own, min_snr=False, with_outputs=with_outputs
+            inputs, network or self.dit, terms=terms, min_snr=False, with_outputs=with_outputs
         )
 
     @torch.no_grad()
@@ -216,7 +218,7 @@ class VideoDiffusion:
     ) -> Tensor:
         """Generates one video for each prompt.
 
-        A prompt's video depends on its own seed only. In float32 it is the video that diffusers samples with
+        A prompt's video depends on its own seed only, and is in float32 the one that diffusers samples with
         `torch.Generator().manual_seed(seed)`: the same numbers are drawn in the same order.
 
         Args:
@@ -224,8 +226,8 @@ class VideoDiffusion:
             image_bchw: uint8 first frames of the size of the video, for image-to-video.
             history_btchw: uint8 first frames, 4 k + 1 of them, that the law of the timesteps keeps clean.
             num_frames: Pixel frames.
-            height: Of the video, in pixels.
-            width: Of the video, in pixels.
+            height: In pixels.
+            width: In pixels.
             steps: Denoising steps.
             guidance: Schedule of the guidance scale.
             sampler: The way from noise to a clean latent.
@@ -234,17 +236,15 @@ class VideoDiffusion:
             network: The transformer, or the engine around it; None uses `dit`.
             progress: Called with (index of the finished step, steps).
 
-        Returns:
-            uint8 video_btchw on the CPU.
+        Returns: uint8 video_btchw on the CPU.
 
         Raises:
-            SatTrainError: The number of frames or the size does not fit the model.
+            SatTrainError: Frames or size do not fit the model.
         """
-        frames, latent_shape = shape_to_sample(
-            self.geometry, self.dit.spec.out_channels, (num_frames, height, width)
-        )
-        generators = [torch.Generator().manual_seed(seed) for _, seed in zip(prompts, seeds, strict=True)]
-        samples = as_samples(prompts, image_bchw, (num_frames, height, width))
+        size = num_frames, height, width
+        frames, latent_shape = shape_to_sample(self.geometry, self.dit.spec.out_channels, size)
+        samples = as_samples(prompts, image_bchw, size)
+        generators = [torch.Generator().manual_seed(seed) for _, seed in zip(samples, seeds, strict=True)]
         random, shape = PromptRandomness(tuple(generators)), (len(prompts), *latent_shape)
         encoded = encode_samples(samples, self.conditions, self.encoders)
         inputs = sampling_inputs(self.conditions, encoded, random, shape, with_null=guidance.needs_null)
