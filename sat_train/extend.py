@@ -1,5 +1,7 @@
 """Classes that an extension computes with, in files that `build=` names (`docs/extend.md`)."""
 
+from sat_train.data.clips.bad_clip import BadClip as BadClip
+from sat_train.data.fields.pictures import read_aligned as read_aligned
 from sat_train.data.fields.reader import FieldReader as FieldReader
 from sat_train.data.fields.reader import SampleGeometry as SampleGeometry
 from sat_train.diffusion.timesteps import sampling_timesteps as sampling_timesteps
