@@ -8,7 +8,7 @@ class AudioFeaturesParams(ConditionParams):
     """Features of a speech encoder in each frame of the video, computed beforehand."""
 
     field: FieldName = Field("sound", description="The features: per_frame, of this width.")
-    width: int = Field(768, ge=1, description="Width of the features; what precedes it are tokens.")
+    features: int = Field(768, ge=1, description="Width of the features; what precedes it are tokens.")
 
 
 @part("module", "FrameCrossAttention", build=".network:FrameCrossAttention")
@@ -16,5 +16,5 @@ class FrameCrossAttentionParams(ModuleParams):
     """Cross-attention of each latent frame to its own features, behind blocks."""
 
     condition: ConditionName = Field("audio", description="Condition that it reads.")
-    width: int = Field(768, ge=1, description="Width of the features.")
+    features: int = Field(768, ge=1, description="Width of the features.")
     every: int = Field(1, ge=1, description="It acts in every so many blocks.")

@@ -16,7 +16,7 @@ class AudioFeatures(Condition):
     reads_caption = False
 
     def encode(self, sample, encoders):
-        features = sample.fields[self.params.field].reshape(len(sample.video_tchw), -1, self.params.width)
+        features = sample.fields[self.params.field].reshape(len(sample.video_tchw), -1, self.params.features)
         return {"features": self.latent_frames(features, "stack").flatten(1, 2)}  # [t, 4 tokens, width]
 
     def inputs(self, encoded, random, latent_shape):
@@ -53,8 +53,8 @@ class FrameCrossAttention(Mixin):
 
     def __init__(self, params, model):
         super().__init__(params, model)
-        blocks = range(0, model.layers, params.every)
-        self.per_block = nn.ModuleDict({str(block): CrossAttention(model, params.width) for block in blocks})
+        blocks = map(str, range(0, model.layers, params.every))
+        self.per_block = nn.ModuleDict({block: CrossAttention(model, params.features) for block in blocks})
 
     def after_block(self, x_bld, *, part, block, context):
         return context.tokens(part(context.video(x_bld), context.extras[self.params.condition]))

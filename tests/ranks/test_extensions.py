@@ -48,8 +48,7 @@ def run_directory(folder: Path, name: str) -> Path:
 
 
 def losses(folder: Path, name: str) -> list[float]:
-    records = read_metrics(run_directory(folder, name) / "metrics.jsonl")
-    return [record["loss"] for record in records if "loss" in record]  # not those of validation
+    return [record["loss"] for record in read_metrics(run_directory(folder, name) / "metrics.jsonl")]
 
 
 def state_of(step: Path) -> SavedFragments:

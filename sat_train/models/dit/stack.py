@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from sat.mpu import get_model_parallel_world_size
 from torch import Tensor, nn
 
 from sat_train.config import NetworkSpec
+from sat_train.errors import ConfigError, Fault
 from sat_train.models.dit.block import AdaLNLayer
 from sat_train.models.dit.context import BlockContext, ForwardContext
 from sat_train.models.dit.initialization import initialize_weights
@@ -26,11 +28,17 @@ class BlockStack(nn.Module):
         model: Numbers of the base.
         layers: Blocks.
         heads: Heads, from which the width follows; None: the base's.
+
+    Raises:
+        ConfigError: The ranks of the model axis cannot share the heads.
     """
 
     def __init__(self, model: NetworkSpec, *, layers: int, heads: int | None = None) -> None:
         super().__init__()
-        heads = heads or model.heads
+        heads, ranks = heads or model.heads, get_model_parallel_world_size()
+        if heads % ranks:
+            expected = f"a divisor of {heads}, the heads of a branch"
+            raise ConfigError([Fault("args.model_parallel_size", ranks, expected)])
         self.width = heads * model.head_width
         self.transformer = build_layers(layers, self.width, heads, model.affine_norms)
         del self.transformer.final_layernorm
