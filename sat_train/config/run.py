@@ -82,6 +82,18 @@ class SectionRecords:
         """Flat record of the model's numbers."""
         return build_model_spec(self.model)
 
+    @property
+    def freezes_base(self) -> bool:
+        """Returns whether the base stays as it was loaded, but for what `model.train` names.
+
+        Checkpoints then leave it out. So it is with adapters, where all prefixes are frozen, and where there
+        are network modules and nothing says what trains.
+        """
+        model = self.model
+        says = model.not_trainable_prefixes or model.freeze or model.train
+        is_default = bool(model.modules) and not says
+        return self.spec.adapter is not None or "all" in model.not_trainable_prefixes or is_default
+
 
 @dataclass(frozen=True)
 class RunConfig(SectionRecords):

@@ -235,11 +235,11 @@ def _needs_encoders(config: RunConfig) -> bool:
 def _checkpoint_bytes(config: RunConfig, weights: Weights) -> float:
     """Returns the bytes of weights in half precision, and of masters, states and average in fp32.
 
-    A run with adapters leaves out its base.
+    A run with a frozen base leaves it out.
     """
     average = 4 if config.args.ema_decay is not None else 0
     states = 4 + average + config.deepspeed.optimizer.params.bytes_per_weight()
-    kept = weights.num_trained if config.spec.adapter is not None else weights.transformer
+    kept = weights.num_trained if config.freezes_base else weights.transformer
     return compute_dtype(config.args).itemsize * kept + states * weights.num_trained
 
 

@@ -161,7 +161,7 @@ def _named_base(config: RunConfig, located: Located) -> BaseWeights | None:
     is_lora = config.spec.adapter is not None
     if is_lora and located.base is not None and holds_adapters(located):
         return located.base  # its adapters go on as the run's own
-    if is_lora or ("all" in config.model.not_trainable_prefixes and not config.args.load_lora):
+    if is_lora or (config.freezes_base and not config.args.load_lora):
         return base_weights_at(located.path)
     return None
 
