@@ -27,6 +27,7 @@ from sat_train.config.parts.registry import Params as Params
 from sat_train.config.parts.registry import part as part
 from sat_train.config.parts.sampler_parts import SamplerParams as SamplerParams
 from sat_train.config.parts.timestep_parts import TimestepsParams as TimestepsParams
+from sat_train.config.parts.view_parts import ViewParams as ViewParams
 from sat_train.config.rule import rule
 
 guard_rail = rule

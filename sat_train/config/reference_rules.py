@@ -19,7 +19,7 @@ def references_in(config: ParsedConfig) -> Iterator[tuple[str, Reference]]:
             yield f"{path}.params.{reference.key}", reference
 
 
-@rule("args.callbacks", "model", "data.fields")
+@rule("args.callbacks", "args.validation_views", "model", "data.fields")
 def names_in_parts_exist(config: ParsedConfig) -> Iterator[Fault]:
     """Fields, conditions and modules that a part names and that nothing defines."""
     for path, reference in references_in(config):
@@ -32,7 +32,7 @@ def names_in_parts_exist(config: ParsedConfig) -> Iterator[Fault]:
             yield config.fault(path, reference.name, f"a name in {reference.group} ({names})", near)
 
 
-@rule("args.callbacks", "model", "data.fields")
+@rule("args.callbacks", "args.validation_views", "model", "data.fields")
 def fields_have_the_kind_that_parts_need(config: ParsedConfig) -> Iterator[Fault]:
     """Fields of another kind than the part that names them can read."""
     fields = config.value("data.fields") or {}
@@ -45,7 +45,7 @@ def fields_have_the_kind_that_parts_need(config: ParsedConfig) -> Iterator[Fault
             yield config.fault(path, reference.name, f"{expected}kind {field.kind}")
 
 
-@rule("args.callbacks", "model", looks_at_paths=True)
+@rule("args.callbacks", "args.validation_views", "model", looks_at_paths=True)
 def weights_of_parts_exist(config: ParsedConfig) -> Iterator[Fault]:
     """Files of weights that a part names and that do not exist; a full cache needs none."""
     if config.data is not None and config.data.cache == "require" and config.purpose == "train":

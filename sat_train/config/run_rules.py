@@ -25,7 +25,7 @@ TRAINING_ONLY = frozenset(
         *("lr_decay_power", "lr_decay_cycles", "lr_decay_share"),
         *("zero_stage", "checkpoint_activations", "checkpoint_every", "compile", "experiment_name", "resume"),
         *("save", "save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb"),
-        *("callbacks", "condition_report"),
+        *("callbacks", "condition_report", "validation_views"),
         *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "eval_timesteps"),
         *("valid_prompts", "valid_images", "valid_video_interval", "train_data", "train_data_weights"),
         *("clip_ledger", "keep_best", "early_stop_patience", "early_stop_min_delta"),

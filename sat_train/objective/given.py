@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sat_train.config import Geometry
 from sat_train.data.batches import VideoSample
@@ -17,12 +18,12 @@ from sat_train.models.encoders import Encoders
 
 
 def as_samples(
-    prompts: Sequence[str], image_bchw: Tensor | None, shape: tuple[int, int, int]
+    prompts: Sequence[str | VideoSample], image_bchw: Tensor | None, shape: tuple[int, int, int]
 ) -> list[VideoSample]:
     """Returns prompts as samples for the conditions: each with a caption and, if given, a first frame.
 
     Args:
-        prompts: Captions.
+        prompts: Captions; a sample stays as it is.
         image_bchw: First frames.
         shape: Frames, height and width of the videos to come.
     """
@@ -32,8 +33,30 @@ def as_samples(
     key = AugmentationKey(0, 0)  # nothing about a prompt is augmented
     return [
         VideoSample("sample", 0, frames, video, prompt, None, key, training=False)
+        if isinstance(prompt, str)
+        else prompt
         for prompt, video in zip(prompts, videos, strict=True)
     ]
+
+
+def shape_to_sample(
+    geometry: Geometry, channels: int, shape: tuple[int, int, int]
+) -> tuple[int, tuple[int, ...]]:
+    """Returns the latent frames of a video to come, and the shape of its latent with the padding in front.
+
+    Args:
+        geometry: Sizes of patches and latent frames.
+        channels: Channels of the latent.
+        shape: Frames, height and width of the video.
+
+    Raises:
+        SatTrainError: They do not fit the model.
+    """
+    frames, height, width = shape
+    geometry.check_size(height, width, subject="sample")
+    geometry.check_frames(frames, subject="sample")
+    latent = geometry.latent(frames, height, width)
+    return latent.frames, (latent.padded_frames, channels, latent.height, latent.width)
 
 
 def encode_samples(
@@ -106,3 +129,14 @@ def encode_history(
     given_btchw = scale_factor * torch.stack(means).float()[:, :frames]
     padding = geometry.padding(frames)
     return torch.cat([given_btchw[:, :1].expand(-1, padding, -1, -1, -1), given_btchw], dim=1)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into evaluation mode meanwhile."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from sat_train.config import Geometry
 from sat_train.config.parts.loss_term_parts import DIFFUSION
+from sat_train.data.batches import VideoSample
 from sat_train.diffusion.dpmpp_2m import sample_dpmpp_2m
 from sat_train.diffusion.guidance import Guidance
 from sat_train.diffusion.known_frames import with_known_frames
@@ -26,7 +26,14 @@ from sat_train.encoding.conditions.randomness import PromptRandomness, SampleRan
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch
 from sat_train.models.adapter import adapters_off
 from sat_train.models.encoders import Encoders
-from sat_train.objective.given import as_samples, encode_history, encode_samples, sampling_inputs
+from sat_train.objective.given import (
+    as_samples,
+    encode_history,
+    encode_samples,
+    evaluation_mode,
+    sampling_inputs,
+    shape_to_sample,
+)
 from sat_train.objective.loss_inputs import LossInputs, build_loss_inputs
 from sat_train.objective.loss_term import DiffusionError, WeightedTerm, weighted_sum
 from sat_train.objective.noising import NoiseLaw, Noising, noised_frames
@@ -131,6 +138,22 @@ class VideoDiffusion:
         inputs = self.validation_inputs(batch, timesteps_b, with_losers=with_terms)
         return self.loss(inputs, network=network, weighted=False, with_terms=with_terms)
 
+    def validation_step(
+        self,
+        batch: EncodedBatch,
+        *,
+        timesteps_b: Tensor,
+        network: Network | None = None,
+        with_terms: bool = False,
+        with_outputs: bool = False,
+    ) -> LossInputs:
+        """Returns what `validation_loss` reads, for views; with the `outputs` of modules."""
+        inputs = self.validation_inputs(batch, timesteps_b, with_losers=with_terms)
+        terms = self.terms if with_terms else {DIFFUSION: self.terms[DIFFUSION]}
+        return self._loss_inputs(
+            inputs, network or self.dit, terms=terms, min_snr=False, with_outputs=with_outputs
+        )
+
     @torch.no_grad()
     def training_inputs(self, batch: EncodedBatch) -> TrainingInputs:
         """Draws all random numbers of the loss of a batch."""
@@ -178,7 +201,7 @@ class VideoDiffusion:
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | VideoSample],
         *,
         image_bchw: Tensor | None = None,
         history_btchw: Tensor | None = None,
@@ -195,16 +218,16 @@ class VideoDiffusion:
     ) -> Tensor:
         """Generates one video for each prompt.
 
-        A prompt's video depends on its own seed only. In float32 it is the video that diffusers samples with
+        A prompt's video depends on its own seed only, and is in float32 the one that diffusers samples with
         `torch.Generator().manual_seed(seed)`: the same numbers are drawn in the same order.
 
         Args:
-            prompts: Captions.
+            prompts: Captions, or samples of the size of the video with what conditions read of them.
             image_bchw: uint8 first frames of the size of the video, for image-to-video.
             history_btchw: uint8 first frames, 4 k + 1 of them, that the law of the timesteps keeps clean.
             num_frames: Pixel frames.
-            height: Of the video, in pixels.
-            width: Of the video, in pixels.
+            height: In pixels.
+            width: In pixels.
             steps: Denoising steps.
             guidance: Schedule of the guidance scale.
             sampler: The way from noise to a clean latent.
@@ -213,20 +236,20 @@ class VideoDiffusion:
             network: The transformer, or the engine around it; None uses `dit`.
             progress: Called with (index of the finished step, steps).
 
-        Returns:
-            uint8 video_btchw on the CPU.
+        Returns: uint8 video_btchw on the CPU.
 
         Raises:
-            SatTrainError: The number of frames or the size does not fit the model.
+            SatTrainError: Frames or size do not fit the model.
         """
-        frames, latent_shape = self._latent_shape(num_frames, height, width)
-        generators = [torch.Generator().manual_seed(seed) for _, seed in zip(prompts, seeds, strict=True)]
-        samples = as_samples(prompts, image_bchw, (num_frames, height, width))
+        size = num_frames, height, width
+        frames, latent_shape = shape_to_sample(self.geometry, self.dit.spec.out_channels, size)
+        samples = as_samples(prompts, image_bchw, size)
+        generators = [torch.Generator().manual_seed(seed) for _, seed in zip(samples, seeds, strict=True)]
         random, shape = PromptRandomness(tuple(generators)), (len(prompts), *latent_shape)
         encoded = encode_samples(samples, self.conditions, self.encoders)
         inputs = sampling_inputs(self.conditions, encoded, random, shape, with_null=guidance.needs_null)
         sampler = self._keeping_history(sampler, history_btchw, shape, frames)
-        with self._evaluation_mode():
+        with evaluation_mode(self.dit):
             latent = sampler(
                 self._guided(network or self.dit, inputs, guidance, steps),
                 self._drawn(random, latent_shape, encoded),
@@ -240,7 +263,13 @@ class VideoDiffusion:
     # Parts of the above
 
     def _loss_inputs(
-        self, inputs: TrainingInputs, network: Network, *, terms: Mapping[str, WeightedTerm], min_snr: bool
+        self,
+        inputs: TrainingInputs,
+        network: Network,
+        *,
+        terms: Mapping[str, WeightedTerm],
+        min_snr: bool,
+        with_outputs: bool = False,
     ) -> LossInputs:
         def predict(x_t: Tensor, *, return_outputs: bool = False) -> Any:
             return self._call(
@@ -263,7 +292,7 @@ class VideoDiffusion:
             self.noising,
             predict,
             reference=predict_without_adapters if needs_reference else None,
-            with_outputs=len(terms) > 1,
+            with_outputs=with_outputs or len(terms) > 1,
             min_snr_gamma=self.min_snr_gamma if min_snr else None,
             decode_latent=functools.partial(self._decode, padding=inputs.padding),
         )
@@ -308,14 +337,6 @@ class VideoDiffusion:
             return v_null + guidance.scale_at(timestep, steps) * (v_text - v_null)
 
         return denoise
-
-    def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, tuple[int, ...]]:
-        """Returns the latent frames of a video, and the shape of its latent with the padding in front."""
-        self.geometry.check_size(height, width, subject="sample")
-        self.geometry.check_frames(num_frames, subject="sample")
-        latent = self.geometry.latent(num_frames, height, width)
-        shape = (latent.padded_frames, self.dit.spec.out_channels, latent.height, latent.width)
-        return latent.frames, shape
 
     def _keeping_history(
         self, sampler: Sampler, history_btchw: Tensor | None, shape: tuple[int, ...], frames: int
@@ -372,12 +393,3 @@ class VideoDiffusion:
             padding=x0.shape[1] - latent.shape[1],
             num_samples=num_samples,
         )
-
-    @contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
-        was_training = self.dit.training
-        self.dit.eval()
-        try:
-            yield
-        finally:
-            self.dit.train(was_training)

@@ -1,4 +1,4 @@
-"""Generates one video from one prompt, for validation and for the command."""
+"""Generates one video, for validation and for the command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from sat_train.data.batches import VideoSample
 from sat_train.objective.video_diffusion import Network, VideoDiffusion
 from sat_train.sampling.build import SamplingSettings
 
@@ -14,8 +15,8 @@ def generate_video(
     pipeline: VideoDiffusion,
     settings: SamplingSettings,
     *,
-    prompt: str,
-    image_chw: Tensor | None,
+    prompt: str | VideoSample,
+    image_chw: Tensor | None = None,
     seed: int,
     network: Network | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -25,7 +26,7 @@ def generate_video(
     Args:
         pipeline: The models.
         settings: Sampling settings.
-        prompt: The prompt.
+        prompt: The prompt, or a sample with all that conditions read of it; the video then has its shape.
         image_chw: uint8 first frame, for image-to-video; the video then has its size.
         seed: Seed of the noise.
         network: The engine around the transformer during training; None uses the pipeline's own network.
@@ -36,11 +37,16 @@ def generate_video(
 
     Ranks: all that share the weights of the transformer.
     """
-    height, width = (settings.height, settings.width) if image_chw is None else image_chw.shape[-2:]
+    num_frames, height, width = settings.num_frames, settings.height, settings.width
+    if isinstance(prompt, VideoSample):
+        num_frames = max(prompt.num_shown, len(prompt.video_tchw))
+        height, width = prompt.video_tchw.shape[-2:]
+    elif image_chw is not None:
+        height, width = image_chw.shape[-2:]
     return pipeline.generate(
         [prompt],
         image_bchw=None if image_chw is None else image_chw[None],
-        num_frames=settings.num_frames,
+        num_frames=num_frames,
         height=height,
         width=width,
         steps=settings.steps,

@@ -67,3 +67,46 @@ def test_the_report_does_not_depend_on_ranks_batches_zero_stage_or_cache(rank_po
         assert reports[1][kind] == pytest.approx(reports[0][kind], abs=1e-6), "losses of 2.5 in fp32"
     _, uncached = train(rank_pool, folder, "uncached", MODULE, *cache[1:])
     assert cached[2] == uncached[2], "bit for bit"
+
+
+_VIEW = '''
+"""How far the prediction is from the target, and a picture of it."""
+
+from sat_train.parts import Field, ViewParams, part
+
+
+@part("view", "Distance", build=".view:Distance")
+class DistanceParams(ViewParams):
+    """Mean of the absolute error of v."""
+
+    scale: float = Field(1.0, gt=0, description="Factor on the error.")
+'''
+_VIEW_IN_TORCH = """
+from sat_train.extend import ValidationView
+
+
+class Distance(ValidationView):
+    def numbers(self, step):
+        error = (step.v_pred_btchw - step.v_true_btchw).abs()
+        return {"error": self.params.scale * error.flatten(1).mean(dim=1)}
+
+    def pictures(self, step):
+        return {"decoded": ((step.decode(step.x0_pred()).clamp(-1, 1) + 1) * 127.5).byte()}
+"""
+
+
+def test_a_view_from_outside_reports_numbers_with_intervals_and_writes_pictures(rank_pool, folder):
+    (folder / "distance").mkdir()
+    (folder / "distance/__init__.py").write_text(_VIEW)
+    (folder / "distance/view.py").write_text(_VIEW_IN_TORCH)
+    view = ["args.validation_views.near={target: Distance, clips: 1, params: {scale: 2}}"]
+    train(rank_pool, folder, "viewed", MODULE, "--extension", str(folder / "distance"), *view, ranks=2)
+    (run,) = (folder / "runs").glob("viewed-*")
+    record = read_metrics(run / "metrics.jsonl")[0]
+    view = record["views"]["near/error"]
+    low, high = view["interval"]
+    assert 0 < low < view["mean"] < high
+    assert view["mean"] > 1.5 * record["valid_loss"] ** 0.5, (
+        "twice the mean, which is near the root of squares"
+    )
+    assert (run / "samples/000000/view_near.png").is_file()

@@ -48,7 +48,8 @@ def run_directory(folder: Path, name: str) -> Path:
 
 
 def losses(folder: Path, name: str) -> list[float]:
-    return [record["loss"] for record in read_metrics(run_directory(folder, name) / "metrics.jsonl")]
+    records = read_metrics(run_directory(folder, name) / "metrics.jsonl")
+    return [record["loss"] for record in records if "loss" in record]  # not those of validation
 
 
 def state_of(step: Path) -> SavedFragments:

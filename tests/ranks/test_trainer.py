@@ -17,9 +17,11 @@ from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
 from sat_train.training.callbacks.tensorboard import TensorBoard
 from sat_train.training.callbacks.validation import Validation
 from sat_train.training.callbacks.validation_videos import SampleVideos
+from sat_train.training.callbacks.videos_to_sample import VideoToSample
 from sat_train.training.loop.callback import Callback
 from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.meter import Meter
+from sat_train.training.loop.metrics import ValidationMetrics
 from sat_train.training.loop.state import TrainState
 from sat_train.training.loop.step import TrainStep
 from sat_train.training.loop.trainer import Trainer
@@ -225,11 +227,13 @@ class InterruptedValidation(Validation):
     """A validation in the middle of which a person presses Ctrl-C, at one step."""
 
     def __init__(self, engine, stop_request, folder: Path, *, at: int, measured: list[int]) -> None:
-        def measure(asked_to_stop):
+        def measure(step, asked_to_stop, *, with_report):
             measured.append(self._step)
             if self._step == at:
                 stop_request.signal_name = "SIGINT"
-            return None if asked_to_stop() else ClipLosses((500,), {"a": (0.5,)})
+            assert with_report
+            losses = ClipLosses((500,), {"a": (0.5,)})
+            return None if asked_to_stop() else ValidationMetrics(step, losses)
 
         records = read_metrics(folder / "metrics.jsonl")
         known = {record["step"] for record in records if "valid_loss" in record}
@@ -304,7 +308,7 @@ def _sampled(
         mesh,
         engine,
         folder,
-        prompts=["a", "b", "c", "d"],
+        videos=[VideoToSample(prompt) for prompt in "abcd"],
         generate=generate,
         fps=8,
         interval=1,

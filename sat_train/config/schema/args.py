@@ -22,6 +22,7 @@ from sat_train.config.parts.record import (
 )
 from sat_train.config.parts.registry import NameIn
 from sat_train.config.parts.sampler_parts import SamplerConfig
+from sat_train.config.parts.view_parts import ViewConfig
 from sat_train.config.schema.condition_report import ConditionReportConfig
 
 # between prompt and image in one text, as in CogVideo's prompt files
@@ -191,6 +192,9 @@ class ArgsConfig(Record):
     )
     condition_report: ConditionReportConfig = Field(
         ConditionReportConfig(), description="Report of validations on what the conditions are worth."
+    )
+    validation_views: dict[PlainName, ViewConfig] = Field(
+        {}, description="Further numbers and pictures of the validation clips, by a name of your own."
     )
     early_stop_patience: int | None = Field(
         None,

@@ -32,7 +32,7 @@ class VideoField(PictureField):
 
     def read(self, place: FieldPlace, geometry: SampleGeometry) -> Tensor:
         """Returns its frames at the clip's own times, uint8 [t, 3, h, w]."""
-        return to_tensor(_aligned_frames(place.files[0], place, geometry))
+        return to_tensor(read_aligned(place.files[0], place, geometry))
 
     def views(self, value: Tensor, video_tchw: Tensor) -> tuple[Tensor, ...]:
         """Returns the field itself."""
@@ -44,7 +44,7 @@ class MaskField(PictureField):
 
     def read(self, place: FieldPlace, geometry: SampleGeometry) -> Tensor:
         """Returns the mask at the clip's own times, uint8 0 or 1, [t, 1, h, w]."""
-        frames_thwc = _aligned_frames(place.files[0], place, geometry, nearest_pixel=True)
+        frames_thwc = read_aligned(place.files[0], place, geometry, nearest_pixel=True)
         grey_thw = (frames_thwc @ np.array(_LUMA, np.int64) + 500) // 1000
         inside = (grey_thw >= self.params.threshold) != self.params.invert
         return torch.from_numpy(inside.astype(np.uint8))[:, None]
@@ -79,7 +79,7 @@ class PairField(PictureField):
 
     def read(self, place: FieldPlace, geometry: SampleGeometry) -> Tensor:
         """Returns their frames at the clip's own times, uint8 [n, t, 3, h, w]."""
-        return torch.stack([to_tensor(_aligned_frames(file, place, geometry)) for file in place.files])
+        return torch.stack([to_tensor(read_aligned(file, place, geometry)) for file in place.files])
 
     def views(self, value: Tensor, video_tchw: Tensor) -> tuple[Tensor, ...]:
         """Returns the videos."""
@@ -91,10 +91,16 @@ def to_tensor(video_thwc: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(video_thwc.transpose(0, 3, 1, 2)))
 
 
-def _aligned_frames(
+def read_aligned(
     file: FieldFile, place: FieldPlace, geometry: SampleGeometry, *, nearest_pixel: bool = False
 ) -> np.ndarray:
-    """Reads a file at the clip's own times, with its scale and crop, uint8 `[t, h, w, 3]`.
+    """Reads a file at the clip's own times, with its scale and crop, uint8 RGB `[t, h, w, 3]`.
+
+    Args:
+        file: The file; an image stands for all frames.
+        place: The field that it belongs to.
+        geometry: The part of the clip that the sample shows.
+        nearest_pixel: Scale without mixing colours, as masks need it.
 
     Raises:
         BadClip: It cannot be read, ends before the window does, or has another aspect ratio.

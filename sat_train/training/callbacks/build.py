@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from sat_train.config import RunConfig
-from sat_train.config.schema.args import IMAGE_SEPARATOR
 from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessMesh
@@ -17,9 +16,8 @@ from sat_train.encoding.encode import Encode, EncodeAndKeep
 from sat_train.engine.engine import TrainEngine
 from sat_train.log import get_logger
 from sat_train.objective.video_diffusion import VideoDiffusion
-from sat_train.sampling.build import SamplingSettings, build_sampling
+from sat_train.sampling.build import build_sampling
 from sat_train.sampling.generate import generate_video
-from sat_train.sampling.prompts import build_requests, read_image
 from sat_train.training.callbacks.bad_clip_count import BadClipCount
 from sat_train.training.callbacks.best_checkpoint import BestCheckpoint
 from sat_train.training.callbacks.cache_publisher import CachePublisher
@@ -36,11 +34,11 @@ from sat_train.training.callbacks.validation import Validation
 from sat_train.training.callbacks.validation_file import ValidationFile
 from sat_train.training.callbacks.validation_loss import validation_timesteps
 from sat_train.training.callbacks.validation_videos import SampleVideos, contact_sheet
+from sat_train.training.callbacks.videos_to_sample import VideoToSample, choose_videos
+from sat_train.training.callbacks.view_pictures import ViewPictures
 from sat_train.training.loop.callback import Callback, CallbackContext, Training
 
 log = get_logger(__name__)
-
-_CLIPS_SHOWN = 2  # without prompts and images
 
 
 def build_callbacks(
@@ -117,13 +115,13 @@ def _validation(
         return callbacks
     if loader is not None:
         if run_directory is not None and mesh.rank == 0:
-            callbacks.append(ValidationFile(run_directory))
+            callbacks += [ValidationFile(run_directory), ViewPictures(run_directory)]
         if mesh.rank == 0:
             callbacks.append(ConditionCheck(config.args.condition_report.warn_after))
         callbacks.append(
             Validation(
                 engine,
-                _held_out_clips(config, loader, mesh, pipeline, engine, encode),
+                _held_out_clips(config, loader, mesh, pipeline, engine, encode).measure,
                 interval=interval,
                 report_every=config.args.condition_report.every,
                 is_measured=lambda step: broadcast_object(
@@ -135,16 +133,15 @@ def _validation(
             patience, min_delta = config.args.early_stop_patience, config.args.early_stop_min_delta
             callbacks.append(EarlyStop(mesh, run_directory, patience=patience, min_delta=min_delta))
     if config.args.valid_video_interval is not None and run_directory is not None:
-        sampling = _video_sampling(config, pipeline, engine, loader)
-        if sampling is not None:
-            prompts, generate = sampling
+        videos = choose_videos(config, pipeline, loader)
+        if videos:
             callbacks.append(
                 SampleVideos(
                     mesh,
                     engine,
                     run_directory,
-                    prompts=prompts,
-                    generate=generate,
+                    videos=videos,
+                    generate=_generator(config, pipeline, engine, videos),
                     fps=config.sampling_fps,
                     interval=config.args.valid_video_interval,
                     lockstep=mesh.model_size > 1 or engine.zero_stage == 3,
@@ -170,6 +167,10 @@ def _held_out_clips(
         engine,
         timesteps=validation_timesteps(len(pipeline.alpha_bar), config.args.eval_timesteps),
         mesh=mesh,
+        views={
+            name: (choice.build(config.spec), choice.clips)
+            for name, choice in config.args.validation_views.items()
+        },
         conditions=[each for each in pipeline.conditions if each.name in names and each.tensors],
         moves=report.moves,
     )
@@ -212,47 +213,16 @@ def _is_measured(run_directory: Path | None, step: int) -> bool:
     return run_directory is not None and step in read_validation_losses(run_directory)
 
 
-def given_conditions(config: RunConfig, settings: SamplingSettings) -> tuple[list[str], list[torch.Tensor]]:
-    """Returns `args.valid_prompts` and their first frames."""
-    prompts, files = list(config.args.valid_prompts), config.args.valid_images
-    if files:
-        prompts = [f"{prompt}{IMAGE_SEPARATOR}{file}" for prompt, file in zip(prompts, files, strict=True)]
-    if not any(IMAGE_SEPARATOR in prompt for prompt in prompts):
-        return prompts, []
-    lines = [(f"args.valid_prompts.{number}", prompt) for number, prompt in enumerate(prompts)]
-    requests = build_requests(lines, image_to_video=True, image=None, seed=0)
-    size = {"height": settings.height, "width": settings.width}
-    return [r.prompt for r in requests], [read_image(r.image, **size) for r in requests if r.image]
-
-
-def _conditions_of_clips(loader: OrderedLoader) -> tuple[list[str], list[torch.Tensor]]:
-    """Returns captions and first frames of the first validation clips."""
-    count = min(_CLIPS_SHOWN, loader.num_samples)
-    clips = [loader.dataset[index].sample for index in range(count)]
-    return [clip.caption for clip in clips], [clip.conditioning_image_chw() for clip in clips]
-
-
-def _video_sampling(
-    config: RunConfig, pipeline: VideoDiffusion, engine: TrainEngine, loader: OrderedLoader | None
-) -> tuple[list[str], Callable[[int], torch.Tensor]] | None:
-    """Returns the prompts and a generator of video number `n`; None when there is nothing to generate."""
+def _generator(
+    config: RunConfig, pipeline: VideoDiffusion, engine: TrainEngine, videos: Sequence[VideoToSample]
+) -> Callable[[int], torch.Tensor]:
+    """Returns a generator of video number `n`."""
     settings = build_sampling(config)
-    prompts, images = given_conditions(config, settings)
-    if loader is not None and (not prompts or (config.model.noised_image_input and not images)):
-        if prompts:
-            log.info("args.valid_prompts have no images: validation videos show the validation clips instead")
-        prompts, images = _conditions_of_clips(loader)
-    if not prompts or (config.model.noised_image_input and not images):
-        return None
-
-    def generate(number: int) -> torch.Tensor:
-        return generate_video(
-            pipeline,
-            settings,
-            prompt=prompts[number],
-            image_chw=images[number] if config.model.noised_image_input else None,
-            seed=derive_seed(config.args.seed, "validation_video", number),
-            network=engine,
-        )
-
-    return prompts, generate
+    return lambda number: generate_video(
+        pipeline,
+        settings,
+        prompt=videos[number].prompt,
+        image_chw=videos[number].image_chw,
+        seed=derive_seed(config.args.seed, "validation_video", number),
+        network=engine,
+    )

@@ -98,7 +98,8 @@ def describe_validation(metrics: ValidationMetrics, last: ValidationMetrics | No
     if last is not None and change is not None and change.has_interval:
         mean, low, high = map(_change, (change.mean, change.low, change.high))
         lines.append(f"  since step {last.step} {mean} ({low} to {high})")
-    return [*lines, *(line for each in metrics.conditions for line in _describe_condition(each))]
+    lines += [line for each in metrics.conditions for line in _describe_condition(each)]
+    return [*lines, *(f"  {name} {_estimate(each.mean())}" for name, each in metrics.views.items())]
 
 
 def _describe_condition(losses: ConditionLosses) -> Iterator[str]:
@@ -107,6 +108,11 @@ def _describe_condition(losses: ConditionLosses) -> Iterator[str]:
     for instead, difference in differences.items():
         if difference is not None:
             yield f"  {losses.name}: true minus {instead} {_difference(difference)}"
+
+
+def _estimate(estimate: Estimate) -> str:
+    limits = f" ({_loss(estimate.low)} to {_loss(estimate.high)})" if estimate.has_interval else ""
+    return f"{_loss(estimate.mean)}{limits}"
 
 
 def _difference(estimate: Estimate) -> str:

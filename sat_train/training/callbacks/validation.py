@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from sat_train.engine.engine import TrainEngine
-from sat_train.training.callbacks.held_out import HeldOutClips
 from sat_train.training.loop.callback import Callback, Training
+from sat_train.training.loop.metrics import ValidationMetrics
+
+
+class Measure(Protocol):
+    """Measures the held-out clips: `HeldOutClips.measure`."""
+
+    def __call__(
+        self, step: int, asked_to_stop: Callable[[], bool], *, with_report: bool
+    ) -> ValidationMetrics | None:
+        """Returns the metrics of a step; None when interrupted. Ranks: all."""
 
 
 class Validation(Callback):
@@ -17,7 +27,7 @@ class Validation(Callback):
 
     Args:
         engine: The engine, put into evaluation mode meanwhile.
-        clips: The held-out clips.
+        measure: Measures the held-out clips.
         interval: Steps between validations.
         report_every: One validation in so many reports on the conditions, and the last one.
         is_measured: Returns whether the loss at a step is known already; on all ranks.
@@ -26,14 +36,14 @@ class Validation(Callback):
     def __init__(
         self,
         engine: TrainEngine,
-        clips: HeldOutClips,
+        measure: Measure,
         *,
         interval: int,
         report_every: int = 1,
         is_measured: Callable[[int], bool],
     ) -> None:
         self._engine = engine
-        self._clips = clips
+        self._measure = measure
         self._interval = interval
         self._report_every = report_every
         self._is_measured = is_measured
@@ -58,7 +68,7 @@ class Validation(Callback):
         with_report = step // self._interval % self._report_every == 0 or trainer.complete
         self._engine.eval()
         try:
-            metrics = self._clips.measure(step, trainer.asked_to_stop, with_report=with_report)
+            metrics = self._measure(step, trainer.asked_to_stop, with_report=with_report)
         finally:
             self._engine.train()
         if metrics is not None:

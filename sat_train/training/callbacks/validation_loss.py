@@ -12,6 +12,7 @@ from torch import Tensor
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.training.loop.clip_losses import ClipLosses
+from sat_train.training.loop.metrics import Picture
 
 T = TypeVar("T")
 _Rows = dict[int, list[float]]  # by index of the sample
@@ -40,11 +41,26 @@ class Measured:
         clip_ids: Its clips.
         sample_indices: Global indices of its samples.
         tables: Numbers, by a name that is the same for all batches.
+        pictures: Frames of some of its clips.
     """
 
     clip_ids: tuple[str, ...]
     sample_indices: tuple[int, ...]
     tables: Mapping[str, ClipNumbers]
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Numbers of all clips, on all ranks alike.
+
+    Args:
+        tables: By name, without those that no clip has.
+        pictures: In the order of the clips; of one clip in the order in which they were made.
+    """
+
+    tables: Mapping[str, ClipLosses]
+    pictures: tuple[Picture, ...]
 
 
 def validation_timesteps(num_timesteps: int, count: int) -> tuple[int, ...]:
@@ -60,7 +76,7 @@ def measure_clips(
     num_samples: int,
     mesh: ProcessMesh,
     asked_to_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, ClipLosses] | None:
+) -> Measurements | None:
     """Measures the validation clips.
 
     Args:
@@ -71,19 +87,20 @@ def measure_clips(
         asked_to_stop: Called before each batch, on all ranks.
 
     Returns:
-        The numbers by table, in the order of the samples, on all ranks alike; without the tables that no clip
-        has. None when interrupted.
+        Numbers and pictures in the order of the samples; None when interrupted.
 
     Ranks: all.
     """
     clips: dict[int, str] = {}
     tables: dict[str, _Rows] = {}
     timesteps: dict[str, tuple[int, ...]] = {}
+    pictures: list[Picture] = []
     for batch in batches:
         if asked_to_stop():
             return None
         measured = measure(batch)
         indices = measured.sample_indices
+        pictures += measured.pictures
         clips.update(zip(indices, measured.clip_ids, strict=True))
         for name, table in measured.tables.items():
             timesteps[name] = table.timesteps
@@ -91,10 +108,12 @@ def measure_clips(
             counts = table.counts or [True] * len(indices)
             kept = {index: row for (index, row), has in zip(rows, counts, strict=True) if has}
             tables.setdefault(name, {}).update(kept)
-    shares = gather_objects(mesh, (clips, tables, timesteps))
+    shares = gather_objects(mesh, (clips, tables, timesteps, pictures if mesh.model_rank == 0 else []))
     names = _clip_names({at: clip for share in shares for at, clip in share[0].items() if at < num_samples})
-    return _together(
-        names, [share[1] for share in shares], {k: v for share in shares for k, v in share[2].items()}
+    columns = {name: each for share in shares for name, each in share[2].items()}
+    return Measurements(
+        _together(names, [share[1] for share in shares], columns),
+        tuple(sorted((each for share in shares for each in share[3]), key=lambda each: each.sample_index)),
     )
 
 

@@ -14,6 +14,7 @@ from sat_train.engine.engine import TrainEngine
 from sat_train.errors import SatTrainError, TrainingError
 from sat_train.log import get_logger
 from sat_train.sampling.video_file import spread_frames, write_contact_sheet, write_mp4
+from sat_train.training.callbacks.videos_to_sample import VideoToSample
 from sat_train.training.loop.callback import Callback, Training, cause_of
 from sat_train.training.loop.metrics import VideoMetrics
 
@@ -24,7 +25,7 @@ _SHEET_COLUMNS = 8
 
 
 class SampleVideos(Callback):
-    """Writes `samples/<step>/NN.mp4` and `samples/<step>/contact_sheet.png`; the ranks share the prompts.
+    """Writes `samples/<step>/NN.mp4` and `samples/<step>/contact_sheet.png`; the ranks share the videos.
 
     The contact sheet comes last: where it is missing at the step that a run resumes, that run ended before
     it, and the videos are sampled first. The run can be stopped between two videos.
@@ -33,8 +34,8 @@ class SampleVideos(Callback):
         mesh: The process mesh.
         engine: The engine, put into evaluation mode meanwhile.
         run_directory: The run directory.
-        prompts: One per video.
-        generate: Number of a prompt -> uint8 video_tchw on the CPU; its seed does not depend on the rank.
+        videos: The videos.
+        generate: Number of a video -> uint8 video_tchw on the CPU; its seed does not depend on the rank.
         fps: Frame rate of the files.
         interval: Steps between samples.
         lockstep: Each forward pass involves all ranks (ZeRO-3, tensor parallelism): a rank that fails alone
@@ -49,7 +50,7 @@ class SampleVideos(Callback):
         engine: TrainEngine,
         run_directory: Path,
         *,
-        prompts: Sequence[str],
+        videos: Sequence[VideoToSample],
         generate: Callable[[int], torch.Tensor],
         fps: float,
         interval: int,
@@ -58,7 +59,7 @@ class SampleVideos(Callback):
         self._mesh = mesh
         self._engine = engine
         self._run_directory = run_directory
-        self._prompts = tuple(prompts)
+        self._videos = tuple(videos)
         self._generate = generate
         self._fps = fps
         self._interval = interval
@@ -96,7 +97,7 @@ class SampleVideos(Callback):
     def _write_videos(self, trainer: Training) -> tuple[dict[int, torch.Tensor], str]:
         """Writes this rank's videos; returns frames of them by number, and the first failure."""
         folder, previews, problem = self._folder(trainer.state.step), {}, ""
-        for number, counts in shared_numbers(len(self._prompts), self._mesh):
+        for number, counts in shared_numbers(len(self._videos), self._mesh):
             if trainer.asked_to_stop():
                 break
             try:
@@ -125,11 +126,18 @@ class SampleVideos(Callback):
                 raise SatTrainError(f"validation videos of step {trainer.state.step}, rank {rank}: {problem}")
         frames = {number: video for previews, _ in shares for number, video in previews.items()}
         folder = self._folder(trainer.state.step)
-        videos = [frames[number] for number in sorted(frames)]
-        write_contact_sheet(folder / _SHEET, videos, self._prompts, columns=_SHEET_COLUMNS)
+        rows = [row for number in sorted(frames) for row in self._rows(number, frames[number])]
+        captions, videos = zip(*rows, strict=True)
+        write_contact_sheet(folder / _SHEET, videos, captions, columns=_SHEET_COLUMNS)
         log.info("samples in %s", folder)
         paths = tuple(folder / f"{number:02d}.mp4" for number in sorted(frames))
-        trainer.report(VideoMetrics(trainer.state.step, folder / _SHEET, paths, self._prompts))
+        captions = tuple(video.caption for video in self._videos)
+        trainer.report(VideoMetrics(trainer.state.step, folder / _SHEET, paths, captions))
+
+    def _rows(self, number: int, frames_tchw: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """Returns the rows of the contact sheet for a video: the video, then what it was generated from."""
+        video = self._videos[number]
+        return [(video.caption, frames_tchw), *video.shown]
 
 
 def contact_sheet(run_directory: Path, step: int) -> Path:

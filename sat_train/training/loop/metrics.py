@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sat_train.training.loop.clip_losses import ClipLosses, Estimate
 from sat_train.training.loop.condition_losses import ConditionLosses
 
@@ -45,6 +47,23 @@ class TrainMetrics:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """Frames that a view shows of a held-out clip.
+
+    Args:
+        view: The view.
+        sample_index: Index of the clip.
+        caption: Words to stand above them.
+        frames_tchw: uint8 [t, 3, h, w], on the CPU.
+    """
+
+    view: str
+    sample_index: int
+    caption: str
+    frames_tchw: Tensor
+
+
+@dataclass(frozen=True)
 class ValidationMetrics:
     """One validation.
 
@@ -53,12 +72,16 @@ class ValidationMetrics:
         losses: Loss of each clip at each timestep.
         conditions: Losses with one condition replaced, of the conditions that are reported on.
         terms: Each term of the training loss by name, without its weight; empty where there is only one.
+        views: Numbers of the views by clip, by `VIEW/NUMBER`.
+        pictures: Pictures of the views.
     """
 
     step: int
     losses: ClipLosses
     conditions: tuple[ConditionLosses, ...] = ()
     terms: Mapping[str, ClipLosses] = field(default_factory=dict)
+    views: Mapping[str, ClipLosses] = field(default_factory=dict)
+    pictures: tuple[Picture, ...] = ()
 
     @cached_property
     def valid_loss(self) -> Estimate:
@@ -111,6 +134,11 @@ def as_json(metrics: NumberMetrics) -> dict[str, Any]:
     """Returns metrics as a plain dictionary; numbers of callbacks are at the same level as the others."""
     if isinstance(metrics, ValidationMetrics):
         loss, by_timestep = metrics.valid_loss, metrics.valid_loss_by_timestep
+        further: dict[str, Any] = {}
+        if metrics.conditions:
+            further["conditions"] = {each.name: each.as_json() for each in metrics.conditions}
+        if metrics.views:
+            further["views"] = {name: _view_json(numbers) for name, numbers in metrics.views.items()}
         return {
             "step": metrics.step,
             "valid_loss": loss.mean,
@@ -119,15 +147,17 @@ def as_json(metrics: NumberMetrics) -> dict[str, Any]:
             "valid_loss_interval_by_timestep": {t: [at.low, at.high] for t, at in by_timestep.items()},
             "valid_samples": len(metrics.losses),
             **{f"valid_loss/{name}": term.mean().mean for name, term in metrics.terms.items()},
-            **(
-                {"conditions": {each.name: each.as_json() for each in metrics.conditions}}
-                if metrics.conditions
-                else {}
-            ),
+            **further,
         }
     values = asdict(metrics)
     measured = values.pop("measured", {})
     return {**values, **measured}
+
+
+def _view_json(numbers: ClipLosses) -> dict[str, Any]:
+    mean = numbers.mean()
+    by_timestep = {t: [at.mean, at.low, at.high] for t, at in numbers.by_timestep().items()}
+    return {"mean": mean.mean, "interval": [mean.low, mean.high], "by_timestep": by_timestep}
 
 
 def scalars(metrics: NumberMetrics) -> dict[str, float]:
@@ -146,6 +176,7 @@ def scalars(metrics: NumberMetrics) -> dict[str, float]:
         estimates |= {f"{condition.name}/true_minus_dropped": condition.over_dropped}
         if condition.over_shuffled is not None:
             estimates |= {f"{condition.name}/true_minus_shuffled": condition.over_shuffled}
+    estimates |= {f"views/{name}": numbers.mean() for name, numbers in metrics.views.items()}
     means = {f"valid/{name}": loss.mean for name, loss in estimates.items()}
     limits = {f"valid_interval/{name}_low": loss.low for name, loss in estimates.items()}
     limits |= {f"valid_interval/{name}_high": loss.high for name, loss in estimates.items()}

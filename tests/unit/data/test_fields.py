@@ -20,17 +20,20 @@ import torch
 from PIL import Image
 
 from sat_train.cli.main import main
+from sat_train.config import load_run_config
+from sat_train.config.extensions import load_extensions
 from sat_train.config.parts.field_parts import FieldConfig
 from sat_train.config.shapes import ClipShape
 from sat_train.data.batches import OrderedBatches
-from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.failure_log import FailureLog
 from sat_train.data.fields.number_files import read_numbers
 from sat_train.data.loader import VideoLoader
 from sat_train.data.sources.read import read_source
 from sat_train.data.sources.records import FieldFile, SourceOptions
 from sat_train.encoding.cache.entries import SampleFacts
-from sat_train.errors import DataError
+from sat_train.errors import ConfigError, DataError
+from sat_train.extend import BadClip
+from tests.ranks.extensions import write_extensions
 from tests.unit.data.videos import dataset_of, make_folder, numbers_of, write_numbered
 from tests.unit.encoding.cache.samples import open_dataset
 
@@ -75,6 +78,7 @@ def write_set(root):
     (root / "seconds/a.json").write_text(json.dumps([[i / 10] for i in range(20)]))
     np.savez_compressed(root / "audio/a.npz", wave=np.arange(6, dtype=np.int16).reshape(2, 3))
     (root / "scene/a.txt").write_text("a quiet\nroom\n")
+    (root / "only.jsonl").write_text(json.dumps({"video": "videos/a.mp4", "caption": "a"}))
     return root
 
 
@@ -450,3 +454,45 @@ def test_inspect_and_preview_show_fields(folder, tmp_path, capsys):
     with av.open(str(tmp_path / "0000.mp4")) as container:
         assert container.streams.video[0].width == 3 * 32 + 2 * 2
     assert Image.open(tmp_path / "contact_sheet.png").height == 2 * 3 * (16 + 32 + 2 * 2)
+
+
+def test_a_kind_from_outside_is_read_like_the_others(folder, tmp_path):
+    """The kind of `docs/extend.md` reads the mask of the set as two classes."""
+    write_extensions(tmp_path)
+    load_extensions(["--extension", str(tmp_path / "labels")])
+    try:
+        fields = fields_of({"inside": {"kind": "labels", "step": 51}})
+        source = read_source(folder / "only.jsonl", SourceOptions(fields=fields))
+        sample = samples_of(source, fields)[0].sample
+        assert sample.fields["inside"][0, 0].tolist() == [[5] * 16 + [0] * 16] * 32
+    finally:
+        load_extensions([])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("kind=vidoe", r"data\.fields\.a\.kind = vidoe: .*did you mean 'video'"),
+        ("kind=mask treshold=3", r"a\.treshold = 3: expected a setting of mask: .*did you mean 'threshold'"),
+        ("kind=video space=points", r"a\.space = points: expected a setting of video: kind, column, begins"),
+        ("kind=mask threshold=256", r"a\.threshold = 256: expected a whole number >= 1 and <= 255"),
+        ("column=x", r"a\.kind: expected one of array, .*, but it is missing"),
+    ],
+)
+def test_settings_stand_next_to_the_kind_and_are_checked_by_it(words, says):
+    with pytest.raises(ConfigError, match=says):
+        load_field(words)
+
+
+def test_another_kind_keeps_the_settings_that_it_has_too():
+    assert load_field("kind=mask column=m threshold=9 kind=video") == {
+        "kind": "video",
+        "column": "m",
+        "begins": "file",
+    }
+
+
+def load_field(words: str):
+    paths = [f"data.fields.a.{word}" for word in words.split()]
+    config = load_run_config(["configs/sft.yaml"], paths, purpose="check", check_paths=False)
+    return config.data.fields["a"].model_dump()

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sat_train.config import load_run_config
 from sat_train.sampling.build import build_sampling
-from sat_train.training.callbacks.build import given_conditions
+from sat_train.training.callbacks.videos_to_sample import given_conditions
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 I2V = [CONFIGS / "sft.yaml", CONFIGS / "recipe" / "image_to_video.yaml"]
