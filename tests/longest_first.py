@@ -65,6 +65,7 @@ SECONDS: dict[str, int] = {
     "unit/checkpoint/test_hostile_weights.py": 9,
     "unit/data/test_clip_pool.py": 9,
     "unit/data/test_fields.py": 9,
+    "unit/encoding/cache/test_cached_fields.py": 9,
     "runs/test_launch_scripts.py": 9,
     "unit/distributed/test_signals.py": 8,
     "ranks/test_ema.py": 8,

@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import tarfile
+import time
 import zipfile
 
 import av
@@ -25,6 +26,7 @@ from sat_train.config.extensions import load_extensions
 from sat_train.config.parts.field_parts import FieldConfig
 from sat_train.config.shapes import ClipShape
 from sat_train.data.batches import OrderedBatches
+from sat_train.data.clips.frames import FrameReader
 from sat_train.data.failure_log import FailureLog
 from sat_train.data.fields.number_files import read_numbers
 from sat_train.data.loader import VideoLoader
@@ -368,6 +370,28 @@ def test_a_field_that_begins_with_its_part_of_the_file_is_read_from_there(folder
         assert numbers_of(sample.fields["control"]) == [frame - 30 for frame in frames]
         assert sample.fields["camera"][:, 0].tolist() == [(frame - 30) / 2 for frame in frames]
         assert numbers_of(sample.fields["lost"][0]) == frames
+
+
+def test_one_time_limit_holds_for_a_clip_with_all_its_fields(folder, monkeypatch):
+    """Once the clip has used it up, its fields have none left."""
+    fields = fields_of({"control": KINDS["control"]})
+    dataset = samples_of(
+        read_source(folder / "only.jsonl", SourceOptions(fields=fields)), fields, timeout_s=60
+    )
+    assert dataset[0].failures == ()
+    read = FrameReader.read
+
+    def slow(reader, *args, **kwargs):
+        frames = read(reader, *args, **kwargs)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+        return frames
+
+    now = time.monotonic()
+    monkeypatch.setattr(FrameReader, "read", slow)
+    with pytest.raises(
+        DataError, match=r"timeout: its field `control` \(a\.mkv\): decoding takes longer than"
+    ):
+        dataset[0]
 
 
 def test_workers_hand_over_fields(folder):
