@@ -1,4 +1,4 @@
-"""Classes that an extension computes with, in files that `build=` names (`docs/extend.md`)."""
+"""Classes that an extension computes with, in files that `build=` names (`docs/extend_reference.md`)."""
 
 from sat_train.data.clips.bad_clip import BadClip as BadClip
 from sat_train.data.fields.pictures import read_aligned as read_aligned

@@ -1,4 +1,4 @@
-"""The names that an extension imports to register parts; torch-free (`docs/extend.md`)."""
+"""The names that an extension imports to register parts; torch-free (`docs/extend_reference.md`)."""
 
 from sat_train.config.parts.adapter_parts import AdapterParams as AdapterParams
 from sat_train.config.parts.adapter_parts import AdapterTensor as AdapterTensor

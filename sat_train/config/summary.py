@@ -51,6 +51,9 @@ def _trained(config: RunConfig) -> str:
     adapter = config.spec.adapter
     if adapter is None:
         frozen = config.model.not_trainable_prefixes
+        if "all" in frozen:
+            named = ["weights that model.train names"] * bool(config.model.train)
+            return ", ".join([*(f"module {name}" for name in config.model.modules), *named]) or "nothing"
         return "all weights of the transformer" + (f" but {', '.join(frozen)}" if frozen else "")
     name = "LoRA" if adapter.target == "Lora" else adapter.target
     params = adapter.params

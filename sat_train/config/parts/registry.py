@@ -89,7 +89,7 @@ def part(slot: str, name: str, *, build: str) -> Callable[[P], P]:
     """Registers a record of parameters under a name for YAML.
 
     Args:
-        slot: One of the slots of `docs/extend.md`, such as `optimizer`.
+        slot: One of the slots of `docs/extend_reference.md`, such as `optimizer`.
         name: What YAML writes. Must be new in its slot.
         build: `module:callable`, imported at the first build and never by `sat-train check`. `.parts:Lion`
             is relative to the package of the record, `:build` is in the record's own module. It is called

@@ -19,7 +19,8 @@ class ConditionReportConfig(Record):
         1, ge=1, description="One validation in so many has the report, and the last one of a run."
     )
     moves: bool = Field(
-        True, description="Also move the condition by a latent frame and a latent pixel: is it aligned?"
+        True,
+        description="Also move the condition by a latent frame and pixel: shows whether it is aligned.",
     )
     warn_after: int = Field(
         300, ge=0, description="Step from which a condition that is not used, or not aligned, is warned of."

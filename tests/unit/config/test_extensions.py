@@ -122,7 +122,7 @@ def test_each_part_of_the_page_takes_one_file_or_two_where_torch_begins(tmp_path
         ("fixed_lora", "careful", "csv_tracker", "eta_ddim", "interval_guidance", "riflex", "late_timesteps"),
         1,
     )
-    assert Counter(files) == {"lion": 2, "labels": 2, "brightness": 2, **one_file}
+    assert Counter(files) == {"lion": 2, "labels": 2, "brightness": 2, "tracks": 2, **one_file}
 
 
 def test_schema_and_explanations_know_a_part_from_outside(tmp_path):

@@ -1,4 +1,4 @@
-"""The sampler, the guidance and the position embedding of `docs/extend.md`, from outside the package."""
+"""Sampler, guidance and position embedding of `docs/extend_reference.md`, from outside the package."""
 
 from __future__ import annotations
 
