@@ -27,9 +27,12 @@ class ConditionCheck(Callback):
         self._warn_after = warn_after
 
     def reported(self, metrics: Metrics) -> None:
-        """Warns of each condition with a problem."""
-        if not isinstance(metrics, ValidationMetrics) or metrics.step < self._warn_after:
+        """Warns of each condition with a problem; of a wrong place at once, since no training mends it."""
+        if not isinstance(metrics, ValidationMetrics):
             return
         for losses in metrics.conditions:
-            for problem in losses.problems():
+            problems = [*losses.misplaced()]
+            if metrics.step >= self._warn_after:
+                problems += losses.problems()
+            for problem in problems:
                 log.warning("step %d: %s; %s", metrics.step, problem, _REASONS)

@@ -78,7 +78,7 @@ def variants(
         condition: The condition.
         others: Its encodings of other clips, one for each.
         timesteps: Timesteps of the validation.
-        moves: Whether to move it, too: at the noisier half of the timesteps, where a condition tells most.
+        moves: Whether to move it, too: at the noisiest quarter of the timesteps, where it tells most.
     """
     own = batch.encodings[condition.name]
     every_b = torch.ones(len(batch.sample_indices), dtype=torch.bool)
@@ -89,7 +89,7 @@ def variants(
         latent_shape = batch.encodings[CLIP]["mean"].shape
         for name, move in MOVES.items():
             if (moved := moved_encoding(own, move, latent_shape)) is not None:
-                yield _with(batch, condition, name, moved, timesteps[len(timesteps) // 2 :])
+                yield _with(batch, condition, name, moved, timesteps[-max(1, len(timesteps) // 4) :])
 
 
 def _with(

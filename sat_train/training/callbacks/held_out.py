@@ -21,6 +21,7 @@ from sat_train.log import get_logger
 from sat_train.objective.loss_inputs import LossInputs
 from sat_train.objective.validation_view import ValidationView
 from sat_train.objective.video_diffusion import VideoDiffusion
+from sat_train.training.callbacks.alignment import alignment_gains
 from sat_train.training.callbacks.condition_probe import gives_inputs, variants
 from sat_train.training.callbacks.validation_loss import ClipNumbers, Measured, measure_clips
 from sat_train.training.loop.clip_losses import ClipLosses
@@ -29,7 +30,7 @@ from sat_train.training.loop.metrics import Picture, ValidationMetrics
 
 log = get_logger(__name__)
 
-_LOSS, _TERM, _VIEW = "loss", "term:", "view:"
+_LOSS, _TERM, _VIEW, _ALIGNED = "loss", "term:", "view:", "aligned "
 _Pair = tuple[LoadedBatch, LoadedBatch | None]
 
 
@@ -160,6 +161,10 @@ class HeldOutClips:
     def _replaced(
         self, batch: EncodedBatch, condition: Condition, partners: LoadedBatch, has_other: Sequence[bool]
     ) -> Iterator[tuple[str, ClipNumbers]]:
+        if self._moves:
+            clip = batch.encodings[CLIP]["mean"]
+            for move, gains_b in alignment_gains(clip, batch.encodings[condition.name]).items():
+                yield _key(condition.name, f"{_ALIGNED}{move}"), ClipNumbers((0,), gains_b[:, None])
         others = self._encode.condition(condition.name, partners)
         changed = variants(batch, condition, others, timesteps=self._timesteps, moves=self._moves)
         for variant in changed:
@@ -203,7 +208,9 @@ def _by_condition(tables: Mapping[str, ClipLosses]) -> tuple[ConditionLosses, ..
         condition, slash, variant = key.partition("/")
         if slash and not key.startswith((_TERM, _VIEW)):
             found.setdefault(condition, {})[variant] = losses
-    return tuple(
-        ConditionLosses(name, tables[_LOSS], own.pop(DROPPED), own.pop(SHUFFLED, None), own)
-        for name, own in found.items()
-    )
+    reports = []
+    for name, own in found.items():
+        shuffled, dropped, alignment = own.pop(SHUFFLED, None), own.pop(DROPPED), _named(own, _ALIGNED)
+        moved = {move: losses for move, losses in own.items() if not move.startswith(_ALIGNED)}
+        reports.append(ConditionLosses(name, tables[_LOSS], dropped, shuffled, moved, alignment))
+    return tuple(reports)

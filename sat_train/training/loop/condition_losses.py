@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ SHUFFLED, DROPPED = "shuffled", "dropped"
 # A move that gains less than this share of what the condition gains is no sign of a wrong alignment: what has
 # no place of its own, such as a reference image, hardly notices a move.
 _LEAST_SHARE = 0.05
+_LEAST_GAIN = 0.1  # of correlation: what is aligned loses by a move, what has no place hardly notices it
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ConditionLosses:
         dropped: Losses without the condition.
         shuffled: Losses with that of another clip of its shape; None where no clip has such a partner.
         moved: Losses with the condition moved in time or space, by move, perhaps at fewer timesteps.
+        alignment: By move, how much better the condition's latent correlates with the clip's where it is
+            moved: a number of each clip that does not depend on the weights (`alignment.py`).
     """
 
     name: str
@@ -32,6 +35,7 @@ class ConditionLosses:
     dropped: ClipLosses
     shuffled: ClipLosses | None
     moved: Mapping[str, ClipLosses]
+    alignment: Mapping[str, ClipLosses] = field(default_factory=dict)
 
     def minus_shuffled(self) -> ClipLosses | None:
         """Returns the true loss minus the shuffled one, by clip: below zero where the condition is used."""
@@ -59,8 +63,20 @@ class ConditionLosses:
             move: self.true.at(losses.timesteps).minus(losses).mean() for move, losses in self.moved.items()
         }
 
+    def misplaced(self) -> Iterator[str]:
+        """Yields in one sentence where the condition lies wrongly, whatever the weights are."""
+        gains = {move: numbers.mean() for move, numbers in self.alignment.items()}
+        found = {m: g for m, g in gains.items() if g.has_interval and g.low > 0 and g.mean > _LEAST_GAIN}
+        if found:
+            move, gain = max(found.items(), key=lambda item: item[1].mean)
+            yield (
+                f"the condition {self.name} does not lie where the clip shows it: moved {move} by one place "
+                f"of the latent it agrees better, correlation {gain.mean:+.2f} ({gain.low:+.2f} to "
+                f"{gain.high:+.2f})"
+            )
+
     def problems(self) -> Iterator[str]:
-        """Yields what is wrong with the condition, as sentences; nothing where there are too few clips."""
+        """Yields what is wrong with its use, as sentences; nothing where there are too few clips."""
         used = self.over_shuffled
         if used is None or not used.has_interval:
             return
@@ -99,6 +115,7 @@ class ConditionLosses:
             "true_minus_dropped": _limits(self.over_dropped),
             "true_minus_shuffled_by_timestep": {} if shuffled is None else _by_timestep(shuffled),
             "true_minus_dropped_by_timestep": _by_timestep(self.minus_dropped()),
+            "alignment_gain": {move: _limits(numbers.mean()) for move, numbers in self.alignment.items()},
             "true_minus_moved": {move: _limits(each) for move, each in self.over_moved.items()},
         }
 

@@ -5,6 +5,7 @@ import torch
 
 from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.partners import PartnerBatches
+from sat_train.training.callbacks.alignment import alignment_gains
 from sat_train.training.callbacks.condition_probe import MOVES, moved_encoding
 from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.condition_losses import ConditionLosses
@@ -75,3 +76,29 @@ def test_problems_are_named_where_the_intervals_leave_no_doubt(shuffled, moved, 
     assert len(problems) == len(says)
     for problem, expected in zip(problems, says, strict=True):
         assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("planted", "best"),
+    [
+        ((0, 0, 0), ""),
+        ((1, 0, 0), "earlier"),
+        ((0, -1, 0), "down"),
+        ((0, 0, 1), "to the left"),
+    ],
+)
+def test_a_control_in_another_code_is_found_where_it_was_moved_to(planted, best) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.randn(6, 7, 4, 8, 9, generator=generator).cumsum(dim=3)
+    coded = torch.einsum("btchw,kc->btkhw", clip, torch.randn(3, 4, generator=generator))
+    encoding = {"mean": coded.roll(planted, dims=(1, 3, 4)), "logvar": torch.zeros_like(coded)}
+    gains = alignment_gains(clip, encoding)
+    numbers = {
+        move: ClipLosses((0,), {f"clip{n}": (gain,) for n, gain in enumerate(gains_b.tolist())})
+        for move, gains_b in gains.items()
+    }
+    true, other = shifted([0.0] * 6), shifted([0.5] * 6)
+    report = ConditionLosses("control", true, other, other, {}, numbers)
+    assert alignment_gains(clip, {"text": torch.rand(6, 7, 4)}) == {}, "what has no place on the grid"
+    found = "".join(report.misplaced())
+    assert f"moved {best} by one place" in found if best else not found
