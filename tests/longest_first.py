@@ -26,6 +26,7 @@ SECONDS: dict[str, int] = {
     "runs/test_cache.py": 55,
     "ranks/test_extensions.py": 53,
     "ranks/test_extension_laws.py": 40,
+    "ranks/test_conditions.py": 40,
     "ranks/test_lora_runs.py": 47,
     "ranks/test_validation.py": 45,
     "ranks/test_export.py": 45,

@@ -34,6 +34,17 @@ def conditions_are_read(config: ParsedConfig) -> Iterator[Fault]:
             yield config.fault(f"model.conditions.{name}", choice.target, expected)
 
 
+@rule("model", "args.callbacks")
+def modules_read_extras(config: ParsedConfig) -> Iterator[Fault]:
+    """Modules that name a condition whose tensor stands on channels, where no module finds it."""
+    for path, reference in references_in(config):
+        condition = config.model.conditions.get(reference.name)
+        is_named = reference.group == "model.conditions" and path.startswith("model.modules.")
+        if is_named and condition is not None and getattr(condition.params, "into", "") == "channels":
+            key = f"model.conditions.{reference.name}.params.into"
+            yield config.fault(key, "channels", f"extras: {path} reads it")
+
+
 @rule("args.guidance_drops", "model.conditions", "model.noised_image_input")
 def guidance_drops_conditions_that_exist(config: ParsedConfig) -> Iterator[Fault]:
     names = [*config.spec.conditions]

@@ -323,7 +323,8 @@ def captions_fit_the_text_encoder(config: ParsedConfig) -> Iterator[Fault]:
 
 def _is_sft(config: ParsedConfig) -> bool:
     """Returns whether all weights of a released model train."""
-    return _trains(config) and config.spec.adapter is None and bool(_release(config))
+    is_frozen = config.spec.adapter is not None or "all" in config.model.not_trainable_prefixes
+    return _trains(config) and not is_frozen and bool(_release(config))
 
 
 def _clips_of_a_step(config: ParsedConfig) -> int | None:

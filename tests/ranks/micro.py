@@ -54,8 +54,8 @@ def write_micro(folder: Path, *, heads: int = 1) -> None:
     config = micro_run(folder, check_paths=False)
     dit = build_dit(config.spec, device="cpu", dtype=torch.float32)
     vae = build_vae(config.spec, device="meta")
-    _save_random(dit, folder / "dit.safetensors")
-    _save_random(vae, folder / "vae.safetensors")
+    save_random(dit, folder / "dit.safetensors")
+    save_random(vae, folder / "vae.safetensors")
 
 
 def micro_run(folder: Path, *words: str, preset: str = "sft", check_paths: bool = True) -> RunConfig:
@@ -92,7 +92,7 @@ def logged_micro(mesh: ProcessMesh, folder: Path, words: list[str]) -> list[str]
     return lines
 
 
-def _save_random(module: nn.Module, path: Path) -> None:
+def save_random(module: nn.Module, path: Path) -> None:
     """Every gate is open: weights that begin at zero would keep gradients from what lies behind them."""
     state: dict[str, Any] = {}
     for index, (name, tensor) in enumerate(module.state_dict().items()):

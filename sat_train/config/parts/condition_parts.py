@@ -6,6 +6,7 @@ A builder gets the parameters and the `ModelSpec`, and returns a `Condition`
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -165,6 +166,12 @@ class ReferenceFramesParams(ConditionParams):
         "continue",
         description="Their places in time. continue: behind the video. repeat_first: those of its beginning.",
     )
+
+    def check(self, model: Any) -> Iterable[tuple[str, str]]:
+        """Yields places that a learned table of positions does not have."""
+        has_table = getattr(model.positions.params, "learnable_pos_embed", False)
+        if has_table and self.position == "continue":
+            yield "position", "repeat_first: the learned table of this model ends with its last frame"
 
 
 @part("condition", "PreferencePairs", build="sat_train.encoding.conditions.preference_pairs:PreferencePairs")

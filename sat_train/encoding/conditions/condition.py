@@ -308,7 +308,7 @@ class Condition:
         if facts.record.image is not None:
             further["image"] = facts.picture(facts.record.image).key
         if self.fields:
-            further["fields"] = {name: facts.field(name) for name in self.fields}  # type: ignore[attr-defined]
+            further["fields"] = {name: facts.field(name) for name in self.fields}
         if self.encodes_text:
             further["text"] = facts.encoder_digests.text
         return further
