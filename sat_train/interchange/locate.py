@@ -86,7 +86,7 @@ def read_located(located: Located, *, ema: bool = False) -> LazyWeights:
         CheckpointError: The file is damaged, or not a transformer's.
     """
     own = read_own_weights(find_weights(located.path), ema=ema)
-    return own if located.base is None else _read_base(located.base, frozenset()).overlaid(own)
+    return own if located.base is None else read_base(located.base).overlaid(own)
 
 
 def read_own_weights(source: WeightSource, *, ema: bool = False) -> LazyWeights:
@@ -193,15 +193,23 @@ def _recorded(path: str | Path, sha256: str) -> BaseWeights:
     return BaseWeights(source=str(shorten_assets(str(find_weights(path).path.absolute()))), sha256=sha256)
 
 
-def _read_base(base: BaseWeights, above: frozenset[Path]) -> LazyWeights:
-    """Opens base weights; those may be of a run that has a frozen base itself."""
+def read_base(base: BaseWeights, above: frozenset[Path] = frozenset()) -> LazyWeights:
+    """Opens base weights, which may be those of a run that has a frozen base itself.
+
+    Args:
+        base: The weights.
+        above: Steps that lie over them, none of which may be their base.
+
+    Raises:
+        CheckpointError: They are missing, damaged or have changed.
+    """
     source = find_weights(base.source)
     if source.kind == "step" and (manifest := read_manifest(source.path)).trainable_only:
         if source.path in above:
             raise CheckpointError(
                 f"{source.path} names itself as its base weights", remedy="use another step"
             )
-        below = _read_base(find_base(source.path, manifest), above | {source.path})
+        below = read_base(find_base(source.path, manifest), above | {source.path})
         return below.overlaid(read_own_weights(source))
     return read_own_weights(source)
 

@@ -201,14 +201,17 @@ def _faults(key: str, pattern: str, names: Sequence[str], allowed: Sequence[str]
         yield Fault(key, pattern, text)
 
 
-def frozen_base(dit: DiffusionTransformer) -> frozenset[str]:
-    """Returns the names of the base's frozen weights: neither adapters' nor those of added modules."""
+def frozen_base(dit: DiffusionTransformer) -> dict[str, tuple[int, ...]]:
+    """Returns the base's frozen weights with their shapes: neither adapters' nor those of added modules.
+
+    On one rank of several, the shapes are those of its slice; ZeRO may have divided the weights.
+    """
     added = tuple(dit.modules_of_its_own())
-    return frozenset(
-        name
+    return {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in dit.named_parameters()
         if not parameter.requires_grad and not name.startswith(added) and find_adapter_tensor(name) is None
-    )
+    }
 
 
 def summarize_parameters(dit: nn.Module) -> TrainableSummary:

@@ -304,7 +304,7 @@ def build_save(
     dit: DiffusionTransformer,
 ) -> Callable[[Training], Path]:
     """Returns a function that writes a trainer's checkpoint and returns its folder; call it on all ranks."""
-    left_out, base_weights = start.left_out(dit), start.base
+    left_out, base_weights = start.left_out(dit, model_size=mesh.model_size), start.base
 
     def save(trainer: Training) -> Path:
         assert run_directory.folder is not None, "only a run with a folder saves"

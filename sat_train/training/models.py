@@ -29,12 +29,15 @@ from sat_train.interchange.locate import (
     find_base,
     load_weights,
     locate_weights,
+    read_base,
     read_located,
+    unflattened,
 )
 from sat_train.interchange.module_files import check_module_files, read_module_files
 from sat_train.log import get_logger
 from sat_train.models.adapter import adapted_layers, adapter_state_dict, start_adapters
 from sat_train.models.build import build_dit, compute_dtype
+from sat_train.models.dit.sharding import full_shape
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.encoders import Encoders
 from sat_train.models.loaded_adapters import load_updates
@@ -106,9 +109,19 @@ class StartWeights:
     resumed: ResumePoint | None = None
     kept: frozenset[str] = frozenset()
 
-    def left_out(self, dit: DiffusionTransformer) -> frozenset[str]:
-        """Returns the names of the weights that checkpoints leave to the base that they name."""
-        return frozenset() if self.base is None else frozen_base(dit) - self.kept
+    def left_out(self, dit: DiffusionTransformer, *, model_size: int) -> frozenset[str]:
+        """Returns the names of the weights that checkpoints leave to the base that they name.
+
+        Those are frozen, and the base has them in this shape: not what a model has beyond its base.
+        """
+        if self.base is None:
+            return frozenset()
+        base, frozen = read_base(self.base).shapes, frozen_base(dit)
+        whole = {name: full_shape(name, shape, model_size) for name, shape in frozen.items()}
+        same = {
+            name for name in whole if name in base and unflattened(base[name], whole[name]) == whole[name]
+        }
+        return frozenset(same) - self.kept
 
 
 def find_start_weights(
