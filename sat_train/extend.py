@@ -8,6 +8,7 @@ from sat_train.diffusion.timesteps import sampling_timesteps as sampling_timeste
 from sat_train.encoding.conditions.condition import Condition as Condition
 from sat_train.encoding.conditions.condition import DitInputs as DitInputs
 from sat_train.models.adapter import Adapter as Adapter
+from sat_train.models.dit.initialization import zero_ as zero_
 from sat_train.models.dit.mixin import Mixin as Mixin
 from sat_train.models.dit.positions import PositionEmbedding as PositionEmbedding
 from sat_train.models.dit.rotary import RotaryPositions as RotaryPositions

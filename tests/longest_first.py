@@ -37,6 +37,7 @@ SECONDS: dict[str, int] = {
     "ranks/test_consolidate.py": 34,
     "ranks/test_training_steps.py": 32,
     "examples/test_examples.py": 32,
+    "ranks/test_branch_runs.py": 29,
     "ranks/test_trainer.py": 27,
     "unit/config/test_guard_rails.py": 24,
     "unit/config/test_malformed_corpus.py": 24,

@@ -132,8 +132,9 @@ def channels_fit(config: ParsedConfig) -> Iterator[Fault]:
     kind, channels = "text-to-video (noised_image_input: false)", latent
     if "image" in spec.conditions:
         kind, channels = "image-to-video (noised_image_input: true)", 2 * latent
-    if spec.in_channels != channels:
-        yield config.fault(f"{_NETWORK}.in_channels", spec.in_channels, f"{channels} for {kind}")
+    own = spec.in_channels - spec.condition_channels  # those are added to it
+    if own != channels:
+        yield config.fault(f"{_NETWORK}.in_channels", own, f"{channels} for {kind}")
 
 
 @rule(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sat_train.config.geometry import Geometry
 from sat_train.config.network_spec import NetworkSpec
@@ -40,6 +40,7 @@ class ModelSpec(NetworkSpec):
         modules: Further network modules, by name.
         hook_order: By hook, names of the modules around it, outermost first.
         conditions: Names of the inputs of the model besides noise and time: text, image, those of extensions.
+        condition_widths: By condition, channels of the tensor that it gives modules; 0 if not known.
         latent_scale: Latents are multiplied by this before the transformer sees them.
         image_latent_scale: Factor on the latent of the image condition.
         caption_dropout: Share of captions dropped in training.
@@ -63,6 +64,7 @@ class ModelSpec(NetworkSpec):
     modules: Mapping[str, ModuleConfig]
     hook_order: Mapping[str, tuple[str, ...]]
     conditions: tuple[str, ...]
+    condition_widths: Mapping[str, int]
     latent_scale: float
     image_latent_scale: float
     caption_dropout: float
@@ -90,7 +92,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         temporal_compression=coder.temporal_compress_times,
         spatial_compression=1 << (len(coder.ch_mult) - 1),
     )
-    return ModelSpec(
+    spec = ModelSpec(
         patch=geometry.patch,
         temporal_compression=geometry.temporal_compression,
         spatial_compression=geometry.spatial_compression,
@@ -123,6 +125,7 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         modules=model.modules,
         hook_order=model.hook_order,
         conditions=("text", *("image",) * model.noised_image_input, *model.conditions),
+        condition_widths={},
         latent_scale=model.scale_factor,
         image_latent_scale=model.image_latent_scale or model.scale_factor,
         caption_dropout=conditioner.ucg_rate,
@@ -132,6 +135,16 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         timesteps=loss.sigma_sampler_config,
         noise=loss.noise_config,
         loss_terms=model.loss_terms,
+    )
+    own = {name: condition.params for name, condition in model.conditions.items()}
+    appended = sum(params.channels(spec) for params in own.values())
+    return replace(
+        spec,
+        in_channels=spec.in_channels + appended,
+        condition_channels=appended,
+        condition_widths={
+            name: 0 if params.channels(spec) else params.width(spec) for name, params in own.items()
+        },
     )
 
 

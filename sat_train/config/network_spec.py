@@ -29,8 +29,9 @@ class NetworkSpec(Geometry):
         layers: Blocks.
         width: Model width.
         heads: Attention heads; their width must be divisible by 16.
-        in_channels: Channels of the latent, plus those of the image condition.
+        in_channels: Channels of the latent, plus those of the image condition and of further conditions.
         out_channels: Channels of the prediction.
+        condition_channels: Channels of the input that conditions append; weights of the base lack them.
         text_width: Width of a text embedding.
         time_width: Width of the time features.
         ofs_width: Width of the `ofs` features (1.5 image-to-video), equal to `time_width`; None without.
@@ -46,6 +47,7 @@ class NetworkSpec(Geometry):
     heads: int
     in_channels: int
     out_channels: int
+    condition_channels: int = 0
     text_width: int
     time_width: int
     ofs_width: int | None = None

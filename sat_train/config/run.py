@@ -89,10 +89,7 @@ class SectionRecords:
         Checkpoints then leave it out. So it is with adapters, where all prefixes are frozen, and where there
         are network modules and nothing says what trains.
         """
-        model = self.model
-        says = model.not_trainable_prefixes or model.freeze or model.train
-        is_default = bool(model.modules) and not says
-        return self.spec.adapter is not None or "all" in model.not_trainable_prefixes or is_default
+        return self.spec.adapter is not None or self.model.freezes_base
 
 
 @dataclass(frozen=True)

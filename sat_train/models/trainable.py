@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -18,6 +18,10 @@ _KEY = "model.not_trainable_prefixes"
 
 # CogVideo's names begin at the whole engine; the text encoder and the VAE are outside the transformer here
 _ENGINE_PREFIX = "model.diffusion_model."
+_BASE_IS_FROZEN = (
+    "The base is frozen, because there are modules: model.train={all: {match: [.]}} trains it too, "
+    "and other patterns train a part of it."
+)
 _OUTSIDE = ("conditioner", "first_stage_model")
 
 
@@ -28,10 +32,12 @@ class TrainableSummary:
     Args:
         trainable: Trainable weights under each prefix, such as `transformer.layers`.
         frozen: Frozen ones.
+        note: A sentence on what decided it.
     """
 
     trainable: dict[str, int]
     frozen: dict[str, int]
+    note: str = ""
 
     @property
     def num_trainable(self) -> int:
@@ -45,7 +51,7 @@ class TrainableSummary:
         rows = [(prefix, self.trainable.get(prefix, 0), self.frozen.get(prefix, 0)) for prefix in prefixes]
         rows.append(("all", self.num_trainable, sum(self.frozen.values())))
         lines += [f"{prefix:{width}}  {trainable:>15,}  {frozen:>15,}" for prefix, trainable, frozen in rows]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 @dataclass(frozen=True)
@@ -102,16 +108,21 @@ def adapter_rules(adapter: AdapterConfig | None) -> tuple[TrainRule, ...]:
 def select_configured(dit: DiffusionTransformer, model: ModelConfig) -> TrainableSummary:
     """Freezes the weights that section `model` does not train; see `select_trainable`.
 
+    Where there are network modules, and neither adapters nor a setting that says what trains, the base is
+    frozen: a module is what such a run is for.
+
     Raises:
         ConfigError: A prefix or pattern matches nothing, or nothing is left to train.
     """
-    return select_trainable(
+    is_default = model.freezes_base and not model.not_trainable_prefixes
+    summary = select_trainable(
         dit,
-        not_trainable_prefixes=model.not_trainable_prefixes,
+        not_trainable_prefixes=("all",) if is_default else model.not_trainable_prefixes,
         freeze=model.freeze,
         train=train_rules(model.train),
-        added=tuple(dit.modules_of_its_own()),
+        added=dit.added_prefixes(),
     )
+    return replace(summary, note=_BASE_IS_FROZEN) if is_default else summary
 
 
 def select_trainable(

@@ -39,6 +39,7 @@ from sat_train.models.attention import attention_kernels
 from sat_train.models.build import compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.objective.video_diffusion import VideoDiffusion
+from sat_train.training.base_check import first_sample
 from sat_train.training.callbacks.build import build_callbacks, early_stop_reason, owes_validation
 from sat_train.training.loop.callback import Training
 from sat_train.training.loop.meter import Meter
@@ -102,7 +103,12 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
             log.warning("%s", warning)
         start = find_start_weights(config, mesh, run_directory.point)
         pipeline = build_models(
-            config, mesh, start, data.encoding.encoders, with_encoders=data.needs_encoders
+            config,
+            mesh,
+            start,
+            data.encoding.encoders,
+            with_encoders=data.needs_encoders,
+            sample=lambda: first_sample(data),
         )
         engine = build_engine(config, pipeline.dit, mesh)
         trainer = build_trainer(config, mesh, run_directory, data, pipeline, start, engine, stop_request)

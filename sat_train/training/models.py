@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from sat_train.checkpoint.consolidate import read_computing_weights
@@ -15,7 +15,8 @@ from sat_train.config.rules import warnings_of_run
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import build_encoders
-from sat_train.errors import CheckpointError
+from sat_train.encoding.encoded_batch import EncodedBatch
+from sat_train.errors import CheckpointError, ConfigError, Fault
 from sat_train.interchange.adapters import (
     holds_adapters,
     merge_updates,
@@ -34,6 +35,14 @@ from sat_train.interchange.locate import (
     unflattened,
 )
 from sat_train.interchange.module_files import check_module_files, read_module_files
+from sat_train.interchange.surgery import (
+    PROJECTION,
+    Surgery,
+    describe_surgery,
+    fill_absent,
+    fit_weights,
+    versions,
+)
 from sat_train.log import get_logger
 from sat_train.models.adapter import adapted_layers, adapter_state_dict, start_adapters
 from sat_train.models.build import build_dit, compute_dtype
@@ -45,6 +54,7 @@ from sat_train.models.low_rank import Updates, highest_rank, scales_of, stacked
 from sat_train.models.trainable import frozen_base, select_configured
 from sat_train.objective.build import build_pipeline
 from sat_train.objective.video_diffusion import VideoDiffusion
+from sat_train.training.base_check import check_starts_as_base
 from sat_train.weights.lazy import LazyWeights
 from sat_train.weights.tensor_parallel import slice_weights
 
@@ -58,6 +68,7 @@ def build_models(
     encoders: Encoders | None = None,
     *,
     with_encoders: bool = True,
+    sample: Callable[[], EncodedBatch] | None = None,
 ) -> VideoDiffusion:
     """Builds transformer, autoencoder and text encoder with their weights, and logs the trainable weights.
 
@@ -68,6 +79,8 @@ def build_models(
         encoders: Those of the run; None builds them.
         with_encoders: If off, all batches should come from the cache; an encoder is loaded only if one does
             not.
+        sample: Gives an encoded sample, on which a new run with more than its base's weights is compared with
+            that base; None: it is not.
 
     Raises:
         ConfigError: An adapter's target or a prefix of frozen weights matches nothing.
@@ -75,7 +88,7 @@ def build_models(
 
     Ranks: all.
     """
-    dit = build_trained_dit(config, mesh, start)
+    dit, surgery = _build_trained(config, mesh, start)
     encoders = encoders or build_encoders(config, mesh.device)
     decoding = [name for name, term in config.spec.loss_terms.items() if term.params.decodes]
     if with_encoders:
@@ -83,7 +96,10 @@ def build_models(
     elif decoding:
         log.info("the VAE is loaded for the loss term %s, which decodes", ", ".join(decoding))
         encoders.load(text=False)
-    return build_pipeline(config, dit=dit, encoders=encoders)
+    pipeline = build_pipeline(config, dit=dit, encoders=encoders)
+    if sample is not None and surgery is not None and surgery.is_any:
+        check_starts_as_base(pipeline, sample(), surgery)
+    return pipeline
 
 
 @dataclass(frozen=True)
@@ -192,6 +208,13 @@ def find_resumed_base(point: ResumePoint, load_base: str | None, load: str | Non
 
 def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights) -> DiffusionTransformer:
     """Builds the transformer with loaded or new weights, and freezes the weights that do not train."""
+    return _build_trained(config, mesh, start)[0]
+
+
+def _build_trained(
+    config: RunConfig, mesh: ProcessMesh, start: StartWeights
+) -> tuple[DiffusionTransformer, Surgery | None]:
+    """Returns the transformer, and what it has beyond the base from which a new run starts."""
     dit = build_dit(
         config.spec,
         device=mesh.device,
@@ -202,8 +225,11 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
         initialize=start.located is None and start.resumed is None,
     )
     updates: Updates = {}
+    surgery = None
     if start.located is not None:
-        updates = load_first_weights(dit, mesh, start, has_adapters=config.spec.adapter is not None)
+        updates, surgery = load_first_weights(
+            dit, mesh, start, has_adapters=config.spec.adapter is not None, seed=config.args.seed
+        )
     if start.resumed is not None:
         load_resumed_weights(dit, mesh, start.resumed, over_base=start.located is not None)
     else:
@@ -213,7 +239,9 @@ def build_trained_dit(config: RunConfig, mesh: ProcessMesh, start: StartWeights)
             _describe_adapters(config, dit, updates)
     summary = select_configured(dit, config.model)
     log.info("weights of the transformer%s:\n%s", _of_one_rank(mesh), summary)
-    return dit
+    if surgery is not None:
+        check_zeros_train(dit, surgery)
+    return dit, surgery if start.resumed is None else None
 
 
 def load_resumed_weights(
@@ -239,12 +267,14 @@ def load_resumed_weights(
 
 
 def load_first_weights(
-    dit: DiffusionTransformer, mesh: ProcessMesh, start: StartWeights, *, has_adapters: bool
-) -> Updates:
+    dit: DiffusionTransformer, mesh: ProcessMesh, start: StartWeights, *, has_adapters: bool, seed: int
+) -> tuple[Updates, Surgery]:
     """Loads weights into a trainable transformer; adapters are merged where it has none of its own.
 
+    What the model has beyond these weights begins as it adds nothing, and a table says what that is.
+
     Returns:
-        The adapters that are still to be loaded.
+        The adapters that are still to be loaded, and what the weights do not contain.
     """
     assert start.located is not None, "there are weights to load"
     base, updates = read_weights_and_updates(start)
@@ -257,15 +287,41 @@ def load_first_weights(
         if not any(key.startswith(prefix) for key in base)
     }
     own = {key for key in dit.state_dict() if key.startswith(tuple(new))} | adapter_state_dict(dit).keys()
+    fitted = fit_weights(dit, base)
     load_weights(
         dit,
-        slice_weights(base, rank=mesh.model_rank, size=mesh.model_size),
-        may_lack=dit.derived_keys() | own,
+        slice_weights(fitted.weights, rank=mesh.model_rank, size=mesh.model_size),
+        may_lack=dit.derived_keys() | own | fitted.absent,
     )
-    for prefix, mixin in new.items():
-        log.info("%s* is new: these weights do not contain it", prefix)
+    fill_absent(dit, fitted.absent, seed=seed)
+    before = versions(dit)
+    for mixin in new.values():
         mixin.reinit(dit)
-    return updates if has_adapters else {}
+    surgery = Surgery(
+        modules=frozenset(mixin.name for mixin in new.values()),
+        channels=fitted.widened_from or dit.spec.in_channels,
+        projection=base[PROJECTION] if fitted.widened_from else None,
+    )
+    if surgery.is_any:
+        shapes = slice_weights(base, rank=mesh.model_rank, size=mesh.model_size).shapes
+        table = describe_surgery(dit, shapes, before)
+        log.info("%s has a part of the model%s:\n%s", base.where, _of_one_rank(mesh), table)
+    return (updates if has_adapters else {}), surgery
+
+
+def check_zeros_train(dit: DiffusionTransformer, surgery: Surgery) -> None:
+    """Checks that new input channels train: their weights begin at zero, and would stay there.
+
+    Raises:
+        ConfigError: The projection of patches is frozen.
+    """
+    if surgery.projection is not None and not dit.get_parameter(PROJECTION).requires_grad:
+        text = (
+            f"trained: the weights that args.load names read {surgery.channels} of {dit.spec.in_channels} "
+            "channels, and the others begin at zero. Train it (model.train, without adapters), or load "
+            "weights that read them"
+        )
+        raise ConfigError([Fault(PROJECTION, "frozen", text)])
 
 
 def read_weights_and_updates(start: StartWeights, *, ema: bool = False) -> tuple[LazyWeights, Updates]:

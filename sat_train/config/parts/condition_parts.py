@@ -44,6 +44,17 @@ class ConditionParams(Params):
         """
         return 0
 
+    def width(self, model: Any) -> int:
+        """Returns the channels of the tensor, shaped as the latent, that modules find under its name.
+
+        Args:
+            model: The `ModelSpec`.
+
+        Returns:
+            The channels; 0 where there is none, or where it is not known.
+        """
+        return 0
+
 
 class ConditionConfig(Choice):
     """An input of the model."""

@@ -6,11 +6,14 @@ Its weights are `mixins.NAME.*`.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from sat_train.config.parts.registry import Choice, Params
+from sat_train.config.parts.record import Whole
+from sat_train.config.parts.reference import ConditionName
+from sat_train.config.parts.registry import Choice, Params, part
 
 TAKEN = (
     "pos_embed",
@@ -32,3 +35,37 @@ class ModuleConfig(Choice):
 
     target: str = Field(description="The module.")
     params: ModuleParams = Field(description="Its settings.")
+
+
+@part("module", "ControlBranch", build="sat_train.models.dit.control_branch:ControlBranch")
+class ControlBranchParams(ModuleParams):
+    """A branch next to the first blocks, which reads a condition and adds to the base's blocks.
+
+    Its blocks are copies of the base's, or new and narrow ones; it begins by adding nothing.
+    """
+
+    condition: ConditionName = Field(
+        "control", description="Condition that it reads: a tensor of the latent's frames, height and width."
+    )
+    blocks: Whole = Field(6, ge=1, description="Blocks of the branch.")
+    heads: Whole | None = Field(
+        None,
+        ge=1,
+        description="Heads of new blocks, of the base's head width; null: copies of the base's blocks.",
+    )
+    spread: bool = Field(
+        False, description="Every block of the base gets the branch, in equal groups; false: the first ones."
+    )
+    channels: Whole | None = Field(
+        None, ge=1, description="Channels of the condition; null: those that the condition states."
+    )
+
+    def check(self, model: Any) -> Iterable[tuple[str, str]]:
+        """Yields a branch that is longer than the base, and a condition of unknown channels."""
+        if self.blocks > model.layers:
+            yield "blocks", f"at most the {model.layers} blocks of the model"
+        width = model.condition_widths.get(self.condition, 0)
+        if not width and self.channels is None:
+            yield "channels", f"those of {self.condition}, which states none for modules (into: extras)"
+        elif width and self.channels not in (None, width):
+            yield "channels", f"{width}, the channels of the condition {self.condition}"

@@ -139,6 +139,13 @@ class ForwardContext:
         """True in training mode."""
         return bool(self.dit.training)
 
+    def given(self, name: str) -> Tensor:
+        """Returns the tensor that a condition gives modules under its name."""
+        value = self.extras.get(name)
+        names = ", ".join(self.extras) or "nothing"
+        assert isinstance(value, Tensor), f"conditions give {names}, and no tensor {name} (into: extras)"
+        return value
+
     def patches(self, latent_btchw: Tensor) -> Tensor:
         """Cuts a latent of any channels into patches, `[b, t, h, w, channels * patch volume]`."""
         return to_patches(latent_btchw, self.dit.spec.patch)

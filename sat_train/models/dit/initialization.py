@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TypeVar
 
 import torch
 from sat import mpu
@@ -14,6 +15,8 @@ from sat_train.distributed.seeds import derive_generator
 from sat_train.models.dit.sharding import full_shape, shard_weight
 
 _STD = 0.02
+
+M = TypeVar("M", bound=nn.Module)
 
 # The first pattern found in a weight's name decides; a weight that none matches is a plain linear layer.
 _RULES = (
@@ -65,6 +68,14 @@ def initialize_parameter(
     full = torch.empty(full_shape(name, parameter.shape, _model_size()))
     _fill(full, rule, fan_in, num_layers, derive_generator(seed, f"initial weight {name}"))
     parameter.copy_(shard_weight(name, full, rank=mpu.get_model_parallel_rank(), size=_model_size()))
+
+
+@torch.no_grad()
+def zero_(module: M) -> M:
+    """Sets all weights of a module to zero in place, so that it begins by adding nothing, and returns it."""
+    for parameter in module.parameters():
+        parameter.zero_()
+    return module
 
 
 def _model_size() -> int:

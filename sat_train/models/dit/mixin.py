@@ -43,9 +43,12 @@ class Mixin(BaseMixin):
         tensor_parallel: `replicated`: every rank of the model axis has the same weights, whose gradients are
             complete except in `attention_fn`, which sees a rank's own heads. `sharded`: the module sees to it
             itself. `refused`.
+        starts_as_base: With new weights the model computes what its base does, which is checked at the start
+            of a run. False: the module is meant to change that at once.
     """
 
     tensor_parallel: ClassVar[Literal["replicated", "sharded", "refused"]] = "replicated"
+    starts_as_base: ClassVar[bool] = True
 
     def __init__(self, params: Any = None, model: Any = None) -> None:
         super().__init__()

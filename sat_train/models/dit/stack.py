@@ -56,10 +56,11 @@ class BlockStack(nn.Module):
             initialize_weights(self, seed=seed, num_layers=layers)
 
     def copy_from(self, dit: DiffusionTransformer, layers: Sequence[int]) -> None:
-        """Copies blocks of the base, one for each block here; their weights must not have adapters yet."""
+        """Copies blocks of the base, one for each block here, without their adapters."""
         for own, index in zip(self.blocks, layers, strict=True):
             for name, module in own.modules().items():
-                module.load_state_dict(dit.blocks[index].modules()[name].state_dict())
+                weights = dit.blocks[index].modules()[name].state_dict()
+                module.load_state_dict({key: weights[key] for key in module.state_dict()})
 
     def run(
         self, hidden_bld: Tensor, forward: ForwardContext, context: BlockContext | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -275,13 +276,31 @@ class DiffusionTransformer(BaseModel):
         own = self.mixins.items()
         return {f"mixins.{name}.": mixin for name, mixin in own if isinstance(mixin, Mixin)}
 
+    def added_prefixes(self) -> tuple[str, ...]:
+        """Returns prefixes of keys that the base's weights lack: of modules, and of a widened input."""
+        widened = ("mixins.patch_embed.proj.",) if self.spec.condition_channels else ()
+        return (*self.modules_of_its_own(), *widened)
+
+    @contextmanager
+    def without_modules(self, names: Collection[str]) -> Iterator[None]:
+        """Computes without some of its network modules inside the body; their weights stay."""
+        kept = {name: mixin for name, mixin in self.mixins.items() if name not in names}
+        self._assign_hooks(kept)
+        try:
+            yield
+        finally:
+            self.collect_hooks_()
+
     def collect_hooks_(self) -> None:
         """Assigns modules to hooks and rebuilds the blocks; SAT calls it after each change of the mixins."""
         if "adaln_layer" not in self.mixins:  # SAT also calls this while the base is being built
             return
+        self._assign_hooks(self.mixins)
+
+    def _assign_hooks(self, mixins: Mapping[str, nn.Module]) -> None:
         layers, adaln_layer = self.transformer.layers, self.mixins["adaln_layer"]
         assert isinstance(adaln_layer, AdaLNLayer), "the base's own"
-        self.hooks = Hooks(self.mixins, order=self.hook_order, num_layers=len(layers))
+        self.hooks = Hooks(mixins, order=self.hook_order, num_layers=len(layers))
         self.hook_origins = self.hooks.origins()
         self.blocks = adaln_layer.blocks(layers, acting=self.hooks.in_block)
 
