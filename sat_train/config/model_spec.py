@@ -136,15 +136,19 @@ def build_model_spec(model: ModelConfig) -> ModelSpec:
         noise=loss.noise_config,
         loss_terms=model.loss_terms,
     )
+    return _with_conditions(spec, model)
+
+
+def _with_conditions(spec: ModelSpec, model: ModelConfig) -> ModelSpec:
+    """Adds the channels that conditions append to the input."""
     own = {name: condition.params for name, condition in model.conditions.items()}
-    appended = sum(params.channels(spec) for params in own.values())
+    channels = {name: params.channels(spec) for name, params in own.items()}
+    appended = sum(channels.values())
     return replace(
         spec,
         in_channels=spec.in_channels + appended,
         condition_channels=appended,
-        condition_widths={
-            name: 0 if params.channels(spec) else params.width(spec) for name, params in own.items()
-        },
+        condition_widths={name: 0 if channels[name] else own[name].width(spec) for name in own},
     )
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sat_train.diffusion.parameterization import add_noise
-from sat_train.encoding.encode import Encode
 from sat_train.encoding.encoded_batch import EncodedBatch
 from sat_train.errors import CheckpointError
 from sat_train.interchange.surgery import PROJECTION, Surgery
@@ -21,19 +20,10 @@ from sat_train.models.dit.frame_levels import concatenated
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.objective.video_diffusion import VideoDiffusion
-from sat_train.training.run_data import RunData
 
 log = get_logger(__name__)
 
 _TOLERANCE = 1e-6  # of a sum of the same products in another order, fp32
-
-
-def first_sample(data: RunData) -> EncodedBatch:
-    """Returns the first sample of a run, encoded; the same on all ranks."""
-    index = data.train.batches.indices(data.train.position, 1)[0]
-    reader = data.train.dataset if data.needs_encoders else data.train.reader
-    sample = data.train.dataset.read(index, reader.sample).sample
-    return Encode(data.encoding.encoders, data.encoding.conditions)(reader.collate([sample]))
 
 
 @torch.no_grad()

@@ -39,7 +39,6 @@ from sat_train.models.attention import attention_kernels
 from sat_train.models.build import compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.objective.video_diffusion import VideoDiffusion
-from sat_train.training.base_check import first_sample
 from sat_train.training.callbacks.build import build_callbacks, early_stop_reason, owes_validation
 from sat_train.training.loop.callback import Training
 from sat_train.training.loop.meter import Meter
@@ -102,14 +101,8 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
         for warning in warnings_of_run(config, facts):
             log.warning("%s", warning)
         start = find_start_weights(config, mesh, run_directory.point)
-        pipeline = build_models(
-            config,
-            mesh,
-            start,
-            data.encoding.encoders,
-            with_encoders=data.needs_encoders,
-            sample=lambda: first_sample(data),
-        )
+        encoders, needed = data.encoding.encoders, data.needs_encoders
+        pipeline = build_models(config, mesh, start, encoders, with_encoders=needed, sample=data.first_sample)
         engine = build_engine(config, pipeline.dit, mesh)
         trainer = build_trainer(config, mesh, run_directory, data, pipeline, start, engine, stop_request)
         if run_directory.point is not None:

@@ -16,6 +16,8 @@ from sat_train.data.build import build_train_loader, build_valid_loader, count_s
 from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import EncodingStage, build_encoding
+from sat_train.encoding.encode import Encode
+from sat_train.encoding.encoded_batch import EncodedBatch
 from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
 from sat_train.models.text.token_count import count_tokens
@@ -44,6 +46,13 @@ class RunData:
     needs_encoders: bool
     encoding: EncodingStage
     text: T5TextEncoderParams
+
+    def first_sample(self) -> EncodedBatch:
+        """Returns the first sample of the run, encoded; the same on all ranks."""
+        index = self.train.batches.indices(self.train.position, 1)[0]
+        reader = self.train.dataset if self.needs_encoders else self.train.reader
+        sample = self.train.dataset.read(index, reader.sample).sample
+        return Encode(self.encoding.encoders, self.encoding.conditions)(reader.collate([sample]))
 
     def facts(self, mesh: ProcessMesh) -> RunFacts:
         """Returns the facts of the run beyond its configuration; those of the captions on rank 0."""
