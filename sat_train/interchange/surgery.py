@@ -45,7 +45,7 @@ class FittedWeights:
 
 
 def fit_weights(dit: DiffusionTransformer, weights: LazyWeights) -> FittedWeights:
-    """Gives weights of a base the shapes of a model; all others are left for the comparison when they load.
+    """Fits weights of a base into the shapes of a model; all others are compared when they load.
 
     The base may read fewer channels: those of text-to-video, or those of the model without what its
     conditions append. Text-to-video weights need neither `ofs` nor a learned table of positions.
@@ -168,7 +168,7 @@ class Surgery:
 
     @property
     def is_any(self) -> bool:
-        """Whether there is a difference from the base."""
+        """True if there is a difference from the base."""
         return bool(self.modules) or self.projection is not None
 
 

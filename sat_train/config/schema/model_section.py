@@ -84,7 +84,7 @@ class ModelConfig(Record):
 
     @property
     def freezes_base(self) -> bool:
-        """Whether the base is frozen: by name, or next to modules where nothing says what trains."""
+        """True if the base is frozen: by name, or next to modules where nothing says what trains."""
         says = self.not_trainable_prefixes or self.freeze or self.train
         has_adapters = self.network_config.params.modules.lora_config is not None
         return "all" in self.not_trainable_prefixes or bool(self.modules and not says and not has_adapters)
