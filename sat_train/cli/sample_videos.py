@@ -29,7 +29,18 @@ from sat_train.objective.build import build_pipeline
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
 from sat_train.sampling.generate import generate_video
-from sat_train.sampling.prompts import SampleRequest, build_requests, read_image, read_prompt_file
+from sat_train.sampling.prompts import (
+    SampleRequest,
+    build_requests,
+    read_image,
+    read_prompt_file,
+    read_request_rows,
+)
+from sat_train.sampling.request_fields import (
+    RequestReader,
+    build_request_reader,
+    read_fields_of_conditions,
+)
 from sat_train.sampling.video_file import spread_frames, write_contact_sheet, write_mp4
 from sat_train.training.memory import SAMPLING_REMEDY, explaining_lack_of_memory
 from sat_train.training.models import StartWeights, read_weights_and_updates
@@ -53,6 +64,7 @@ def sample(config: RunConfig, mesh: ProcessMesh) -> None:
     stop_request = StopRequest("stopped before the first video").listen()
     kernels = attention_kernels(config.args, mesh.device)
     requests, settings = read_requests(config), build_sampling(config)
+    reader = build_request_reader(config, settings)
     folder = Path(config.args.output_dir)
     with explaining_lack_of_memory(SAMPLING_REMEDY):
         pipeline = build_sampler(config, mesh)
@@ -60,7 +72,9 @@ def sample(config: RunConfig, mesh: ProcessMesh) -> None:
         log.info("%d videos of %d frames, %dx%d", len(requests), *shape)
         try:
             with kernels:
-                previews, problem = write_videos(mesh, pipeline, requests, settings, folder, stop_request)
+                previews, problem = write_videos(
+                    mesh, pipeline, requests, settings, folder, stop_request, reader
+                )
         except Stopped as stop:
             count = sum((folder / f"{request.name}.mp4").exists() for request in requests)
             message = f"stopped; {count} of {len(requests)} videos are in {folder}"
@@ -81,6 +95,7 @@ def write_videos(
     settings: SamplingSettings,
     folder: Path,
     stop_request: StopRequest,
+    reader: RequestReader | None = None,
 ) -> tuple[dict[int, Tensor], SatTrainError | None]:
     """Samples and writes this rank's share of the videos; each file is complete or absent.
 
@@ -99,7 +114,7 @@ def write_videos(
                 raise Stopped(signal.Signals[stop_request.signal_name], "")
             bar.begin(f"{request.name}.mp4", settings.steps)
             try:
-                video = generate(pipeline, request, settings, bar.step)
+                video = generate(pipeline, request, settings, bar.step, reader)
                 if mesh.model_rank == 0:
                     write_mp4(folder / f"{request.name}.mp4", video, fps=settings.fps)
             except SatTrainError as error:
@@ -113,17 +128,19 @@ def write_videos(
 def read_requests(config: RunConfig) -> list[SampleRequest]:
     """Returns the requests of a run, from `args.prompt` or `args.input_file`."""
     args = config.args
+    image = None if args.image is None else Path(args.image)
+    takes_image = config.model.noised_image_input
+    if args.prompt is None and args.input_file is not None and args.input_file.endswith(".jsonl"):
+        names = read_fields_of_conditions(config)
+        return read_request_rows(
+            Path(args.input_file), fields=names, image_to_video=takes_image, image=image, seed=args.seed
+        )
     if args.prompt is not None:
         lines = [("args.prompt", args.prompt)]
     else:
         assert args.input_file is not None, "the configuration ensures a prompt"
         lines = read_prompt_file(Path(args.input_file))
-    return build_requests(
-        lines,
-        image_to_video=config.model.noised_image_input,
-        image=None if args.image is None else Path(args.image),
-        seed=args.seed,
-    )
+    return build_requests(lines, image_to_video=takes_image, image=image, seed=args.seed)
 
 
 def build_sampler(config: RunConfig, mesh: ProcessMesh) -> VideoDiffusion:
@@ -166,9 +183,16 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
 
 
 def generate(
-    pipeline: VideoDiffusion, request: SampleRequest, settings: SamplingSettings, progress: OnStep
+    pipeline: VideoDiffusion,
+    request: SampleRequest,
+    settings: SamplingSettings,
+    progress: OnStep,
+    reader: RequestReader | None = None,
 ) -> Tensor:
     """Generates the video of a request: uint8 video_tchw."""
+    if reader is not None:
+        sample = reader.sample(request)
+        return generate_video(pipeline, settings, prompt=sample, seed=request.seed, progress=progress)
     image = None
     if request.image is not None:
         image = read_image(request.image, height=settings.height, width=settings.width)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -28,12 +30,16 @@ class SampleRequest:
         image: File of the first frame; None for text-to-video.
         seed: Seed of the noise.
         name: File name without suffix.
+        where: Source of the request, for messages.
+        fields: What the request says of each field: a path, several, numbers or a text.
     """
 
     prompt: str
     image: Path | None
     seed: int
     name: str
+    where: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_requests(
@@ -66,8 +72,55 @@ def build_requests(
                 f"{where} {problem}: {line!r}", expected="prompt@@image" if image_to_video else "prompt"
             )
         name = f"{number:04d}-{_slug(prompt)}-seed{seed + number}"
-        requests.append(SampleRequest(prompt, first_frame, seed + number, name))
+        requests.append(SampleRequest(prompt, first_frame, seed + number, name, where))
     return requests
+
+
+def read_request_rows(
+    path: Path, *, fields: Sequence[str], image_to_video: bool, image: Path | None, seed: int
+) -> list[SampleRequest]:
+    """Reads requests from JSON lines: `{"prompt": ..., "image": ..., FIELD: ...}`, seeds as `build_requests`.
+
+    Args:
+        path: The file; paths in it start from its folder.
+        fields: Names of the fields that a request may have.
+        image_to_video: Whether the model needs an image.
+        image: Image for rows that name none.
+        seed: Seed of the first video.
+
+    Raises:
+        DataError: A row is no JSON object, has an unknown key, or as `build_requests`.
+    """
+    rows = [(where, _parse_row(where, line, fields)) for where, line in read_prompt_file(path)]
+    lines = [
+        (
+            where,
+            f"{row['prompt']}{IMAGE_SEPARATOR}{path.parent / row['image']}"
+            if "image" in row
+            else row["prompt"],
+        )
+        for where, row in rows
+    ]
+    requests = build_requests(lines, image_to_video=image_to_video, image=image, seed=seed)
+    return [
+        replace(request, fields={name: row[name] for name in fields if name in row})
+        for request, (_, row) in zip(requests, rows, strict=True)
+    ]
+
+
+def _parse_row(where: str, line: str, fields: Sequence[str]) -> dict[str, Any]:
+    expected = f"a JSON object with {', '.join(('prompt', 'image', *fields))}"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}", expected=expected) from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise DataError(f"{where} has no text `prompt`", expected=expected)
+    if not isinstance(row.get("image", ""), str):
+        raise DataError(f"{where}: `image` is no path", expected=expected)
+    if unknown := [key for key in row if key not in ("prompt", "image", *fields)]:
+        raise DataError(f"{where} has the unknown key `{unknown[0]}`", expected=expected)
+    return row
 
 
 def read_prompt_file(path: Path) -> list[tuple[str, str]]:

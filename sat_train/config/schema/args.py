@@ -243,7 +243,9 @@ class ArgsConfig(Record):
         "cli", description="cli: `prompt`. txt: one prompt a line in `input_file`."
     )
     input_file: Text | None = Field(
-        None, description="Text file of prompts, one a line; `prompt@@image` for image-to-video."
+        None,
+        description="Text file of prompts, one a line; `prompt@@image` for image-to-video. *.jsonl: one JSON "
+        "object a line, with prompt, image and the fields that conditions read.",
     )
     image: Text | None = Field(None, description="First frame for image-to-video with `prompt`.")
     output_dir: Text = Field("samples", description="Folder for sampled videos.")

@@ -8,10 +8,7 @@ from sat_train.training.loop.metrics import Metrics, ValidationMetrics
 
 log = get_logger(__name__)
 
-_REASONS = (
-    "is the condition given to a module that reads it, and does the module train? "
-    "docs/validation.md lists what to look at"
-)
+_REASONS = "docs/validation.md lists the usual causes"
 
 
 class ConditionCheck(Callback):
