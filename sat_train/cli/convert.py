@@ -21,8 +21,10 @@ from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError, printable
 from sat_train.interchange.conversion import LORA_FILE_STEM, Conversion, convert
 from sat_train.interchange.sources import find_weights
-from sat_train.log import configure_logging
+from sat_train.log import configure_logging, get_logger
 from sat_train.weights.names import DTYPES
+
+log = get_logger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     words += ["--accept-changed-extension"] * options.accept_changed_extension
     check_recorded_extensions(load_extensions(words)[0], [], find_resolved(str(options.source)))
     config = read_run(options.source, options.base, words) if needs_model else None
+    if config is not None and options.to == "diffusers":
+        check_stock_inputs(config)
     conversion = Conversion(
         source=options.source,
         dest=options.dest,
@@ -104,6 +108,25 @@ def read_run(source: Path, base: Sequence[Path], words: Sequence[str] = ()) -> R
             remedy="name the model's preset, e.g. --base configs/model/cogvideox_5b.yaml",
         )
     return config
+
+
+def check_stock_inputs(config: RunConfig) -> None:
+    """Checks that diffusers' pipelines give a model all channels that it reads.
+
+    Raises:
+        CheckpointError: Conditions append channels, which no pipeline gives; they are named.
+    """
+    conditions = config.model.conditions.items()
+    wide = [name for name, choice in conditions if choice.params.channels(config.spec)]
+    if wide:
+        raise CheckpointError(
+            f"the conditions {', '.join(wide)} append channels to the latent, which no pipeline of diffusers "
+            "gives",
+            expected="a model that reads the latent, and of image-to-video the first frame next to it",
+            remedy="--to sat writes all weights, --to modules what was trained next to a frozen base",
+        )
+    if own := ", ".join(name for name, _ in conditions):
+        log.warning("diffusers' pipelines know nothing of the conditions %s: give these inputs yourself", own)
 
 
 def _convert(conversion: Conversion) -> Path:

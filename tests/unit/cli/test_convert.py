@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat_train.cli.convert import main
+from sat_train.cli.convert import check_stock_inputs, main
 from sat_train.cli.main import run_cli
+from sat_train.config import load_run_config
 from sat_train.distributed.processes import start_single_process
+from sat_train.errors import CheckpointError
 from tests.runs.launching import ROOT, environment
 from tests.unit.checkpoint.lora_runs import commit_weights
 from tests.unit.checkpoint.transformers import random_weights
@@ -126,3 +128,16 @@ def test_an_ended_conversion_says_one_line_and_leaves_nothing(tmp_path: Path, nu
     name = signal.Signals(number).name
     assert message == f"ended by {name}: {tmp_path}/out was not written, and nothing is left behind\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+
+
+def test_channels_of_conditions_are_refused_and_frames_in_the_slot_are_not(caplog):
+    words = ["data.fields.control.kind=video", "model.conditions.control.target=ControlVideo"]
+    wide = load_run_config(["configs/sft.yaml"], words, check_paths=False)
+    with pytest.raises(CheckpointError, match="the conditions control append channels to the latent"):
+        check_stock_inputs(wide)
+    base = ["configs/model/cogvideox_tiny_i2v.yaml", "configs/sft.yaml"]
+    frames = ["args.train_data=[clips]", "model.noised_image_dropout=0"]
+    frames += ["model.conditions.frames.target=FramesInSlot"]
+    with caplog.at_level("WARNING", logger="sat_train"):
+        check_stock_inputs(load_run_config(base, frames, check_paths=False))
+    assert "know nothing of the conditions frames" in caplog.text
