@@ -29,6 +29,7 @@ SECONDS: dict[str, int] = {
     "ranks/test_conditions.py": 40,
     "ranks/test_lora_runs.py": 47,
     "ranks/test_validation.py": 45,
+    "ranks/test_loss_term_runs.py": 30,
     "ranks/test_export.py": 45,
     "ranks/test_plan.py": 40,
     "runs/test_train.py": 43,

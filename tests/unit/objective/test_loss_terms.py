@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.preference_memory import CONFIGS, MOST, compare
 from sat_train.config.parts.loss_term_parts import MaskedErrorParams, PreferenceParams
 from sat_train.encoding.conditions.condition import Condition
 from sat_train.models.adapter import adapters_off
@@ -192,6 +193,11 @@ def test_the_preference_is_diffusion_dpo_and_log_2_at_the_start(pairs):
         expected.append(sum(math.log1p(math.exp(5.0 * margin)) for margin in margins) / 2)
     torch.testing.assert_close(output.loss_b, torch.tensor(expected), rtol=1e-6, atol=1e-6)
     assert max(abs(each - math.log(2)) for each in expected) > 1e-3
+
+
+def test_pairs_take_hardly_more_memory_than_a_lora_step_on_as_many_videos():
+    pairs, plain = compare(CONFIGS / "model/cogvideox_tiny.yaml")
+    assert plain <= pairs <= MOST * plain
 
 
 def test_the_reference_has_no_gradient_and_the_adapters_are_on_behind_it(pairs):
