@@ -151,18 +151,30 @@ def count_peak(config: RunConfig, *, batch_size: int, training: bool = True) -> 
         batch_size: Samples.
         training: Off: a forward pass without gradients.
     """
-    low, high = (_peak(*_pass(config, batch_size, layers, training)) for layers in _DEPTHS)
+    low, high = (_peak(*_pass(config, batch_size, layers, training)) for layers in _depths(config))
     return _extrapolated(config, low, high)
 
 
 def count_work(config: RunConfig, *, batch_size: int, training: bool = True) -> Work:
     """Returns the work of a forward and backward pass; see `count_peak`."""
-    low, high = (_work(_pass(config, batch_size, layers, training)[1]) for layers in _DEPTHS)
+    low, high = (_work(_pass(config, batch_size, layers, training)[1]) for layers in _depths(config))
     names = [each.name for each in fields(Work)]
     return Work(*(_extrapolated(config, getattr(low, name), getattr(high, name)) for name in names))
 
 
+def _depths(config: RunConfig) -> tuple[int, int]:
+    """Returns the layers of the two models that are counted; modules act in blocks that these must have."""
+    return (config.spec.layers,) * 2 if _counts_modules(config) else _DEPTHS
+
+
+def _counts_modules(config: RunConfig) -> bool:
+    """Returns whether there are modules, and the shape of all that conditions give them is known."""
+    return bool(config.spec.modules) and all(config.spec.condition_widths.values())
+
+
 def _extrapolated(config: RunConfig, low: float, high: float) -> float:
+    if low == high:
+        return low
     return low + (high - low) * (config.spec.layers - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
 
 
@@ -236,8 +248,11 @@ def build_meta_dit(config: RunConfig, *, layers: int | None = None) -> Diffusion
         config: The configuration.
         layers: Blocks; None: the model's.
     """
+    spec = replace(config.spec, layers=layers or config.spec.layers)
+    if layers is not None and not _counts_modules(config):
+        spec = replace(spec, modules={})
     dit = build_dit(
-        replace(config.spec, layers=layers or config.spec.layers),
+        spec,
         device="meta",
         dtype=compute_dtype(config.args),
         recompute=config.args.checkpoint_activations,
@@ -260,11 +275,14 @@ def _latent(config: RunConfig, batch_size: int, channels: int) -> Tensor:
     return torch.empty(shape, device="meta", dtype=compute_dtype(config.args))
 
 
-def _inputs(config: RunConfig, batch_size: int) -> dict[str, Tensor]:
+def _inputs(config: RunConfig, batch_size: int) -> dict[str, Any]:
     spec, dtype = config.spec, compute_dtype(config.args)
     text = (batch_size, spec.text.max_length, spec.text_width)
-    inputs = {
+    inputs: dict[str, Any] = {
         "latent_btchw": _latent(config, batch_size, spec.in_channels),
+        "extras": {
+            name: _latent(config, batch_size, width) for name, width in spec.condition_widths.items() if width
+        },
         "timesteps_b": torch.empty(batch_size, dtype=torch.int64, device="meta"),
         "text_bld": torch.empty(text, device="meta", dtype=dtype),
     }
