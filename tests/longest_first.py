@@ -20,6 +20,7 @@ SECONDS: dict[str, int] = {
     "runs/test_footage.py": 89,
     "ranks/test_blocks_in_deepspeed.py": 86,
     "runs/test_readme.py": 71,
+    "runs/test_extend_page.py": 60,
     "runs/test_data_page.py": 66,
     "ranks/test_checkpoint.py": 65,
     "hostile/test_corpus.py": 63,
