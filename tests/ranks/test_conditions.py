@@ -28,6 +28,8 @@ STEPS = 10 if WHOLE else 4
 ALL = [(family, kind) for family in FAMILIES for kind in KINDS]
 SOME = [
     ("cogvideox1.5_tiny_i2v", "frames_in_slot"),
+    ("cogvideox_tiny_i2v", "control_branch"),
+    ("cogvideox1.5_tiny", "inpainting"),
     ("cogvideox_tiny", "reference"),
     ("cogvideox1.5_tiny", "preference"),
 ]

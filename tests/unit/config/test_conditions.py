@@ -29,11 +29,15 @@ def _one_process() -> None:
 def test_a_kind_fits_every_released_model(kind: Path) -> None:
     assert len(MODELS) == 5
     for model in MODELS:
+        base = load_run_config([model, "configs/sft.yaml"], purpose="check", check_paths=False).spec
         config = load_run_config([model, "configs/sft.yaml", kind], purpose="check", check_paths=False)
+        spec = config.spec
         (choice,) = config.model.conditions.values()
         assert not config.notes
-        assert choice.params.channels(config.spec) in (0, 16, 17)
-        build_dit(replace(config.spec, layers=6), device="meta", dtype=torch.float32)
+        assert spec.in_channels == base.in_channels + choice.params.channels(spec)
+        dit = build_dit(replace(spec, layers=6), device="meta", dtype=torch.float32)
+        weights = dit.mixins["patch_embed"].proj.weight
+        assert weights.flatten(1).shape[1] == spec.in_channels * spec.patch[0] * spec.patch[1] * spec.patch[2]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,10 @@ def test_a_kind_fits_every_released_model(kind: Path) -> None:
         (
             ["data.fields.control.kind=mask", VIDEO[1]],
             r"field = control: expected a field of kind video, and data\.fields\.control has kind mask",
+        ),
+        (
+            [*VIDEO, "model.modules.branch.target=ControlBranch"],
+            r"conditions\.control\.params\.into = channels: expected extras: model\.modules\.branch\.params",
         ),
         (
             [*VIDEO, "args.guidance_drops=[text,contrl]"],
@@ -77,3 +85,6 @@ def test_a_condition_that_nothing_reads_is_named() -> None:
     words = [*VIDEO, "model.conditions.control.params.into=extras"]
     (note,) = [note for note in load_run_config(["configs/sft.yaml"], words).notes if "control" in note]
     assert "a module, or `params.into: channels`" in note
+    branch = ["model.modules.branch.target=ControlBranch"]
+    notes = load_run_config(["configs/sft.yaml"], [*words, *branch]).notes
+    assert not [note for note in notes if "conditions_are_read" in note]
