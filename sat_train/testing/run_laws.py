@@ -172,6 +172,10 @@ def exported_modules_are_the_same(trial: ExtensionTrial, runs: TrainedRuns) -> s
     if not trial.extended.spec.modules:
         raise NotApplicable("there is no module")
     folder = runs.folder("exported", "model.not_trainable_prefixes=[all]")
+    own = tuple(f"mixins.{name}." for name in trial.extended.spec.modules)
+    trained = read_fragments(folder / str(STEPS), read_manifest(folder / str(STEPS))).shapes
+    if of_base := [name for name in trained if not name.startswith(own)]:
+        raise NotApplicable(f"the YAML files train weights of the base too, such as {min(of_base)}")
     saved = {
         name.removeprefix(SAT_PREFIX)
         for name in load_torch_file(folder / str(STEPS) / model_file_name(0))["module"]
