@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from sat_train.config import load_run_config
+from sat_train.config.hardware import find_hardware
 from sat_train.distributed.processes import start_single_process
-from sat_train.planning.hardware import find_hardware
 from sat_train.planning.planner import Plan, Planner
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")

@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
         expected = f"a multiple of args.model_parallel_size = {config.args.model_parallel_size}"
         raise ConfigError([Fault("--gpus", str(options.gpus), expected, "the command line")])
 
+    from sat_train.config.hardware import find_hardware
     from sat_train.distributed.processes import start_single_process  # imports torch
-    from sat_train.planning.hardware import find_hardware
     from sat_train.planning.planner import Planner, climb_down
 
     card = find_hardware(options.hardware).scaled(options.efficiency)

@@ -123,3 +123,16 @@ class NetworkSpec(Geometry):
             linear=2 * (blocks + (projections + text * self.text_width) * d + once),
             attention=4 * tokens**2 * d * self.layers,
         )
+
+    def training_flops(self, tokens: int, *, trains_base: bool) -> int:
+        """Returns the FLOPs of the model for one sample, forward and backward, which MFU counts.
+
+        What is recomputed does not count. Weights of 6 times the tokens would count adaLN's, a seventh of
+        all, which see no token.
+
+        Args:
+            tokens: Of the sample, text included.
+            trains_base: Off, only adapters and modules train; they are not counted.
+        """
+        flops = self.flops(tokens)
+        return (3 if trains_base else 2) * flops.linear + 3 * flops.attention

@@ -3,9 +3,7 @@
     t = linear / matmul + attention / its forward + backward / its backward + bytes moved / memory
         + what collectives and the optimizer take when nothing hides them
 
-FLOPs of the hardware count what is recomputed; MFU counts those of the model alone, which closed forms give:
-three forwards with all weights trained, and with frozen weights two of the linear layers and three of
-attention. Never 6 x weights x tokens: adaLN's weights, a seventh of all, see no token.
+The FLOPs here count what is recomputed; MFU counts those of the model alone (`NetworkSpec.training_flops`).
 """
 
 from __future__ import annotations
@@ -13,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sat_train.config import RunConfig
+from sat_train.config.hardware import Hardware
 from sat_train.planning.counting import Work
 from sat_train.planning.gpu_memory import Weights
-from sat_train.planning.hardware import Hardware
 
 _TERA, _GIGA = 1e12, 1e9
 _HOST_UPDATE_S = 1.2e-8  # an element of torch's AdamW on one CPU thread
@@ -47,18 +45,6 @@ class StepTime:
         """The step."""
         parts = (self.linear, self.attention, self.elementwise)
         return sum((*parts, self.communication, self.optimizer, self.encoding))
-
-
-def model_flops(config: RunConfig, *, tokens: int) -> float:
-    """Returns the FLOPs of the model for one sample, forward and backward, without what is recomputed.
-
-    Args:
-        config: The model, and whether its own weights train.
-        tokens: Of the sample, text included.
-    """
-    flops = config.spec.flops(tokens)
-    trains_base = config.spec.adapter is None
-    return (3 if trains_base else 2) * flops.linear + 3 * flops.attention
 
 
 def computing_seconds(work: Work, card: Hardware) -> tuple[float, float, float]:

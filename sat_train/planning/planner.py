@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from sat_train.config import RunConfig
+from sat_train.config.hardware import Hardware
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.planning.counting import (
     Work,
@@ -21,7 +22,6 @@ from sat_train.planning.duration import (
     communication_seconds,
     computing_seconds,
     encoding_seconds,
-    model_flops,
     optimizer_seconds,
 )
 from sat_train.planning.gpu_memory import (
@@ -33,7 +33,6 @@ from sat_train.planning.gpu_memory import (
     encoder_bytes,
     owned_elements,
 )
-from sat_train.planning.hardware import Hardware
 from sat_train.training.run_data import samples_videos
 
 _GIB = 2**30
@@ -117,7 +116,7 @@ class Planner:
         tokens = spec.tokens(spec.latent(data.max_num_frames, *data.video_size))
         step = self._step(config, weights, data_ranks)
         samples = args.batch_size * args.gradient_accumulation_steps
-        flops = model_flops(config, tokens=tokens) * samples
+        flops = samples * spec.training_flops(tokens, trains_base=spec.adapter is None)
         checkpoint = _checkpoint_bytes(config, weights)
         return Plan(
             hardware=self.card,

@@ -42,6 +42,7 @@ from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, early_stop_reason, owes_validation
 from sat_train.training.loop.callback import Training
 from sat_train.training.loop.meter import Meter
+from sat_train.training.loop.model_flops import flops_counter, peak_of
 from sat_train.training.loop.state import TrainState
 from sat_train.training.loop.step import TrainStep
 from sat_train.training.loop.trainer import Trainer
@@ -273,8 +274,9 @@ def build_trainer(
             batches=iter(data.train),
             mesh=mesh,
             stop_request=stop_request,
+            count_flops=flops_counter(pipeline.dit, data.train.dataset),
         ),
-        meter=Meter(mesh),
+        meter=Meter(mesh, peak_tflops=peak_of(mesh.device)),
         learning_rate=build_learning_rate(config.args, data.train_iters),
         train_iters=data.train_iters,
         log_interval=config.args.log_interval,

@@ -137,6 +137,7 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
         lr,
         f"grad {metrics.grad_norm:.2g}" if metrics.grad_norm is not None else "",
         f"{_three_digits(metrics.step_time_s)} s/step",
+        "" if metrics.mfu is None else f"mfu {metrics.mfu:.0%}",
         f"eta {duration(left_s)}",
     ]
     details = [

@@ -24,10 +24,11 @@ class Meter:
 
     Args:
         mesh: The process mesh.
+        peak_tflops: Peak of this rank's card; None: unknown.
     """
 
-    def __init__(self, mesh: ProcessMesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: ProcessMesh, *, peak_tflops: float | None = None) -> None:
+        self._mesh, self._peak_tflops = mesh, peak_tflops
         self._pending: list[torch.Tensor] = []
         self._last_loss = float("nan")
         self.restart()
@@ -37,6 +38,7 @@ class Meter:
         self._steps = 0
         self._samples = 0
         self._data_wait_s = 0.0
+        self._flops = 0.0
         self._since = time.perf_counter()
 
     def add(self, result: StepResult) -> None:
@@ -45,6 +47,7 @@ class Meter:
         self._steps += 1
         self._samples += result.num_samples
         self._data_wait_s += result.data_wait_s
+        self._flops += result.model_flops
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -79,7 +82,7 @@ class Meter:
         Call `fold_losses` before.
         """
         seconds = time.perf_counter() - self._since
-        steps = max(1, self._steps)
+        steps, tflops = max(1, self._steps), self._flops / seconds / 1e12
         return TrainMetrics(
             step=state.step,
             loss=self._last_loss,
@@ -91,6 +94,8 @@ class Meter:
             samples_per_s=self._samples / seconds,
             peak_memory_gib=peak_memory_gib(self._mesh.device),
             skipped=state.skipped,
+            tflops=tflops,
+            mfu=tflops / self._peak_tflops if self._peak_tflops else None,
             measured=measured or {},
         )
 

@@ -30,6 +30,8 @@ class TrainMetrics:
         samples_per_s: Samples of all ranks together.
         peak_memory_gib: Most memory since start: of the device, or of the process on the CPU.
         skipped: Steps skipped so far because a gradient was not finite.
+        tflops: FLOPs of the model a second on this rank, in 1e12, without what is recomputed.
+        mfu: Share of the card's peak that they are; None for a card of unknown peak.
         measured: Numbers of the callbacks, by name, e.g. `bad_clips`.
     """
 
@@ -43,6 +45,8 @@ class TrainMetrics:
     samples_per_s: float
     peak_memory_gib: float
     skipped: int
+    tflops: float = 0.0
+    mfu: float | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -27,6 +27,7 @@ class StepResult:
         stop_level: The highest `StopRequest.level` of all ranks.
         applied: The weights were updated; False when a gradient was not finite.
         num_samples: Samples of the step, of all ranks together.
+        model_flops: FLOPs of the model on this rank's samples.
     """
 
     loss: torch.Tensor
@@ -34,6 +35,7 @@ class StepResult:
     stop_level: int
     applied: bool
     num_samples: int
+    model_flops: float
 
 
 class TrainStep:
@@ -45,6 +47,7 @@ class TrainStep:
         batches: This rank's micro-batches, without end.
         mesh: The process mesh.
         stop_request: Holds whether this process was asked to stop.
+        count_flops: FLOPs of the model on a batch, forward and backward.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class TrainStep:
         batches: Iterator[LoadedBatch],
         mesh: ProcessMesh,
         stop_request: StopRequest,
+        count_flops: Callable[[LoadedBatch], float] = lambda batch: 0.0,
     ) -> None:
         self.engine = engine
         self._compute_loss = compute_loss
         self._batches = batches
         self._mesh = mesh
         self._stop_request = stop_request
+        self._count_flops = count_flops
 
     def step(
         self, number: int, learning_rate: float, *, before_update: Callable[[], None] = lambda: None
@@ -79,7 +84,7 @@ class TrainStep:
         """
         losses: list[torch.Tensor] = []
         seen: list[tuple[str, ...]] = []
-        waited = 0.0
+        waited, self._flops = 0.0, 0.0
         for _ in range(self.engine.micro_steps - 1):
             waited += self._micro_step(losses, seen)
             self.engine.backward(self._pending)
@@ -93,7 +98,7 @@ class TrainStep:
         applied = self.engine.step(learning_rate)
         loss = torch.stack(losses).mean()
         num_samples = self._mesh.data_size * sum(len(clips) for clips in seen)
-        return StepResult(loss, waited, int(stop_level), applied, num_samples)
+        return StepResult(loss, waited, int(stop_level), applied, num_samples, self._flops)
 
     def stop_level(self) -> int:
         """Returns the highest `StopRequest.level` of all ranks, between two steps.
@@ -110,6 +115,7 @@ class TrainStep:
         self._pending = self._compute_loss(batch)
         losses.append(self._pending.detach().float())
         seen.append(batch.clip_ids)
+        self._flops += self._count_flops(batch)
         return waited
 
     def _ask_ranks(self, losses: list[torch.Tensor]) -> _PendingFlags:

@@ -10,10 +10,9 @@ import pytest
 
 from sat_train.cli.main import main
 from sat_train.config import RunConfig, load_run_config
+from sat_train.config.hardware import find_hardware, peak_tflops
 from sat_train.distributed.processes import start_single_process, stop_processes
 from sat_train.planning.counting import count_work
-from sat_train.planning.duration import model_flops
-from sat_train.planning.hardware import find_hardware
 from sat_train.planning.planner import Planner
 
 TINY = ["--base", "configs/model/cogvideox_tiny.yaml", "configs/sft.yaml"]
@@ -55,7 +54,8 @@ def test_work_is_that_of_the_closed_forms(recipe: str, policy: str, linear: floa
 def test_mfu_counts_the_model_and_not_what_is_recomputed() -> None:
     config = _read("cogvideox_tiny", "sft")
     flops = config.spec.flops(_tokens(config))
-    assert model_flops(config, tokens=_tokens(config)) == 3 * (flops.linear + flops.attention)
+    counted = config.spec.training_flops(_tokens(config), trains_base=True)
+    assert counted == 3 * (flops.linear + flops.attention)
     plan = Planner(find_hardware("h100"), gpus=8).plan(config)
     seconds = plan.tflops / plan.hardware.peak_tflops / plan.mfu
     assert seconds == pytest.approx(plan.step.total)
@@ -84,6 +84,12 @@ def test_words_of_the_ladder_make_the_run_fit(capsys: pytest.CaptureFixture[str]
     again = ["plan", *TINY, *files, "args.bf16=true", *taken, "--gpu-memory", enough]
     assert main(again) == 0
     assert "Computed, not measured." in capsys.readouterr().out
+
+
+def test_cards_are_known_by_the_names_that_cuda_gives_them() -> None:
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA L40S"]
+    assert [peak_tflops(name) for name in names] == [989, 312, 165, 362]
+    assert peak_tflops("NVIDIA A10G") is None
 
 
 @pytest.mark.parametrize(

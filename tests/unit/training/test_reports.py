@@ -48,6 +48,7 @@ def test_a_line_names_what_people_look_at_and_the_time_left():
     (line,) = describe(_metrics(10), 40, with_details=False)
     assert line == "step 10/40 loss 0.500 avg 0.250 lr 1e-5 grad 0.1 2 s/step eta 1m"
     assert "grad" not in describe(_metrics(10, grad_norm=None), 40, with_details=False)[0]
+    assert " 2 s/step mfu 41% eta" in describe(_metrics(10, mfu=0.4123), 40, with_details=False)[0]
     details = describe(
         _metrics(10, skipped=2, measured={"bad_clips": 3}, data_wait_s=1.0), 40, with_details=True
     )[1]
@@ -227,6 +228,7 @@ def test_trackers_get_numbers_only():
             "samples_per_s",
             "peak_memory_gib",
             "skipped",
+            "tflops",
             "bad_clips",
         )
     }

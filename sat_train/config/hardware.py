@@ -83,3 +83,17 @@ def find_hardware(name: str) -> Hardware:
     if name not in HARDWARE:
         raise ConfigError([Fault("--hardware", name, f"one of {', '.join(HARDWARE)}", "the command line")])
     return HARDWARE[name]
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Returns the peak of half-precision matrix products of a card.
+
+    Args:
+        device_name: As CUDA spells it, such as `NVIDIA H100 80GB HBM3`.
+
+    Returns:
+        TFLOP/s; None for a card that is not in the table.
+    """
+    words = device_name.lower().replace("geforce ", "").replace("rtx ", "rtx").replace("-", " ").split()
+    names = sorted({card.name.partition("-")[0]: card.peak_tflops for card in HARDWARE.values()}.items())
+    return next((peak for name, peak in names if name in words), None)
