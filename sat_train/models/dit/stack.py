@@ -38,7 +38,7 @@ class BlockStack(nn.Module):
         heads, ranks = heads or model.heads, get_model_parallel_world_size()
         if heads % ranks:
             expected = f"a divisor of {heads}, the heads of a branch"
-            raise ConfigError([Fault("args.model_parallel_size", ranks, expected)])
+            raise ConfigError([Fault("args.model_parallel_size", str(ranks), expected)])
         self.width = heads * model.head_width
         self.transformer = build_layers(layers, self.width, heads, model.affine_norms)
         del self.transformer.final_layernorm
