@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from sat_train.config import RunConfig
+from sat_train.data.batches import VideoSample
 from sat_train.distributed.collectives import check_all_ranks, gather_objects, on_rank_0, wait_for_ranks
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
@@ -26,13 +27,14 @@ from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.loaded_adapters import add_adapters_for
 from sat_train.models.low_rank import scales_of
 from sat_train.objective.build import build_pipeline
+from sat_train.objective.given import with_first_frames
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
+from sat_train.sampling.first_frames import read_first_frames
 from sat_train.sampling.generate import generate_video
 from sat_train.sampling.prompts import (
     SampleRequest,
     build_requests,
-    read_image,
     read_prompt_file,
     read_request_rows,
 )
@@ -129,7 +131,7 @@ def read_requests(config: RunConfig) -> list[SampleRequest]:
     """Returns the requests of a run, from `args.prompt` or `args.input_file`."""
     args = config.args
     image = None if args.image is None else Path(args.image)
-    takes_image = config.model.noised_image_input
+    takes_image = config.spec.takes_first_frames
     if args.prompt is None and args.input_file is not None and args.input_file.endswith(".jsonl"):
         names = read_fields_of_conditions(config)
         return read_request_rows(
@@ -193,12 +195,11 @@ def generate(
     if reader is not None:
         sample = reader.sample(request)
         return generate_video(pipeline, settings, prompt=sample, seed=request.seed, progress=progress)
-    image = None
+    prompt: str | VideoSample = request.prompt
     if request.image is not None:
-        image = read_image(request.image, height=settings.height, width=settings.width)
-    return generate_video(
-        pipeline, settings, prompt=request.prompt, image_chw=image, seed=request.seed, progress=progress
-    )
+        frames = read_first_frames(request.image, settings)
+        prompt = with_first_frames(request.prompt, frames, num_frames=settings.num_frames)
+    return generate_video(pipeline, settings, prompt=prompt, seed=request.seed, progress=progress)
 
 
 class StepBar:

@@ -76,6 +76,11 @@ class ModelSpec(NetworkSpec):
     loss_terms: Mapping[str, LossTermConfig]
 
     @property
+    def takes_first_frames(self) -> bool:
+        """True where a video is sampled from its first frame or frames."""
+        return "image" in self.conditions or self.timesteps.params.has_levels
+
+    @property
     def trained_fps(self) -> int:
         """Frame rate of the released weights."""
         return _TRAINED_FPS[self.family]

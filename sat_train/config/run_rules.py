@@ -276,7 +276,7 @@ def cache_has_a_folder(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault("data.cache_dir", None, f"a folder, because data.cache is {config.data.cache}")
 
 
-@rule("args.prompt", "args.input_file", "args.input_type", "args.image", "model.noised_image_input")
+@rule("args.prompt", "args.input_file", "args.input_type", "args.image", "model")
 def there_is_a_prompt(config: ParsedConfig) -> Iterator[Fault]:
     args = config.args
     if config.purpose != "sample":
@@ -285,7 +285,7 @@ def there_is_a_prompt(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault("args.input_file", None, "a text file of prompts, because args.input_type is txt")
     elif args.prompt is None and args.input_file is None:
         yield config.fault("args.prompt", None, "a prompt (--prompt 'a cat'), or args.input_file")
-    elif args.prompt is not None and args.image is None and config.model.noised_image_input:
+    elif args.prompt is not None and args.image is None and config.spec.takes_first_frames:
         yield config.fault("args.image", None, "a first frame: this model generates videos from images")
 
 

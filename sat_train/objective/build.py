@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 def build_pipeline(config: RunConfig, *, dit: DiffusionTransformer, encoders: Encoders) -> VideoDiffusion:
     """Builds the pipeline around a transformer that is on its device already; encoders are moved there."""
     spec, args = config.spec, config.args
+    timestep_law = spec.timesteps.build()
+    has_levels = spec.timesteps.params.has_levels
+    assert has_levels == hasattr(timestep_law, "levels"), "a law's record says whether it has levels"
     return VideoDiffusion(
         dit=dit,
         encoders=encoders,
@@ -31,7 +34,7 @@ def build_pipeline(config: RunConfig, *, dit: DiffusionTransformer, encoders: En
         offset_noise_level=spec.offset_noise_level,
         min_snr_gamma=spec.min_snr_gamma,
         loss_terms=build_loss_terms(spec),
-        timestep_law=spec.timesteps.build(),
+        timestep_law=timestep_law,
         noise_law=spec.noise.build(spec),
         stratified=spec.timesteps.params.uniform_sampling,
         seed=args.seed,

@@ -39,6 +39,18 @@ def as_samples(
     ]
 
 
+def with_first_frames(prompt: str, frames_tchw: Tensor, *, num_frames: int) -> VideoSample:
+    """Returns a prompt as a sample with the first frames of the video to come.
+
+    Args:
+        prompt: The caption.
+        frames_tchw: uint8, of the size of the video.
+        num_frames: Frames of the video.
+    """
+    key = AugmentationKey(0, 0)
+    return VideoSample("sample", 0, num_frames, frames_tchw, prompt, None, key, training=False)
+
+
 def shape_to_sample(
     geometry: Geometry, channels: int, shape: tuple[int, int, int]
 ) -> tuple[int, tuple[int, ...]]:
@@ -106,28 +118,26 @@ def sampling_inputs(
 
 
 def encode_history(
-    history_btchw: Tensor | None, encoders: Encoders, geometry: Geometry, *, frames: int, scale_factor: float
+    samples: Sequence[VideoSample], encoders: Encoders, geometry: Geometry, *, scale_factor: float
 ) -> Tensor | None:
-    """Encodes the frames that videos continue.
+    """Encodes the first frames of samples, for a law of the timesteps that keeps them clean.
 
     Args:
-        history_btchw: uint8 first frames, 4 k + 1 of them; None: there are none.
+        samples: Samples with frames: of each as many as all have, the largest 4 k + 1 of them.
         encoders: The frozen models.
         geometry: Sizes of patches and latent frames.
-        frames: Latent frames of the videos, without the padding in front.
         scale_factor: Latents are multiplied by this.
 
     Returns:
-        Scaled latents with the padding that the videos have in front, `[b, t, c, h, w]`.
-
-    Raises:
-        SatTrainError: The number of frames does not fit the autoencoder.
+        Scaled latents with the padding that the videos have in front, `[b, t, c, h, w]`; None without frames.
     """
-    if history_btchw is None:
+    given = min(len(sample.video_tchw) for sample in samples)
+    if not given:
         return None
-    means = [encoders.video(each, subject="the given frames")["mean"] for each in history_btchw]
-    given_btchw = scale_factor * torch.stack(means).float()[:, :frames]
-    padding = geometry.padding(frames)
+    count = given if geometry.has_whole_latents(given) else geometry.nearest_frames(given)[0]
+    means = [encoders.video(each.video_tchw[:count], subject=each.clip_id)["mean"] for each in samples]
+    given_btchw = scale_factor * torch.stack(means).float()
+    padding = geometry.padding(geometry.latent_frames(samples[0].num_shown))
     return torch.cat([given_btchw[:, :1].expand(-1, padding, -1, -1, -1), given_btchw], dim=1)
 
 

@@ -106,16 +106,12 @@ class Noising:
             A clean latent of that shape, and where it counts, bool `[b, t]`; on the device of the history.
 
         Raises:
-            SatTrainError: The law keeps no frame clean, or one that is not given, or a frame has another
-                timestep than the sample's and is not clean either.
+            SatTrainError: A frame that the law keeps clean is not given, or one has another timestep than the
+                sample's and is not clean either.
         """
         timesteps_b = torch.full((latent_shape[0],), len(self.alpha_bar) // 2)
         levels_bt = self.levels(timesteps_b, latent_shape)
-        if levels_bt is None:
-            raise SatTrainError(
-                "this model is given no frames: the law of its timesteps keeps none clean",
-                expected="a law such as PrefixClean in sigma_sampler_config",
-            )
+        assert levels_bt is not None, "a law without levels keeps no frame"
         is_clean_bt = levels_bt == CLEAN
         needed = int(is_clean_bt.any(0).nonzero().max()) + 1 if is_clean_bt.any() else 0
         given = 0 if history_btchw is None else history_btchw.shape[1]
@@ -123,6 +119,7 @@ class Noising:
             raise SatTrainError(
                 f"this model continues given frames, and {given} latent frames are given",
                 expected=f"the first frames of the video, enough for {needed} latent frames",
+                remedy="name a video file: args.image=clip.mp4, or prompt@@clip.mp4 in args.input_file",
             )
         if not (is_clean_bt | (levels_bt == timesteps_b[:, None])).all():
             raise SatTrainError(
@@ -130,7 +127,7 @@ class Noising:
                 expected="frames that are clean or have the sample's timestep: others cannot be sampled",
             )
         known_btchw = history_btchw.new_zeros(tuple(latent_shape))
-        known_btchw[:, :given] = history_btchw
+        known_btchw[:, :given] = history_btchw[:, : latent_shape[1]]
         return known_btchw, is_clean_bt.to(history_btchw.device)
 
     def signal(self, timesteps: Tensor) -> Tensor:

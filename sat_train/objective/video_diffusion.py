@@ -204,7 +204,6 @@ class VideoDiffusion:
         prompts: Sequence[str | VideoSample],
         *,
         image_bchw: Tensor | None = None,
-        history_btchw: Tensor | None = None,
         num_frames: int,
         height: int,
         width: int,
@@ -222,9 +221,9 @@ class VideoDiffusion:
         `torch.Generator().manual_seed(seed)`: the same numbers are drawn in the same order.
 
         Args:
-            prompts: Captions, or samples of the size of the video with what conditions read of them.
+            prompts: Captions, or samples of the size of the video with what conditions read of them, and the
+                first frames that the law of the timesteps keeps clean.
             image_bchw: uint8 first frames of the size of the video, for image-to-video.
-            history_btchw: uint8 first frames, 4 k + 1 of them, that the law of the timesteps keeps clean.
             num_frames: Pixel frames.
             height: In pixels.
             width: In pixels.
@@ -248,7 +247,7 @@ class VideoDiffusion:
         random, shape = PromptRandomness(tuple(generators)), (len(prompts), *latent_shape)
         encoded = encode_samples(samples, self.conditions, self.encoders)
         inputs = sampling_inputs(self.conditions, encoded, random, shape, with_null=guidance.needs_null)
-        sampler = self._keeping_history(sampler, history_btchw, shape, frames)
+        sampler = self._keeping_history(sampler, samples, shape)
         with evaluation_mode(self.dit):
             latent = sampler(
                 self._guided(network or self.dit, inputs, guidance, steps),
@@ -339,14 +338,12 @@ class VideoDiffusion:
         return denoise
 
     def _keeping_history(
-        self, sampler: Sampler, history_btchw: Tensor | None, shape: tuple[int, ...], frames: int
+        self, sampler: Sampler, samples: Sequence[VideoSample], shape: tuple[int, ...]
     ) -> Sampler:
         """Returns the sampler, around the frames that the law of the timesteps keeps clean."""
-        if history_btchw is None and not self.noising.has_levels:
+        if not self.noising.has_levels:
             return sampler
-        history = encode_history(
-            history_btchw, self.encoders, self.geometry, frames=frames, scale_factor=self.scale_factor
-        )
+        history = encode_history(samples, self.encoders, self.geometry, scale_factor=self.scale_factor)
         return with_known_frames(sampler, *self.noising.known_frames(shape, history))
 
     def _drawn(

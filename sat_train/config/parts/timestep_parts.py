@@ -18,7 +18,13 @@ _MOST_DEVIATIONS = 6  # beyond them the tail of a normal distribution has too fe
 
 
 class TimestepsParams(Params):
-    """Settings that every law of the timesteps has."""
+    """Settings that every law of the timesteps has.
+
+    A law that `has_levels` gives single frames a timestep of their own, and may keep the first ones clean:
+    sampling is then given these.
+    """
+
+    has_levels: ClassVar[bool] = False
 
     num_idx: int = Field(1000, ge=2, description="Steps of the schedule.")
     uniform_sampling: bool = Field(
@@ -48,6 +54,8 @@ class UniformParams(TimestepsParams):
 @part("timesteps", "PrefixClean", build="sat_train.diffusion.timestep_laws:PrefixClean")
 class PrefixCleanParams(TimestepsParams):
     """The first latent frames stay clean and the others are noised: the model continues given frames."""
+
+    has_levels = True
 
     frames: int = Field(1, ge=1, description="Latent frames that stay clean, padding in front included.")
 

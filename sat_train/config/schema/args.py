@@ -247,7 +247,11 @@ class ArgsConfig(Record):
         description="Text file of prompts, one a line; `prompt@@image` for image-to-video. *.jsonl: one JSON "
         "object a line, with prompt, image and the fields that conditions read.",
     )
-    image: Text | None = Field(None, description="First frame for image-to-video with `prompt`.")
+    image: Text | None = Field(
+        None,
+        description="First frame for image-to-video with `prompt`; a video, where the model "
+        "continues given frames.",
+    )
     output_dir: Text = Field("samples", description="Folder for sampled videos.")
     sampling_image_size: HeightWidth | None = Field(
         None,

@@ -48,12 +48,14 @@ def choose_videos(
 ) -> list[VideoToSample]:
     """Returns the validation videos; none where there is nothing to generate from.
 
-    Prompts have no fields: where a condition reads one, held-out clips are sampled.
+    Prompts have no fields, and one first frame at most: where a condition reads a field, or the model
+    continues given frames, held-out clips are sampled.
     """
     prompts, images = given_conditions(config, build_sampling(config))
     takes_image = config.model.noised_image_input
     reading = [each.name for each in _own_conditions(config, pipeline) if each.fields]
     lacking = "images" if takes_image and not images else ""
+    lacking = "first frames" if pipeline.noising.has_levels else lacking
     lacking = f"the fields of {', '.join(reading)}" if reading else lacking
     if prompts and not lacking:
         return [
@@ -67,7 +69,7 @@ def choose_videos(
             "args.valid_prompts have no %s: validation videos show the validation clips instead", lacking
         )
     clips = [loader.dataset[index].sample for index in range(min(_CLIPS_SHOWN, loader.num_samples))]
-    if _own_conditions(config, pipeline):
+    if _own_conditions(config, pipeline) or pipeline.noising.has_levels:
         return [VideoToSample(clip, shown=shown_fields(loader.dataset, clip)) for clip in clips]
     return [
         VideoToSample(clip.caption, clip.conditioning_image_chw() if takes_image else None) for clip in clips
