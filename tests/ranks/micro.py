@@ -15,6 +15,8 @@ from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.distributed.seeds import derive_generator
 
 ROOT = Path(__file__).resolve().parents[2]
+# numbers of a logged step that differ from run to run
+TIMES = {"step_time_s", "data_wait_s", "samples_per_s", "peak_memory_gib", "tflops", "mfu"}
 
 _MICRO = """
 args:

@@ -8,12 +8,11 @@ import pytest
 
 from sat_train.distributed.processes import stop_processes
 from sat_train.training.callbacks.metrics_file import read_metrics
-from tests.ranks.micro import train_micro, write_micro
+from tests.ranks.micro import TIMES, train_micro, write_micro
 from tests.unit.data.videos import make_folder
 
 pytestmark = pytest.mark.ranks
 
-TIMES = {"step_time_s", "data_wait_s", "samples_per_s", "peak_memory_gib"}
 SHAPE = ["args.warmup=2", "args.lr_decay_iters=10", "args.lr_decay_style=cosine", "args.save_interval=2"]
 BUCKETS = "data.params.buckets={sizes: [[32,64],[64,32]], frames: [1]}"
 

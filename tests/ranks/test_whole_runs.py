@@ -22,14 +22,13 @@ from sat_train.errors import SatTrainError
 from sat_train.interchange.sources import find_weights
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.resume import CONFIG_KEY, find_resumed
-from tests.ranks.micro import logged_micro, micro_run, train_micro, write_micro
+from tests.ranks.micro import TIMES, logged_micro, micro_run, train_micro, write_micro
 
 pytestmark = pytest.mark.ranks
 
 STEPS = 6
 # A length-independent learning rate, so that a run that ends early is the beginning of a longer one.
 SHAPE = ["args.warmup=2", "args.lr_decay_iters=10", "args.lr_decay_style=cosine", "args.save_interval=2"]
-TIMES = {"step_time_s", "data_wait_s", "samples_per_s", "peak_memory_gib"}
 
 
 @pytest.fixture(scope="module")
