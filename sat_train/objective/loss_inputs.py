@@ -12,8 +12,21 @@ from sat_train.diffusion.loss import min_snr_weight, v_mse_per_sample
 from sat_train.diffusion.parameterization import add_noise, v_target, x0_from_v
 from sat_train.encoding.conditions.condition import Encoding
 from sat_train.encoding.conditions.randomness import SampleRandomness
+from sat_train.errors import SatTrainError
 from sat_train.objective.noising import Noising
 from sat_train.objective.training_inputs import TrainingInputs
+
+
+class Outputs(dict[str, Tensor]):
+    """Outputs that modules kept in `forward.outputs`, by name."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise SatTrainError(
+            f"a loss term reads the output '{name}', which no module keeps; "
+            f"kept are {', '.join(self) or 'none'}",
+            expected="a module whose `tap` sets forward.outputs[name]",
+            remedy="name that module in model.loss_terms, or add it to model.modules",
+        )
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,7 @@ def build_loss_inputs(
         v_true_btchw=v_target(x0, eps, noise_alpha_bar),
         counted_bt=inputs.counted_bt,
         encoded=inputs.encoded,
-        outputs=outputs,
+        outputs=Outputs(outputs),
         random=inputs.random,
         num_samples=inputs.num_samples,
         min_snr_b=None if min_snr_b is None else min_snr_b.to(v_pred.device),

@@ -12,6 +12,7 @@ import torch
 from benchmarks.preference_memory import CONFIGS, MOST, compare
 from sat_train.config.parts.loss_term_parts import MaskedErrorParams, PreferenceParams
 from sat_train.encoding.conditions.condition import Condition
+from sat_train.errors import SatTrainError
 from sat_train.models.adapter import adapters_off
 from sat_train.models.dit.mixin import Mixin
 from sat_train.objective.loss_term import DiffusionError, LossTerm, WeightedTerm
@@ -103,6 +104,12 @@ def test_a_module_that_only_a_term_reads_gets_a_gradient_and_changes_no_predicti
     assert torch.equal(validated.loss_b, expected.loss_b), "the validation loss knows no terms"
     assert set(validated.terms) == {"diffusion", "norm"}
     assert set(expected.terms) == {"diffusion"}
+
+
+def test_an_output_that_no_module_keeps_is_named(make_pipeline, make_batch, encode):
+    pipeline = make_pipeline(loss_terms={"norm": WeightedTerm(Norm())})
+    with pytest.raises(SatTrainError, match="reads the output 'state', which no module keeps; kept are none"):
+        pipeline.training_loss(encode(pipeline, make_batch([0])))
 
 
 def test_a_masked_error_is_the_formula_over_the_frames_that_count(make_pipeline, make_batch, encode):
