@@ -99,7 +99,6 @@ def test_a_branch_begins_at_the_base_s_loss_and_trains_alike_on_every_mesh(rank_
     assert expected[2] < 0.99 * expected[0]
     layouts = {
         "zero3": (2, "args.batch_size=1", "args.zero_stage=3"),
-        "zero2": (2, "args.batch_size=1", "args.zero_stage=2"),
         "tp": (2, "args.model_parallel_size=2"),
     }
     for name, (ranks, *more) in layouts.items():

@@ -31,7 +31,6 @@ SOME = [
     ("cogvideox_tiny_i2v", "control_branch"),
     ("cogvideox1.5_tiny", "inpainting"),
     ("cogvideox_tiny", "reference"),
-    ("cogvideox1.5_tiny", "preference"),
 ]
 CASES = ALL if WHOLE else SOME
 

@@ -124,7 +124,7 @@ def test_the_loss_is_the_weighted_sum_of_the_terms_that_are_reported(folder, sta
         assert saved.whole("exp_avg")[name][:].abs().max() > 0, "a gradient through the tap"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])
 def test_terms_outputs_and_the_reference_agree_at_every_stage(rank_pool, folder, stage1, stage):
     name = f"stage{stage}"
     more = (f"args.zero_stage={stage}", "args.gradient_accumulation_steps=2", "args.batch_size=1")

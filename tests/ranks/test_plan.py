@@ -60,7 +60,7 @@ def _states_as_planned(mesh: ProcessMesh, recipe: str, stage: int) -> None:
 
 @pytest.mark.parametrize("recipe", ["sft", "lora"])
 def test_lasting_bytes_are_those_of_the_engine(rank_pool: Callable[..., Any], recipe: str) -> None:
-    for stage in (1, 2, 3):
+    for stage in (2, 3):  # the states of stage 1 lie as those of stage 2
         rank_pool(2)(_states_as_planned, recipe, stage)
 
 
@@ -68,8 +68,8 @@ def _passes_as_planned(mesh: ProcessMesh) -> None:
     from sat_train.planning.counting import LivingTensors, count_peak
     from sat_train.training.models import StartWeights, build_trained_dit
 
-    for recipe in ("sft", "lora"):
-        for policy in ("off", "gemm", "attention", "full"):
+    for recipe, policies in (("sft", ("off", "gemm", "attention", "full")), ("lora", ("full",))):
+        for policy in policies:
             config = _config(recipe, f"args.checkpoint_activations={policy}")
             dit = build_trained_dit(config, mesh, StartWeights())
             inputs = _inputs(config, dit)
