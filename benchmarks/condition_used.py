@@ -42,6 +42,7 @@ COMMON = (
     *(
         "model.conditions.control.params.into=extras",
         "model.modules.add.target=AddControl",
+        "model.train.all.match=[.]",
         "data.cache=fill",
     ),
     "model.network_config.params.num_layers=2",

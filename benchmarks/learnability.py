@@ -49,6 +49,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "model.modules.branch.target=ControlBranch",
         "model.modules.branch.params.condition=c",
         "model.modules.branch.params.blocks=2",
+        "model.train.all.match=[.]",
     ),
     "channels": (CONTROL, "model.conditions.c.target=ControlVideo"),
     "inpainting": ("data.fields.mask.kind=mask", "model.conditions.c.target=Inpainting"),

@@ -235,6 +235,14 @@ def finetune_has_weights(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault("args.load", None, f"weights to start from{remedy}")
 
 
+@rule("args.mode", "args.load", "model")
+def random_weights_train(config: ParsedConfig) -> Iterator[Fault]:
+    """Next to modules a base is frozen unless something says what trains; a random one would stay random."""
+    if config.purpose == "train" and config.args.load is None and config.model.freezes_base:
+        expected = "what trains, e.g. model.train.all.match=[.]: the base has random weights, and is frozen"
+        yield config.fault("model.train", dict(config.model.train), expected)
+
+
 @rule("args.load_modules", "args.load")
 def modules_have_a_base(config: ParsedConfig) -> Iterator[Fault]:
     """Files of module weights hold those next to a base."""

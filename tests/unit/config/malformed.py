@@ -53,6 +53,15 @@ CASES = [
         "a key that exists",
     ),
     Case(
+        "a frozen base of random weights",
+        "args: {mode: pretrain, load: null}\n"
+        "model: {conditions: {c: {target: ControlVideo, params: {into: extras}}}, "
+        "modules: {m: {target: ControlBranch, params: {condition: c}}}}\n"
+        "data: {fields: {control: {kind: video}}}",
+        "model.train",
+        "the base has random weights, and is frozen",
+    ),
+    Case(
         "rank of no adapted layer",
         "model: {not_trainable_prefixes: [all], network_config: {params: {modules: {lora_config: "
         "{target: Dora, params: {r: 4, rank_pattern: {mlp: 2}}}}}}}",
