@@ -210,7 +210,11 @@ def open_source(conversion: Conversion) -> ConversionSource:
 
 def _check_diffusers_holds(conversion: Conversion, source: WeightSource) -> None:
     """Raises for network modules, which diffusers does not have, unless they are to be left out."""
-    modules = modules_in(read_own_weights(source))
+    if source.kind == "step":
+        modules = modules_in(read_own_weights(source))
+    else:  # a file may hold adapters alone
+        files = source.files[:1] if source.kind == "sat" else source.files
+        modules = modules_in(key.removeprefix(SAT_PREFIX) for key in read_weight_files(files))
     if modules and not conversion.without_modules:
         raise CheckpointError(
             f"{conversion.source} has the modules {', '.join(modules)}, which diffusers does not know",

@@ -244,13 +244,11 @@ class ArgsConfig(Record):
     )
     input_file: Text | None = Field(
         None,
-        description="Text file of prompts, one a line; `prompt@@image` for image-to-video. *.jsonl: one JSON "
-        "object a line, with prompt, image and the fields that conditions read.",
+        description="Prompts, one a line, or `prompt@@image`; *.jsonl: objects with prompt and fields.",
     )
     image: Text | None = Field(
         None,
-        description="First frame for image-to-video with `prompt`; a video, where the model "
-        "continues given frames.",
+        description="First frame for `prompt`; a video, where the model continues given frames.",
     )
     output_dir: Text = Field("samples", description="Folder for sampled videos.")
     sampling_image_size: HeightWidth | None = Field(

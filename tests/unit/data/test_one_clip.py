@@ -40,14 +40,14 @@ def mp4(tmp_path):
 def test_any_error_while_a_clip_is_read_is_a_bad_clip_with_its_name(mp4, monkeypatch, error):
     write_numbered(mp4.with_name("b.mp4"), num_frames=30, rate=30)
     dataset = make([record_of(mp4), record_of(mp4.with_name("b.mp4"))])
-    opened = dataset._frames
+    opened = dataset._read
 
     def fail(record, *rest):
         if record.clip_id == "a.mp4":
             raise error
         return opened(record, *rest)
 
-    monkeypatch.setattr(dataset, "_frames", fail)
+    monkeypatch.setattr(dataset, "_read", fail)
     results = [dataset[i] for i in range(4)]
     assert {result.sample.clip_id for result in results} == {"b.mp4"}
     failures = {(f.clip_id, f.cause) for result in results for f in result.failures}
