@@ -94,6 +94,12 @@ def logged_micro(mesh: ProcessMesh, folder: Path, words: list[str]) -> list[str]
     return lines
 
 
+def run_directory(folder: Path, name: str) -> Path:
+    """Returns the run directory of the one run of this name."""
+    (path,) = (folder / "runs").glob(f"{name}-*")
+    return path
+
+
 def save_random(module: nn.Module, path: Path) -> None:
     """Every gate is open: weights that begin at zero would keep gradients from what lies behind them."""
     state: dict[str, Any] = {}

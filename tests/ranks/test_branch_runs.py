@@ -12,7 +12,7 @@ from sat_train.checkpoint.fragments import read_fragments
 from sat_train.checkpoint.manifest import read_manifest
 from sat_train.distributed.processes import stop_processes
 from sat_train.training.callbacks.metrics_file import read_metrics
-from tests.ranks.micro import logged_micro, train_micro, write_micro
+from tests.ranks.micro import logged_micro, run_directory, train_micro, write_micro
 
 pytestmark = pytest.mark.ranks
 
@@ -73,11 +73,6 @@ def folder(tmp_path_factory) -> Path:
 def words(folder: Path, name: str, *more: str) -> list[str]:
     extension = ["--extension", str(folder / "mirror.py")] if more else []
     return [*extension, f"args.experiment_name={name}", *STEPS, *more]
-
-
-def run_directory(folder: Path, name: str) -> Path:
-    (path,) = (folder / "runs").glob(f"{name}-*")
-    return path
 
 
 def losses(folder: Path, name: str) -> list[float]:

@@ -8,7 +8,7 @@ import pytest
 
 from sat_train.distributed.processes import stop_processes
 from sat_train.training.callbacks.metrics_file import read_metrics
-from tests.ranks.micro import TIMES, train_micro, write_micro
+from tests.ranks.micro import TIMES, run_directory, train_micro, write_micro
 from tests.unit.data.videos import make_folder
 
 pytestmark = pytest.mark.ranks
@@ -44,7 +44,7 @@ def _words(folder: Path, name: str, steps: int, *words: str) -> list[str]:
 
 
 def _records(folder: Path, name: str) -> list[dict]:
-    (path,) = (folder / "runs").glob(f"{name}-*")
+    path = run_directory(folder, name)
     records = read_metrics(path / "metrics.jsonl")
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 

@@ -9,7 +9,7 @@ import pytest
 from sat_train.distributed.processes import stop_processes
 from sat_train.training.callbacks.metrics_file import read_metrics
 from tests.ranks.extensions import write_extensions
-from tests.ranks.micro import logged_micro, write_micro
+from tests.ranks.micro import logged_micro, run_directory, write_micro
 
 pytestmark = pytest.mark.ranks
 
@@ -35,7 +35,7 @@ def train(rank_pool, folder: Path, name: str, *words: str, ranks: int = 1) -> tu
     ]
     run = [*condition, *shape, *validation, "args.train_iters=2", "args.save_interval=2", *words]
     lines = rank_pool(ranks)(logged_micro, folder, run)[0]
-    (path,) = (folder / "runs").glob(f"{name}-*")
+    path = run_directory(folder, name)
     records = [record for record in read_metrics(path / "metrics.jsonl") if "conditions" in record]
     return lines, {record["step"]: record["conditions"] for record in records}
 

@@ -20,6 +20,7 @@ from sat_train.cli.convert import main as convert
 from sat_train.distributed.processes import stop_processes
 from sat_train.training.callbacks.metrics_file import read_metrics
 from tests.ranks.conditions import FAMILIES, KINDS, train_condition, write_condition_runs
+from tests.ranks.micro import run_directory
 
 pytestmark = pytest.mark.ranks
 
@@ -40,11 +41,6 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("conditions")
     write_condition_runs(path)
     stop_processes()
-    return path
-
-
-def run_directory(folder: Path, name: str) -> Path:
-    (path,) = (folder / "runs").glob(f"{name}-*")
     return path
 
 

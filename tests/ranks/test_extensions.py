@@ -21,7 +21,7 @@ from sat_train.interchange.module_files import read_module_file
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.resume import find_resumed
 from tests.ranks.extensions import write_extensions
-from tests.ranks.micro import micro_run, train_micro, write_micro
+from tests.ranks.micro import micro_run, run_directory, train_micro, write_micro
 
 pytestmark = pytest.mark.ranks
 
@@ -40,11 +40,6 @@ def folder(tmp_path_factory) -> Path:
 def lion(folder: Path, name: str, steps: int, *words: str) -> list[str]:
     choice = ["deepspeed.optimizer.type=Lion", f"args.experiment_name={name}", f"args.train_iters={steps}"]
     return ["--extension", str(folder / "lion"), *choice, *CONSTANT, *words]
-
-
-def run_directory(folder: Path, name: str) -> Path:
-    (path,) = (folder / "runs").glob(f"{name}-*")
-    return path
 
 
 def losses(folder: Path, name: str) -> list[float]:

@@ -13,7 +13,7 @@ from sat_train.interchange.adapters import read_lora
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.models import build_trained_dit, find_start_weights
 from sat_train.training.resume import find_resumed
-from tests.ranks.micro import micro_run, train_micro, write_micro
+from tests.ranks.micro import micro_run, run_directory, train_micro, write_micro
 
 pytestmark = pytest.mark.ranks
 
@@ -42,8 +42,7 @@ def train(rank_pool, folder: Path, name: str, *words: str, preset: str = "lora")
         *words,
     ]
     rank_pool(1)(train_micro, folder, given, preset)
-    (path,) = (folder / "runs").glob(f"{name}-*")
-    return path
+    return run_directory(folder, name)
 
 
 def first_loss(run: Path) -> float:

@@ -13,7 +13,7 @@ from sat_train.checkpoint.fragments import read_fragments
 from sat_train.checkpoint.manifest import read_manifest
 from sat_train.distributed.processes import stop_processes
 from sat_train.training.callbacks.metrics_file import read_metrics
-from tests.ranks.micro import train_micro, write_micro
+from tests.ranks.micro import run_directory, train_micro, write_micro
 
 pytestmark = pytest.mark.ranks
 
@@ -94,11 +94,6 @@ def folder(tmp_path_factory) -> Path:
 def words(folder: Path, name: str, steps: int, *more: str) -> list[str]:
     run = [f"args.experiment_name={name}", f"args.train_iters={steps}"]
     return ["--extension", str(folder / "terms"), *_WORDS, *run, *more]
-
-
-def run_directory(folder: Path, name: str) -> Path:
-    (path,) = (folder / "runs").glob(f"{name}-*")
-    return path
 
 
 def steps_of(folder: Path, name: str) -> list[dict]:

@@ -16,7 +16,7 @@ from sat_train.training.callbacks.clip_ledger import read_ledger, render_table, 
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.callbacks.validation_file import read_validations
 from sat_train.training.resume import find_resumed
-from tests.ranks.micro import logged_micro, micro_run, train_micro, write_micro
+from tests.ranks.micro import logged_micro, micro_run, run_directory, train_micro, write_micro
 
 pytestmark = pytest.mark.ranks
 
@@ -26,11 +26,6 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("validation")
     write_micro(path)
     stop_processes()
-    return path
-
-
-def run_directory(folder: Path, name: str) -> Path:
-    (path,) = (folder / "runs").glob(f"{name}-*")
     return path
 
 

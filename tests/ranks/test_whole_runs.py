@@ -23,6 +23,7 @@ from sat_train.interchange.sources import find_weights
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.resume import CONFIG_KEY, find_resumed
 from tests.ranks.micro import TIMES, logged_micro, micro_run, train_micro, write_micro
+from tests.ranks.micro import run_directory as _run_directory
 
 pytestmark = pytest.mark.ranks
 
@@ -57,11 +58,6 @@ def _words(name: str, steps: int, *words: str, batch_size: int = 2) -> list[str]
         f"args.eval_batch_size={batch_size}",
         *words,
     ]
-
-
-def _run_directory(folder: Path, name: str) -> Path:
-    (path,) = (folder / "runs").glob(f"{name}-*")
-    return path
 
 
 def _records(folder: Path, name: str) -> list[dict]:
