@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sat_train.encoding.conditions.control_video import ControlVideo
-from sat_train.extend import Mixin
+from sat_train.extend import Mixin, zero_
 
 _FRAMES, _PIXELS = 4, 8  # of the fault
 
@@ -26,9 +26,7 @@ class AddControl(Mixin):
     def __init__(self, params, model):
         super().__init__(params, model)
         self.embed = nn.Linear(model.out_channels * math.prod(model.patch), model.width)
-        self.per_block = nn.ModuleDict({"0": nn.Linear(model.width, model.width)})
-        nn.init.zeros_(self.per_block["0"].weight)
-        nn.init.zeros_(self.per_block["0"].bias)
+        self.per_block = zero_(nn.ModuleDict({"0": nn.Linear(model.width, model.width)}))
 
     def before_blocks(self, hidden_bld, forward):
         patches = forward.patches(forward.extras["control"]) * self.params.wired

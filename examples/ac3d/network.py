@@ -6,7 +6,7 @@ Source: snap-research/ac3d@fe40a8d.
 import torch
 from torch import nn
 
-from sat_train.extend import BlockStack, Mixin
+from sat_train.extend import BlockStack, Mixin, zero_
 
 
 class CameraBranch(Mixin):
@@ -19,10 +19,7 @@ class CameraBranch(Mixin):
         self.embed = nn.Linear(params.channels * torch.Size(model.patch).numel(), width)
         self.narrow = nn.Linear(model.width, width)
         gates = {str(block): nn.Linear(width, model.width) for block in range(params.blocks)}
-        for gate in gates.values():
-            nn.init.zeros_(gate.weight)
-            nn.init.zeros_(gate.bias)
-        self.per_block = nn.ModuleDict(gates)
+        self.per_block = zero_(nn.ModuleDict(gates))
 
     def before_blocks(self, hidden_bld, forward):
         rays_bthwd = self.embed(forward.patches(forward.extras[self.params.condition]))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pixel_unshuffle
 
-from sat_train.extend import BlockStack, Condition, DitInputs, Mixin
+from sat_train.extend import BlockStack, Condition, DitInputs, Mixin, zero_
 
 
 class ControlPixels(Condition):
@@ -40,10 +40,7 @@ class PixelControlNet(Mixin):
         self.embed = nn.Linear(width * torch.Size(model.patch).numel(), model.width)
         self.stack = BlockStack(model, layers=params.blocks)
         gates = {str(block): nn.Linear(model.width, model.width) for block in range(params.blocks)}
-        for gate in gates.values():
-            nn.init.zeros_(gate.weight)
-            nn.init.zeros_(gate.bias)
-        self.per_block = nn.ModuleDict(gates)
+        self.per_block = zero_(nn.ModuleDict(gates))
 
     def reinit(self, dit=None):
         self.stack.copy_from(dit, range(self.params.blocks))

@@ -6,7 +6,7 @@ Source: fudan-generative-vision/hallo3@e342dce.
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sat_train.extend import Condition, DitInputs, Mixin
+from sat_train.extend import Condition, DitInputs, Mixin, zero_
 
 
 class AudioFeatures(Condition):
@@ -33,9 +33,7 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(model.width)
         self.query = nn.Linear(model.width, model.width)
         self.key_value = nn.Linear(width, 2 * model.width)
-        self.out = nn.Linear(model.width, model.width)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zero_(nn.Linear(model.width, model.width))
 
     def forward(self, video_bthwd, features_btmd):
         query = self.split(self.query(self.norm(video_bthwd)).flatten(2, 3))

@@ -6,7 +6,7 @@ Source: alibaba/Tora@9a23dce.
 import torch
 from torch import nn
 
-from sat_train.extend import Mixin
+from sat_train.extend import Mixin, zero_
 
 
 class Residual(nn.Module):
@@ -33,9 +33,7 @@ class Fuser(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.space = nn.Conv2d(channels, width // 2, 3, padding=1)
-        self.time = nn.Conv1d(width // 2, 2 * width, 3, padding=1, padding_mode="replicate")
-        nn.init.zeros_(self.time.weight)
-        nn.init.zeros_(self.time.bias)
+        self.time = zero_(nn.Conv1d(width // 2, 2 * width, 3, padding=1, padding_mode="replicate"))
 
     def forward(self, video_bthwd, motion_btchw):
         batch, _, height, width, _ = video_bthwd.shape

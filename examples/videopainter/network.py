@@ -6,7 +6,7 @@ Source: TencentARC/VideoPainter@bbab6cd, and arXiv:2503.05639 section 3.2.
 import torch
 from torch import nn
 
-from sat_train.extend import BlockStack, Mixin
+from sat_train.extend import BlockStack, Mixin, zero_
 
 
 class ContextBranch(Mixin):
@@ -18,10 +18,7 @@ class ContextBranch(Mixin):
         self.embed = nn.Linear(channels * torch.Size(model.patch).numel(), model.width)
         self.stack = BlockStack(model, layers=params.blocks)
         gates = {str(block): nn.Linear(model.width, model.width) for block in range(model.layers)}
-        for gate in gates.values():
-            nn.init.zeros_(gate.weight)
-            nn.init.zeros_(gate.bias)
-        self.per_block = nn.ModuleDict(gates)
+        self.per_block = zero_(nn.ModuleDict(gates))
 
     def reinit(self, dit=None):
         self.stack.copy_from(dit, range(self.params.blocks))

@@ -96,12 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of configs/schema.json")
     parser.add_argument("--no-paths", action="store_true", help="do not check that data and weights exist")
-    parser.add_argument("--ranks", type=_positive(int), metavar="N", help="GPUs of the run, for its batch")
-    parser.add_argument("--card", type=_positive(float), metavar="GIB", help="memory of one of them, in GiB")
+    parser.add_argument("--ranks", type=positive(int), metavar="N", help="GPUs of the run, for its batch")
+    parser.add_argument("--card", type=positive(float), metavar="GIB", help="memory of one of them, in GiB")
     return parser
 
 
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Returns argparse's reader of a finite number above 0."""
+
     def number(text: str) -> float:
         value = kind(text)
         if not 0 < value < math.inf:

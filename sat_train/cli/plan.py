@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from sat_train.cli.check import positive
 from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.errors import ConfigError, Fault
 
@@ -142,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "[--extension NAME ...] [--gpus N] [--hardware NAME] [--gpu-memory GIB] [--efficiency X] [--json]",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=_positive(int), default=1, metavar="N", help="GPUs of the run")
+    parser.add_argument("--gpus", type=positive(int), default=1, metavar="N", help="GPUs of the run")
     parser.add_argument(
         "--hardware",
         default="h100",
@@ -150,20 +151,14 @@ def _parser() -> argparse.ArgumentParser:
         help="h100, h200, a100, a100-40, l40s or rtx4090",
     )
     parser.add_argument(
-        "--gpu-memory", type=_positive(float), metavar="GIB", help="its memory, where it differs"
+        "--gpu-memory", type=positive(float), metavar="GIB", help="its memory, where it differs"
     )
     parser.add_argument(
         "--efficiency",
-        type=_positive(float),
+        type=positive(float),
         default=1.0,
         metavar="X",
         help="factor on the rates that the card is assumed to reach",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
-
-
-def _positive(kind: type[int] | type[float]) -> Any:
-    from sat_train.cli.check import _positive as positive
-
-    return positive(kind)

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from sat_train.config import RunConfig
-from sat_train.data.batches import VideoSample
 from sat_train.distributed.collectives import check_all_ranks, gather_objects, on_rank_0, wait_for_ranks
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
@@ -27,10 +26,9 @@ from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.loaded_adapters import add_adapters_for
 from sat_train.models.low_rank import scales_of
 from sat_train.objective.build import build_pipeline
-from sat_train.objective.given import with_first_frames
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
-from sat_train.sampling.first_frames import read_first_frames
+from sat_train.sampling.first_frames import request_sample
 from sat_train.sampling.generate import generate_video
 from sat_train.sampling.prompts import (
     SampleRequest,
@@ -192,14 +190,8 @@ def generate(
     reader: RequestReader | None = None,
 ) -> Tensor:
     """Generates the video of a request: uint8 video_tchw."""
-    if reader is not None:
-        sample = reader.sample(request)
-        return generate_video(pipeline, settings, prompt=sample, seed=request.seed, progress=progress)
-    prompt: str | VideoSample = request.prompt
-    if request.image is not None:
-        frames = read_first_frames(request.image, settings)
-        prompt = with_first_frames(request.prompt, frames, num_frames=settings.num_frames)
-    return generate_video(pipeline, settings, prompt=prompt, seed=request.seed, progress=progress)
+    sample = request_sample(request, settings) if reader is None else reader.sample(request)
+    return generate_video(pipeline, settings, prompt=sample, seed=request.seed, progress=progress)
 
 
 class StepBar:

@@ -37,20 +37,29 @@ def padded_rows(module: nn.Module, ranks: int) -> Iterator[list[nn.Parameter]]:
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     rows: list[list[nn.Parameter]] = [[] for _ in range(ranks)]
-    for parameter, owner in zip(trained, owners([each.numel() for each in trained], ranks), strict=True):
+    sizes = [parameter.numel() for parameter in trained]
+    for parameter, owner in zip(trained, owners(sizes, ranks), strict=True):
         rows[owner].append(parameter)
-    lengths = [sum(parameter.numel() for parameter in row) for row in rows]
-    longest = -(-max(lengths) // _MULTIPLE) * _MULTIPLE if ranks > 1 else lengths[0]
+    length = row_length(sizes, ranks)
     padding = nn.ParameterList()
-    for row, length in zip(rows, lengths, strict=True):
-        if length < longest:
-            padding.append(nn.Parameter(trained[0].new_zeros(longest - length)))
+    for row in rows:
+        missing = length - sum(parameter.numel() for parameter in row)
+        if missing:
+            padding.append(nn.Parameter(trained[0].new_zeros(missing)))
             row.append(padding[-1])
     module.add_module(_PADDING, padding)
     try:
         yield [parameter for row in rows for parameter in row]
     finally:
         delattr(module, _PADDING)
+
+
+def row_length(sizes: Sequence[int], ranks: int) -> int:
+    """Returns the elements of each rank's row, padding included, for parameters of these sizes."""
+    lengths = [0] * ranks
+    for size, owner in zip(sizes, owners(sizes, ranks), strict=True):
+        lengths[owner] += size
+    return -(-max(lengths) // _MULTIPLE) * _MULTIPLE if ranks > 1 else lengths[0]
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:

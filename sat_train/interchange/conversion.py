@@ -40,7 +40,7 @@ from sat_train.interchange.sources import WeightSource, find_weights, hash_weigh
 from sat_train.models.low_rank import Updates, is_dora, stacked, strengthened, truncated
 from sat_train.weights.lazy import LazyWeights, check_same, from_tensors
 from sat_train.weights.readers import read_weight_files
-from sat_train.weights.safetensors_out import Progress, write_safetensors
+from sat_train.weights.safetensors_out import Progress, unseen, write_safetensors
 from sat_train.weights.tensor_parallel import slice_weights
 
 LORA_FILE_STEM = "pytorch_lora_weights"
@@ -111,7 +111,7 @@ class ConversionSource:
 
 def no_progress(size: int) -> Progress:
     """Reports no progress."""
-    return lambda count: None
+    return unseen
 
 
 def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_progress) -> Path:

@@ -28,7 +28,7 @@ from sat_train.json_record import JsonRecord, NonEmpty, read_record
 from sat_train.log import get_logger
 from sat_train.weights.lazy import LazyWeights, check_same
 from sat_train.weights.readers import read_metadata, read_weight_files
-from sat_train.weights.safetensors_out import write_safetensors
+from sat_train.weights.safetensors_out import unseen, write_safetensors
 
 log = get_logger(__name__)
 
@@ -120,14 +120,10 @@ def write_module_file(
         base_weights=manifest.base_weights,
     )
     header = {**metadata, HEADER: json.dumps(asdict(record))}
-    write_safetensors(folder, STEM, chosen, metadata=header, progress=_unseen, max_shard_bytes=2**62)
+    write_safetensors(folder, STEM, chosen, metadata=header, progress=unseen, max_shard_bytes=2**62)
     path = folder / f"{STEM}.safetensors"
     check_same(chosen, read_weight_files([path]))
     return path
-
-
-def _unseen(count: int) -> None:
-    """Reports no progress."""
 
 
 def _chosen(own: LazyWeights, source: Path, names: Sequence[str], *, is_whole: bool) -> LazyWeights:

@@ -30,11 +30,8 @@ def as_samples(
     frames, height, width = shape
     none = torch.empty(len(prompts), 0, 3, height, width, dtype=torch.uint8)
     videos = none if image_bchw is None else image_bchw[:, None]
-    key = AugmentationKey(0, 0)  # nothing about a prompt is augmented
     return [
-        VideoSample("sample", 0, frames, video, prompt, None, key, training=False)
-        if isinstance(prompt, str)
-        else prompt
+        with_first_frames(prompt, video, num_frames=frames) if isinstance(prompt, str) else prompt
         for prompt, video in zip(prompts, videos, strict=True)
     ]
 
@@ -47,7 +44,7 @@ def with_first_frames(prompt: str, frames_tchw: Tensor, *, num_frames: int) -> V
         frames_tchw: uint8, of the size of the video.
         num_frames: Frames of the video.
     """
-    key = AugmentationKey(0, 0)
+    key = AugmentationKey(0, 0)  # nothing about a prompt is augmented
     return VideoSample("sample", 0, num_frames, frames_tchw, prompt, None, key, training=False)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sat_train.config import RunConfig
 from sat_train.config.hardware import Hardware
+from sat_train.models.build import compute_dtype
 from sat_train.planning.counting import Work
 from sat_train.planning.gpu_memory import Weights
 
@@ -67,7 +68,7 @@ def communication_seconds(
     if data_ranks == 1:
         return 0.0
     stage, micro_steps = config.args.zero_stage, config.args.gradient_accumulation_steps
-    element = 2 if config.args.bf16 or config.args.fp16 else 4
+    element = compute_dtype(config.args).itemsize
     gradients, everything = element * weights.num_trained, element * weights.transformer
     if stage == 3:
         gathers = 3 if config.args.checkpoint_activations != "off" else 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from sat_train.config import RunConfig
-from sat_train.engine.owned import owners
+from sat_train.engine.owned import row_length
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.planning.counting import build_meta_dit, build_meta_vae
 from sat_train.weights.readers import read_weight_files
@@ -132,8 +132,9 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
     zero, stage = config.deepspeed.zero_optimization, config.args.zero_stage
     element = compute_dtype(config.args).itemsize
     trained, total = weights.num_trained, weights.transformer
-    share = owned_elements(weights.trained, data_ranks) if stage in (1, 2) else trained / data_ranks
-    share = trained if stage == 0 else share
+    share = trained if stage == 0 else trained / data_ranks
+    if stage in (1, 2):
+        share = row_length(weights.trained, data_ranks)
     average = _MASTER if config.args.ema_decay is not None else 0
     masters = 0 if stage == 0 else _MASTER
     states = (masters + average + config.deepspeed.optimizer.params.bytes_per_weight()) * share
@@ -151,14 +152,6 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
         if is_offloaded or stage == 0
         else (_MASTER + (element if element < _MASTER else 0)) * share,
     )
-
-
-def owned_elements(sizes: tuple[int, ...], ranks: int) -> int:
-    """Returns the elements of the longest row of `engine/owned.py`, to which all rows are padded."""
-    loads = [0] * ranks
-    for size, owner in zip(sizes, owners(sizes, ranks), strict=True):
-        loads[owner] += size
-    return max(loads)
 
 
 def encoder_bytes(config: RunConfig, weights: Weights) -> float:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from sat_train.config import RunConfig
 from sat_train.config.hardware import Hardware
+from sat_train.engine.owned import row_length
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.planning.counting import (
     Work,
@@ -25,13 +26,13 @@ from sat_train.planning.duration import (
     optimizer_seconds,
 )
 from sat_train.planning.gpu_memory import (
+    CONTEXT_BYTES,
     PhaseMemory,
     StateMemory,
     Weights,
     count_states,
     count_weights,
     encoder_bytes,
-    owned_elements,
 )
 from sat_train.training.run_data import samples_videos
 
@@ -116,7 +117,7 @@ class Planner:
         tokens = spec.tokens(spec.latent(data.max_num_frames, *data.video_size))
         step = self._step(config, weights, data_ranks)
         samples = args.batch_size * args.gradient_accumulation_steps
-        flops = samples * spec.training_flops(tokens, trains_base=spec.adapter is None)
+        flops = samples * spec.training_flops(tokens, trains_base=not config.freezes_base)
         checkpoint = _checkpoint_bytes(config, weights)
         return Plan(
             hardware=self.card,
@@ -157,7 +158,7 @@ class Planner:
             weights=states.weights,
             gradients=states.gradients,
             optimizer=states.optimizer,
-            buffers=PhaseMemory("").buffers + states.buffers,
+            buffers=CONTEXT_BYTES + states.buffers,
             encoders=resident,
             host=states.offloaded,
         )
@@ -181,7 +182,7 @@ class Planner:
         if config.require_data().cache == "off":
             work, text_tokens = self._once(config, work_of_encoding), config.spec.text.max_length
             encoding = samples * encoding_seconds(work, weights, self.card, text_tokens=text_tokens)
-        share = owned_elements(weights.trained, data_ranks if args.zero_stage else 1)
+        share = row_length(weights.trained, data_ranks if args.zero_stage else 1)
         return StepTime(
             linear=passes * linear,
             attention=passes * attention,

@@ -7,15 +7,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sat_train.data.batches import VideoSample
 from sat_train.data.clips.bad_clip import BadClip, one_clip
 from sat_train.data.clips.clip_file import VIDEO_SUFFIXES
 from sat_train.data.clips.frames import open_frames
 from sat_train.data.clips.resize import CoverCrop, cover_crop
 from sat_train.errors import DataError
+from sat_train.objective.given import as_samples, with_first_frames
 from sat_train.sampling.build import SamplingSettings
-from sat_train.sampling.prompts import read_image
+from sat_train.sampling.prompts import SampleRequest, read_image
 
 _MOST_ENLARGED = 8.0
+
+
+def request_sample(request: SampleRequest, settings: SamplingSettings) -> VideoSample:
+    """Returns a request as a sample, with the frames that its video begins with.
+
+    Raises:
+        DataError: Their file cannot be read.
+    """
+    if request.image is None:
+        shape = (settings.num_frames, settings.height, settings.width)
+        return as_samples([request.prompt], None, shape)[0]
+    frames_tchw = read_first_frames(request.image, settings)
+    return with_first_frames(request.prompt, frames_tchw, num_frames=settings.num_frames)
 
 
 def read_first_frames(path: Path, settings: SamplingSettings) -> Tensor:

@@ -18,9 +18,8 @@ from sat_train.data.fields.reader import FieldReader, SampleGeometry, naming_fie
 from sat_train.data.sources.field_places import place_of
 from sat_train.data.sources.records import FieldPlace
 from sat_train.errors import DataError
-from sat_train.objective.given import as_samples, with_first_frames
 from sat_train.sampling.build import SamplingSettings
-from sat_train.sampling.first_frames import read_first_frames
+from sat_train.sampling.first_frames import request_sample
 from sat_train.sampling.prompts import SampleRequest
 
 _ALIGNED = ("video", "mask", "pair")  # kinds that show what the video shows
@@ -52,11 +51,7 @@ class RequestReader:
         Raises:
             DataError: It lacks a field that a condition reads, or one cannot be read; the row is named.
         """
-        frames, height, width = self.settings.num_frames, self.settings.height, self.settings.width
-        (sample,) = as_samples([request.prompt], None, (frames, height, width))
-        if request.image is not None:
-            given = read_first_frames(request.image, self.settings)
-            sample = with_first_frames(request.prompt, given, num_frames=frames)
+        sample = request_sample(request, self.settings)
         if missing := [name for name in self.fields if name not in request.fields]:
             raise DataError(
                 f"{request.where} gives no field `{missing[0]}`, which a condition of the model reads",

@@ -93,7 +93,7 @@ def it_begins_as_the_base(trial: ExtensionTrial) -> str:
     if found:
         raise LawBroken(
             f"the model does not begin as the base: {found}, at initialisation and with the conditions "
-            f"dropped; begin at zero what {_names(ours.dit)} adds (nn.init.zeros_)"
+            f"dropped; begin at zero what {_names(ours.dit)} adds (zero_ of sat_train.extend)"
         )
     return how
 

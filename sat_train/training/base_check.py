@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -19,6 +18,7 @@ from sat_train.models.dit.embedding import to_patches
 from sat_train.models.dit.frame_levels import concatenated
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.objective.given import evaluation_mode
 from sat_train.objective.video_diffusion import VideoDiffusion
 
 log = get_logger(__name__)
@@ -59,7 +59,7 @@ def check_starts_as_base(pipeline: VideoDiffusion, batch: EncodedBatch, surgery:
         return v
 
     exempt = {name for name in surgery.modules if not cast(Mixin, dit.mixins[name]).starts_as_base}
-    with _evaluating(dit):
+    with evaluation_mode(dit):
         base = predict(bare, surgery.modules)
         if not torch.equal(predict(whole, exempt), base):
             apart = {name: predict(bare, surgery.modules - {name}) for name in surgery.modules - exempt}
@@ -87,13 +87,3 @@ def _differing(differences: dict[str, float]) -> CheckpointError:
         remedy="begin the layer that writes into the base at zero (zero_ of sat_train.extend), or set "
         "starts_as_base = False in a module that is meant to change the base at once",
     )
-
-
-@contextmanager
-def _evaluating(dit: DiffusionTransformer) -> Iterator[None]:
-    was_training = dit.training
-    dit.eval()
-    try:
-        yield
-    finally:
-        dit.train(was_training)

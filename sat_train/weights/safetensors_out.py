@@ -22,6 +22,10 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 Progress = Callable[[int], None]
 
 
+def unseen(count: int) -> None:
+    """Shows no progress."""
+
+
 def write_safetensors(
     folder: Path,
     stem: str,

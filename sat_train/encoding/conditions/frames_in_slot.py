@@ -58,8 +58,9 @@ class FramesInSlot(Condition):
         index = encoded["index"].long()
         slot = latent.new_zeros(tuple(latent_shape))
         slot.scatter_(1, index[:, :, None, None, None].expand_as(latent), latent)
-        if self.params.which in _CLIPS and (padding := int(index[:, 0].max())):
-            slot[:, :padding] = slot[:, padding : padding + 1]
+        if self.params.which in _CLIPS:  # the padding in front repeats the first frame
+            is_padding_bt = torch.arange(slot.shape[1], device=index.device) < index[:, :1]
+            slot = torch.where(is_padding_bt[:, :, None, None, None], latent[:, :1], slot)
         return DitInputs(image_latent_btchw=slot) if self._has_slot else DitInputs(channels_btchw=slot)
 
     def drop(self, encoded: Encoding, dropped_b: Tensor) -> Encoding:
