@@ -82,8 +82,7 @@ def is_safetensors(path: Path) -> bool:
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the weights", remedy="run git lfs pull in that folder"
         )
-    if head.startswith(_ZIP_MAGIC) or head[:1] == b"\x80" or len(head) < 9:
-        return False
+    # No other format starts so: the first eight bytes of a zip file or a pickle are a far larger number.
     return head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < _MOST_HEADER_BYTES
 
 

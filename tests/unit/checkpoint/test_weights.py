@@ -15,6 +15,7 @@ from sat_train.errors import CheckpointError
 from sat_train.interchange.locate import load_weights, read_transformer_weights
 from sat_train.interchange.sources import hash_weights
 from sat_train.models.dit.sharding import shard_weight
+from sat_train.weights.readers import read_metadata, read_weight_files
 from tests.unit.checkpoint.transformers import (
     PREFIX,
     build_transformer,
@@ -93,6 +94,17 @@ def test_every_form_gives_the_same_weights(
     model = build_transformer(dtype=dtype)
     load_weights(model, contents)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_a_safetensors_file_is_known_at_any_length_of_its_header(tmp_path: Path) -> None:
+    # The length is the file's first byte: 0x80 is a pickle's too, and the metadata holds paths of any length.
+    path, lengths = tmp_path / "weights.safetensors", set()
+    for count in range(256):
+        save_file({"a": torch.ones(2)}, path, {"origin": "x" * count})
+        lengths.add(path.read_bytes()[0])
+        assert read_metadata(path)["origin"] == "x" * count
+        assert list(read_weight_files([path])) == ["a"]
+    assert lengths == set(range(0, 256, 8))
 
 
 @pytest.mark.parametrize("form", FORMS)
