@@ -63,6 +63,7 @@ _KEYS_WITHOUT_EFFECT = {
         "deepspeed.loss_scale deepspeed.loss_scale_window deepspeed.hysteresis deepspeed.min_loss_scale"
     ),
     "use `args.checkpoint_activations`": "deepspeed.activation_checkpointing",
+    "weights are gathered by one collective": "deepspeed.zero_optimization.allgather_bucket_size",
     "fp32 weights are restored with the checkpoint": "deepspeed.zero_optimization.load_from_fp32_weights",
 }
 WITHOUT_EFFECT = {key: why for why, keys in _KEYS_WITHOUT_EFFECT.items() for key in keys.split()}

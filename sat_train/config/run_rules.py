@@ -87,10 +87,33 @@ def gradients_stay_in_order(config: ParsedConfig) -> Iterator[Fault]:
 
 @rule("args.zero_stage", "args.compile", "deepspeed.zero_optimization")
 def no_compile_with_stage_three(config: ParsedConfig) -> Iterator[Fault]:
-    if config.args.zero_stage == 3 and config.args.compile != "off":
+    if config.args.zero_stage == 3 and config.args.compile == "blocks":
         yield config.fault(
-            "args.compile", config.args.compile, "off with ZeRO-3, whose hooks break every compiled block"
+            "args.compile", "blocks", "auto or off with ZeRO-3, whose hooks break every compiled block"
         )
+
+
+@rule("deepspeed.data_types", "deepspeed.zero_optimization", "args.zero_stage", "args.fp16", "args.bf16")
+def gradients_add_up_in_fp32(config: ParsedConfig) -> Iterator[Fault]:
+    zero, is_half = config.deepspeed.zero_optimization, config.args.fp16 or config.args.bf16
+    if config.deepspeed.data_types.grad_accum_dtype is None or not is_half:
+        return
+    path = "deepspeed.data_types.grad_accum_dtype"
+    if config.args.zero_stage == 1:
+        yield config.fault(path, "fp32", "null, or args.zero_stage 2 or 3: DeepSpeed wraps stage 1 otherwise")
+    if zero.offload_optimizer.device == "cpu":
+        expected = "null with offload_optimizer, whose gradients DeepSpeed adds up in half precision"
+        yield config.fault(path, "fp32", expected)
+
+
+@rule("deepspeed.communication_data_type", "args.fp16", "args.bf16")
+def gradients_travel_whole(config: ParsedConfig) -> Iterator[Fault]:
+    dtype, args = config.deepspeed.communication_data_type, config.args
+    if dtype == "fp16" and not args.fp16:
+        expected = "null, fp32 or bf16: without a loss scale gradients leave the range of float16"
+        yield config.fault("deepspeed.communication_data_type", dtype, expected)
+    elif dtype == "bf16" and args.fp16:
+        yield config.fault("deepspeed.communication_data_type", dtype, "null, fp32 or fp16 with args.fp16")
 
 
 @rule("deepspeed.zero_optimization", "args.zero_stage")

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from sat_train.config import RunConfig
 from sat_train.config.rules import check_on_device
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.engine.compilation import compile_where_asked
 from sat_train.engine.engine import TrainEngine
 from sat_train.engine.optim.build import build_optimizer
 from sat_train.engine.owned import OwnedParameters, padded_rows
+from sat_train.engine.reduction import reduction_settings
 from sat_train.engine.slots import partition_slots
 from sat_train.log import get_logger
 from sat_train.models.trainable import adapter_rules, group_parameters, group_table, train_rules
@@ -38,15 +40,15 @@ def build_engine(config: RunConfig, dit: nn.Module, mesh: ProcessMesh) -> TrainE
     Ranks: all.
     """
     check_on_device(config, mesh.device.type)
-    if config.args.compile == "blocks":
-        cast(Any, dit).compile_blocks()  # before DeepSpeed hooks the modules
+    compile_where_asked(dit, config.args, mesh.device)
     choice = config.deepspeed.optimizer
     rules = (*train_rules(config.model.train), *adapter_rules(config.spec.adapter))
     groups = group_parameters(dit, weight_decay=choice.params.weight_decay, rules=rules)
     if rules:
         log.info("learning rates, at their highest:\n%s", group_table(groups, dit, lr=choice.params.lr))
     optimizer_over = partial(build_optimizer, choice, groups)
-    return start_engine(dit.to(mesh.device), optimizer_over, engine_config(config), mesh)
+    trained = sum(parameter.numel() for parameter in dit.parameters() if parameter.requires_grad)
+    return start_engine(dit.to(mesh.device), optimizer_over, engine_config(config, mesh, trained), mesh)
 
 
 def start_engine(
@@ -133,10 +135,18 @@ def keep_deepspeed_from_nvml(visible_devices: str) -> None:
         cuda_accelerator.pynvml = None
 
 
-def engine_config(config: RunConfig) -> dict[str, Any]:
-    """Returns DeepSpeed's dictionary: the section, with features that compile or synchronise switched off."""
+def engine_config(config: RunConfig, mesh: ProcessMesh, trained: int) -> dict[str, Any]:
+    """Returns DeepSpeed's dictionary: the section, with features that compile or synchronise switched off.
+
+    Args:
+        config: The configuration.
+        mesh: The process mesh.
+        trained: Weights of this rank that train.
+    """
     section = config.deepspeed
     zero = section.zero_optimization.model_dump(exclude={"offload_optimizer", "offload_param"})
+    on_gpu = mesh.device.type == "cuda"
+    zero |= reduction_settings(section, trained=trained, data_ranks=mesh.data_size, on_gpu=on_gpu)
     for name in ("offload_optimizer", "offload_param"):
         offload = getattr(section.zero_optimization, name)
         if offload.device != "none":
@@ -146,6 +156,8 @@ def engine_config(config: RunConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": section.gradient_accumulation_steps,
         "gradient_clipping": section.gradient_clipping,
         "zero_optimization": zero,
+        "communication_data_type": section.communication_data_type,
+        "data_types": section.data_types.model_dump(),
         "fp16": section.fp16.model_dump(),
         "bf16": section.bf16.model_dump(),
         "zero_allow_untested_optimizer": section.zero_allow_untested_optimizer,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sat_train.config import RunConfig
 from sat_train.config.hardware import Hardware
+from sat_train.engine.reduction import reduced_element_bytes, reduces_to_owners
 from sat_train.models.build import compute_dtype
 from sat_train.planning.counting import Work
 from sat_train.planning.gpu_memory import Weights
@@ -61,20 +62,23 @@ def communication_seconds(
 ) -> float:
     """Returns the seconds of ZeRO's collectives in a step.
 
-    Stage 2 reduces in every micro-step, stages 0 and 1 once a step. DeepSpeed reduces whole buckets below
-    stage 3, so a gradient crosses twice. Stage 3 gathers all weights for the forward, for what is recomputed
-    and for the backward.
+    Stage 2 reduces in every micro-step, stages 0 and 1 once a step. Below stage 3 a gradient crosses twice,
+    in an all-reduce, unless buckets are reduced to the owners. Stage 3 gathers all weights for the forward,
+    for what is recomputed and for the backward.
     """
     if data_ranks == 1:
         return 0.0
-    stage, micro_steps = config.args.zero_stage, config.args.gradient_accumulation_steps
+    section, stage = config.deepspeed, config.args.zero_stage
+    micro_steps = config.args.gradient_accumulation_steps
     element = compute_dtype(config.args).itemsize
-    gradients, everything = element * weights.num_trained, element * weights.transformer
+    gradients = reduced_element_bytes(section, element) * weights.num_trained
     if stage == 3:
         gathers = 3 if config.args.checkpoint_activations != "off" else 2
-        volume = micro_steps * (gathers * everything + gradients)
+        volume = micro_steps * (gathers * element * weights.transformer + gradients)
     else:
-        volume = (micro_steps if stage == 2 else 1) * 2 * gradients + (gradients if stage else 0)
+        crossings = 1 if reduces_to_owners(section.zero_optimization) else 2
+        reductions = micro_steps if stage == 2 else 1
+        volume = reductions * crossings * gradients + (element * weights.num_trained if stage else 0)
     return volume * (data_ranks - 1) / data_ranks / card.collective_gbps(gpus) / _GIGA
 
 

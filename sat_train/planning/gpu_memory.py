@@ -14,6 +14,7 @@ from torch import nn
 
 from sat_train.config import RunConfig
 from sat_train.engine.owned import row_length
+from sat_train.engine.reduction import bucket_bytes
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.planning.counting import build_meta_dit, build_meta_vae
 from sat_train.weights.readers import read_weight_files
@@ -140,17 +141,15 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
     states = (masters + average + config.deepspeed.optimizer.params.bytes_per_weight()) * share
     is_offloaded = zero.offload_optimizer.device == "cpu"
     frozen_and_padded = total - trained + (share * data_ranks if stage in (1, 2) else trained)
-    buckets = 2 if zero.overlap_comm else 1
+    summed = _MASTER if config.deepspeed.data_types.grad_accum_dtype == "fp32" else element
     return StateMemory(
         weights=element * (total / data_ranks if stage == 3 else frozen_and_padded),
-        gradients=element * (trained if stage < 2 else share),
+        gradients=summed * (trained if stage < 2 else share),
         optimizer=0.0 if is_offloaded else states,
         offloaded=states if is_offloaded else 0.0,
-        buffers=element * min(zero.reduce_bucket_size, trained) * buckets * (data_ranks > 1 or stage > 0),
+        buffers=bucket_bytes(config.deepspeed, trained=trained, data_ranks=data_ranks, element=element),
         # the fp32 gradient, and DeepSpeed's flat copy of the half-precision one
-        update=0.0
-        if is_offloaded or stage == 0
-        else (_MASTER + (element if element < _MASTER else 0)) * share,
+        update=0.0 if is_offloaded or stage == 0 else (_MASTER + (summed if summed < _MASTER else 0)) * share,
     )
 
 

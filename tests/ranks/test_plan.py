@@ -43,10 +43,16 @@ def _states_as_planned(mesh: ProcessMesh, recipe: str, stage: int) -> None:
     from sat_train.planning.gpu_memory import count_states, count_weights
     from sat_train.training.models import StartWeights, build_trained_dit
 
-    config = _config(recipe, f"args.zero_stage={stage}")
+    sums = ("deepspeed.data_types.grad_accum_dtype=fp32",) if recipe == "lora" else ()
+    config = _config(recipe, f"args.zero_stage={stage}", *sums)
     planned = count_states(config, count_weights(config), data_ranks=mesh.data_size)
     engine = build_engine(config, build_trained_dit(config, mesh, StartWeights()), mesh)
     engine.backward(engine(**_inputs(config, engine.module)).float().square().mean())
+    zero = engine._engine.optimizer
+    gradients = zero.averaged_gradients[0] if stage == 2 else [zero.grad_partitions_flat_buffer]
+    assert _storage_bytes(gradients) == pytest.approx(planned.gradients, rel=CLOSE)
+    buckets = 2 if stage == 2 else 1  # two GPUs reduce while the backward pass continues
+    assert zero.reduce_bucket_size * 2 * buckets == planned.buffers
     engine.step(1e-3)
 
     parameters = list(engine.module.parameters())

@@ -101,6 +101,36 @@ def test_two_ranks_compute_what_one_does(rank_pool, positions, added):
         assert (actual - gradient).abs().max() < TOLERANCE * gradient.abs().max().clamp(min=floor), key
 
 
+def _compiled_as_eager(mesh: ProcessMesh) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    outputs, gradients = [], []
+    for compiled in (False, True):
+        dit = _build("rotary_learned", "lora")
+        dit.recompute = "attention"
+        start_adapters(dit, mesh, seed=0)
+        with torch.no_grad():
+            for key, parameter in dit.named_parameters():
+                parameter.add_(_noise(key, parameter.shape))
+        if compiled:
+            dit.compile_blocks(backend="aot_eager")
+        outputs.append(dit(*inputs()))
+        outputs[-1].square().mean().backward()
+        gradients.append({key: parameter.grad for key, parameter in dit.named_parameters()})
+    assert not counters["graph_break"]
+    assert torch.allclose(*outputs, rtol=TOLERANCE, atol=TOLERANCE * outputs[0].abs().max().item())
+    for key, gradient in gradients[0].items():
+        error = (gradients[1][key] - gradient).abs().max()
+        assert error <= TOLERANCE * gradient.abs().max(), key
+
+
+@pytest.mark.ranks
+def test_compiled_blocks_of_two_ranks_compute_what_eager_ones_do(rank_pool):
+    rank_pool(2)(_compiled_as_eager, model_parallel_size=2)
+
+
 class _OwnHeads(Mixin):
     """Has weights that each rank's heads use: every rank would have a part of their gradient."""
 

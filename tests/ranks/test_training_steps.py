@@ -1,5 +1,7 @@
 """Laws of the optimizer step: stages, accumulation, world size, and what is not finite."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import TrainingError
 from sat_train.testing.pool import FailedOnRank
-from tests.ranks.toy import build_toy, toy_run
+from tests.ranks.toy import build_toy, toy_batches, toy_model, toy_run
 
 pytestmark = pytest.mark.ranks
 
@@ -63,6 +65,54 @@ def test_accumulation_equals_one_big_batch(rank_pool, reference, zero_stage):
     for result in rank_pool(2)(_losses, options):
         assert result[0] == pytest.approx(losses, rel=TOLERANCE)
         assert result[1] == pytest.approx(norms, rel=TOLERANCE)
+
+
+WAYS = [  # of reducing gradients: one bucket or several, with a weight that is larger than a bucket
+    (1, {"overlap_comm": True}),
+    (2, {"overlap_comm": True, "reduce_bucket_size": 10}),
+    (2, {"use_multi_rank_bucket_allreduce": False}),
+    (2, {"reduce_scatter": False}),
+    (3, {"reduce_scatter": False}),
+]
+
+
+@pytest.mark.parametrize(("zero_stage", "zero"), WAYS)
+def test_the_way_in_which_gradients_are_reduced_changes_no_loss(rank_pool, reference, zero_stage, zero):
+    losses, norms = _reference(reference, rank_pool)
+    for result in rank_pool(2)(_losses, {"batch_size": 4, "zero_stage": zero_stage, "zero": zero}):
+        assert result[0] == pytest.approx(losses, rel=TOLERANCE)
+        assert result[1] == pytest.approx(norms, rel=TOLERANCE)
+
+
+FP32_SUMS = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def _error_of_sums(mesh: ProcessMesh, zero_stage: int, section: dict) -> float:
+    """Returns how far gradients of eight bf16 micro-steps on two ranks are from their mean in fp32."""
+    options = {"batch_size": 2, "accumulation": 8, "precision": "bf16", "zero_stage": zero_stage}
+    config = toy_run(**options, **section)
+    engine, train_step, _ = build_toy(mesh, config)
+    found: dict[str, torch.Tensor] = {}
+    train_step.step(1, 1e-2, before_update=lambda: found.update(engine.gradients()))
+    model, batches = toy_model().bfloat16(), toy_batches(mesh, config.args.batch_size)
+    sums = {name: torch.zeros(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    for batch in itertools.islice(batches, 8):
+        model.zero_grad()
+        (model(batch.inputs.bfloat16()).float() - batch.targets).square().mean().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad.float() / (8 * mesh.data_size)
+    expected = {name: sum_over_data(mesh, tensor) for name, tensor in sums.items()}
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - expected[n]).norm() / expected[n].norm()) for n in expected)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_gradients_of_half_precision_can_be_summed_in_fp32(rank_pool, zero_stage):
+    fp32 = max(rank_pool(2)(_error_of_sums, zero_stage, FP32_SUMS))
+    bf16 = max(rank_pool(2)(_error_of_sums, zero_stage, {}))
+    assert fp32 < 1e-6  # scales are powers of two, so only the order of the sums differs
+    assert bf16 > 1e-3  # eight bits of mantissa
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

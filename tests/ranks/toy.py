@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -50,8 +50,15 @@ def toy_run(
     precision: str = "fp32",
     lr: float = 1e-2,
     clip_grad: float = 0.5,
+    zero: Mapping[str, Any] | None = None,
+    **section: Any,
 ) -> Any:
-    """The parts of a RunConfig that the engine reads, without a model section."""
+    """The parts of a RunConfig that the engine reads, without a model section.
+
+    Args:
+        zero: More keys of `deepspeed.zero_optimization`.
+        section: More keys of `deepspeed`.
+    """
     args = ArgsConfig(
         zero_stage=zero_stage, fp16=precision == "fp16", bf16=precision == "bf16", batch_size=batch_size
     )
@@ -60,10 +67,11 @@ def toy_run(
             "train_micro_batch_size_per_gpu": batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip_grad,
-            "zero_optimization": {"stage": zero_stage},
+            "zero_optimization": {"stage": zero_stage, **(zero or {})},
             "fp16": {"enabled": precision == "fp16"},
             "bf16": {"enabled": precision == "bf16"},
             "optimizer": {"params": {"lr": lr, "weight_decay": 0.01}},
+            **section,
         }
     )
     model, spec = SimpleNamespace(train={}), SimpleNamespace(adapter=None)

@@ -114,8 +114,10 @@ class ArgsConfig(Record):
         description="Kernel that attention prefers. auto: cuDNN on Hopper, else flash. fa3 needs "
         "FlashAttention 3; cudnn and fa3 need a GPU, and may differ from run to run.",
     )
-    compile: Annotated[Literal["off", "blocks"], BeforeValidator(false_to_off)] = Field(
-        "off", description="blocks: torch.compile on each DiT block."
+    compile: Annotated[Literal["auto", "off", "blocks"], BeforeValidator(false_to_off)] = Field(
+        "auto",
+        description="blocks: torch.compile on each DiT block, once for each size of a clip. auto: on GPUs, "
+        "but not with ZeRO-3 nor where Triton cannot compile; the log says so.",
     )
     model_parallel_size: int = Field(1, ge=1, description="Ranks that share one model (tensor parallelism).")
     distributed_backend: Literal["auto", "nccl", "gloo"] = Field(

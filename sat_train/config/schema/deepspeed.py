@@ -22,10 +22,27 @@ class ZeroConfig(Record):
 
     stage: ZeroStage = Field(1, description="The same setting as `args.zero_stage`.")
     contiguous_gradients: bool = Field(True, description="Copy gradients into one buffer as they come.")
-    overlap_comm: bool = Field(False, description="Reduce gradients while the backward pass continues.")
-    reduce_scatter: bool = Field(True, description="Reduce-scatter instead of all-reduce.")
-    reduce_bucket_size: Whole = Field(500_000_000, ge=1, description="Elements reduced at once.")
-    allgather_bucket_size: Whole = Field(500_000_000, ge=1, description="Elements gathered at once.")
+    overlap_comm: bool | Literal["auto"] = Field(
+        "auto",
+        description="Reduce gradients on a stream of their own while the backward pass continues; one more "
+        "bucket of memory below stage 3. auto: where several GPUs share gradients. No effect at stage 0.",
+    )
+    reduce_scatter: bool = Field(
+        True,
+        description="Stage 3: a true reduce-scatter. Stages 1 and 2: a rank keeps its part of what "
+        "`use_multi_rank_bucket_allreduce` reduces. false: all-reduce, at every stage.",
+    )
+    use_multi_rank_bucket_allreduce: bool = Field(
+        True,
+        description="Stages 1 and 2: a bucket is reduced by one all-reduce. false: by one reduction to each "
+        "owner, half the traffic; with overlap_comm the host waits for each of them.",
+    )
+    reduce_bucket_size: Whole = Field(
+        250_000_000,
+        ge=1,
+        description="Elements reduced at once, allocated as a whole; never more than there are weights that "
+        "train. No effect at stage 0.",
+    )
     round_robin_gradients: bool = Field(
         False, description="Spread the copies of offloaded gradients over ranks."
     )
@@ -64,6 +81,16 @@ class Bf16Config(Record):
     enabled: bool = Field(False, description="The same setting as `args.bf16`.")
 
 
+class DataTypesConfig(Record):
+    """Dtypes that differ from that of computation."""
+
+    grad_accum_dtype: Literal["fp32"] | None = Field(
+        None,
+        description="Dtype in which the gradients of a step's micro-steps are added up; null: that of "
+        "computation. fp32 takes 4 bytes a gradient instead of 2, of a rank's share; stages 2 and 3.",
+    )
+
+
 class DeepSpeedConfig(Record):
     """The DeepSpeed engine around the DiT."""
 
@@ -75,6 +102,12 @@ class DeepSpeedConfig(Record):
         False, description="DeepSpeed's own timers; they synchronise the device."
     )
     zero_allow_untested_optimizer: bool = Field(True, description="Let ZeRO drive any torch optimizer.")
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None,
+        description="Dtype in which gradients are summed over ranks; null: that of computation. fp32 doubles "
+        "the traffic of half precision, bf16 halves that of fp32.",
+    )
+    data_types: DataTypesConfig = Field(DataTypesConfig(), description="Dtypes of gradients.")
     zero_optimization: ZeroConfig = Field(ZeroConfig(), description="ZeRO.")
     fp16: Fp16Config = Field(Fp16Config(), description="float16.")
     bf16: Bf16Config = Field(Bf16Config(), description="bfloat16.")

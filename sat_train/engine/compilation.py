@@ -1,0 +1,84 @@
+"""Compilation of the transformer's blocks, where it is asked for and possible."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from sat_train.config import ArgsConfig
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+_FIRST_OF_TRITON = (7, 0)
+
+
+def compile_where_asked(dit: nn.Module, args: ArgsConfig, device: torch.device) -> None:
+    """Compiles the blocks as `args.compile` says. Call it before DeepSpeed hooks the modules.
+
+    Args:
+        dit: The transformer.
+        args: The settings.
+        device: Where it trains.
+    """
+    if not compiles_blocks(args, device):
+        return
+    if device.type == "cuda":
+        _share_processors()
+    cast(Any, dit).compile_blocks()
+
+
+def _share_processors() -> None:
+    """Lets the ranks of a machine compile with their share of its processors, and not each with all."""
+    from torch._inductor import config
+
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, available // torch.cuda.device_count())
+    config.compile_threads = min(config.compile_threads, share)
+
+
+def compiles_blocks(args: ArgsConfig, device: torch.device) -> bool:
+    """Returns whether `args.compile` asks for compiled blocks; `auto` logs why a GPU does without them."""
+    if args.compile != "auto":
+        return args.compile == "blocks"
+    on_gpu = device.type == "cuda"
+    reason = reason_for_eager(args.zero_stage, torch.cuda.get_device_capability(device) if on_gpu else None)
+    if on_gpu:
+        log.info("blocks: %s", f"not compiled, {reason}" if reason else "compiled (args.compile=off: not)")
+    return not reason
+
+
+def reason_for_eager(zero_stage: int, capability: tuple[int, int] | None) -> str:
+    """Returns why `auto` does not compile; nothing where it does.
+
+    Inductor writes kernels for Triton, which builds a launcher in C for each of them when they first run.
+
+    Args:
+        zero_stage: ZeRO stage.
+        capability: Of the CUDA device; None on a CPU.
+    """
+    if capability is None:
+        return "auto compiles on GPUs alone"
+    if zero_stage == 3:
+        return "the hooks of ZeRO-3 break every compiled block"
+    if capability < _FIRST_OF_TRITON:
+        return f"Triton needs compute capability {'.'.join(map(str, _FIRST_OF_TRITON))}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return reason_without_c()
+
+
+def reason_without_c() -> str:
+    """Returns what Triton lacks to build a launcher; nothing where it has all."""
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    if not any(shutil.which(name) for name in compilers if name):
+        return "there is no C compiler (CC, gcc, clang)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.is_file() else f"{header} is missing, which Triton's launchers include"
