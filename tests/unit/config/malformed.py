@@ -297,6 +297,18 @@ CASES = [
         "off",
     ),
     Case(
+        "fp32 sums at stage 1",
+        "args: {bf16: true, zero_stage: 1}\ndeepspeed: {data_types: {grad_accum_dtype: fp32}}",
+        "deepspeed.data_types.grad_accum_dtype",
+        "args.zero_stage 2 or 3",
+    ),
+    Case(
+        "gradients out of range",
+        "args: {bf16: true}\ndeepspeed: {communication_data_type: fp16}",
+        "deepspeed.communication_data_type",
+        "without a loss scale",
+    ),
+    Case(
         "weights offloaded",
         "deepspeed: {zero_optimization: {offload_param: {device: cpu}}}",
         "deepspeed.zero_optimization.offload_param.device",
