@@ -41,7 +41,7 @@ def _share_processors() -> None:
 
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, available // torch.cuda.device_count())
-    config.compile_threads = min(config.compile_threads, share)
+    config.compile_threads = min(config.compile_threads or share, share)
 
 
 def compiles_blocks(args: ArgsConfig, device: torch.device) -> bool:

@@ -33,7 +33,7 @@ def reduction_settings(
         section: The settings.
         trained: Weights of this rank that train.
         data_ranks: Ranks that share gradients.
-        on_gpu: The device is a GPU: it has streams, on which a reduction can run beside the backward pass.
+        on_gpu: The device is a GPU: it has streams, on which a reduction can run during the backward pass.
     """
     zero = section.zero_optimization
     return {
