@@ -78,20 +78,21 @@ class Fault:
 
     Args:
         path: Dotted key, e.g. `args.train_iters`.
-        value: The value as text; empty if the key is missing.
+        value: The value, shown as text; an empty text if the key is missing.
         expected: Description of a correct value.
         source: File, or `command line`, that the value came from; empty if unknown.
         suggestion: The nearest key or value that exists; empty if there is none.
     """
 
     path: str
-    value: str
+    value: object
     expected: str
     source: str = ""
     suggestion: str = ""
 
     def __str__(self) -> str:
-        setting = f"{_shorten(self.path)} = {_shorten(self.value)}" if self.value else _shorten(self.path)
+        path, value = _shorten(self.path), _shorten(str(self.value))
+        setting = f"{path} = {value}" if value else path
         parts = [f"{setting}: expected {self.expected}"]
         if self.suggestion:
             parts[0] += f"; did you mean '{self.suggestion}'?"

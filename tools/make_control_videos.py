@@ -15,10 +15,9 @@ camera
     and `intrinsics`, fx, fy, cx, cy in pixels in each frame.
 
 The captions of a set are equal, so they tell nothing. Each part is a folder with `videos/`, `labels/` and a
-folder for each field, and a `manifest.jsonl` that names them all: train on that, since in a folder each video
-that `data.fields` does not name is a clip. The output is a function of the code alone, and no clip of `valid`
-is in `train`. Clips have 33 frames of 64x96 at 16 frames a second, of which a model at 8 a second takes every
-second one.
+folder for each field, and a `manifest.jsonl` that names them all. The output is a function of the code alone,
+and no clip of `valid` is in `train`. Clips have 33 frames of 64x96 at 16 frames a second, of which a model at
+8 a second takes every second one.
 """
 
 from __future__ import annotations

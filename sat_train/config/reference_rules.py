@@ -9,10 +9,11 @@ from sat_train.config.parts.reference import Reference, references_of
 from sat_train.config.parts.registry import choices_in
 from sat_train.config.paths import exists
 from sat_train.config.rule import ParsedConfig, rule
+from sat_train.config.run import SectionRecords
 from sat_train.errors import Fault
 
 
-def references_in(config: ParsedConfig) -> Iterator[tuple[str, Reference]]:
+def references_in(config: SectionRecords) -> Iterator[tuple[str, Reference]]:
     """Yields each reference of each part, with the dotted path of its setting."""
     for path, choice in choices_in({"args": config.args, "model": config.model}):
         for reference in references_of(choice.params):

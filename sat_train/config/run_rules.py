@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from sat_train.config.catalog import suggest_value
 from sat_train.config.parts.registry import choices_in, registered_checks
 from sat_train.config.rule import ParsedConfig, rule
+from sat_train.config.run_warnings import RUN_WARNINGS
 from sat_train.config.schema.args import IMAGE_SEPARATOR, ArgsConfig
 from sat_train.config.words import COMMAND_LINE
 from sat_train.errors import Fault
@@ -361,8 +362,9 @@ ENGINE_RULES = (stage_zero_in_fp32_only, no_compile_with_stage_three, fp16_on_gp
 
 @rule("args.silence")
 def silenced_rails_exist(config: ParsedConfig) -> Iterator[Fault]:
-    names = sorted(check.name for check in registered_checks() if check.severity == "warning")
+    rails = [check.name for check in registered_checks() if check.severity == "warning"]
+    names = sorted([*rails, *RUN_WARNINGS])
     for index, name in enumerate(config.args.silence):
         if name not in names:
-            expected = f"a guard rail that warns: {', '.join(names)}"
+            expected = f"a guard rail or a run's warning: {', '.join(names)}"
             yield config.fault(f"args.silence.{index}", name, expected, suggest_value(name, names))

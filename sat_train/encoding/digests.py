@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sat_train.config import RunConfig
 from sat_train.config.parts.reference import weights_files
+from sat_train.config.reference_rules import references_in
 from sat_train.data.clips.bad_clip import BadClip
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
@@ -16,6 +17,7 @@ from sat_train.encoding.cache.file_metadata import FileMetadata
 from sat_train.encoding.cache.index import CacheIndex, OpenCache, Use
 from sat_train.encoding.cache.key import EncoderDigests, digest
 from sat_train.errors import DataError
+from sat_train.files import hash_file, reading
 from sat_train.interchange.sources import find_weights
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.models.text.t5_folder import find_t5_folders
@@ -91,6 +93,30 @@ def digest_encoders(config: RunConfig, file_metadata: FileMetadata) -> EncoderDi
 
 def _files_of(config: RunConfig) -> set[str]:
     return {path for each in config.model.conditions.values() for path in weights_files(each.params)}
+
+
+def digest_part_files(config: RunConfig, cache: OpenCache | None) -> dict[str, str]:
+    """Hashes the contents of the files of weights that parts name, by path.
+
+    Args:
+        config: The configuration.
+        cache: The open cache, whose hashes are used; of files that are only known to it, too. Other files
+            that do not exist are left out.
+
+    Raises:
+        DataError: A file cannot be read.
+
+    Ranks: one.
+    """
+    known = {} if cache is None else cache.encoder_digests.files
+    paths = {each.name for _, each in references_in(config) if not each.group}
+    fresh = {path: _digest_at(path) for path in paths - known.keys() if Path(path).exists()}
+    return dict(sorted({**known, **fresh}.items()))
+
+
+def _digest_at(path: str) -> str:
+    with reading(path, error=DataError, expected="a file or folder of weights"):
+        return digest(files=[hash_file(file) for file in _files_at(path)])
 
 
 def _files_at(path: str) -> Sequence[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from sat_train.training.resume import (
     CALLBACKS_KEY,
     CONFIG_KEY,
     COUNTERS_KEY,
+    PART_FILES_KEY,
     RATE_KEY,
     changes_since,
     find_resumed,
@@ -109,7 +110,7 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
         if run_directory.point is not None:
             restore(mesh, run_directory.point, trainer, start.base)
         if not ending:
-            on_rank_0(mesh, lambda: describe_run(config, run_directory))
+            on_rank_0(mesh, lambda: describe_run(config, run_directory, data.part_files))
         stop_request.defer()
         with kernels:
             trainer.run()
@@ -181,7 +182,7 @@ def prepare_folder(folder: Path, point: ResumePoint | None) -> None:
     remove_leftovers(folder)
 
 
-def describe_run(config: RunConfig, run_directory: RunDirectory) -> None:
+def describe_run(config: RunConfig, run_directory: RunDirectory, part_files: Mapping[str, str]) -> None:
     """Makes the resumed step the newest of the folder, and writes the configuration, for users and for SAT.
 
     Call it once everything has loaded: a resume that fails leaves the folder as it was.
@@ -194,12 +195,12 @@ def describe_run(config: RunConfig, run_directory: RunDirectory) -> None:
     """
     if run_directory.folder is None:
         return
-    changes: list[str] = []
+    notes = [f"{path} has the content {content}" for path, content in part_files.items()]
     if run_directory.point is not None:
-        changes = [f"resumed at step {run_directory.point.step}", *changes_since(run_directory.point, config)]
+        notes += [f"resumed at step {run_directory.point.step}", *changes_since(run_directory.point, config)]
         if rewind(run_directory.folder, run_directory.point.step):
             set_samples_aside(run_directory.folder, run_directory.point.step)
-    write_resolved(config, run_directory.folder / RESOLVED, notes=changes)
+    write_resolved(config, run_directory.folder / RESOLVED, notes=notes)
     write_model_config(config, run_directory.folder / "model_config.json")
 
 
@@ -316,6 +317,7 @@ def build_save(
             **trainer.state.client_state(),
             CONFIG_KEY: config.shown_tree(),
             COUNTERS_KEY: trainer.engine.counters(),
+            PART_FILES_KEY: dict(data.part_files),
             RATE_KEY: trainer.learning_rate.at(trainer.state.step),
             CALLBACKS_KEY: trainer.callbacks.state_dict(),
         }

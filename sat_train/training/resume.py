@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ CONFIG_KEY = "config"
 COUNTERS_KEY = "counters"  # of the engine
 CALLBACKS_KEY = "callbacks"
 RATE_KEY = "next_learning_rate"
+PART_FILES_KEY = "part_files"
 
 # Settings that define the model and its data. A change makes another run, which `args.load` starts.
 _FIXED = (
@@ -105,6 +106,28 @@ def check_config_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
         raise ConfigError(faults)
     for path, old, new in changes:
         log.info("changed since the checkpoint: %s = %s (was %s)", path, new, old)
+
+
+def check_part_files(point: ResumePoint, part_files: Mapping[str, str]) -> None:
+    """Compares the files of weights that parts name with those of a checkpoint, by their contents.
+
+    Args:
+        point: The checkpoint; one that does not hold their hashes is not compared.
+        part_files: Hashes by path, from `digest_part_files`.
+
+    Raises:
+        CheckpointError: The content of a file has changed.
+    """
+    saved = read_client_state(point).get(PART_FILES_KEY)
+    saved = saved if isinstance(saved, dict) else {}
+    changed = [path for path, content in part_files.items() if saved.get(path, content) != content]
+    if changed:
+        raise CheckpointError(
+            f"{', '.join(changed)}: not the weights that step {point.step} of {point.run_directory} was "
+            "trained with",
+            expected="files with the contents that they had",
+            remedy="restore them, or start another run from its weights with args.load",
+        )
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from sat_train.config.schema.encoder_slots import T5TextEncoderParams
 from sat_train.data.batches import DataPosition
 from sat_train.data.build import build_train_loader, build_valid_loader, count_steps
 from sat_train.data.loader import OrderedLoader
+from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import EncodingStage, build_encoding
+from sat_train.encoding.digests import digest_part_files
 from sat_train.encoding.encode import Encode
 from sat_train.encoding.encoded_batch import EncodedBatch
 from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
 from sat_train.models.text.token_count import count_tokens
+from sat_train.training.resume import check_part_files
 
 log = get_logger(__name__)
 
@@ -38,6 +42,7 @@ class RunData:
         needs_encoders: T5 and the autoencoder must be loaded.
         encoding: Encodes the samples.
         text: Folder of the text encoder, and tokens of a caption.
+        part_files: Hashes of the files of weights that parts name, by path.
     """
 
     train: OrderedLoader
@@ -46,6 +51,7 @@ class RunData:
     needs_encoders: bool
     encoding: EncodingStage
     text: T5TextEncoderParams
+    part_files: Mapping[str, str]
 
     def first_sample(self) -> EncodedBatch:
         """Returns the first sample of the run, encoded; the same on all ranks."""
@@ -96,10 +102,14 @@ def open_data(
 
     Raises:
         DataError: No usable data, or `data.cache: require` and something is missing.
+        CheckpointError: A file of weights differs from that of the checkpoint.
 
     Ranks: all.
     """
     encoding = build_encoding(config, mesh)
+    part_files = on_rank_0(mesh, lambda: digest_part_files(config, encoding.cache), may_take_long=True)
+    if point is not None:
+        on_rank_0(mesh, lambda: check_part_files(point, part_files))
     train = build_train_loader(
         config,
         mesh,
@@ -131,7 +141,7 @@ def open_data(
         needs_encoders = not is_complete or samples_videos(config)
         summary = encoding.describe(is_complete=is_complete, samples_videos=samples_videos(config))
         log.info("%s", summary)
-    return RunData(train, valid, train_iters, needs_encoders, encoding, config.spec.text)
+    return RunData(train, valid, train_iters, needs_encoders, encoding, config.spec.text, part_files)
 
 
 def position_of(point: ResumePoint | None) -> DataPosition:

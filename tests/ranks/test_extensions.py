@@ -14,10 +14,12 @@ from sat_train.checkpoint.layout import CLIENT_STATE
 from sat_train.checkpoint.manifest import read_manifest
 from sat_train.cli.convert import main as convert
 from sat_train.config import load_run_config
+from sat_train.config.reading import RESOLVED
 from sat_train.distributed.processes import stop_processes
 from sat_train.errors import CheckpointError, ConfigError
 from sat_train.interchange.adapters import read_lora
 from sat_train.interchange.module_files import read_module_file
+from sat_train.testing.pool import FailedOnRank
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.resume import find_resumed
 from tests.ranks.extensions import write_extensions
@@ -265,12 +267,43 @@ def bright(folder: Path, name: str, steps: int, *words: str) -> list[str]:
     return [*extension, *choice, module, f"args.train_iters={steps}", *CONSTANT, *words]
 
 
+_KEEPER = '''
+"""A callback that names a file of weights."""
+
+from sat_train.parts import CallbackParams, Field, WeightsFile, part
+
+
+@part("callback", "Keeper", build=":build")
+class KeeperParams(CallbackParams):
+    """Does nothing with the file."""
+
+    weights: WeightsFile = Field(description="The file.")
+
+
+def build(params, context):
+    from sat_train.extend import Callback
+
+    return Callback()
+'''
+
+
 def test_a_condition_with_a_network_module_from_outside_trains_and_resumes(rank_pool, folder):
     run = partial(rank_pool(2), train_micro, folder)
     run(["args.experiment_name=dark0", "args.train_iters=4", *CONSTANT])
     run(bright(folder, "bright", 4))
-    run(bright(folder, "brighthalf", 2))
-    run(bright(folder, "brighthalf", 4, "args.resume=must"))
+    (folder / "keeper.py").write_text(_KEEPER)
+    (folder / "kept.pt").write_bytes(b"one")
+    kept = ["--extension", f"{folder}/keeper.py", "args.callbacks.keeper.target=Keeper"]
+    kept.append(f"args.callbacks.keeper.params.weights={folder}/kept.pt")
+    run(bright(folder, "brighthalf", 2, *kept))
+    (folder / "kept.pt").write_bytes(b"two")
+    with pytest.raises(FailedOnRank, match=r"kept\.pt: not the weights that step 2 of .* trained with"):
+        run(bright(folder, "brighthalf", 4, "args.resume=must", *kept))
+    (folder / "kept.pt").write_bytes(b"one")
+    run(bright(folder, "brighthalf", 4, "args.resume=must", *kept))
+    assert (
+        f"# {folder}/kept.pt has the content" in (run_directory(folder, "brighthalf") / RESOLVED).read_text()
+    )
     base, ours = losses(folder, "dark0"), losses(folder, "bright")
     assert ours[0] == base[0], "a module that begins at zero leaves the model as it is"
     assert ours[2:] != base[2:]

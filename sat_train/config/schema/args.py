@@ -177,7 +177,7 @@ class ArgsConfig(Record):
     callbacks: dict[PlainName, CallbackConfig] = Field(
         {}, description="Further callbacks, by a name of your own: target and params."
     )
-    silence: Texts = Field((), description="Names of guard rails whose warnings are not shown.")
+    silence: Texts = Field((), description="Names of guard rails and of warnings that are not shown.")
     eval_interval: int | None = Field(
         None, ge=1, description="Steps between validations; null: no validation."
     )

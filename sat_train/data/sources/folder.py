@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from sat_train.errors import DataError
 from sat_train.files import read_bytes
 
 _CAPTION_BYTES = 1 << 20  # read at most: 20,000 characters, and blanks around them
+_COPY = re.compile(r"_\d+$")  # of the files of a field of kind `pair`
 _MANY_PICTURES = 8  # of one folder look like the frames of a clip
 
 
@@ -38,7 +40,9 @@ def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSou
     of one frame; `.../images/a/b.png` conditions the clip `.../videos/a/b.mp4`. If no clip has a caption of
     its own, `videos.txt` and `prompt.txt` hold them line by line.
 
-    Every other file is counted, and named if it may have been meant to be used.
+    A video without caption in a folder next to `videos`, which has the name of a clip there, is a field that
+    `data.fields` does not name, and no clip. Every other file is counted, and named if it may have been meant
+    to be used.
 
     Raises:
         DataError: There is no clip, more clips than allowed have no caption (all of them are counted, the
@@ -60,6 +64,8 @@ def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSou
             remedy=f"correct the path. {_other_files(place, files)}{_frames_hint(files)}",
         )
     listing.check_links()
+    undeclared = _undeclared_fields(place, pairs)
+    pairs = [pair for pair in pairs if pair.clip not in undeclared]
     finder = FieldFinder(options.fields, place, listing)
     records, faults = [], []
     for pair in pairs:
@@ -81,7 +87,7 @@ def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSou
     if not records:
         raise DataError(f"{root}: no clip of this folder can be used", expected="clips with captions")
     used = {path for pair in pairs for path in (pair.caption, pair.image) if path} | field_files(records)
-    notes = [*_missing_images(place, pairs), *files.notes(place, used)]
+    notes = [*_missing_images(place, pairs), *_undeclared_notes(undeclared), *files.notes(place, used)]
     return make_source(str(root), records, ignored=files.unused(used), notes=notes, faults=faults)
 
 
@@ -101,6 +107,33 @@ def _pair(listing: Listing, clip: Path) -> _Pair:
     caption = label or listing.find(clip.with_suffix(""), (".txt",))
     expected = exchange_folder(clip, "labels")[0].with_name(f"{clip.stem}.txt")
     return _Pair(clip, caption, expected, listing.find_beside(clip, "images", IMAGE_SUFFIXES))
+
+
+def _undeclared_fields(root: Path, pairs: Sequence[_Pair]) -> dict[Path, str]:
+    """Returns the files of fields that no setting names, each with its folder; see `read_folder`."""
+    clips = {_name(root, pair.clip) for pair in pairs if pair.caption}
+    undeclared = {}
+    for pair in pairs:
+        *folders, stem = _name(root, pair.clip)
+        if pair.caption or "videos" in folders:
+            continue
+        for index, folder in enumerate(folders):
+            beside = (*folders[:index], "videos", *folders[index + 1 :])
+            if (*beside, stem) in clips or (*beside, _COPY.sub("", stem)) in clips:
+                undeclared[pair.clip] = folder
+    return undeclared
+
+
+def _name(root: Path, clip: Path) -> tuple[str, ...]:
+    return clip.relative_to(root).with_suffix("").parts
+
+
+def _undeclared_notes(undeclared: Mapping[Path, str]) -> list[str]:
+    return [
+        f"{count} videos in {folder}/ have the names of clips in videos/ and no captions, and are no clips: "
+        f"to use them, declare data.fields.{folder}"
+        for folder, count in sorted(Counter(undeclared.values()).items())
+    ]
 
 
 def _shown(path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sat_train.config import RunConfig
+from sat_train.config.run_warnings import RunWarnings
 from sat_train.data.loader import OrderedLoader
 from sat_train.distributed.collectives import broadcast_object
 from sat_train.distributed.processes import ProcessMesh
@@ -58,8 +59,8 @@ def build_callbacks(
 
     Ranks: all.
     """
-    new = tuple(pipeline.dit.modules_of_its_own())
-    callbacks: list[Callback] = [BadClipCount(mesh, train), GradientCheck(mesh, new)]
+    new, warnings = tuple(pipeline.dit.modules_of_its_own()), RunWarnings(config.args.silence)
+    callbacks: list[Callback] = [BadClipCount(mesh, train), GradientCheck(mesh, new, warnings)]
     if len(pipeline.terms) > 1:
         callbacks.append(LossTerms(mesh, names=tuple(pipeline.terms), micro_steps=engine.micro_steps))
     if config.args.ema_decay:
@@ -117,7 +118,8 @@ def _validation(
         if run_directory is not None and mesh.rank == 0:
             callbacks += [ValidationFile(run_directory), ViewPictures(run_directory)]
         if mesh.rank == 0:
-            callbacks.append(ConditionCheck(config.args.condition_report.warn_after))
+            warnings = RunWarnings(config.args.silence)
+            callbacks.append(ConditionCheck(config.args.condition_report.warn_after, warnings))
         callbacks.append(
             Validation(
                 engine,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from sat_train.log import get_logger
-from sat_train.training.loop.callback import Callback
-from sat_train.training.loop.metrics import Metrics, ValidationMetrics
+from collections.abc import Iterator
 
-log = get_logger(__name__)
+from sat_train.config.run_warnings import RunWarnings
+from sat_train.training.loop.callback import Callback
+from sat_train.training.loop.condition_losses import ConditionLosses
+from sat_train.training.loop.metrics import Metrics, ValidationMetrics
 
 _REASONS = "docs/validation.md lists the usual causes"
 
@@ -16,20 +17,29 @@ class ConditionCheck(Callback):
 
     Args:
         warn_after: First step of which it warns.
+        warnings: Where it warns.
     """
 
     optional = True
 
-    def __init__(self, warn_after: int) -> None:
+    def __init__(self, warn_after: int, warnings: RunWarnings) -> None:
         self._warn_after = warn_after
+        self._warnings = warnings
 
     def reported(self, metrics: Metrics) -> None:
         """Warns of each condition with a problem; of a wrong place at once, since no training mends it."""
         if not isinstance(metrics, ValidationMetrics):
             return
         for losses in metrics.conditions:
-            problems = [*losses.misplaced()]
-            if metrics.step >= self._warn_after:
-                problems += losses.problems()
-            for problem in problems:
-                log.warning("step %d: %s; %s", metrics.step, problem, _REASONS)
+            for name, problem in self._problems(losses, metrics.step):
+                self._warnings.warn(name, f"step {metrics.step}: {problem}; {_REASONS}")
+
+    def _problems(self, losses: ConditionLosses, step: int) -> Iterator[tuple[str, str]]:
+        if (problem := losses.misplaced()) is not None:
+            yield "conditions_lie_where_clips_show_them", problem
+        if step < self._warn_after:
+            return
+        if (problem := losses.unused()) is not None:
+            yield "conditions_are_used", problem
+        elif (problem := losses.misaligned()) is not None:
+            yield "conditions_are_aligned", problem

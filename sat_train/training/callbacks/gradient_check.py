@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from sat_train.config.run_warnings import RunWarnings
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.gradient_watch import GradientWatch
-from sat_train.log import get_logger
 from sat_train.training.loop.callback import Callback, Training
 
-log = get_logger(__name__)
-
+_NAME = "weights_get_gradients"
 _MOST_SHOWN = 8  # groups of parameters in one message
 _UPDATES = (
     2  # after which a module behind a zero layer has a gradient: first the layer moves, then what is behind
@@ -29,10 +28,11 @@ class GradientCheck(Callback):
     Args:
         mesh: The process mesh.
         new: Prefixes of the modules that the run adds to the base.
+        warnings: Where it warns.
     """
 
-    def __init__(self, mesh: ProcessMesh, new: Sequence[str]) -> None:
-        self._mesh, self._new = mesh, tuple(new)
+    def __init__(self, mesh: ProcessMesh, new: Sequence[str], warnings: RunWarnings) -> None:
+        self._mesh, self._new, self._warnings = mesh, tuple(new), warnings
         self._watch: GradientWatch | None = None
         self._missing: set[str] = set()
         self._zero: set[str] = set()
@@ -72,20 +72,21 @@ class GradientCheck(Callback):
         self.closed()
         self._watch = None
         if self._zero and self._mesh.rank == 0:
-            log.warning(
-                "the gradient of %d new parameters is still exactly zero after %d updates: %s. They do not "
-                "learn: two layers that begin at zero stand behind one another, or a mask or a gate is zero "
-                "for all samples",
-                *(len(self._zero), self._updates, describe_names(self._zero)),
+            self._warnings.warn(
+                _NAME,
+                f"the gradient of {len(self._zero)} new parameters is still exactly zero after "
+                f"{self._updates} updates: {describe_names(self._zero)}. They do not learn: two layers that "
+                "begin at zero stand behind one another, or a mask or a gate is zero for all samples",
             )
 
     def _report_missing(self, missing: set[str], trainer: Training) -> None:
         if not missing or self._mesh.rank:
             return
         trained = trainer.engine.trained_shapes()
-        log.warning(
-            "%d of %d trained parameters have no gradient in the first backward pass: %s. %s",
-            *(len(missing), len(trained), describe_names(missing), likely_reason(missing, trained)),
+        self._warnings.warn(
+            _NAME,
+            f"{len(missing)} of {len(trained)} trained parameters have no gradient in the first backward "
+            f"pass: {describe_names(missing)}. {likely_reason(missing, trained)}",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -63,37 +63,40 @@ class ConditionLosses:
             move: self.true.at(losses.timesteps).minus(losses).mean() for move, losses in self.moved.items()
         }
 
-    def misplaced(self) -> Iterator[str]:
-        """Yields in one sentence where the condition lies wrongly, whatever the weights are."""
+    def misplaced(self) -> str | None:
+        """Returns in one sentence where the condition lies wrongly, whatever the weights are."""
         gains = {move: numbers.mean() for move, numbers in self.alignment.items()}
         found = {m: g for m, g in gains.items() if g.has_interval and g.low > 0 and g.mean > _LEAST_GAIN}
-        if found:
-            move, gain = max(found.items(), key=lambda item: item[1].mean)
-            yield (
-                f"the condition {self.name} does not lie where the clip shows it: moved {move} by one place "
-                f"of the latent it agrees better, correlation {gain.mean:+.2f} ({gain.low:+.2f} to "
-                f"{gain.high:+.2f})"
-            )
+        if not found:
+            return None
+        move, gain = max(found.items(), key=lambda item: item[1].mean)
+        return (
+            f"the condition {self.name} does not lie where the clip shows it: moved {move} by one place "
+            f"of the latent it agrees better, correlation {gain.mean:+.2f} ({gain.low:+.2f} to "
+            f"{gain.high:+.2f})"
+        )
 
-    def problems(self) -> Iterator[str]:
-        """Yields what is wrong with its use, as sentences; nothing where there are too few clips."""
+    def unused(self) -> str | None:
+        """Returns in one sentence that the condition is not used; None where it is, or clips are too few."""
         used = self.over_shuffled
-        if used is None or not used.has_interval:
-            return
-        interval = f"{used.mean:+.3g} ({used.low:+.3g} to {used.high:+.3g})"
-        if used.high >= 0:
-            how = "the same" if used.low <= 0 else "lower"
-            yield (
-                f"the condition {self.name} is not used: the loss with another clip's is {how} "
-                f"(true minus shuffled {interval})"
-            )
-            return
-        if (better := self.better_move()) is not None:
-            move, gain = better
-            yield (
-                f"the condition {self.name} is not aligned with the clip: moved {move} the loss is lower by "
-                f"{gain.mean:.3g} ({gain.low:.3g} to {gain.high:.3g}); true minus shuffled is {interval}"
-            )
+        if used is None or not used.has_interval or used.high < 0:
+            return None
+        how = "the same" if used.low <= 0 else "lower"
+        return (
+            f"the condition {self.name} is not used: the loss with another clip's is {how} "
+            f"(true minus shuffled {_interval(used)})"
+        )
+
+    def misaligned(self) -> str | None:
+        """Returns in one sentence that a used condition is read at the wrong place; None: nothing says so."""
+        used, better = self.over_shuffled, self.better_move()
+        if used is None or not used.has_interval or used.high >= 0 or better is None:
+            return None
+        move, gain = better
+        return (
+            f"the condition {self.name} is not aligned with the clip: moved {move} the loss is lower by "
+            f"{gain.mean:.3g} ({gain.low:.3g} to {gain.high:.3g}); true minus shuffled is {_interval(used)}"
+        )
 
     def better_move(self) -> tuple[str, Estimate] | None:
         """Returns the move that lowers the loss most beyond doubt, and what it gains; None: there is none."""
@@ -122,6 +125,10 @@ class ConditionLosses:
 
 def _by_timestep(difference: ClipLosses) -> dict[int, list[float] | None]:
     return {timestep: _limits(estimate) for timestep, estimate in difference.by_timestep().items()}
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.mean:+.3g} ({estimate.low:+.3g} to {estimate.high:+.3g})"
 
 
 def _limits(estimate: Estimate | None) -> list[float] | None:

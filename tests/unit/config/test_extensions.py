@@ -16,7 +16,7 @@ from sat_train.config import RunConfig, load_run_config
 from sat_train.config.explain import explain_key
 from sat_train.config.extensions import VARIABLE, load_extensions
 from sat_train.config.json_schema import render_json_schema
-from sat_train.errors import ConfigError
+from sat_train.errors import ConfigError, Fault
 from tests.ranks.extensions import write_extensions
 from tests.unit.config.test_check_command import check
 
@@ -179,6 +179,13 @@ def test_a_guard_rail_from_outside_refuses_with_the_other_faults(tmp_path):
         careful(tmp_path, "args.lr=0.1", "args.clip_grad=0", "args.mode=inference")
     with pytest.raises(ConfigError, match=r"1 fault .*\n  - args\.lr = fast"):
         careful(tmp_path, "args.lr=fast", "args.clip_grad=0")
+
+
+def test_a_fault_shows_a_value_of_any_type():
+    shown = [str(Fault("args.seed", value, "another")) for value in (0, 3407, False, (1, 2), "")]
+    assert shown == [
+        f"args.seed{value}: expected another" for value in (" = 0", " = 3407", " = False", " = (1, 2)", "")
+    ]
 
 
 def test_one_that_warns_is_a_note_until_it_is_silenced(tmp_path):

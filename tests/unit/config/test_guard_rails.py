@@ -15,6 +15,7 @@ from sat_train.config.facts import RunFacts
 from sat_train.config.parts.adapter_parts import find_adapter_tensor
 from sat_train.config.rule import Purpose, Rule
 from sat_train.config.rules import all_rules, warnings_of_run
+from sat_train.config.run_warnings import RUN_WARNINGS
 from sat_train.distributed.processes import start_single_process, stop_processes
 from sat_train.errors import ConfigError
 from sat_train.models.build import build_dit
@@ -380,6 +381,9 @@ def test_the_docs_list_every_guard_rail() -> None:
     table = re.search(r"\| name \| severity \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text)
     rows = re.sub(r"\[[^\]]+\]\((https:[^)]+)\)", r"\1", table[1]).splitlines()
     assert rows == [documented(rule) for rule in RAILS.values()]
+    text = Path("docs/validation.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` | {finds} |" in text for name, finds in RUN_WARNINGS.items())
+    load("5b", "sft", f"args.silence=[{', '.join(RUN_WARNINGS)}]")
 
 
 def test_a_silenced_name_that_no_guard_rail_has_is_refused_with_the_nearest() -> None:

@@ -227,6 +227,15 @@ def test_a_missing_field_is_named_with_clip_row_and_place(tmp_path):
         read_source(table, SourceOptions(fields=fields))
     with pytest.raises(DataError, match=r"clips\.jsonl:1: field `scene`: it is not a text"):
         read_source(table, SourceOptions(fields=fields_of({"scene": {"kind": "text"}})))
+    write_numbered(root / "losers/b_1.mp4", num_frames=2)
+    source = read_source(root)
+    assert [record.clip_id for record in source.records] == ["videos/a.mp4", "videos/b.mp4"]
+    said = (
+        "1 videos in {0}/ have the names of clips in videos/ and no captions, and are no clips: to use them, "
+    )
+    declare = "declare data.fields.{0}"
+    assert source.notes[:2] == tuple((said + declare).format(name) for name in ("control", "losers"))
+    write_numbered(root / "control/z.mp4", num_frames=2)
     with pytest.raises(DataError, match=r"Folders next to videos/ \(control\) hold fields if data.fields"):
         read_source(root)
 

@@ -1,14 +1,19 @@
 """Which condition a held-out clip gets instead of its own, and what the losses say about it."""
 
+import logging
+
 import pytest
 import torch
 
+from sat_train.config.run_warnings import RunWarnings
 from sat_train.data.batches import DataPosition, OrderedBatches
 from sat_train.data.partners import PartnerBatches
 from sat_train.training.callbacks.alignment import alignment_gains
+from sat_train.training.callbacks.condition_check import ConditionCheck
 from sat_train.training.callbacks.condition_probe import MOVES, moved_encoding
 from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.condition_losses import ConditionLosses
+from sat_train.training.loop.metrics import ValidationMetrics
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -72,10 +77,28 @@ def test_problems_are_named_where_the_intervals_leave_no_doubt(shuffled, moved, 
     report = ConditionLosses(
         "control", true, shifted([0.7] * len(shuffled)), shifted(shuffled), {"later": shifted(moved)}
     )
-    problems = list(report.problems())
+    problems = [each for each in (report.unused(), report.misaligned()) if each is not None]
     assert len(problems) == len(says)
     for problem, expected in zip(problems, says, strict=True):
         assert expected in problem
+
+
+def test_a_warning_says_how_it_is_silenced_and_is(monkeypatch) -> None:
+    lines: list[str] = []
+    logger = logging.getLogger("sat_train.config.run_warnings")
+    monkeypatch.setattr(logger, "warning", lambda text, *words: lines.append(text % words))
+    true, better = shifted([0.0] * 5), {"later": shifted([-0.1] * 5)}
+    unused = ConditionLosses("first", true, true, true, {}, better)
+    moved = ConditionLosses("second", true, true, shifted([0.5] * 5), better)
+    metrics = ValidationMetrics(20, true, (unused, moved))
+    ConditionCheck(21, RunWarnings()).reported(metrics)
+    names = ["conditions_lie_where_clips_show_them", "conditions_are_used", "conditions_are_aligned"]
+    assert len(lines) == 1
+    ConditionCheck(20, RunWarnings()).reported(metrics)
+    for line, name in zip(lines[1:], names, strict=True):
+        assert line.endswith(f"(args.silence=[{name}] hides this)")
+    ConditionCheck(20, RunWarnings(names[1:])).reported(metrics)
+    assert lines[4:] == lines[:1], "the one that is not silenced"
 
 
 @pytest.mark.parametrize(
@@ -100,5 +123,5 @@ def test_a_control_in_another_code_is_found_where_it_was_moved_to(planted, best)
     true, other = shifted([0.0] * 6), shifted([0.5] * 6)
     report = ConditionLosses("control", true, other, other, {}, numbers)
     assert alignment_gains(clip, {"text": torch.rand(6, 7, 4)}) == {}, "what has no place on the grid"
-    found = "".join(report.misplaced())
+    found = report.misplaced() or ""
     assert f"moved {best} by one place" in found if best else not found
