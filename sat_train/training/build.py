@@ -235,8 +235,7 @@ def say_finished(config: RunConfig, run_directory: RunDirectory, data: RunData, 
     Ranks: rank 0 only.
     """
     folder, point = run_directory.folder, run_directory.point
-    assert folder is not None, "only a saved run can be complete"
-    assert point is not None, "only a saved run can be complete"
+    assert folder is not None and point is not None, "only a saved run can be complete"
     log.info("finished already: step %d of %d %s", point.step, data.train_iters, ending)
     if changes := changes_since(point, config):
         log.warning("the changed settings have no effect: %s", "; ".join(changes))

@@ -236,7 +236,9 @@ def test_a_missing_field_is_named_with_clip_row_and_place(tmp_path):
     declare = "declare data.fields.{0}"
     assert source.notes[:2] == tuple((said + declare).format(name) for name in ("control", "losers"))
     write_numbered(root / "control/z.mp4", num_frames=2)
-    with pytest.raises(DataError, match=r"Folders next to videos/ \(control\) hold fields if data.fields"):
+    with pytest.raises(
+        DataError, match=r"Folders next to videos/ \(control, losers\) hold fields if data.fields"
+    ):
         read_source(root)
 
 
