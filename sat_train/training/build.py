@@ -235,7 +235,8 @@ def say_finished(config: RunConfig, run_directory: RunDirectory, data: RunData, 
     Ranks: rank 0 only.
     """
     folder, point = run_directory.folder, run_directory.point
-    assert folder is not None and point is not None, "only a saved run can be complete"
+    assert folder is not None, "only a saved run can be complete"
+    assert point is not None, "only a saved run can be complete"
     log.info("finished already: step %d of %d %s", point.step, data.train_iters, ending)
     if changes := changes_since(point, config):
         log.warning("the changed settings have no effect: %s", "; ".join(changes))
@@ -359,13 +360,9 @@ def restore(
     engine = trainer.engine
     saved = open_trained_state(mesh, point=point, trained=engine.trained_shapes(), base_weights=base_weights)
     client_state = read_client_state(point)
-    written = reading(
-        step_folder(point.run_directory, point.step) / CLIENT_STATE,
-        error=CheckpointError,
-        expected="the position of a run, as sat_train writes it",
-        remedy="use another step",
-    )
-    with written:
+    path = step_folder(point.run_directory, point.step) / CLIENT_STATE
+    expected = "the position of a run, as sat_train writes it"
+    with reading(path, error=CheckpointError, expected=expected, remedy="use another step"):
         counters = {str(name): float(value) for name, value in client_state[COUNTERS_KEY].items()}
         trainer.state.restore(
             step=point.step, samples_consumed=point.manifest.samples_consumed, client_state=client_state

@@ -118,8 +118,8 @@ def _undeclared_fields(root: Path, pairs: Sequence[_Pair]) -> dict[Path, str]:
         if pair.caption or "videos" in folders:
             continue
         for index, folder in enumerate(folders):
-            beside = (*folders[:index], "videos", *folders[index + 1 :])
-            if (*beside, stem) in clips or (*beside, _COPY.sub("", stem)) in clips:
+            place = (*folders[:index], "videos", *folders[index + 1 :])
+            if (*place, stem) in clips or (*place, _COPY.sub("", stem)) in clips:
                 undeclared[pair.clip] = folder
     return undeclared
 
