@@ -1,13 +1,6 @@
 """ControlNet for CogVideoX: a copy of the first blocks reads the pixels of a control video."""
 
-from sat_train.parts import ConditionName, ConditionParams, Field, FieldName, ModuleParams, part
-
-
-@part("condition", "ControlPixels", build=".network:ControlPixels")
-class ControlPixelsParams(ConditionParams):
-    """The pixels of a control video (edges, depth, pose), folded onto the latent's grid."""
-
-    field: FieldName = Field("control", description="The control video.")
+from sat_train.parts import ConditionName, Field, ModuleParams, part
 
 
 @part("module", "PixelControlNet", build=".network:PixelControlNet")

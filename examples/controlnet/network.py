@@ -1,28 +1,12 @@
-"""The condition and the module in torch.
+"""The module in torch.
 
 Source: TheDenk/cogvideox-controlnet@8033643 `cogvideo_controlnet.py`.
 """
 
 import torch
 from torch import nn
-from torch.nn.functional import pixel_unshuffle
 
-from sat_train.extend import BlockStack, Condition, DitInputs, Mixin, zero_
-
-
-class ControlPixels(Condition):
-    """All pixels of a latent frame's group of frames as channels of one latent pixel."""
-
-    tensors = frozenset({"pixels"})
-    reads_caption = False
-
-    def encode(self, sample, encoders):
-        control_t3hw = sample.fields[self.params.field]
-        folded = pixel_unshuffle(control_t3hw, self.model.spatial_compression)
-        return {"pixels": self.latent_frames(folded, "stack").flatten(1, 2)}  # uint8 [t, 768, h, w]
-
-    def inputs(self, encoded, random, latent_shape):
-        return DitInputs(extras={self.name: encoded["pixels"].float() / 255})  # dropped: black
+from sat_train.extend import BlockStack, Mixin, zero_
 
 
 class PixelControlNet(Mixin):
@@ -30,7 +14,7 @@ class PixelControlNet(Mixin):
 
     def __init__(self, params, model):
         super().__init__(params, model)
-        inside, width = 3 * model.temporal_compression * model.spatial_compression**2, params.width
+        inside, width = model.condition_widths[params.condition], params.width
         self.encode = nn.Sequential(
             nn.Conv3d(inside, 2 * width, 1),
             nn.GroupNorm(2, 2 * width),

@@ -1,4 +1,4 @@
-"""`sat-train convert`: converts weights of a run, of SAT or of diffusers to diffusers, SAT or modules."""
+"""`sat-train convert`: converts weights of a run, of SAT or of diffusers to those formats or to modules."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     start_single_process()  # before DeepSpeed, whose files are read, looks for an accelerator
     find_weights(options.source)  # reports a missing source before anything near it is read
-    needs_model = options.to in ("diffusers", "modules") or options.base
+    needs_model = options.to != "sat" or options.base
     words = [word for name in options.extension for word in ("--extension", name)]
     words += ["--accept-changed-extension"] * options.accept_changed_extension
     check_recorded_extensions(load_extensions(words)[0], [], find_resolved(str(options.source)))
@@ -173,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="sat-train convert",
         description="Writes weights for diffusers or SAT, reads them back and compares them. "
         "LoRA runs become a file for pipe.load_lora_weights at scale 1.0, unless --merge-lora; network "
-        "modules a file for args.load_modules.",
+        "modules a file for args.load_modules (modules), or a control branch one for "
+        "TheDenk/cogvideox-controlnet (controlnet).",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -182,13 +183,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a run, one step of it, a SAT folder, a diffusers folder, or a file of weights",
     )
     parser.add_argument("dest", type=Path, help="folder to create")
-    parser.add_argument("--to", choices=("diffusers", "sat", "modules"), required=True)
+    parser.add_argument("--to", choices=("diffusers", "sat", "modules", "controlnet"), required=True)
     parser.add_argument(
         "--module",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="modules to write (modules); default: everything that the run trained or added",
+        help="modules to write (modules, controlnet); default: everything that the run trained or added. Of "
+        "a folder of TheDenk/cogvideox-controlnet: the name its branch gets; default: branch",
     )
     parser.add_argument(
         "--without-modules", action="store_true", help="leave out what diffusers does not have (diffusers)"

@@ -33,6 +33,7 @@ from sat_train.interchange.adapters import (
     read_lora,
     without_adapters,
 )
+from sat_train.interchange.controlnet_folder import is_controlnet, write_as_modules, write_controlnet
 from sat_train.interchange.diffusers_folder import check_model, write_pipeline
 from sat_train.interchange.locate import read_own_weights, read_transformer_weights
 from sat_train.interchange.module_files import module_of, modules_in, write_module_file
@@ -55,7 +56,8 @@ class Conversion:
     Args:
         source: A run or step of ours, a SAT folder, a diffusers folder, or a file.
         dest: Folder to create; it must not exist, or must be empty.
-        to: Target format; `modules` writes the network modules of a run into a file of their own.
+        to: Target format; `modules` writes the network modules of a run into a file of their own,
+            `controlnet` a control branch for TheDenk/cogvideox-controlnet.
         merge_lora: Add the adapters to the weights instead of writing them separately.
         strength: Factor on the adapters of the source.
         lora: Other adapters. They are added to the adapters of the source, or to its weights if it has none.
@@ -68,13 +70,13 @@ class Conversion:
         model: Its numbers, for diffusers' configuration files and modules; None if only SAT's format or
             adapters are written.
         extensions: Record of the extensions it was trained with, for modules.
-        modules: Modules to write (`modules` only); none: everything that the run trained or added.
+        modules: Modules to write (`modules`, `controlnet`); none: everything that the run trained or added.
         without_modules: Leave out modules that diffusers does not have.
     """
 
     source: Path
     dest: Path
-    to: Literal["diffusers", "sat", "modules"]
+    to: Literal["diffusers", "sat", "modules", "controlnet"]
     merge_lora: bool = False
     strength: float = 1.0
     lora: tuple[Path, ...] = ()
@@ -132,7 +134,7 @@ def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_
     if conversion.to == "diffusers" and conversion.model_size != 1:
         raise CheckpointError("--model-parallel-size applies to SAT's format only", remedy="use --to sat")
     _check_strengths(conversion)
-    source = None if conversion.to == "modules" else open_source(conversion)
+    source = None if conversion.to in ("modules", "controlnet") else open_source(conversion)
     temporary = conversion.dest.parent / f".tmp-convert-{uuid.uuid4().hex[:8]}"
     try:
         conversion.dest.parent.mkdir(parents=True, exist_ok=True)
@@ -154,21 +156,25 @@ def convert(conversion: Conversion, *, progress: Callable[[int], Progress] = no_
 
 
 def _write_modules(conversion: Conversion, folder: Path, progress: Callable[[int], Progress]) -> None:
-    source = find_weights(conversion.source)
-    if conversion.model is None or source.kind != "step":
+    source, model = find_weights(conversion.source), conversion.model
+    names, dtype, ema = conversion.modules, conversion.dtype, conversion.ema
+    if conversion.to == "modules" and is_controlnet(source.path):
+        origin = _metadata(source, None, conversion)
+        write_as_modules(source.path, folder, names=names, dtype=dtype, metadata=origin)
+        return
+    if model is None or source.kind != "step":
         raise CheckpointError(
             f"{conversion.source} is not a run of sat_train", expected="a run, or one of its steps"
         )
-    manifest = verify_checkpoint(source.path)
+    origin = _metadata(source, verify_checkpoint(source.path), conversion)
+    if conversion.to == "controlnet":
+        write_controlnet(
+            source, folder, model, names=names, dtype=dtype, ema=ema, metadata=origin, progress=progress
+        )
+        return
+    extensions = conversion.extensions
     path = write_module_file(
-        source,
-        folder,
-        conversion.model,
-        extensions=conversion.extensions,
-        names=conversion.modules,
-        dtype=conversion.dtype,
-        ema=conversion.ema,
-        metadata=_metadata(source, manifest, conversion),
+        source, folder, model, extensions=extensions, names=names, dtype=dtype, ema=ema, metadata=origin
     )
     progress(path.stat().st_size)(path.stat().st_size)
 

@@ -119,10 +119,27 @@ def write_module_file(
         keys=tuple(chosen),
         base_weights=manifest.base_weights,
     )
+    return save_modules(folder, chosen, record, metadata=metadata)
+
+
+def save_modules(
+    folder: Path, weights: LazyWeights, record: ModuleFile, *, metadata: Mapping[str, str]
+) -> Path:
+    """Writes a file of modules with its manifest, and reads it back.
+
+    Args:
+        folder: Existing folder for the file.
+        weights: The weights, under SAT's keys.
+        record: Its manifest.
+        metadata: The origin, for the header.
+
+    Returns:
+        The file.
+    """
     header = {**metadata, HEADER: json.dumps(asdict(record))}
-    write_safetensors(folder, STEM, chosen, metadata=header, progress=unseen, max_shard_bytes=2**62)
+    write_safetensors(folder, STEM, weights, metadata=header, progress=unseen, max_shard_bytes=2**62)
     path = folder / f"{STEM}.safetensors"
-    check_same(chosen, read_weight_files([path]))
+    check_same(weights, read_weight_files([path]))
     return path
 
 

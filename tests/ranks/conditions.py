@@ -16,6 +16,7 @@ FAMILIES = ("cogvideox_tiny", "cogvideox_tiny_i2v", "cogvideox1.5_tiny", "cogvid
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "frames_in_slot": ("mosaic", ()),
     "control_branch": ("mosaic", ("model.modules.branch.params.blocks=1",)),
+    "control_pixels": ("mosaic", ("model.modules.branch.params.blocks=1",)),
     "cameras": ("camera", ("model.modules.branch.params.blocks=1",)),
     "control_channels": ("mosaic", ()),
     "inpainting": ("mosaic", ()),

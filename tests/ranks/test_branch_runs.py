@@ -1,4 +1,4 @@
-"""Runs with a control branch, and with a wider input: the base's first loss, the same on every mesh."""
+"""Runs with control branches, and with a wider input: the base's first loss, the same on every mesh."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ BRANCH = (
     "model.conditions.control.target=Mirror",
     "model.modules.control.target=ControlBranch",
     "model.modules.control.params={blocks: 1}",
+    "data.fields.clip={kind: video, column: videos}",  # the clip as its own control
+    "model.conditions.pixels={target: ControlPixels, params: {field: clip}}",
+    "model.modules.pixels={target: PixelControlBranch, params: {condition: pixels, blocks: 1}}",
 )
 WIDE = ("model.conditions.control.target=Mirror", "model.conditions.control.params.wide=true")
 
@@ -85,7 +88,7 @@ def base_loss(rank_pool, folder) -> float:
     return losses(folder, "base")[0]
 
 
-def test_a_branch_begins_at_the_base_s_loss_and_trains_alike_on_every_mesh(rank_pool, folder, base_loss):
+def test_branches_begin_at_the_base_s_loss_and_train_alike_on_every_mesh(rank_pool, folder, base_loss):
     lines = "\n".join(rank_pool(1)(logged_micro, folder, words(folder, "branch", *BRANCH))[0])
     assert "checked on the first sample: the model starts as its base" in lines
     assert "The base is frozen, because there are modules" in lines
@@ -103,7 +106,8 @@ def test_a_branch_begins_at_the_base_s_loss_and_trains_alike_on_every_mesh(rank_
         assert losses(folder, name) == pytest.approx(expected, rel=1e-4), name  # fp32, sums in another order
     step = run_directory(folder, "branch") / "3"
     assert all(
-        name.startswith("mixins.control.") for name in read_fragments(step, read_manifest(step)).shapes
+        name.startswith(("mixins.control.", "mixins.pixels."))
+        for name in read_fragments(step, read_manifest(step)).shapes
     )
 
 

@@ -18,6 +18,7 @@ from sat_train.checkpoint.fragments import read_fragments
 from sat_train.checkpoint.manifest import read_manifest
 from sat_train.cli.convert import main as convert
 from sat_train.distributed.processes import stop_processes
+from sat_train.interchange.module_files import read_module_files
 from sat_train.training.callbacks.metrics_file import read_metrics
 from tests.ranks.conditions import FAMILIES, KINDS, train_condition, write_condition_runs
 from tests.ranks.micro import run_directory
@@ -30,6 +31,7 @@ ALL = [(family, kind) for family in FAMILIES for kind in KINDS]
 SOME = [
     ("cogvideox1.5_tiny_i2v", "frames_in_slot"),
     ("cogvideox_tiny_i2v", "control_branch"),
+    ("cogvideox_tiny_i2v", "control_pixels"),
     ("cogvideox1.5_tiny", "inpainting"),
     ("cogvideox_tiny", "reference"),
 ]
@@ -74,6 +76,11 @@ def test_a_kind_trains_resumes_bit_for_bit_and_exports(rank_pool, folder, tmp_pa
     assert list((tmp_path / "sat").rglob("*.pt"))
     if kind == "frames_in_slot" and "i2v" in family:
         _loads_in_diffusers(path, tmp_path / "diffusers")
+    if kind == "control_pixels" and "1.5" not in family:
+        convert([str(path), str(tmp_path / "theirs"), "--to", "controlnet"])
+        convert([str(tmp_path / "theirs"), str(tmp_path / "modules"), "--to", "modules"])
+        back = read_module_files([tmp_path / "modules"])
+        assert [name for name in weights if not torch.equal(weights[name], back[name])] == []
 
 
 def _loads_in_diffusers(run: Path, dest: Path) -> None:

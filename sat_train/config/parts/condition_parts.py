@@ -134,6 +134,24 @@ class ControlVideoParams(PlacedParams):
         return int(model.coder.z_channels)
 
 
+@part("condition", "ControlPixels", build="sat_train.encoding.conditions.control_pixels:ControlPixels")
+class ControlPixelsParams(ConditionParams):
+    """The pixels of a video that is aligned with the clip, for modules such as PixelControlBranch.
+
+    Each latent element has those of its area, in every frame of its latent frame.
+    """
+
+    field: Annotated[FieldName, Kinds("video")] = Field("control", description="The video.")
+
+    def width(self, model: Any) -> int:
+        """Returns the colours of all pixels of a latent element, in all of its frames."""
+        return 3 * int(model.temporal_compression * model.spatial_compression**2)
+
+    def needs_reader(self) -> bool:
+        """Returns True: a module reads it."""
+        return True
+
+
 @part("condition", "PlueckerCameras", build="sat_train.encoding.conditions.cameras:PlueckerCameras")
 class PlueckerCamerasParams(PlacedParams):
     """Cameras as Pluecker coordinates of the ray through each latent element, for each pixel frame."""

@@ -48,7 +48,7 @@ class Mixin(BaseMixin):
     """
 
     tensor_parallel: ClassVar[Literal["replicated", "sharded", "refused"]] = "replicated"
-    starts_as_base: ClassVar[bool] = True
+    starts_as_base: bool = True
 
     def __init__(self, params: Any = None, model: Any = None) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from tools.make_control_videos import write_sets
 KINDS = {
     "FramesInSlot": ("mosaic", {}, {"which": "random", "count": 2}),
     "ControlVideo": ("mosaic", {"control": "video"}, {}),
+    "ControlPixels": ("mosaic", {"control": "video"}, {}),
     "Inpainting": ("mosaic", {"mask": "mask"}, {"grow": 9}),
     "ReferenceFrames": ("mosaic", {"reference": "image"}, {"position": "repeat_first"}),
     "Teacher": ("mosaic", {}, {}),

@@ -162,6 +162,21 @@ def test_a_control_video_goes_where_the_settings_say(model, into):
     assert not torch.equal(tensor, bench.inputs(replace(make_sample(), sample_index=6)).tensors()[name])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_control_pixels_are_those_of_each_latent_element_in_all_of_its_frames(model):
+    bench, sample = Bench(model, "ControlPixels"), make_sample()
+    (pixels_btchw,) = bench.inputs(sample).extras.values()
+    assert pixels_btchw.shape == (1, bench.latent_shape[1], bench.own.params.width(bench.spec), 4, 4)
+    control = sample.fields["control"] / 127.5 - 1
+    groups = [[0] * 4] * (1 + bench.shape.padding) + [[1, 2, 3, 4], [5, 6, 7, 8]]
+    for latent_frame, frames in enumerate(groups):
+        for row, column in ((0, 0), (1, 3), (3, 2)):
+            area = control[frames, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            own = pixels_btchw[0, latent_frame, :, row, column].view(4, 3, 8, 8)
+            torch.testing.assert_close(own, area, rtol=0, atol=1e-6)
+    assert (bench.inputs(sample, drop=True).extras["own"] == -1).all(), "a black video"
+
+
 def test_no_two_latents_share_their_noise():
     bench = Bench("cogvideox_tiny", "ControlVideo")
     latents = [bench.inputs(make_sample(), name).channels_btchw for name in ("own", "other")]
