@@ -240,9 +240,10 @@ def write_as_modules(
     name = names[0] if names else _DEFAULT_NAME
     branch = branch_weights(read_weight_files(find_weights(path).files).cast(dtype))
     chosen = branch.select(lambda key: f"mixins.{name}.{key}")
-    record = ModuleFile((ModuleRecord(name, TARGET, params),), extensions={}, keys=tuple(chosen))
     settings = json.dumps({name: {"target": TARGET, "params": params}})
     log.info("its settings, with a condition ControlPixels:\n  model.modules: %s", settings)
+    del params["heads"]  # null means the same in a model of this width: shapes decide
+    record = ModuleFile((ModuleRecord(name, TARGET, params),), extensions={}, keys=tuple(chosen))
     return save_modules(folder, chosen, record, metadata=metadata)
 
 
@@ -267,5 +268,4 @@ def _params_of(file: Path) -> dict[str, Any]:
             f"{file} describes another network than {TARGET}: {'; '.join(differing)}",
             expected="a branch as it is published for CogVideoX-2B and 5B",
         )
-    params = {"blocks": blocks, "projections": has_projections}
-    return {**params, "heads": heads} if has_projections else params  # without, it is as wide as its base
+    return {"blocks": blocks, "heads": heads, "projections": has_projections}

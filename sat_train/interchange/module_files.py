@@ -220,8 +220,16 @@ def read_module_files(paths: Sequence[str | Path]) -> LazyWeights:
 
 
 def _file(path: str | Path) -> Path:
-    file = Path(path).expanduser()
-    return file / f"{STEM}.safetensors" if file.is_dir() else file
+    given = Path(path).expanduser()
+    if not given.is_dir():
+        return given
+    if not (file := given / f"{STEM}.safetensors").is_file():
+        raise CheckpointError(
+            f"{path} holds no {file.name}",
+            expected="a folder that `sat-train convert --to modules` wrote",
+            remedy=f"sat-train convert {path} DEST --to modules, of a run or of a control branch",
+        )
+    return file
 
 
 def read_module_file(path: Path) -> tuple[LazyWeights, ModuleFile]:

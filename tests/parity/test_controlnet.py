@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sat_train.config import RunConfig, load_run_config
 from sat_train.data.batches import VideoSample
+from sat_train.data.sampler import AugmentationKey
 from sat_train.distributed.processes import start_single_process
 from sat_train.encoding.build import build_conditions, build_encoders
 from sat_train.encoding.conditions.randomness import SampleRandomness
@@ -159,6 +160,7 @@ def control_of(config: RunConfig, video_tchw: Tensor) -> Tensor:
         video_tchw=video_tchw,
         caption="",
         image_chw=None,
+        augmentation=AugmentationKey(3, 5),
         fields={"control": video_tchw},
     )
     encoded = {name: tensor[None] for name, tensor in condition.encoded(sample, encoders).items()}
@@ -210,7 +212,9 @@ def test_a_folder_computes_what_the_run_does_and_is_read_back(case: str, tmp_pat
     assert back.keys() == own.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in own.items())
     other = narrow(CASES[case][0], "{blocks: 1}")
-    with pytest.raises(ConfigError, match=rf"params\.blocks = 1: expected {params.blocks}, as it was trained"):
+    with pytest.raises(
+        ConfigError, match=rf"params\.blocks = 1: expected {params.blocks}, as it was trained"
+    ):
         check_module_files([tmp_path / "modules"], other, tmp_path / "run")
 
 
@@ -232,9 +236,13 @@ def test_what_their_class_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         "model.modules.branch.target=ControlBranch",
         "model.conditions.control={target: ControlVideo, params: {into: extras}}",
     )
-    with pytest.raises(CheckpointError, match=r"the modules branch \(ControlBranch\)\n  expected: one PixelC"):
+    with pytest.raises(
+        CheckpointError, match=r"the modules branch \(ControlBranch\)\n  expected: one PixelC"
+    ):
         export(latents)
     folder = export(narrow(model, params), "theirs")
+    with pytest.raises(CheckpointError, match=r"holds no modules\.safetensors"):
+        read_module_files([folder])
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "use_rotary_positional_embeddings": True}))
     with pytest.raises(CheckpointError, match=r"use_rotary_positional_embeddings: True there, False here"):

@@ -58,7 +58,7 @@ BRANCH = (
     "model.modules.control.params={blocks: 1}",
     "data.fields.clip={kind: video, column: videos}",  # the clip as its own control
     "model.conditions.pixels={target: ControlPixels, params: {field: clip}}",
-    "model.modules.pixels={target: PixelControlBranch, params: {condition: pixels, blocks: 1}}",
+    "model.modules.pixels={target: PixelControlBranch, params: {condition: pixels, blocks: 1, weight: 0.1}}",
 )
 WIDE = ("model.conditions.control.target=Mirror", "model.conditions.control.params.wide=true")
 

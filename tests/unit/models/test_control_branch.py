@@ -1,4 +1,4 @@
-"""Laws of the built-in branch: it begins as the base, its copies compute the base, and it is checked."""
+"""Laws of the built-in branches: they begin as the base, copies compute the base, and they are checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from sat_train.config import ModelSpec
-from sat_train.config.parts.module_parts import ControlBranchParams, ModuleConfig
+from sat_train.config.parts.module_parts import ControlBranchParams, ModuleConfig, PixelControlBranchParams
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
 from tests.networks import add_adapters
@@ -124,6 +124,50 @@ def test_its_settings_are_checked_against_the_model(spec):
     assert faults(blocks=2, channels=4) == {"channels": "5, the channels of the condition control"}
     assert "which states none" in faults(blocks=2, condition="other")["channels"]
     assert faults(blocks=2, condition="other", channels=7) == {}
+
+
+@pytest.mark.parametrize("params", [{"blocks": 2}, {"blocks": 3, "heads": 1}], ids=str)
+def test_a_branch_on_pixels_begins_as_the_base_and_every_weight_gets_a_gradient(spec, params):
+    spec = dataclasses.replace(spec, condition_widths={"control": 3 * 4 * 8**2})
+    base, dit = network(spec), network(spec)
+    module = ModuleConfig.of("PixelControlBranch", params).build(spec)
+    dit.add_mixin("control", module)
+    module.reinit(dit)
+    given = {"control": torch.rand(2, 2, 3 * 4 * 8**2, 4, 6, generator=torch.Generator().manual_seed(3))}
+    v = dit(*inputs(spec), extras=given)
+    assert torch.equal(v, base(*inputs(spec)))
+    is_copy = "heads" not in params
+    for own, theirs in (
+        (module.embed.time_embed, dit.time_embed),
+        (module.stack.blocks[1].layer, dit.blocks[1].layer),
+    ):
+        equal = [torch.equal(*pair) for pair in zip(own.parameters(), theirs.parameters(), strict=True)]
+        assert all(equal) == is_copy
+    of_latent = slice(None), slice(spec.out_channels)
+    projections = (
+        each.proj.weight[of_latent] for each in (module.embed.patch_embed, dit.mixins["patch_embed"])
+    )
+    assert not is_copy or torch.equal(*projections)
+    with torch.no_grad():
+        for projection in module.per_block.values():
+            projection.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
+    dit(*inputs(spec), extras=given).square().mean().backward()
+    assert not [name for name, parameter in dit.named_parameters() if parameter.grad is None]
+    assert all(parameter.grad.any() for parameter in module.embed.parameters())
+
+
+def test_the_settings_of_a_branch_on_pixels_are_checked_against_the_model(spec):
+    def faults(**params: object) -> dict[str, str]:
+        pixels = dataclasses.replace(spec, condition_widths={"control": 768, "latent": 16})
+        return dict(PixelControlBranchParams(**params).check(pixels))
+
+    assert faults(blocks=2) == faults(blocks=2, heads=1) == faults(blocks=2, projections=False) == {}
+    assert faults() == {"blocks": "at most the 4 blocks of the model"}
+    assert "are not as wide" in faults(blocks=2, heads=1, projections=False)["projections"]
+    for name in ("latent", "other"):
+        assert faults(blocks=2, condition=name) == {
+            "condition": "a condition that gives modules pixels: ControlPixels"
+        }
 
 
 def test_its_initial_weights_depend_on_seed_and_name_alone(spec):
