@@ -148,9 +148,10 @@ def test_a_branch_on_pixels_begins_as_the_base_and_every_weight_gets_a_gradient(
         each.proj.weight[of_latent] for each in (module.embed.patch_embed, dit.mixins["patch_embed"])
     )
     assert not is_copy or torch.equal(*projections)
-    with torch.no_grad():
-        for projection in module.per_block.values():
-            projection.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():  # open projections and gates
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     dit(*inputs(spec), extras=given).square().mean().backward()
     assert not [name for name, parameter in dit.named_parameters() if parameter.grad is None]
     assert all(parameter.grad.any() for parameter in module.embed.parameters())
