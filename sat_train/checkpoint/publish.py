@@ -76,8 +76,30 @@ def publish(
 
     Ranks: all.
     """
-    temporary = on_rank_0(mesh, lambda: _open_temporary(run_directory, manifest.step, expected_bytes))
-    reports = gather_objects(mesh, write(temporary))
+    temporary = open_temporary(mesh, run_directory, step=manifest.step, expected_bytes=expected_bytes)
+    return commit(mesh, temporary, run_directory=run_directory, manifest=manifest, report=write(temporary))
+
+
+def open_temporary(mesh: ProcessMesh, run_directory: Path, *, step: int, expected_bytes: int) -> Path:
+    """Makes the temporary folder of one step; arguments and errors are those of `publish`.
+
+    Ranks: all.
+    """
+    return on_rank_0(mesh, lambda: _open_temporary(run_directory, step, expected_bytes))
+
+
+def commit(
+    mesh: ProcessMesh, temporary: Path, *, run_directory: Path, manifest: Manifest, report: RankReport
+) -> Path:
+    """Commits a temporary folder, or removes it if any rank could not write; errors are those of `publish`.
+
+    Args:
+        temporary: From `open_temporary`.
+        report: Of this rank, whose files are complete.
+
+    Ranks: all.
+    """
+    reports = gather_objects(mesh, report)
     return on_rank_0(mesh, lambda: _commit_or_clean(temporary, run_directory, manifest, reports))
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,28 +15,14 @@ from torch import Tensor
 from torch.serialization import get_crc32_options, set_crc32_options
 
 import sat_train
-from sat_train.checkpoint.fragments import Fragment, pack_fragments
+from sat_train.checkpoint.background import BackgroundWriter, written
+from sat_train.checkpoint.fragments import pack_fragments
 from sat_train.checkpoint.layout import CLIENT_STATE, SAT_PREFIX, fragments_file_name, model_file_name
 from sat_train.checkpoint.manifest import Manifest
-from sat_train.checkpoint.publish import RankReport, expected_size, publish
+from sat_train.checkpoint.publish import RankReport, commit, expected_size, open_temporary
+from sat_train.checkpoint.run_state import RunState
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import FileRecord, HashingFile, write_file
-
-
-@dataclass(frozen=True)
-class RunState:
-    """The state of one rank that a checkpoint saves.
-
-    Args:
-        weights: The weights that the network computes with, whole for a rank of the model axis; None on ranks
-            that do not write them.
-        fragments: The trained state that this rank owns.
-        client_state: Plain values, the same on all ranks.
-    """
-
-    weights: Mapping[str, Tensor] | None
-    fragments: Sequence[Fragment]
-    client_state: Mapping[str, object]
 
 
 def save_training_checkpoint(
@@ -58,19 +43,44 @@ def save_training_checkpoint(
 
     Ranks: all.
     """
-    return publish(
-        mesh,
-        run_directory=run_directory,
-        manifest=manifest,
-        expected_bytes=expected_size(run_directory, _guess_bytes(mesh, state)),
-        write=partial(_write_rank, mesh, state),
-    )
+    return begin_save(mesh, state=state, run_directory=run_directory, manifest=manifest)()
 
 
-def _write_rank(mesh: ProcessMesh, state: RunState, folder: Path) -> RankReport:
+def begin_save(
+    mesh: ProcessMesh,
+    *,
+    state: RunState,
+    run_directory: Path,
+    manifest: Manifest,
+    writer: BackgroundWriter | None = None,
+) -> Callable[[], Path]:
+    """Begins what `save_training_checkpoint` does; arguments and errors are the same.
+
+    Args:
+        writer: Writes a copy of the state in the background; None: the files are written before this returns.
+
+    Returns:
+        A function for all ranks that waits for the files, commits the step and returns its folder, with the
+        same errors.
+
+    Ranks: all.
+    """
+    expected_bytes = expected_size(run_directory, _guess_bytes(mesh, state))
+    temporary = open_temporary(mesh, run_directory, step=manifest.step, expected_bytes=expected_bytes)
+    client_state = json.dumps(state.client_state, indent=1, sort_keys=True) + "\n"
+    write = partial(_write_rank, mesh, temporary, client_state)
+    wait = written(write(state)) if writer is None else writer.start(state, write)
+
+    def finish() -> Path:
+        return commit(mesh, temporary, run_directory=run_directory, manifest=manifest, report=wait())
+
+    return finish
+
+
+def _write_rank(mesh: ProcessMesh, folder: Path, client_state: str, state: RunState) -> RankReport:
     """Writes this rank's files; reports a failure instead of raising, because the other ranks wait for it."""
     records: list[FileRecord] = []
-    for name, write in _files(mesh, state):
+    for name, write in _files(mesh, client_state, state):
         try:
             records.append(write_file(folder / name, write))
         except Exception as error:
@@ -79,14 +89,15 @@ def _write_rank(mesh: ProcessMesh, state: RunState, folder: Path) -> RankReport:
     return RankReport(files=records)
 
 
-def _files(mesh: ProcessMesh, state: RunState) -> Iterator[tuple[str, Callable[[HashingFile], None]]]:
+def _files(
+    mesh: ProcessMesh, client_state: str, state: RunState
+) -> Iterator[tuple[str, Callable[[HashingFile], None]]]:
     if state.weights is not None:
         module = {SAT_PREFIX + name: tensor for name, tensor in state.weights.items()}
         yield model_file_name(mesh.model_rank), partial(_write_tensors, {"module": module})
     yield fragments_file_name(mesh.rank), partial(_write_tensors, pack_fragments(state.fragments))
     if mesh.rank == 0:
-        text = json.dumps(state.client_state, indent=1, sort_keys=True) + "\n"
-        yield CLIENT_STATE, partial(_write_text, text)
+        yield CLIENT_STATE, partial(_write_text, client_state)
 
 
 def _write_tensors(content: dict[str, Any], file: HashingFile) -> None:

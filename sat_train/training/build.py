@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,9 +13,8 @@ from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.history import rewind
 from sat_train.checkpoint.layout import CLIENT_STATE, PREEMPTED, committed_steps, step_folder
 from sat_train.checkpoint.load import open_trained_state, read_client_state
-from sat_train.checkpoint.manifest import BaseWeights, Manifest
+from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.checkpoint.retention import remove_leftovers
-from sat_train.checkpoint.save import RunState, library_versions, save_training_checkpoint
 from sat_train.config import RunConfig
 from sat_train.config.learning_rate import build_learning_rate
 from sat_train.config.reading import RESOLVED
@@ -36,11 +34,8 @@ from sat_train.errors import CheckpointError, LaunchError, Stopped
 from sat_train.files import reading
 from sat_train.log import get_logger
 from sat_train.models.attention import attention_kernels
-from sat_train.models.build import compute_dtype
-from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, early_stop_reason, owes_validation
-from sat_train.training.loop.callback import Training
 from sat_train.training.loop.meter import Meter
 from sat_train.training.loop.model_flops import flops_counter, peak_of
 from sat_train.training.loop.state import TrainState
@@ -50,7 +45,6 @@ from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
 from sat_train.training.models import StartWeights, build_models, find_start_weights
 from sat_train.training.resume import (
     CALLBACKS_KEY,
-    CONFIG_KEY,
     COUNTERS_KEY,
     PART_FILES_KEY,
     RATE_KEY,
@@ -58,26 +52,10 @@ from sat_train.training.resume import (
     find_resumed,
 )
 from sat_train.training.run_data import RunData, open_data
-from sat_train.training.run_directory import claim_run_directory, set_samples_aside
-from sat_train.training.run_lock import RunLock
-from sat_train.weights.names import dtype_name
+from sat_train.training.run_directory import RunDirectory, claim_run_directory, set_samples_aside
+from sat_train.training.saving import build_background_writer, build_save
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """Output folder of a run and the checkpoint that it resumes.
-
-    Args:
-        folder: The run's folder; None for a run that saves nothing.
-        lock: Keeps other runs out of it, on rank 0.
-        point: The checkpoint that the run resumes; None for a new run.
-    """
-
-    folder: Path | None
-    lock: RunLock | None
-    point: ResumePoint | None
 
 
 @explaining_lack_of_memory(TRAINING_REMEDY)
@@ -260,6 +238,7 @@ def build_trainer(
     Ranks: all.
     """
     encode = data.encoding.build_encode(mesh)
+    writer = build_background_writer(config, mesh)
 
     def compute_loss(batch: LoadedBatch) -> torch.Tensor:
         # dropout draws from torch's global generator
@@ -276,6 +255,7 @@ def build_trainer(
             mesh=mesh,
             stop_request=stop_request,
             count_flops=flops_counter(pipeline.dit, data.train.dataset),
+            is_saving=lambda: writer.is_writing,
         ),
         meter=Meter(mesh, peak_tflops=peak_of(mesh.device)),
         learning_rate=build_learning_rate(config.args, data.train_iters),
@@ -291,61 +271,10 @@ def build_trainer(
             encode=encode,
             pipeline=pipeline,
             engine=engine,
-            save=build_save(config, mesh, run_directory, data, start, pipeline.dit),
+            save=build_save(config, mesh, run_directory, data, start, pipeline.dit, writer),
         ),
     )
     return trainer
-
-
-def build_save(
-    config: RunConfig,
-    mesh: ProcessMesh,
-    run_directory: RunDirectory,
-    data: RunData,
-    start: StartWeights,
-    dit: DiffusionTransformer,
-) -> Callable[[Training], Path]:
-    """Returns a function that writes a trainer's checkpoint and returns its folder; call it on all ranks."""
-    left_out, base_weights = start.left_out(dit, model_size=mesh.model_size), start.base
-
-    def save(trainer: Training) -> Path:
-        assert run_directory.folder is not None, "only a run with a folder saves"
-        on_rank_0(mesh, lambda: None if run_directory.lock is None else run_directory.lock.check_held())
-        position = data.train.position
-        assert position.consumed == trainer.state.samples_consumed, "the loader and the loop disagree"
-        client_state = {
-            **trainer.state.client_state(),
-            CONFIG_KEY: config.shown_tree(),
-            COUNTERS_KEY: trainer.engine.counters(),
-            PART_FILES_KEY: dict(data.part_files),
-            RATE_KEY: trainer.learning_rate.at(trainer.state.step),
-            CALLBACKS_KEY: trainer.callbacks.state_dict(),
-        }
-        return save_training_checkpoint(
-            mesh,
-            state=RunState(
-                weights=trainer.engine.weights(left_out=left_out),
-                fragments=trainer.callbacks.add_tensors(trainer.engine.fragments()),
-                client_state=client_state,
-            ),
-            run_directory=run_directory.folder,
-            manifest=Manifest(
-                step=trainer.state.step,
-                samples_consumed=position.consumed,
-                samples_waiting=position.waiting,
-                world_size=mesh.world_size,
-                data_size=mesh.data_size,
-                model_size=mesh.model_size,
-                dtype=dtype_name(compute_dtype(config.args)),
-                trainable_only=base_weights is not None,
-                config_digest=config.digest(),
-                data_fingerprint=data.train.fingerprint,
-                base_weights=base_weights,
-                versions=library_versions(),
-            ),
-        )
-
-    return save
 
 
 def restore(

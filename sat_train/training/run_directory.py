@@ -7,9 +7,11 @@ import socket
 import stat
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from sat_train.checkpoint.find import ResumePoint
 from sat_train.checkpoint.history import set_aside
 from sat_train.checkpoint.layout import ABANDONED_SUFFIX, SAMPLES
 from sat_train.distributed.collectives import check_all_ranks, on_rank_0
@@ -20,6 +22,21 @@ from sat_train.log import get_logger
 from sat_train.training.run_lock import RunLock
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Output folder of a run and the checkpoint that it resumes.
+
+    Args:
+        folder: The run's folder; None for a run that saves nothing.
+        lock: Keeps other runs out of it, on rank 0.
+        point: The checkpoint that the run resumes; None for a new run.
+    """
+
+    folder: Path | None
+    lock: RunLock | None
+    point: ResumePoint | None
 
 
 def claim_run_directory(

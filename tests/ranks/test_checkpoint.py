@@ -14,7 +14,7 @@ import torch
 from sat_train.checkpoint.find import ResumePoint, find_resume_point
 from sat_train.checkpoint.fragments import SavedFragments
 from sat_train.checkpoint.layout import fragments_file_name
-from sat_train.checkpoint.manifest import BaseWeights, Manifest
+from sat_train.checkpoint.manifest import BaseWeights, Manifest, read_manifest
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
@@ -22,6 +22,7 @@ from sat_train.testing.pool import FailedOnRank
 from sat_train.weights.names import dtype_name
 
 if TYPE_CHECKING:
+    from sat_train.checkpoint.background import BackgroundWriter
     from sat_train.engine.engine import TrainEngine
     from sat_train.training.callbacks.ema import ExponentialMovingAverage
 from tests.ranks.toy import frozen_names
@@ -105,7 +106,21 @@ def save(
     lora: bool = False,
     average: ExponentialMovingAverage | None = None,
 ) -> Path:
-    from sat_train.checkpoint.save import RunState, save_training_checkpoint
+    return begin(mesh, engine, run_directory, step=step, lora=lora, average=average)()
+
+
+def begin(
+    mesh: ProcessMesh,
+    engine: TrainEngine,
+    run_directory: Path,
+    *,
+    step: int,
+    lora: bool = False,
+    average: ExponentialMovingAverage | None = None,
+    writer: BackgroundWriter | None = None,
+) -> Callable[[], Path]:
+    from sat_train.checkpoint.run_state import RunState
+    from sat_train.checkpoint.save import begin_save
 
     fragments = engine.fragments()
     state = RunState(
@@ -113,10 +128,11 @@ def save(
         fragments=fragments if average is None else average.add_tensors(fragments),
         client_state={"smoothed_loss": 0.5, "names": ["a", "b"]},
     )
-    return save_training_checkpoint(
+    return begin_save(
         mesh,
         state=state,
         run_directory=run_directory,
+        writer=writer,
         manifest=Manifest(
             step=step,
             samples_consumed=2 * mesh.data_size * step,
@@ -167,14 +183,20 @@ def new_run(mesh: ProcessMesh, save_root: Path) -> Path:
 
 
 def _resume_is_exact(mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str, lora: bool) -> None:
+    from sat_train.checkpoint.background import BackgroundWriter
     from sat_train.checkpoint.load import read_client_state
 
     save_root = root / f"{zero_stage}-{dtype}-{lora}"
     run_directory = new_run(mesh, save_root)
     engine = build_engine(mesh, zero_stage=zero_stage, dtype=dtype, lora=lora)
-    train(engine, mesh.rank, range(3))
-    save(mesh, engine, run_directory, step=3, lora=lora)
-    straight = train(engine, mesh.rank, range(3, 6))
+    waiting = new_run(mesh, root / f"{save_root.name}-waiting")
+    writer = BackgroundWriter(only_with_room=False)
+    for step in (1, 3):  # the second copy takes the memory of the first
+        train(engine, mesh.rank, range(step // 2, step))
+        waited = save(mesh, engine, waiting, step=step, lora=lora)
+        commit = begin(mesh, engine, run_directory, step=step, lora=lora, writer=writer)
+        straight = train(engine, mesh.rank, range(3, 6)) if step == 3 else []
+        assert read_manifest(commit()).files == read_manifest(waited).files, "the same bytes"
 
     # frozen weights come from the base; all else must come from the checkpoint, whatever was there before
     resumed = build_engine(mesh, zero_stage=zero_stage, dtype=dtype, lora=lora, seed=0 if lora else 1)
@@ -273,8 +295,9 @@ def test_fragments_that_a_stranger_wrote_are_refused_by_their_file_on_all_ranks(
         assert str(tmp_path / name) in messages[0], name
 
 
-def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path) -> str:
+def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path, in_background: bool) -> str:
     from sat_train.checkpoint import save as saving
+    from sat_train.checkpoint.background import BackgroundWriter
 
     engine = build_engine(mesh, zero_stage=2, dtype="fp32", lora=False)
     run_directory = new_run(mesh, save_root)
@@ -287,12 +310,14 @@ def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path) -> str:
     honest = saving.write_file
     if mesh.rank == 1:
         saving.write_file = full_disk
-    with pytest.raises(CheckpointError) as caught:
-        save(mesh, engine, run_directory, step=2)
-    saving.write_file = honest
-    assert not (run_directory / "2").exists()
-    # training continues, and so does saving
+    writer = BackgroundWriter(only_with_room=False) if in_background else None
+    commit = begin(mesh, engine, run_directory, step=2, writer=writer)
     train(engine, mesh.rank, range(1, 2))
+    with pytest.raises(CheckpointError) as caught:
+        commit()
+    saving.write_file = honest
+    assert [path.name for path in run_directory.iterdir() if path.is_dir()] == ["1"]
+    # training continues, and so does saving
     save(mesh, engine, run_directory, step=3)
     point = find(mesh, save_root)
     assert point is not None
@@ -303,13 +328,16 @@ def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path) -> str:
 def test_one_rank_that_cannot_write_fails_the_save_on_all(
     rank_pool: Callable[..., Any], tmp_path: Path
 ) -> None:
-    messages = rank_pool(2)(_a_failed_write_is_agreed, tmp_path)
-    assert messages[0] == messages[1]
-    assert "rank 1: fragments_rank_01.pt: No space left on device" in messages[0]
+    for in_background in (False, True):
+        root = tmp_path / str(in_background)
+        messages = rank_pool(2)(_a_failed_write_is_agreed, root, in_background)
+        assert messages[0] == messages[1]
+        assert "rank 1: fragments_rank_01.pt: No space left on device" in messages[0]
 
 
 def _killed_in_a_save(mesh: ProcessMesh, save_root: Path) -> None:
     from sat_train.checkpoint import save as saving
+    from sat_train.checkpoint.background import BackgroundWriter
 
     engine = build_engine(mesh, zero_stage=2, dtype="fp32", lora=False)
     run_directory = new_run(mesh, save_root)
@@ -317,7 +345,7 @@ def _killed_in_a_save(mesh: ProcessMesh, save_root: Path) -> None:
     train(engine, mesh.rank, range(1))
     if mesh.rank == 1:
         saving.write_file = lambda path, write: os.kill(os.getpid(), signal.SIGKILL)
-    save(mesh, engine, run_directory, step=2)
+    begin(mesh, engine, run_directory, step=2, writer=BackgroundWriter(only_with_room=False))()
 
 
 def _resumed_step(mesh: ProcessMesh, save_root: Path) -> int:

@@ -30,7 +30,8 @@ def _train_and_save(
     mesh: ProcessMesh, model: ModelSpec, base: Path, run_directory: Path, zero_stage: int, lr: float
 ) -> None:
     """Two steps in bf16 from the weights of `base`, then a checkpoint of step 2."""
-    from sat_train.checkpoint.save import RunState, save_training_checkpoint
+    from sat_train.checkpoint.run_state import RunState
+    from sat_train.checkpoint.save import save_training_checkpoint
     from sat_train.distributed.collectives import on_rank_0
     from sat_train.engine.build import start_engine
     from sat_train.models.build import build_dit

@@ -1,5 +1,6 @@
 """Laws of the loop: what it reports, when it saves, what a failed save does."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from sat_train.checkpoint.layout import PREEMPTED
 from sat_train.config.learning_rate import LearningRate
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.errors import CheckpointError
+from sat_train.errors import CheckpointError, TrainingError
 from sat_train.objective.training_inputs import LossOutput
 from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.loss_by_timestep import LossByTimestep
@@ -106,19 +107,36 @@ def _train(
     log_interval: int = 1,
     failing: tuple[int, ...] = (),
     stop_at: int = -1,
+    poison: int = -1,
+    in_background: bool = False,
+    writes_long: bool = False,
     more: tuple[Callback, ...] = (),
 ) -> tuple[list[int], str]:
-    """Trains the toy; returns the steps whose save was asked for, and the error that ended the run."""
-    _, train_step, stop_request = build_toy(mesh, toy_run(batch_size=BATCH))
-    asked = []
+    """Trains the toy; returns the steps that were to be committed, and the error that ended the run."""
+    _, train_step, stop_request = build_toy(
+        mesh, toy_run(batch_size=BATCH), poison=poison, is_saving=writes_long and mesh.rank == 1
+    )
+    longest = 2 if writes_long else 1  # steps that a save in the background may take
+    asked, committed = [], []
 
-    def save(trainer: Trainer) -> Path:
-        asked.append(trainer.state.step)
-        if trainer.state.step in failing:
-            raise CheckpointError(f"no room at step {trainer.state.step}")
-        return folder
+    def save(trainer: Trainer, *, in_background: bool) -> Callable[[], Path]:
+        assert asked == committed, "the last one is committed first"
+        step = trainer.state.step
+        asked.append(step)
 
-    checkpointer = Checkpointer(mesh, folder, save, interval=2, keep_last=0, keep_every=0)
+        def commit() -> Path:
+            committed.append(step)
+            late = trainer.state.step - step
+            assert late == min(longest, steps - step) if in_background and stop_at < 0 else late <= longest
+            if step in failing:
+                raise CheckpointError(f"no room at step {step}")
+            return folder
+
+        return commit
+
+    checkpointer = Checkpointer(
+        mesh, folder, save, interval=2, keep_last=0, keep_every=0, in_background=in_background
+    )
     reports = [MetricsFile(folder), TensorBoard(folder), PreemptedMarker(folder)] if mesh.rank == 0 else []
     trainer = _trainer(
         mesh,
@@ -129,10 +147,10 @@ def _train(
     )
     try:
         trainer.run()
-    except CheckpointError as error:
-        return asked, str(error)
+    except (CheckpointError, TrainingError) as error:
+        return committed, str(error)
     assert trainer.state.samples_consumed == trainer.state.step * BATCH * mesh.data_size
-    return asked, ""
+    return committed, ""
 
 
 def _run(mesh: ProcessMesh, folder: Path, options: dict) -> tuple[list[int], str]:
@@ -185,16 +203,22 @@ def test_the_smoothed_loss_is_a_mean_of_all_losses_from_the_first_step_on():
         ({"failing": (2, 4, 6)}, [2, 4, 6], "no room at step 6"),
         ({"failing": (10,)}, [2, 4, 6, 8, 10], "no room at step 10"),
         ({"stop_at": 4}, [2, 4, 5], ""),
+        ({"writes_long": True}, [2, 4, 6, 8, 10], ""),
+        ({"poison": 17}, [2, 4], "step 5: the loss is not finite"),
     ],
 )
 def test_saves_come_at_intervals_and_once_at_the_end_and_some_may_fail(
     rank_pool, tmp_path, options, asked, error
 ):
-    assert rank_pool(2)(_run, tmp_path, options) == [(asked, error)] * 2
-    stopped = "stop_at" in options
-    assert (tmp_path / PREEMPTED).exists() == stopped
-    if stopped:
-        assert (tmp_path / PREEMPTED).read_text() == "5\n"
+    for in_background in (False, True):
+        folder = tmp_path / str(in_background)
+        folder.mkdir()
+        results = rank_pool(2)(_run, folder, {**options, "in_background": in_background})
+        assert [(steps, text[: len(error)]) for steps, text in results] == [(asked, error)] * 2
+        stopped = "stop_at" in options
+        assert (folder / PREEMPTED).exists() == stopped
+        if stopped:
+            assert (folder / PREEMPTED).read_text() == "5\n"
 
 
 class Failing(Callback):
@@ -252,9 +276,9 @@ def _interrupted(
     saved: list[int] = []
     measured: list[int] = []
 
-    def save(trainer: Trainer) -> Path:
+    def save(trainer: Trainer, *, in_background: bool) -> Callable[[], Path]:
         saved.append(trainer.state.step)
-        return folder
+        return lambda: folder
 
     trainer = _trainer(
         mesh,

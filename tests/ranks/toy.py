@@ -102,7 +102,7 @@ def toy_batches(
 
 
 def build_toy(
-    mesh: ProcessMesh, config: Any, *, poison: int = -1, start: int = 0
+    mesh: ProcessMesh, config: Any, *, poison: int = -1, start: int = 0, is_saving: bool = False
 ) -> tuple[TrainEngine, TrainStep, StopRequest]:
     """Returns an engine over the toy model, a train_step over its batches, and its stop request."""
     model = toy_model()
@@ -119,6 +119,7 @@ def build_toy(
         batches=toy_batches(mesh, config.args.batch_size, poison=poison, start=start),
         mesh=mesh,
         stop_request=stop_request,
+        is_saving=lambda: is_saving,
     )
     return engine, train_step, stop_request
 

@@ -60,6 +60,10 @@ def _truth_to_policy(value: Any) -> Any:
     return {True: "full", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+def _truth_to_switch(value: Any) -> Any:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 def _base_60_to_aspect(value: Any) -> Any:
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return f"{value // 60}:{value % 60}" if is_number else value
@@ -119,6 +123,11 @@ Recompute = Annotated[
     Literal["off", "gemm", "attention", "full"],
     BeforeValidator(_truth_to_policy),
     WithJsonSchema({"enum": ["off", "gemm", "attention", "full", True, False]}),
+]
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(_truth_to_switch),
+    WithJsonSchema({"enum": ["auto", "on", "off", True, False]}),
 ]
 # Pydantic by itself accepts true as 1 and false as 0.
 ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth_value)]

@@ -15,6 +15,7 @@ from sat_train.config.parts.record import (
     PlainName,
     Recompute,
     Record,
+    Switch,
     Text,
     Texts,
     ZeroStage,
@@ -157,6 +158,11 @@ class ArgsConfig(Record):
     )
     save: Text | None = Field("runs", description="Folder of run directories. null: save nothing.")
     save_interval: int = Field(500, ge=1, description="Steps between checkpoints.")
+    async_save: Switch = Field(
+        "auto",
+        description="Write checkpoints from a copy in host memory while training continues. auto: where the "
+        "copies take at most half of the memory that the machine can spare. off: training waits.",
+    )
     keep_last: int | None = Field(3, ge=1, description="Newest checkpoints to keep; null keeps all.")
     keep_every: int | None = Field(
         None, ge=1, description="Also keep the checkpoints of steps divisible by this."

@@ -47,8 +47,8 @@ class BestCheckpoint(Callback):
             self._losses[metrics.step] = metrics.valid_loss.mean
             self._point()
 
-    def finished(self, trainer: Training) -> None:
-        """Considers the last step, which may have been validated before it was saved."""
+    def saved(self, step: int) -> None:
+        """Considers a step that may have been validated before it was saved."""
         self._point()
 
     def _point(self) -> None:

@@ -22,7 +22,7 @@ from sat_train.sampling.generate import generate_video
 from sat_train.training.callbacks.bad_clip_count import BadClipCount
 from sat_train.training.callbacks.best_checkpoint import BestCheckpoint
 from sat_train.training.callbacks.cache_publisher import CachePublisher
-from sat_train.training.callbacks.checkpoint import Checkpointer, PreemptedMarker
+from sat_train.training.callbacks.checkpoint import BeginSave, Checkpointer, PreemptedMarker
 from sat_train.training.callbacks.condition_check import ConditionCheck
 from sat_train.training.callbacks.early_stop import EarlyStop, exhausted_patience
 from sat_train.training.callbacks.ema import ExponentialMovingAverage
@@ -37,7 +37,7 @@ from sat_train.training.callbacks.validation_loss import validation_timesteps
 from sat_train.training.callbacks.validation_videos import SampleVideos, contact_sheet
 from sat_train.training.callbacks.videos_to_sample import VideoToSample, choose_videos
 from sat_train.training.callbacks.view_pictures import ViewPictures
-from sat_train.training.loop.callback import Callback, CallbackContext, Training
+from sat_train.training.loop.callback import Callback, CallbackContext
 
 log = get_logger(__name__)
 
@@ -52,7 +52,7 @@ def build_callbacks(
     encode: Encode,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
-    save: Callable[[Training], Path],
+    save: BeginSave,
 ) -> list[Callback]:
     """Returns the callbacks: counts and averages, reports, then checkpoints, so that a failure of a later
     callback cannot lose one.
@@ -77,6 +77,7 @@ def build_callbacks(
             interval=config.args.save_interval,
             keep_last=config.args.keep_last or 0,
             keep_every=config.args.keep_every or 0,
+            in_background=config.args.async_save != "off",
             best_step=lambda: None if best is None else best.step,
         )
         callbacks.append(checkpointer)

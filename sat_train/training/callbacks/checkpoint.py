@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from sat_train.checkpoint.layout import PREEMPTED
 from sat_train.checkpoint.retention import prune_checkpoints
@@ -18,16 +19,27 @@ log = get_logger(__name__)
 _MOST_FAILURES_IN_A_ROW = 3
 
 
+class BeginSave(Protocol):
+    """Begins to save the trainer: `build_save`."""
+
+    def __call__(self, trainer: Training, *, in_background: bool) -> Callable[[], Path]:
+        """Returns a function that waits for the files, commits them and returns their folder. Ranks: all."""
+
+
 class Checkpointer(Callback):
     """Saves every `interval` steps, at the end, and when the run is stopped.
+
+    A save in the background is committed at the end of the first step in which no rank was writing any more,
+    and before anything that has to find it: the next save, the end of the run.
 
     Args:
         mesh: The process mesh.
         run_directory: The run directory.
-        save: Writes and commits one checkpoint of the trainer, on all ranks, and returns its folder.
+        save: Begins one checkpoint of the trainer, on all ranks.
         interval: Steps between checkpoints.
         keep_last: Number of newest checkpoints to keep; 0 keeps all.
         keep_every: Also keep checkpoints of steps divisible by this; 0 for none.
+        in_background: Training continues while a checkpoint is written.
         best_step: Returns the step with the lowest validation loss, which is kept; None if there is none.
     """
 
@@ -35,11 +47,12 @@ class Checkpointer(Callback):
         self,
         mesh: ProcessMesh,
         run_directory: Path,
-        save: Callable[[Training], Path],
+        save: BeginSave,
         *,
         interval: int,
         keep_last: int,
         keep_every: int,
+        in_background: bool = False,
         best_step: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._mesh = mesh
@@ -47,6 +60,8 @@ class Checkpointer(Callback):
         self._save = save
         self._interval = interval
         self._keep_last, self._keep_every, self._best_step = keep_last, keep_every, best_step
+        self._in_background = in_background
+        self._begun: tuple[Training, int, Callable[[], Path]] | None = None
         self._saved_step = -1
         self._resumed_step: int | None = None
         self._failures_in_a_row = 0
@@ -57,12 +72,15 @@ class Checkpointer(Callback):
             self._saved_step = self._resumed_step = trainer.state.step
 
     def step_done(self, trainer: Training) -> None:
-        """Saves when a checkpoint is due."""
+        """Commits what has been written, and saves when a checkpoint is due."""
         is_last = trainer.complete or trainer.stopping
-        if not is_last and trainer.state.step % self._interval:
+        is_due = is_last or trainer.state.step % self._interval == 0
+        if is_due or not trainer.saving:
+            self._commit_or_count()
+        if not is_due:
             return
         try:
-            self._save_once(trainer)
+            self._save_once(trainer, in_background=self._in_background and not is_last)
         except CheckpointError as error:
             if is_last:
                 raise
@@ -70,9 +88,17 @@ class Checkpointer(Callback):
         trainer.asked_to_stop()  # meanwhile: then neither validation nor another step is waited for
 
     def finished(self, trainer: Training) -> None:
-        """Saves where a validation was interrupted, or has ended the run, at an unsaved step."""
+        """Commits the last save, and saves where a validation was interrupted, or has ended the run, at an
+        unsaved step.
+        """
+        self._commit_or_count()
         if trainer.state.step:
-            self._save_once(trainer)
+            self._save_once(trainer, in_background=False)
+
+    def failed(self, error: BaseException) -> None:
+        """Commits what was begun, if all ranks have the same error and so come here together."""
+        if self._mesh.world_size == 1 or getattr(error, "ranks_agree", False):
+            self._commit_or_count()
 
     def _count_failure(self, error: CheckpointError) -> None:
         """Ends the run after several failed saves in a row: before that, a full disk may still be cleared."""
@@ -82,16 +108,33 @@ class Checkpointer(Callback):
         if self._mesh.rank == 0:
             log.error("not saved, training continues: %s", error)
 
-    def _save_once(self, trainer: Training) -> None:
+    def _save_once(self, trainer: Training, *, in_background: bool) -> None:
         if trainer.state.step == self._saved_step:
             return
         trainer.settle()
         trainer.callbacks.before_save(trainer)
-        folder = self._save(trainer)
-        self._saved_step = trainer.state.step
+        commit = self._save(trainer, in_background=in_background)
+        self._begun = trainer, trainer.state.step, commit
+        if not in_background:
+            self._commit()
+
+    def _commit_or_count(self) -> None:
+        try:
+            self._commit()
+        except CheckpointError as error:
+            self._count_failure(error)
+
+    def _commit(self) -> None:
+        if self._begun is None:
+            return
+        (trainer, step, commit), self._begun = self._begun, None
+        folder = commit()
+        self._saved_step = step
         self._failures_in_a_row = 0
         if self._mesh.rank == 0:
             log.info("saved %s", folder)
+        trainer.callbacks.saved(step)
+        if self._mesh.rank == 0:
             self._prune()
 
     def _prune(self) -> None:

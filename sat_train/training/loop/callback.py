@@ -35,6 +35,7 @@ class Training(Protocol):
         learning_rate: Rate by step.
         applied: The last step updated the weights; False where a gradient was not finite.
         stopping: All ranks know that the run was asked to stop.
+        saving: Some rank was writing a checkpoint in the background during the last step.
     """
 
     engine: TrainEngine
@@ -44,6 +45,7 @@ class Training(Protocol):
     learning_rate: LearningRate
     applied: bool
     stopping: bool
+    saving: bool
 
     @property
     def complete(self) -> bool:
@@ -121,8 +123,14 @@ class Callback:
     def before_save(self, trainer: Training) -> None:
         """Before a checkpoint is written, on all ranks."""
 
+    def saved(self, step: int) -> None:
+        """A checkpoint was committed, perhaps some steps after its own, on all ranks."""
+
     def finished(self, trainer: Training) -> None:
         """After the last step, whether the run is complete or was asked to stop. Not after an error."""
+
+    def failed(self, error: BaseException) -> None:
+        """After an error, before `closed`; that error stays the one that is shown."""
 
     def closed(self) -> None:
         """At the very end, also after an error."""
@@ -189,9 +197,17 @@ class Callbacks:
         """Before a checkpoint is written."""
         self._each(lambda callback: callback.before_save(trainer))
 
+    def saved(self, step: int) -> None:
+        """A checkpoint was committed."""
+        self._each(lambda callback: callback.saved(step))
+
     def finished(self, trainer: Training) -> None:
         """After the last step, not after an error."""
         self._each(lambda callback: callback.finished(trainer))
+
+    def failed(self, error: BaseException) -> None:
+        """After an error."""
+        self._each(lambda callback: callback.failed(error))
 
     def closed(self) -> None:
         """Closes each of them, whatever another one raises.
@@ -210,11 +226,12 @@ class Callbacks:
             raise first
 
     def closed_after(self, error: BaseException) -> None:
-        """Closes each of them after an error, which stays the one that is shown."""
-        try:
-            self.closed()
-        except Exception as other:
-            log.debug("besides %r: %r", error, other)  # `closed` has said it
+        """Tells each of them of an error, which stays the one that is shown, and closes them."""
+        for tell in (lambda: self.failed(error), self.closed):
+            try:
+                tell()
+            except Exception as other:
+                log.debug("besides %r: %r", error, other)  # `closed` has said it
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Returns the states of those that have one, by class name; a second of a class is `Name 2`."""

@@ -25,6 +25,7 @@ class StepResult:
         loss: [], fp32, on the device: mean over this rank's samples.
         data_wait_s: Seconds in which this rank waited for the loader.
         stop_level: The highest `StopRequest.level` of all ranks.
+        saving: Some rank was writing a checkpoint in the background while this step computed.
         applied: The weights were updated; False when a gradient was not finite.
         num_samples: Samples of the step, of all ranks together.
         model_flops: FLOPs of the model on this rank's samples.
@@ -33,6 +34,7 @@ class StepResult:
     loss: torch.Tensor
     data_wait_s: float
     stop_level: int
+    saving: bool
     applied: bool
     num_samples: int
     model_flops: float
@@ -48,6 +50,7 @@ class TrainStep:
         mesh: The process mesh.
         stop_request: Holds whether this process was asked to stop.
         count_flops: FLOPs of the model on a batch, forward and backward.
+        is_saving: Returns whether this rank is writing a checkpoint in the background.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TrainStep:
         mesh: ProcessMesh,
         stop_request: StopRequest,
         count_flops: Callable[[LoadedBatch], float] = lambda batch: 0.0,
+        is_saving: Callable[[], bool] = lambda: False,
     ) -> None:
         self.engine = engine
         self._compute_loss = compute_loss
@@ -66,6 +70,7 @@ class TrainStep:
         self._mesh = mesh
         self._stop_request = stop_request
         self._count_flops = count_flops
+        self._is_saving = is_saving
 
     def step(
         self, number: int, learning_rate: float, *, before_update: Callable[[], None] = lambda: None
@@ -91,14 +96,14 @@ class TrainStep:
         waited += self._micro_step(losses, seen)
         flags = self._ask_ranks(losses)  # copied while the backward pass runs
         self.engine.backward(self._pending)
-        not_finite, stop_level = flags.read()
+        not_finite, stop_level, saving = flags.read()
         if not_finite:
             self._raise_not_finite(number, losses, seen)
         before_update()
         applied = self.engine.step(learning_rate)
         loss = torch.stack(losses).mean()
         num_samples = self._mesh.data_size * sum(len(clips) for clips in seen)
-        return StepResult(loss, waited, int(stop_level), applied, num_samples, self._flops)
+        return StepResult(loss, waited, int(stop_level), bool(saving), applied, num_samples, self._flops)
 
     def stop_level(self) -> int:
         """Returns the highest `StopRequest.level` of all ranks, between two steps.
@@ -120,8 +125,8 @@ class TrainStep:
 
     def _ask_ranks(self, losses: list[torch.Tensor]) -> _PendingFlags:
         finite = torch.stack(losses).isfinite().all()
-        stop_level = torch.tensor(float(self._stop_request.level), device=finite.device)
-        return _PendingFlags(max_flags(self._mesh, torch.stack([(~finite).float(), stop_level])))
+        ours = torch.tensor([float(self._stop_request.level), float(self._is_saving())], device=finite.device)
+        return _PendingFlags(max_flags(self._mesh, torch.cat([(~finite).float()[None], ours])))
 
     def _raise_not_finite(self, number: int, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> None:
         ours = [

@@ -34,6 +34,7 @@ class Trainer:
         applied: The last step updated the weights; False where a gradient was not finite.
         stopping: All ranks know that the run was asked to stop.
         interrupted: The request was a user's Ctrl-C.
+        saving: Some rank was writing a checkpoint in the background during the last step.
         finish_reason: What has ended the run before `train_iters`; empty if nothing has.
     """
 
@@ -55,6 +56,7 @@ class Trainer:
         self.applied = True
         self.stopping = False
         self.interrupted = False
+        self.saving = False
         self.finish_reason = ""
         self._train_step = train_step
         self._meter = meter
@@ -124,7 +126,7 @@ class Trainer:
         )
         state.step += 1
         state.samples_consumed += result.num_samples
-        self.applied = result.applied
+        self.applied, self.saving = result.applied, result.saving
         self._count_skip(result.applied)
         self._meter.add(result)
         self._take_stop_level(result.stop_level)

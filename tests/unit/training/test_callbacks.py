@@ -55,7 +55,7 @@ def _call(callbacks: Callbacks, method: str) -> None:
 def test_the_methods_are_those_that_the_loop_calls():
     assert set(METHODS) == {
         *("started", "loss_computed", "before_optimizer_step", "step_done", "measure", "reported"),
-        *("before_save", "finished", "closed"),
+        *("before_save", "saved", "finished", "failed", "closed"),
         *("state_dict", "load_state_dict", "add_tensors", "load_tensors"),
     }
 
@@ -105,7 +105,7 @@ def test_after_an_error_all_are_closed_and_no_other_error_hides_it(log):
     heard: list[str] = []
     callbacks = Callbacks([Listener(heard, "a", closed=AttributeError("no _bar")), Listener(heard, "b")])
     callbacks.closed_after(Odd("the cause"))
-    assert heard == ["a closed", "b closed"]
+    assert heard == ["a failed", "b failed", "a closed", "b closed"]
     assert "no _bar" in log.text
 
 

@@ -1,0 +1,96 @@
+"""Writes the files of a save in a thread, from a copy in host memory, while training continues."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from sat_train.checkpoint.host_copy import HostCopy
+from sat_train.checkpoint.publish import RankReport
+from sat_train.checkpoint.run_state import RunState
+from sat_train.distributed.host_memory import spare_host_memory
+from sat_train.log import get_logger
+
+log = get_logger(__name__)
+
+_GIB = 2**30
+_LARGEST_SHARE = 0.5  # of the host's spare memory, for the copies of all its ranks
+
+
+class BackgroundWriter:
+    """Writes one state at a time; the next one waits until the caller has asked for the report of the last.
+
+    Args:
+        only_with_room: Copy only where the copies of all ranks of this machine take at most half of the
+            memory that it has to spare; elsewhere the caller waits for the files.
+        ranks_here: Ranks on this machine.
+    """
+
+    def __init__(self, *, only_with_room: bool, ranks_here: int = 1) -> None:
+        self._only_with_room, self._ranks_here = only_with_room, ranks_here
+        self._copy = HostCopy()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """True while the thread writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, state: RunState, write: Callable[[RunState], RankReport]) -> Callable[[], RankReport]:
+        """Copies a state and begins to write the copy; where there is no room for one, writes the state.
+
+        Args:
+            state: May change once this has returned.
+            write: Writes it; reports a failure instead of raising.
+
+        Returns:
+            A function that waits for the files and returns the report.
+        """
+        assert not self.is_writing, "the last write has not been waited for"
+        copy = self._copied(state)
+        if copy is None:
+            return written(write(state))
+        reports: list[RankReport] = []
+        thread = threading.Thread(target=lambda: reports.append(write(copy)), name="checkpoint", daemon=True)
+        self._thread = thread
+        thread.start()
+
+        def wait() -> RankReport:
+            thread.join()
+            return reports[0]
+
+        return wait
+
+    def _copied(self, state: RunState) -> RunState | None:
+        tensors = state.tensors
+        needed = self._copy.missing_bytes(tensors)
+        if needed and not self._has_room(needed):
+            return None
+        try:
+            copy = state.with_tensors(self._copy.take(tensors))
+        except (RuntimeError, MemoryError) as error:
+            log.warning("no copy of the state in host memory, training waits for this save: %s", error)
+            return None
+        if needed:
+            log.info(
+                "saves are written in the background, from a copy of %.1f GiB in host memory", needed / _GIB
+            )
+        return copy
+
+    def _has_room(self, needed: int) -> bool:
+        if not self._only_with_room:
+            return True
+        spare = spare_host_memory()
+        if needed * self._ranks_here <= _LARGEST_SHARE * spare:
+            return True
+        log.info(
+            "training waits for saves: copies of %.1f GiB for each of %d ranks would take more than half of "
+            "the %.1f GiB that this machine can spare (args.async_save)",
+            *(needed / _GIB, self._ranks_here, spare / _GIB),
+        )
+        return False
+
+
+def written(report: RankReport) -> Callable[[], RankReport]:
+    """Returns the waiting for files that have been written already."""
+    return lambda: report
