@@ -51,10 +51,12 @@ class Recipe:
     Args:
         method: `sft` or `lora`: the preset.
         stage: ZeRO stage.
+        async_save: `on` or `off`.
     """
 
     method: str
     stage: int
+    async_save: str = "on"
 
     def words(self, trial_folder: TrialFolder) -> list[str]:
         """Returns the command line of `sat-train train`."""
@@ -68,10 +70,15 @@ class Recipe:
             *("data.cache=fill", f"data.cache_dir={trial_folder.cache}", "data.cache_shard_mb=0.02"),
             *(f"args.train_data=[{trial_folder.clips}]", "args.experiment_name=trial", "args.resume=auto"),
             *(f"args.save={trial_folder.runs}", "data.max_bad_fraction=0.5"),
+            f"args.async_save={self.async_save}",
         ]
 
 
-RECIPES = tuple(Recipe(method, stage) for method in ("sft", "lora") for stage in (1, 2, 3))
+RECIPES = tuple(
+    Recipe(method, stage, ("on", "off")[(stage + (method == "lora")) % 2])
+    for method in ("sft", "lora")
+    for stage in (1, 2, 3)
+)
 
 
 @dataclass(frozen=True)
@@ -316,7 +323,8 @@ def run_trial(
         _judge_second(second, must_say, verdict)
         if second.succeeded:
             _judge_result(fault, trial_folder, reference, verdict)
-            intervals = 2 if must_say else fault.intervals
+            # a save that is still being written in the background is lost with the process
+            intervals = (2 if must_say else fault.intervals) + (recipe.async_save == "on")
             _judge_loss(second, done, intervals=intervals, verdict=verdict)
     return verdict
 

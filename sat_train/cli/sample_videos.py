@@ -17,8 +17,9 @@ from sat_train.distributed.signals import StopRequest
 from sat_train.distributed.work_queue import WorkQueue
 from sat_train.encoding.build import build_encoders
 from sat_train.errors import SatTrainError, Stopped
-from sat_train.interchange.locate import load_weights, locate_weights
+from sat_train.interchange.locate import locate_weights
 from sat_train.interchange.module_files import check_module_files
+from sat_train.interchange.shared_loading import load_weights_once
 from sat_train.log import console, get_logger
 from sat_train.models.attention import attention_kernels
 from sat_train.models.build import build_dit, compute_dtype
@@ -172,7 +173,7 @@ def build_loaded_dit(config: RunConfig, mesh: ProcessMesh) -> DiffusionTransform
         config.spec, device=mesh.device, dtype=compute_dtype(args), initialize=False, with_adapters=False
     )
     weights = slice_weights(base, rank=mesh.model_rank, size=mesh.model_size)
-    load_weights(dit, weights, may_lack=dit.derived_keys())
+    load_weights_once(dit, weights, mesh, may_lack=dit.derived_keys())
     if updates:
         add_adapters_for(dit, updates)
         scales = ", ".join(f"{scale:g}" for scale in scales_of(updates))

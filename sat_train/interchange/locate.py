@@ -7,7 +7,7 @@ Transformer: a SAT folder, a run or a step of ours, a diffusers model folder or 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,7 +249,6 @@ def read_vae_weights(path: str | Path) -> dict[str, Tensor]:
     return vae_state_from_diffusers(tensors) if is_diffusers_vae(tensors) else tensors
 
 
-@torch.no_grad()
 def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Collection[str] = ()) -> None:
     """Copies weights into a module, one tensor at a time, after all names and shapes have been compared.
 
@@ -261,12 +260,27 @@ def load_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Col
     Raises:
         CheckpointError: As `check_names_and_shapes`; nothing is copied.
     """
-    targets = module.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    check_weights(module, weights, may_lack=may_lack)
+    copy_weights(module, weights, weights)
+
+
+def check_weights(module: torch.nn.Module, weights: LazyWeights, *, may_lack: Collection[str] = ()) -> None:
+    """Compares names and shapes of weights with those of a module.
+
+    Raises:
+        CheckpointError: As `check_names_and_shapes`.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     file_shapes = {name: unflattened(shape, shapes.get(name)) for name, shape in weights.shapes.items()}
     check_names_and_shapes(shapes, file_shapes, where=weights.where, may_lack=may_lack)
-    for name in weights:
-        targets[name].copy_(weights[name].reshape(shapes[name]))
+
+
+@torch.no_grad()
+def copy_weights(module: torch.nn.Module, weights: LazyWeights, names: Iterable[str]) -> None:
+    """Copies some of the weights into a module, whose names and shapes have been compared."""
+    targets = module.state_dict()
+    for name in names:
+        targets[name].copy_(weights[name].reshape(targets[name].shape))
 
 
 def unflattened(shape: Shape, expected: Shape | None) -> Shape:

@@ -19,7 +19,7 @@ from sat_train.planning.gpu_memory import Weights
 
 _TERA, _GIGA = 1e12, 1e9
 _HOST_UPDATE_S = 1.2e-8  # an element of torch's AdamW on one CPU thread
-_HOST_COPY_GBPS = 20  # between GPU and host
+HOST_COPY_GBPS = 20  # between GPU and host
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def optimizer_seconds(config: RunConfig, card: Hardware, *, elements: float) -> 
     In host memory one thread computes it, between copies of gradients and weights.
     """
     if config.deepspeed.zero_optimization.offload_optimizer.device == "cpu":
-        return elements * (_HOST_UPDATE_S + 4 / _HOST_COPY_GBPS / _GIGA)
+        return elements * (_HOST_UPDATE_S + 4 / HOST_COPY_GBPS / _GIGA)
     state = config.deepspeed.optimizer.params.bytes_per_weight()
     return elements * (2 * (4 + state) + 4 + 2) / card.memory_tbps / _TERA
 

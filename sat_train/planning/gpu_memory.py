@@ -21,7 +21,7 @@ from sat_train.weights.readers import read_weight_files
 
 CONTEXT_BYTES = 2e9  # CUDA context, NCCL and the libraries' workspaces, which nobody counts
 T5_XXL_WEIGHTS = 4.762e9  # google/t5-v1_1-xxl, encoder only
-_MASTER = 4  # bytes of a weight in fp32
+MASTER_BYTES = 4  # bytes of a weight in fp32
 _ENCODER = ("encoder.", "shared.")  # keys of T5 that are not its decoder's
 
 
@@ -136,12 +136,12 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
     share = trained if stage == 0 else trained / data_ranks
     if stage in (1, 2):
         share = row_length(weights.trained, data_ranks)
-    average = _MASTER if config.args.ema_decay is not None else 0
-    masters = 0 if stage == 0 else _MASTER
+    average = MASTER_BYTES if config.args.ema_decay is not None else 0
+    masters = 0 if stage == 0 else MASTER_BYTES
     states = (masters + average + config.deepspeed.optimizer.params.bytes_per_weight()) * share
     is_offloaded = zero.offload_optimizer.device == "cpu"
     frozen_and_padded = total - trained + (share * data_ranks if stage in (1, 2) else trained)
-    summed = _MASTER if config.deepspeed.data_types.grad_accum_dtype == "fp32" else element
+    summed = MASTER_BYTES if config.deepspeed.data_types.grad_accum_dtype == "fp32" else element
     return StateMemory(
         weights=element * (total / data_ranks if stage == 3 else frozen_and_padded),
         gradients=summed * (trained if stage < 2 else share),
@@ -149,7 +149,9 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
         offloaded=states if is_offloaded else 0.0,
         buffers=bucket_bytes(config.deepspeed, trained=trained, data_ranks=data_ranks, element=element),
         # the fp32 gradient, and DeepSpeed's flat copy of the half-precision one
-        update=0.0 if is_offloaded or stage == 0 else (_MASTER + (summed if summed < _MASTER else 0)) * share,
+        update=0.0
+        if is_offloaded or stage == 0
+        else (MASTER_BYTES + (summed if summed < MASTER_BYTES else 0)) * share,
     )
 
 

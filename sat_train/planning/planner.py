@@ -19,6 +19,7 @@ from sat_train.planning.counting import (
     work_of_encoding,
 )
 from sat_train.planning.duration import (
+    HOST_COPY_GBPS,
     StepTime,
     communication_seconds,
     computing_seconds,
@@ -27,6 +28,7 @@ from sat_train.planning.duration import (
 )
 from sat_train.planning.gpu_memory import (
     CONTEXT_BYTES,
+    MASTER_BYTES,
     PhaseMemory,
     StateMemory,
     Weights,
@@ -160,7 +162,7 @@ class Planner:
             optimizer=states.optimizer,
             buffers=CONTEXT_BYTES + states.buffers,
             encoders=resident,
-            host=states.offloaded,
+            host=states.offloaded + self._copy_of_saves(config, weights, states),
         )
         passes = self._peak(config, args.batch_size)
         yield replace(training, activations=max(passes, states.update))
@@ -171,8 +173,17 @@ class Planner:
             most = max(self._peak(config, 2, training=False), self._once(config, peak_of_decoding))
             yield replace(training, phase="videos", activations=most)
         if args.save is not None:
-            copies = states.optimizer + states.weights
-            yield replace(training, phase="save", host=states.offloaded + copies)
+            gathered = _saved_weights_bytes(config, weights) if args.zero_stage == 3 else 0.0
+            yield replace(training, phase="save", host=training.host + gathered)
+
+    def _copy_of_saves(self, config: RunConfig, weights: Weights, states: StateMemory) -> float:
+        """Returns the bytes of the copy from which the first rank saves while training continues."""
+        if config.args.save is None or config.args.async_save == "off":
+            return 0.0
+        owned = states.optimizer + states.offloaded
+        if config.args.zero_stage == 0:
+            owned = (owned + MASTER_BYTES * weights.num_trained) / self._data_ranks(config)
+        return _saved_weights_bytes(config, weights) + owned
 
     def _step(self, config: RunConfig, weights: Weights, data_ranks: int) -> StepTime:
         args = config.args
@@ -205,7 +216,8 @@ class Planner:
             batches = -(-args.eval_iters // data_ranks)
             seconds += args.train_iters // args.eval_interval * batches * args.eval_timesteps * forward
         if args.save is not None:
-            seconds += -(-args.train_iters // args.save_interval) * written / (_WRITING_GBPS * 1e9)
+            rate = _WRITING_GBPS if args.async_save == "off" else HOST_COPY_GBPS
+            seconds += -(-args.train_iters // args.save_interval) * written / (rate * 1e9)
         return seconds / 3600
 
     def _peak(self, config: RunConfig, batch_size: int, *, training: bool = True) -> float:
@@ -239,8 +251,13 @@ def _checkpoint_bytes(config: RunConfig, weights: Weights) -> float:
     """
     average = 4 if config.args.ema_decay is not None else 0
     states = 4 + average + config.deepspeed.optimizer.params.bytes_per_weight()
+    return _saved_weights_bytes(config, weights) + states * weights.num_trained
+
+
+def _saved_weights_bytes(config: RunConfig, weights: Weights) -> float:
+    """Returns the bytes of the weights in the dtype of computation that a checkpoint holds."""
     kept = weights.num_trained if config.freezes_base else weights.transformer
-    return compute_dtype(config.args).itemsize * kept + states * weights.num_trained
+    return compute_dtype(config.args).itemsize * kept
 
 
 def _cached_clip_bytes(config: RunConfig) -> float:

@@ -28,13 +28,13 @@ from sat_train.interchange.locate import (
     Located,
     base_weights_at,
     find_base,
-    load_weights,
     locate_weights,
     read_base,
     read_located,
     unflattened,
 )
 from sat_train.interchange.module_files import check_module_files, read_module_files
+from sat_train.interchange.shared_loading import load_weights_once
 from sat_train.interchange.surgery import (
     PROJECTION,
     Surgery,
@@ -263,7 +263,7 @@ def load_resumed_weights(
         own = known - dit.derived_keys()
         whole, may_lack = whole.select(lambda key: key if key in own else None), known
     weights = slice_weights(whole, rank=mesh.model_rank, size=mesh.model_size)
-    load_weights(dit, weights, may_lack=may_lack)
+    load_weights_once(dit, weights, mesh, may_lack=may_lack)
 
 
 def load_first_weights(
@@ -288,9 +288,10 @@ def load_first_weights(
     }
     own = {key for key in dit.state_dict() if key.startswith(tuple(new))} | adapter_state_dict(dit).keys()
     fitted = fit_weights(dit, base)
-    load_weights(
+    load_weights_once(
         dit,
         slice_weights(fitted.weights, rank=mesh.model_rank, size=mesh.model_size),
+        mesh,
         may_lack=dit.derived_keys() | own | fitted.absent,
     )
     fill_absent(dit, fitted.absent, seed=seed)

@@ -1,0 +1,198 @@
+"""Times the saves of a run: blocking, as they were before, and from a copy while the loop continues.
+
+    python benchmarks/saves.py                                # 1 GB, 7 rounds, in the temporary folder
+    python benchmarks/saves.py --mb 4096 --folder /scratch/me
+
+A round saves the same state three ways, one after the other: as a save was written before (torch's CRC-32,
+and SHA-256 in the writing thread), as it is written today, and in the background of a loop of matrix
+products. The stall is the time in which that loop stood still: for the copy, and for the commit once the
+files are there. The slowdown is what its products took longer meanwhile, as writing and hashing need a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sat_train import files
+from sat_train.checkpoint import save
+from sat_train.checkpoint.background import BackgroundWriter
+from sat_train.checkpoint.fragments import Fragment
+from sat_train.checkpoint.manifest import Manifest, read_manifest
+from sat_train.checkpoint.run_state import RunState
+from sat_train.distributed.processes import start_single_process
+
+_FRAGMENTS = 20
+_BYTES = 14  # of a weight: bf16, and three times fp32
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of one round.
+
+    Args:
+        before: A blocking save with CRC-32 and hashing in the same thread.
+        blocking: A blocking save.
+        copy: Of a save in the background, the copy.
+        commit: Of a save in the background, the commit.
+        writing: From the copy to the end of writing.
+        slowdown: Of the steps meanwhile.
+    """
+
+    before: float
+    blocking: float
+    copy: float
+    commit: float
+    writing: float
+    slowdown: float
+
+    @property
+    def stall(self) -> float:
+        """Share of a blocking save in which the loop stands still."""
+        return (self.copy + self.commit) / self.blocking
+
+
+def make_state(megabytes: int) -> RunState:
+    """Returns weights in bf16 with their masters and two moments."""
+    count = megabytes * 10**6 // _BYTES // _FRAGMENTS
+    kinds = ("master", "exp_avg", "exp_avg_sq")
+    names = [f"layer.{number}" for number in range(_FRAGMENTS)]
+    fragments = [Fragment(name, (count,), 0, {kind: torch.rand(count) for kind in kinds}) for name in names]
+    return RunState({name: torch.rand(count).bfloat16() for name in names}, fragments, {})
+
+
+class Saves:
+    """Saves of one state into a folder.
+
+    Args:
+        state: The state.
+        folder: An existing folder.
+    """
+
+    def __init__(self, state: RunState, folder: Path) -> None:
+        self._mesh = start_single_process()
+        self._state, self._folder = state, folder
+        self._writer = BackgroundWriter(only_with_room=False)
+        self._step = 0
+        self._work = torch.rand(512, 512)
+
+    def begin(self, *, in_background: bool) -> Callable[[], Path]:
+        self._step += 1
+        manifest = Manifest(
+            step=self._step,
+            samples_consumed=0,
+            world_size=1,
+            data_size=1,
+            model_size=1,
+            dtype="bf16",
+            trainable_only=False,
+            config_digest="",
+            data_fingerprint="",
+            base_weights=None,
+            versions={},
+        )
+        return save.begin_save(
+            self._mesh,
+            state=self._state,
+            run_directory=self._folder,
+            manifest=manifest,
+            writer=self._writer if in_background else None,
+        )
+
+    def blocking(self) -> float:
+        """Returns the seconds of a blocking save."""
+        begin = time.perf_counter()
+        folder = self.begin(in_background=False)()
+        seconds = time.perf_counter() - begin
+        shutil.rmtree(folder)
+        return seconds
+
+    def in_background(self) -> tuple[float, float, float, float]:
+        """Returns the seconds of copy, commit and writing, and the slowdown of the steps meanwhile."""
+        alone = statistics.median(self._seconds_of_a_step() for _ in range(5))
+        begin = time.perf_counter()
+        commit = self.begin(in_background=True)
+        copied = time.perf_counter()
+        steps, slowdown = 0, 0.0
+        while self._writer.is_writing:
+            slowdown += self._seconds_of_a_step() - alone
+            steps += 1
+        written = time.perf_counter()
+        folder = commit()
+        committed = time.perf_counter()
+        assert read_manifest(folder).step == self._step
+        shutil.rmtree(folder)
+        return copied - begin, committed - written, written - copied, slowdown
+
+    def _seconds_of_a_step(self) -> float:
+        begin = time.perf_counter()
+        for _ in range(8):
+            self._work @ self._work
+        return time.perf_counter() - begin
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Writes with torch's CRC-32, and hashes in the thread that writes."""
+    fast, apart = save._saving_fast, files._HASHED_APART
+    save._saving_fast, files._HASHED_APART = _unchanged, 2**62  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        save._saving_fast, files._HASHED_APART = fast, apart
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    yield
+
+
+def measure(saves: Saves) -> Round:
+    """Saves three ways."""
+    with as_before():
+        before = saves.blocking()
+    blocking = saves.blocking()
+    copy, commit, writing, slowdown = saves.in_background()
+    return Round(before, blocking, copy, commit, writing, slowdown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mb", type=int, default=1000, help="size of the state in 1e6 bytes")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where to save; removed afterwards")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        saves = Saves(make_state(options.mb), Path(folder))
+        measure(saves)  # allocates the copy
+        rounds = [measure(saves) for _ in range(options.rounds)]
+
+    def median(number: Callable[[Round], float]) -> str:
+        values = sorted(map(number, rounds))
+        return f"{statistics.median(values):6.2f}  ({values[0]:.2f} to {values[-1]:.2f})"
+
+    print(f"{options.mb} MB, {len(rounds)} rounds: median (lowest to highest)")
+    print("as before, s               ", median(lambda each: each.before))
+    print("blocking, s                ", median(lambda each: each.blocking))
+    print("blocking, MB/s             ", median(lambda each: options.mb / each.blocking))
+    print("throughput against before  ", median(lambda each: each.before / each.blocking))
+    print("copy, s                    ", median(lambda each: each.copy))
+    print("commit, s                  ", median(lambda each: each.commit))
+    print("stall, share of blocking   ", median(lambda each: each.stall))
+    print("written after, s           ", median(lambda each: each.writing))
+    print("slowdown meanwhile, share  ", median(lambda each: each.slowdown / each.writing))
+
+
+if __name__ == "__main__":
+    main()
