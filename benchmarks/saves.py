@@ -12,6 +12,8 @@ files are there. The slowdown is what its products took longer meanwhile, as wri
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import shutil
 import statistics
 import tempfile
@@ -26,8 +28,9 @@ import torch
 from sat_train import files
 from sat_train.checkpoint import save
 from sat_train.checkpoint.background import BackgroundWriter
-from sat_train.checkpoint.fragments import Fragment
-from sat_train.checkpoint.manifest import Manifest, read_manifest
+from sat_train.checkpoint.fragments import Fragment, read_fragments
+from sat_train.checkpoint.layout import fragments_file_name
+from sat_train.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from sat_train.checkpoint.run_state import RunState
 from sat_train.distributed.processes import start_single_process
 
@@ -165,6 +168,41 @@ def measure(saves: Saves) -> Round:
     return Round(before, blocking, copy, commit, writing, slowdown)
 
 
+def memory_of_a_resume(megabytes: int) -> float:
+    """Returns the host memory that a process takes to fill its state from a checkpoint, above that state.
+
+    Pages of the mapped file are counted too, although the system may take them back.
+
+    Returns:
+        As a share of the file.
+    """
+    state = make_state(megabytes)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Saves(state, Path(folder)).begin(in_background=False)()
+        size = (saved / fragments_file_name(0)).stat().st_size
+        taken = (
+            multiprocessing.get_context("spawn")
+            .Pool(1)
+            .apply(_taken_by_a_resume, (saved, state_shape(state)))
+        )
+    return taken / size
+
+
+def _taken_by_a_resume(folder: Path, kinds: dict[tuple[str, str], int]) -> int:
+    """Copies all fragments of a step into memory that is there already; returns the bytes taken besides."""
+    state = {key: torch.ones(count) for key, count in kinds.items()}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fragments = read_fragments(folder, verify_checkpoint(folder), model_rank=0, model_size=1)
+    for (name, kind), tensor in state.items():
+        tensor.copy_(fragments.read(name, kind, offset=0, count=tensor.numel()))
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def state_shape(state: RunState) -> dict[tuple[str, str], int]:
+    """Returns the number of elements of each kind of state of each parameter."""
+    return {(each.name, kind): run.numel() for each in state.fragments for kind, run in each.tensors.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -192,6 +230,7 @@ def main() -> None:
     print("stall, share of blocking   ", median(lambda each: each.stall))
     print("written after, s           ", median(lambda each: each.writing))
     print("slowdown meanwhile, share  ", median(lambda each: each.slowdown / each.writing))
+    print(f"memory of a resume, share of its file: {memory_of_a_resume(options.mb):.2f}")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from sat_train.config import RunConfig
-from sat_train.distributed.collectives import check_all_ranks, gather_objects, on_rank_0, wait_for_ranks
+from sat_train.distributed.collectives import (
+    check_all_ranks,
+    gather_pixels,
+    on_rank_0,
+    wait_for_ranks,
+)
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
 from sat_train.distributed.work_queue import WorkQueue
-from sat_train.encoding.build import build_encoders
+from sat_train.encoding.build import build_conditions, build_encoders, turns_for_text
 from sat_train.errors import SatTrainError, Stopped
 from sat_train.interchange.locate import locate_weights
 from sat_train.interchange.module_files import check_module_files
@@ -30,7 +35,7 @@ from sat_train.objective.build import build_pipeline
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import SamplingSettings, build_sampling
 from sat_train.sampling.first_frames import request_sample
-from sat_train.sampling.generate import generate_video
+from sat_train.sampling.generate import generate_video, keep_captions
 from sat_train.sampling.prompts import (
     SampleRequest,
     build_requests,
@@ -68,7 +73,7 @@ def sample(config: RunConfig, mesh: ProcessMesh) -> None:
     reader = build_request_reader(config, settings)
     folder = Path(config.args.output_dir)
     with explaining_lack_of_memory(SAMPLING_REMEDY):
-        pipeline = build_sampler(config, mesh)
+        pipeline = build_sampler(config, mesh, [request.prompt for request in requests])
         shape = (settings.num_frames, settings.height, settings.width)
         log.info("%d videos of %d frames, %dx%d", len(requests), *shape)
         try:
@@ -82,7 +87,7 @@ def sample(config: RunConfig, mesh: ProcessMesh) -> None:
             raise Stopped(stop.signal_number, message) from None
     wait_for_ranks(mesh)
     check_all_ranks(mesh, problem)
-    gathered = {number: video for part in gather_objects(mesh, previews) for number, video in part.items()}
+    gathered = {number: video for part in gather_pixels(mesh, previews) for number, video in part.items()}
     if mesh.rank == 0:
         videos = [gathered[number] for number in sorted(gathered)]
         write_contact_sheet(folder / "contact_sheet.png", videos, [request.prompt for request in requests])
@@ -144,13 +149,21 @@ def read_requests(config: RunConfig) -> list[SampleRequest]:
     return build_requests(lines, image_to_video=takes_image, image=image, seed=args.seed)
 
 
-def build_sampler(config: RunConfig, mesh: ProcessMesh) -> VideoDiffusion:
-    """Builds the pipeline with the weights of `args.load`.
+def build_sampler(config: RunConfig, mesh: ProcessMesh, captions: Sequence[str]) -> VideoDiffusion:
+    """Builds the pipeline with the weights of `args.load`; T5 is gone before the transformer comes.
+
+    Args:
+        config: The configuration.
+        mesh: The process mesh.
+        captions: Of all videos.
 
     Ranks: all.
     """
-    dit, encoders = build_loaded_dit(config, mesh), build_encoders(config, mesh.device)
-    encoders.load()
+    encoders = build_encoders(config, mesh.device, in_turn=turns_for_text(mesh))
+    encoders.load(vae=False)
+    has_texts = keep_captions(encoders, build_conditions(config, encoders), captions)
+    dit = build_loaded_dit(config, mesh)
+    encoders.load(text=not has_texts)
     return build_pipeline(config, dit=dit, encoders=encoders)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -13,6 +16,7 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError, SatTrainError
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 _MEETING = "sat_train/meeting"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
@@ -80,6 +84,25 @@ def wait_until(condition: Callable[[], bool]) -> None:
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
+@contextmanager
+def in_turn_on_this_machine(mesh: ProcessMesh, work: str) -> Iterator[None]:
+    """Lets the ranks of a machine do some work one after the other, in the order in which they come.
+
+    Args:
+        mesh: The process mesh.
+        work: Name of the work.
+
+    Ranks: any.
+    """
+    key = f"sat_train/turn/{work}/{socket.gethostname()}"
+    place = mesh.store.add(key, 1)
+    wait_until(lambda: mesh.store.add(f"{key}/done", 0) >= place - 1)
+    try:
+        yield
+    finally:
+        mesh.store.add(f"{key}/done", 1)
+
+
 def broadcast_object(mesh: ProcessMesh, value: T | None) -> T:
     """Returns rank 0's value on every rank.
 
@@ -105,6 +128,37 @@ def gather_objects(mesh: ProcessMesh, value: T) -> list[T]:
     values: list[T | None] = [None] * mesh.world_size
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def gather_pixels(mesh: ProcessMesh, pixels: Mapping[K, torch.Tensor]) -> list[dict[K, torch.Tensor]]:
+    """Returns the pictures of every rank, in rank order, on rank 0, and nothing on the others.
+
+    Pixels are sent as tensors; only their keys and shapes are pickled.
+
+    Args:
+        mesh: The process mesh.
+        pixels: uint8 tensors of any shapes on the CPU, by a small key.
+
+    Ranks: all.
+    """
+    if mesh.world_size == 1:
+        return [dict(pixels)]
+    shapes = gather_objects(mesh, {key: tuple(each.shape) for key, each in pixels.items()})
+    longest = max(sum(map(math.prod, each.values())) for each in shapes)
+    ours = torch.zeros(longest, dtype=torch.uint8, device=mesh.device)
+    flat = [each.flatten() for each in pixels.values()]
+    if flat:
+        together = torch.cat(flat)
+        ours[: len(together)].copy_(together)
+    rows = [torch.empty_like(ours) for _ in shapes] if mesh.rank == 0 else None
+    if longest:
+        dist.gather(ours, rows)
+    return [_split(row.cpu(), each) for row, each in zip(rows or [], shapes, strict=False)]
+
+
+def _split(row: torch.Tensor, shapes: Mapping[K, tuple[int, ...]]) -> dict[K, torch.Tensor]:
+    pieces = row[: sum(map(math.prod, shapes.values()))].split([math.prod(each) for each in shapes.values()])
+    return {key: piece.view(shapes[key]) for key, piece in zip(shapes, pieces, strict=True)}
 
 
 def max_flags(mesh: ProcessMesh, flags: torch.Tensor) -> torch.Tensor:

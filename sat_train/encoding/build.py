@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +14,7 @@ from sat_train.config import ModelSpec, RunConfig
 from sat_train.config.parts.condition_parts import ConditionConfig
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.loader import OrderedLoader, SampleReader
-from sat_train.distributed.collectives import check_all_ranks, gather_objects
+from sat_train.distributed.collectives import check_all_ranks, gather_objects, in_turn_on_this_machine
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.cache.file_metadata import FileMetadata
 from sat_train.encoding.cache.index import OpenCache
@@ -59,7 +60,9 @@ def build_encoding(config: RunConfig, mesh: ProcessMesh, mode: Mode | None = Non
     data = config.require_data()
     mode = mode or data.cache
     cache = None if mode == "off" else open_cache(config, mesh, "read" if mode == "fill" else mode)
-    encoders = build_encoders(config, mesh.device, lambda: read_empty_prompt(cache))
+    encoders = build_encoders(
+        config, mesh.device, lambda: read_empty_prompt(cache), in_turn=turns_for_text(mesh)
+    )
     return EncodingStage(
         encoders=encoders,
         conditions=build_conditions(config, encoders),
@@ -105,7 +108,11 @@ def _build_own(name: str, choice: ConditionConfig, spec: ModelSpec) -> Condition
 
 
 def build_encoders(
-    config: RunConfig, device: torch.device, known_empty_prompt: Callable[[], Tensor | None] = lambda: None
+    config: RunConfig,
+    device: torch.device,
+    known_empty_prompt: Callable[[], Tensor | None] = lambda: None,
+    *,
+    in_turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Encoders:
     """Builds the frozen encoders; none is loaded yet.
 
@@ -113,15 +120,28 @@ def build_encoders(
         config: The configuration.
         device: Their device.
         known_empty_prompt: Returns the embedding of the empty prompt, if it need not be encoded.
+        in_turn: Waits for the turn of this rank to load the text encoder: `turns_for_text`.
     """
+
+    def load_text_encoder() -> T5TextEncoder:
+        with in_turn():
+            return build_loaded_text_encoder(config, device)
+
     return Encoders(
         load_vae=lambda: build_loaded_vae(config, device),
-        load_text_encoder=lambda: build_loaded_text_encoder(config, device),
+        load_text_encoder=load_text_encoder,
         geometry=config.spec,
         dtype=compute_dtype(config.args),
         device=device,
         known_empty_prompt=known_empty_prompt,
     )
+
+
+def turns_for_text(mesh: ProcessMesh) -> Callable[[], AbstractContextManager[None]]:
+    """Returns the turns in which the ranks of a machine load the text encoder: its weights pass through host
+    memory, which then holds one copy.
+    """
+    return lambda: in_turn_on_this_machine(mesh, "T5")
 
 
 def build_loaded_text_encoder(config: RunConfig, device: torch.device) -> T5TextEncoder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
@@ -60,6 +60,7 @@ class Encoders:
         self._vae: VideoVAE | None = None
         self._text_encoder: T5TextEncoder | None = None
         self._known_empty_prompt = known_empty_prompt
+        self._kept_texts: dict[str, Tensor] = {}
         self._geometry, self._dtype, self.device = geometry, dtype, device
 
     def load(self, *, vae: bool = True, text: bool = True) -> None:
@@ -130,7 +131,17 @@ class Encoders:
     @torch.no_grad()
     def text(self, caption: str) -> Tensor:
         """Encodes a caption to (l, d)."""
+        if caption in self._kept_texts:
+            return self._kept_texts[caption].to(self.device)
         return self.text_encoder.encode([caption])[0].to(self.device, self._dtype)
+
+    def keep_texts(self, captions: Iterable[str]) -> None:
+        """Encodes captions, keeps their embeddings in host memory, and frees the text encoder.
+
+        A caption that is not among them loads it again.
+        """
+        self._kept_texts.update({caption: self.text(caption).cpu() for caption in {*captions, ""}})
+        self._text_encoder = None
 
     def empty_prompt(self) -> Tensor:
         """Returns the embedding of the empty prompt, (l, d)."""

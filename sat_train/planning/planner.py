@@ -152,6 +152,8 @@ class Planner:
         args, encoders = config.args, encoder_bytes(config, weights)
         resident = encoders if _needs_encoders(config) else 0.0
         yield PhaseMemory("load", weights=states.weights, encoders=resident, host=resident)
+        if resident and _forgets_text_encoder(config):
+            resident -= encoder_dtype(args).itemsize * weights.text_encoder
         yield PhaseMemory(
             "precompute", activations=self._once(config, peak_of_encoding), encoders=encoders, host=encoders
         )
@@ -242,6 +244,11 @@ def _recompute(config: RunConfig) -> tuple[object, ...]:
 
 def _needs_encoders(config: RunConfig) -> bool:
     return config.require_data().cache == "off" or samples_videos(config)
+
+
+def _forgets_text_encoder(config: RunConfig) -> bool:
+    """Returns whether T5 is freed once the prompts of the validation videos are encoded."""
+    return config.require_data().cache != "off" and not config.model.conditions
 
 
 def _checkpoint_bytes(config: RunConfig, weights: Weights) -> float:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from sat_train.data.batches import VideoSample
+from sat_train.encoding.conditions.condition import Condition
+from sat_train.encoding.conditions.text import TextCondition
+from sat_train.models.encoders import Encoders
 from sat_train.objective.video_diffusion import Network, VideoDiffusion
 from sat_train.sampling.build import SamplingSettings
+
+
+def keep_captions(encoders: Encoders, conditions: Iterable[Condition], captions: Iterable[str]) -> bool:
+    """Encodes the captions of all videos to come, and frees the text encoder where nothing else reads texts.
+
+    Returns:
+        Whether it was freed.
+    """
+    if any(each.encodes_text and not isinstance(each, TextCondition) for each in conditions):
+        return False
+    encoders.keep_texts(captions)
+    return True
 
 
 def generate_video(

@@ -271,6 +271,7 @@ def build_trainer(
             encode=encode,
             pipeline=pipeline,
             engine=engine,
+            is_cached=data.is_cached,
             save=build_save(config, mesh, run_directory, data, start, pipeline.dit, writer),
         ),
     )

@@ -14,7 +14,7 @@ from sat_train.config.facts import RunFacts
 from sat_train.config.rules import warnings_of_run
 from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.encoding.build import build_encoders
+from sat_train.encoding.build import build_encoders, turns_for_text
 from sat_train.encoding.encoded_batch import EncodedBatch
 from sat_train.errors import CheckpointError, ConfigError, Fault
 from sat_train.interchange.adapters import (
@@ -89,7 +89,7 @@ def build_models(
     Ranks: all.
     """
     dit, surgery = _build_trained(config, mesh, start)
-    encoders = encoders or build_encoders(config, mesh.device)
+    encoders = encoders or build_encoders(config, mesh.device, in_turn=turns_for_text(mesh))
     decoding = [name for name, term in config.spec.loss_terms.items() if term.params.decodes]
     if with_encoders:
         encoders.load()

@@ -40,6 +40,7 @@ class RunData:
         valid: Loader of the validation batches; None for a run that does not validate.
         train_iters: Steps of the run.
         needs_encoders: T5 and the autoencoder must be loaded.
+        is_cached: The cache holds all encodings of the run: encoders serve validation videos only.
         encoding: Encodes the samples.
         text: Folder of the text encoder, and tokens of a caption.
         part_files: Hashes of the files of weights that parts name, by path.
@@ -49,6 +50,7 @@ class RunData:
     valid: OrderedLoader | None
     train_iters: int
     needs_encoders: bool
+    is_cached: bool
     encoding: EncodingStage
     text: T5TextEncoderParams
     part_files: Mapping[str, str]
@@ -130,7 +132,7 @@ def open_data(
             config, mesh, run_directory=run_directory, headers=encoding.headers, reader_of=encoding.reader
         )
     train_iters = count_steps(config, train.batches, 0 if point is None else point.step)
-    needs_encoders = True
+    needs_encoders, is_complete = True, False
     if encoding.cache is not None:
         steps = train_iters - (point.step if point is not None else 0)
         micro_steps = max(0, steps) * config.args.gradient_accumulation_steps
@@ -141,7 +143,9 @@ def open_data(
         needs_encoders = not is_complete or samples_videos(config)
         summary = encoding.describe(is_complete=is_complete, samples_videos=samples_videos(config))
         log.info("%s", summary)
-    return RunData(train, valid, train_iters, needs_encoders, encoding, config.spec.text, part_files)
+    return RunData(
+        train, valid, train_iters, needs_encoders, is_complete, encoding, config.spec.text, part_files
+    )
 
 
 def position_of(point: ResumePoint | None) -> DataPosition:

@@ -25,7 +25,7 @@ WORDS = ("args.prompt=a prompt", "args.sampling_steps=3", "args.seed=7")
 
 
 def ours(config: RunConfig) -> np.ndarray:
-    pipeline = build_sampler(config, start_single_process())
+    pipeline = build_sampler(config, start_single_process(), ["a prompt"])
     request = SampleRequest("a prompt", None, config.args.seed, "video")
     return (
         generate(pipeline, request, build_sampling(config), lambda step, steps: None)

@@ -8,6 +8,7 @@ from sat_train.distributed.collectives import (
     broadcast_object,
     check_all_ranks,
     gather_objects,
+    gather_pixels,
     max_flags,
     sum_over_data,
 )
@@ -40,6 +41,23 @@ def _exchange(mesh: ProcessMesh) -> tuple[object, ...]:
 def test_every_rank_learns_the_same(rank_pool, world_size):
     results = rank_pool(world_size)(_exchange)
     assert results == [({"name": "run"}, list(range(world_size)), [world_size - 1, 1])] * world_size
+
+
+def _gather_pixels(mesh: ProcessMesh, counts: list[int]) -> list[dict[int, torch.Tensor]]:
+    return gather_pixels(mesh, {number: _picture(mesh.rank, number) for number in range(counts[mesh.rank])})
+
+
+def _picture(rank: int, number: int) -> torch.Tensor:
+    return torch.full((2, 3, 4 + rank, 5 + number), 16 * rank + number, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("counts", [[2, 3], [0, 1], [0, 0], [2]])
+def test_pixels_of_all_ranks_come_to_rank_0(rank_pool, counts):
+    first, *others = rank_pool(len(counts))(_gather_pixels, counts)
+    assert others == [[] for _ in counts[1:]]
+    assert [sorted(share) for share in first] == [list(range(count)) for count in counts]
+    for rank, share in enumerate(first):
+        assert all(torch.equal(pixels, _picture(rank, number)) for number, pixels in share.items())
 
 
 def _agree(mesh: ProcessMesh) -> str:

@@ -18,7 +18,7 @@ from sat_train.engine.engine import TrainEngine
 from sat_train.log import get_logger
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.sampling.build import build_sampling
-from sat_train.sampling.generate import generate_video
+from sat_train.sampling.generate import generate_video, keep_captions
 from sat_train.training.callbacks.bad_clip_count import BadClipCount
 from sat_train.training.callbacks.best_checkpoint import BestCheckpoint
 from sat_train.training.callbacks.cache_publisher import CachePublisher
@@ -53,6 +53,7 @@ def build_callbacks(
     pipeline: VideoDiffusion,
     engine: TrainEngine,
     save: BeginSave,
+    is_cached: bool,
 ) -> list[Callback]:
     """Returns the callbacks: counts and averages, reports, then checkpoints, so that a failure of a later
     callback cannot lose one.
@@ -87,7 +88,9 @@ def build_callbacks(
         callbacks.append(CachePublisher(encode.writer))
     if best is not None:
         callbacks.append(best)
-    return callbacks + _validation(config, mesh, run_directory, valid, encode, pipeline, engine)
+    return callbacks + _validation(
+        config, mesh, run_directory, valid, encode, pipeline, engine, is_cached=is_cached
+    )
 
 
 def _registered(config: RunConfig, mesh: ProcessMesh, run_directory: Path | None) -> list[Callback]:
@@ -110,6 +113,8 @@ def _validation(
     encode: Encode,
     pipeline: VideoDiffusion,
     engine: TrainEngine,
+    *,
+    is_cached: bool,
 ) -> list[Callback]:
     callbacks: list[Callback] = []
     interval = config.args.eval_interval
@@ -137,6 +142,8 @@ def _validation(
             callbacks.append(EarlyStop(mesh, run_directory, patience=patience, min_delta=min_delta))
     if config.args.valid_video_interval is not None and run_directory is not None:
         videos = choose_videos(config, pipeline, loader)
+        if videos and is_cached:
+            keep_captions(pipeline.encoders, pipeline.conditions, [video.caption for video in videos])
         if videos:
             callbacks.append(
                 SampleVideos(

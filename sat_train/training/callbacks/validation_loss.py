@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.collectives import gather_objects, gather_pixels
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.metrics import Picture
@@ -56,7 +56,7 @@ class Measurements:
 
     Args:
         tables: By name, without those that no clip has.
-        pictures: In the order of the clips; of one clip in the order in which they were made.
+        pictures: On rank 0; in the order of the clips; of one clip in the order in which they were made.
     """
 
     tables: Mapping[str, ClipLosses]
@@ -108,13 +108,26 @@ def measure_clips(
             counts = table.counts or [True] * len(indices)
             kept = {index: row for (index, row), has in zip(rows, counts, strict=True) if has}
             tables.setdefault(name, {}).update(kept)
-    shares = gather_objects(mesh, (clips, tables, timesteps, pictures if mesh.model_rank == 0 else []))
+    shares = gather_objects(mesh, (clips, tables, timesteps))
     names = _clip_names({at: clip for share in shares for at, clip in share[0].items() if at < num_samples})
     columns = {name: each for share in shares for name, each in share[2].items()}
     return Measurements(
         _together(names, [share[1] for share in shares], columns),
-        tuple(sorted((each for share in shares for each in share[3]), key=lambda each: each.sample_index)),
+        _gather_pictures(mesh, pictures if mesh.model_rank == 0 else []),
     )
+
+
+def _gather_pictures(mesh: ProcessMesh, pictures: Sequence[Picture]) -> tuple[Picture, ...]:
+    """Returns the pictures of all ranks on rank 0, and none on the others."""
+    words = [(each.view, each.sample_index, each.caption) for each in pictures]
+    pixels = gather_pixels(mesh, {place: each.frames_tchw for place, each in enumerate(pictures)})
+    pairs = zip(gather_objects(mesh, words), pixels, strict=False)
+    gathered = [
+        Picture(*word, frames)
+        for words, share in pairs
+        for word, frames in zip(words, share.values(), strict=True)
+    ]
+    return tuple(sorted(gathered, key=lambda each: each.sample_index))
 
 
 def _together(

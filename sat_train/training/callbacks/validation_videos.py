@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sat_train.checkpoint.layout import SAMPLES
-from sat_train.distributed.collectives import broadcast_object, gather_objects
+from sat_train.distributed.collectives import broadcast_object, gather_objects, gather_pixels
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.engine import TrainEngine
 from sat_train.errors import SatTrainError, TrainingError
@@ -90,9 +90,9 @@ class SampleVideos(Callback):
             previews, problem = self._write_videos(trainer)
         finally:
             self._engine.train()
-        shares = gather_objects(self._mesh, (previews, problem))
+        problems, shares = gather_objects(self._mesh, problem), gather_pixels(self._mesh, previews)
         if self._mesh.rank == 0 and not trainer.stopping:  # no collective comes after this
-            self._finish(trainer, shares)
+            self._finish(trainer, problems, shares)
 
     def _write_videos(self, trainer: Training) -> tuple[dict[int, torch.Tensor], str]:
         """Writes this rank's videos; returns frames of them by number, and the first failure."""
@@ -119,12 +119,14 @@ class SampleVideos(Callback):
                 raise
             raise TrainingError(f"validation video {number}: {cause_of(error)}") from error
 
-    def _finish(self, trainer: Training, shares: Sequence[tuple[dict[int, torch.Tensor], str]]) -> None:
+    def _finish(
+        self, trainer: Training, problems: Sequence[str], shares: Sequence[dict[int, torch.Tensor]]
+    ) -> None:
         """Writes the contact sheet and reports the videos. Rank 0 only."""
-        for rank, (_, problem) in enumerate(shares):
+        for rank, problem in enumerate(problems):
             if problem:
                 raise SatTrainError(f"validation videos of step {trainer.state.step}, rank {rank}: {problem}")
-        frames = {number: video for previews, _ in shares for number, video in previews.items()}
+        frames = {number: video for previews in shares for number, video in previews.items()}
         folder = self._folder(trainer.state.step)
         rows = [row for number in sorted(frames) for row in self._rows(number, frames[number])]
         captions, videos = zip(*rows, strict=True)
