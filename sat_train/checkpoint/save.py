@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -105,17 +106,32 @@ def _write_tensors(content: dict[str, Any], file: HashingFile) -> None:
         torch.save(content, cast(IO[bytes], file))
 
 
+class _Tags(threading.local):
+    """What `torch.save` notes as the place of tensors, in the thread that writes; empty: where they are."""
+
+    place = ""
+
+
+_tags = _Tags()
+torch.serialization.register_package(0, lambda storage: _tags.place, lambda storage, location: None)
+
+
 @contextmanager
 def _saving_fast() -> Iterator[None]:
-    """Leaves out torch's checksum, as there is a SHA-256, and copies from the GPU through pinned memory."""
+    """Leaves out torch's checksum, as there is a SHA-256, and copies from the GPU through pinned memory.
+
+    Tensors are noted as lying on the CPU, so that a file does not depend on the device or on a copy.
+    """
     from torch.utils.serialization import config
 
     checksums, pins = get_crc32_options(), config.save.use_pinned_memory_for_d2h
     set_crc32_options(False)
     config.save.use_pinned_memory_for_d2h = torch.cuda.is_available()
+    _tags.place = "cpu"
     try:
         yield
     finally:
+        _tags.place = ""
         set_crc32_options(checksums)
         config.save.use_pinned_memory_for_d2h = pins
 

@@ -31,7 +31,7 @@ def load_weights_once(
         may_lack: As for `load_weights`.
 
     Raises:
-        CheckpointError: On all ranks alike: as `load_weights`, or a tensor cannot be read.
+        SatTrainError: On all ranks alike: as `load_weights`, or a tensor cannot be read.
 
     Ranks: all.
     """

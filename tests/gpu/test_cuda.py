@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sat_train.checkpoint.layout import CLIENT_STATE
+from sat_train.checkpoint.manifest import read_manifest
 from tests.runs.launching import ROOT, run, run_directories, training_lines
 
 pytestmark = [
@@ -52,3 +54,14 @@ def test_activation_checkpointing_changes_no_loss(tmp_path: Path) -> None:
     plain = losses(tmp_path / "plain")
     checkpointed = losses(tmp_path / "checkpointed", "args.checkpoint_activations=true")
     assert checkpointed == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_save_in_the_background_writes_the_bytes_of_one_that_is_waited_for(tmp_path: Path) -> None:
+    """The seed is that of the same run, so its checkpoints may only differ in how they were written."""
+    hashes = []
+    for async_save in ("on", "off"):
+        save, words = tmp_path / async_save, ("args.deterministic=true", "args.save_interval=2")
+        losses(save, *words, f"args.async_save={async_save}")
+        manifest = read_manifest(run_directories(save)[0] / "4")
+        hashes.append({file.name: file.sha256 for file in manifest.files if file.name != CLIENT_STATE})
+    assert hashes[0] == hashes[1]

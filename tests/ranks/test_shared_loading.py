@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.errors import CheckpointError
+from sat_train.errors import CheckpointError, SatTrainError
 from sat_train.interchange.shared_loading import load_weights_once
 from sat_train.weights.lazy import LazyTensor, LazyWeights, Shard
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ranks
 def _tensors(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(6, 4, generator=generator)
-    return {"count": torch.tensor(seed), "half": matrix[0].bfloat16(), "matrix": matrix, "turned": matrix.t()}
+    return {"count": torch.tensor(seed), "row": matrix[0].bfloat16(), "matrix": matrix, "turned": matrix.t()}
 
 
 def _module() -> nn.Module:
@@ -46,7 +46,7 @@ def _load(mesh: ProcessMesh, broken: str) -> tuple[list[str], dict[str, Tensor] 
     module = _module()
     try:
         load_weights_once(module, LazyWeights(lazy, where="disk"), mesh)
-    except CheckpointError as error:
+    except SatTrainError as error:
         return read, str(error)
     return read, dict(module.state_dict())
 
@@ -63,5 +63,5 @@ def test_each_tensor_is_read_by_one_rank_of_the_data_axis_and_comes_to_all(rank_
 
 
 def test_a_tensor_that_one_rank_cannot_read_is_named_on_all(rank_pool):
-    messages = [message for _, message in rank_pool(2)(_load, "half")]
-    assert all("half is damaged" in message for message in messages), messages
+    messages = [message for _, message in rank_pool(2)(_load, "row")]
+    assert all("row is damaged" in message for message in messages), messages

@@ -70,6 +70,18 @@ def test_more_gpus_share_the_states_only() -> None:
     assert eight.samples == 8 * one.samples
 
 
+def test_a_single_rank_copies_the_whole_checkpoint_to_save_it_in_the_background() -> None:
+    words = ("args.eval_interval=null", "args.valid_video_interval=null")
+    planner = Planner(find_hardware("h100"), gpus=1)
+    background, waiting = (
+        planner.plan(_read("cogvideox_tiny", "lora", words=(*words, f"args.async_save={mode}")))
+        for mode in ("on", "off")
+    )
+    for ours, other in zip(background.phases, waiting.phases, strict=True):
+        copied = background.checkpoint_bytes if ours.phase in ("step", "save") else 0.0
+        assert ours.host - other.host == pytest.approx(copied, rel=0.01)
+
+
 def test_words_of_the_ladder_make_the_run_fit(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*TINY, "args.bf16=true", "--gpu-memory", "1.91", "--json"]
     assert main(["plan", *words]) == 1
