@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import shutil
 import statistics
 import tempfile
@@ -191,11 +190,18 @@ def memory_of_a_resume(megabytes: int) -> float:
 def _taken_by_a_resume(folder: Path, kinds: dict[tuple[str, str], int]) -> int:
     """Copies all fragments of a step into memory that is there already; returns the bytes taken besides."""
     state = {key: torch.ones(count) for key, count in kinds.items()}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
+    before = _peak_bytes()
     fragments = read_fragments(folder, verify_checkpoint(folder), model_rank=0, model_size=1)
     for (name, kind), tensor in state.items():
         tensor.copy_(fragments.read(name, kind, offset=0, count=tensor.numel()))
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return _peak_bytes() - before
+
+
+def _peak_bytes() -> int:
+    """Returns the most bytes that were resident at once, pages of mapped files included."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def state_shape(state: RunState) -> dict[tuple[str, str], int]:
