@@ -13,7 +13,7 @@ from sat_train.log import get_logger
 
 log = get_logger(__name__)
 
-_GIB = 2**30
+_MIB = 2**20
 _LARGEST_SHARE = 0.5  # of the host's spare memory, for the copies of all its ranks
 
 
@@ -73,7 +73,7 @@ class BackgroundWriter:
             return None
         if needed:
             log.info(
-                "saves are written in the background, from a copy of %.1f GiB in host memory", needed / _GIB
+                "saves are written in the background, from a copy of %.0f MiB in host memory", needed / _MIB
             )
         return copy
 
@@ -84,9 +84,9 @@ class BackgroundWriter:
         if needed * self._ranks_here <= _LARGEST_SHARE * spare:
             return True
         log.info(
-            "training waits for saves: copies of %.1f GiB for each of %d ranks would take more than half of "
-            "the %.1f GiB that this machine can spare (args.async_save)",
-            *(needed / _GIB, self._ranks_here, spare / _GIB),
+            "training waits for saves: copies of %.0f MiB for each of %d ranks would take more than half of "
+            "the %.0f MiB that this machine can spare (args.async_save)",
+            *(needed / _MIB, self._ranks_here, spare / _MIB),
         )
         return False
 
