@@ -107,7 +107,7 @@ def _write_tensors(content: dict[str, Any], file: HashingFile) -> None:
 
 
 class _Tags(threading.local):
-    """What `torch.save` notes as the place of tensors, in the thread that writes; empty: where they are."""
+    """Place of tensors that `torch.save` notes, in the thread that writes; empty: where they are."""
 
     place = ""
 

@@ -226,7 +226,7 @@ class Callbacks:
             raise first
 
     def closed_after(self, error: BaseException) -> None:
-        """Tells each of them of an error, which stays the one that is shown, and closes them."""
+        """Reports an error, which stays the one that is shown, to each of them, and closes them."""
         for tell in (lambda: self.failed(error), self.closed):
             try:
                 tell()

@@ -29,6 +29,7 @@ NOTATIONS = {
     "a whole float": lambda value, kept: isinstance(value, float) and type(kept) is int and value == kept,
     "one number for a patch": lambda value, kept: type(value) is int and kept == [1, value, value],
     "off is false in YAML": lambda value, kept: value is False and kept == "off",
+    "on is true in YAML": lambda value, kept: value is True and kept == "on",
     "all is recomputed in SAT's files": lambda value, kept: value is True and kept == "full",
     "an aspect is a number in YAML": lambda value, kept: kept == [f"{n // 60}:{n % 60}" for n in value],
 }
