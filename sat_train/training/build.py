@@ -46,7 +46,6 @@ from sat_train.training.models import StartWeights, build_models, find_start_wei
 from sat_train.training.resume import (
     CALLBACKS_KEY,
     COUNTERS_KEY,
-    PART_FILES_KEY,
     RATE_KEY,
     changes_since,
     find_resumed,
