@@ -29,8 +29,8 @@ check: .venv/.installed-test   ## what CI runs before the tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/rules
 
-bench: .venv/.installed   ## print the figures of docs/benchmarks.md that this machine can give; faults.py, learnability.py and condition_used.py take an hour more
-	for script in $(filter-out benchmarks/faults.py benchmarks/learnability.py benchmarks/condition_used.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $$script || exit 1; done
+bench: .venv/.installed   ## print the figures of docs/benchmarks.md that this machine can give; faults.py, learnability.py and condition_used.py take an hour more, gpu_check.py a GPU
+	for script in $(filter-out benchmarks/faults.py benchmarks/learnability.py benchmarks/condition_used.py benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf .venv runs samples

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/gpu_check.py`: what only a GPU can show, each with its prediction."""

@@ -1,0 +1,129 @@
+"""The frozen encoders: peaks and times of the autoencoder and of T5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, peak_of, release, seconds_of, within
+from benchmarks.gpu_parts.random_run import fill, read_run
+from sat_train.config import RunConfig
+from sat_train.encoding.build import build_loaded_text_encoder
+from sat_train.models.build import encoder_dtype
+from sat_train.models.dit.sat_layers import building
+from sat_train.models.text.t5 import T5TextEncoder, read_tokenizer
+from sat_train.models.vae.build import build_vae
+from sat_train.models.vae.video_vae import VideoVAE
+from sat_train.planning.counting import peak_of_decoding, peak_of_encoding, work_of_encoding
+from sat_train.planning.duration import encoding_seconds
+from sat_train.planning.gpu_memory import T5_XXL_WEIGHTS, Weights
+
+_WORKSPACE = 1.4  # of cuDNN, which nobody counts, as a factor on what is counted
+_TILED = "model.first_stage_config.params.tiling=true"
+_CAPTIONS = 8
+# T5 v1.1 XXL
+_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64, "vocab_size": 32128}
+
+
+def autoencoder(setting: Setting, *, model: str) -> Iterator[Finding]:
+    """Yields peaks and times of encoding and decoding one clip of the model's size."""
+    config = read_run(setting, model, "sft", "args.bf16=true")
+    vae, clip, latent = _vae(setting, config), *_inputs(setting, config)
+    for name, run, planned in (
+        ("encoding", partial(vae.encode_moments, clip), peak_of_encoding(config)),
+        ("decoding", partial(vae.decode, latent), peak_of_decoding(config)),
+    ):
+        with torch.no_grad():
+            peak = peak_of(setting, vae, run)
+            # a CPU computes these convolutions another way, with other copies
+            most = _WORKSPACE if setting.on_gpu else 3
+            yield within(f"{name}: peak, MB", peak / 1e6, planned / 1e6, least=0.8, most=most)
+            yield from _times(setting, name, run)
+    if setting.on_gpu:
+        weights = Weights(transformer=0, trained=(), vae=0, text_encoder=0)
+        planned = encoding_seconds(work_of_encoding(config), weights, setting.card, text_tokens=0)
+        seconds = seconds_of(setting, partial(_encode, vae, clip))
+        yield within("encoding a clip, s", seconds, planned, least=0.4, most=1.5)
+    del vae
+    release()
+    tiled = _vae(setting, read_run(setting, model, "sft", "args.bf16=true", _TILED))
+    with torch.no_grad():
+        peak = peak_of(setting, tiled, partial(tiled.decode, latent))
+    yield at_most("decoding in tiles: peak, MB", peak / 1e6, _WORKSPACE * peak_of_decoding(config) / 1e6)
+
+
+def _encode(vae: VideoVAE, clip: Tensor) -> None:
+    with torch.no_grad():
+        vae.encode_moments(clip)
+
+
+def _times(setting: Setting, name: str, run: partial[object]) -> Iterator[Finding]:
+    """Yields the time with and without cuDNN's search for the fastest kernel."""
+    for searches in (False, True) if setting.on_gpu else (False,):
+        torch.backends.cudnn.benchmark = searches
+        run()
+        words = ", cudnn.benchmark" if searches else ""
+        yield Finding(f"{name}{words}, s", seconds_of(setting, run, repeats=2))
+    torch.backends.cudnn.benchmark = False
+
+
+def _vae(setting: Setting, config: RunConfig) -> VideoVAE:
+    vae = build_vae(config.spec, device=setting.mesh.device, dtype=encoder_dtype(config.args))
+    fill(vae, setting.mesh)
+    return vae
+
+
+def _inputs(setting: Setting, config: RunConfig) -> tuple[Tensor, Tensor]:
+    data, like = config.require_data().params, {"device": setting.mesh.device}
+    clip = torch.rand(1, data.max_num_frames, 3, *data.video_size, **like) * 2 - 1
+    shape = config.spec.latent(data.max_num_frames, *data.video_size)
+    size = (1, shape.padded_frames, config.spec.out_channels, shape.height, shape.width)
+    return clip, torch.randn(size, dtype=torch.bfloat16, **like)
+
+
+def text_encoder(setting: Setting) -> Iterator[Finding]:
+    """Yields memory and time of T5-XXL with random weights; of the embedded T5 where all is tiny."""
+    config = read_run(setting, "cogvideox_5b", "sft", "args.bf16=true")
+    before = torch.cuda.memory_allocated() if setting.on_gpu else 0
+    encoder = build_loaded_text_encoder(config, setting.mesh.device) if setting.tiny else _xxl(setting)
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    if setting.on_gpu and not setting.tiny:
+        taken = torch.cuda.memory_allocated() - before
+        yield within("weights, GB", taken / 1e9, 2 * T5_XXL_WEIGHTS / 1e9, least=0.95, most=1.05)
+    captions = [f"a caption, number {index}" for index in range(_CAPTIONS)]
+    texts = []
+    peak = peak_of(setting, encoder, lambda: texts.append(encoder.encode(captions)))
+    yield Finding("peak besides weights, MB", peak / 1e6)
+    expected = f"{_CAPTIONS} x {encoder.max_length}, finite"
+    is_right = texts[0].shape[:2] == (_CAPTIONS, encoder.max_length) and bool(texts[0].isfinite().all())
+    yield Finding("embeddings", "x".join(map(str, texts[0].shape)), expected, is_right)
+    seconds = seconds_of(setting, lambda: encoder.encode(captions), repeats=3)
+    if setting.on_gpu and not setting.tiny:
+        planned = 2 * count * encoder.max_length * _CAPTIONS / setting.card.matmul_tflops / 1e12
+        yield within(f"{_CAPTIONS} captions, s", seconds, planned, least=0.5, most=2)
+
+
+def _xxl(setting: Setting) -> T5TextEncoder:
+    from transformers import T5Config, T5EncoderModel
+
+    tiny = Path(read_run(setting, "cogvideox_tiny", "sft").spec.text.model_dir)
+    with building(setting.mesh.device, torch.bfloat16):
+        model = T5EncoderModel(T5Config(**_XXL, feed_forward_proj="gated-gelu"))
+    return T5TextEncoder(transformer=model, tokenizer=read_tokenizer(tiny), max_length=226)
+
+
+CHECKS = (
+    Check("vae_480", 2, "encode and decode 49 x 480 x 720", partial(autoencoder, model="cogvideox_5b")),
+    Check(
+        "vae_768",
+        3,
+        "encode and decode 81 x 768 x 1360",
+        partial(autoencoder, model="cogvideox1.5_5b"),
+        on_cpu=False,  # at the embedded size the one above
+    ),
+    Check("t5", 1, "T5-XXL: memory and time of captions", text_encoder),
+)

@@ -1,0 +1,193 @@
+"""Runs on random weights and encodings: what a step costs does not depend on the numbers in it."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.gpu_parts.check import Setting
+from sat_train.config import RunConfig, load_run_config
+from sat_train.data.batches import StepPosition
+from sat_train.distributed.processes import ProcessMesh
+from sat_train.distributed.signals import StopRequest
+from sat_train.encoding.build import build_encoders
+from sat_train.encoding.encoded_batch import EncodedBatch
+from sat_train.engine.build import build_engine
+from sat_train.engine.engine import TrainEngine
+from sat_train.models.adapter import start_adapters
+from sat_train.models.build import build_dit, compute_dtype
+from sat_train.models.dit.sharding import full_shape, shard_weight
+from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.trainable import select_configured
+from sat_train.objective.build import build_pipeline
+from sat_train.training.loop.step import TrainStep
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# one sample of a complete cache, and nothing besides training
+_WORDS = (
+    *("data.cache=require", "data.cache_dir=cache", "args.train_data=[unread]", "args.batch_size=1"),
+    *("args.eval_interval=null", "args.valid_video_interval=null"),
+)
+SMALL = (
+    *("data.params.max_num_frames=5", "data.params.video_size=[32,32]"),
+    "model.network_config.params.num_layers=2",
+)
+
+
+def read_run(setting: Setting, model: str, recipe: str, *words: str) -> RunConfig:
+    """Reads a run: the model and recipe that are named, or the embedded model at a small size."""
+    if setting.tiny:
+        model, words = "cogvideox_tiny", (*SMALL, *(word for word in words if "num_layers" not in word))
+    files = [CONFIGS / f"model/{model}.yaml", CONFIGS / f"{recipe}.yaml"]
+    device = "cuda" if setting.on_gpu else "cpu"
+    more = [*_WORDS, f"args.device={device}", *words]
+    return load_run_config([str(file) for file in files], more, purpose="check", check_paths=False)
+
+
+def fill(module: nn.Module, mesh: ProcessMesh) -> None:
+    """Fills weights where they lie, with the same numbers on any mesh of such devices.
+
+    Matrices get small noise, biases zeros, norms ones.
+    """
+    generator = torch.Generator(mesh.device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            shape = full_shape(name, tuple(parameter.shape), mesh.model_size)
+            whole = torch.empty(shape, device=mesh.device).normal_(std=0.02, generator=generator)
+            parameter.copy_(shard_weight(name, whole, rank=mesh.model_rank, size=mesh.model_size))
+
+
+def build_random_dit(setting: Setting, config: RunConfig) -> DiffusionTransformer:
+    """Builds the transformer of a run with random weights, and freezes what does not train.
+
+    Ranks: all.
+    """
+    dit = build_dit(
+        config.spec,
+        device=setting.mesh.device,
+        dtype=compute_dtype(config.args),
+        recompute=config.args.checkpoint_activations,
+        recompute_every=config.args.checkpoint_every,
+        initialize=False,
+    )
+    fill(dit, setting.mesh)
+    start_adapters(dit, setting.mesh, seed=0)
+    select_configured(dit, config.model)
+    return dit
+
+
+def random_batch(setting: Setting, config: RunConfig, *, position: int = 0) -> EncodedBatch:
+    """Returns encodings of clips of the configuration's size, as the loader gives them.
+
+    Args:
+        setting: The rank.
+        config: Size, and samples of a micro-batch.
+        position: Samples consumed before; the same position has the same samples on any mesh.
+    """
+    data, count = config.require_data().params, config.args.batch_size
+    latent = config.spec.latent(data.max_num_frames, *data.video_size)
+    shape = (latent.frames, config.spec.out_channels, latent.height, latent.width)
+    first = position + setting.mesh.data_rank * count
+    indices = tuple(range(first, first + count))
+    generators = [torch.Generator().manual_seed(index) for index in indices]
+    mean = torch.stack([torch.randn(shape, generator=each) for each in generators])
+    text_shape = (config.spec.text_length, config.spec.text_width)
+    text = torch.stack([torch.randn(text_shape, generator=each) for each in generators])
+    batch = EncodedBatch(
+        encodings={"clip": {"mean": mean, "logvar": torch.full_like(mean, -4)}, "text": {"text": text}},
+        clip_ids=tuple(f"{index}.mp4" for index in indices),
+        sample_indices=indices,
+        num_shown=(data.max_num_frames,) * count,
+        step_positions=tuple(StepPosition(0, index, count) for index in range(count)),
+    )
+    return batch.pin_memory() if setting.on_gpu else batch
+
+
+@dataclass(frozen=True)
+class RandomRun:
+    """A run as training has it, on random weights.
+
+    Args:
+        config: Its configuration.
+        engine: The engine around the transformer.
+        train_step: Its steps.
+    """
+
+    config: RunConfig
+    engine: TrainEngine
+    train_step: TrainStep
+
+
+def build_run(setting: Setting, config: RunConfig) -> RandomRun:
+    """Builds a run.
+
+    Ranks: all.
+    """
+    dit = build_random_dit(setting, config)
+    pipeline = build_pipeline(config, dit=dit, encoders=build_encoders(config, setting.mesh.device))
+    engine = build_engine(config, dit, setting.mesh)
+
+    def batches() -> Iterator[EncodedBatch]:
+        for index in itertools.count():
+            position = index * config.args.batch_size * setting.mesh.data_size
+            yield random_batch(setting, config, position=position % 64)
+
+    def compute_loss(batch: EncodedBatch) -> torch.Tensor:
+        loss: torch.Tensor = pipeline.training_loss(batch, network=engine).loss
+        return loss
+
+    train_step = TrainStep(
+        engine=engine,
+        compute_loss=compute_loss,
+        batches=batches(),
+        mesh=setting.mesh,
+        stop_request=StopRequest(),
+    )
+    return RandomRun(config, engine, train_step)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Some steps of a run.
+
+    Args:
+        losses: Mean loss over this rank's samples.
+        norms: Norm of the gradient.
+        applied: Steps that updated the weights.
+        first_s: Seconds of the first, which compiles.
+        median_s: Median of the others, without the second.
+    """
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    applied: int
+    first_s: float
+    median_s: float
+
+
+def run_steps(setting: Setting, run: RandomRun, count: int, *, rate: float = 1e-4) -> Steps:
+    """Runs steps and times each.
+
+    Ranks: all.
+    """
+    results, norms, seconds = [], [], []
+    for number in range(1, count + 1):
+        start = time.perf_counter()
+        results.append(run.train_step.step(number, rate))
+        setting.wait()
+        seconds.append(time.perf_counter() - start)
+        norms.append(float(run.engine.grad_norm() or 0.0))
+    losses = [float(result.loss) for result in results]
+    applied = sum(result.applied for result in results)
+    median = statistics.median(seconds[2:] or seconds)
+    return Steps(tuple(losses), tuple(norms), applied, seconds[0], median)

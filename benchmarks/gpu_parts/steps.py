@@ -1,0 +1,72 @@
+"""Steps of the released models with random weights: seconds, MFU and memory against the plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, within
+from benchmarks.gpu_parts.random_run import build_run, read_run, run_steps
+from sat_train.planning.gpu_memory import CONTEXT_BYTES
+from sat_train.planning.planner import Plan, Planner
+
+_STEPS = 6
+_MODELS = {"2b": "cogvideox_2b", "5b": "cogvideox_5b", "1.5": "cogvideox1.5_5b"}
+# what is run: model, recipe, words, and minutes on one H100
+_RUNS = (
+    ("2b", "sft", "off", 1.5),
+    ("2b", "sft", "blocks", 2.5),
+    ("2b", "lora", "blocks", 2.5),
+    ("5b", "lora", "off", 2.0),
+    ("5b", "lora", "blocks", 3.0),
+    ("1.5", "lora", "blocks", 4.0),
+)
+
+
+def step(setting: Setting, *, model: str, recipe: str, compiled: str) -> Iterator[Finding]:
+    """Yields what a training step of a run costs."""
+    config = read_run(setting, _MODELS[model], recipe, f"args.compile={compiled}")
+    plan = Planner(setting.card, setting.mesh.world_size).plan(config)
+    run = build_run(setting, config)
+    first = run_steps(setting, run, 1)
+    if setting.on_gpu:  # building takes another peak than training
+        torch.cuda.reset_peak_memory_stats(setting.mesh.device)
+    steps = run_steps(setting, run, _STEPS)
+    finite = all(map(math.isfinite, steps.losses))
+    yield Finding("last loss", steps.losses[-1], "finite", finite)
+    # a dynamic loss scale settles in the first steps
+    least = 1 if config.args.fp16 else _STEPS
+    yield Finding("steps that updated the weights", steps.applied, f">= {least}", steps.applied >= least)
+    yield Finding("first step, s", first.first_s)
+    if setting.on_gpu:
+        yield from _against_plan(setting, plan, steps.median_s, is_eager=compiled == "off")
+
+
+def _against_plan(setting: Setting, plan: Plan, seconds: float, *, is_eager: bool) -> Iterator[Finding]:
+    """Yields time and memory next to the plan, which counts eager blocks: compiled ones take less."""
+    yield within("a step, s", seconds, plan.step.total, least=0.5, most=1.25)
+    mfu = plan.tflops / seconds / plan.hardware.peak_tflops
+    yield Finding("MFU", f"{mfu:.1%}", f"{plan.mfu:.1%}")
+    planned = next(phase for phase in plan.phases if phase.phase == "step")
+    peak = torch.cuda.max_memory_allocated(setting.mesh.device)
+    bytes_planned = replace(planned, buffers=planned.buffers - CONTEXT_BYTES).total
+    least = 0.85 if is_eager else 0.0
+    yield within("peak, GB", peak / 1e9, bytes_planned / 1e9, least=least, most=1.05)
+    reserved = torch.cuda.max_memory_reserved(setting.mesh.device)
+    yield at_most("reserved over allocated", reserved / peak, 1.25)
+
+
+CHECKS = tuple(
+    Check(
+        f"step_{model}_{recipe}" + ("_compiled" if compiled == "blocks" else ""),
+        minutes,
+        f"a step of {_MODELS[model]}, {recipe}, {'compiled' if compiled == 'blocks' else 'eager'}",
+        partial(step, model=model, recipe=recipe, compiled=compiled),
+        on_cpu=compiled == "off",
+    )
+    for model, recipe, compiled, minutes in _RUNS
+)
