@@ -97,7 +97,7 @@ def random_batch(setting: Setting, config: RunConfig, *, position: int = 0) -> E
     data, count = config.require_data().params, config.args.batch_size
     latent = config.spec.latent(data.max_num_frames, *data.video_size)
     shape = (latent.frames, config.spec.out_channels, latent.height, latent.width)
-    first = position + setting.mesh.data_rank * count
+    first, whole = position + setting.mesh.data_rank * count, setting.mesh.data_size * count
     indices = tuple(range(first, first + count))
     generators = [torch.Generator().manual_seed(index) for index in indices]
     mean = torch.stack([torch.randn(shape, generator=each) for each in generators])
@@ -108,7 +108,7 @@ def random_batch(setting: Setting, config: RunConfig, *, position: int = 0) -> E
         clip_ids=tuple(f"{index}.mp4" for index in indices),
         sample_indices=indices,
         num_shown=(data.max_num_frames,) * count,
-        step_positions=tuple(StepPosition(0, index, count) for index in range(count)),
+        step_positions=tuple(StepPosition(position // whole, index - position, whole) for index in indices),
     )
     return batch.pin_memory() if setting.on_gpu else batch
 
