@@ -62,4 +62,5 @@ def offset_noise(eps: Tensor, offset_b: Tensor, level: float) -> Tensor:
 
     Source: zai-org/CogVideo@7a1af71 VideoDiffusionLoss `offset_noise_level`.
     """
-    return eps + level * offset_b.to(eps).reshape(-1, *[1] * (eps.ndim - 1))
+    offset_b = offset_b.to(eps.device, non_blocking=True).to(eps.dtype)
+    return eps + level * offset_b.reshape(-1, *[1] * (eps.ndim - 1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sat_train.data.batches import Sample, StepPosition
+from sat_train.distributed.transfer import to_device
 
 CLIP = "clip"  # the encoding of the clip itself, next to those of the conditions
 MOMENTS = frozenset({"mean", "logvar"})  # its tensors
@@ -32,8 +33,8 @@ class EncodedSample(Sample):
     encodings: Encodings
 
     def to(self, device: torch.device) -> EncodedSample:
-        """Returns the sample with its tensors on a device."""
-        return replace(self, encodings=_map(self.encodings, lambda tensor: tensor.to(device)))
+        """Returns the sample with its tensors on a device; the copies need not be complete."""
+        return replace(self, encodings=_map(self.encodings, lambda tensor: to_device(tensor, device)))
 
     def pin_memory(self) -> EncodedSample:
         """Returns the sample in page-locked memory."""
@@ -65,8 +66,8 @@ class EncodedBatch:
         return _unpack, (*_pack(self.encodings), rest)
 
     def to(self, device: torch.device) -> EncodedBatch:
-        """Returns the batch with its tensors on a device."""
-        return replace(self, encodings=_map(self.encodings, lambda tensor: tensor.to(device)))
+        """Returns the batch with its tensors on a device; the copies need not be complete."""
+        return replace(self, encodings=_map(self.encodings, lambda tensor: to_device(tensor, device)))
 
     def pin_memory(self) -> EncodedBatch:
         """Returns the batch in page-locked memory. PyTorch's loader calls this by its name."""

@@ -20,6 +20,7 @@ from sat_train.engine.optim.build import build_optimizer
 from sat_train.engine.owned import OwnedParameters, padded_rows
 from sat_train.engine.reduction import reduction_settings
 from sat_train.engine.slots import partition_slots
+from sat_train.engine.undivided import UndividedParameters, is_undivided
 from sat_train.log import get_logger
 from sat_train.models.trainable import adapter_rules, group_parameters, group_table, train_rules
 
@@ -59,8 +60,8 @@ def start_engine(
 ) -> TrainEngine:
     """Starts DeepSpeed in the layout of its stage.
 
-    Stage 0 steps the parameters, stages 1 and 2 step those that a rank owns (`owned.py`), and stage 3 steps
-    DeepSpeed's vectors of pieces.
+    Stage 0 steps the parameters (`undivided.py`), stages 1 and 2 step those that a rank owns (`owned.py`),
+    and stage 3 steps DeepSpeed's vectors of pieces.
 
     Args:
         module: The transformer, on its device.
@@ -73,20 +74,27 @@ def start_engine(
     initialize = partial(
         import_deepspeed().initialize,
         model=module,
-        config=settings,
         mpu=SatMesh(mesh) if mesh.model_size > 1 else None,
         dist_init_required=False,
     )
-    if settings["zero_optimization"]["stage"] not in (1, 2):
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        return TrainEngine(initialize(optimizer=optimizer_over(trained))[0], mesh)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if is_undivided(settings, mesh):
+        undivided = UndividedParameters(
+            optimizer_over(trained), trained.values(), max_norm=settings.get("gradient_clipping", 0.0)
+        )
+        whole = {**settings, "zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
+        engine = initialize(config=whole, optimizer=undivided)[0]
+        engine.enable_backward_allreduce = mesh.data_size > 1  # else it copies gradients for nobody
+        return TrainEngine(engine, mesh)
+    if settings["zero_optimization"]["stage"] == 3:
+        return TrainEngine(initialize(config=settings, optimizer=optimizer_over(trained))[0], mesh)
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     if OwnedParameters not in ZERO_SUPPORTED_OPTIMIZERS:  # it would warn of one that it does not know
         ZERO_SUPPORTED_OPTIMIZERS.append(OwnedParameters)
     with padded_rows(module, mesh.data_size) as parameters:
         optimizer = OwnedParameters(parameters)
-        engine = initialize(optimizer=optimizer)[0]
+        engine = initialize(config=settings, optimizer=optimizer)[0]
     optimizer.bind(partition_slots(engine), optimizer_over)
     return TrainEngine(engine, mesh)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.slots import base_optimizer, find_slots
 from sat_train.engine.trained_state import compact, read_state, write_state
-from sat_train.errors import TrainingError
 from sat_train.weights.names import Shape
 
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -39,7 +37,6 @@ class TrainEngine:
         self._mesh = mesh
         self._optimizer: Any = base_optimizer(engine)
         self.slots = find_slots(engine, mesh)
-        self._plain_grad_norm: float | None = None
         self.module: nn.Module = engine.module
         self.zero_stage = int(engine.zero_optimization_stage())
         self.micro_steps = int(engine.gradient_accumulation_steps())
@@ -73,22 +70,17 @@ class TrainEngine:
         Returns:
             Whether the weights were updated: not when a gradient was not finite.
 
-        Raises:
-            TrainingError: On all ranks alike, at ZeRO stage 0: a gradient is not finite.
-
         Ranks: all.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
-        if self.zero_stage == 0:
-            self._check_plain_gradients()
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
     def grad_norm(self) -> float | None:
         """Norm of the gradient at the last step, before clipping. Waits for the device."""
         norm = self._engine.get_global_grad_norm()
-        return self._plain_grad_norm if norm is None else float(norm)
+        return None if norm is None else float(norm)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the whole averaged gradient of each parameter that trains, before clipping, fp32.
@@ -190,16 +182,3 @@ class TrainEngine:
         """Sums numbers of the weights that each rank owns. Ranks: all."""
         sums = torch.tensor(numbers, device=self._mesh.device, dtype=torch.float64)
         return [float(number) for number in sum_over_data(self._mesh, sums)]
-
-    def _check_plain_gradients(self) -> None:
-        """Raises for gradients that are not finite: ZeRO skips them, stage 0 would apply them."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(self._plain_grad_norm):
-            error = TrainingError(
-                f"step {self._engine.global_steps + 1}: the gradient has norm {self._plain_grad_norm}; "
-                "the weights were not updated",
-                remedy="lower the learning rate; args.zero_stage=1 skips such steps",
-            )
-            error.ranks_agree = True  # the gradients have been averaged over the ranks
-            raise error

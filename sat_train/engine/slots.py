@@ -110,10 +110,10 @@ def _scattered(mesh: ProcessMesh, engine: Any, name: str, parameter: Any) -> Ite
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """Returns the optimizer of the run, under ZeRO's."""
+    """Returns the optimizer of the run, under those that DeepSpeed drives."""
     stage, optimizer = int(engine.zero_optimization_stage()), engine.optimizer
     if stage == 0:
-        return cast(torch.optim.Optimizer, optimizer)
+        return cast(torch.optim.Optimizer, optimizer.inner)
     return cast(torch.optim.Optimizer, optimizer.optimizer if stage == 3 else optimizer.optimizer.inner)
 
 

@@ -103,7 +103,7 @@ def _new_state(
 ) -> dict[str, Any]:
     """Returns zeros for each saved state, separate counters for the flat tensor, and what is indivisible."""
     kinds = {kind for slot in slots for kind in _kept_by_engine(saved, slot)} - {MASTER}
-    settings = optimizer.param_groups[0]  # of fused kernels, alike in all groups
+    settings = _group_of(optimizer, flat)
     on_device = settings.get("fused") or settings.get("capturable")
     device = flat.device if on_device else torch.device("cpu")
     # of a parameter that has been stepped: at stage 0 one that never had a gradient keeps no state
@@ -115,6 +115,13 @@ def _new_state(
     }
     zeros = {kind: torch.zeros_like(flat) for kind in kinds}
     return {**counters, **zeros, **_indivisible(flat, slots, saved)}
+
+
+def _group_of(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Any]:
+    """Returns the settings of a tensor: optimizers made of several have groups of several kinds."""
+    groups = optimizer.param_groups
+    own = (group for group in groups if any(each is flat for each in group["params"]))
+    return next(own, groups[0])  # stage 3 fills its groups, of one kind, in each step
 
 
 def _indivisible(flat: Tensor, slots: list[Slot], saved: SavedFragments) -> dict[str, Tensor]:

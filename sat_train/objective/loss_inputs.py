@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sat_train.diffusion.loss import min_snr_weight, v_mse_per_sample
 from sat_train.diffusion.parameterization import add_noise, v_target, x0_from_v
+from sat_train.distributed.transfer import to_device
 from sat_train.encoding.conditions.condition import Encoding
 from sat_train.encoding.conditions.randomness import SampleRandomness
 from sat_train.errors import SatTrainError
@@ -43,7 +44,7 @@ class LossInputs:
         timesteps_b: The samples' timesteps, int64, on the CPU.
         levels_bt: Timestep of each latent frame, int64, on the CPU, -1 where it is clean; None: the sample's.
         alpha_bar_b: Share of the signal in the variance at `timesteps_b`, float64, on the CPU.
-        noise_alpha_bar: The same at each frame's level, `[b, t]`; without levels `alpha_bar_b`.
+        noise_alpha_bar: The same on the device, of each frame's level, `[b, t]`; without levels `[b]`.
         v_pred_btchw: The prediction, float32, with gradient.
         v_true_btchw: Its target.
         counted_bt: True at latent frames that count in the loss, bool; None: all of them.
@@ -145,6 +146,7 @@ def build_loss_inputs(
     x0, eps, levels_bt = inputs.x0_btchw, inputs.eps_btchw, inputs.levels_bt
     alpha_bar_b = noising.signal(inputs.timesteps_b)
     noise_alpha_bar = alpha_bar_b if levels_bt is None else noising.signal(levels_bt)
+    noise_alpha_bar = to_device(noise_alpha_bar, x0.device)
     x_t = add_noise(x0, eps, noise_alpha_bar)
     # before the prediction: ZeRO-3 expects a backward after a forward with gradient
     reference_v = None if reference is None else reference(x_t)
@@ -166,7 +168,7 @@ def build_loss_inputs(
         outputs=Outputs(outputs),
         random=inputs.random,
         num_samples=inputs.num_samples,
-        min_snr_b=None if min_snr_b is None else min_snr_b.to(v_pred.device),
+        min_snr_b=None if min_snr_b is None else to_device(min_snr_b, x0.device),
         reference=reference_v,
         decode_latent=decode_latent,
     )

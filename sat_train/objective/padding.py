@@ -23,6 +23,7 @@ def counted_frames(num_shown: Sequence[int], num_latent_frames: int, geometry: G
     """
     padding = geometry.padding(num_latent_frames)
     compression = geometry.temporal_compression
-    filled = torch.tensor([-(-(shown - 1) // compression) + 1 for shown in num_shown])
-    counted_bt = torch.arange(padding + num_latent_frames) < padding + filled[:, None]
-    return None if counted_bt.all() else counted_bt
+    filled = [-(-(shown - 1) // compression) + 1 for shown in num_shown]
+    if min(filled) >= num_latent_frames:
+        return None
+    return torch.arange(padding + num_latent_frames) < padding + torch.tensor(filled)[:, None]

@@ -20,6 +20,7 @@ from sat_train.diffusion.samplers import OnStep, Sampler
 from sat_train.diffusion.timestep_laws import TimestepLaw, uniform_law
 from sat_train.diffusion.timesteps import Spacing
 from sat_train.distributed.seeds import derive_seed
+from sat_train.distributed.transfer import to_device
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
 from sat_train.encoding.conditions.latent_time import pad_in_time
 from sat_train.encoding.conditions.randomness import PromptRandomness, SampleRandomness
@@ -270,15 +271,12 @@ class VideoDiffusion:
         min_snr: bool,
         with_outputs: bool = False,
     ) -> LossInputs:
+        timesteps_b = to_device(inputs.timesteps_b, self.device)  # once, also where there are two predictions
+        levels_bt = None if inputs.levels_bt is None else to_device(inputs.levels_bt, self.device)
+        call = functools.partial(self._call, network, timesteps_b=timesteps_b, levels_bt=levels_bt)
+
         def predict(x_t: Tensor, *, return_outputs: bool = False) -> Any:
-            return self._call(
-                network,
-                x_t,
-                inputs.timesteps_b,
-                inputs.dit,
-                levels_bt=inputs.levels_bt,
-                return_outputs=return_outputs,
-            )
+            return call(x_t, inputs=inputs.dit, return_outputs=return_outputs)
 
         def predict_without_adapters(x_t: Tensor) -> Tensor:
             with torch.no_grad(), adapters_off(self.dit):
@@ -314,11 +312,11 @@ class VideoDiffusion:
         inputs = inputs.to(self.device, self.dtype)
         options = inputs.keywords()
         if levels_bt is not None:
-            options["levels_bt"] = levels_bt.to(self.device)
+            options["levels_bt"] = to_device(levels_bt, self.device)
         if return_outputs:
             options["return_outputs"] = True
-        latent, timesteps_b = x_t.to(self.device, self.dtype), timesteps_b.to(self.device)
-        return network(latent, timesteps_b, inputs.text_bld, **options)
+        latent = to_device(x_t, self.device).to(self.dtype)
+        return network(latent, to_device(timesteps_b, self.device), inputs.text_bld, **options)
 
     def _guided(
         self, network: Network, inputs: DitInputs, guidance: Guidance, steps: int
@@ -370,7 +368,7 @@ class VideoDiffusion:
             encoded: Encoding = batch.encodings.get(condition.name, {})
             if drops and condition.drop_probability:
                 dropped_b = random.chance(condition.drop_purpose, condition.drop_probability)
-                encoded = condition.drop(encoded, dropped_b.to(self.device))
+                encoded = condition.drop(encoded, to_device(dropped_b, self.device))
             inputs.append(condition.inputs(encoded, random, tuple(x0.shape)))
         encodings = {name: encoded for name, encoded in batch.encodings.items() if name != CLIP}
         levels_bt = self.noising.levels(timesteps_b, x0.shape)
@@ -380,11 +378,11 @@ class VideoDiffusion:
         eps = self.noising.noise(random, tuple(x0.shape[1:]), encodings, with_offset=drops)
         return TrainingInputs(
             x0_btchw=x0,
-            eps_btchw=eps.to(self.device),
+            eps_btchw=to_device(eps, self.device),
             timesteps_b=timesteps_b,
             levels_bt=levels_bt,
             dit=DitInputs.merged(inputs),
-            counted_bt=None if counted_bt is None else counted_bt.to(self.device),
+            counted_bt=None if counted_bt is None else to_device(counted_bt, self.device),
             encoded=encodings,
             random=random,
             padding=x0.shape[1] - latent.shape[1],

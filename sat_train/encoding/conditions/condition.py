@@ -18,6 +18,7 @@ from sat_train.config.geometry import LatentShape
 from sat_train.config.parts.reference import field_names
 from sat_train.config.values import map_texts
 from sat_train.data.batches import VideoSample
+from sat_train.distributed.transfer import to_device
 from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
 from sat_train.encoding.cache.key import digest
 from sat_train.encoding.conditions.declared import declared_encoders, declared_sample
@@ -120,13 +121,14 @@ class DitInputs:
         The transformer casts extras. Whole numbers keep their dtype, and the times of frames their place.
         """
 
-        def moved(name: str, tensor: Tensor) -> Tensor:
+        def placed(name: str, tensor: Tensor) -> Tensor:
             if name == _SHARED:
                 return tensor
             is_cast = tensor.is_floating_point() and name not in self.extras
-            return tensor.to(device, dtype) if is_cast else tensor.to(device)
+            moved = to_device(tensor, device)
+            return moved.to(dtype) if is_cast else moved
 
-        return DitInputs.of({name: moved(name, tensor) for name, tensor in self.tensors().items()})
+        return DitInputs.of({name: placed(name, tensor) for name, tensor in self.tensors().items()})
 
 
 def _joined(name: str, first: Tensor | None, second: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ def _joined(name: str, first: Tensor | None, second: Tensor) -> Tensor:
     if name == "frames_bfchw":  # channels that one of them lacks are zero
         channels = max(first.shape[2], second.shape[2])
         first, second = (F.pad(each, (0, 0, 0, 0, 0, channels - each.shape[2])) for each in (first, second))
-    return torch.cat([first, second.to(first.device)], dim=_JOINED[name])
+    return torch.cat([first, to_device(second, first.device)], dim=_JOINED[name])
 
 
 class Condition:

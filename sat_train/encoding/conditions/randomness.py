@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sat_train.data.batches import StepPosition
 from sat_train.distributed.seeds import derive_generator
+from sat_train.distributed.transfer import to_device
 
 
 class Randomness:
@@ -30,7 +31,7 @@ class Randomness:
         mean = moments["mean"].float()
         if not self.posterior_sampling:
             return mean
-        eps = self.normal(purpose, tuple(mean.shape[1:])).to(mean.device)
+        eps = to_device(self.normal(purpose, tuple(mean.shape[1:])), mean.device)
         return mean + (0.5 * moments["logvar"].float()).exp() * eps
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sat_train.data.batches import VideoSample
+from sat_train.distributed.transfer import to_device
 from sat_train.encoding.cache.entries import CacheEntry, SampleFacts
 from sat_train.encoding.cache.key import EncoderDigests, text_key
 from sat_train.encoding.cache.shards import EntryInfo
@@ -56,7 +57,7 @@ class TextCondition(Condition):
         text = encoded["text"]
         null = torch.zeros_like(text)
         if self._null == "empty_prompt":
-            null = self._empty_prompt().to(text).expand_as(text)
+            null = to_device(self._empty_prompt(), text.device).to(text.dtype).expand_as(text)
         return {"text": torch.where(dropped_b[:, None, None], null, text)}
 
     def inputs(self, encoded: Encoding, random: Randomness, latent_shape: Sequence[int]) -> DitInputs:

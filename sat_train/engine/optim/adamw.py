@@ -16,6 +16,5 @@ from sat_train.config.parts.optimizer_parts import AdamParams
 
 
 def build(params: AdamParams, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Returns the optimizer over parameter groups; on GPUs one kernel updates many weights."""
-    is_fused = all(weight.is_cuda for group in groups for weight in group["params"])
-    return torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, eps=params.eps, fused=is_fused or None)
+    """Returns the optimizer over parameter groups: one pass over all state of a weight, on a CPU too."""
+    return torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, eps=params.eps, fused=True)

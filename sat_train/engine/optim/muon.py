@@ -35,7 +35,8 @@ def build(params: MuonParams, groups: list[dict[str, Any]]) -> torch.optim.Optim
         )
         optimizers.append(muon)
     if others:
-        optimizers.append(torch.optim.AdamW(others, lr=params.lr, betas=params.betas, eps=params.eps))
+        adamw = torch.optim.AdamW(others, lr=params.lr, betas=params.betas, eps=params.eps, fused=True)
+        optimizers.append(adamw)
     return Together(optimizers)
 
 

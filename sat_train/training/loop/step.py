@@ -125,8 +125,10 @@ class TrainStep:
 
     def _ask_ranks(self, losses: list[torch.Tensor]) -> _PendingFlags:
         finite = torch.stack(losses).isfinite().all()
-        ours = torch.tensor([float(self._stop_request.level), float(self._is_saving())], device=finite.device)
-        return _PendingFlags(max_flags(self._mesh, torch.cat([(~finite).float()[None], ours])))
+        ours = (float(self._stop_request.level), float(self._is_saving()))
+        # filled on the device: a copy would wait for the forward pass
+        flags = [torch.full((), flag, device=finite.device) for flag in ours]
+        return _PendingFlags(max_flags(self._mesh, torch.stack([(~finite).float(), *flags])))
 
     def _raise_not_finite(self, number: int, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> None:
         ours = [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sat_train.config.learning_rate import LearningRate
 from sat_train.errors import TrainingError
 from sat_train.training.loop.callback import Callback, Callbacks
+from sat_train.training.loop.collector import collect_between_steps, collector_off
 from sat_train.training.loop.meter import Meter
 from sat_train.training.loop.metrics import Metrics
 from sat_train.training.loop.state import TrainState
@@ -80,10 +81,12 @@ class Trainer:
         try:
             self.callbacks.started(self)
             self._meter.restart()
-            while not self.complete and not self.stopping:
-                self._step()
-                with self._meter.paused():
-                    self.callbacks.step_done(self)
+            with collector_off():
+                while not self.complete and not self.stopping:
+                    self._step()
+                    with self._meter.paused():
+                        self.callbacks.step_done(self)
+                    collect_between_steps(self.state.step)
             self.callbacks.finished(self)
         except BaseException as error:
             self.callbacks.closed_after(error)

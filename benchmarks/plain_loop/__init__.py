@@ -1,0 +1,13 @@
+"""A plain torch loop that takes turns with the training loop, for `benchmarks/step.py`."""
+
+from sat_train.parts import CallbackParams, Field, part
+
+
+@part("callback", "PlainLoop", build=".callback:PlainLoop")
+class PlainLoopParams(CallbackParams):
+    """Times rounds of training, and after each as many steps of a plain loop."""
+
+    writes_files = True
+
+    steps: int = Field(100, ge=1, description="Steps of a round.")
+    fused: bool = Field(False, description="AdamW of the plain loop: torch's fused one, or its default.")

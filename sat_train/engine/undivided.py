@@ -1,0 +1,79 @@
+"""The layout of ZeRO stage 0: each rank steps all parameters as they are.
+
+A single process with fp32 weights has it at stages 1 and 2 too: there is nothing to divide, and no half
+precision that needs a master copy. Norm, clipping and the skip of a gradient that is not finite are those of
+DeepSpeed's stages 1 and 2, which its stage 0 does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_train.distributed.processes import ProcessMesh
+
+
+def is_undivided(settings: Mapping[str, Any], mesh: ProcessMesh) -> bool:
+    """Checks whether a run has this layout.
+
+    Args:
+        settings: DeepSpeed's dictionary.
+        mesh: The process mesh.
+    """
+    zero = settings["zero_optimization"]
+    if zero["stage"] == 0:
+        return True
+    is_half = any(settings.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
+    is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    return zero["stage"] < 3 and mesh.world_size == 1 and not is_half and not is_offloaded
+
+
+class UndividedParameters(torch.optim.Optimizer):
+    """DeepSpeed's optimizer at stage 0: clips the averaged gradients and hands the step on.
+
+    Args:
+        inner: The optimizer of the run, over these parameters.
+        parameters: All that train, in the order of the module, in which their norms are summed.
+        max_norm: Norm that gradients are clipped to; 0: they are not.
+
+    Attributes:
+        inner: The optimizer of the run.
+        overflow: The last gradient was not finite and nothing was updated. DeepSpeed asks for it.
+    """
+
+    def __init__(
+        self, inner: torch.optim.Optimizer, parameters: Iterable[Tensor], *, max_norm: float
+    ) -> None:
+        self.inner, self._parameters, self._max_norm = inner, list(parameters), max_norm
+        super().__init__([{"params": self._parameters}], {"lr": 0.0})
+        self.overflow = False
+        self._global_grad_norm: Tensor | None = None  # DeepSpeed's name
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Steps the parameters, unless a gradient is not finite; one that is missing counts as zero.
+
+        Source: microsoft/DeepSpeed@v0.19.8 `runtime/zero/stage_1_and_2.py` `get_grad_norm_direct`,
+        `unscale_and_clip_grads`.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self._global_grad_norm = norm = _total_norm(gradients)
+        self.overflow = not bool(norm.isfinite())
+        if self.overflow:
+            return
+        if self._max_norm:
+            scale = ((norm + 1e-6) / self._max_norm).clamp(min=1.0)
+            torch._foreach_mul_(gradients, 1.0 / scale)
+        self.inner.step()
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """Returns the norm of all gradients as one vector, summed in float64, a float32 scalar."""
+    norms = torch._foreach_norm(gradients, 2, torch.float64)
+    return torch.stack(list(norms)).square().sum().float().sqrt()
