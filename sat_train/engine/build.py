@@ -20,7 +20,7 @@ from sat_train.engine.optim.build import build_optimizer
 from sat_train.engine.owned import OwnedParameters, padded_rows
 from sat_train.engine.reduction import reduction_settings
 from sat_train.engine.slots import partition_slots
-from sat_train.engine.undivided import UndividedParameters, is_undivided
+from sat_train.engine.undivided import UndividedParameters, is_undivided_with
 from sat_train.log import get_logger
 from sat_train.models.trainable import adapter_rules, group_parameters, group_table, train_rules
 
@@ -78,12 +78,13 @@ def start_engine(
         dist_init_required=False,
     )
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if is_undivided(settings, mesh):
+    if is_undivided_with(settings, mesh):
         undivided = UndividedParameters(
             optimizer_over(trained), trained.values(), max_norm=settings.get("gradient_clipping", 0.0)
         )
-        whole = {**settings, "zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
-        engine = initialize(config=whole, optimizer=undivided)[0]
+        # DeepSpeed's stage 0 has no dtype of accumulation: that of fp32 weights is theirs
+        of_stage_0 = {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0, "data_types": {}}
+        engine = initialize(config={**settings, **of_stage_0}, optimizer=undivided)[0]
         engine.enable_backward_allreduce = mesh.data_size > 1  # else it copies gradients for nobody
         return TrainEngine(engine, mesh)
     if settings["zero_optimization"]["stage"] == 3:

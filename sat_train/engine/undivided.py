@@ -16,19 +16,27 @@ from torch import Tensor
 from sat_train.distributed.processes import ProcessMesh
 
 
-def is_undivided(settings: Mapping[str, Any], mesh: ProcessMesh) -> bool:
+def is_undivided(*, stage: int, ranks: int, is_half: bool, is_offloaded: bool) -> bool:
     """Checks whether a run has this layout.
 
     Args:
-        settings: DeepSpeed's dictionary.
-        mesh: The process mesh.
+        stage: The ZeRO stage that was asked for.
+        ranks: Processes in all.
+        is_half: Weights are bf16 or fp16.
+        is_offloaded: Optimizer states are in host memory.
     """
+    return stage == 0 or (stage < 3 and ranks == 1 and not is_half and not is_offloaded)
+
+
+def is_undivided_with(settings: Mapping[str, Any], mesh: ProcessMesh) -> bool:
+    """Checks whether a run with DeepSpeed's dictionary has this layout."""
     zero = settings["zero_optimization"]
-    if zero["stage"] == 0:
-        return True
-    is_half = any(settings.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
-    is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    return zero["stage"] < 3 and mesh.world_size == 1 and not is_half and not is_offloaded
+    return is_undivided(
+        stage=zero["stage"],
+        ranks=mesh.world_size,
+        is_half=any(settings.get(name, {}).get("enabled") for name in ("fp16", "bf16")),
+        is_offloaded=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+    )
 
 
 class UndividedParameters(torch.optim.Optimizer):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sat_train.config import Geometry
+from sat_train.distributed.transfer import to_device
 from sat_train.log import get_logger
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Model = TypeVar("Model")
 def pixels_to_unit(pixels: Tensor, device: torch.device | str) -> Tensor:
     """Moves uint8 pixels to the device and to float32 in [-1, 1]."""
     assert pixels.dtype == torch.uint8, f"pixels are {pixels.dtype}, not uint8"
-    return pixels.to(device).float() / 127.5 - 1.0
+    return to_device(pixels, torch.device(device)).float() / 127.5 - 1.0
 
 
 def unit_to_pixels(video: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class Encoders:
     @cached_property
     def _empty_prompt_ld(self) -> Tensor:
         known = self._known_empty_prompt()
-        return self.text("") if known is None else known
+        return self.text("") if known is None else known.to(self.device)
 
 
 def _load_late(load: Callable[[], Model], name: str) -> Model:

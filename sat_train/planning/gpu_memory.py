@@ -15,6 +15,7 @@ from torch import nn
 from sat_train.config import RunConfig
 from sat_train.engine.owned import row_length
 from sat_train.engine.reduction import bucket_bytes
+from sat_train.engine.undivided import is_undivided
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.planning.counting import build_meta_dit, build_meta_vae
 from sat_train.weights.readers import read_weight_files
@@ -133,13 +134,16 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
     zero, stage = config.deepspeed.zero_optimization, config.args.zero_stage
     element = compute_dtype(config.args).itemsize
     trained, total = weights.num_trained, weights.transformer
+    is_offloaded = zero.offload_optimizer.device == "cpu"
+    ranks = data_ranks * config.args.model_parallel_size
+    if is_undivided(stage=stage, ranks=ranks, is_half=element < _MASTER, is_offloaded=is_offloaded):
+        stage = 0
     share = trained if stage == 0 else trained / data_ranks
     if stage in (1, 2):
         share = row_length(weights.trained, data_ranks)
     average = MASTER_BYTES if config.args.ema_decay is not None else 0
     masters = 0 if stage == 0 else MASTER_BYTES
     states = (masters + average + config.deepspeed.optimizer.params.bytes_per_weight()) * share
-    is_offloaded = zero.offload_optimizer.device == "cpu"
     frozen_and_padded = total - trained + (share * data_ranks if stage in (1, 2) else trained)
     summed = MASTER_BYTES if config.deepspeed.data_types.grad_accum_dtype == "fp32" else element
     return StateMemory(
@@ -147,7 +151,8 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
         gradients=summed * (trained if stage < 2 else share),
         optimizer=0.0 if is_offloaded else states,
         offloaded=states if is_offloaded else 0.0,
-        buffers=bucket_bytes(config.deepspeed, trained=trained, data_ranks=data_ranks, element=element),
+        buffers=(stage > 0 or data_ranks > 1)
+        * bucket_bytes(config.deepspeed, trained=trained, data_ranks=data_ranks, element=element),
         # the fp32 gradient, and DeepSpeed's flat copy of the half-precision one
         update=0.0
         if is_offloaded or stage == 0

@@ -1,9 +1,11 @@
 """Laws of the optimizer step: stages, accumulation, world size, and what is not finite."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
@@ -180,6 +182,38 @@ def _overflowing(mesh: ProcessMesh, zero_stage: int) -> tuple[list[bool], bool]:
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(rank_pool, zero_stage):
     assert rank_pool(2)(_overflowing, zero_stage) == [([True, False, True], True)] * 2
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the places at which the host reads a tensor, and would wait for a GPU."""
+
+    READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in self.READS
+        return function(*args, **(kwargs or {}))
+
+
+def _reads(mesh: ProcessMesh, options: dict[str, Any]) -> list[int]:
+    """Reads of the second step, which makes nothing for the first time, at 1 and 3 micro-steps."""
+    counts = []
+    for accumulation in (1, 3):
+        _, train_step, _ = build_toy(mesh, toy_run(batch_size=1, accumulation=accumulation, **options))
+        train_step.step(1, 1e-2)
+        with HostReads() as reads:
+            train_step.step(2, 1e-2)
+        counts.append(reads.count)
+    return counts
+
+
+def test_a_step_is_read_from_the_device_once_for_its_losses_and_once_for_its_gradient(rank_pool):
+    assert rank_pool(1)(_reads, {}) == [[2, 2]]
+    for one, three in rank_pool(2)(_reads, {"zero_stage": 2, "precision": "bf16"}):
+        assert one == three, "further micro-steps read nothing"
 
 
 def _build_fp16(mesh: ProcessMesh) -> None:
