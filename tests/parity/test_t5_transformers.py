@@ -3,10 +3,11 @@
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from sat_train.config.paths import ASSETS
 from sat_train.models.text.t5 import T5TextEncoder
+from sat_train.models.text.t5_encoder import T5Encoder, T5Settings
 
 TINY = ASSETS / "tiny" / "t5"
 MAX_LENGTH = 24
@@ -41,9 +42,23 @@ def test_tokens_are_sentencepiece_s(ids):
 
 
 @torch.no_grad()
-def test_embeddings_with_padding_are_theirs(ids, reference):
-    text = T5TextEncoder.from_folder(TINY, max_length=MAX_LENGTH).encode(CAPTIONS)
-    assert torch.equal(text, reference(input_ids=ids).last_hidden_state)  # the same code on the same ids
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_with_padding_are_theirs_bit_for_bit(ids, dtype):
+    text = T5TextEncoder.from_folder(TINY, max_length=MAX_LENGTH, dtype=dtype).encode(CAPTIONS)
+    reference = T5EncoderModel.from_pretrained(TINY, dtype=dtype).eval()
+    assert torch.equal(text, reference(input_ids=ids).last_hidden_state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["relu", "gated-silu"])
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_other_activations_and_far_tokens_are_theirs(kind, tokens):
+    sizes = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 3}
+    theirs = T5EncoderModel(T5Config(**sizes, feed_forward_proj=kind)).eval()
+    ours = T5Encoder(T5Settings(**sizes, feed_forward_proj=kind))
+    ours.load_state_dict({name: theirs.state_dict()[name] for name in ours.state_dict()})
+    ids_bl = torch.randint(30, (2, tokens))
+    assert torch.equal(ours(ids_bl), theirs(input_ids=ids_bl).last_hidden_state)
 
 
 @torch.no_grad()

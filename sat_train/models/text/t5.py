@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5Tokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerBase, T5Tokenizer
 
 from sat_train.errors import CheckpointError
 from sat_train.files import reading
+from sat_train.models.text.t5_encoder import T5Encoder, T5Settings
 from sat_train.models.text.t5_folder import (
     CONFIG,
     LEAST_BYTES_OF_A_WEIGHT,
@@ -30,8 +29,10 @@ from sat_train.models.text.t5_folder import (
     find_t5_folders,
     read_settings,
 )
+from sat_train.weights.lazy import LazyWeights
+from sat_train.weights.names import check_names_and_shapes
+from sat_train.weights.readers import read_index, read_weight_files
 
-_ATTENTION = "sdpa"  # named, so that no configuration names one
 _ADAPTER = "adapter_config.json"
 
 
@@ -46,7 +47,7 @@ class T5TextEncoder(nn.Module):
     """
 
     def __init__(
-        self, *, transformer: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_length: int
+        self, *, transformer: T5Encoder, tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> None:
         super().__init__()
         self.transformer = transformer.eval().requires_grad_(False)
@@ -105,8 +106,7 @@ class T5TextEncoder(nn.Module):
             return_attention_mask=False,
             return_tensors="pt",
         )
-        output = self.transformer(input_ids=tokens["input_ids"].to(self.transformer.device))
-        text_bld: Tensor = output.last_hidden_state
+        text_bld: Tensor = self.transformer(tokens["input_ids"].to(self.transformer.shared.weight.device))
         return text_bld
 
     def token_length(self, caption: str) -> int:
@@ -136,57 +136,59 @@ def read_tokenizer(folder: Path) -> T5Tokenizer:
         ) from error
 
 
-def _read_config(folder: Path) -> T5Config:
-    """Returns the configuration of an encoder, after checking it against the size of the weights."""
-    config = T5Config(**read_settings(folder), is_encoder_decoder=False, use_cache=False)
+def _read_settings(folder: Path) -> T5Settings:
+    """Returns the settings of an encoder, after checking them against the size of the weights."""
+    settings = T5Settings(**read_settings(folder))
     held = bytes_of_weights(folder)
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in T5EncoderModel(config).parameters())
+        count = sum(parameter.numel() for parameter in T5Encoder(settings).parameters())
     if count * LEAST_BYTES_OF_A_WEIGHT > held:
         raise CheckpointError(
             f"{folder / CONFIG} claims {count:,} weights, but the files next to it have {held:,} bytes",
             expected="all weights that it calls for, in at least 16 bits each",
             remedy="check that every shard is there and that config.json belongs to the weights",
         )
-    return config
+    return settings
 
 
-def _read_transformer(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
-    """Reads the weights; unlike transformers itself, fails if a weight is missing."""
-    config = _read_config(folder)
+def _read_transformer(folder: Path, dtype: torch.dtype) -> T5Encoder:
+    """Reads the weights; a decoder's among them are left out."""
+    settings = _read_settings(folder)
     if (folder / _ADAPTER).exists():
         raise CheckpointError(
             f"{folder} holds {_ADAPTER}, which leads to other weights",
             expected="an encoder without adapters",
             remedy="take the file out of the folder",
         )
-    transformer: T5EncoderModel
-    report: dict[str, Any]
-    bar_was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with reading(
-            f"T5 weights in {folder} cannot be read",
-            error=CheckpointError,
-            expected="the complete files of a T5 v1.1 encoder",
-            remedy="compare the file sizes with the source and copy damaged files again",
-        ):
-            transformer, report = T5EncoderModel.from_pretrained(  # type: ignore[misc]  # a pair, as asked
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=_ATTENTION,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    finally:
-        if bar_was_on:
-            transformers_logging.enable_progress_bar()
-    missing = sorted(report["missing_keys"])
-    if missing:
+    with torch.device("meta"):
+        transformer = T5Encoder(settings)
+    expected = {name: tuple(weight.shape) for name, weight in transformer.state_dict().items()}
+    weights = _open_weights(folder).select(_own_name)
+    if missing := sorted(expected.keys() - weights.keys()):
         raise CheckpointError(
             f"T5 weights in {folder} lack {len(missing)} tensors: {', '.join(missing[:8])}",
             expected="all weights that its config.json calls for",
             remedy="check that every shard of the index is there and that config.json belongs to the weights",
         )
+    weights = weights.select(lambda name: name if name in expected else None)
+    check_names_and_shapes(expected, weights.shapes, where=f"T5 in {folder}")
+    transformer.load_state_dict({name: weights[name].to(dtype) for name in expected}, assign=True)
     return transformer
+
+
+def _open_weights(folder: Path) -> LazyWeights:
+    """Opens the weights of a folder, in the order of preference of transformers: safetensors, whole files."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.is_file() or index.is_file():
+            return read_weight_files([whole] if whole.is_file() else read_index(index))
+    raise CheckpointError(
+        f"T5 weights in {folder} cannot be read: there is no file of a known name",
+        expected="model.safetensors, or model.safetensors.index.json and its shards",
+        remedy="compare the folder with its source and copy missing files again",
+    )
+
+
+def _own_name(name: str) -> str:
+    """Returns the name of a weight here: a file of the encoder alone may hold its embedding there."""
+    return "shared.weight" if name == "encoder.embed_tokens.weight" else name

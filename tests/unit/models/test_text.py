@@ -62,7 +62,6 @@ def test_tokens_are_counted_as_the_encoder_counts_them():
 
 def test_it_stays_frozen_in_evaluation_mode():
     text_encoder = encoder()
-    text_encoder.transformer.config.dropout_rate = 0.5
     text_encoder.train()
     assert not any(module.training for module in text_encoder.modules())
     assert not any(weight.requires_grad for weight in text_encoder.parameters())
@@ -116,7 +115,7 @@ def test_nothing_is_downloaded():
 
 def test_missing_weights_are_named(diffusers_folder):
     (diffusers_folder / "text_encoder" / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"cannot be read|lack \d+ tensors"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 2 shards"):
         encoder(diffusers_folder)
 
 
@@ -134,7 +133,7 @@ def test_truncated_weights_are_refused(tmp_path):
     path = tmp_path / "t5" / "model.safetensors"
     content = path.read_bytes()
     for length, message in (
-        (400_000, "cannot be read"),
+        (400_000, "is damaged or not a file of weights"),
         (1000, "claims 127,360 weights, but the files next to it"),
     ):
         path.write_bytes(content[:length])
