@@ -57,13 +57,18 @@ class T5Encoder(nn.Module):
 
     def __init__(self, settings: T5Settings) -> None:
         super().__init__()
-        self.shared = nn.Embedding(settings.vocab_size, settings.d_model)
+        self.shared = _table(settings.vocab_size, settings.d_model)
         self.encoder = _Stack(settings)
 
     def forward(self, ids_bl: Tensor) -> Tensor:
         """Returns `[b, l, d_model]`; every position attends to every other, padding included."""
         text_bld: Tensor = self.encoder(self.shared(ids_bl))
         return text_bld
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Returns a table without values: drawing them on the meta device would import the compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width))
 
 
 class _Stack(nn.Module):
@@ -125,9 +130,8 @@ class _Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(settings.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, settings.d_model, bias=False)
         if has_table:
-            self.relative_attention_bias = nn.Embedding(
-                settings.relative_attention_num_buckets, settings.num_heads
-            )
+            buckets = settings.relative_attention_num_buckets
+            self.relative_attention_bias = _table(buckets, settings.num_heads)
 
     def position_bias(self, length: int) -> Tensor:
         """Returns the bias of the scores of all layers, `[1, n, l, l]`; the first layer has the table."""
