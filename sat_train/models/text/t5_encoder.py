@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,8 @@ class T5Encoder(nn.Module):
 
 def _table(rows: int, width: int) -> nn.Embedding:
     """Returns a table without values: drawing them on the meta device would import the compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width))
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, width))
+    return table
 
 
 class _Stack(nn.Module):
@@ -78,8 +80,8 @@ class _Stack(nn.Module):
         self.final_layer_norm = _Norm(settings)
 
     def forward(self, x_bld: Tensor) -> Tensor:
-        first = self.block[0].layer[0].SelfAttention
-        bias_1nll = first.position_bias(x_bld.shape[1])
+        first: Any = self.block[0]
+        bias_1nll: Tensor = first.layer[0].SelfAttention.position_bias(x_bld.shape[1])
         for block in self.block:
             x_bld = block(x_bld, bias_1nll)
         normed_bld: Tensor = self.final_layer_norm(x_bld)
@@ -94,7 +96,8 @@ class _Block(nn.Module):
     def forward(self, x_bld: Tensor, bias_1nll: Tensor) -> Tensor:
         attention, mlp = self.layer
         x_bld = x_bld + attention(x_bld, bias_1nll)
-        return x_bld + mlp(x_bld)
+        y_bld: Tensor = x_bld + mlp(x_bld)
+        return y_bld
 
 
 class _AttentionLayer(nn.Module):
@@ -144,11 +147,11 @@ class _Attention(nn.Module):
         return bias
 
     def forward(self, x_bld: Tensor, bias_1nll: Tensor) -> Tensor:
-        heads = (
+        query, key, value = (
             project(x_bld).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for project in (self.q, self.k, self.v)
         )
-        y_bnlk = F.scaled_dot_product_attention(*heads, attn_mask=bias_1nll, scale=1.0)
+        y_bnlk = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_1nll, scale=1.0)
         y_bld: Tensor = self.o(y_bnlk.transpose(1, 2).flatten(2))
         return y_bld
 
@@ -169,16 +172,15 @@ class _Mlp(nn.Module):
     def __init__(self, settings: T5Settings) -> None:
         super().__init__()
         self.activation = _ACTIVATIONS[settings.feed_forward_proj]
-        self.is_gated = settings.feed_forward_proj.startswith("gated")
-        for name in ("wi_0", "wi_1") if self.is_gated else ("wi",):
+        is_gated = settings.feed_forward_proj.startswith("gated")
+        self._inner = ("wi_0", "wi_1") if is_gated else ("wi",)
+        for name in self._inner:
             self.add_module(name, nn.Linear(settings.d_model, settings.d_ff, bias=False))
         self.wo = nn.Linear(settings.d_ff, settings.d_model, bias=False)
 
     def forward(self, x_bld: Tensor) -> Tensor:
-        if self.is_gated:
-            y_bld: Tensor = self.wo(self.activation(self.wi_0(x_bld)) * self.wi_1(x_bld))
-        else:
-            y_bld = self.wo(self.activation(self.wi(x_bld)))
+        inner, *gate = (self.get_submodule(name)(x_bld) for name in self._inner)
+        y_bld: Tensor = self.wo(math.prod(gate, start=self.activation(inner)))
         return y_bld
 
 
