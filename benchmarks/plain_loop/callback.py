@@ -13,11 +13,14 @@ FILE = "plain_loop.jsonl"
 
 
 class PlainLoop(Callback):
-    """Writes a line a round: seconds a step of training, and of the plain loop."""
+    """Writes a line a round: seconds of a step of training and of the plain loop, by two clocks.
+
+    The second one is that of this process: what other programs and the loader's worker take is left out.
+    """
 
     def __init__(self, params, context):
         self.params, self.context = params, context
-        self.batch, self.since = None, 0.0
+        self.batch, self.since = None, None
 
     def loss_computed(self, output, batch):
         self.batch = batch
@@ -25,15 +28,17 @@ class PlainLoop(Callback):
     def step_done(self, trainer):
         if trainer.state.step % self.params.steps:
             return
-        ours = (time.perf_counter() - self.since) / self.params.steps
-        if self.since:  # the first round is warm-up
-            line = {"ours": ours, "plain": self.plain(trainer) / self.params.steps}
+        if self.since is not None:  # the first round is warm-up
+            line = {"ours": self.each_since(self.since), "plain": self.plain(trainer)}
             with (self.context.folder() / FILE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.since = time.perf_counter()
+        self.since = now()
+
+    def each_since(self, start):
+        return [(end - begin) / self.params.steps for begin, end in zip(start, now(), strict=True)]
 
     def plain(self, trainer):
-        """Returns the seconds of a round of the plain loop: forward, backward, clip, AdamW."""
+        """Returns the seconds of a step of the plain loop: forward, backward, clip, AdamW."""
         config, own = self.context.config, trainer.engine.module
         dit = build_dit(config.spec, device=own.device, dtype=own.dtype)
         dit.load_state_dict(own.state_dict())
@@ -58,7 +63,11 @@ class PlainLoop(Callback):
 
         for _ in range(3):
             step()
-        start = time.perf_counter()
+        start = now()
         for _ in range(self.params.steps):
             step()
-        return time.perf_counter() - start
+        return self.each_since(start)
+
+
+def now():
+    return time.perf_counter(), time.process_time()
