@@ -146,10 +146,12 @@ def turns_for_text(mesh: ProcessMesh) -> Callable[[], AbstractContextManager[Non
 
 def build_loaded_text_encoder(config: RunConfig, device: torch.device) -> T5TextEncoder:
     """Builds the text encoder with its weights."""
-    from sat_train.models.text.t5 import T5TextEncoder  # imports transformers, which a full cache saves
+    from sat_train.encoding.text_weights import (
+        read_text_encoder,  # imports transformers, which a full cache saves
+    )
 
     text, dtype = config.spec.text, encoder_dtype(config.args)
-    return T5TextEncoder.from_folder(text.model_dir, max_length=text.max_length, dtype=dtype, device=device)
+    return read_text_encoder(text.model_dir, max_length=text.max_length, dtype=dtype, device=device)
 
 
 def build_loaded_vae(config: RunConfig, device: torch.device) -> VideoVAE:

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from sat_train.config.paths import ASSETS
-from sat_train.models.text.t5 import T5TextEncoder
+from sat_train.encoding.text_weights import read_text_encoder
 from sat_train.models.text.t5_encoder import T5Encoder, T5Settings
 
 TINY = ASSETS / "tiny" / "t5"
@@ -34,7 +34,7 @@ def reference() -> T5EncoderModel:
 
 
 def test_tokens_are_sentencepiece_s(ids):
-    text_encoder = T5TextEncoder.from_folder(TINY, max_length=MAX_LENGTH)
+    text_encoder = read_text_encoder(TINY, max_length=MAX_LENGTH)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     theirs = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=MAX_LENGTH).input_ids
     assert torch.equal(torch.tensor(theirs), ids)
@@ -44,7 +44,7 @@ def test_tokens_are_sentencepiece_s(ids):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_with_padding_are_theirs_bit_for_bit(ids, dtype):
-    text = T5TextEncoder.from_folder(TINY, max_length=MAX_LENGTH, dtype=dtype).encode(CAPTIONS)
+    text = read_text_encoder(TINY, max_length=MAX_LENGTH, dtype=dtype).encode(CAPTIONS)
     reference = T5EncoderModel.from_pretrained(TINY, dtype=dtype).eval()
     assert torch.equal(text, reference(input_ids=ids).last_hidden_state)
 
@@ -64,7 +64,7 @@ def test_other_activations_and_far_tokens_are_theirs(kind, tokens):
 @torch.no_grad()
 def test_padding_is_attended_to(ids, reference):
     """As CogVideoX was trained: an all-ones mask changes nothing, a padding mask would."""
-    text = T5TextEncoder.from_folder(TINY, max_length=MAX_LENGTH).encode(CAPTIONS)
+    text = read_text_encoder(TINY, max_length=MAX_LENGTH).encode(CAPTIONS)
     ones = reference(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     masked = reference(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
     torch.testing.assert_close(text, ones, atol=1e-6, rtol=1e-6)

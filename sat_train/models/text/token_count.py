@@ -16,7 +16,7 @@ def count_tokens(folder: Path, captions: Sequence[str]) -> list[int]:
     """Returns the number of tokens of each caption, including its end token, without loading the encoder.
 
     Args:
-        folder: As for `T5TextEncoder.from_folder`.
+        folder: As for `encoding.text_weights.read_text_encoder`.
         captions: Texts.
 
     Raises:

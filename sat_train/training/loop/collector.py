@@ -6,14 +6,14 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_EVERY = 100  # steps
+_EVERY = 10  # steps; what exists since the start takes a millisecond
 
 
 @contextmanager
 def collector_off() -> Iterator[None]:
-    """Keeps the garbage collector from running by itself; what exists already is never looked at again.
+    """Keeps the garbage collector from running by itself; what exists already is never inspected again.
 
-    It would look at every object of every library, in the middle of a step and on each rank at another time,
+    It would inspect every object of every library, in the middle of a step and on each rank at another time,
     while the others wait in a collective.
     """
     was_on = gc.isenabled()

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from sat_train.config import load_run_config
 from sat_train.config.paths import ASSETS
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.encoding.text_weights import read_text_encoder
 from sat_train.errors import CheckpointError, DataError
 from sat_train.interchange.adapters import read_lora
 from sat_train.interchange.conversion import Conversion, convert
 from sat_train.interchange.locate import read_transformer_weights, read_vae_weights
-from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.sampling.prompts import read_image, read_prompt_file
 from tests.unit.checkpoint.hostile import CASES, Evil, damaged_copies, marker
 
@@ -146,7 +146,7 @@ T5_CONFIGS: list[dict[str, object]] = [
 @pytest.mark.parametrize("config", T5_CONFIGS, ids=str)
 def test_a_t5_of_sizes_that_are_not_there_is_one_error(tmp_path: Path, config: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match=r"t5"):
-        T5TextEncoder.from_folder(t5(tmp_path / "t5", **config), max_length=8)
+        read_text_encoder(t5(tmp_path / "t5", **config), max_length=8)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "7", "{", "\x00", '{"d_model": ' + "9" * 5000 + "}"])
@@ -154,7 +154,7 @@ def test_a_t5_config_that_is_no_configuration_is_one_error(tmp_path: Path, text:
     folder = t5(tmp_path / "t5")
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"t5/config\.json"):
-        T5TextEncoder.from_folder(folder, max_length=8)
+        read_text_encoder(folder, max_length=8)
 
 
 def test_a_t5_names_no_kernel_no_quantisation_and_no_code(
@@ -172,8 +172,8 @@ def test_a_t5_names_no_kernel_no_quantisation_and_no_code(
         auto_map={"AutoModel": "evil--code.Model"},
         _name_or_path="evil/t5",
     )
-    plain = T5TextEncoder.from_folder(T5, max_length=8).encode(["a ball"])
-    assert torch.equal(T5TextEncoder.from_folder(folder, max_length=8).encode(["a ball"]), plain)
+    plain = read_text_encoder(T5, max_length=8).encode(["a ball"])
+    assert torch.equal(read_text_encoder(folder, max_length=8).encode(["a ball"]), plain)
     assert not asked
 
 
@@ -214,7 +214,7 @@ def test_a_hostile_t5_folder_is_one_error(tmp_path: Path, change) -> None:
     folder = t5(tmp_path / "t5")
     change(folder)
     with pytest.raises(CheckpointError, match="t5"):
-        T5TextEncoder.from_folder(folder, max_length=8)
+        read_text_encoder(folder, max_length=8)
     assert not marker(folder).exists()
 
 
