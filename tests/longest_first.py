@@ -67,6 +67,7 @@ SECONDS: dict[str, int] = {
     "unit/data/test_clip_pool.py": 9,
     "unit/checkpoint/test_lora_files.py": 9,
     "unit/cli/test_stopped_early.py": 9,
+    "parity/test_controlnet.py": 8,
     "unit/cli/test_new_extension.py": 8,
     "runs/test_launch_scripts.py": 8,
 }

@@ -136,7 +136,7 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
     trained, total = weights.num_trained, weights.transformer
     is_offloaded = zero.offload_optimizer.device == "cpu"
     ranks = data_ranks * config.args.model_parallel_size
-    if is_undivided(stage=stage, ranks=ranks, is_half=element < _MASTER, is_offloaded=is_offloaded):
+    if is_undivided(stage=stage, ranks=ranks, is_half=element < MASTER_BYTES, is_offloaded=is_offloaded):
         stage = 0
     share = trained if stage == 0 else trained / data_ranks
     if stage in (1, 2):
