@@ -5,13 +5,12 @@ from importlib import import_module
 from pathlib import Path
 
 MODULES = (
-    "sat_train.training.build",
+    "sat_train.testing.imports",
     "sat_train.cli.ranks",
     "sat_train.cli.sample_videos",
     "sat_train.cli.main",
     "sat_train.cli.convert",
     "sat_train.cli.data",
-    "deepspeed",
 )
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the commands set it before they import torch

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.fault_parts.injection import Injection
 from sat_train.testing.ports import HeldPort
 
-_PRELOADED = ["sat_train.cli.ranks", "sat_train.training.build", "deepspeed"]
+_PRELOADED = ["sat_train.testing.imports", "sat_train.cli.ranks"]
 _GRACE_S = 30.0  # a launcher ends the others at once; here they have to notice by themselves
 _LAST_GRACE_S = 20.0
 

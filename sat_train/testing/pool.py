@@ -25,7 +25,7 @@ def start_process(function: Callable[..., None], *args: Any) -> BaseProcess:
     Under a script, not under pytest, the caller's code needs `if __name__ == "__main__"`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sat_train.training.build"])
+    context.set_forkserver_preload(["sat_train.testing.imports"])
     process = context.Process(target=function, args=args, daemon=False)
     process.start()
     return process
