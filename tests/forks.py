@@ -1,7 +1,8 @@
 """Processes that begin with everything imported: forks of one process, which imports it once a session.
 
 Importing torch, DeepSpeed and SAT takes six seconds, and tests of ranks and of whole commands need processes
-of their own. `test_readme.py` and `test_newcomer.py` start commands without it, as a shell does.
+of their own. Some commands of `test_readme.py` and `test_newcomer.py`, and all of `tests/slurm`, are started
+without it, as a shell does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.runs.launching import Finished, command, environment
+from tests.runs.launching import ROOT, Finished, command, environment, run_words
+
+_IN_FOLDER = "import os, sys; os.chdir(sys.argv.pop(1))\n"
+_SAT_TRAIN = f"{_IN_FOLDER}from sat_train.cli.main import main; sys.exit(main(sys.argv[1:]))"
+_SCRIPT = f"{_IN_FOLDER}import runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def start_fork(function: Callable[..., None], *args: Any) -> BaseProcess:
@@ -97,11 +102,41 @@ def start(script: str, words: Sequence[str], *, log: Path) -> ForkedCommand:
     return start_python(command(script, words, processes=1)[1:], log=log)
 
 
+def start_sat_train(words: Sequence[str], *, cwd: Path, log: Path) -> ForkedCommand:
+    """Starts `sat-train WORDS` in a folder."""
+    return start_python(["-c", _SAT_TRAIN, str(cwd), *words], log=log)
+
+
 def run(script: str, words: Sequence[str], *, timeout_s: float = 300) -> Finished:
     """Runs a launch script on one rank to its end, as `launching.run` does."""
+    return _end(lambda log: start(script, words, log=log), timeout_s)
+
+
+def run_sat_train(words: Sequence[str], *, cwd: Path = ROOT, timeout_s: float = 300) -> Finished:
+    """Runs `sat-train WORDS` in a folder to its end."""
+    return _end(lambda log: start_sat_train(words, cwd=cwd, log=log), timeout_s)
+
+
+def run_line(line: str, *, cwd: Path) -> Finished:
+    """Types a line into a shell in a folder; `sat-train` and `python` are forks, with the words it splits."""
+    code = {"sat-train": _SAT_TRAIN, "python": _SCRIPT}.get(line.split()[0])
+    if code is None:
+        return run_words(["bash", "-c", line], cwd=cwd)
+    words = ["-c", code, str(cwd), *shell_words(line, cwd=cwd)[1:]]
+    return _end(lambda log: start_python(words, log=log), timeout_s=300)
+
+
+def shell_words(line: str, *, cwd: Path) -> list[str]:
+    """Returns the words that a shell makes of a line: unquoted, its `$(...)` run, its `*` found."""
+    split = run_words(["bash", "-c", f"printf '%s\\0' {line}"], cwd=cwd)
+    assert split.returncode == 0, split.output
+    return split.output.split("\0")[:-1]
+
+
+def _end(start_it: Callable[[Path], ForkedCommand], timeout_s: float) -> Finished:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
-        process = start(script, words, log=log)
+        process = start_it(log)
         try:
             code = process.wait(timeout_s)
         finally:
@@ -117,6 +152,7 @@ def _become(words: list[str], log: str, variables: dict[str, str]) -> None:
             os.dup2(source.fileno(), target)
     os.environ.clear()
     os.environ.update(variables)
+    multiprocessing.set_start_method(None, force=True)  # as in any program, not as this one began
     try:
         if words[0] == "-c":
             sys.argv = ["-c", *words[2:]]

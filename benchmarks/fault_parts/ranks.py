@@ -17,7 +17,7 @@ from sat_train.testing.ports import HeldPort
 
 _PRELOADED = ["sat_train.testing.imports", "sat_train.cli.ranks"]
 _GRACE_S = 30.0  # a launcher ends the others at once; here they have to notice by themselves
-_LAST_GRACE_S = 20.0
+_LAST_GRACE_S = 60.0
 
 
 @dataclass(frozen=True)

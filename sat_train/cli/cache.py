@@ -78,7 +78,9 @@ def _show(lines: Sequence[CacheStats], damaged: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     for fault in damaged:
-        console.print(printable(f"damaged, and ignored by every reader: {fault}"), markup=False)
+        console.print(
+            printable(f"damaged, and ignored by every reader: {fault}"), markup=False, soft_wrap=True
+        )
 
 
 def _mb(size: int) -> str:

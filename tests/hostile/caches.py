@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import atexit
-import os
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 from sat_train.encoding.cache.shards import FOLDER, EntryInfo, Origin, ShardWriter
+from tests.forks import run_sat_train
 from tests.hostile.case import Case, Field
 from tests.hostile.clips import good_set
 from tests.hostile.words import PRECOMPUTE, TRAIN
 from tests.unit.encoding.cache import test_hostile as unit
 from tests.unit.encoding.cache.samples import tensors_of
 
-_ROOT = Path(__file__).resolve().parents[2]
 _LOOKS = (
     ["list"],
     ["list", "--gone"],
@@ -126,15 +123,8 @@ def _real_cache() -> Path:
     root = Path(tempfile.mkdtemp(prefix="hostile-cache-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     good_set(root / "set")
-    words = [sys.executable, "-m", "sat_train.cli.main", *PRECOMPUTE, *_WINDOW]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        words, cwd=root, capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_sat_train([*PRECOMPUTE, *_WINDOW], cwd=root)
+    assert done.returncode == 0, done.output
     return root
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.forks import run_sat_train
 from tests.hostile.words import LORA
 
 STEP = "1"
-_ROOT = Path(__file__).resolve().parents[2]
 _SMALL = ["model.network_config.params.modules.lora_config.params.r=2", "args.save_interval=1"]
 RESUME = [*LORA, *_SMALL, "args.train_iters=2"]
 
@@ -26,13 +23,8 @@ RESUME = [*LORA, *_SMALL, "args.train_iters=2"]
 def _real_run() -> Path:
     root = Path(tempfile.mkdtemp(prefix="hostile-run-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    words = [sys.executable, "-m", "sat_train.cli.main", *LORA, *_SMALL]
-    paths = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(
-        words, cwd=root, capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_sat_train([*LORA, *_SMALL], cwd=root)
+    assert done.returncode == 0, done.output
     (run,) = (root / "runs").iterdir()
     return run
 

@@ -16,7 +16,7 @@ from tests.ranks.encoded_runs import load_run, make_set, make_vae
 
 pytestmark = pytest.mark.ranks
 
-TIMEOUT_S, LATE_S = 2, 4  # of a collective; how much later one rank comes
+TIMEOUT_S, LATE_S = 5, 7  # of a collective; how much later one rank comes
 
 
 def _limit(mesh: ProcessMesh) -> None:
@@ -27,7 +27,7 @@ def _limit(mesh: ProcessMesh) -> None:
 def _share(mesh: ProcessMesh, late_rank: int) -> tuple[list[int], list[int]]:
     _limit(mesh)
     queue = WorkQueue(mesh, "numbers", 20)
-    if mesh.data_rank == late_rank:
+    if mesh.data_rank == late_rank and mesh.world_size > 1:  # nobody waits for one rank alone
         time.sleep(LATE_S)
     mine = []
     for number in queue:

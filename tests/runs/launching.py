@@ -16,6 +16,8 @@ from typing import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+# Samples whose encoding takes no time beside everything else that a run does.
+SMALL = ("data.params.max_num_frames=5", "data.params.video_size=[32,48]")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Started(Protocol):
     """A command that runs: a `Popen`, or a fork of `tests/forks.py`."""
 
     pid: int
+
+    def poll(self) -> int | None: ...
 
     def wait(self, timeout: float | None = None) -> int: ...
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sat_train.testing.ports import HeldPort
 from tests.forks import ForkedCommand, start_python
+from tests.runs.launching import ROOT
 
 # What a rank does once the ranks have met; `argv[1]` is a body of Python.
 WORK = """
@@ -42,6 +43,17 @@ def start_ranks(words: Callable[[int], Sequence[str]], *, world_size: int, logs:
 def start_work(body: str, *, world_size: int, minutes: float, logs: Path) -> list[ForkedCommand]:
     """Starts ranks that run `body` with `mesh`, `dist`, `torch` and `time` in scope."""
     return start_ranks(lambda rank: ["-c", WORK, body, str(minutes)], world_size=world_size, logs=logs)
+
+
+def run_ranks(script: str, words: Sequence[str], *, world_size: int, folder: Path) -> str:
+    """Runs a launch script on so many ranks to its end, which must be a good one; returns what they print."""
+    folder.mkdir(parents=True, exist_ok=True)
+    line = [str(ROOT / "launch" / script), *words]
+    ranks = start_ranks(lambda rank: line, world_size=world_size, logs=folder)
+    codes = end_all(ranks, timeout_s=300)
+    output = "\n".join((folder / f"{rank}.txt").read_text(encoding="utf-8") for rank in range(world_size))
+    assert codes == [0] * world_size, output
+    return output
 
 
 def end_all(ranks: Sequence[ForkedCommand], *, timeout_s: float) -> list[int]:

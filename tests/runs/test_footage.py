@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import shutil
-import subprocess
 from importlib.metadata import files
 from pathlib import Path
 
@@ -16,8 +14,8 @@ import pytest
 from PIL import Image
 
 from tests import forks
-from tests.runs import launching
-from tests.runs.launching import BIN, ROOT, environment, run_directories, training_lines
+from tests.runs.launching import ROOT, run_directories, training_lines
+from tests.runs.ranks_apart import run_ranks
 
 # Names as people give them: nested, in any case, with blanks, quotes, other scripts, signs that shells know.
 PLACES = {
@@ -30,7 +28,7 @@ PLACES = {
 HEIGHT, WIDTH, FPS, NUM_FRAMES = 64, 96, 8, 9
 STEPS, BATCH = 4, 4
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +57,9 @@ def words(footage: Path) -> list[str]:
 
 def sat_train(*line: str) -> str:
     """Runs `sat-train` to its end and returns what it says."""
-    done = subprocess.run(
-        [str(BIN / "sat-train"), *line],
-        cwd=ROOT,
-        env={**environment(), "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    done = forks.run_sat_train(line)
+    assert done.returncode == 0, done.output
+    return done.output
 
 
 def test_inspect_finds_every_clip_and_nothing_wrong_with_it(footage: Path, tmp_path: Path) -> None:
@@ -97,12 +86,12 @@ def test_training_runs_on_it_and_two_processes_see_the_same(footage: Path, tmp_p
     fast += ["args.lr_decay_style=constant", "deepspeed.optimizer.params.lr=1e-3"]
     fast += ["args.eval_interval=null", "args.valid_video_interval=null", "args.device=cpu"]
     losses = []
-    for processes, run in {1: forks.run, 2: functools.partial(launching.run, processes=2)}.items():
+    for processes in (1, 2):
         save = tmp_path / str(processes)
         share = [f"args.save={save}", f"args.batch_size={BATCH // processes}", "args.num_workers=1"]
-        done = run("train_video.py", [*words(footage), *fast, *share])
-        assert done.returncode == 0, done.output
-        assert "cannot be used" not in done.output
+        line = [*words(footage), *fast, *share]
+        output = run_ranks("train_video.py", line, world_size=processes, folder=save)
+        assert "cannot be used" not in output
         (folder,) = run_directories(save)
         assert not (folder / "quarantine.jsonl").exists()
         lines = training_lines(folder)

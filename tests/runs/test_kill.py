@@ -1,10 +1,11 @@
 """SIGKILL at any moment costs at most one save interval, or two while a save is written in the background.
 
-The run continues as if nothing had happened.
+The run continues as if nothing had happened. SAT_TRAIN_KILLS=20 kills it twenty times.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
@@ -13,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.forks import run, start
-from tests.runs.launching import ROOT, kill, metrics, run_directories, training_lines, wait_until
+from tests.runs.launching import ROOT, SMALL, kill, metrics, run_directories, training_lines, wait_until
 
 SAVE_INTERVAL = 4
-KILLS = 6
-STEPS = 60  # more than six starts can do
+KILLS = int(os.environ.get("SAT_TRAIN_KILLS", "4"))
+STEPS = 30 * KILLS  # more than so many starts can do
 
 
 def words(save: Path, steps: int, async_save: str = "off") -> list[str]:
@@ -26,7 +27,7 @@ def words(save: Path, steps: int, async_save: str = "off") -> list[str]:
         *("--base", str(ROOT / "configs" / "sft.yaml"), "args.resume=auto", "args.log_interval=1"),
         *(f"args.save={save}", f"args.train_iters={steps}", f"args.save_interval={SAVE_INTERVAL}"),
         *("args.eval_interval=null", "args.valid_video_interval=null", "args.num_workers=0"),
-        *("args.tensorboard=false", "args.lr_decay_style=constant", "args.warmup=0"),
+        *("args.tensorboard=false", "args.lr_decay_style=constant", "args.warmup=0", *SMALL),
     ]
 
 
@@ -62,7 +63,7 @@ def kill_at_some_moment(
             wait_until(lambda: is_saving(save) or saw("complete"), poll_s=0.001)
             time.sleep(rng.uniform(0, 0.05))
         else:
-            time.sleep(rng.uniform(0, 1.0))
+            time.sleep(rng.uniform(0, 0.5))
     finally:
         kill(process)
     return resumed_from(log)

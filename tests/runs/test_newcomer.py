@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -18,7 +17,8 @@ import torch
 import yaml
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-from tests.runs.launching import BIN, ROOT, Finished, environment, run_words, wait_until
+from tests.forks import run_line, shell_words, start_sat_train
+from tests.runs.launching import BIN, ROOT, Finished, Started, environment, wait_until
 from tests.unit.data.videos import make_folder
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,33 +50,23 @@ def write_settings(page: str, folder: Path) -> None:
         (folder / name).write_text(block, encoding="utf-8")
 
 
-def typed(line: str) -> list[str]:
-    return ["bash", "-c", f"{line} {SHORT.get(shlex.split(line)[1], '')}"]
+def shortened(line: str) -> str:
+    return f"{line} {SHORT.get(shlex.split(line)[1], '')}"
 
 
 def done(line: str, folder: Path) -> str:
     """Types a line, and returns what it prints; it must succeed."""
-    finished = run_words(typed(line), cwd=folder)
+    finished = run_line(shortened(line), cwd=folder)
     assert finished.returncode == 0, finished.output
     return finished.output
 
 
-def interrupted(words: list[str], folder: Path, *, after: str) -> Finished:
+def interrupted(process: Started, log: Path, *, after: str) -> Finished:
     """Types Ctrl-C once the command has printed something: a terminal sends it to the whole group."""
-    log = folder / "log.txt"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            words,
-            cwd=folder,
-            env=environment(),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
     wait_until(lambda: after in log.read_text() or process.poll() is not None, timeout_s=300)
     assert process.poll() is None, log.read_text()
     os.killpg(process.pid, signal.SIGINT)
-    return Finished(process.wait(timeout=120), log.read_text())
+    return Finished(process.wait(timeout=240), log.read_text())
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -95,7 +85,9 @@ def test_your_first_lora_goes_from_clips_to_a_model_in_diffusers(tmp_path: Path)
     assert (tmp_path / "data_report" / "index.html").is_file()
     assert (tmp_path / "data_report" / "contact_sheet.png").is_file()
 
-    stopped = interrupted(typed(next(lines)), tmp_path, after="step 20/200")
+    words, log = shell_words(shortened(next(lines)), cwd=tmp_path), tmp_path / "log.txt"
+    process = start_sat_train(words[1:], cwd=tmp_path, log=log)
+    stopped = interrupted(process, log, after="step 20/200")
     assert "Traceback" not in stopped.output
     (saved,) = re.findall(r"saved step (\d+); resume with args\.resume=auto", stopped.output)
     assert 20 <= int(saved) < 200
@@ -132,8 +124,7 @@ def sampled_with_diffusers(printed: str, folder: Path) -> np.ndarray:
         "\nimport numpy\nnumpy.save('video.npy', numpy.stack([numpy.asarray(frame) for frame in video]))\n"
     )
     (folder / "script.py").write_text(script, encoding="utf-8")
-    finished = run_words([sys.executable, "script.py"], cwd=folder)
-    assert finished.returncode == 0, finished.output
+    done("python script.py", folder)
     return np.load(folder / "video.npy")
 
 
@@ -183,7 +174,10 @@ def narrow_copy_of(preset: Path, target: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_for_a_real_model_trains_on_one_folder_of_weights(tmp_path: Path) -> None:
-    """The README's words, unchanged but for the paths; the model file is the same at a narrow width."""
+    """The README's words, unchanged but for the paths; the model file is the same at a narrow width.
+
+    A shell starts them, with Python and all imports.
+    """
     make_narrow_weights(tmp_path / "weights")
     make_folder(tmp_path / "clips", "abcdef", num_frames=90, height=64, width=96)
     narrow_copy_of(ROOT / "configs/model/cogvideox_5b.yaml", tmp_path / "model.yaml")
@@ -195,7 +189,17 @@ def test_the_command_for_a_real_model_trains_on_one_folder_of_weights(tmp_path: 
     }.items():
         assert old in line
         line = line.replace(old, new)
-    stopped = interrupted(["bash", "-c", f"exec {BIN}/{line}"], tmp_path, after="step 1/1000")
+    log = tmp_path / "log.txt"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {BIN}/{line}"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    stopped = interrupted(process, log, after="step 1/1000")
     assert "Traceback" not in stopped.output
     assert re.search(r"saved step \d+; resume with args\.resume=auto", stopped.output), stopped.output
     assert stopped.returncode == 130

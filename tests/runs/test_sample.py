@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import av
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests import forks
-from tests.runs import launching
 from tests.runs.launching import run_directories
+from tests.runs.ranks_apart import run_ranks
 
 SHORT = ("args.sampling_steps=2", "args.sampling_num_frames=2")
 
@@ -35,10 +34,10 @@ def test_two_ranks_share_the_prompts_and_draw_the_same_videos(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ball\na blue ball\na green ball\n")
     words = ["--base", "configs/sample.yaml", "--input-type", "txt", "--input-file", str(prompts), *SHORT]
-    for processes, run in {1: forks.run, 2: functools.partial(launching.run, processes=2)}.items():
+    for processes in (1, 2):
         folder = tmp_path / str(processes)
-        done = run("sample_video.py", [*words, "--output-dir", str(folder)])
-        assert done.returncode == 0, done.output
+        line = [*words, "--output-dir", str(folder)]
+        run_ranks("sample_video.py", line, world_size=processes, folder=tmp_path)
         assert (folder / "contact_sheet.png").is_file()
         assert len(_videos(folder)) == 3
     alone, shared = _frames(tmp_path / "1"), _frames(tmp_path / "2")

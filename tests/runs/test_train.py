@@ -10,11 +10,11 @@ import pytest
 
 from tests.forks import run, start
 from tests.runs import launching
-from tests.runs.launching import ROOT, run_directories, training_lines, wait_until
+from tests.runs.launching import ROOT, SMALL, run_directories, training_lines, wait_until
 
 FAST = [
     *("args.log_interval=1", "args.eval_interval=null", "args.valid_video_interval=null"),
-    *("args.num_workers=0", "args.tensorboard=false"),
+    *("args.num_workers=0", "args.tensorboard=false", *SMALL),
 ]
 
 
@@ -41,7 +41,7 @@ def test_a_signal_saves_and_ends_in_order(number: signal.Signals, code: int, tmp
     )
     assert process.poll() is None, log.read_text()
     process.send_signal(number)
-    assert process.wait(timeout=120) == code, log.read_text()
+    assert process.wait(timeout=240) == code, log.read_text()
     (folder,) = run_directories(tmp_path)
     saved = int((folder / "latest").read_text())
     assert saved == max(training_lines(folder))
@@ -72,7 +72,7 @@ def test_ctrl_c_on_two_ranks_saves_and_no_rank_shows_a_traceback(tmp_path: Path)
     process = launching.start("train_video.py", [*words, "args.save_interval=5000"], processes=2, log=log)
     wait_until(lambda: process.poll() is not None or " step 2/" in log.read_text())
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=240) != 0
     (folder,) = run_directories(tmp_path)
     saved = int((folder / "latest").read_text())
     assert (folder / str(saved) / "manifest.json").is_file()
@@ -87,6 +87,6 @@ def test_ctrl_c_before_the_first_step_ends_clearly(tmp_path: Path) -> None:
     process = start("train_video.py", [*base("sft.yaml"), *FAST, f"args.save={tmp_path}"], log=log)
     wait_until(lambda: process.poll() is not None or "run directory" in log.read_text())
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=120) == 130
+    assert process.wait(timeout=240) == 130
     assert "Traceback" not in log.read_text()
     assert log.read_text().splitlines()[-1] == "SIGINT: stopped before the first step; nothing was trained"

@@ -86,7 +86,7 @@ class Cluster:
         self._start_munge()
         self._run("slurmctld", "-c")
         self._run("slurmd", "-N", "localhost")
-        wait_until(lambda: "idle" in self._run("sinfo", "--noheader", check=False), timeout_s=60, poll_s=0.2)
+        wait_until(lambda: "idle" in self._run("sinfo", "--noheader", check=False), timeout_s=240, poll_s=0.2)
 
     def submit(self, script: Path, options: Sequence[str], words: Sequence[str], *, cwd: Path) -> str:
         """Returns the number of the new job."""

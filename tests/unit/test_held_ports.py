@@ -17,7 +17,12 @@ def test_a_held_port_is_refused_to_others_and_taken_by_the_store() -> None:
         with closing(socket.socket()) as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", port.number))
         store = TCPStore(
-            "127.0.0.1", port.number, 1, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False
+            "127.0.0.1",
+            port.number,
+            1,
+            is_master=True,
+            timeout=timedelta(seconds=120),
+            wait_for_workers=False,
         )
         assert store.port == port.number
         store.set("key", "value")

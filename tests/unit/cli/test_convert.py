@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,8 @@ from sat_train.cli.main import run_cli
 from sat_train.config import load_run_config
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError
-from tests.runs.launching import ROOT, environment
+from tests.forks import start_sat_train
+from tests.runs.launching import ROOT, wait_until
 from tests.unit.checkpoint.lora_runs import commit_weights
 from tests.unit.checkpoint.transformers import random_weights
 
@@ -103,31 +102,31 @@ def test_base_is_compared_with_the_weights_for_sat_too(
     assert "does not fit the model" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def large_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file that takes seconds to convert."""
+    keys = [f"model.diffusion_model.transformer.layers.{i}.attention.dense.weight" for i in range(24)]
+    path = tmp_path_factory.mktemp("large") / "in.pt"
+    torch.save({"module": {key: torch.ones(12, 1_000_000) for key in keys}}, path)
+    yield path
+    path.unlink()  # a gigabyte
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_ended_conversion_says_one_line_and_leaves_nothing(tmp_path: Path, number: int) -> None:
-    shapes = {f"model.diffusion_model.transformer.layers.{i}.attention.dense.weight": 12 for i in range(24)}
-    source = tmp_path / "in.pt"
-    torch.save({"module": {key: torch.randn(size, 1_000_000) for key, size in shapes.items()}}, source)
-    words = [
-        sys.executable,
-        "-m",
-        "sat_train.cli.main",
-        "convert",
-        str(source),
-        str(tmp_path / "out"),
-        "--to",
-        "sat",
-    ]
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob(".tmp-convert-*/1/*")):
-        assert process.poll() is None, "it ended before it wrote"
-        time.sleep(0.001)
+def test_an_ended_conversion_says_one_line_and_leaves_nothing(
+    tmp_path: Path, large_weights: Path, number: int
+) -> None:
+    log = tmp_path / "log.txt"
+    words = ["convert", str(large_weights), str(tmp_path / "out"), "--to", "sat"]
+    process = start_sat_train(words, cwd=ROOT, log=log)
+    wait_until(lambda: list(tmp_path.glob(".tmp-convert-*/1/*")) or process.poll() is not None, poll_s=0.001)
+    assert process.poll() is None, "it ended before it wrote"
     process.send_signal(number)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.wait(timeout=240) == 128 + number
     name = signal.Signals(number).name
-    assert message == f"ended by {name}: {tmp_path}/out was not written, and nothing is left behind\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if not line.startswith("writing ")]
+    assert lines == [f"ended by {name}: {tmp_path}/out was not written, and nothing is left behind"]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
 def test_channels_of_conditions_are_refused_and_frames_in_the_slot_are_not(caplog):

@@ -32,7 +32,7 @@ sys.exit(ranks.run_on_ranks("train", ("nowhere", "nothing"), []))
 def test_a_signal_before_the_start_is_named_without_a_traceback(where: str, name: str, code: int) -> None:
     program = PROGRAM.format(name=name, where=where)
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith(f"{name}: stopped before the start")
@@ -49,11 +49,11 @@ def test_a_rank_that_waits_for_one_that_is_gone_ends_when_it_is_told_to() -> Non
             stderr=subprocess.PIPE,
             text=True,
         )
-        rank_0.settimeout(120)
+        rank_0.settimeout(240)
         call, _ = rank_0.accept()
         with call:
             waiting.send_signal(signal.SIGTERM)
-            _, errors = waiting.communicate(timeout=60)
+            _, errors = waiting.communicate(timeout=240)
     assert waiting.returncode == 143, errors
     assert "SIGTERM while waiting, perhaps for another rank: stopped before the start" in errors
     assert "rank 1" in errors

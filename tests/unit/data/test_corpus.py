@@ -24,13 +24,13 @@ from tests.unit.data.videos import SIDE, numbers_of, record_of
 
 FPS, WANTED_FRAMES = 8, 5
 FILES = Path(__file__).parent / "files"
-TIMEOUT_S = 60  # for one clip; nothing here needs it
+TIMEOUT_S = 120  # for one clip; nothing here needs it
 SPEC = SampleSpec((ClipShape(WANTED_FRAMES, SIDE, SIDE),), FPS, max_upscale=1)
 CAUSES = {"missing", "unreadable", "no video", "truncated", "damaged", "no times", "short", "too small"}
 CAUSES |= {"too large"}  # docs/data.md; no clip here may take too long or end its worker
 AT_ONCE = {"missing", "unreadable", "no video", "too large"}  # seen whichever frame is asked for
 
-pytestmark = pytest.mark.timeout(300, method="thread")  # a decoder that hangs hears no signal
+pytestmark = pytest.mark.timeout(600, method="thread")  # a decoder that hangs hears no signal
 
 
 @pytest.fixture(scope="module")

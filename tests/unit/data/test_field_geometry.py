@@ -31,7 +31,7 @@ MOST_FRAMES = 60
 MS = 1.1e-3  # clock of mkv
 LEVELS = 2.5  # by which lossless coding in YUV and bicubic scaling change a colour
 
-pytestmark = pytest.mark.timeout(60 + 3 * COUNT)
+pytestmark = pytest.mark.timeout(300 + 3 * COUNT)
 
 
 @dataclass(frozen=True)

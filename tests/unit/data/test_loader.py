@@ -163,7 +163,7 @@ class Deadly(VideoDataset):
 @pytest.mark.parametrize(("how", "cause"), [(1, "worker died"), (0, "timeout")])
 def test_a_clip_that_kills_or_stops_its_worker_is_named_and_replaced(clips, how, cause):
     dataset = make_dataset(clips, Deadly, skip_frms_num=how)
-    loader = make_loader(dataset, allowed=0.1, num_workers=2, worker_timeout_s=0.5)
+    loader = make_loader(dataset, allowed=0.1, num_workers=2, worker_timeout_s=2)
     batches = take(loader, 6)
     assert [i for batch in batches for i in batch.sample_indices] == list(range(12))
     assert "07.mp4" not in {clip for batch in batches for clip in batch.clip_ids}

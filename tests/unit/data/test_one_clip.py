@@ -82,7 +82,7 @@ def test_every_number_of_an_mp4_header_may_be_absurd(mp4):
         record = record_of(mp4)
         with contextlib.suppress(BadClip):
             chunk_records(record, look_into(record, with_turn=True), SampleSpec((), fps=8), 5)
-            dataset = make([record], timeout_s=20)
+            dataset = make([record], timeout_s=120)
             dataset.sample(0, dataset.order.clip_ref(0))
 
 
@@ -142,7 +142,7 @@ LISTS = {
 }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", LISTS)
 @pytest.mark.parametrize("place", ["file", "member"])
 def test_a_list_inside_a_clip_opens_no_other_file(tmp_path, monkeypatch, kind, place):

@@ -17,7 +17,7 @@ from sat_train.errors import DataError
 from tests.unit.data.sources.test_archives import pack, save_dataset
 from tests.unit.data.sources.test_sources import place
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 HUGE = 20 << 30
 
 
