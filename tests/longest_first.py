@@ -31,6 +31,7 @@ SECONDS: dict[str, int] = {
     "runs/test_readme.py": 28,
     "unit/testing/test_network_laws.py": 27,
     "unit/config/test_guard_rails.py": 25,
+    "ranks/test_gpu_check.py": 25,
     "ranks/test_optimizers.py": 25,
     "ranks/test_lora_runs.py": 24,
     "runs/test_extend_page.py": 24,

@@ -32,9 +32,10 @@ _WORDS = (
 _WRITING_GBPS = 0.3  # of one rank: docs/benchmarks.md
 
 
-def short_run(setting: Setting, name: str, *words: str, samples: int = _BATCH) -> RunConfig:
+def short_run(setting: Setting, name: str, *words: str, samples: int | None = None) -> RunConfig:
     """Reads four steps of the embedded model on the demo clips, with the same samples on any mesh."""
     device = "cuda" if setting.on_gpu else "cpu"
+    samples = samples or (2 if setting.tiny else _BATCH)
     own = (
         f"args.save={setting.folder}",
         f"args.experiment_name={name}",
