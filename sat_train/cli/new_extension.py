@@ -84,5 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kind", choices=KINDS, default="condition", help="what it adds (default: condition)"
     )
-    parser.add_argument("--folder", type=Path, default=Path(), metavar="PATH", help="where to write it")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), metavar="PATH", help="parent of the new folder NAME"
+    )
     return parser

@@ -71,6 +71,9 @@ def sample(config: RunConfig, mesh: ProcessMesh) -> None:
     kernels = attention_kernels(config.args, mesh.device)
     requests, settings = read_requests(config), build_sampling(config)
     reader = build_request_reader(config, settings)
+    if reader is not None:
+        for request in requests:
+            reader.check(request)
     folder = Path(config.args.output_dir)
     with explaining_lack_of_memory(SAMPLING_REMEDY):
         pipeline = build_sampler(config, mesh, [request.prompt for request in requests])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -76,6 +76,36 @@ def _keys_at(revision: int) -> dict[str, Key]:
         if key.path not in keys or (keys[key.path].required and not key.required):
             keys[key.path] = key
     return keys
+
+
+def keys_of_targets(path: str, values: Mapping[str, Any]) -> dict[str, Key]:
+    """Returns every key by path; on the way to a path, only the settings of the targets that are named.
+
+    Args:
+        path: Dotted path, e.g. `model.conditions.pose.params`.
+        values: Values of a configuration by dotted path.
+    """
+    keys, parts = dict(all_keys()), path.split(".")
+    for place in (".".join(parts[: end + 1]) for end in range(len(parts))):
+        table = slot_targets().get(pattern_of(place))
+        record = table and table.params.get(values.get(f"{place}.{table.key}", ""))
+        if table is None or not record or not table.place:
+            continue
+        settings = f"{pattern_of(place)}.{table.place}"
+        keys = {name: key for name, key in keys.items() if not name.startswith(settings)}
+        keys |= {key.path: key for key in _walk(record, settings)}
+    return keys
+
+
+def entry_of_mapping(path: str) -> Key | None:
+    """Returns the description of an entry whose name the user chooses, e.g. `model.conditions.pose`."""
+    pattern = pattern_of(path)
+    group = all_keys().get(pattern.removesuffix(".*"))
+    if group is None or group.path == pattern:
+        return None
+    return Key(
+        pattern, f"An entry of {group.path}. {group.description}", "a section", None, True, True, False
+    )
 
 
 def slot_targets() -> dict[str, Targets]:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from sat_train.config.catalog import Key, all_keys, pattern_of, suggest_key, target_names
+from sat_train.config.catalog import (
+    Key,
+    all_keys,
+    entry_of_mapping,
+    keys_of_targets,
+    pattern_of,
+    suggest_key,
+    target_names,
+)
 from sat_train.config.fixed_keys import only_value
 from sat_train.config.layers import DEFAULT
 from sat_train.config.legacy import reason_without_effect
@@ -49,16 +58,19 @@ def explain_key(path: str, config: RunConfig | None) -> str:
     Raises:
         ConfigError: There is no such key.
     """
-    key = all_keys().get(pattern_of(path))
+    keys = all_keys() if config is None else keys_of_targets(path, leaves(config.shown_tree()))
+    key = keys.get(pattern_of(path))
     if why := reason_without_effect(path):
         return f"{path}\n  A key of older files without effect: {why}."
     if only := only_value(path):
         return f"{path}\n  A key of older files: it can only hold {only}."
     if key is None:
+        key = entry_of_mapping(path)
+    if key is None:
         raise ConfigError([Fault(path, "", "a key that exists", "--explain", suggest_key(path))])
     lines = [path, f"  {key.description}"]
     if key.is_section:
-        lines += _explain_group(path)
+        lines += _explain_group(path, keys)
     else:
         lines.append(f"  holds    {', '.join(target_names(path)) or key.expected}")
         lines.append(f"  default  {'none: it must be given' if key.required else _show(_plain(key.default))}")
@@ -68,9 +80,9 @@ def explain_key(path: str, config: RunConfig | None) -> str:
     return "\n".join(lines)
 
 
-def _explain_group(path: str) -> list[str]:
+def _explain_group(path: str, keys: Mapping[str, Key]) -> list[str]:
     prefix = f"{pattern_of(path)}."
-    inner: list[Key] = [key for key in all_keys().values() if key.path.startswith(prefix)]
+    inner = [key for key in keys.values() if key.path.startswith(prefix)]
     direct = [key for key in inner if "." not in key.path[len(prefix) :].removeprefix("*.")]
     width = max((len(key.path) - len(prefix) for key in direct), default=0)
     return [f"    {key.path[len(prefix) :].ljust(width)}  {key.description}" for key in direct]

@@ -27,7 +27,7 @@ _ARGS = (
     "sampler",
     "guidance_scale",
 )
-_DATA = ("params",)
+_DATA = ("params", "fields")
 
 
 def use_model_of_run(layers: list[Layer], faults: list[Fault]) -> list[Layer]:

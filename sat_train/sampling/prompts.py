@@ -79,14 +79,14 @@ def build_requests(
 def read_request_rows(
     path: Path, *, fields: Sequence[str], image_to_video: bool, image: Path | None, seed: int
 ) -> list[SampleRequest]:
-    """Reads requests from JSON lines: `{"prompt": ..., "image": ..., FIELD: ...}`, seeds as `build_requests`.
+    """Reads requests from JSON lines: `{"prompt": ..., "image": ..., "seed": ..., FIELD: ...}`.
 
     Args:
         path: The file; paths in it start from its folder.
         fields: Names of the fields that a request may have.
         image_to_video: Whether the model needs an image.
         image: Image for rows that name none.
-        seed: Seed of the first video.
+        seed: Seed of the first video; a row without a seed has this one plus its number.
 
     Raises:
         DataError: A row is no JSON object, has an unknown key, or as `build_requests`.
@@ -102,14 +102,21 @@ def read_request_rows(
         for where, row in rows
     ]
     requests = build_requests(lines, image_to_video=image_to_video, image=image, seed=seed)
+    seeds = [row.get("seed", request.seed) for request, (_, row) in zip(requests, rows, strict=True)]
     return [
-        replace(request, fields={name: row[name] for name in fields if name in row})
-        for request, (_, row) in zip(requests, rows, strict=True)
+        replace(
+            request,
+            fields={name: row[name] for name in fields if name in row},
+            seed=seed,
+            name=f"{request.name.removesuffix(str(request.seed))}{seed}",
+        )
+        for request, seed, (_, row) in zip(requests, seeds, rows, strict=True)
     ]
 
 
 def _parse_row(where: str, line: str, fields: Sequence[str]) -> dict[str, Any]:
-    expected = f"a JSON object with {', '.join(('prompt', 'image', *fields))}"
+    keys = ("prompt", "image", "seed", *fields)
+    expected = f"a JSON object with {', '.join(keys)}"
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -118,7 +125,9 @@ def _parse_row(where: str, line: str, fields: Sequence[str]) -> dict[str, Any]:
         raise DataError(f"{where} has no text `prompt`", expected=expected)
     if not isinstance(row.get("image", ""), str):
         raise DataError(f"{where}: `image` is no path", expected=expected)
-    if unknown := [key for key in row if key not in ("prompt", "image", *fields)]:
+    if type(row.get("seed", 0)) is not int or not 0 <= row.get("seed", 0) < 2**63:
+        raise DataError(f"{where}: `seed` is no whole number from 0", expected=expected)
+    if unknown := [key for key in row if key not in keys]:
         raise DataError(f"{where} has the unknown key `{unknown[0]}`", expected=expected)
     return row
 

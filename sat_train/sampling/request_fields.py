@@ -52,12 +52,7 @@ class RequestReader:
             DataError: It lacks a field that a condition reads, or one cannot be read; the row is named.
         """
         sample = request_sample(request, self.settings)
-        if missing := [name for name in self.fields if name not in request.fields]:
-            raise DataError(
-                f"{request.where} gives no field `{missing[0]}`, which a condition of the model reads",
-                expected=f"a JSON line with prompt, {', '.join(self.fields)} in args.input_file (*.jsonl)",
-                remedy="give it, or leave the condition out of model.conditions",
-            )
+        self.check(request)
         try:
             places = {
                 name: place_of(request.fields[name], each.settings, name, self.root)
@@ -69,6 +64,19 @@ class RequestReader:
             detail = error.detail if isinstance(error, BadClip) else error.problem
             raise DataError(f"{request.where}: {detail}") from error
         return replace(sample, fields=values, clip_id=request.where)
+
+    def check(self, request: SampleRequest) -> None:
+        """Checks that a request has the fields that the conditions read, before any file is opened.
+
+        Raises:
+            DataError: It lacks one.
+        """
+        if missing := [name for name in self.fields if name not in request.fields]:
+            raise DataError(
+                f"{request.where} gives no field `{missing[0]}`, which a condition of the model reads",
+                expected=f"a JSON line with prompt, {', '.join(self.fields)} in args.input_file (*.jsonl)",
+                remedy="give it, or leave the condition out of model.conditions",
+            )
 
     def _geometry(self, places: Mapping[str, FieldPlace]) -> SampleGeometry:
         """Returns the geometry of the video to come: from the start of its fields, cropped as these."""

@@ -15,7 +15,7 @@ from sat_train.errors import CheckpointError
 from sat_train.interchange.surgery import PROJECTION, Surgery
 from sat_train.log import get_logger
 from sat_train.models.dit.embedding import to_patches
-from sat_train.models.dit.frame_levels import concatenated
+from sat_train.models.dit.frame_levels import concatenated, frame_timesteps
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.objective.given import evaluation_mode
@@ -32,20 +32,23 @@ def check_starts_as_base(pipeline: VideoDiffusion, batch: EncodedBatch, surgery:
 
     The widened embedding is computed in fp32, and may differ from that with the file's own projection by the
     order of its sums alone. The network is then computed in the run's dtype, with its new modules and
-    channels and without: bit for bit the same. Frames that are appended in time are left out of both: they
-    have no weights, and attention reads them from the first step on.
+    channels and without: bit for bit the same. Both are given a timestep of each frame, the sample's, because
+    a module that has time features of single frames rounds otherwise. Frames that are appended in time are
+    left out of both: they have no weights, and attention reads them from the first step on.
 
     Raises:
         CheckpointError: They differ.
 
     Ranks: all of a model axis, before the weights are divided by ZeRO.
     """
-    dit, timesteps_b = pipeline.dit, torch.tensor([len(pipeline.alpha_bar) // 2])
-    inputs = pipeline.validation_inputs(batch, timesteps_b)
+    dit = pipeline.dit
+    inputs = pipeline.validation_inputs(batch, torch.tensor([len(pipeline.alpha_bar) // 2]))
     given = inputs.dit.to(pipeline.device, pipeline.dtype)
     x_t = add_noise(inputs.x0_btchw, inputs.eps_btchw, pipeline.alpha_bar[inputs.timesteps_b])
     latent = x_t.to(pipeline.device, pipeline.dtype)
     whole = concatenated(latent, given.image_latent_btchw, given.channels_btchw)
+    timesteps_b = inputs.timesteps_b.to(pipeline.device)
+    levels_bt = frame_timesteps(timesteps_b, whole.shape[1])
     bare = whole
     if surgery.projection is not None:
         _check_embedding(dit, whole, surgery.projection)
@@ -53,9 +56,9 @@ def check_starts_as_base(pipeline: VideoDiffusion, batch: EncodedBatch, surgery:
         bare[:, :, surgery.channels :] = 0
 
     def predict(channels: Tensor, without: Collection[str]) -> Tensor:
+        others = {"levels_bt": levels_bt, "extras": given.extras}
         with dit.without_modules(without):
-            timesteps_b = inputs.timesteps_b.to(pipeline.device)
-            v: Tensor = dit(channels, timesteps_b, given.text_bld, None, given.ofs_b, extras=given.extras)
+            v: Tensor = dit(channels, timesteps_b, given.text_bld, None, given.ofs_b, **others)
         return v
 
     exempt = {name for name in surgery.modules if not cast(Mixin, dit.mixins[name]).starts_as_base}

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from sat_train.config.parts.module_parts import TAKEN
 from sat_train.errors import CheckpointError
 
 # Floating-point types by the names that commands and manifests use.
@@ -53,12 +54,17 @@ def check_names_and_shapes(
     ]
     if not (missing or unexpected or mismatched):
         return
+    names = [name for name in absent if name not in may_lack]
+    modules = {name.split(".")[1] for name in names if name.startswith("mixins.")}
+    remedy = "check the model preset: another family, size or LoRA rank has other names and shapes"
+    if missing and not unexpected and not mismatched and not modules & {*TAKEN}:
+        remedy = f"give the weights of {', '.join(sorted(modules))} too: args.load_modules=[FILE]"
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} of another shape"
     lines = [line for faults in (missing, unexpected, mismatched) for line in _shortened(faults)]
     raise CheckpointError(
         "\n  ".join([f"{where} does not fit the model: {counts}", *lines]),
         expected=f"the {len(expected) - len(absent) + len(missing)} names of the model, with its shapes",
-        remedy="check the model preset: another family, size or LoRA rank has other names and shapes",
+        remedy=remedy,
     )
 
 

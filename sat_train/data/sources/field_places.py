@@ -72,7 +72,7 @@ class FieldFinder:
         for name, each in self.fields.items():
             params = each.settings
             try:
-                place = self._place(name, params, record, cells or {})
+                place = self._place(name, params, record, cells)
             except DataError as error:
                 raise DataError(f"field `{name}`: {error.problem}") from None
             begins = record.start if getattr(params, "begins", "file") == "part" else None
@@ -80,16 +80,17 @@ class FieldFinder:
         return replace(record, fields=places) if places else record
 
     def _place(
-        self, name: str, params: FieldParams, record: ClipRecord, cells: Mapping[str, Any]
+        self, name: str, params: FieldParams, record: ClipRecord, cells: Mapping[str, Any] | None
     ) -> FieldPlace:
-        if name in cells:
+        if cells is not None and name in cells:
             return place_of(cells[name], params, name, self.root)
         folder = params.column or name
         if self.listing is None:
             raise DataError(f"there is no {self.place.format(folder)}")
         files = self._beside(record.path, params, folder, self.listing)
         if len(files) < params.num_files:
-            raise DataError(_nothing_beside(record.path, params, folder, len(files)))
+            column = "" if cells is None else f"there is no column `{folder}`, and "
+            raise DataError(f"{column}{_nothing_beside(record.path, params, folder, len(files))}")
         return FieldPlace(tuple(make_file(path) for path in files))
 
     @staticmethod
@@ -194,7 +195,7 @@ def _parse_list(text: str) -> list[Any]:
 def _nothing_beside(clip: Path, params: FieldParams, folder: str, count: int) -> str:
     path, base = exchange_folder(clip, folder)
     if base is None:
-        return f"there is no column `{folder}`, and no folder `videos` in {clip} next to which it could lie"
+        return f"no folder `videos` is in {clip}, next to which a folder `{folder}` could lie"
     kinds = " ".join(params.files)
     if params.num_files > 1:
         return f"there are {count} of {params.num_files} files {path}_0, ... ({kinds})"

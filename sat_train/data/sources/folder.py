@@ -81,7 +81,7 @@ def read_folder(root: Path, options: SourceOptions = DEFAULT_OPTIONS) -> ClipSou
         faults,
         f"{root}: {len(faults)} of {len(pairs)} clips have no usable {_wanted(options)}",
         allowed=options.max_bad_fraction * len(pairs),
-        remedy=f"write the captions, or move these clips away{lists.hint()}{_frames_hint(files)}"
+        remedy=f"write what is missing, or move these clips away{lists.hint()}{_frames_hint(files)}"
         f"{_fields_hint(place, files.clips)}",
     )
     if not records:

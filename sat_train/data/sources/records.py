@@ -268,8 +268,8 @@ def check_faults(
     problem: str,
     *,
     allowed: float = 0.0,
-    expected: str = "one caption in UTF-8 for each clip",
-    remedy: str = "write the captions, or move these clips away",
+    expected: str = "a caption in UTF-8 for each clip, and each field of data.fields",
+    remedy: str = "write what is missing, or move these clips away",
 ) -> None:
     """Raises one error for all faults of a source, which names the first ten.
 

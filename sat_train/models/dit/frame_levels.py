@@ -88,6 +88,11 @@ def patch_levels(levels_bt: Tensor, patch_frames: int) -> Tensor:
     return of_patches
 
 
+def frame_timesteps(timesteps_b: Tensor, frames: int) -> Tensor:
+    """Returns a timestep of each latent frame, the sample's, `[b, t]`."""
+    return timesteps_b[:, None].expand(-1, frames)
+
+
 def timestep_rows(
     timesteps_b: Tensor,
     levels_bt: Tensor | None,
@@ -125,10 +130,20 @@ def add_time_features(emb: Tensor, added: Tensor, *, frames: int, appended: int)
         added: The module's; those of frames do not reach text and appended frames.
         frames: Patches of the video in time.
         appended: Appended patches in time.
+
+    Raises:
+        SatTrainError: They have another shape.
     """
+    batch, width = emb.shape[0], emb.shape[-1]
+    if added.shape not in ((batch, width), (batch, frames, width)):
+        raise SatTrainError(
+            f"time features of shape {list(added.shape)}",
+            expected=f"[{batch}, {width}], or for each patch in time [{batch}, {frames}, {width}]",
+            remedy="latent_frames of a condition gives values of latent frames; CogVideoX1.5 has two of them "
+            "in a patch",
+        )
     if added.dim() == 2:
         return emb + (added if emb.dim() == 2 else added[:, None])
-    assert added.shape[1] == frames, f"time features of {added.shape[1]} frames, not of {frames} patches"
     rows = emb[:, None] if emb.dim() == 2 else emb
     return rows + F.pad(added, (0, 0, 1, appended))
 

@@ -36,6 +36,17 @@ def test_a_target_lists_what_it_may_be() -> None:
     assert "DDIM, DPMPP2M" in explain_key("model.sampler_config.target", None)
 
 
+def test_settings_are_those_of_the_part_that_is_named(load: Load) -> None:
+    words = ["data.fields.score.kind=per_frame", "model.conditions.pose.target=FieldValues"]
+    config = load("", *words, "model.conditions.pose.params.field=score")
+    settings = explain_key("model.conditions.pose.params", config)
+    assert "frames" in settings
+    assert "relative" not in settings, "a setting of PlueckerCameras"
+    assert "The numbers." in explain_key("model.conditions.pose.params.field", config)
+    assert "target" in explain_key("model.conditions.pose", config)
+    assert "An entry of model.conditions" in explain_key("model.conditions.pose", None)
+
+
 def test_a_group_lists_its_keys() -> None:
     text = explain_key("deepspeed.zero_optimization", None)
     assert "stage3_max_live_parameters" in text

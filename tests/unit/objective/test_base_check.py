@@ -26,6 +26,19 @@ class Adding(Mixin):
         return context.tokens(part(context.video(x_bld)))
 
 
+class FrameFeatures(Mixin):
+    """Adds zero to the time features of each patch in time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = zero_(nn.Linear(1, 16))
+
+    def time_features(self, forward):
+        frames = forward.dit.patch_grid(forward.latent_btchw).frames
+        ones_bf1 = forward.latent_btchw.new_ones(len(forward.latent_btchw), frames, 1)
+        return self.project(ones_bf1)
+
+
 class Meant(Adding):
     starts_as_base = False
 
@@ -52,12 +65,13 @@ def test_modules_and_channels_that_begin_at_zero_pass(make_pipeline, make_batch,
     pipeline.dit.to(dtype).train()
     pipeline.conditions = (pipeline.conditions[0], Channels())
     pipeline.dit.add_mixin("one", Adding(64).to(dtype))
+    pipeline.dit.add_mixin("frames", FrameFeatures().to(dtype))
     pipeline.dit.add_mixin("trained", Adding(64, zero=False).to(dtype))  # its weights were in the file
     weight = pipeline.dit.get_parameter(PROJECTION).detach()
     file = weight[:, :4].clone()
     weight[:, 4:] = 0
     batch = encode(pipeline, make_batch([0]))
-    surgery = Surgery(frozenset({"one"}), channels=4, projection=file)
+    surgery = Surgery(frozenset({"one", "frames"}), channels=4, projection=file)
     check_starts_as_base(pipeline, batch, surgery)
     assert pipeline.dit.training
     assert set(pipeline.dit.hooks.between["before_blocks"]) == set()

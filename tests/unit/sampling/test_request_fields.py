@@ -34,7 +34,9 @@ def read_second(folder: Path, *rows: object) -> None:
 def test_a_control_named_in_a_row_has_the_frames_and_the_crop_of_the_video_to_come(tmp_path) -> None:
     ramp = torch.arange(9, dtype=torch.uint8)[:, None, None, None] * 20 + 40
     write_mp4(tmp_path / "grey.mp4", ramp.expand(-1, 3, 128, 256), fps=8)  # wider than the video
-    (request,), reader = reader_of(tmp_path, {"prompt": "a ball", "control": "grey.mp4"})
+    rows = [{"prompt": "a ball", "control": "grey.mp4"}, {"prompt": "b", "control": "grey.mp4", "seed": 3}]
+    (request, other), reader = reader_of(tmp_path, *rows)
+    assert (other.seed, other.name) == (3, "0001-b-seed3")
     sample = reader.sample(request)
     assert (sample.caption, sample.training, request.seed) == ("a ball", False, 3)
     assert sample.fields["control"].shape == (9, 3, 64, 96)
@@ -45,6 +47,7 @@ def test_a_control_named_in_a_row_has_the_frames_and_the_crop_of_the_video_to_co
 @pytest.mark.parametrize(
     ("row", "says"),
     [
+        ({"prompt": "b", "control": "a.mp4", "seed": -1}, r"requests\.jsonl:2: `seed` is no whole number"),
         ({"prompt": "a ball"}, r"requests\.jsonl:2 gives no field `control`, which a condition"),
         ({"prompt": "a ball", "control": "none.mp4"}, r"requests\.jsonl:2: .*`control` \(none\.mp4\)"),
         ({"prompt": "a ball", "control": "a.txt"}, r"requests\.jsonl:2: a\.txt has not one of the suffixes"),
