@@ -79,9 +79,8 @@ def start_engine(
     )
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if is_undivided_with(settings, mesh):
-        undivided = UndividedParameters(
-            optimizer_over(trained), trained.values(), max_norm=settings.get("gradient_clipping", 0.0)
-        )
+        max_norm = settings.get("gradient_clipping", 1.0)  # DeepSpeed's default
+        undivided = UndividedParameters(optimizer_over(trained), trained.values(), max_norm=max_norm)
         # DeepSpeed's stage 0 has no dtype of accumulation: that of fp32 weights is theirs
         of_stage_0 = {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0, "data_types": {}}
         engine = initialize(config={**settings, **of_stage_0}, optimizer=undivided)[0]

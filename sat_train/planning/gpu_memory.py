@@ -123,6 +123,17 @@ class StateMemory:
     update: float
 
 
+def layout_stage(config: RunConfig, data_ranks: int) -> int:
+    """Returns the ZeRO stage whose layout a run has: 0 for a single process with fp32 weights."""
+    undivided = is_undivided(
+        stage=config.args.zero_stage,
+        ranks=data_ranks * config.args.model_parallel_size,
+        is_half=compute_dtype(config.args).itemsize < MASTER_BYTES,
+        is_offloaded=config.deepspeed.zero_optimization.offload_optimizer.device == "cpu",
+    )
+    return 0 if undivided else config.args.zero_stage
+
+
 def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> StateMemory:
     """Computes the lasting bytes of one rank from the layout of the ZeRO stage.
 
@@ -131,13 +142,10 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
         weights: From `count_weights`.
         data_ranks: Ranks that share the states.
     """
-    zero, stage = config.deepspeed.zero_optimization, config.args.zero_stage
+    zero, stage = config.deepspeed.zero_optimization, layout_stage(config, data_ranks)
     element = compute_dtype(config.args).itemsize
     trained, total = weights.num_trained, weights.transformer
     is_offloaded = zero.offload_optimizer.device == "cpu"
-    ranks = data_ranks * config.args.model_parallel_size
-    if is_undivided(stage=stage, ranks=ranks, is_half=element < MASTER_BYTES, is_offloaded=is_offloaded):
-        stage = 0
     share = trained if stage == 0 else trained / data_ranks
     if stage in (1, 2):
         share = row_length(weights.trained, data_ranks)

@@ -35,6 +35,7 @@ from sat_train.planning.gpu_memory import (
     count_states,
     count_weights,
     encoder_bytes,
+    layout_stage,
 )
 from sat_train.training.run_data import samples_videos
 
@@ -183,8 +184,9 @@ class Planner:
         if config.args.save is None or config.args.async_save == "off":
             return 0.0
         owned = states.optimizer + states.offloaded
-        if config.args.zero_stage == 0:
-            owned = (owned + MASTER_BYTES * weights.num_trained) / self._data_ranks(config)
+        data_ranks = self._data_ranks(config)
+        if layout_stage(config, data_ranks) == 0:
+            owned = (owned + MASTER_BYTES * weights.num_trained) / data_ranks
         return _saved_weights_bytes(config, weights) + owned
 
     def _step(self, config: RunConfig, weights: Weights, data_ranks: int) -> StepTime:

@@ -110,7 +110,7 @@ def open_data(
     """
     encoding = build_encoding(config, mesh)
     part_files = on_rank_0(mesh, lambda: digest_part_files(config, encoding.cache), may_take_long=True)
-    if point is not None:
+    if point is not None and part_files:
         on_rank_0(mesh, lambda: check_part_files(point, part_files))
     train = build_train_loader(
         config,

@@ -92,7 +92,8 @@ def muon_and_adamw(groups: list[dict[str, Any]]) -> Any:
     (conv, hidden, last), vectors = groups[0]["params"], groups[1]["params"]
     muon = torch.optim.Muon([hidden], weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
     rest = [{"params": [conv, last], "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95))
+    # fused as ours: Newton-Schulz in bf16 makes much of a last bit
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=True)
 
     class Both:
         def __init__(self) -> None:
