@@ -14,7 +14,8 @@ from sat_train.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
     from sat_train.planning.gpu_memory import PhaseMemory
-    from sat_train.planning.planner import Climb, Plan, Rung
+    from sat_train.planning.ladder import Climb, Rung
+    from sat_train.planning.planner import Plan
 
 _GB = 1e9
 _GIB = 2**30
@@ -46,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
     from sat_train.config.hardware import find_hardware
     from sat_train.distributed.processes import start_single_process  # imports torch
-    from sat_train.planning.planner import Planner, climb_down
+    from sat_train.planning.ladder import climb_down
+    from sat_train.planning.planner import Planner
 
     card = find_hardware(options.hardware).scaled(options.efficiency)
     if options.gpu_memory is not None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from sat_train.config import condition_rules as condition_rules
 from sat_train.config import guard_rails as guard_rails
+from sat_train.config import memory_rules as memory_rules
 from sat_train.config import model_rules as model_rules
 from sat_train.config import path_rules as path_rules
 from sat_train.config import reference_rules as reference_rules

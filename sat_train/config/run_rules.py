@@ -25,17 +25,9 @@ TRAINING_ONLY = frozenset(
         *("clip_grad", "warmup", "lr_decay_style", "lr_decay_iters", "lr_decay_ratio", "ema_decay"),
         *("lr_decay_power", "lr_decay_cycles", "lr_decay_share"),
         *("zero_stage", "checkpoint_activations", "checkpoint_every", "compile", "experiment_name", "resume"),
-        *(
-            "save",
-            "save_interval",
-            "async_save",
-            "keep_last",
-            "keep_every",
-            "log_interval",
-            "tensorboard",
-            "wandb",
-        ),
-        *("callbacks", "condition_report", "validation_views", "async_save"),
+        *("checkpoint_offload", "quantize_base", "block_swap", "async_save"),
+        *("save", "save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb"),
+        *("callbacks", "condition_report", "validation_views"),
         *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "eval_timesteps"),
         *("valid_prompts", "valid_images", "valid_video_interval", "train_data", "train_data_weights"),
         *("clip_ledger", "keep_best", "early_stop_patience", "early_stop_min_delta"),
@@ -49,13 +41,6 @@ def attention_is_deterministic(config: ParsedConfig) -> Iterator[Fault]:
     kernel = config.args.attention
     if config.args.deterministic and kernel in ("cudnn", "fa3"):
         yield config.fault("args.attention", kernel, "auto, flash or math with args.deterministic")
-
-
-@rule("args.checkpoint_activations", "args.checkpoint_every")
-def something_is_recomputed(config: ParsedConfig) -> Iterator[Fault]:
-    every = config.args.checkpoint_every
-    if every > 1 and config.args.checkpoint_activations == "off":
-        yield config.fault("args.checkpoint_every", every, "1: args.checkpoint_activations is off")
 
 
 @rule("args.fp16", "args.bf16", "deepspeed.fp16", "deepspeed.bf16")

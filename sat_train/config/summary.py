@@ -126,6 +126,9 @@ def _memory(config: RunConfig) -> str:
     if args.checkpoint_activations != "off":
         some = "" if args.checkpoint_every == 1 else f" in one block of {args.checkpoint_every}"
         parts.append(f"activations recomputed ({args.checkpoint_activations}){some}")
+    parts += ["inputs of blocks in host memory"] * args.checkpoint_offload
+    parts += [f"frozen base in {args.quantize_base}"] * (args.quantize_base != "off")
+    parts += [f"{args.block_swap} blocks in host memory"] * (args.block_swap > 0)
     parts += [f"tensor parallel over {args.model_parallel_size}"] * (args.model_parallel_size > 1)
     return ", ".join(parts)
 

@@ -49,10 +49,16 @@ def compiles_blocks(args: ArgsConfig, device: torch.device) -> bool:
     if args.compile != "auto":
         return args.compile == "blocks"
     on_gpu = device.type == "cuda"
-    reason = reason_for_eager(args.zero_stage, torch.cuda.get_device_capability(device) if on_gpu else None)
+    capability = torch.cuda.get_device_capability(device) if on_gpu else None
+    reason = reason_for_eager(args.zero_stage, capability) or _reason_of_host_memory(args)
     if on_gpu:
         log.info("blocks: %s", f"not compiled, {reason}" if reason else "compiled (args.compile=off: not)")
     return not reason
+
+
+def _reason_of_host_memory(args: ArgsConfig) -> str:
+    moves = args.block_swap or args.checkpoint_offload
+    return "args.block_swap and args.checkpoint_offload wait for copies inside a block" if moves else ""
 
 
 def reason_for_eager(zero_stage: int, capability: tuple[int, int] | None) -> str:

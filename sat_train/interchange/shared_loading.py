@@ -50,9 +50,12 @@ def load_weights_once(
 
 
 def _broadcast(tensor: Tensor, mesh: ProcessMesh, data_rank: int) -> None:
-    """Sends the bytes of a tensor from one rank of the data axis to the others, in place."""
+    """Sends the bytes of a tensor from one rank of the data axis to the others, in place.
+
+    A tensor in host memory goes over the device, because NCCL sends from there alone.
+    """
     source = data_rank * mesh.model_size + mesh.model_rank
-    whole = tensor.contiguous()
+    whole = tensor.to(mesh.device).contiguous()
     dist.broadcast(whole.view(-1).view(torch.uint8), source, group=mesh.data_group)
     if whole is not tensor:
         tensor.copy_(whole)

@@ -23,7 +23,9 @@ from sat_train.config.parts.adapter_parts import LAYER_ALPHA, MIXIN, find_adapte
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import ConfigError, Fault
 from sat_train.models.dit.initialization import initialize_parameter
+from sat_train.models.dit.sat_layers import LINEAR
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.frozen_layers import make_plain
 from sat_train.models.low_rank import Parts
 
 PARAMS_KEY = "model.network_config.params.modules.lora_config.params"
@@ -32,7 +34,6 @@ _SUGGESTED = (
     r"attention\.query_key_value (to_q, to_k, to_v elsewhere), attention\.dense (to_out.0), mlp\. (ff.net), "
     r"adaLN_modulations\. (norm1.linear, norm2.linear)"
 )
-_LINEAR = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Adapter(nn.Module):
         """Returns what is added to the layer's output."""
         raise NotImplementedError
 
-    def adapted(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def adapted(self, y: Tensor, x: Tensor, base: AdaptedLayer) -> Tensor:
         """Returns the output with the adapter, given the layer's own, `y`; most adapters add `delta(x)`."""
         return y + self.delta(x)
 
@@ -135,12 +136,12 @@ class AdaptedLayer(nn.Module):
         if self.adapter.is_off:
             return y
         if not self.adapter.is_merged:
-            return self.adapter.adapted(y, x, self.weight, self.bias)
+            return self.adapter.adapted(y, x, self)
         assert not self.training, "adapters that are merged into the weights do not train"
         return y
 
 
-_ADAPTED = {plain: type(f"Adapted{plain.__name__}", (AdaptedLayer, plain), {}) for plain in _LINEAR}
+_ADAPTED = {plain: type(f"Adapted{plain.__name__}", (AdaptedLayer, plain), {}) for plain in LINEAR}
 
 
 class AdapterMixin(BaseMixin):
@@ -256,7 +257,7 @@ def start_adapters(dit: nn.Module, mesh: ProcessMesh, *, seed: int) -> None:
     Ranks: all.
     """
     for _, layer in adapted_layers(dit):
-        layer.adapter.start(layer.weight, mesh, seed=seed)
+        layer.adapter.start(layer.weight.to(mesh.device), mesh, seed=seed)
 
 
 @torch.no_grad()
@@ -264,6 +265,7 @@ def merge_adapters(dit: nn.Module) -> None:
     """Puts the adapters into the weights in place, for sampling at the base model's speed."""
     for _, layer in adapted_layers(dit):
         if not layer.adapter.is_merged:
+            make_plain(layer)
             layer.weight.copy_(layer.adapter.merged(layer.weight))
             layer.adapter.is_merged = True
 

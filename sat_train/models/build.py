@@ -20,6 +20,7 @@ def build_dit(
     dtype: torch.dtype,
     recompute: Recompute = "off",
     recompute_every: int = 1,
+    inputs_on_host: bool = False,
     seed: int = 0,
     initialize: bool = True,
     with_adapters: bool = True,
@@ -32,6 +33,7 @@ def build_dit(
         dtype: Dtype of the weights; adapters are fp32.
         recompute: See `DiffusionTransformer`.
         recompute_every: See `DiffusionTransformer`.
+        inputs_on_host: See `DiffusionTransformer`.
         seed: Seed of the initial weights.
         initialize: False leaves the transformer's weights unset, for loading over; adapters are always set.
         with_adapters: False leaves the model's adapters out: the weights bring their own.
@@ -45,6 +47,7 @@ def build_dit(
         spec,
         recompute=recompute,
         recompute_every=recompute_every,
+        inputs_on_host=inputs_on_host,
         device=device,
         dtype=dtype,
         init_seed=seed if initialize else None,

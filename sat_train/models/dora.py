@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_train.config.parts.adapter_parts import AdapterParams
-from sat_train.models.adapter import LinearShape
+from sat_train.models.adapter import AdaptedLayer, LinearShape
 from sat_train.models.lora import Lora, Matrices
 from sat_train.models.lora import read as read_lora
 from sat_train.models.low_rank import LowRank, Parts
@@ -45,10 +45,10 @@ class Dora(Lora):
         rows = layer.out_features // layer.parts
         self.magnitude = Magnitude(torch.empty(rows) for _ in range(layer.parts))
 
-    def adapted(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def adapted(self, y: Tensor, x: Tensor, base: AdaptedLayer) -> Tensor:
         """Returns the layer's output: with the factor f, `y + (f - 1) * (y - bias) + f * delta(x)`."""
-        gain: Tensor = self.magnitude(*self.lengths(weight)).to(y.dtype)
-        plain = y if bias is None else y - bias
+        gain: Tensor = self.magnitude(*self.lengths(base.weight)).to(y.dtype)
+        plain = y if base.bias is None else y - base.bias
         return y + gain * plain + (1 + gain) * self.delta(x)
 
     @torch.no_grad()

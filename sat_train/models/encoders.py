@@ -126,8 +126,9 @@ class Encoders:
     @torch.no_grad()
     def decode(self, latent_btchw: Tensor) -> Tensor:
         """Decodes unscaled latents to uint8 video_btchw on the CPU, one sample at a time."""
-        videos = [unit_to_pixels(self.vae.decode(latent)).cpu() for latent in latent_btchw.split(1)]
-        return torch.cat(videos)
+        vae = self.vae
+        videos = (vae.decode(latent, vae.sample_tiling) for latent in latent_btchw.split(1))
+        return torch.cat([unit_to_pixels(video).cpu() for video in videos])
 
     @torch.no_grad()
     def text(self, caption: str) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sat_train.config import RunConfig
 from sat_train.models.build import build_dit, compute_dtype, encoder_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.frozen_layers import hold_frozen_weights
 from sat_train.models.trainable import select_configured
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
@@ -48,9 +49,8 @@ class LivingTensors(TorchDispatchMode):
         self.peak = 0
         self._now = 0
         self._known: set[int] = set()
-        self._weights = [
-            tensor.untyped_storage() for tensor in apart_from.state_dict(keep_vars=True).values()
-        ]
+        weights = (*apart_from.parameters(), *apart_from.buffers())
+        self._weights = [tensor.untyped_storage() for tensor in weights]
         self._known.update(storage._cdata for storage in self._weights)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,6 +183,7 @@ def _pass(
 ) -> tuple[nn.Module, Callable[[], Any]]:
     """Returns a transformer of a few layers, and its pass."""
     dit = build_meta_dit(config, layers=layers).train(training)
+    hold_frozen_weights(dit, device=torch.device("meta"), quantization=config.args.quantize_base)
     inputs = _inputs(config, batch_size)
     for parameter in dit.parameters():
         if parameter.requires_grad:  # its gradient is counted with the states
@@ -232,7 +233,7 @@ def work_of_encoding(config: RunConfig) -> Work:
 def peak_of_decoding(config: RunConfig) -> float:
     """Returns the bytes that the autoencoder's decoding of one video takes."""
     vae = build_meta_vae(config)
-    return _peak(vae, partial(vae.decode, _latent(config, 1, vae.z_channels)))
+    return _peak(vae, partial(vae.decode, _latent(config, 1, vae.z_channels), vae.sample_tiling))
 
 
 def _encoding(config: RunConfig) -> tuple[nn.Module, Callable[[], Any]]:
@@ -257,6 +258,7 @@ def build_meta_dit(config: RunConfig, *, layers: int | None = None) -> Diffusion
         dtype=compute_dtype(config.args),
         recompute=config.args.checkpoint_activations,
         recompute_every=config.args.checkpoint_every,
+        inputs_on_host=config.args.checkpoint_offload,
         initialize=False,
     )
     select_configured(dit, config.model)

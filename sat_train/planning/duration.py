@@ -33,6 +33,7 @@ class StepTime:
         communication: Collectives, if nothing hides them.
         optimizer: The update.
         encoding: Autoencoder and T5, where samples are not cached.
+        swapping: What copies of weights and inputs of blocks take beyond the computation that hides them.
     """
 
     linear: float
@@ -41,12 +42,13 @@ class StepTime:
     communication: float
     optimizer: float
     encoding: float
+    swapping: float = 0.0
 
     @property
     def total(self) -> float:
         """The step."""
         parts = (self.linear, self.attention, self.elementwise)
-        return sum((*parts, self.communication, self.optimizer, self.encoding))
+        return sum((*parts, self.communication, self.optimizer, self.encoding, self.swapping))
 
 
 def computing_seconds(work: Work, card: Hardware) -> tuple[float, float, float]:
@@ -80,6 +82,16 @@ def communication_seconds(
         reductions = micro_steps if stage == 2 else 1
         volume = reductions * crossings * gradients + (element * weights.num_trained if stage else 0)
     return volume * (data_ranks - 1) / data_ranks / card.collective_gbps(gpus) / _GIGA
+
+
+def swapping_seconds(copied: float, *, computing: float) -> float:
+    """Returns the seconds of a step in which blocks wait for copies between host memory and the GPU.
+
+    Args:
+        copied: Bytes of a step.
+        computing: Seconds of computation, behind which they are copied.
+    """
+    return max(0.0, copied / HOST_COPY_GBPS / _GIGA - computing)
 
 
 def optimizer_seconds(config: RunConfig, card: Hardware, *, elements: float) -> float:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sat_train.config import RunConfig
@@ -17,6 +18,7 @@ from sat_train.engine.owned import row_length
 from sat_train.engine.reduction import bucket_bytes
 from sat_train.engine.undivided import is_undivided
 from sat_train.models.build import compute_dtype, encoder_dtype
+from sat_train.models.frozen_layers import hold_frozen_weights
 from sat_train.planning.counting import build_meta_dit, build_meta_vae
 from sat_train.weights.readers import read_weight_files
 
@@ -35,12 +37,18 @@ class Weights:
         trained: Of each weight that trains.
         vae: The video autoencoder.
         text_encoder: T5.
+        held: Those of the transformer that are held in few bits or in host memory.
+        held_bytes: What these take of the GPU.
+        host_bytes: What these take of host memory.
     """
 
     transformer: int
     trained: tuple[int, ...]
     vae: int
     text_encoder: int
+    held: int = 0
+    held_bytes: float = 0.0
+    host_bytes: float = 0.0
 
     @property
     def num_trained(self) -> int:
@@ -50,12 +58,19 @@ class Weights:
 
 def count_weights(config: RunConfig) -> Weights:
     """Counts the weights of a configuration; a text encoder that is not there counts as T5-XXL."""
-    dit = build_meta_dit(config)
+    dit, args = build_meta_dit(config), config.args
+    total, others = _size(dit), sum(buffer.nbytes for buffer in dit.buffers())
+    swap = hold_frozen_weights(
+        dit, device=torch.device("meta"), quantization=args.quantize_base, swapped=args.block_swap
+    )
     return Weights(
-        transformer=_size(dit),
+        transformer=total,
         trained=tuple(each.numel() for each in dit.parameters() if each.requires_grad),
         vae=_size(build_meta_vae(config)),
         text_encoder=_text_encoder_weights(Path(config.spec.text.model_dir)),
+        held=total - _size(dit),
+        held_bytes=sum(buffer.nbytes for buffer in dit.buffers()) - others + swap.device_bytes,
+        host_bytes=swap.host_bytes,
     )
 
 
@@ -111,6 +126,7 @@ class StateMemory:
         gradients: As they are when the backward pass ends.
         optimizer: Masters, states and the moving average that are on the GPU.
         offloaded: Those that are in host memory.
+        swapped: Weights that are in host memory.
         buffers: Of collectives.
         update: What the update takes besides, when activations are gone.
     """
@@ -119,6 +135,7 @@ class StateMemory:
     gradients: float
     optimizer: float
     offloaded: float
+    swapped: float
     buffers: float
     update: float
 
@@ -152,13 +169,14 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
     average = MASTER_BYTES if config.args.ema_decay is not None else 0
     masters = 0 if stage == 0 else MASTER_BYTES
     states = (masters + average + config.deepspeed.optimizer.params.bytes_per_weight()) * share
-    frozen_and_padded = total - trained + (share * data_ranks if stage in (1, 2) else trained)
+    frozen_and_padded = total - weights.held - trained + (share * data_ranks if stage in (1, 2) else trained)
     summed = MASTER_BYTES if config.deepspeed.data_types.grad_accum_dtype == "fp32" else element
     return StateMemory(
-        weights=element * (total / data_ranks if stage == 3 else frozen_and_padded),
+        weights=element * (total / data_ranks if stage == 3 else frozen_and_padded) + weights.held_bytes,
         gradients=summed * (trained if stage < 2 else share),
         optimizer=0.0 if is_offloaded else states,
         offloaded=states if is_offloaded else 0.0,
+        swapped=weights.host_bytes,
         buffers=(stage > 0 or data_ranks > 1)
         * bucket_bytes(config.deepspeed, trained=trained, data_ranks=data_ranks, element=element),
         # the fp32 gradient, and DeepSpeed's flat copy of the half-precision one

@@ -1,8 +1,8 @@
-"""The plan of a run: memory by phase, time of a step, disk, hours; and what to change if it does not fit."""
+"""The plan of a run: memory by phase, time of a step, disk, hours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from sat_train.planning.duration import (
     computing_seconds,
     encoding_seconds,
     optimizer_seconds,
+    swapping_seconds,
 )
 from sat_train.planning.gpu_memory import (
     CONTEXT_BYTES,
@@ -41,7 +42,6 @@ from sat_train.training.run_data import samples_videos
 
 _GIB = 2**30
 T = TypeVar("T")
-_LEAST_SAVING = 0.01  # of memory, for which a rung is worth its words
 _WRITING_GBPS = 0.3  # of a checkpoint, with its hash: docs/benchmarks.md
 
 
@@ -115,9 +115,9 @@ class Planner:
     def plan(self, config: RunConfig) -> Plan:
         """Plans a run."""
         args, spec = config.args, config.spec
-        data, data_ranks = config.require_data().params, self._data_ranks(config)
-        weights = self._once(config, count_weights)
-        tokens = spec.tokens(spec.latent(data.max_num_frames, *data.video_size))
+        data_ranks = self._data_ranks(config)
+        weights = self._weights(config)
+        tokens = self._tokens(config)
         step = self._step(config, weights, data_ranks)
         samples = args.batch_size * args.gradient_accumulation_steps
         flops = samples * spec.training_flops(tokens, trains_base=not config.freezes_base)
@@ -142,17 +142,23 @@ class Planner:
 
     def phases(self, config: RunConfig) -> tuple[PhaseMemory, ...]:
         """Returns the memory of each phase of a run."""
-        weights = self._once(config, count_weights)
+        weights = self._weights(config)
         states = count_states(config, weights, data_ranks=self._data_ranks(config))
         return tuple(self._phases(config, weights, states))
+
+    def _tokens(self, config: RunConfig) -> int:
+        data = config.require_data().params
+        return config.spec.tokens(config.spec.latent(data.max_num_frames, *data.video_size))
 
     def _data_ranks(self, config: RunConfig) -> int:
         return max(self.gpus // config.args.model_parallel_size, 1)
 
     def _phases(self, config: RunConfig, weights: Weights, states: StateMemory) -> Iterator[PhaseMemory]:
         args, encoders = config.args, encoder_bytes(config, weights)
-        resident = encoders if _needs_encoders(config) else 0.0
-        yield PhaseMemory("load", weights=states.weights, encoders=resident, host=resident)
+        resident = encoders if needs_encoders(config) else 0.0
+        read = compute_dtype(args).itemsize * weights.transformer if weights.held else 0.0
+        host = resident + states.swapped + read
+        yield PhaseMemory("load", weights=states.weights, encoders=resident, host=host)
         if resident and _forgets_text_encoder(config):
             resident -= encoder_dtype(args).itemsize * weights.text_encoder
         yield PhaseMemory(
@@ -165,10 +171,11 @@ class Planner:
             optimizer=states.optimizer,
             buffers=CONTEXT_BYTES + states.buffers,
             encoders=resident,
-            host=states.offloaded + self._copy_of_saves(config, weights, states),
+            host=states.offloaded + states.swapped + self._copy_of_saves(config, weights, states),
         )
         passes = self._peak(config, args.batch_size)
-        yield replace(training, activations=max(passes, states.update))
+        inputs = _inputs_on_host(config, self._tokens(config))
+        yield replace(training, activations=max(passes, states.update), host=training.host + inputs)
         if args.eval_interval is not None:
             forward = self._peak(config, args.eval_batch_size or args.batch_size, training=False)
             yield replace(training, phase="validation", activations=forward)
@@ -198,6 +205,8 @@ class Planner:
             work, text_tokens = self._once(config, work_of_encoding), config.spec.text.max_length
             encoding = samples * encoding_seconds(work, weights, self.card, text_tokens=text_tokens)
         share = row_length(weights.trained, data_ranks if args.zero_stage else 1)
+        computing = passes * (linear + attention + elementwise)
+        copied = 2 * passes * (weights.host_bytes + _inputs_on_host(config, self._tokens(config)))
         return StepTime(
             linear=passes * linear,
             attention=passes * attention,
@@ -207,6 +216,7 @@ class Planner:
             ),
             optimizer=optimizer_seconds(config, self.card, elements=share),
             encoding=encoding,
+            swapping=swapping_seconds(copied, computing=computing),
         )
 
     def _hours(self, config: RunConfig, step: StepTime, written: float, data_ranks: int) -> float | None:
@@ -224,11 +234,18 @@ class Planner:
             seconds += -(-args.train_iters // args.save_interval) * written / (rate * 1e9)
         return seconds / 3600
 
+    def _weights(self, config: RunConfig) -> Weights:
+        return self._once(config, count_weights, config.args.quantize_base, config.args.block_swap)
+
     def _peak(self, config: RunConfig, batch_size: int, *, training: bool = True) -> float:
-        return self._once(config, count_peak, *_recompute(config), batch_size=batch_size, training=training)
+        return self._once(
+            config, count_peak, *_settings_of_passes(config), batch_size=batch_size, training=training
+        )
 
     def _work(self, config: RunConfig, batch_size: int, *, training: bool = True) -> Work:
-        return self._once(config, count_work, *_recompute(config), batch_size=batch_size, training=training)
+        return self._once(
+            config, count_work, *_settings_of_passes(config), batch_size=batch_size, training=training
+        )
 
     def _once(self, config: RunConfig, count: Callable[..., T], *depends_on: object, **options: Any) -> T:
         data = config.require_data().params
@@ -240,11 +257,25 @@ class Planner:
         return known
 
 
-def _recompute(config: RunConfig) -> tuple[object, ...]:
-    return config.args.checkpoint_activations, config.args.checkpoint_every
+def _settings_of_passes(config: RunConfig) -> tuple[object, ...]:
+    args = config.args
+    return (
+        args.checkpoint_activations,
+        args.checkpoint_every,
+        args.checkpoint_offload,
+        args.quantize_base,
+    )
 
 
-def _needs_encoders(config: RunConfig) -> bool:
+def _inputs_on_host(config: RunConfig, tokens: int) -> float:
+    """Returns the bytes of host memory that inputs of recomputed blocks take."""
+    args = config.args
+    blocks = -(-config.spec.layers // args.checkpoint_every) if args.checkpoint_offload else 0
+    return blocks * args.batch_size * tokens * config.spec.width * compute_dtype(args).itemsize
+
+
+def needs_encoders(config: RunConfig) -> bool:
+    """Returns whether training loads text encoder and autoencoder."""
     return config.require_data().cache == "off" or samples_videos(config)
 
 
@@ -277,106 +308,3 @@ def _cached_clip_bytes(config: RunConfig) -> float:
     frames = latent.frames + (1 if "image" in spec.conditions else 0)
     text = spec.text.max_length * spec.text_width * compute_dtype(config.args).itemsize
     return moments * frames * encoder_dtype(config.args).itemsize + text
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One way to need less memory, on top of the rungs before it.
-
-    Args:
-        meaning: What it does, and at what price.
-        words: What to type.
-        files: Configuration files to add.
-    """
-
-    meaning: str
-    words: tuple[str, ...]
-    files: tuple[str, ...] = ()
-
-
-def memory_ladder(config: RunConfig, *, gpus: int) -> Iterator[Rung]:
-    """Yields the ways to need less memory that this configuration leaves, the cheapest first."""
-    args, stage = config.args, config.args.zero_stage
-    words: tuple[str, ...]
-    if _needs_encoders(config):
-        words = ("data.cache=require", "data.cache_dir=cache", "args.valid_video_interval=null")
-        yield Rung("encode beforehand, no validation videos: T5 and VAE are not loaded", words)
-    policies = ("off", "attention", "full") if config.spec.adapter else ("off", "gemm", "attention", "full")
-    at = policies.index(args.checkpoint_activations) if args.checkpoint_activations in policies else 0
-    for policy in policies[at + 1 :]:
-        words = (f"args.checkpoint_activations={policy}", "args.checkpoint_every=1")
-        yield Rung("recompute more in the backward pass; slower", words)
-    if args.batch_size > 1:
-        accumulated = args.batch_size * args.gradient_accumulation_steps
-        words = ("args.batch_size=1", f"args.gradient_accumulation_steps={accumulated}")
-        yield Rung("one sample at a time, as many a step as before", words)
-    yield from _rungs_of_the_states(config, gpus)
-    if config.spec.adapter is None:
-        yield Rung("train adapters instead of all weights", (), ("configs/lora.yaml",))
-    if config.deepspeed.zero_optimization.offload_optimizer.device == "none":
-        offload = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
-        words = (f"args.zero_stage={max(stage, 2)}", "deepspeed.optimizer.type=AdamW", offload)
-        yield Rung("optimizer states in host memory; much slower", words)
-
-
-def _rungs_of_the_states(config: RunConfig, gpus: int) -> Iterator[Rung]:
-    stage, optimizer = config.args.zero_stage, config.deepspeed.optimizer.type
-    shares = gpus > config.args.model_parallel_size
-    if shares and stage < 2:
-        yield Rung("divide gradients and states over the GPUs", ("args.zero_stage=2",))
-    if optimizer in ("Adam", "AdamW") and stage < 3 and config.args.model_parallel_size == 1:
-        yield Rung("moments in 8 bits; needs bitsandbytes", ("deepspeed.optimizer.type=AdamW8bit",))
-    if shares and stage < 3:
-        words = ("args.zero_stage=3", "deepspeed.optimizer.type=AdamW", "args.compile=off")
-        yield Rung("divide the weights over the GPUs too; slower", words)
-
-
-@dataclass(frozen=True)
-class Climb:
-    """A rung with what the run then takes.
-
-    Args:
-        rung: The rung.
-        plan: The run with this rung and those before it.
-    """
-
-    rung: Rung
-    plan: Plan
-
-
-def climb_down(
-    planner: Planner, config: RunConfig, reload: Callable[[Sequence[Rung]], RunConfig]
-) -> list[Climb]:
-    """Returns the rungs that a run has to take until it fits, each with its plan; all if none makes it fit.
-
-    A rung counts where it lowers the highest phase; one that does not is tried again after the others.
-
-    Args:
-        planner: The planner of the card.
-        config: The run that does not fit.
-        reload: Reads the configuration with the words and files of some rungs.
-    """
-    taken: list[Climb] = []
-    plan = planner.plan(config)
-    while not plan.fits:
-        climb = _next_rung(planner, config, plan, [each.rung for each in taken], reload)
-        if climb is None:
-            break
-        taken.append(climb)
-        plan, config = climb.plan, reload([each.rung for each in taken])
-    return taken
-
-
-def _next_rung(
-    planner: Planner,
-    config: RunConfig,
-    plan: Plan,
-    taken: Sequence[Rung],
-    reload: Callable[[Sequence[Rung]], RunConfig],
-) -> Climb | None:
-    for rung in memory_ladder(config, gpus=planner.gpus):
-        changed = reload([*taken, rung])
-        most = max(phase.total for phase in planner.phases(changed))
-        if most < plan.peak.total * (1 - _LEAST_SAVING):
-            return Climb(rung, planner.plan(changed))
-    return None

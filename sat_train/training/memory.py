@@ -14,11 +14,11 @@ _NO_HOST_MEMORY = "can't allocate memory"  # message of PyTorch's CPU allocator,
 TRAINING_REMEDY = (
     "in this order: sat-train precompute and data.cache=require (neither T5 nor the autoencoder is loaded), "
     "args.batch_size=1 with more args.gradient_accumulation_steps, args.checkpoint_activations=true, LoRA, "
-    "more GPUs, configs/parallel/zero3.yaml"
+    "more GPUs, configs/parallel/zero3.yaml; sat-train plan computes what is enough"
 )
 SAMPLING_REMEDY = (
-    "model.first_stage_config.params.tiling=true, args.bf16=true, a smaller args.sampling_image_size or "
-    "args.sampling_num_frames"
+    "args.bf16=true, model.first_stage_config.params.tile_samples=true (tiles are on unless switched off), "
+    "a smaller args.sampling_image_size or args.sampling_num_frames"
 )
 
 

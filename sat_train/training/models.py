@@ -49,6 +49,7 @@ from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.sharding import full_shape
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.encoders import Encoders
+from sat_train.models.frozen_layers import hold_frozen_weights
 from sat_train.models.loaded_adapters import load_updates
 from sat_train.models.low_rank import Updates, highest_rank, scales_of, stacked
 from sat_train.models.trainable import frozen_base, select_configured
@@ -215,12 +216,14 @@ def _build_trained(
     config: RunConfig, mesh: ProcessMesh, start: StartWeights
 ) -> tuple[DiffusionTransformer, Surgery | None]:
     """Returns the transformer, and what it has beyond the base from which a new run starts."""
+    is_held = holds_base(config)
     dit = build_dit(
         config.spec,
-        device=mesh.device,
+        device="cpu" if is_held else mesh.device,
         dtype=compute_dtype(config.args),
         recompute=config.args.checkpoint_activations,
         recompute_every=config.args.checkpoint_every,
+        inputs_on_host=config.args.checkpoint_offload,
         seed=config.args.seed,
         initialize=start.located is None and start.resumed is None,
     )
@@ -241,7 +244,28 @@ def _build_trained(
     log.info("weights of the transformer%s:\n%s", _of_one_rank(mesh), summary)
     if surgery is not None:
         check_zeros_train(dit, surgery)
+    if is_held:
+        _hold_base(config, dit, mesh, start)
     return dit, surgery if start.resumed is None else None
+
+
+def holds_base(config: RunConfig) -> bool:
+    """Returns whether the frozen base is held in few bits or in host memory; it is loaded there first."""
+    return config.args.quantize_base != "off" or config.args.block_swap > 0
+
+
+def _hold_base(config: RunConfig, dit: DiffusionTransformer, mesh: ProcessMesh, start: StartWeights) -> None:
+    """Changes how the frozen base is held, and moves the rest to the device.
+
+    Raises:
+        ConfigError: The base has random weights, which checkpoints would have to hold.
+    """
+    if start.base is None:
+        expected = "weights to start from: a base in few bits or in host memory is not saved with the run"
+        raise ConfigError([Fault("args.load", str(config.args.load), expected)])
+    args = config.args
+    hold_frozen_weights(dit, device=mesh.device, quantization=args.quantize_base, swapped=args.block_swap)
+    dit.to(mesh.device)
 
 
 def load_resumed_weights(

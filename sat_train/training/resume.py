@@ -10,6 +10,7 @@ from typing import Any
 from sat_train.checkpoint.find import ResumePoint, find_resume_point
 from sat_train.checkpoint.load import read_client_state
 from sat_train.config import RunConfig
+from sat_train.config.catalog import all_keys
 from sat_train.config.extensions import KEY
 from sat_train.config.loading import leaves
 from sat_train.errors import CheckpointError, ConfigError, Fault
@@ -37,6 +38,7 @@ _FIXED = (
     "args.split",
     "args.fp16",
     "args.bf16",
+    "args.quantize_base",
     "args.ema_decay",
     "deepspeed.optimizer.type",
 )
@@ -44,6 +46,7 @@ _FIXED = (
 _NOT_A_CHANGE = ("args.resume",)
 _FREE_WITHIN_FIXED = (
     "model.sampler_config",
+    "model.first_stage_config.params.tile_samples",
     "model.network_config.params.transformer_args.model_parallel_size",
 )
 
@@ -133,7 +136,9 @@ def check_part_files(point: ResumePoint, part_files: Mapping[str, str]) -> None:
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     before, after = leaves(old), leaves(new)
     for path in sorted(before.keys() | after.keys()):
-        if before.get(path) != after.get(path) and path not in _NOT_A_CHANGE:
+        # a key that the checkpoint's version did not have: its default is what that version did
+        is_new = path not in before and path in all_keys() and all_keys()[path].default == after[path]
+        if before.get(path) != after.get(path) and path not in _NOT_A_CHANGE and not is_new:
             yield path, before.get(path), after.get(path)
 
 

@@ -10,6 +10,7 @@ import torch
 from sat_train.checkpoint.manifest import read_manifest
 from sat_train.distributed.processes import ProcessMesh, start_single_process, stop_processes
 from sat_train.interchange.adapters import read_lora
+from sat_train.interchange.locate import base_weights_at
 from sat_train.training.callbacks.metrics_file import read_metrics
 from sat_train.training.models import build_trained_dit, find_start_weights
 from sat_train.training.resume import find_resumed
@@ -176,7 +177,13 @@ VARIANTS = {
         f"{LORA}.alpha_pattern=[['query', 2]]",
         f"{LORA}.dropout=0.2",
     ],
-    "dora": [KIND.format("Dora"), f"{LORA}.use_rslora=true", "args.zero_stage=2", "args.bf16=true"],
+    "dora": [
+        KIND.format("Dora"),
+        f"{LORA}.use_rslora=true",
+        "args.quantize_base=nf4",
+        "args.zero_stage=2",
+        "args.bf16=true",
+    ],
     "pissa": [
         KIND.format("Pissa"),
         f"{LORA}.rank_pattern={{dense: 2}}",
@@ -195,6 +202,7 @@ def test_a_variant_resumes_bit_for_bit_and_keeps_its_average(rank_pool, folder, 
     resumed = train(rank_pool, folder, variant, *words, "args.train_iters=5", "args.resume=must")
     losses = [[each["loss"] for each in read_metrics(run / "metrics.jsonl")] for run in (straight, resumed)]
     assert losses[0] == losses[1]
+    assert read_manifest(resumed / "5").base_weights == base_weights_at(folder / "dit.safetensors")
     for ema in (False, True):
         ours, expected = (read_lora(run, ema=ema) for run in (resumed, straight))
         assert ours.keys() == expected.keys()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sat_train.checkpoint.manifest import BaseWeights
 from sat_train.config import RunConfig, load_run_config
 from sat_train.distributed.processes import ProcessMesh
 
@@ -37,16 +38,20 @@ def _inputs(config: RunConfig, dit: Any) -> dict[str, Tensor]:
     return {"latent_btchw": torch.randn(size), "timesteps_b": torch.tensor([500]), "text_bld": text}
 
 
-def _states_as_planned(mesh: ProcessMesh, recipe: str, stage: int) -> None:
+BASE = BaseWeights(source="elsewhere", sha256="0" * 64)  # few bits are for a base that is kept elsewhere
+
+
+def _states_as_planned(mesh: ProcessMesh, recipe: str, stage: int, *words: str) -> None:
     from sat_train.engine.build import build_engine
     from sat_train.engine.slots import base_optimizer
+    from sat_train.models.frozen_layers import FrozenLayer, SwappedWeight
     from sat_train.planning.gpu_memory import count_states, count_weights
     from sat_train.training.models import StartWeights, build_trained_dit
 
     sums = ("deepspeed.data_types.grad_accum_dtype=fp32",) if recipe == "lora" else ()
-    config = _config(recipe, f"args.zero_stage={stage}", *sums)
+    config = _config(recipe, f"args.zero_stage={stage}", *sums, *words)
     planned = count_states(config, count_weights(config), data_ranks=mesh.data_size)
-    engine = build_engine(config, build_trained_dit(config, mesh, StartWeights()), mesh)
+    engine = build_engine(config, build_trained_dit(config, mesh, StartWeights(base=BASE)), mesh)
     engine.backward(engine(**_inputs(config, engine.module)).float().square().mean())
     zero = engine._engine.optimizer
     gradients = zero.averaged_gradients[0] if stage == 2 else [zero.grad_partitions_flat_buffer]
@@ -57,10 +62,14 @@ def _states_as_planned(mesh: ProcessMesh, recipe: str, stage: int) -> None:
 
     parameters = list(engine.module.parameters())
     weights = _storage_bytes([getattr(each, "ds_tensor", each.data) for each in parameters])
+    frozen = [layer.held for layer in engine.module.modules() if isinstance(layer, FrozenLayer)]
+    weights += _storage_bytes([tensor for held in frozen for tensor in held.tensors()])
     optimizer = base_optimizer(engine._engine)
     held = [slot.flat for slot in engine.slots]
     held += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     assert weights == pytest.approx(planned.weights, rel=CLOSE)
+    swaps = {held.swap for held in frozen if isinstance(held, SwappedWeight)}
+    assert sum(swap.host_bytes for swap in swaps) == planned.swapped
     assert _storage_bytes(held) == pytest.approx(planned.optimizer, rel=CLOSE)
 
 
@@ -68,24 +77,26 @@ def _states_as_planned(mesh: ProcessMesh, recipe: str, stage: int) -> None:
 def test_lasting_bytes_are_those_of_the_engine(rank_pool: Callable[..., Any], recipe: str) -> None:
     for stage in (2, 3):  # the states of stage 1 lie as those of stage 2
         rank_pool(2)(_states_as_planned, recipe, stage)
+    if recipe == "lora":
+        rank_pool(2)(_states_as_planned, recipe, 2, "args.quantize_base=nf4", "args.block_swap=3")
 
 
 def _passes_as_planned(mesh: ProcessMesh) -> None:
     from sat_train.planning.counting import LivingTensors, count_peak
     from sat_train.training.models import StartWeights, build_trained_dit
 
-    for recipe, policies in (("sft", ("off", "gemm", "attention", "full")), ("lora", ("full",))):
-        for policy in policies:
-            config = _config(recipe, f"args.checkpoint_activations={policy}")
-            dit = build_trained_dit(config, mesh, StartWeights())
-            inputs = _inputs(config, dit)
-            for parameter in dit.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
-            with LivingTensors(dit) as living:
-                dit(**inputs).float().square().mean().backward()
-            planned = count_peak(config, batch_size=1)
-            assert living.peak == pytest.approx(planned, rel=CLOSE), (recipe, policy)
+    policies = [("sft", policy, "off") for policy in ("off", "gemm", "attention", "full")]
+    for recipe, policy, kind in [*policies, ("lora", "full", "off"), ("lora", "off", "nf4")]:
+        config = _config(recipe, f"args.checkpoint_activations={policy}", f"args.quantize_base={kind}")
+        dit = build_trained_dit(config, mesh, StartWeights(base=BASE))
+        inputs = _inputs(config, dit)
+        for parameter in dit.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+        with LivingTensors(dit) as living:
+            dit(**inputs).float().square().mean().backward()
+        planned = count_peak(config, batch_size=1)
+        assert living.peak == pytest.approx(planned, rel=CLOSE), (recipe, policy, kind)
 
 
 def test_activations_of_all_layers_are_those_that_two_and_four_layers_predict(

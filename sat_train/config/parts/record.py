@@ -129,5 +129,6 @@ Switch = Annotated[
     BeforeValidator(_truth_to_switch),
     WithJsonSchema({"enum": ["auto", "on", "off", True, False]}),
 ]
+Quantization = Annotated[Literal["off", "int8", "nf4"], BeforeValidator(false_to_off)]
 # Pydantic by itself accepts true as 1 and false as 0.
 ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth_value)]

@@ -13,6 +13,7 @@ from sat_train.config.parts.record import (
     HeightWidth,
     Numbers,
     PlainName,
+    Quantization,
     Recompute,
     Record,
     Switch,
@@ -109,6 +110,20 @@ class ArgsConfig(Record):
     )
     checkpoint_every: int = Field(
         1, ge=1, description="Recompute one block in so many; 2: every second block keeps its activations."
+    )
+    checkpoint_offload: bool = Field(
+        False, description="Hold the inputs of recomputed blocks in host memory until the backward pass."
+    )
+    quantize_base: Quantization = Field(
+        "off",
+        description="Hold the linear layers of a frozen base in 8 or 4 bits. Checkpoints and exports go with "
+        "the weights of `load`, which stay as they are.",
+    )
+    block_swap: int = Field(
+        0,
+        ge=0,
+        description="Blocks of a frozen base whose weights are held in host memory; two of them at a time "
+        "are on the GPU. The numbers stay the same, bit for bit.",
     )
     attention: Attention = Field(
         "auto",

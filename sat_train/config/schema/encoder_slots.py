@@ -97,6 +97,11 @@ class VideoVAESettings(Record):
         None, ge=1, description="Clips of a batch coded together; null: all of them."
     )
     tiling: bool = Field(False, description="Code pictures larger than a tile in tiles that are blended.")
+    tile_samples: bool = Field(
+        True,
+        description="Decode sampled videos larger than a tile in tiles that are blended, also where `tiling` "
+        "is off: a quarter of the memory at 480x720.",
+    )
     tile_size: HeightWidth = Field((240, 360), description="Height and width of a tile in pixels.")
     tile_overlap: HeightWidth = Field(
         (40, 72), description="Pixels a tile shares with the one above it and with the one to its left."

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 
 import torch
 from sat.model.transformer import BaseTransformer
+from sat.mpu import ColumnParallelLinear, RowParallelLinear
+from torch import nn
 
 from sat_train.models.dit.elementwise import ModulatedLayerNorm
 
 # the values of SAT's transformer for its layers, and of diffusers for all
 NORM_EPS = 1e-5
+LINEAR = (nn.Linear, ColumnParallelLinear, RowParallelLinear)  # classes of linear layers
 
 
 def build_layers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from sat_train.models.dit.frame_levels import (
     timestep_rows,
 )
 from sat_train.models.dit.hooks import OWNERS, HookOrder, Hooks, check_mixin
+from sat_train.models.dit.host_inputs import HostInputs
 from sat_train.models.dit.initialization import initialize_weights
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.positions import PositionEmbedding
@@ -39,6 +40,7 @@ class DiffusionTransformer(BaseModel):
             several.
         recompute: What the backward of a block computes again, see `recomputing`.
         recompute_every: One block in so many is recomputed; the others keep everything.
+        inputs_on_host: What recomputed blocks keep of their inputs lies in host memory.
         device: Where parameters live; `meta` costs neither time nor memory.
         dtype: Dtype of parameters and of computation.
         init_seed: Seed of the initial weights, the same numbers on any device and mesh. None leaves them
@@ -56,6 +58,7 @@ class DiffusionTransformer(BaseModel):
         hook_order: HookOrder | None = None,
         recompute: Recompute = "off",
         recompute_every: int = 1,
+        inputs_on_host: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         init_seed: int | None = 0,
@@ -67,7 +70,7 @@ class DiffusionTransformer(BaseModel):
             self.spec = spec
             self.hook_order: HookOrder = hook_order or {}
             self.recompute, self.recompute_every = recompute, recompute_every
-            self._run = recomputing
+            self._run, self._host_inputs = recomputing, HostInputs() if inputs_on_host else None
             self.time_embed = _two_layers(spec.width, spec.time_width)
             if spec.ofs_width is not None:
                 self.ofs_embed = _two_layers(spec.ofs_width, spec.ofs_width)
@@ -248,7 +251,9 @@ class DiffusionTransformer(BaseModel):
         """Runs a block, or one of a `BlockStack`: compiled and recomputed as the model is."""
         # decided outside of the graph: one that reads the index is compiled for each block
         recompute = "off" if block.index % self.recompute_every else self.recompute
-        return self._run(block, hidden_bld, context, recompute=recompute)
+        inputs = self._host_inputs if recompute != "off" and torch.is_grad_enabled() else None
+        with nullcontext() if inputs is None else inputs.around():
+            return self._run(block, hidden_bld, context, recompute=recompute)
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles the block, once for all layers, for each size and mode. Call it before DeepSpeed."""

@@ -38,13 +38,15 @@ def build_vae(
     """
     warn_of_slow_conv3d(torch.device(device), dtype)
     own = spec.vae
+    tiles = Tiling(*own.tile_size, *own.tile_overlap)
     with torch.device("meta"):
         vae = VideoVAE(
             **spec.coder.model_dump(),
             encode_chunk_frames=own.encode_chunk_frames,
             decode_chunk_frames=own.decode_chunk_frames,
             clips_at_once=own.clips_at_once,
-            tiling=Tiling(*own.tile_size, *own.tile_overlap) if own.tiling else None,
+            tiling=tiles if own.tiling else None,
+            sample_tiling=tiles if own.tile_samples else None,
         )
     if state_dict is not None:
         vae.load_state_dict(state_dict, assign=True)

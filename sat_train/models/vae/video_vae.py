@@ -23,6 +23,7 @@ Source: THUDM/CogVideo@7a1af71 `sat/diffusion_video.py` decode_first_stage, enco
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class VideoVAE(nn.Module):
         decode_chunk_frames: Latent frames decoded at a time; None: the whole clip.
         clips_at_once: Clips of a batch coded together; None: all. Changes memory, no value.
         tiling: Tiles for pictures larger than one; None: never tile.
+        sample_tiling: Tiles of samples, which callers hand to `decode`; None: `tiling`.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class VideoVAE(nn.Module):
         decode_chunk_frames: int | None = 2,
         clips_at_once: int | None = None,
         tiling: Tiling | None = None,
+        sample_tiling: Tiling | None = None,
     ) -> None:
         super().__init__()
         num_time_levels = temporal_compress_times.bit_length() - 1
@@ -101,7 +104,7 @@ class VideoVAE(nn.Module):
         self.encode_chunk_frames = encode_chunk_frames
         self.decode_chunk_frames = decode_chunk_frames
         self.clips_at_once = clips_at_once
-        self.tiling = tiling
+        self.tiling, self.sample_tiling = tiling, sample_tiling
         self.encoder = Encoder3D(
             ch=ch,
             ch_mult=ch_mult,
@@ -141,17 +144,18 @@ class VideoVAE(nn.Module):
         mean_btchw, logvar_btchw = moments.float().chunk(2, dim=2)
         return mean_btchw.contiguous(), logvar_btchw.clamp(LOGVAR_MIN, LOGVAR_MAX)
 
-    def decode(self, latent_btchw: Tensor) -> Tensor:
+    def decode(self, latent_btchw: Tensor, tiling: Tiling | None = None) -> Tensor:
         """Decodes latents to pixels.
 
         Args:
             latent_btchw: (b, t, z, h, w), any float dtype, unscaled.
+            tiling: Tiles where the autoencoder's own setting is to have none.
 
         Returns:
             video_btchw (b, 4 (t - 1) + 1, c, 8 h, 8 w), about [-1, 1] but not clamped, in the dtype of the
             parameters.
         """
-        return self._code(latent_btchw, self._decode_clips)
+        return self._code(latent_btchw, partial(self._decode_clips, tiling=self.tiling or tiling))
 
     def _code(self, x_btchw: Tensor, code: Callable[[Tensor], Tensor]) -> Tensor:
         x = x_btchw.to(next(self.parameters()).dtype).transpose(1, 2)
@@ -159,10 +163,10 @@ class VideoVAE(nn.Module):
         return torch.cat([code(clip) for clip in clips]).transpose(1, 2).contiguous()
 
     def _encode_clips(self, x: Tensor) -> Tensor:
-        return self._code_in_space(x, self._encode_in_time, self.spatial_compression, 1)
+        return self._code_in_space(x, self._encode_in_time, self.spatial_compression, 1, self.tiling)
 
-    def _decode_clips(self, z: Tensor) -> Tensor:
-        return self._code_in_space(z, self._decode_in_time, 1, self.spatial_compression)
+    def _decode_clips(self, z: Tensor, *, tiling: Tiling | None) -> Tensor:
+        return self._code_in_space(z, self._decode_in_time, 1, self.spatial_compression, tiling)
 
     def _encode_in_time(self, x: Tensor) -> Tensor:
         return _code_in_chunks(x, self.encoder, chunk_lengths(x.shape[2], self.encode_chunk_frames))
@@ -171,12 +175,17 @@ class VideoVAE(nn.Module):
         return _code_in_chunks(z, self.decoder, chunk_lengths(z.shape[2], self.decode_chunk_frames))
 
     def _code_in_space(
-        self, x: Tensor, code: Callable[[Tensor], Tensor], pixels_in: int, pixels_out: int
+        self,
+        x: Tensor,
+        code: Callable[[Tensor], Tensor],
+        pixels_in: int,
+        pixels_out: int,
+        tiling: Tiling | None,
     ) -> Tensor:
         """Codes x, in tiles if it is larger than one; a latent pixel is `pixels_in` wide in x, and
         `pixels_out` wide after.
         """
-        tiling, side = self.tiling, self.spatial_compression
+        side = self.spatial_compression
         latent_size = (x.shape[3] // pixels_in, x.shape[4] // pixels_in)
         if tiling is None or not tiling.is_needed(latent_size[0] * side, latent_size[1] * side):
             return code(x)

@@ -9,6 +9,10 @@ TINY_NETWORK = "model: {network_config: {params: {%s}}}"
 TINY_POSITION = "model: {network_config: {params: {modules: {pos_embed_config: %s}}}}"
 I2V = "model: {noised_image_input: true, network_config: {params: {in_channels: 32}}}\nargs: {%s}"
 BUCKETS = "data: {params: {buckets: {%s}}}"
+FROZEN = (
+    "model: {not_trainable_prefixes: [all], network_config: {params: {modules: {lora_config: "
+    "{target: Lora, params: {r: 4}}}}}}\n"
+)
 TINY_T5 = """
 model:
   conditioner_config:
@@ -283,6 +287,21 @@ CASES = [
     Case("width", "data: {params: {video_size: [64, 100]}}", "data.params.video_size", "[64, 96]"),
     Case("kernel", "args: {attention: cudnn, deterministic: true}", "args.attention", "flash or math"),
     Case("nothing recomputed", "args: {checkpoint_every: 2}", "args.checkpoint_every", "is off"),
+    Case("nothing offloaded", "args: {checkpoint_offload: true}", "args.checkpoint_offload", "is off"),
+    Case("few bits train", "args: {quantize_base: nf4}", "args.quantize_base", "configs/lora.yaml"),
+    Case("no fourth block", FROZEN + "args: {block_swap: 2}", "args.block_swap", "two are always on the GPU"),
+    Case(
+        "swapped and compiled",
+        FROZEN + "args: {block_swap: 3, compile: blocks}",
+        "args.block_swap",
+        "compile=auto",
+    ),
+    Case(
+        "few bits divided",
+        FROZEN + "args: {quantize_base: int8, zero_stage: 3}",
+        "args.quantize_base",
+        "1 and 2 leave them whole",
+    ),
     Case("both precisions", "args: {fp16: true, bf16: true}", "args.fp16", "because args.bf16 is true"),
     Case(
         "stage 0 in bf16",

@@ -149,7 +149,10 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("positions", ["sincos", "rotary_learned"])
 def test_recomputing_changes_no_number_and_computes_only_what_it_says(positions):
     policies = [("off", 1), ("gemm", 1), ("attention", 1), ("full", 1), ("full", 2)]
-    dits = [randomized(positions=positions, layers=4, recompute=p, recompute_every=n) for p, n in policies]
+    on_host = [(*policy, True) for policy in policies[1:]]
+    names = ("recompute", "recompute_every", "inputs_on_host")
+    settings = [dict(zip(names, each, strict=False)) for each in [*policies, *on_host]]
+    dits = [randomized(positions=positions, layers=4, **each) for each in settings]
     counts = []
     for dit in dits:
         with Operations() as counted:
@@ -158,13 +161,13 @@ def test_recomputing_changes_no_number_and_computes_only_what_it_says(positions)
         for (name, a), (_, b) in zip(dits[0].named_parameters(), dit.named_parameters(), strict=True):
             assert torch.equal(a.grad, b.grad), name
     (_, products), again = counts[0], 4 * 5  # qkv, dense, two of the MLP and the modulation
-    assert counts == [
-        (4, products),
+    recomputed = [
         (4, products),
         (4, products + again),
         (8, products + again),
         (6, products + again // 2),
     ]
+    assert counts == [(4, products), *recomputed, *recomputed]
 
 
 @pytest.mark.parametrize("recompute", ["off", "gemm"])

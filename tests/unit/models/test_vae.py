@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from sat_train.config import Geometry
+from sat_train.models.encoders import Encoders, unit_to_pixels
 from sat_train.models.vae.causal import CausalConv3d, ClipState, spread_nearest
 from sat_train.models.vae.tiling import Tiling, code_in_tiles
 from sat_train.models.vae.video_vae import VideoVAE, chunk_lengths
@@ -198,4 +200,14 @@ def test_tiled_shapes_are_the_untiled_ones(size):
     tiling = Tiling(height=32, width=48, overlap_height=8, overlap_width=16)
     mean = small_vae(tiling=tiling).encode_moments(clips(1, 5, 3, *size))[0]
     assert mean.shape == (1, 2, 4, size[0] // 8, size[1] // 8)
-    assert small_vae(tiling=tiling).decode(mean).shape == (1, 5, 3, size[0] // 8 * 8, size[1] // 8 * 8)
+    tiled = small_vae(tiling=tiling).decode(mean)
+    assert tiled.shape == (1, 5, 3, size[0] // 8 * 8, size[1] // 8 * 8)
+    assert torch.equal(small_vae().decode(mean, tiling), tiled)
+    samples = Encoders(
+        load_vae=lambda: small_vae(sample_tiling=tiling),
+        load_text_encoder=lambda: pytest.fail("no text is encoded"),
+        geometry=Geometry(patch=(1, 2, 2), temporal_compression=4, spatial_compression=8),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    assert torch.equal(samples.decode(mean), unit_to_pixels(tiled))

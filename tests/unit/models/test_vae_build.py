@@ -30,6 +30,8 @@ def test_settings_reach_the_vae():
     assert vae.tiling == Tiling(height=64, width=96, overlap_height=40, overlap_width=72)
     assert (vae.spatial_compression, vae.temporal_compression, vae.z_channels) == (4, 4, 4)
     assert build_vae(spec(), device="meta").tiling is None
+    assert build_vae(spec(), device="meta").sample_tiling == Tiling()
+    assert build_vae(spec(tile_samples=False), device="meta").sample_tiling is None
 
 
 def test_full_size_builds_on_the_meta_device():

@@ -12,7 +12,8 @@ from sat_train.cli.main import main
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.hardware import find_hardware, peak_tflops
 from sat_train.distributed.processes import start_single_process, stop_processes
-from sat_train.planning.counting import count_work
+from sat_train.planning.counting import count_peak, count_work
+from sat_train.planning.gpu_memory import count_weights
 from sat_train.planning.planner import Planner
 
 TINY = ["--base", "configs/model/cogvideox_tiny.yaml", "configs/sft.yaml"]
@@ -81,6 +82,26 @@ def test_a_single_rank_copies_the_whole_checkpoint_to_save_it_in_the_background(
     for ours, other in zip(background.phases, waiting.phases, strict=True):
         copied = background.checkpoint_bytes if ours.phase in ("step", "save") else 0.0
         assert ours.host - other.host == pytest.approx(copied, rel=0.01)
+
+
+def test_inputs_in_host_memory_and_a_base_in_few_bits_take_what_they_say() -> None:
+    full = "args.checkpoint_activations=full"
+    config, offloaded = (
+        _read("cogvideox_5b", "lora", words=(full, *more)) for more in ((), ("args.checkpoint_offload=true",))
+    )
+    row = _tokens(config) * config.spec.width * 2
+    saved = count_peak(config, batch_size=1) - count_peak(offloaded, batch_size=1)
+    assert saved == pytest.approx((config.spec.layers - 2) * row, rel=0.01)  # two are on the GPU at a time
+    plain = count_weights(config)
+    per_block = 2 * sum(config.spec.parameters().values()) / config.spec.layers
+    for kind, bits in (("int8", 8.25), ("nf4", 4.25)):
+        held = count_weights(_read("cogvideox_5b", "lora", words=(f"args.quantize_base={kind}",)))
+        assert held.transformer == plain.transformer
+        assert held.held_bytes == held.held * bits / 8
+        assert held.held > 0.98 * sum(config.spec.parameters().values())
+    swapped = count_weights(_read("cogvideox_5b", "lora", words=("args.block_swap=30",)))
+    assert swapped.host_bytes == pytest.approx(30 * per_block, rel=0.03)
+    assert swapped.held_bytes == pytest.approx(swapped.host_bytes / 15)
 
 
 def test_words_of_the_ladder_make_the_run_fit(capsys: pytest.CaptureFixture[str]) -> None:
