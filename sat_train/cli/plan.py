@@ -113,7 +113,7 @@ def _time_lines(plan: Plan) -> list[str]:
         ("MFU", f"{plan.mfu:.1%} of {plan.hardware.peak_tflops:g} TFLOP/s, {plan.tflops:,.0f} TFLOP a GPU"),
         ("throughput", f"{plan.samples_per_second:.3g} samples/s"),
         ("checkpoint", f"{plan.checkpoint_bytes / _GB:.3g} GB"),
-        ("cache", f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB for 1,000 clips, of one view each"),
+        ("cache", f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB for 1,000 captioned clips, one view each"),
     ]
     if plan.hours is not None:
         hours = f"{plan.hours:.3g} h, {plan.hours * plan.gpus:,.3g} GPU-hours, for {plan.steps:,} steps"

@@ -62,7 +62,7 @@ class Plan:
         mfu: Share of the card's peak that the model's FLOPs make of the step.
         tflops: FLOPs of the model of one step and rank, in 1e12.
         checkpoint_bytes: One checkpoint on disk, of all ranks.
-        cached_clip_bytes: One clip in the cache.
+        cached_clip_bytes: A clip and its caption in the cache; encodings of `model.conditions` come on top.
         steps: Optimizer steps of the run; None where the configuration counts epochs.
         hours: Of the run with validations and saves; None likewise.
     """
