@@ -107,8 +107,14 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
         expected = _expected(path)
     expected = expected.replace("one of ", "", "," not in expected)
     if kind in ("union_tag_invalid", "literal_error"):
-        expected += about_class(path, text)
+        expected += about_class(path, text) or _about_extensions(path, suggestion)
     return Fault(path, text, expected, merged.source_of(path), suggestion)
+
+
+def _about_extensions(path: str, suggestion: str) -> str:
+    """Returns what to do about a part that no name resembles: it may be that of an extension."""
+    names_a_part = pattern_of(path).rpartition(".")[0] in slot_targets()
+    return ", or a part of an extension that --extension names" if names_a_part and not suggestion else ""
 
 
 def _expected_key(path: str, merged: Merged) -> tuple[str, str]:

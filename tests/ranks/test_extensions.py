@@ -359,7 +359,7 @@ def test_with_lora_the_module_trains_next_to_the_adapters_and_each_is_exported(r
 
 
 def test_conditions_and_modules_are_named_where_they_are_missing_or_misspelt(folder):
-    with pytest.raises(ConfigError, match=r"Brightness: expected one of ControlPixels"):
+    with pytest.raises(ConfigError, match=r"Brightness: expected one of ControlPixels.* --extension"):
         micro_run(folder, *bright(folder, "x", 1)[2:])
     with pytest.raises(ConfigError, match=r"target = Brightnes: expected .*did you mean 'Brightness'"):
         micro_run(folder, *bright(folder, "x", 1, "model.conditions.brightness.target=Brightnes"))

@@ -19,6 +19,7 @@ SHORT = {
     "args.valid_video_interval=2 args.sampling_steps=2 args.log_interval=1 args.save={folder}",
     "sample": "args.sampling_steps=2 args.output_dir={folder}",
     "check": "--no-paths",  # the released weights are not here
+    "plan": "",
 }
 REAL = "sat-train train --base configs/sft.yaml"  # is started as a shell does; the others are forks
 LOGGED = {"step", "loss", "lr", "grad_norm", "step_time_s", "data_wait_s", "samples_per_s", "peak_memory_gib"}
