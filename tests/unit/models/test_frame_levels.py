@@ -66,8 +66,8 @@ def test_an_appended_frame_is_the_next_frame_of_a_longer_grid(kind):
         frame_index_f=torch.arange(cut, latent.shape[1]),
         frame_level_bf=level[:, cut:],
     )
-    # the same products in other shapes of the last layer alone
-    assert torch.allclose(appended, longer, rtol=0, atol=1e-6)
+    # the same products in other shapes of the last layer alone, which threads may add up otherwise
+    assert torch.allclose(appended, longer, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
