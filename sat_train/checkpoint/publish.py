@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -50,38 +49,17 @@ class RankReport:
     failure: str = ""
 
 
-def publish(
-    mesh: ProcessMesh,
-    *,
-    run_directory: Path,
-    manifest: Manifest,
-    expected_bytes: int,
-    write: Callable[[Path], RankReport],
-) -> Path:
-    """Writes and commits the folder of one step.
+def open_temporary(mesh: ProcessMesh, run_directory: Path, *, step: int, expected_bytes: int) -> Path:
+    """Makes the temporary folder of one step, into which every rank writes its files.
 
     Args:
         run_directory: An existing folder, on a file system that all ranks see.
-        manifest: Description of the checkpoint, without its files; its step names the folder. An existing
-            folder of that name is set aside.
+        step: The step.
         expected_bytes: Estimate of the total size, for the check of free space.
-        write: Writes this rank's files into a folder. It reports a failure instead of raising.
-
-    Returns:
-        The committed folder.
 
     Raises:
-        CheckpointError: On all ranks alike: too little space, a failed write, a folder that not all ranks
-            see. Earlier checkpoints are untouched, and nothing of the failed save is left.
-
-    Ranks: all.
-    """
-    temporary = open_temporary(mesh, run_directory, step=manifest.step, expected_bytes=expected_bytes)
-    return commit(mesh, temporary, run_directory=run_directory, manifest=manifest, report=write(temporary))
-
-
-def open_temporary(mesh: ProcessMesh, run_directory: Path, *, step: int, expected_bytes: int) -> Path:
-    """Makes the temporary folder of one step; arguments and errors are those of `publish`.
+        CheckpointError: On all ranks alike: too little space, or the folder cannot be made. Earlier
+            checkpoints are untouched.
 
     Ranks: all.
     """
@@ -91,11 +69,21 @@ def open_temporary(mesh: ProcessMesh, run_directory: Path, *, step: int, expecte
 def commit(
     mesh: ProcessMesh, temporary: Path, *, run_directory: Path, manifest: Manifest, report: RankReport
 ) -> Path:
-    """Commits a temporary folder, or removes it if any rank could not write; errors are those of `publish`.
+    """Commits the temporary folder of one step, or removes it if any rank could not write.
 
     Args:
         temporary: From `open_temporary`.
+        run_directory: As for `open_temporary`.
+        manifest: Description of the checkpoint, without its files; its step names the folder. An existing
+            folder of that name is set aside.
         report: Of this rank, whose files are complete.
+
+    Returns:
+        The committed folder.
+
+    Raises:
+        CheckpointError: On all ranks alike: a failed write, or a folder that not all ranks see. Earlier
+            checkpoints are untouched, and nothing of the failed save is left.
 
     Ranks: all.
     """

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from sat_train import files as files_module
+from sat_train.checkpoint import publish
 from sat_train.checkpoint.manifest import Manifest
-from sat_train.checkpoint.publish import RankReport, publish
+from sat_train.checkpoint.publish import RankReport
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import HashingFile, write_file
 
@@ -59,13 +60,9 @@ def write_shards(folder: Path, step: int) -> RankReport:
 
 
 def commit(mesh: ProcessMesh, run: Path, step: int, *, expected_bytes: int = 0) -> Path:
-    return publish(
-        mesh,
-        run_directory=run,
-        manifest=describe(step),
-        expected_bytes=expected_bytes,
-        write=lambda folder: write_shards(folder, step),
-    )
+    temporary = publish.open_temporary(mesh, run, step=step, expected_bytes=expected_bytes)
+    report = write_shards(temporary, step)
+    return publish.commit(mesh, temporary, run_directory=run, manifest=describe(step), report=report)
 
 
 def unsigned(manifest: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sat_train.checkpoint.fragments import pack_fragments
 from sat_train.checkpoint.layout import fragments_file_name, model_file_name
 from sat_train.checkpoint.manifest import BaseWeights, Manifest
-from sat_train.checkpoint.publish import RankReport, publish
+from sat_train.checkpoint.publish import RankReport, commit, open_temporary
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import HashingFile, write_file
 from tests.unit.checkpoint.transformers import PREFIX
@@ -64,4 +64,5 @@ def commit_weights(
         base_weights=base,
         versions={},
     )
-    return publish(mesh, run_directory=run, manifest=manifest, expected_bytes=0, write=write)
+    temporary = open_temporary(mesh, run, step=step, expected_bytes=0)
+    return commit(mesh, temporary, run_directory=run, manifest=manifest, report=write(temporary))
