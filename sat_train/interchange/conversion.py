@@ -36,10 +36,11 @@ from sat_train.interchange.adapters import (
 from sat_train.interchange.controlnet_folder import is_controlnet, write_as_modules, write_controlnet
 from sat_train.interchange.diffusers_folder import check_model, write_pipeline
 from sat_train.interchange.locate import read_own_weights, read_transformer_weights
-from sat_train.interchange.module_files import module_of, modules_in, write_module_file
+from sat_train.interchange.module_files import write_module_file
 from sat_train.interchange.sources import WeightSource, find_weights, hash_weights
 from sat_train.models.low_rank import Updates, is_dora, stacked, strengthened, truncated
 from sat_train.weights.lazy import LazyWeights, check_same, from_tensors
+from sat_train.weights.names import module_of, modules_in
 from sat_train.weights.readers import read_weight_files
 from sat_train.weights.safetensors_out import Progress, unseen, write_safetensors
 from sat_train.weights.tensor_parallel import slice_weights

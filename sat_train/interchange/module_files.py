@@ -8,7 +8,7 @@ module, the extensions with the hashes of their files, and the hash of the base.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from sat_train.checkpoint.consolidate import trained_dtype
 from sat_train.checkpoint.manifest import BaseWeights, read_manifest
 from sat_train.config import ModelSpec, RunConfig
-from sat_train.config.parts.module_parts import TAKEN
 from sat_train.errors import CheckpointError, ConfigError, Fault
 from sat_train.files import reading
 from sat_train.interchange.adapters import without_adapters
@@ -27,6 +26,7 @@ from sat_train.interchange.sources import WeightSource, hash_weights
 from sat_train.json_record import JsonRecord, NonEmpty, read_record
 from sat_train.log import get_logger
 from sat_train.weights.lazy import LazyWeights, check_same
+from sat_train.weights.names import module_of, modules_in
 from sat_train.weights.readers import read_metadata, read_weight_files
 from sat_train.weights.safetensors_out import unseen, write_safetensors
 
@@ -69,18 +69,6 @@ class ModuleFile(JsonRecord):
     keys: tuple[str, ...]
     base_weights: BaseWeights | None = None
     format: int = FORMAT
-
-
-def module_of(key: str) -> str | None:
-    """Returns the added module that a SAT key belongs to; None for a key of the base or of adapters."""
-    parts = key.split(".")
-    is_added = parts[0] == "mixins" and len(parts) > 2 and parts[1] not in TAKEN
-    return parts[1] if is_added else None
-
-
-def modules_in(keys: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names of the added modules that have weights among the keys, sorted."""
-    return tuple(sorted({name for key in keys if (name := module_of(key)) is not None}))
 
 
 def write_module_file(

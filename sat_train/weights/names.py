@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -23,6 +23,18 @@ SAFETENSORS_DTYPES = {
 }
 Shape = tuple[int, ...]
 _MOST_SHOWN = 40  # of each kind
+
+
+def module_of(key: str) -> str | None:
+    """Returns the added module that a SAT key belongs to; None for a key of the base or of adapters."""
+    parts = key.split(".")
+    is_added = parts[0] == "mixins" and len(parts) > 2 and parts[1] not in TAKEN
+    return parts[1] if is_added else None
+
+
+def modules_in(keys: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of the added modules that have weights among the keys, sorted."""
+    return tuple(sorted({name for key in keys if (name := module_of(key)) is not None}))
 
 
 def check_names_and_shapes(
@@ -55,10 +67,9 @@ def check_names_and_shapes(
     if not (missing or unexpected or mismatched):
         return
     names = [name for name in absent if name not in may_lack]
-    modules = {name.split(".")[1] for name in names if name.startswith("mixins.")}
     remedy = "check the model preset: another family, size or LoRA rank has other names and shapes"
-    if missing and not unexpected and not mismatched and not modules & {*TAKEN}:
-        remedy = f"give the weights of {', '.join(sorted(modules))} too: args.load_modules=[FILE]"
+    if names and not unexpected and not mismatched and all(map(module_of, names)):
+        remedy = f"give the weights of {', '.join(modules_in(names))} too: args.load_modules=[FILE]"
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} of another shape"
     lines = [line for faults in (missing, unexpected, mismatched) for line in _shortened(faults)]
     raise CheckpointError(

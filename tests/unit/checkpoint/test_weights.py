@@ -15,6 +15,7 @@ from sat_train.errors import CheckpointError
 from sat_train.interchange.locate import load_weights, read_transformer_weights
 from sat_train.interchange.sources import hash_weights
 from sat_train.models.dit.sharding import shard_weight
+from sat_train.weights.names import check_names_and_shapes
 from sat_train.weights.readers import read_metadata, read_weight_files
 from tests.unit.checkpoint.transformers import (
     PREFIX,
@@ -137,6 +138,18 @@ def test_what_does_not_fit_is_listed_with_both_shapes_and_nothing_is_copied(mesh
         in message
     )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_missing_weights_of_modules_alone_are_asked_for_by_name() -> None:
+    base, module = "transformer.layers.0.attention.dense.weight", "mixins.control.project.weight"
+    for missing, remedy in {
+        (module,): "weights of control too: args.load_modules",
+        (base,): "model preset",
+        (base, module): "model preset",
+        ("mixins.final_layer.linear.weight",): "model preset",
+    }.items():
+        with pytest.raises(CheckpointError, match=rf"remedy: .*{remedy}"):
+            check_names_and_shapes(dict.fromkeys((*missing, "a"), (1,)), {"a": (1,)}, where="file")
 
 
 def test_weights_may_lack_what_the_model_computes(mesh: ProcessMesh) -> None:
