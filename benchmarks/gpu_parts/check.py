@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sat_train.config.hardware import HARDWARE, Hardware
+from sat_train.config.hardware import Hardware, cards_named
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.planning.counting import LivingTensors
 
@@ -105,8 +105,7 @@ def at_most(what: str, measured: float, limit: float) -> Finding:
 
 def recognized(device_name: str, memory_gib: float) -> Hardware | None:
     """Returns the card of the planner's table with this name, and the memory that is nearest."""
-    words = device_name.lower().replace("geforce ", "").replace("rtx ", "rtx").replace("-", " ").split()
-    cards = [card for card in HARDWARE.values() if card.name.partition("-")[0] in words]
+    cards = cards_named(device_name)
     return min(cards, key=lambda card: abs(card.memory_gib - memory_gib), default=None)
 
 

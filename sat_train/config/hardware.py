@@ -94,6 +94,11 @@ def peak_tflops(device_name: str) -> float | None:
     Returns:
         TFLOP/s; None for a card that is not in the table.
     """
+    cards = sorted(cards_named(device_name), key=lambda card: card.name)
+    return cards[0].peak_tflops if cards else None
+
+
+def cards_named(device_name: str) -> list[Hardware]:
+    """Returns the cards of the table with the name that CUDA spells so; they differ in memory."""
     words = device_name.lower().replace("geforce ", "").replace("rtx ", "rtx").replace("-", " ").split()
-    names = sorted({card.name.partition("-")[0]: card.peak_tflops for card in HARDWARE.values()}.items())
-    return next((peak for name, peak in names if name in words), None)
+    return [card for card in HARDWARE.values() if card.name.partition("-")[0] in words]

@@ -237,7 +237,7 @@ def build_trainer(
     Ranks: all.
     """
     encode = data.encoding.build_encode(mesh)
-    writer = build_background_writer(config, mesh)
+    writer = build_background_writer(config)
 
     def compute_loss(batch: LoadedBatch) -> torch.Tensor:
         # dropout draws from torch's global generator

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from sat_train.checkpoint.manifest import BaseWeights, Manifest
 from sat_train.checkpoint.run_state import RunState
 from sat_train.checkpoint.save import begin_save, library_versions
 from sat_train.config import RunConfig
-from sat_train.distributed.collectives import gather_objects, on_rank_0
+from sat_train.distributed.collectives import on_rank_0
+from sat_train.distributed.environment import RankEnv
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.models.build import compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
@@ -94,9 +94,7 @@ def _describe(
     )
 
 
-def build_background_writer(config: RunConfig, mesh: ProcessMesh) -> BackgroundWriter:
-    """Builds the writer of `args.async_save`. Ranks: all."""
-    hosts = gather_objects(mesh, socket.gethostname())
-    return BackgroundWriter(
-        only_with_room=config.args.async_save == "auto", ranks_here=hosts.count(socket.gethostname())
-    )
+def build_background_writer(config: RunConfig) -> BackgroundWriter:
+    """Builds the writer of `args.async_save`."""
+    ranks_here = RankEnv.read().local_world_size
+    return BackgroundWriter(only_with_room=config.args.async_save == "auto", ranks_here=ranks_here)

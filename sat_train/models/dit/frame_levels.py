@@ -115,7 +115,11 @@ def timestep_rows(
     if levels_bt is None and appended is None:
         return timesteps_b
     own = timesteps_b[:, None]
-    rows = [own, own.expand(-1, frames) if levels_bt is None else patch_levels(levels_bt, patch_frames)]
+    if levels_bt is None:
+        of_video = frame_timesteps(timesteps_b, frames)
+    else:
+        of_video = patch_levels(levels_bt, patch_frames)
+    rows = [own, of_video]
     if appended is not None:
         rows.append(patch_levels(appended.levels_bf, patch_frames))
     assert rows[1].shape[1] == frames, f"levels of {rows[1].shape[1]} patches of frames, not of {frames}"
