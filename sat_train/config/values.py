@@ -48,6 +48,19 @@ def show_rate(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
+def show_duration(seconds: float) -> str:
+    """Formats a duration in its two largest units, rounded up: 3m, 1h05m, 2d04h."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes = math.ceil(seconds / 60)
+    if seconds < 60:
+        return f"{math.ceil(seconds)}s"
+    if minutes < 60:
+        return f"{minutes}m"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
+
+
 def _is_text(value: str) -> bool:
     try:
         return b"\0" not in value.encode("utf-8")

@@ -19,6 +19,7 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.cache.file_metadata import FileMetadata
 from sat_train.encoding.cache.index import OpenCache
 from sat_train.encoding.cache.shards import ShardWriter
+from sat_train.encoding.cache.write_behind import WriteBehind
 from sat_train.encoding.conditions.condition import Condition
 from sat_train.encoding.conditions.image import ImageCondition, OfsCondition
 from sat_train.encoding.conditions.text import TextCondition, text_entry
@@ -210,10 +211,11 @@ class EncodingStage:
         if cache is None or not self.keeps:
             return Encode(self.encoders, self.conditions)
         trains = cache.use != "write"  # a full disk does not end the training
+        shards = ShardWriter(cache.folder, rank=mesh.rank, shard_bytes=self.shard_bytes, waits=trains)
         encode = EncodeAndKeep(
             self.encoders,
             self.conditions,
-            writer=ShardWriter(cache.folder, rank=mesh.rank, shard_bytes=self.shard_bytes, waits=trains),
+            writer=WriteBehind(shards),
             is_there=lambda key: mesh.model_rank > 0 or cache.index.is_whole(key),
         )
         if trains and mesh.model_rank == 0 and not self._has_empty_prompt(cache):

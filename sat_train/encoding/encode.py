@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sat_train.data.batches import LoadedBatch, Sample, SampleBatch, VideoSample
 from sat_train.encoding.cache.entries import CacheEntry
-from sat_train.encoding.cache.shards import ShardWriter
+from sat_train.encoding.cache.write_behind import WriteBehind
 from sat_train.encoding.conditions.condition import Condition
 from sat_train.encoding.conditions.text import TextCondition
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch, EncodedSample, stack_rows, stack_samples
@@ -85,7 +85,7 @@ class EncodeAndKeep(Encode):
         encoders: Encoders,
         conditions: Sequence[Condition],
         *,
-        writer: ShardWriter,
+        writer: WriteBehind,
         is_there: Callable[[str], bool],
     ) -> None:
         super().__init__(encoders, conditions)
@@ -115,6 +115,12 @@ class EncodeAndKeep(Encode):
     def keep_caption(self, entry: CacheEntry) -> None:
         """Encodes a caption, which is the name of its entry, and keeps it."""
         self.writer.add(entry.key, {"text": self._encoders.text(entry.info.name)}, entry.info)
+
+    def keep_captions(self, entries: Sequence[CacheEntry]) -> None:
+        """Encodes captions together, and keeps them."""
+        texts_bld = self._encoders.texts([entry.info.name for entry in entries])
+        for entry, text_ld in zip(entries, texts_bld, strict=True):
+            self.writer.add(entry.key, {"text": text_ld}, entry.info)
 
     def _is_new(self, entry: CacheEntry) -> bool:
         return entry.key not in self.writer and not self._is_there(entry.key)

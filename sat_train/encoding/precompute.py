@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from itertools import islice
 
 from sat_train.config import RunConfig
 from sat_train.data.batches import QueuedBatches, SampleBatch
@@ -25,17 +23,19 @@ from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
 from sat_train.distributed.work_queue import WorkQueue, gather_after_work
-from sat_train.encoding.build import build_encoding
+from sat_train.encoding.build import EncodingStage, build_encoding
 from sat_train.encoding.cache.entries import CacheEntry
 from sat_train.encoding.cache.index import OpenCache
 from sat_train.encoding.cache.shards import EntryInfo
-from sat_train.encoding.conditions.text import text_entry
+from sat_train.encoding.conditions.text import others_encode_text, text_entry
 from sat_train.encoding.digests import share_files
 from sat_train.encoding.encode import EncodeAndKeep
 from sat_train.encoding.encoded_batch import CLIP
 from sat_train.encoding.encoded_dataset import EncodedDataset, MissingEncodings, drop_repeated, find_missing
+from sat_train.encoding.work_progress import WorkProgress
 from sat_train.errors import Stopped
-from sat_train.log import console, get_logger
+from sat_train.log import get_logger
+from sat_train.models.encoders import captions_at_once
 
 log = get_logger(__name__)
 
@@ -97,14 +97,8 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
     )
     if stop_request is not None:
         stop_request.defer()
-    stage.encoders.load(vae=any(work.indices for work in works), text=bool(captions))
-    encoding = _Encoding(config, mesh, encode, works, captions, stop_request)
-    with _bar(mesh) as bar:
-        total = sum(len(queue) for queue in encoding.queues)
-        task = None if bar is None or not total else bar.add_task("encoding", total=total)
-        for _ in encoding.run():
-            if bar is not None and task is not None:
-                bar.update(task, completed=sum(queue.num_finished() for queue in encoding.queues))
+    encoding = _Encoding(config, mesh, stage, encode, works, captions, stop_request)
+    encoding.run()
     counts = gather_after_work(mesh, (encoding.encoded, encoding.failed, bool(stop_request)))
     log.info(
         "cache %s: %d entries encoded, %d samples reused, %d clips failed",
@@ -176,11 +170,16 @@ def _captions(config: RunConfig, cache: OpenCache, works: Sequence[_Work]) -> li
 
 
 class _Encoding:
-    """This rank's share: encodes and publishes samples from the queues, and counts them.
+    """This rank's share: encodes and publishes captions and samples from the queues, and counts them.
+
+    Workers decode the next samples while the encoders are given the present one, whose copy to the device is
+    queued before its kernels, and a thread copies back, hashes and writes those before it. The host runs
+    ahead of a GPU by the samples that the thread may leave waiting.
 
     Args:
         config: The configuration.
         mesh: The process mesh.
+        stage: The encoding stage, whose encoders are loaded here.
         encode: Encodes samples and keeps new entries.
         works: Samples to encode of each data set.
         captions: Captions, the same on all ranks.
@@ -191,39 +190,51 @@ class _Encoding:
         self,
         config: RunConfig,
         mesh: ProcessMesh,
+        stage: EncodingStage,
         encode: EncodeAndKeep,
         works: Sequence[_Work],
         captions: Sequence[CacheEntry],
         stop_request: StopRequest | None,
     ) -> None:
-        self._config, self._mesh, self._encode = config, mesh, encode
+        self._config, self._mesh, self._stage, self._encode = config, mesh, stage, encode
         self._works, self._captions = works, captions
         self._stop_request = stop_request
         self._caption_queue = WorkQueue(mesh, "encode captions", len(captions))
-        self.queues = [*(work.queue for work in works), self._caption_queue]
+        self._queues = [self._caption_queue, *(work.queue for work in works)]
         self.encoded = 0
         self.failed: set[str] = set()
 
-    def run(self) -> Iterator[None]:
-        """Encodes and yields after each sample and caption; finished entries are always published."""
+    def run(self) -> None:
+        """Encodes captions, then samples, without T5 where they need none; finished ones are published."""
+        has_samples = any(work.indices for work in self._works)
+        needs_text = has_samples and others_encode_text(self._stage.conditions)
+        encoders = self._stage.encoders
+        encoders.load(vae=has_samples, text=bool(self._captions) or needs_text)
         try:
-            for work in self._works:
-                yield from self._run_samples(work)
-            yield from self._run_captions()
+            with self._progress("captions", self._queues[:1]) as progress:
+                self._run_captions(progress)
+            if not needs_text:
+                encoders.free_text_encoder()
+            with self._progress("samples", self._queues[1:]) as progress:
+                for work in self._works:
+                    self._run_samples(work, progress)
         finally:
             self._encode.writer.publish()
 
-    def _run_samples(self, work: _Work) -> Iterator[None]:
+    def _progress(self, unit: str, queues: Sequence[WorkQueue]) -> WorkProgress:
+        return WorkProgress(unit, queues, is_shown=self._mesh.rank == 0)
+
+    def _run_samples(self, work: _Work, progress: WorkProgress) -> None:
         dataset, batches = work.dataset, QueuedBatches(work.indices, work.queue.take)
         folder = dataset.cache.folder
         loader = build_loader(
             self._config, self._mesh, dataset.videos, batches, folder, lambda videos: dataset
         )
-        for batch in loader:
+        for batch in progress.awaited(loader):
             assert isinstance(batch, SampleBatch), "`write` reads no encodings"
             self.encoded += self._encode.keep(batch)
             work.queue.finish_one()
-            yield
+            progress.update()
             if self._must_stop():
                 loader.close()
                 break
@@ -231,19 +242,23 @@ class _Encoding:
             self.failed.add(failure.clip_id)
             self._keep_failure(dataset, failure)
 
-    def _run_captions(self) -> Iterator[None]:
-        for number in self._caption_queue:
-            self._encode.keep_caption(self._captions[number])
-            self.encoded += 1
-            self._caption_queue.finish_one()
-            yield
+    def _run_captions(self, progress: WorkProgress) -> None:
+        setting = self._config.require_data().captions_at_once
+        size = captions_at_once(setting, on_gpu=self._stage.encoders.text_device.type == "cuda")
+        numbers = iter(self._caption_queue)
+        while batch := [self._captions[number] for number in islice(numbers, size)]:
+            self._encode.keep_captions(batch)
+            self.encoded += len(batch)
+            for _ in batch:
+                self._caption_queue.finish_one()
+            progress.update()
             if self._must_stop():
                 return
 
     def _must_stop(self) -> bool:
         """Returns whether this rank was asked to stop; the queues are then closed for all ranks."""
         if self._stop_request:
-            for queue in self.queues:
+            for queue in self._queues:
                 queue.close()
         return bool(self._stop_request)
 
@@ -258,10 +273,3 @@ class _Encoding:
         detail = (failure.cause, failure.detail)
         info = EntryInfo("failed", failure.clip_id, "", clip.info.origin, detail)
         self._encode.writer.add(clip.key, {}, info)
-
-
-def _bar(mesh: ProcessMesh) -> AbstractContextManager[Progress | None]:
-    if mesh.rank != 0:
-        return nullcontext()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 Model = TypeVar("Model")
+
+
+_CAPTIONS_ON_GPU = 8  # enough rows to keep a GPU's matrix units busy; more would only take more memory
+
+
+def captions_at_once(setting: int | Literal["auto"], *, on_gpu: bool) -> int:
+    """Returns how many captions `texts` should be given, from `data.captions_at_once`.
+
+    On a CPU one at a time, as a sample of a run without a cache is encoded: its losses stay the same, bit
+    for bit.
+    """
+    if setting == "auto":
+        return _CAPTIONS_ON_GPU if on_gpu else 1
+    return setting
 
 
 def pixels_to_unit(pixels: Tensor, device: torch.device | str) -> Tensor:
@@ -79,6 +93,11 @@ class Encoders:
         return self._vae
 
     @property
+    def text_device(self) -> torch.device:
+        """Device of the text encoder."""
+        return self.device
+
+    @property
     def text_encoder(self) -> T5TextEncoder:
         """The text encoder."""
         if self._text_encoder is None:
@@ -130,12 +149,16 @@ class Encoders:
         videos = (vae.decode(latent, vae.sample_tiling) for latent in latent_btchw.split(1))
         return torch.cat([unit_to_pixels(video).cpu() for video in videos])
 
-    @torch.no_grad()
     def text(self, caption: str) -> Tensor:
         """Encodes a caption to (l, d)."""
         if caption in self._kept_texts:
             return self._kept_texts[caption].to(self.device)
-        return self.text_encoder.encode([caption])[0].to(self.device, self._dtype)
+        return self.texts([caption])[0]
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Encodes captions to (b, l, d), together: a GPU may round them differently than one by one."""
+        return to_device(self.text_encoder.encode(captions), self.device).to(self._dtype)
 
     def keep_texts(self, captions: Iterable[str]) -> None:
         """Encodes captions, keeps their embeddings in host memory, and frees the text encoder.
@@ -143,6 +166,10 @@ class Encoders:
         A caption that is not among them loads it again.
         """
         self._kept_texts.update({caption: self.text(caption).cpu() for caption in {*captions, ""}})
+        self.free_text_encoder()
+
+    def free_text_encoder(self) -> None:
+        """Frees the text encoder; a text that is not kept loads it again."""
         self._text_encoder = None
 
     def empty_prompt(self) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sat_train.data.batches import VideoSample
 from sat_train.encoding.conditions.condition import Condition
-from sat_train.encoding.conditions.text import TextCondition
+from sat_train.encoding.conditions.text import others_encode_text
 from sat_train.models.encoders import Encoders
 from sat_train.objective.video_diffusion import Network, VideoDiffusion
 from sat_train.sampling.build import SamplingSettings
@@ -20,7 +20,7 @@ def keep_captions(encoders: Encoders, conditions: Iterable[Condition], captions:
     Returns:
         Whether it was freed.
     """
-    if any(each.encodes_text and not isinstance(each, TextCondition) for each in conditions):
+    if others_encode_text(conditions):
         return False
     encoders.keep_texts(captions)
     return True

@@ -103,6 +103,11 @@ class DataConfig(Record):
         le=1e6,
         description="Size at which encoded samples are published; a kill loses less than that.",
     )
+    captions_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Captions that precompute gives T5 together. auto: 8 on a GPU, 1 on a CPU. A batch may "
+        "be rounded differently.",
+    )
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="Share of unreadable samples at which the run stops."
     )

@@ -19,7 +19,7 @@ _SAMPLE = {
     "training": "augments",
     "caption": "reads_caption",
 }
-_ENCODERS = dict.fromkeys(("text", "text_encoder", "empty_prompt"), "encodes_text")
+_ENCODERS = dict.fromkeys(("text", "texts", "text_encoder", "empty_prompt"), "encodes_text")
 _NEVER = ("sample_index",)  # two samples of one clip have the same encoding
 
 

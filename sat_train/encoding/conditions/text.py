@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -69,3 +69,8 @@ def text_entry(caption: str, encoder_digests: EncoderDigests) -> CacheEntry:
     """Returns the cache entry of a caption's embedding."""
     text = encoder_digests.text
     return CacheEntry(text_key(caption, text=text), EntryInfo("text", caption, text))
+
+
+def others_encode_text(conditions: Iterable[Condition]) -> bool:
+    """Returns whether a condition other than the caption calls the text encoder."""
+    return any(each.encodes_text for each in conditions if not isinstance(each, TextCondition))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sat_train.encoding.cache.shards import ShardWriter
+from sat_train.encoding.cache.write_behind import WriteBehind
 from sat_train.training.loop.callback import Callback
 
 
@@ -15,7 +15,7 @@ class CachePublisher(Callback):
 
     optional = True  # entries that it fails to publish are encoded again
 
-    def __init__(self, writer: ShardWriter) -> None:
+    def __init__(self, writer: WriteBehind) -> None:
         self._writer = writer
 
     def closed(self) -> None:

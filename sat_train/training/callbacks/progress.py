@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
-from sat_train.config.values import show_rate
+from sat_train.config.values import show_duration, show_rate
 from sat_train.log import console, get_logger
 from sat_train.training.callbacks.bad_clip_count import BAD_CLIPS
 from sat_train.training.callbacks.loss_terms import TERM
@@ -138,7 +137,7 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
         f"grad {metrics.grad_norm:.2g}" if metrics.grad_norm is not None else "",
         f"{_three_digits(metrics.step_time_s)} s/step",
         "" if metrics.mfu is None else f"mfu {metrics.mfu:.0%}",
-        f"eta {duration(left_s)}",
+        f"eta {show_duration(left_s)}",
     ]
     details = [
         f"skipped {metrics.skipped}" if metrics.skipped else "",
@@ -157,19 +156,6 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
 def _describe_terms(terms: Mapping[str, float]) -> Iterator[str]:
     """Yields lines on the terms of the loss, without their weights."""
     return _wrapped(["  terms:", *(f"{name} {_loss(loss)}" for name, loss in terms.items())] if terms else [])
-
-
-def duration(seconds: float) -> str:
-    """Formats a duration in its two largest units, rounded up: 3m, 1h05m, 2d04h."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes = math.ceil(seconds / 60)
-    if seconds < 60:
-        return f"{math.ceil(seconds)}s"
-    if minutes < 60:
-        return f"{minutes}m"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
 
 
 def _loss(value: float) -> str:

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from sat_train.config.values import show_duration
 from sat_train.errors import LaunchError
 from sat_train.training.callbacks.metrics_file import MetricsFile, read_metrics
-from sat_train.training.callbacks.progress import describe, describe_validation, duration
+from sat_train.training.callbacks.progress import describe, describe_validation
 from sat_train.training.callbacks.wandb import WeightsAndBiases
 from sat_train.training.loop.clip_losses import ClipLosses
 from sat_train.training.loop.metrics import TrainMetrics, ValidationMetrics, scalars
@@ -89,7 +90,7 @@ def test_real_runs_have_one_line_a_report():
     [(0, "0s"), (59.2, "60s"), (61, "2m"), (3600, "1h00m"), (86_399, "1d00h"), (187_200, "2d04h")],
 )
 def test_the_time_left_has_two_units(seconds, text):
-    assert duration(seconds) == text
+    assert show_duration(seconds) == text
 
 
 def test_on_a_terminal_of_80_columns_no_line_is_torn_and_none_is_glued_to_the_bar():

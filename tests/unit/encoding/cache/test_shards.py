@@ -13,7 +13,8 @@ import torch
 
 from sat_train.encoding.cache.index import CacheIndex
 from sat_train.encoding.cache.prune import verify_entries
-from sat_train.encoding.cache.shards import DTYPES, FOLDER, EntryInfo, ShardWriter
+from sat_train.encoding.cache.shards import DTYPES, FOLDER, EntryInfo, ShardWriter, read_header
+from sat_train.encoding.cache.write_behind import WriteBehind
 from sat_train.errors import DataError
 from tests.unit.encoding.cache.samples import tensors_of
 
@@ -46,6 +47,34 @@ def test_a_shard_is_published_when_it_is_full_and_when_it_is_old(tmp_path):
     write(tmp_path / "time", range(10), interval_s=0)
     assert len(list((tmp_path / "time" / FOLDER).iterdir())) == 10
     assert verify_entries(tmp_path / "time") == (10, [])
+
+
+def test_a_thread_publishes_the_bytes_that_the_caller_would(tmp_path):
+    """It copies a tensor before it returns, so that a change afterwards is not written."""
+    write(tmp_path / "here", [*range(9), 8], shard_bytes=2 * 768)
+    behind = WriteBehind(ShardWriter(tmp_path / "behind", shard_bytes=2 * 768))
+    for number in [*range(9), 8]:
+        tensors = tensors_of(number)["clip"]
+        behind.add(f"key {number}", tensors, ABOUT)
+        for tensor in tensors.values():
+            tensor.fill_(-1)
+    behind.publish()
+    here, there = (
+        [read_header(path) for path in sorted((tmp_path / name / FOLDER).iterdir())]
+        for name in ("here", "behind")
+    )
+    assert here == there, "entries with their hashes, places and order"
+    assert verify_entries(tmp_path / "behind") == (9, [])
+
+
+def test_the_next_call_raises_what_the_thread_could_not_write(tmp_path):
+    (tmp_path / FOLDER).write_text("in the way")
+    writer = WriteBehind(ShardWriter(tmp_path, shard_bytes=1))
+    with pytest.raises(DataError, match=r"data.cache_dir = [\s\S]*free some space"):
+        for number in range(10):
+            writer.add(f"key {number}", tensors_of(number)["clip"], ABOUT)
+    with pytest.raises(DataError, match="shards published before remain"):
+        writer.publish()
 
 
 def test_shards_that_appear_later_are_found(tmp_path):
