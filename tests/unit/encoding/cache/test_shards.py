@@ -70,9 +70,13 @@ def test_a_thread_publishes_the_bytes_that_the_caller_would(tmp_path):
 def test_the_next_call_raises_what_the_thread_could_not_write(tmp_path):
     (tmp_path / FOLDER).write_text("in the way")
     writer = WriteBehind(ShardWriter(tmp_path, shard_bytes=1))
-    with pytest.raises(DataError, match=r"data.cache_dir = [\s\S]*free some space"):
+
+    def add_many():
         for number in range(10):
             writer.add(f"key {number}", tensors_of(number)["clip"], ABOUT)
+
+    with pytest.raises(DataError, match=r"data.cache_dir = [\s\S]*free some space"):
+        add_many()
     with pytest.raises(DataError, match="shards published before remain"):
         writer.publish()
 
