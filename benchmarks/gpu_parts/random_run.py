@@ -180,14 +180,13 @@ def run_steps(setting: Setting, run: RandomRun, count: int, *, rate: float = 1e-
 
     Ranks: all.
     """
-    results, norms, seconds = [], [], []
+    results, seconds = [], []
     for number in range(1, count + 1):
         start = time.perf_counter()
         results.append(run.train_step.step(number, rate))
         setting.wait()
         seconds.append(time.perf_counter() - start)
-        norms.append(float(run.engine.grad_norm() or 0.0))
-    losses = [float(result.loss) for result in results]
+    losses, norms = [float(result.loss) for result in results], [result.grad_norm for result in results]
     applied = sum(result.applied for result in results)
     median = statistics.median(seconds[2:] or seconds)
     return Steps(tuple(losses), tuple(norms), applied, seconds[0], median)

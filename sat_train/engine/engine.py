@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,26 @@ from sat_train.checkpoint.fragments import Fragment, SavedFragments, Scalar
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.slots import base_optimizer, find_slots
+from sat_train.engine.step_read import StepRead, read_norm_once
 from sat_train.engine.trained_state import compact, read_state, write_state
 from sat_train.weights.names import Shape
 
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """Outcome of an optimizer step.
+
+    Args:
+        applied: The weights were updated: not when a gradient was not finite.
+        grad_norm: Norm of the gradient before clipping.
+        flags: The flags of the step.
+    """
+
+    applied: bool
+    grad_norm: float
+    flags: tuple[float, ...]
 
 
 class TrainEngine:
@@ -40,6 +57,11 @@ class TrainEngine:
         self.module: nn.Module = engine.module
         self.zero_stage = int(engine.zero_optimization_stage())
         self.micro_steps = int(engine.gradient_accumulation_steps())
+        self._read = StepRead()
+        if self.zero_stage:
+            read_norm_once(engine, self._read)
+        else:
+            engine.optimizer.read = self._read
         if self.zero_stage and hasattr(self._optimizer, "sum_over_ranks"):
             self._optimizer.sum_over_ranks = self._sum_over_ranks
 
@@ -64,23 +86,23 @@ class TrainEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the pass, updates nothing
 
-    def step(self, learning_rate: float) -> bool:
-        """Updates the weights after the last backward pass of a step.
+    def step(self, learning_rate: float, *, flags: Tensor | None = None) -> StepOutcome:
+        """Updates the weights after the last backward pass of a step. Waits for the device once.
 
-        Returns:
-            Whether the weights were updated: not when a gradient was not finite.
+        Args:
+            learning_rate: Rate of this step.
+            flags: [f], float32, on the device, the same on all ranks; they are read together with the norm.
+                The weights are not updated where the first is not 0.
 
         Ranks: all.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
+        if flags is not None:
+            self._read.expect(flags)
         self._engine.step()
-        return bool(self._engine.was_step_applied())
-
-    def grad_norm(self) -> float | None:
-        """Norm of the gradient at the last step, before clipping. Waits for the device."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        norm = float(self._engine.get_global_grad_norm())
+        return StepOutcome(bool(self._engine.was_step_applied()), norm, self._read.take_flags())
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the whole averaged gradient of each parameter that trains, before clipping, fp32.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.engine.step_read import StepRead
 
 
 def is_undivided(*, stage: int, ranks: int, is_half: bool, is_offloaded: bool) -> bool:
@@ -50,6 +51,7 @@ class UndividedParameters(torch.optim.Optimizer):
     Attributes:
         inner: The optimizer of the run.
         overflow: The last gradient was not finite and nothing was updated. DeepSpeed asks for it.
+        read: Reads the norm.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class UndividedParameters(torch.optim.Optimizer):
         self.inner, self._parameters, self._max_norm = inner, list(parameters), max_norm
         super().__init__([{"params": self._parameters}], {"lr": 0.0})
         self.overflow = False
+        self.read = StepRead()
         self._global_grad_norm: Tensor | None = None  # DeepSpeed's name
 
     @torch.no_grad()
@@ -71,7 +74,8 @@ class UndividedParameters(torch.optim.Optimizer):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._global_grad_norm = norm = _total_norm(gradients)
+        (norm,) = self.read.norms([_total_norm(gradients)])
+        self._global_grad_norm = norm
         self.overflow = not bool(norm.isfinite())
         if self.overflow:
             return

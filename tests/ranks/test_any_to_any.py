@@ -118,7 +118,7 @@ def _build(
 def _train(engine: TrainEngine, average: ExponentialMovingAverage, steps: int) -> None:
     for step in range(steps):
         engine.backward(engine(torch.tensor(1.0 + step)))
-        assert engine.step(LR)
+        assert engine.step(LR).applied
         average.update()
 
 

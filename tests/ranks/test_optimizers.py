@@ -119,7 +119,7 @@ def _train(mesh: ProcessMesh, engine: TrainEngine, name: str, steps: range) -> N
     rows = slice(share * mesh.data_rank, share * (mesh.data_rank + 1))
     for step in steps:
         engine.backward(_loss(engine, step, rows))
-        assert engine.step(_lr(name, step))
+        assert engine.step(_lr(name, step)).applied
 
 
 def _copies(engine: TrainEngine) -> list[Fragment]:

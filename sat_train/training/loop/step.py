@@ -27,6 +27,7 @@ class StepResult:
         stop_level: The highest `StopRequest.level` of all ranks.
         saving: Some rank was writing a checkpoint in the background while this step computed.
         applied: The weights were updated; False when a gradient was not finite.
+        grad_norm: Norm of the whole gradient before clipping.
         num_samples: Samples of the step, of all ranks together.
         model_flops: FLOPs of the model on this rank's samples.
     """
@@ -36,6 +37,7 @@ class StepResult:
     stop_level: int
     saving: bool
     applied: bool
+    grad_norm: float
     num_samples: int
     model_flops: float
 
@@ -80,7 +82,7 @@ class TrainStep:
         Args:
             number: Number of this step, from 1, for messages.
             learning_rate: Rate of this step.
-            before_update: Called when all gradients are complete and all losses are known to be finite.
+            before_update: Called when all gradients are complete, before it is known whether they are finite.
 
         Raises:
             TrainingError: On all ranks alike, before the update: the loss of some clip is not finite.
@@ -94,16 +96,23 @@ class TrainStep:
             waited += self._micro_step(losses, seen)
             self.engine.backward(self._pending)
         waited += self._micro_step(losses, seen)
-        flags = self._ask_ranks(losses)  # copied while the backward pass runs
+        flags = self._ask_ranks(losses)  # reduced while the backward pass runs, read with the gradient's norm
         self.engine.backward(self._pending)
-        not_finite, stop_level, saving = flags.read()
+        before_update()
+        outcome = self.engine.step(learning_rate, flags=flags)
+        not_finite, stop_level, saving = outcome.flags
         if not_finite:
             self._raise_not_finite(number, losses, seen)
-        before_update()
-        applied = self.engine.step(learning_rate)
-        loss = torch.stack(losses).mean()
-        num_samples = self._mesh.data_size * sum(len(clips) for clips in seen)
-        return StepResult(loss, waited, int(stop_level), bool(saving), applied, num_samples, self._flops)
+        return StepResult(
+            loss=torch.stack(losses).mean(),
+            data_wait_s=waited,
+            stop_level=int(stop_level),
+            saving=bool(saving),
+            applied=outcome.applied,
+            grad_norm=outcome.grad_norm,
+            num_samples=self._mesh.data_size * sum(len(clips) for clips in seen),
+            model_flops=self._flops,
+        )
 
     def stop_level(self) -> int:
         """Returns the highest `StopRequest.level` of all ranks, between two steps.
@@ -123,12 +132,13 @@ class TrainStep:
         self._flops += self._count_flops(batch)
         return waited
 
-    def _ask_ranks(self, losses: list[torch.Tensor]) -> _PendingFlags:
+    def _ask_ranks(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """Returns for all ranks: some loss is not finite, the highest stop level, some rank is saving."""
         finite = torch.stack(losses).isfinite().all()
         ours = (float(self._stop_request.level), float(self._is_saving()))
         # filled on the device: a copy would wait for the forward pass
         flags = [torch.full((), flag, device=finite.device) for flag in ours]
-        return _PendingFlags(max_flags(self._mesh, torch.stack([(~finite).float(), *flags])))
+        return max_flags(self._mesh, torch.stack([(~finite).float(), *flags]))
 
     def _raise_not_finite(self, number: int, losses: list[torch.Tensor], seen: list[tuple[str, ...]]) -> None:
         ours = [
@@ -144,18 +154,3 @@ class TrainStep:
         )
         error.ranks_agree = True
         raise error
-
-
-class _PendingFlags:
-    """Flags in transfer from the device: reading them waits for work queued before them, not after."""
-
-    def __init__(self, flags: torch.Tensor) -> None:
-        self._event = torch.cuda.Event() if flags.is_cuda else None
-        self._flags = flags.to("cpu", non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-
-    def read(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._flags.tolist()

@@ -136,7 +136,7 @@ class Trainer:
         if state.step % self._log_interval == 0 or state.step == 1 or self.complete or self.stopping:
             self.settle()
             measured = {**self.engine.metrics(), **self.callbacks.measure(self)}
-            self.report(self._meter.read(state, lr=lr, grad_norm=self.engine.grad_norm(), measured=measured))
+            self.report(self._meter.read(state, lr=lr, grad_norm=result.grad_norm, measured=measured))
             self._meter.restart()
 
     def _count_skip(self, applied: bool) -> None:
