@@ -15,7 +15,8 @@ from sat_train.config import RunConfig
 from sat_train.encoding.build import build_loaded_text_encoder
 from sat_train.models.build import encoder_dtype
 from sat_train.models.dit.sat_layers import building
-from sat_train.models.text.t5 import T5TextEncoder, read_tokenizer
+from sat_train.models.text.t5 import T5TextEncoder
+from sat_train.models.text.tokenizer import read_tokenizer
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
 from sat_train.planning.counting import peak_of_decoding, peak_of_encoding, work_of_encoding

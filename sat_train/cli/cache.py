@@ -64,7 +64,7 @@ def _encoder_digests(rest: Sequence[str], file_metadata: FileMetadata) -> Encode
     base, words = split_command_line(rest)
     if not base and not words:
         return None
-    from sat_train.encoding.digests import digest_encoders  # imports torch's and transformers' models
+    from sat_train.encoding.digests import digest_encoders  # imports torch
 
     return digest_encoders(load_run_config(base, words, purpose="check"), file_metadata)
 

@@ -23,7 +23,7 @@ from sat_train.distributed.processes import start_single_process
 from sat_train.errors import CheckpointError, DataError, printable
 from sat_train.files import write_text
 from sat_train.log import configure_logging
-from sat_train.models.text.token_count import count_tokens
+from sat_train.models.text.tokenizer import count_tokens
 from sat_train.sampling.video_file import write_contact_sheet, write_mp4
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,16 +26,15 @@ from sat_train.encoding.conditions.text import TextCondition, text_entry
 from sat_train.encoding.digests import open_cache, share_files
 from sat_train.encoding.encode import Encode, EncodeAndKeep
 from sat_train.encoding.encoded_dataset import EncodedDataset, find_missing
+from sat_train.encoding.text_weights import read_text_encoder
 from sat_train.errors import DataError
 from sat_train.interchange.locate import read_vae_weights
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.models.encoders import Encoders
+from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
 from sat_train.weights.names import check_names_and_shapes
-
-if TYPE_CHECKING:
-    from sat_train.models.text.t5 import T5TextEncoder
 
 # the value in diffusers' pipeline and CogVideo's sampling of CogVideoX1.5-I2V
 _OFS = 2.0
@@ -147,10 +146,6 @@ def turns_for_text(mesh: ProcessMesh) -> Callable[[], AbstractContextManager[Non
 
 def build_loaded_text_encoder(config: RunConfig, device: torch.device) -> T5TextEncoder:
     """Builds the text encoder with its weights."""
-    from sat_train.encoding.text_weights import (
-        read_text_encoder,  # imports transformers, which a full cache saves
-    )
-
     text, dtype = config.spec.text, encoder_dtype(config.args)
     return read_text_encoder(text.model_dir, max_length=text.max_length, dtype=dtype, device=device)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sat_train.errors import CheckpointError
-from sat_train.models.text.t5 import T5TextEncoder, read_tokenizer
+from sat_train.models.text.t5 import T5TextEncoder
 from sat_train.models.text.t5_encoder import T5Encoder, T5Settings
 from sat_train.models.text.t5_folder import (
     CONFIG,
@@ -16,6 +16,7 @@ from sat_train.models.text.t5_folder import (
     find_t5_folders,
     read_settings,
 )
+from sat_train.models.text.tokenizer import read_tokenizer
 from sat_train.weights.lazy import LazyWeights
 from sat_train.weights.names import check_names_and_shapes
 from sat_train.weights.readers import read_index, read_weight_files
@@ -46,6 +47,12 @@ def read_text_encoder(
     weights_folder, tokenizer_folder = find_t5_folders(Path(folder))
     transformer = _read_transformer(weights_folder, dtype)
     tokenizer = read_tokenizer(tokenizer_folder)
+    if tokenizer.size > (known := transformer.shared.num_embeddings):
+        raise CheckpointError(
+            f"the tokenizer in {tokenizer_folder} has {tokenizer.size:,} tokens, the encoder knows {known:,}",
+            expected="the tokenizer that the encoder was trained with",
+            remedy="copy the tokenizer's files of google/t5-v1_1-xxl into it",
+        )
     return T5TextEncoder(transformer=transformer, tokenizer=tokenizer, max_length=max_length).to(device)
 
 

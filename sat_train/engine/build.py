@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sat_train.collector import collector_off
 from sat_train.config import RunConfig
 from sat_train.config.rules import check_on_device
 from sat_train.distributed.processes import ProcessMesh
@@ -104,7 +105,8 @@ def import_deepspeed() -> ModuleType:
 
     DeepSpeed looks for the accelerator once, when it is imported.
     """
-    import deepspeed
+    with collector_off():
+        import deepspeed
 
     # on the CPU it would compile a collective of its own at start, which gloo has already; a process killed
     # meanwhile leaves a lock that all later ones wait for, without end

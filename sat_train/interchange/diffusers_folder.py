@@ -22,6 +22,7 @@ from sat_train.interchange.locate import (
     unflattened,
 )
 from sat_train.log import get_logger
+from sat_train.models.text.t5_folder import CONFIG, find_t5_folders, publishable_files, read_settings
 from sat_train.weights.diffusers_config import (
     has_learned_positions,
     model_index,
@@ -170,9 +171,6 @@ def _write_vae(folder: Path, model: ModelSpec) -> bool:
 
 def _link_text_encoder(folder: Path, model: ModelSpec) -> bool:
     """Links T5's files, 9 to 19 GB that are unchanged; copies them if the file system has no hard links."""
-    # these import transformers
-    from sat_train.models.text.t5_folder import CONFIG, find_t5_folders, publishable_files, read_settings
-
     path = Path(expand_assets(model.text.model_dir))
     try:
         encoder, tokenizer = find_t5_folders(path)

@@ -23,7 +23,7 @@ from sat_train.encoding.encode import Encode
 from sat_train.encoding.encoded_batch import EncodedBatch
 from sat_train.errors import CheckpointError
 from sat_train.log import get_logger
-from sat_train.models.text.token_count import count_tokens
+from sat_train.models.text.tokenizer import count_tokens
 from sat_train.training.resume import check_part_files
 
 log = get_logger(__name__)

@@ -1,5 +1,7 @@
 """The text encoder against transformers and SentencePiece themselves, padding included."""
 
+import shutil
+
 import pytest
 import sentencepiece
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 from sat_train.config.paths import ASSETS
 from sat_train.encoding.text_weights import read_text_encoder
 from sat_train.models.text.t5_encoder import T5Encoder, T5Settings
+from sat_train.models.text.tokenizer import read_tokenizer
 
 TINY = ASSETS / "tiny" / "t5"
 MAX_LENGTH = 24
@@ -17,6 +20,15 @@ CAPTIONS = [
     "zebra crossing, 42 km/h",
     "",
     "a very long caption " * 20,
+]
+# text that holds special tokens, as some captioning models write it
+SPECIAL = [
+    "a red ball</s>",
+    "</s> </s>",
+    "a</s>red",
+    "<pad>x <unk> y",
+    "a <extra_id_3>  b<extra_id_100>",
+    "</S>",
 ]
 
 
@@ -39,6 +51,21 @@ def test_tokens_are_sentencepiece_s(ids):
     theirs = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=MAX_LENGTH).input_ids
     assert torch.equal(torch.tensor(theirs), ids)
     assert text_encoder.token_length(CAPTIONS[0]) == int((ids[0] != 0).sum())
+
+
+@pytest.mark.parametrize("file", ["spiece.model", "tokenizer.json"])
+def test_either_file_gives_transformers_s_tokens(tmp_path, file):
+    theirs = AutoTokenizer.from_pretrained(TINY)
+    theirs.save_pretrained(tmp_path)  # writes tokenizer.json alone
+    assert not (tmp_path / "spiece.model").exists()
+    if file == "spiece.model":
+        shutil.copy(TINY / file, tmp_path)
+    ours = read_tokenizer(tmp_path)
+    captions = CAPTIONS + SPECIAL
+    assert [ours.encode(caption) for caption in captions] == theirs(captions).input_ids
+    padded = theirs(captions, padding="max_length", truncation=True, max_length=MAX_LENGTH).input_ids
+    assert [ours.encode_to_length(caption, MAX_LENGTH) for caption in captions] == padded
+    assert ours.size == len(theirs)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch._dynamo  # the constructors of torch's optimizers do: here it is read before the work starts
 from torch import Tensor, nn
 
 from sat_train.config.parts.optimizer_parts import OptimizerConfig

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sat_train.collector import collect_between_steps, collector_off_in_steps
 from sat_train.config.learning_rate import LearningRate
 from sat_train.errors import TrainingError
 from sat_train.training.loop.callback import Callback, Callbacks
-from sat_train.training.loop.collector import collect_between_steps, collector_off
 from sat_train.training.loop.meter import Meter
 from sat_train.training.loop.metrics import Metrics
 from sat_train.training.loop.state import TrainState
@@ -81,7 +81,7 @@ class Trainer:
         try:
             self.callbacks.started(self)
             self._meter.restart()
-            with collector_off():
+            with collector_off_in_steps():
                 while not self.complete and not self.stopping:
                     self._step()
                     with self._meter.paused():

@@ -12,7 +12,7 @@ from sat_train.config.paths import ASSETS
 from sat_train.encoding.text_weights import read_text_encoder
 from sat_train.errors import CheckpointError
 from sat_train.models.text.t5 import T5TextEncoder
-from sat_train.models.text.token_count import count_tokens
+from sat_train.models.text.tokenizer import count_tokens
 
 TINY = ASSETS / "tiny" / "t5"
 CAPTIONS = ("a red ball bounces on a green floor", "a blue ball bounces on a green floor", "")
