@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
 from sat_train.cli.usage import print_usage, wants_help
-from sat_train.collector import collector_off
+from sat_train.collector import collector_off, collector_off_in_imports
 from sat_train.config import RunConfig, load_run_config, split_command_line
 from sat_train.distributed.environment import RankEnv, tell_torchrun
 from sat_train.distributed.signals import StopRequest
@@ -94,7 +94,7 @@ def _run_on_ranks(command: Command, work: tuple[str, str], words: Sequence[str])
 
 
 def _join_and_work(config: RunConfig, env: RankEnv, work: tuple[str, str]) -> int:
-    with collector_off():  # importing torch makes a million objects, none of them garbage
+    with collector_off():
         from sat_train.distributed.failures import FailureBoard
         from sat_train.distributed.meeting import meet
         from sat_train.distributed.processes import start_processes, stop_processes
@@ -114,7 +114,7 @@ def _join_and_work(config: RunConfig, env: RankEnv, work: tuple[str, str]) -> in
             store=store,
         )
         module, name = work  # imported after the start, which chooses DeepSpeed's accelerator
-        with collector_off():
+        with collector_off_in_imports():
             do: Callable[[RunConfig, ProcessMesh], None] = getattr(import_module(module), name)
         do(config, mesh)
         board.close()
