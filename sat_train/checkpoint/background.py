@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from sat_train.checkpoint.host_copy import HostCopy
+from sat_train.checkpoint.in_flight import SaveInFlight
 from sat_train.checkpoint.publish import RankReport
 from sat_train.checkpoint.run_state import RunState
 from sat_train.distributed.host_memory import spare_host_memory
@@ -24,10 +25,14 @@ class BackgroundWriter:
         only_with_room: Copy only where the copies of all ranks of this machine take at most half of the
             memory that it has to spare; elsewhere the caller waits for the files.
         ranks_here: Ranks on this machine.
+
+    Attributes:
+        in_flight: The last save.
     """
 
     def __init__(self, *, only_with_room: bool, ranks_here: int = 1) -> None:
         self._only_with_room, self._ranks_here = only_with_room, ranks_here
+        self.in_flight: SaveInFlight | None = None
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
 
@@ -49,7 +54,8 @@ class BackgroundWriter:
         assert not self.is_writing, "the last write has not been waited for"
         copy = self._copied(state)
         if copy is None:
-            return written(write(state))
+            report = write(state)
+            return lambda: report
         reports: list[RankReport] = []
         thread = threading.Thread(target=lambda: reports.append(write(copy)), name="checkpoint", daemon=True)
         self._thread = thread
@@ -60,6 +66,11 @@ class BackgroundWriter:
             return reports[0]
 
         return wait
+
+    def finish_alone(self) -> None:
+        """Waits for the last save after an error of this rank that the others do not have."""
+        if self.in_flight is not None:
+            self.in_flight.finish_alone()
 
     def _copied(self, state: RunState) -> RunState | None:
         tensors = state.tensors
@@ -89,8 +100,3 @@ class BackgroundWriter:
             *(needed / _MIB, self._ranks_here, spare / _MIB),
         )
         return False
-
-
-def written(report: RankReport) -> Callable[[], RankReport]:
-    """Returns the waiting for files that have been written already."""
-    return lambda: report

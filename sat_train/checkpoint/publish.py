@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -66,16 +67,11 @@ def open_temporary(mesh: ProcessMesh, run_directory: Path, *, step: int, expecte
     return on_rank_0(mesh, lambda: _open_temporary(run_directory, step, expected_bytes))
 
 
-def commit(
-    mesh: ProcessMesh, temporary: Path, *, run_directory: Path, manifest: Manifest, report: RankReport
-) -> Path:
+def commit(mesh: ProcessMesh, publish: Callable[[Sequence[RankReport]], Path], report: RankReport) -> Path:
     """Commits the temporary folder of one step, or removes it if any rank could not write.
 
     Args:
-        temporary: From `open_temporary`.
-        run_directory: As for `open_temporary`.
-        manifest: Description of the checkpoint, without its files; its step names the folder. An existing
-            folder of that name is set aside.
+        publish: `publish_files`, for rank 0.
         report: Of this rank, whose files are complete.
 
     Returns:
@@ -88,7 +84,7 @@ def commit(
     Ranks: all.
     """
     reports = gather_objects(mesh, report)
-    return on_rank_0(mesh, lambda: _commit_or_clean(temporary, run_directory, manifest, reports))
+    return on_rank_0(mesh, lambda: publish(reports))
 
 
 def expected_size(run_directory: Path, first_guess: int) -> int:
@@ -115,9 +111,24 @@ def _open_temporary(run_directory: Path, step: int, expected_bytes: int) -> Path
     return temporary
 
 
-def _commit_or_clean(
-    temporary: Path, run_directory: Path, manifest: Manifest, reports: list[RankReport]
+def publish_files(
+    temporary: Path,
+    run_directory: Path,
+    manifest: Manifest,
+    check_held: Callable[[], None],
+    reports: Sequence[RankReport],
 ) -> Path:
+    """Does what `commit` does on rank 0.
+
+    Args:
+        temporary: From `open_temporary`.
+        run_directory: As for `open_temporary`.
+        manifest: Description of the checkpoint, without its files; its step names the folder. An existing
+            folder of that name is set aside.
+        check_held: Raises if the run directory belongs to another run by now; nothing is changed then.
+        reports: Of all ranks.
+    """
+    check_held()
     try:
         _check_reports(temporary, manifest.step, reports)
         files = sorted((file for report in reports for file in report.files), key=lambda file: file.name)
@@ -130,7 +141,7 @@ def _commit_or_clean(
     return target
 
 
-def _check_reports(temporary: Path, step: int, reports: list[RankReport]) -> None:
+def _check_reports(temporary: Path, step: int, reports: Sequence[RankReport]) -> None:
     failures = [f"rank {rank}: {report.failure}" for rank, report in enumerate(reports) if report.failure]
     if failures:
         raise CheckpointError(

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.serialization import get_crc32_options, set_crc32_options
 
 import sat_train
-from sat_train.checkpoint.background import BackgroundWriter, written
+from sat_train.checkpoint.background import BackgroundWriter
 from sat_train.checkpoint.fragments import pack_fragments
+from sat_train.checkpoint.in_flight import SaveInFlight
 from sat_train.checkpoint.layout import CLIENT_STATE, SAT_PREFIX, fragments_file_name, model_file_name
 from sat_train.checkpoint.manifest import Manifest
-from sat_train.checkpoint.publish import RankReport, commit, expected_size, open_temporary
+from sat_train.checkpoint.publish import RankReport, commit, expected_size, open_temporary, publish_files
 from sat_train.checkpoint.run_state import RunState
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import FileRecord, HashingFile, write_file
@@ -54,11 +55,13 @@ def begin_save(
     run_directory: Path,
     manifest: Manifest,
     writer: BackgroundWriter | None = None,
+    check_held: Callable[[], None] = lambda: None,
 ) -> Callable[[], Path]:
     """Begins what `save_training_checkpoint` does; arguments and errors are the same.
 
     Args:
         writer: Writes a copy of the state in the background; None: the files are written before this returns.
+        check_held: Called on rank 0 before the commit; raises if the run directory belongs to another run.
 
     Returns:
         A function for all ranks that waits for the files, commits the step and returns its folder, with the
@@ -70,12 +73,13 @@ def begin_save(
     temporary = open_temporary(mesh, run_directory, step=manifest.step, expected_bytes=expected_bytes)
     client_state = json.dumps(state.client_state, indent=1, sort_keys=True) + "\n"
     write = partial(_write_rank, mesh, temporary, client_state)
-    wait = written(write(state)) if writer is None else writer.start(state, write)
-
-    def finish() -> Path:
-        return commit(mesh, temporary, run_directory=run_directory, manifest=manifest, report=wait())
-
-    return finish
+    publish = partial(publish_files, temporary, run_directory, manifest, check_held)
+    if writer is None:
+        report = write(state)
+        return lambda: commit(mesh, publish, report)
+    save = writer.in_flight = SaveInFlight(mesh, temporary.name, publish)
+    wait = writer.start(state, lambda copy: save.post(write(copy)))
+    return lambda: commit(mesh, save.publish, wait())
 
 
 def _write_rank(mesh: ProcessMesh, folder: Path, client_state: str, state: RunState) -> RankReport:

@@ -24,7 +24,7 @@ from datetime import timedelta
 from torch._C._distributed_c10d import Store
 
 from sat_train.distributed.environment import RankEnv, tell_torchrun
-from sat_train.distributed.meeting import announce, location_key, read_location
+from sat_train.distributed.meeting import announce, location_key, pulse_key, read_location, read_pulse
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -137,9 +137,9 @@ class FailureBoard:
             RuntimeError: The store has gone.
         """
         others = [rank for rank in range(self._env.world_size) if rank != self._env.rank]
-        before = [self._pulse(rank) for rank in others]
+        before = [read_pulse(self._store, rank) for rank in others]
         time.sleep(4 * self._every_s)
-        after = [self._pulse(rank) for rank in others]
+        after = [read_pulse(self._store, rank) for rank in others]
         is_known = self._store.check([_FIRST])
         return [] if is_known else [o for o, b, a in zip(others, before, after, strict=True) if a == b]
 
@@ -212,20 +212,16 @@ class FailureBoard:
     def _announced(self, ranks: Iterable[int]) -> bool:
         return self._store.check([location_key(rank) for rank in ranks])
 
-    def _pulse(self, rank: int) -> bytes:
-        key = f"alive/{rank}"
-        return self._store.get(key) if self._store.check([key]) else b""
-
     def _look(self) -> None:
         following = (self._env.rank + 1) % self._env.world_size
         last, unchanged = b"", 0
         while not self._left.is_set():
             try:
                 self._beats += 1
-                self._store.set(f"alive/{self._env.rank}", str(self._beats))
+                self._store.set(pulse_key(self._env.rank), str(self._beats))
                 if not self._failing.is_set() and self._store.check([_FIRST]):
                     self._follow(RankFailure(**json.loads(self._store.get(_FIRST))))
-                pulse = self._pulse(following)
+                pulse = read_pulse(self._store, following)
             except RuntimeError:
                 return self._lose_the_store()
             unchanged = unchanged + 1 if pulse and pulse == last else 0

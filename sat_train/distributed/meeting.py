@@ -112,6 +112,16 @@ def read_location(store: Store, rank: int) -> ProcessLocation:
     return ProcessLocation(**json.loads(store.get(location_key(rank))))
 
 
+def pulse_key(rank: int) -> str:
+    """Returns the key of a rank's heartbeat."""
+    return f"alive/{rank}"
+
+
+def read_pulse(store: Store, rank: int) -> bytes:
+    """Returns the last heartbeat of a rank, empty before its first; a rank that lives changes it."""
+    return store.get(pulse_key(rank)) if store.check([pulse_key(rank)]) else b""
+
+
 def _check_gpus(locations: Sequence[ProcessLocation]) -> None:
     """Refuses two processes on one GPU, however each of them was assigned it."""
     first: dict[str, int] = {}

@@ -272,6 +272,7 @@ def build_trainer(
             engine=engine,
             is_cached=data.is_cached,
             save=build_save(config, mesh, run_directory, data, start, pipeline.dit, writer),
+            finish_alone=writer.finish_alone,
         ),
     )
     return trainer

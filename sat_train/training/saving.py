@@ -37,11 +37,12 @@ def build_save(
     left_out, base_weights = start.left_out(dit, model_size=mesh.model_size), start.base
 
     def check_held() -> None:
-        on_rank_0(mesh, lambda: None if run_directory.lock is None else run_directory.lock.check_held())
+        if run_directory.lock is not None:
+            run_directory.lock.check_held()
 
     def save(trainer: Training, *, in_background: bool) -> Callable[[], Path]:
         assert run_directory.folder is not None, "only a run with a folder saves"
-        check_held()
+        on_rank_0(mesh, check_held)
         consumed = data.train.position.consumed
         assert consumed == trainer.state.samples_consumed, "the loader and the loop disagree"
         client_state = {
@@ -52,7 +53,7 @@ def build_save(
             RATE_KEY: trainer.learning_rate.at(trainer.state.step),
             CALLBACKS_KEY: trainer.callbacks.state_dict(),
         }
-        commit = begin_save(
+        return begin_save(
             mesh,
             writer=writer if in_background else None,
             state=RunState(
@@ -62,13 +63,8 @@ def build_save(
             ),
             run_directory=run_directory.folder,
             manifest=_describe(config, mesh, data, trainer.state.step, base_weights),
+            check_held=check_held,
         )
-
-        def commit_if_held() -> Path:
-            check_held()
-            return commit()
-
-        return commit_if_held
 
     return save
 

@@ -14,10 +14,11 @@ import torch
 from sat_train.checkpoint.find import ResumePoint, find_resume_point
 from sat_train.checkpoint.fragments import SavedFragments
 from sat_train.checkpoint.layout import fragments_file_name
-from sat_train.checkpoint.manifest import BaseWeights, Manifest, read_manifest
-from sat_train.distributed.collectives import on_rank_0
+from sat_train.checkpoint.manifest import BaseWeights, Manifest, read_manifest, verify_checkpoint
+from sat_train.distributed.collectives import on_rank_0, wait_until
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
+from sat_train.files import write_file
 from sat_train.testing.pool import FailedOnRank
 from sat_train.weights.names import dtype_name
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from sat_train.checkpoint.background import BackgroundWriter
     from sat_train.engine.engine import TrainEngine
     from sat_train.training.callbacks.ema import ExponentialMovingAverage
-from tests.ranks.toy import frozen_names
+from tests.ranks.toy import CONSTANT, build_toy, frozen_names, toy_run
 
 pytestmark = pytest.mark.ranks
 
@@ -334,6 +335,74 @@ def test_one_rank_that_cannot_write_fails_the_save_on_all(
         messages = rank_pool(2)(_a_failed_write_is_agreed, root, in_background)
         assert messages[0] == messages[1]
         assert "rank 1: fragments_rank_01.pt: No space left on device" in messages[0]
+
+
+def _fails_alone(mesh: ProcessMesh, save_root: Path, failing: int, disk_is_full: bool) -> None:
+    """Trains until one rank fails while another has not yet written its files of step 2, and may not."""
+    from sat_train.checkpoint import save as saving
+    from sat_train.checkpoint.background import BackgroundWriter
+    from sat_train.training.callbacks.checkpoint import Checkpointer
+    from sat_train.training.loop.callback import Callback
+    from sat_train.training.loop.meter import Meter
+    from sat_train.training.loop.state import TrainState
+    from sat_train.training.loop.trainer import Trainer
+
+    run_directory, writer = new_run(mesh, save_root), BackgroundWriter(only_with_room=False)
+    failed = save_root / "failed"
+
+    class FailsAtStep3(Callback):
+        def step_done(self, trainer: Any) -> None:
+            if mesh.rank == failing and trainer.state.step == 3:
+                raise AttributeError("broken on one rank")
+
+        def failed(self, error: BaseException) -> None:
+            failed.touch()
+
+    def write_late(path: Path, write: Any) -> Any:
+        wait_until(failed.exists)
+        if disk_is_full:
+            raise OSError(28, "No space left on device")
+        return write_file(path, write)
+
+    if mesh.rank != failing:
+        saving.write_file = write_late
+    engine, train_step, _ = build_toy(mesh, toy_run(batch_size=2), is_saving=mesh.rank != failing)
+
+    def save(trainer: Any, *, in_background: bool) -> Callable[[], Path]:
+        return begin(mesh, engine, run_directory, step=trainer.state.step, writer=writer)
+
+    checkpointer = Checkpointer(
+        mesh,
+        run_directory,
+        save,
+        interval=2,
+        keep_last=0,
+        keep_every=0,
+        in_background=True,
+        finish_alone=writer.finish_alone,
+    )
+    trainer = Trainer(
+        train_step=train_step,
+        meter=Meter(mesh),
+        learning_rate=CONSTANT,
+        train_iters=10,
+        log_interval=1,
+        state=TrainState(),
+        callbacks=[FailsAtStep3(), checkpointer],
+    )
+    trainer.run()
+
+
+@pytest.mark.parametrize(("failing", "disk_is_full"), [(0, False), (1, False), (1, True)])
+def test_a_save_in_flight_is_finished_when_one_rank_fails_alone_unless_a_write_fails(
+    rank_pool: Callable[..., Any], tmp_path: Path, failing: int, disk_is_full: bool
+) -> None:
+    with pytest.raises(FailedOnRank, match="broken on one rank"):
+        rank_pool(2)(_fails_alone, tmp_path, failing, disk_is_full)
+    steps = list(tmp_path.glob("exp-*/2"))
+    assert len(steps) == (not disk_is_full)
+    assert all(verify_checkpoint(step).step == 2 for step in steps)
+    assert not list(tmp_path.glob("exp-*/.tmp-*"))
 
 
 def _killed_in_a_save(mesh: ProcessMesh, save_root: Path) -> None:

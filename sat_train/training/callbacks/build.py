@@ -53,6 +53,7 @@ def build_callbacks(
     pipeline: VideoDiffusion,
     engine: TrainEngine,
     save: BeginSave,
+    finish_alone: Callable[[], None],
     is_cached: bool,
 ) -> list[Callback]:
     """Returns the callbacks: counts and averages, reports, then checkpoints, so that a failure of a later
@@ -79,6 +80,7 @@ def build_callbacks(
             keep_last=config.args.keep_last or 0,
             keep_every=config.args.keep_every or 0,
             in_background=config.args.async_save != "off",
+            finish_alone=finish_alone,
             best_step=lambda: None if best is None else best.step,
         )
         callbacks.append(checkpointer)

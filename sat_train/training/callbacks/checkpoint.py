@@ -40,6 +40,7 @@ class Checkpointer(Callback):
         keep_last: Number of newest checkpoints to keep; 0 keeps all.
         keep_every: Also keep checkpoints of steps divisible by this; 0 for none.
         in_background: Training continues while a checkpoint is written.
+        finish_alone: Waits until the save in the background is committed without the other ranks, or lost.
         best_step: Returns the step with the lowest validation loss, which is kept; None if there is none.
     """
 
@@ -53,6 +54,7 @@ class Checkpointer(Callback):
         keep_last: int,
         keep_every: int,
         in_background: bool = False,
+        finish_alone: Callable[[], None] = lambda: None,
         best_step: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._mesh = mesh
@@ -60,7 +62,7 @@ class Checkpointer(Callback):
         self._save = save
         self._interval = interval
         self._keep_last, self._keep_every, self._best_step = keep_last, keep_every, best_step
-        self._in_background = in_background
+        self._in_background, self._finish_alone = in_background, finish_alone
         self._begun: tuple[Training, int, Callable[[], Path]] | None = None
         self._saved_step = -1
         self._resumed_step: int | None = None
@@ -96,9 +98,11 @@ class Checkpointer(Callback):
             self._save_once(trainer, in_background=False)
 
     def failed(self, error: BaseException) -> None:
-        """Commits what was begun, if all ranks have the same error and so come here together."""
+        """Commits what was begun: all ranks together after an error of all, else rank 0 by itself."""
         if self._mesh.world_size == 1 or getattr(error, "ranks_agree", False):
             self._commit_or_count()
+        elif isinstance(error, Exception):  # whoever presses Ctrl-C twice wants an end
+            self._finish_alone()
 
     def _count_failure(self, error: CheckpointError) -> None:
         """Ends the run after several failed saves in a row: before that, a full disk may still be cleared."""

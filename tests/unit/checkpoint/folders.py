@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def write_shards(folder: Path, step: int) -> RankReport:
 def commit(mesh: ProcessMesh, run: Path, step: int, *, expected_bytes: int = 0) -> Path:
     temporary = publish.open_temporary(mesh, run, step=step, expected_bytes=expected_bytes)
     report = write_shards(temporary, step)
-    return publish.commit(mesh, temporary, run_directory=run, manifest=describe(step), report=report)
+    files = partial(publish.publish_files, temporary, run, describe(step), lambda: None)
+    return publish.commit(mesh, files, report)
 
 
 def unsigned(manifest: Path) -> dict[str, Any]:
