@@ -1,9 +1,10 @@
 """Measures reading: videos compared with other readers, cached encodings, and the memory of a worker.
 
-    python benchmarks/data.py                                        # all four, small: about three minutes
+    python benchmarks/data.py                                        # all five, small: about three minutes
     python benchmarks/data.py decode --samples 8 --preset medium     # 720p and 1080p; decord if there
     python benchmarks/data.py decode --clip my_clip.mp4              # 30 frames a second
     python benchmarks/data.py cache --samples 200
+    python benchmarks/data.py write --samples 40
     python benchmarks/data.py memory --samples 10000
     python benchmarks/data.py resize
 
@@ -22,8 +23,9 @@ process, all its threads included, from opening the file to the scaled frames:
 CogVideo takes frame floor(first + 183 i / 49), ours the one nearest in time to first + 3.75 i.
 
 `cache` reads encodings of CogVideoX-5B's size through the loader: in this process, and with workers that are
-ahead of steps of 50 ms. `memory` follows the loader's own worker over samples of the shipped clips. `resize`
-compares FFmpeg's and torchvision's scaling of one frame.
+ahead of steps of 50 ms. `write` adds encodings of that size to a cache while a device, which is a pause here,
+encodes the next: a device waits for the time beyond its own. `memory` follows the loader's own worker over
+samples of the shipped clips. `resize` compares FFmpeg's and torchvision's scaling of one frame.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from data_parts import cache, decode, memory, resize
+from data_parts import cache, decode, memory, resize, write
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="?", choices=("all", "decode", "cache", "memory", "resize"), default="all"
+        "what", nargs="?", choices=("all", "decode", "cache", "write", "memory", "resize"), default="all"
     )
     parser.add_argument("--samples", type=int, help="windows, batches or samples")
     parser.add_argument("--heights", type=int, nargs="+", choices=(720, 1080), help="of the drawn clips")
@@ -54,6 +56,8 @@ def main() -> None:
         decode.run(options.samples or (2 if small else 8), heights, options.preset, options.clip)
     if options.what in ("all", "cache"):
         cache.run(options.samples or (20 if small else 200))
+    if options.what in ("all", "write"):
+        write.run(options.samples or (10 if small else 40))
     if options.what in ("all", "resize"):
         resize.run(options.samples or 20)
     if options.what in ("all", "memory"):
