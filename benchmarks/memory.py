@@ -22,9 +22,9 @@ from sat_train.planning.counting import count_peak, peak_of_decoding
 from sat_train.planning.gpu_memory import (
     CONTEXT_BYTES,
     Weights,
+    count_encoders,
     count_states,
     count_weights,
-    encoder_bytes,
 )
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -47,7 +47,7 @@ def training_bytes(config: RunConfig, *, gpus: int, passes: float) -> float:
 def sampling_bytes(config: RunConfig, weights: Weights) -> float:
     """Returns what sampling one video takes: all weights, and denoising or decoding, whichever is more."""
     most = max(count_peak(config, batch_size=2, training=False), peak_of_decoding(config))
-    return 2 * weights.transformer + encoder_bytes(config, weights) + most + CONTEXT_BYTES
+    return 2 * weights.transformer + count_encoders(config, weights).gpu + most + CONTEXT_BYTES
 
 
 def real_models() -> list[Path]:
@@ -91,7 +91,7 @@ def figures(model: Path) -> Figures:
         sft_8=(one, two),
         sft_1=_gb(training_bytes(sft, gpus=1, passes=sft_passes[0])),
         lora=(lora_one, lora_two),
-        encoders=round(encoder_bytes(sft, weights) / GB),
+        encoders=round(count_encoders(sft, weights).gpu / GB),
         sample=_gb(sampling_bytes(sft, weights)),
     )
 

@@ -13,21 +13,25 @@ from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, peak_of
 from benchmarks.gpu_parts.random_run import fill, read_run
 from sat_train.config import RunConfig
 from sat_train.encoding.build import build_loaded_text_encoder
+from sat_train.encoding.cache.shards import EntryInfo, ShardWriter
+from sat_train.encoding.cache.write_behind import WriteBehind
 from sat_train.models.build import encoder_dtype
 from sat_train.models.dit.sat_layers import building
+from sat_train.models.encoders import Encoders
 from sat_train.models.text.t5 import T5TextEncoder
+from sat_train.models.text.t5_encoder import T5_XXL, T5Encoder
 from sat_train.models.text.tokenizer import read_tokenizer
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
-from sat_train.planning.counting import peak_of_decoding, peak_of_encoding, work_of_encoding
+from sat_train.planning.counting import peak_of_captions, peak_of_decoding, peak_of_encoding, work_of_encoding
 from sat_train.planning.duration import encoding_seconds
-from sat_train.planning.gpu_memory import T5_XXL_WEIGHTS, Weights
+from sat_train.planning.gpu_memory import Weights
 
 _WORKSPACE = 1.4  # of cuDNN, which nobody counts, as a factor on what is counted
 _TILED = "model.first_stage_config.params.tiling=true"
 _CAPTIONS = 8
-# T5 v1.1 XXL
-_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64, "vocab_size": 32128}
+_CLIPS = 12
+_ROUNDING = 0.02  # of bf16, over all layers
 
 
 def autoencoder(setting: Setting, *, model: str) -> Iterator[Finding]:
@@ -46,7 +50,8 @@ def autoencoder(setting: Setting, *, model: str) -> Iterator[Finding]:
             yield from _times(setting, name, run)
     if setting.on_gpu:
         weights = Weights(transformer=0, trained=(), vae=0, text_encoder=0)
-        planned = encoding_seconds(work_of_encoding(config), weights, setting.card, text_tokens=0)
+        work = work_of_encoding(config)
+        planned = encoding_seconds(work, weights, setting.card, text_tokens=0, text_on_host=False)
         seconds = seconds_of(setting, partial(_encode, vae, clip))
         yield within("encoding a clip, s", seconds, planned, least=0.4, most=1.5)
     del vae
@@ -94,11 +99,12 @@ def text_encoder(setting: Setting) -> Iterator[Finding]:
     count = sum(parameter.numel() for parameter in encoder.parameters())
     if setting.on_gpu and not setting.tiny:
         taken = torch.cuda.memory_allocated() - before
-        yield within("weights, GB", taken / 1e9, 2 * T5_XXL_WEIGHTS / 1e9, least=0.95, most=1.05)
+        yield within("weights, GB", taken / 1e9, 2 * count / 1e9, least=0.95, most=1.05)
     captions = [f"a caption, number {index}" for index in range(_CAPTIONS)]
     texts = []
     peak = peak_of(setting, encoder, lambda: texts.append(encoder.encode(captions)))
-    yield Finding("peak besides weights, MB", peak / 1e6)
+    planned = _WORKSPACE * peak_of_captions(config)
+    yield at_most("peak besides weights, MB", peak / 1e6, planned / 1e6)
     expected = f"{_CAPTIONS} x {encoder.max_length}, finite"
     is_right = texts[0].shape[:2] == (_CAPTIONS, encoder.max_length) and bool(texts[0].isfinite().all())
     yield Finding("embeddings", "x".join(map(str, texts[0].shape)), expected, is_right)
@@ -106,15 +112,58 @@ def text_encoder(setting: Setting) -> Iterator[Finding]:
     if setting.on_gpu and not setting.tiny:
         planned = 2 * count * encoder.max_length * _CAPTIONS / setting.card.matmul_tflops / 1e12
         yield within(f"{_CAPTIONS} captions, s", seconds, planned, least=0.5, most=2)
+    one_by_one = torch.cat([encoder.encode([caption]) for caption in captions])
+    yield at_most("together against one by one", _difference(texts[0], one_by_one), _ROUNDING)
+    if setting.on_gpu:
+        encoder.cpu()
+        seconds = seconds_of(setting, lambda: texts.append(encoder.encode(captions[:1])))
+        yield Finding("a caption on the CPU, s", seconds)
+        yield at_most("the CPU against the GPU", _difference(texts[-1], texts[0][:1]), _ROUNDING)
+
+
+def _difference(texts: Tensor, others: Tensor) -> float:
+    """Returns the root mean square of a difference, as a share of that of the values."""
+    ours, theirs = texts.float().cpu(), others.float().cpu()
+    return float((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt())
+
+
+def writing(setting: Setting) -> Iterator[Finding]:
+    """Yields what writing encodings to a cache adds to encoding them: a thread does it meanwhile."""
+    config = read_run(setting, "cogvideox_5b", "sft", "args.bf16=true")
+    vae, data = _vae(setting, config), config.require_data().params
+    encoders = Encoders(
+        load_vae=lambda: vae,
+        load_text_encoder=lambda: build_loaded_text_encoder(config, setting.mesh.device),
+        geometry=config.spec,
+        dtype=torch.bfloat16,
+        device=setting.mesh.device,
+    )
+    encoders.load(text=False)
+    clip = torch.zeros(data.max_num_frames, 3, *data.video_size, dtype=torch.uint8)
+    clip = clip.pin_memory() if setting.on_gpu else clip
+    writer = WriteBehind(ShardWriter(setting.folder / "cache", shard_bytes=20_000_000))
+
+    def encode(*, keeps: bool) -> None:
+        for number in range(_CLIPS):
+            encodings = encoders.video(clip, subject="clip")
+            if keeps:
+                writer.add(f"{number}", encodings, EntryInfo("clip", f"{number}", "vae"))
+
+    encode(keeps=False)
+    alone = seconds_of(setting, partial(encode, keeps=False))
+    written = seconds_of(setting, partial(encode, keeps=True))
+    writer.publish()
+    yield Finding("a clip, s", alone / _CLIPS)
+    what, limit = "a clip that is kept, s", 1.05 * alone / _CLIPS
+    yield at_most(what, written / _CLIPS, limit) if setting.on_gpu else Finding(what, written / _CLIPS)
 
 
 def _xxl(setting: Setting) -> T5TextEncoder:
-    from transformers import T5Config, T5EncoderModel
-
     tiny = Path(read_run(setting, "cogvideox_tiny", "sft").spec.text.model_dir)
     with building(setting.mesh.device, torch.bfloat16):
-        model = T5EncoderModel(T5Config(**_XXL, feed_forward_proj="gated-gelu"))
-    return T5TextEncoder(transformer=model, tokenizer=read_tokenizer(tiny), max_length=226)
+        transformer = T5Encoder(T5_XXL)
+    fill(transformer, setting.mesh)
+    return T5TextEncoder(transformer=transformer, tokenizer=read_tokenizer(tiny), max_length=226)
 
 
 CHECKS = (
@@ -126,5 +175,6 @@ CHECKS = (
         partial(autoencoder, model="cogvideox1.5_5b"),
         on_cpu=False,  # at the embedded size the one above
     ),
-    Check("t5", 1, "T5-XXL: memory and time of captions", text_encoder),
+    Check("t5", 1, "T5-XXL: memory and time of captions, together, one by one and on the CPU", text_encoder),
+    Check("writing", 1, "what writing encodings adds to encoding them", writing),
 )

@@ -129,6 +129,7 @@ def _memory(config: RunConfig) -> str:
     parts += ["inputs of blocks in host memory"] * args.checkpoint_offload
     parts += [f"frozen base in {args.quantize_base}"] * (args.quantize_base != "off")
     parts += [f"{args.block_swap} blocks in host memory"] * (args.block_swap > 0)
+    parts += ["T5 on the CPU"] * (args.text_encoder_device == "cpu")
     parts += [f"tensor parallel over {args.model_parallel_size}"] * (args.model_parallel_size > 1)
     return ", ".join(parts)
 

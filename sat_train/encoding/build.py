@@ -118,14 +118,16 @@ def build_encoders(
 
     Args:
         config: The configuration.
-        device: Their device.
+        device: Their device; T5 may be kept on the CPU (`args.text_encoder_device`).
         known_empty_prompt: Returns the embedding of the empty prompt, if it need not be encoded.
         in_turn: Waits for the turn of this rank to load the text encoder: `turns_for_text`.
     """
 
+    text_device = torch.device("cpu") if config.args.text_encoder_device == "cpu" else device
+
     def load_text_encoder() -> T5TextEncoder:
         with in_turn():
-            return build_loaded_text_encoder(config, device)
+            return build_loaded_text_encoder(config, text_device)
 
     return Encoders(
         load_vae=lambda: build_loaded_vae(config, device),
@@ -133,6 +135,7 @@ def build_encoders(
         geometry=config.spec,
         dtype=compute_dtype(config.args),
         device=device,
+        text_device=text_device,
         known_empty_prompt=known_empty_prompt,
     )
 

@@ -39,7 +39,7 @@ def captions_at_once(setting: int | Literal["auto"], *, on_gpu: bool) -> int:
 def pixels_to_unit(pixels: Tensor, device: torch.device | str) -> Tensor:
     """Moves uint8 pixels to the device and to float32 in [-1, 1]."""
     assert pixels.dtype == torch.uint8, f"pixels are {pixels.dtype}, not uint8"
-    return to_device(pixels, torch.device(device)).float() / 127.5 - 1.0
+    return to_device(pixels, torch.device(device)).float().div_(127.5).sub_(1.0)
 
 
 def unit_to_pixels(video: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ class Encoders:
         load_text_encoder: Loads the text encoder.
         geometry: Valid numbers of frames for the autoencoder.
         dtype: Dtype of the embeddings.
-        device: Device of both models.
+        device: Device of the autoencoder, and of all encodings.
+        text_device: Device of the text encoder; None: the same.
         known_empty_prompt: Returns the embedding of the empty prompt, if it need not be encoded.
     """
 
@@ -69,6 +70,7 @@ class Encoders:
         geometry: Geometry,
         dtype: torch.dtype,
         device: torch.device,
+        text_device: torch.device | None = None,
         known_empty_prompt: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         self._load_vae, self._load_text_encoder = load_vae, load_text_encoder
@@ -76,7 +78,8 @@ class Encoders:
         self._text_encoder: T5TextEncoder | None = None
         self._known_empty_prompt = known_empty_prompt
         self._kept_texts: dict[str, Tensor] = {}
-        self._geometry, self._dtype, self.device = geometry, dtype, device
+        self._geometry, self._dtype = geometry, dtype
+        self.device, self.text_device = device, text_device or device
 
     def load(self, *, vae: bool = True, text: bool = True) -> None:
         """Loads the models now; otherwise each is loaded, with a warning, when it is first needed."""
@@ -91,11 +94,6 @@ class Encoders:
         if self._vae is None:
             self._vae = _load_late(self._load_vae, "the VAE")
         return self._vae
-
-    @property
-    def text_device(self) -> torch.device:
-        """Device of the text encoder."""
-        return self.device
 
     @property
     def text_encoder(self) -> T5TextEncoder:
@@ -119,21 +117,24 @@ class Encoders:
             SatTrainError: The number of frames does not fit the autoencoder.
         """
         self._geometry.check_frames(len(video_tchw), subject=subject)
-        return self.frames(pixels_to_unit(video_tchw, self.device))
+        return self.frames(pixels_to_unit(video_tchw, self.device).to(self._vae_dtype))
 
     @torch.no_grad()
     def frames(self, frames_tchw: Tensor) -> dict[str, Tensor]:
         """Encodes frames.
 
         Args:
-            frames_tchw: float32 pixels in [-1, 1], on the device.
+            frames_tchw: Pixels in [-1, 1], on the device, float32 or in the autoencoder's dtype.
 
         Returns:
             `mean` and `logvar` of the posterior, unscaled, (t, c, h, w), in the autoencoder's dtype.
         """
         mean, logvar = self.vae.encode_moments(frames_tchw[None])
-        dtype = next(self.vae.parameters()).dtype
-        return {"mean": mean[0].to(dtype), "logvar": logvar[0].to(dtype)}
+        return {"mean": mean[0].to(self._vae_dtype), "logvar": logvar[0].to(self._vae_dtype)}
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
 
     def decode_with_gradient(self, latent_btchw: Tensor) -> Tensor:
         """Decodes unscaled latents to pixels in [-1, 1], not clamped, float32, one sample at a time.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from sat_train.config import RunConfig
+from sat_train.errors import CheckpointError
 from sat_train.models.build import build_dit, compute_dtype, encoder_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.encoders import captions_at_once
 from sat_train.models.frozen_layers import hold_frozen_weights
+from sat_train.models.text.t5_encoder import T5_XXL, T5Encoder, T5Settings
+from sat_train.models.text.t5_folder import find_t5_folders, read_settings
 from sat_train.models.trainable import select_configured
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
@@ -230,6 +235,14 @@ def work_of_encoding(config: RunConfig) -> Work:
     return _work(_encoding(config)[1])
 
 
+def peak_of_captions(config: RunConfig) -> float:
+    """Returns the bytes that T5 takes for the captions that precompute gives it together on a GPU."""
+    count = captions_at_once(config.require_data().captions_at_once, on_gpu=True)
+    ids = torch.empty(count, config.spec.text.max_length, dtype=torch.int64, device="meta")
+    encoder = build_meta_text_encoder(config)
+    return _peak(encoder, partial(encoder, ids))
+
+
 def peak_of_decoding(config: RunConfig) -> float:
     """Returns the bytes that the autoencoder's decoding of one video takes."""
     vae = build_meta_vae(config)
@@ -268,6 +281,16 @@ def build_meta_dit(config: RunConfig, *, layers: int | None = None) -> Diffusion
 def build_meta_vae(config: RunConfig) -> VideoVAE:
     """Builds the autoencoder of a run on the meta device."""
     return build_vae(config.spec, device="meta", dtype=encoder_dtype(config.args))
+
+
+def build_meta_text_encoder(config: RunConfig) -> T5Encoder:
+    """Builds the text encoder of a run on the meta device; where its folder is not there, T5-XXL."""
+    try:
+        settings = T5Settings(**read_settings(find_t5_folders(Path(config.spec.text.model_dir))[0]))
+    except CheckpointError:
+        settings = T5_XXL
+    with torch.device("meta"):
+        return T5Encoder(settings).to(encoder_dtype(config.args)).requires_grad_(False)
 
 
 def _latent(config: RunConfig, batch_size: int, channels: int) -> Tensor:

@@ -19,6 +19,7 @@ from sat_train.planning.gpu_memory import Weights
 
 _TERA, _GIGA = 1e12, 1e9
 _HOST_UPDATE_S = 1.2e-8  # an element of torch's AdamW on one CPU thread
+_HOST_TFLOPS = 1.0  # of a rank's share of a server's processors, for matrix products in bf16
 HOST_COPY_GBPS = 20  # between GPU and host
 
 
@@ -105,8 +106,10 @@ def optimizer_seconds(config: RunConfig, card: Hardware, *, elements: float) -> 
     return elements * (2 * (4 + state) + 4 + 2) / card.memory_tbps / _TERA
 
 
-def encoding_seconds(work: Work, weights: Weights, card: Hardware, *, text_tokens: int) -> float:
+def encoding_seconds(
+    work: Work, weights: Weights, card: Hardware, *, text_tokens: int, text_on_host: bool
+) -> float:
     """Returns the seconds of autoencoder and T5 for one sample."""
-    text = 2 * weights.text_encoder * text_tokens / card.matmul_tflops
+    text = 2 * weights.text_encoder * text_tokens / (_HOST_TFLOPS if text_on_host else card.matmul_tflops)
     convolutions = work.linear_flops / card.convolution_tflops
     return (text + convolutions) / _TERA + work.moved_bytes / card.memory_tbps / _TERA

@@ -6,9 +6,7 @@ counted (`counting.py`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,13 +17,10 @@ from sat_train.engine.reduction import bucket_bytes
 from sat_train.engine.undivided import is_undivided
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.models.frozen_layers import hold_frozen_weights
-from sat_train.planning.counting import build_meta_dit, build_meta_vae
-from sat_train.weights.readers import read_weight_files
+from sat_train.planning.counting import build_meta_dit, build_meta_text_encoder, build_meta_vae
 
 CONTEXT_BYTES = 2e9  # CUDA context, NCCL and the libraries' workspaces, which nobody counts
-T5_XXL_WEIGHTS = 4.762e9  # google/t5-v1_1-xxl, encoder only
 MASTER_BYTES = 4  # bytes of a weight in fp32
-_ENCODER = ("encoder.", "shared.")  # keys of T5 that are not its decoder's
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def count_weights(config: RunConfig) -> Weights:
         transformer=total,
         trained=tuple(each.numel() for each in dit.parameters() if each.requires_grad),
         vae=_size(build_meta_vae(config)),
-        text_encoder=_text_encoder_weights(Path(config.spec.text.model_dir)),
+        text_encoder=_size(build_meta_text_encoder(config)),
         held=total - _size(dit),
         held_bytes=sum(buffer.nbytes for buffer in dit.buffers()) - others + swap.device_bytes,
         host_bytes=swap.host_bytes,
@@ -76,14 +71,6 @@ def count_weights(config: RunConfig) -> Weights:
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _text_encoder_weights(folder: Path) -> int:
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        return int(T5_XXL_WEIGHTS)
-    shapes = read_weight_files(files).shapes
-    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(_ENCODER))
 
 
 @dataclass(frozen=True)
@@ -186,6 +173,28 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
     )
 
 
-def encoder_bytes(config: RunConfig, weights: Weights) -> float:
-    """Returns the bytes of both encoders."""
-    return encoder_dtype(config.args).itemsize * (weights.vae + weights.text_encoder)
+@dataclass(frozen=True)
+class EncoderMemory:
+    """Bytes of the frozen encoders of one rank.
+
+    Args:
+        vae: The autoencoder.
+        text: T5 on the GPU.
+        host: T5 on the CPU.
+    """
+
+    vae: float
+    text: float
+    host: float
+
+    @property
+    def gpu(self) -> float:
+        """Those on the GPU."""
+        return self.vae + self.text
+
+
+def count_encoders(config: RunConfig, weights: Weights) -> EncoderMemory:
+    """Computes the bytes of both encoders."""
+    element, on_host = encoder_dtype(config.args).itemsize, config.args.text_encoder_device == "cpu"
+    text = element * weights.text_encoder
+    return EncoderMemory(element * weights.vae, 0.0 if on_host else text, text if on_host else 0.0)

@@ -33,6 +33,11 @@ def memory_ladder(config: RunConfig, *, gpus: int) -> Iterator[Rung]:
     if needs_encoders(config):
         words = ("data.cache=require", "data.cache_dir=cache", "args.valid_video_interval=null")
         yield Rung("encode beforehand, no validation videos: T5 and VAE are not loaded", words)
+    if args.text_encoder_device == "auto":
+        yield Rung("T5 on the CPU; seconds a caption", ("args.text_encoder_device=cpu",))
+    if not config.spec.vae.tiling:
+        tiles = "model.first_stage_config.params.tiling=true"
+        yield Rung("encode in tiles; seams are blended, so other latents", (tiles,))
     policies = ("off", "attention", "full") if config.spec.adapter else ("off", "gemm", "attention", "full")
     at = policies.index(args.checkpoint_activations) if args.checkpoint_activations in policies else 0
     for policy in policies[at + 1 :]:

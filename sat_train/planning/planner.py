@@ -14,6 +14,7 @@ from sat_train.planning.counting import (
     Work,
     count_peak,
     count_work,
+    peak_of_captions,
     peak_of_decoding,
     peak_of_encoding,
     work_of_encoding,
@@ -30,12 +31,13 @@ from sat_train.planning.duration import (
 from sat_train.planning.gpu_memory import (
     CONTEXT_BYTES,
     MASTER_BYTES,
+    EncoderMemory,
     PhaseMemory,
     StateMemory,
     Weights,
+    count_encoders,
     count_states,
     count_weights,
-    encoder_bytes,
     layout_stage,
 )
 from sat_train.training.run_data import samples_videos
@@ -154,24 +156,23 @@ class Planner:
         return max(self.gpus // config.args.model_parallel_size, 1)
 
     def _phases(self, config: RunConfig, weights: Weights, states: StateMemory) -> Iterator[PhaseMemory]:
-        args, encoders = config.args, encoder_bytes(config, weights)
-        resident = encoders if needs_encoders(config) else 0.0
+        args, encoders = config.args, count_encoders(config, weights)
+        loaded = encoders if needs_encoders(config) else EncoderMemory(0.0, 0.0, 0.0)
         read = compute_dtype(args).itemsize * weights.transformer if weights.held else 0.0
-        host = resident + states.swapped + read
-        yield PhaseMemory("load", weights=states.weights, encoders=resident, host=host)
-        if resident and _forgets_text_encoder(config):
-            resident -= encoder_dtype(args).itemsize * weights.text_encoder
-        yield PhaseMemory(
-            "precompute", activations=self._once(config, peak_of_encoding), encoders=encoders, host=encoders
-        )
+        host = loaded.gpu + loaded.host + states.swapped + read
+        yield PhaseMemory("load", weights=states.weights, encoders=loaded.gpu, host=host)
+        if _forgets_text_encoder(config):
+            loaded = replace(loaded, text=0.0, host=0.0)
+        yield self._precompute(config, encoders)
+        on_host = loaded.host + states.offloaded + states.swapped
         training = PhaseMemory(
             "step",
             weights=states.weights,
             gradients=states.gradients,
             optimizer=states.optimizer,
             buffers=CONTEXT_BYTES + states.buffers,
-            encoders=resident,
-            host=states.offloaded + states.swapped + self._copy_of_saves(config, weights, states),
+            encoders=loaded.gpu,
+            host=on_host + self._copy_of_saves(config, weights, states),
         )
         passes = self._peak(config, args.batch_size)
         inputs = _inputs_on_host(config, self._tokens(config))
@@ -185,6 +186,21 @@ class Planner:
         if args.save is not None:
             gathered = _saved_weights_bytes(config, weights) if args.zero_stage == 3 else 0.0
             yield replace(training, phase="save", host=training.host + gathered)
+
+    def _precompute(self, config: RunConfig, encoders: EncoderMemory) -> PhaseMemory:
+        """Returns the larger of captions, which come first, and clips, for which T5 is freed."""
+        host = encoders.gpu + encoders.host
+        clips = PhaseMemory(
+            "precompute",
+            activations=self._once(config, peak_of_encoding),
+            encoders=encoders.gpu if config.model.conditions else encoders.vae,
+            host=host,
+        )
+        if not encoders.text:
+            return clips
+        peak = self._once(config, peak_of_captions, config.require_data().captions_at_once)
+        captions = PhaseMemory("precompute", activations=peak, encoders=encoders.gpu, host=host)
+        return max(captions, clips, key=lambda phase: phase.total)
 
     def _copy_of_saves(self, config: RunConfig, weights: Weights, states: StateMemory) -> float:
         """Returns the bytes of the copy from which the first rank saves while training continues."""
@@ -203,7 +219,10 @@ class Planner:
         encoding = 0.0
         if config.require_data().cache == "off":
             work, text_tokens = self._once(config, work_of_encoding), config.spec.text.max_length
-            encoding = samples * encoding_seconds(work, weights, self.card, text_tokens=text_tokens)
+            on_host = args.text_encoder_device == "cpu"
+            encoding = samples * encoding_seconds(
+                work, weights, self.card, text_tokens=text_tokens, text_on_host=on_host
+            )
         share = row_length(weights.trained, data_ranks if args.zero_stage else 1)
         computing = passes * (linear + attention + elementwise)
         copied = 2 * passes * (weights.host_bytes + _inputs_on_host(config, self._tokens(config)))

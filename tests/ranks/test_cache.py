@@ -32,6 +32,7 @@ def test_two_ranks_share_the_work_and_any_number_reads_it(rank_pool, tmp_path: P
         *(f"args.train_data=[{make_set(tmp_path / 'set', 'abc')}]", "args.valid_data=null"),
         *(f"model.first_stage_config.params.ckpt_path={make_vae(tmp_path / 'vae.safetensors')}",),
         *(f"data.cache_dir={tmp_path / 'cache'}", "data.params.views=2", "data.cache_shard_mb=0.05"),
+        "data.captions_at_once=2",
         *("args.eval_interval=null", "args.valid_video_interval=null", "args.train_iters=4"),
     ]
     rank_pool(2)(_precompute, words)

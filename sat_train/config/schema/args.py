@@ -55,6 +55,12 @@ class ArgsConfig(Record):
         "auto", description="auto: CUDA when there is a device, else CPU."
     )
 
+    text_encoder_device: Literal["auto", "cpu"] = Field(
+        "auto",
+        description="Where T5 encodes captions and prompts. auto: where the transformer is. cpu: in host "
+        "memory, which takes seconds a caption.",
+    )
+
     # Length, batch and optimization
     train_iters: int | None = Field(
         None, ge=1, description="Optimizer steps of the whole run. Either this or `epochs`."

@@ -36,6 +36,10 @@ class T5Settings:
     eos_token_id: int = 1
 
 
+# google/t5-v1_1-xxl
+T5_XXL = T5Settings(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+
+
 def _tanh_gelu(x: Tensor) -> Tensor:
     """GELU as T5 v1.1 was trained with it, operation by operation: the fused kernel rounds differently."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sat_train.config import load_run_config
 from sat_train.config.paths import ASSETS
+from sat_train.encoding.build import build_encoders
 from sat_train.encoding.text_weights import read_text_encoder
 from sat_train.errors import CheckpointError
 from sat_train.models.text.t5 import T5TextEncoder
@@ -37,6 +39,20 @@ def test_each_caption_is_encoded_alone():
     together = encoder().encode(CAPTIONS)
     alone = torch.cat([encoder().encode([caption]) for caption in CAPTIONS])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)  # batched matrix products
+
+
+def test_the_text_encoder_stays_on_the_cpu_while_encodings_go_to_the_device():
+    """The meta device stands for a GPU: what comes from the CPU is there all the same."""
+    words, device = ["args.text_encoder_device=cpu"], torch.device("meta")
+    config = load_run_config(["configs/sft.yaml"], words, purpose="check", check_paths=False)
+    encoders = build_encoders(config, device)
+    text = encoders.text(CAPTIONS[0])
+    assert (text.device, text.shape) == (device, (config.spec.text.max_length, config.spec.text_width))
+    assert {weight.device.type for weight in encoders.text_encoder.parameters()} == {"cpu"}
+    assert encoders.text_device.type == "cpu"
+    plain = load_run_config(["configs/sft.yaml"], purpose="check", check_paths=False)
+    expected = build_encoders(plain, torch.device("cpu")).text(CAPTIONS[0])
+    assert torch.equal(encoders.text_encoder.encode(CAPTIONS[:1])[0], expected)
 
 
 def test_token_length_counts_the_end_token_and_is_what_is_cut():

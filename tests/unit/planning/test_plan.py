@@ -84,6 +84,20 @@ def test_a_single_rank_copies_the_whole_checkpoint_to_save_it_in_the_background(
         assert ours.host - other.host == pytest.approx(copied, rel=0.01)
 
 
+def test_a_text_encoder_on_the_cpu_takes_host_memory_instead() -> None:
+    planner = Planner(find_hardware("h100"), gpus=1)
+    words = ("args.bf16=true", "args.text_encoder_device=cpu")
+    gpu, cpu = (planner.phases(_read("cogvideox_tiny", "sft", words=some)) for some in (words[:1], words))
+    size = 2 * count_weights(_read("cogvideox_tiny", "sft")).text_encoder
+    for ours, other in zip(cpu, gpu, strict=True):
+        if ours.phase == "precompute":  # where T5 is freed before the clips, if it was on the GPU
+            assert ours.total <= other.total
+        else:
+            assert ours.total == pytest.approx(other.total - size)
+            host = 0 if ours.phase == "load" else size  # it is read through host memory anyway
+            assert ours.host - other.host == pytest.approx(host)
+
+
 def test_inputs_in_host_memory_and_a_base_in_few_bits_take_what_they_say() -> None:
     full = "args.checkpoint_activations=full"
     config, offloaded = (
@@ -93,6 +107,7 @@ def test_inputs_in_host_memory_and_a_base_in_few_bits_take_what_they_say() -> No
     saved = count_peak(config, batch_size=1) - count_peak(offloaded, batch_size=1)
     assert saved == pytest.approx((config.spec.layers - 2) * row, rel=0.01)  # two are on the GPU at a time
     plain = count_weights(config)
+    assert plain.text_encoder == pytest.approx(4.762e9, rel=1e-3)  # T5-XXL, where its folder is not there
     per_block = 2 * sum(config.spec.parameters().values()) / config.spec.layers
     for kind, bits in (("int8", 8.25), ("nf4", 4.25)):
         held = count_weights(_read("cogvideox_5b", "lora", words=(f"args.quantize_base={kind}",)))
