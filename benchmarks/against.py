@@ -44,6 +44,7 @@ from sat_train.config.hardware import find_hardware
 from sat_train.config.sat_args import build_sat_args
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import build_dit
+from sat_train.models.recomputation import set_recomputation
 from sat_train.weights.diffusers_config import transformer_config
 from sat_train.weights.diffusers_keys import transformer_to_diffusers
 
@@ -130,10 +131,10 @@ def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, *, compile
         device=device,
         dtype=dtype,
         recompute=args.checkpoint_activations,
-        recompute_every=args.checkpoint_every,
         initialize=False,
     )
     fill(dit, start_single_process())
+    set_recomputation(dit, config)
     if compiled:
         dit.compile_blocks()
     return Contender("ours", dit, lambda given: dit(given.latent, given.timesteps, given.text))

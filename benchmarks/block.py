@@ -27,8 +27,8 @@ from sat_train.config.parts.position_parts import PositionConfig
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import build_dit
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.meters import Traffic, bytes_in, flash_attention
 from sat_train.models.trainable import select_configured
-from sat_train.planning.counting import Traffic, bytes_in, flash_attention
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")
 ONE_LAYER = "model.network_config.params.num_layers=1"

@@ -21,9 +21,9 @@ from sat_train.distributed.processes import start_single_process
 from sat_train.encoding.build import build_encoders
 from sat_train.encoding.encoded_batch import EncodedBatch
 from sat_train.models.build import build_dit, compute_dtype
+from sat_train.models.meters import LivingTensors, flash_attention
 from sat_train.models.trainable import select_configured
 from sat_train.objective.build import build_pipeline
-from sat_train.planning.counting import LivingTensors, flash_attention
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MOST = 1.05

@@ -69,6 +69,7 @@ SECONDS: dict[str, int] = {
     "unit/checkpoint/test_lora_files.py": 9,
     "unit/cli/test_stopped_early.py": 9,
     "parity/test_controlnet.py": 8,
+    "unit/models/test_recompute_budget.py": 8,
     "unit/cli/test_new_extension.py": 8,
     "runs/test_launch_scripts.py": 8,
 }

@@ -44,7 +44,7 @@ def network_spec(**numbers: Any) -> NetworkSpec:
 
 def build_network(**options: Any) -> DiffusionTransformer:
     """Builds a small transformer; options replace its numbers, or are those of `DiffusionTransformer`."""
-    others = ("hook_order", "recompute", "recompute_every", "inputs_on_host", "device", "dtype", "init_seed")
+    others = ("hook_order", "recompute", "inputs_on_host", "device", "dtype", "init_seed")
     building = {name: options.pop(name) for name in others if name in options}
     return DiffusionTransformer(network_spec(**{**SMALL, **options}), **building)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from sat_train.config.hardware import Hardware, cards_named
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.planning.counting import LivingTensors
+from sat_train.models.meters import LivingTensors
 
 _GIB = 2**30
 

@@ -25,6 +25,7 @@ from sat_train.models.adapter import start_adapters
 from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.sharding import full_shape, shard_weight
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.recomputation import set_recomputation
 from sat_train.models.trainable import select_configured
 from sat_train.objective.build import build_pipeline
 from sat_train.training.loop.step import TrainStep
@@ -77,12 +78,12 @@ def build_random_dit(setting: Setting, config: RunConfig) -> DiffusionTransforme
         device=setting.mesh.device,
         dtype=compute_dtype(config.args),
         recompute=config.args.checkpoint_activations,
-        recompute_every=config.args.checkpoint_every,
         initialize=False,
     )
     fill(dit, setting.mesh)
     start_adapters(dit, setting.mesh, seed=0)
     select_configured(dit, config.model)
+    set_recomputation(dit, config)
     return dit
 
 

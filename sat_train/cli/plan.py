@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from sat_train.errors import ConfigError, Fault
 if TYPE_CHECKING:
     from sat_train.planning.gpu_memory import PhaseMemory
     from sat_train.planning.ladder import Climb, Rung
-    from sat_train.planning.planner import Plan
+    from sat_train.planning.planner import Plan, Planner
 
 _GB = 1e9
 _GIB = 2**30
@@ -63,26 +63,44 @@ def main(argv: Sequence[str]) -> int:
         return load_run_config(files, more, purpose="check", check_paths=False)
 
     climbs = [] if plan.fits else climb_down(planner, config, reload)
-    print(_as_json(plan, climbs) if options.json else _as_text(plan, climbs))
+    faster = _faster(planner, plan, climbs, reload)
+    print(_as_json(plan, climbs, faster) if options.json else _as_text(plan, climbs, faster))
     return 0 if plan.fits else 1
 
 
-def _as_json(plan: Plan, climbs: Sequence[Climb]) -> str:
+def _faster(
+    planner: Planner, plan: Plan, climbs: Sequence[Climb], reload: Callable[[Sequence[Rung]], RunConfig]
+) -> Climb | None:
+    """Returns what the card still has room to keep, where the run fits, or does with the rungs it took."""
+    from sat_train.planning.ladder import use_memory
+
+    taken = [climb.rung for climb in climbs]
+    config, fits = reload(taken), climbs[-1].plan.fits if climbs else plan.fits
+    if not fits or not config.args.recomputes:
+        return None
+    return use_memory(planner, config, lambda rungs: reload([*taken, *rungs]))
+
+
+def _as_json(plan: Plan, climbs: Sequence[Climb], faster: Climb | None) -> str:
     tree: dict[str, Any] = asdict(plan)
     tree["phases"] = [{**asdict(phase), "total": phase.total} for phase in plan.phases]
     tree["step"] = {**asdict(plan.step), "total": plan.step.total}
     tree |= {"fits": plan.fits, "samples_per_second": plan.samples_per_second}
-    tree["ladder"] = [
-        {**asdict(climb.rung), "total": climb.plan.peak.total, "step_s": climb.plan.step.total}
-        for climb in climbs
-    ]
+    tree["ladder"] = [_climb_tree(climb) for climb in climbs]
+    tree["faster"] = None if faster is None else _climb_tree(faster)
     return json.dumps(tree, indent=2)
 
 
-def _as_text(plan: Plan, climbs: Sequence[Climb]) -> str:
+def _climb_tree(climb: Climb) -> dict[str, Any]:
+    return {**asdict(climb.rung), "total": climb.plan.peak.total, "step_s": climb.plan.step.total}
+
+
+def _as_text(plan: Plan, climbs: Sequence[Climb], faster: Climb | None) -> str:
     lines = [*_head(plan), "", *_memory_table(plan), "", *_time_lines(plan)]
     if not plan.fits:
         lines += ["", *_ladder_lines(plan, climbs)]
+    if faster is not None:
+        lines += ["", "Faster, and the card has room for it:", _climb_line(faster)]
     return "\n".join([*lines, "", "Computed, not measured."])
 
 
@@ -126,15 +144,19 @@ def _ladder_lines(plan: Plan, climbs: Sequence[Climb]) -> list[str]:
     memory = plan.hardware.memory_gib * _GIB / _GB
     lines = [f"This does not fit: {peak.phase} takes {peak.total / _GB:.1f} GB, the card has {memory:.1f}."]
     for climb in climbs:
-        typed = " ".join([*climb.rung.files, *climb.rung.words])
-        figures = f"{climb.plan.peak.total / _GB:.1f} GB, {climb.plan.step.total:.3g} s a step"
-        lines.append(f"  {figures:<30}{climb.rung.meaning}: {typed}")
+        lines.append(_climb_line(climb))
     if not climbs or not climbs[-1].plan.fits:
         return [*lines, "Nothing makes it fit: take more GPUs, a larger card, or shorter or smaller clips."]
     files = [file for climb in climbs for file in climb.rung.files]
     words = {word.partition("=")[0]: word for climb in climbs for word in climb.rung.words}
     typed = " ".join([*files, *words.values()])
     return [*lines, "It fits with all of these, files behind the others of --base:", f"  {typed}"]
+
+
+def _climb_line(climb: Climb) -> str:
+    typed = " ".join([*climb.rung.files, *climb.rung.words])
+    figures = f"{climb.plan.peak.total / _GB:.1f} GB, {climb.plan.step.total:.3g} s a step"
+    return f"  {figures:<30}{climb.rung.meaning}: {typed}"
 
 
 def _parser() -> argparse.ArgumentParser:

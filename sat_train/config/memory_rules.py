@@ -8,14 +8,30 @@ from sat_train.config.rule import ParsedConfig, rule
 from sat_train.errors import Fault
 
 
-@rule("args.checkpoint_activations", "args.checkpoint_every", "args.checkpoint_offload", "args.compile")
+@rule("args.checkpoint_activations", "args.checkpoint_every", "args.checkpoint_budget")
+def budget_chooses_by_itself(config: ParsedConfig) -> Iterator[Fault]:
+    args = config.args
+    if args.checkpoint_budget is None:
+        return
+    instead = "args.checkpoint_budget chooses a policy for each block"
+    if args.checkpoint_activations in ("gemm", "attention"):
+        expected = f"true or false: {instead}"
+        yield config.fault("args.checkpoint_activations", args.checkpoint_activations, expected)
+    if args.checkpoint_every > 1:
+        yield config.fault("args.checkpoint_every", args.checkpoint_every, f"1: {instead}")
+
+
+@rule(
+    *("args.checkpoint_activations", "args.checkpoint_every", "args.checkpoint_budget"),
+    *("args.checkpoint_offload", "args.compile"),
+)
 def something_is_recomputed(config: ParsedConfig) -> Iterator[Fault]:
     args = config.args
-    if args.checkpoint_every > 1 and args.checkpoint_activations == "off":
+    if args.checkpoint_every > 1 and not args.recomputes:
         yield config.fault(
             "args.checkpoint_every", args.checkpoint_every, "1: args.checkpoint_activations is off"
         )
-    if args.checkpoint_offload and args.checkpoint_activations == "off":
+    if args.checkpoint_offload and not args.recomputes:
         expected = "false: args.checkpoint_activations is off, and no block keeps its input for that"
         yield config.fault("args.checkpoint_offload", True, expected)
     elif args.checkpoint_offload and args.compile == "blocks":

@@ -25,7 +25,7 @@ TRAINING_ONLY = frozenset(
         *("clip_grad", "warmup", "lr_decay_style", "lr_decay_iters", "lr_decay_ratio", "ema_decay"),
         *("lr_decay_power", "lr_decay_cycles", "lr_decay_share"),
         *("zero_stage", "checkpoint_activations", "checkpoint_every", "compile", "experiment_name", "resume"),
-        *("checkpoint_offload", "quantize_base", "block_swap", "async_save"),
+        *("checkpoint_budget", "checkpoint_offload", "quantize_base", "block_swap", "async_save"),
         *("save", "save_interval", "keep_last", "keep_every", "log_interval", "tensorboard", "wandb"),
         *("callbacks", "condition_report", "validation_views"),
         *("wandb_project_name", "eval_interval", "eval_iters", "eval_batch_size", "eval_timesteps"),

@@ -123,7 +123,9 @@ def _rate(config: RunConfig, facts: RunFacts) -> str:
 def _memory(config: RunConfig) -> str:
     args = config.args
     parts = [f"ZeRO-{args.zero_stage}"]
-    if args.checkpoint_activations != "off":
+    if args.checkpoint_budget is not None:
+        parts.append(f"activations within {args.checkpoint_budget:g} of their memory, the rest recomputed")
+    elif args.recomputes:
         some = "" if args.checkpoint_every == 1 else f" in one block of {args.checkpoint_every}"
         parts.append(f"activations recomputed ({args.checkpoint_activations}){some}")
     parts += ["inputs of blocks in host memory"] * args.checkpoint_offload

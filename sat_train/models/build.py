@@ -19,7 +19,6 @@ def build_dit(
     device: torch.device | str,
     dtype: torch.dtype,
     recompute: Recompute = "off",
-    recompute_every: int = 1,
     inputs_on_host: bool = False,
     seed: int = 0,
     initialize: bool = True,
@@ -32,7 +31,6 @@ def build_dit(
         device: Where the weights live; `meta` costs neither time nor memory.
         dtype: Dtype of the weights; adapters are fp32.
         recompute: See `DiffusionTransformer`.
-        recompute_every: See `DiffusionTransformer`.
         inputs_on_host: See `DiffusionTransformer`.
         seed: Seed of the initial weights.
         initialize: False leaves the transformer's weights unset, for loading over; adapters are always set.
@@ -46,7 +44,6 @@ def build_dit(
     dit = DiffusionTransformer(
         spec,
         recompute=recompute,
-        recompute_every=recompute_every,
         inputs_on_host=inputs_on_host,
         device=device,
         dtype=dtype,

@@ -76,7 +76,7 @@ def communication_seconds(
     element = compute_dtype(config.args).itemsize
     gradients = reduced_element_bytes(section, element) * weights.num_trained
     if stage == 3:
-        gathers = 3 if config.args.checkpoint_activations != "off" else 2
+        gathers = 3 if config.args.recomputes else 2
         volume = micro_steps * (gathers * element * weights.transformer + gradients)
     else:
         crossings = 1 if reduces_to_owners(section.zero_optimization) else 2

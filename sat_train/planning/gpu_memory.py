@@ -17,7 +17,7 @@ from sat_train.engine.reduction import bucket_bytes
 from sat_train.engine.undivided import is_undivided
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.models.frozen_layers import hold_frozen_weights
-from sat_train.planning.counting import build_meta_dit, build_meta_text_encoder, build_meta_vae
+from sat_train.models.meta_models import build_meta_dit, build_meta_text_encoder, build_meta_vae
 
 CONTEXT_BYTES = 2e9  # CUDA context, NCCL and the libraries' workspaces, which nobody counts
 MASTER_BYTES = 4  # bytes of a weight in fp32

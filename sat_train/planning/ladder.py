@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sat_train.config import RunConfig
+from sat_train.config.parts.record import Recompute
 from sat_train.planning.planner import Plan, Planner, needs_encoders
 
-_LEAST_SAVING = 0.01  # of memory, for which a rung is worth its words
+_LEAST_SAVING = 0.01  # of memory or time, for which a rung is worth its words
+_FILLED = 0.95  # of the card: allocators lose some
+_SHARES = 20  # budgets of activations are tried in twentieths
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,17 @@ def memory_ladder(config: RunConfig, *, gpus: int) -> Iterator[Rung]:
     if not config.spec.vae.tiling:
         tiles = "model.first_stage_config.params.tiling=true"
         yield Rung("encode in tiles; seams are blended, so other latents", (tiles,))
-    policies = ("off", "attention", "full") if config.spec.adapter else ("off", "gemm", "attention", "full")
+    policies: tuple[Recompute, ...] = ("off", "gemm", "attention", "full")
+    policies = ("off", "attention", "full") if config.spec.adapter else policies
     at = policies.index(args.checkpoint_activations) if args.checkpoint_activations in policies else 0
-    for policy in policies[at + 1 :]:
-        words = (f"args.checkpoint_activations={policy}", "args.checkpoint_every=1")
-        yield Rung("recompute more in the backward pass; slower", words)
+    for policy in policies[at + 1 :] if args.checkpoint_budget is None else ("full",):
+        yield _recomputing(config, policy)
     if args.batch_size > 1:
         accumulated = args.batch_size * args.gradient_accumulation_steps
         words = ("args.batch_size=1", f"args.gradient_accumulation_steps={accumulated}")
         yield Rung("one sample at a time, as many a step as before", words)
     if not args.checkpoint_offload:
-        policy = "full" if args.checkpoint_activations == "off" else args.checkpoint_activations
+        policy = args.checkpoint_activations if args.recomputes else "full"
         words = ("args.checkpoint_offload=true", f"args.checkpoint_activations={policy}", *_eager(config))
         yield Rung("inputs of recomputed blocks in host memory; blocks are not compiled", words)
     yield from _rungs_of_the_states(config, gpus)
@@ -123,6 +127,54 @@ def climb_down(
         taken.append(climb)
         plan, config = climb.plan, reload([each.rung for each in taken])
     return taken
+
+
+def use_memory(
+    planner: Planner, config: RunConfig, reload: Callable[[Sequence[Rung]], RunConfig]
+) -> Climb | None:
+    """Returns the share of activations that a run has room to keep, with the faster run; None if it has none.
+
+    Args:
+        planner: The planner of the card.
+        config: A run that fits and recomputes.
+        reload: Reads its configuration with the words of some rungs.
+    """
+    plan, room = planner.plan(config), _FILLED * planner.card.memory_gib * 2**30
+    least, most = (
+        max(phase.total for phase in planner.phases(reload([_recomputing(config, policy)])))
+        for policy in ("full", "off")
+    )
+    over, steps = most - room, _SHARES
+    while most > least:
+        steps -= max(math.ceil(over / (most - least) * _SHARES), 0)
+        if steps <= 0:
+            return None
+        rung = _recomputing(config, "off") if steps == _SHARES else _keeping(config, steps / _SHARES)
+        filled = planner.plan(reload([rung]))
+        over = filled.peak.total - room
+        if over <= 0:
+            faster = filled.step.total < plan.step.total * (1 - _LEAST_SAVING)
+            return Climb(rung, filled) if faster else None
+    return None
+
+
+def _recomputing(config: RunConfig, policy: Recompute) -> Rung:
+    """Returns the rung to a policy for all blocks."""
+    args = config.args
+    words = [f"args.checkpoint_activations={policy}"]
+    words += ["args.checkpoint_every=1"] * (args.checkpoint_every > 1)
+    words += ["args.checkpoint_budget=null"] * (args.checkpoint_budget is not None)
+    more = policy != "off"
+    return Rung("recompute more in the backward pass; slower" if more else "keep everything", tuple(words))
+
+
+def _keeping(config: RunConfig, share: float) -> Rung:
+    """Returns the rung to a share of activations that are kept."""
+    args = config.args
+    words = [f"args.checkpoint_budget={share:g}"]
+    words += ["args.checkpoint_activations=full"] * (args.checkpoint_activations in ("gemm", "attention"))
+    words += ["args.checkpoint_every=1"] * (args.checkpoint_every > 1)
+    return Rung("keep what the card has room for", tuple(words))
 
 
 def _next_rung(

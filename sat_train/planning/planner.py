@@ -10,6 +10,7 @@ from sat_train.config import RunConfig
 from sat_train.config.hardware import Hardware
 from sat_train.engine.owned import row_length
 from sat_train.models.build import compute_dtype, encoder_dtype
+from sat_train.models.recomputation import recomputed_widths
 from sat_train.planning.counting import (
     Work,
     count_peak,
@@ -268,7 +269,9 @@ class Planner:
 
     def _once(self, config: RunConfig, count: Callable[..., T], *depends_on: object, **options: Any) -> T:
         data = config.require_data().params
-        model = (repr(config.model), data.max_num_frames, data.video_size, compute_dtype(config.args))
+        # its `transformer_args` repeat settings of `args`
+        tree = config.model.model_dump(exclude={"network_config": {"params": {"transformer_args"}}})
+        model = (repr(tree), data.max_num_frames, data.video_size, compute_dtype(config.args))
         key = (count, *model, *depends_on, *options.items())
         if key not in self._known:
             self._known[key] = count(config, **options)
@@ -281,6 +284,7 @@ def _settings_of_passes(config: RunConfig) -> tuple[object, ...]:
     return (
         args.checkpoint_activations,
         args.checkpoint_every,
+        *(args.checkpoint_budget, args.batch_size),
         args.checkpoint_offload,
         args.quantize_base,
     )
@@ -289,8 +293,8 @@ def _settings_of_passes(config: RunConfig) -> tuple[object, ...]:
 def _inputs_on_host(config: RunConfig, tokens: int) -> float:
     """Returns the bytes of host memory that inputs of recomputed blocks take."""
     args = config.args
-    blocks = -(-config.spec.layers // args.checkpoint_every) if args.checkpoint_offload else 0
-    return blocks * args.batch_size * tokens * config.spec.width * compute_dtype(args).itemsize
+    widths = sum(recomputed_widths(config)) if args.checkpoint_offload else 0
+    return args.batch_size * tokens * widths * compute_dtype(args).itemsize
 
 
 def needs_encoders(config: RunConfig) -> bool:

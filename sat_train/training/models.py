@@ -52,6 +52,7 @@ from sat_train.models.encoders import Encoders
 from sat_train.models.frozen_layers import hold_frozen_weights
 from sat_train.models.loaded_adapters import load_updates
 from sat_train.models.low_rank import Updates, highest_rank, scales_of, stacked
+from sat_train.models.recomputation import set_recomputation
 from sat_train.models.trainable import frozen_base, select_configured
 from sat_train.objective.build import build_pipeline
 from sat_train.objective.video_diffusion import VideoDiffusion
@@ -222,7 +223,6 @@ def _build_trained(
         device="cpu" if is_held else mesh.device,
         dtype=compute_dtype(config.args),
         recompute=config.args.checkpoint_activations,
-        recompute_every=config.args.checkpoint_every,
         inputs_on_host=config.args.checkpoint_offload,
         seed=config.args.seed,
         initialize=start.located is None and start.resumed is None,
@@ -246,6 +246,7 @@ def _build_trained(
         check_zeros_train(dit, surgery)
     if is_held:
         _hold_base(config, dit, mesh, start)
+    set_recomputation(dit, config)
     return dit, surgery if start.resumed is None else None
 
 

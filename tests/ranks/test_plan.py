@@ -82,12 +82,16 @@ def test_lasting_bytes_are_those_of_the_engine(rank_pool: Callable[..., Any], re
 
 
 def _passes_as_planned(mesh: ProcessMesh) -> None:
-    from sat_train.planning.counting import LivingTensors, count_peak
+    from sat_train.models.meters import LivingTensors
+    from sat_train.planning.counting import count_peak
     from sat_train.training.models import StartWeights, build_trained_dit
 
     policies = [("sft", policy, "off") for policy in ("off", "gemm", "attention", "full")]
-    for recipe, policy, kind in [*policies, ("lora", "full", "off"), ("lora", "off", "nf4")]:
-        config = _config(recipe, f"args.checkpoint_activations={policy}", f"args.quantize_base={kind}")
+    policies += [("lora", "full", "off"), ("lora", "off", "nf4")]
+    runs = [(recipe, f"args.checkpoint_activations={policy}", kind) for recipe, policy, kind in policies]
+    runs += [("sft", "args.checkpoint_budget=0.5", "off"), ("lora", "args.checkpoint_budget=0.3", "off")]
+    for recipe, policy, kind in runs:
+        config = _config(recipe, policy, f"args.quantize_base={kind}")
         dit = build_trained_dit(config, mesh, StartWeights(base=BASE))
         inputs = _inputs(config, dit)
         for parameter in dit.parameters():

@@ -14,6 +14,7 @@ from sat_train.models.adapter import adapted_layers, merge_adapters, start_adapt
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.sharding import merge_shards, shard_weight, tensor_parallel_layout
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.recompute_budget import count_block_costs, policies_within
 from tests.networks import add_adapters, build_network
 from tests.unit.models.mixins import Branch, Fuser, Remembering
 from tests.unit.models.narrow import inputs
@@ -101,15 +102,21 @@ def test_two_ranks_compute_what_one_does(rank_pool, positions, added):
         assert (actual - gradient).abs().max() < TOLERANCE * gradient.abs().max().clamp(min=floor), key
 
 
-def _compiled_as_eager(mesh: ProcessMesh) -> None:
+def _compiled_as_eager(mesh: ProcessMesh) -> dict[str, str]:
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
+    given = dict(zip(("latent_btchw", "timesteps_b", "text_bld"), inputs(), strict=True))
+    twin = _build("rotary_learned", "lora").to("meta")
+    costs = count_block_costs(
+        twin, {name: each.to("meta") for name, each in given.items()}, inputs_on_host=False
+    )
     outputs, gradients = [], []
-    for compiled in (False, True):
+    for budget, compiled in ((1, False), (0.5, False), (0.5, True)):
         dit = _build("rotary_learned", "lora")
-        dit.recompute = "attention"
+        for name, policy in policies_within(costs, budget).items():
+            dit.get_submodule(name).recompute = policy
         start_adapters(dit, mesh, seed=0)
         with torch.no_grad():
             for key, parameter in dit.named_parameters():
@@ -120,15 +127,19 @@ def _compiled_as_eager(mesh: ProcessMesh) -> None:
         outputs[-1].square().mean().backward()
         gradients.append({key: parameter.grad for key, parameter in dit.named_parameters()})
     assert not counters["graph_break"]
-    assert torch.allclose(*outputs, rtol=TOLERANCE, atol=TOLERANCE * outputs[0].abs().max().item())
-    for key, gradient in gradients[0].items():
-        error = (gradients[1][key] - gradient).abs().max()
-        assert error <= TOLERANCE * gradient.abs().max(), key
+    first, eager, compiled = gradients
+    assert all(torch.equal(eager[key], gradient) for key, gradient in first.items()), "a sum is added twice"
+    assert torch.allclose(*outputs[1:], rtol=TOLERANCE, atol=TOLERANCE * outputs[0].abs().max().item())
+    for key, gradient in first.items():
+        assert (compiled[key] - gradient).abs().max() <= TOLERANCE * gradient.abs().max(), key
+    return policies_within(costs, 0.5)
 
 
 @pytest.mark.ranks
 def test_compiled_blocks_of_two_ranks_compute_what_eager_ones_do(rank_pool):
-    rank_pool(2)(_compiled_as_eager, model_parallel_size=2)
+    policies, same = rank_pool(2)(_compiled_as_eager, model_parallel_size=2)
+    assert policies == same
+    assert set(policies.values()) == {"attention", "gemm"}
 
 
 class _OwnHeads(Mixin):

@@ -11,7 +11,7 @@ import torch
 from benchmarks.memory import hardware_lines, lora_gb
 from sat_train.config import load_run_config
 from sat_train.distributed.processes import start_single_process, stop_processes
-from sat_train.planning.counting import LivingTensors
+from sat_train.models.meters import LivingTensors
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")  # image-to-video adds 16 channels to these
 

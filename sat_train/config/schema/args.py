@@ -117,6 +117,13 @@ class ArgsConfig(Record):
     checkpoint_every: int = Field(
         1, ge=1, description="Recompute one block in so many; 2: every second block keeps its activations."
     )
+    checkpoint_budget: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Recompute what keeps activations to a share, block by block: 0 is full, 1 is off, 0.5 "
+        "keeps half of what off keeps beyond full. null: checkpoint_activations decides.",
+    )
     checkpoint_offload: bool = Field(
         False, description="Hold the inputs of recomputed blocks in host memory until the backward pass."
     )
@@ -304,6 +311,13 @@ class ArgsConfig(Record):
         description="Conditions that the other half of guidance is without, such as [text, control]; null: "
         "the caption, and those of extensions that say so.",
     )
+
+    @property
+    def recomputes(self) -> bool:
+        """Returns whether the backward pass computes activations again."""
+        if self.checkpoint_budget is not None:
+            return self.checkpoint_budget < 1
+        return self.checkpoint_activations != "off"
 
     def all_callbacks(self) -> tuple[CallbackConfig, ...]:
         """Returns the callbacks that flags enable, then those of `callbacks`, which win over a flag."""

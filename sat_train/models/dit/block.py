@@ -17,6 +17,7 @@ from sat.model.transformer import BaseTransformerLayer
 from sat.mpu import copy_to_model_parallel_region, get_model_parallel_world_size
 from torch import Tensor, nn
 
+from sat_train.config.parts.record import Recompute
 from sat_train.models.dit.context import BlockContext
 from sat_train.models.dit.elementwise import gated_sum, rotate_pairs
 
@@ -48,6 +49,15 @@ class DitBlock:
     key_norm: nn.Module | None
     head_dim: int
     acting: Mapping[str, Acting]
+
+    @property
+    def recompute(self) -> Recompute | None:
+        """Policy of its backward, where it is not the model's: an attribute of the layer.
+
+        Blocks are made again when hooks change, layers are not.
+        """
+        policy: Recompute | None = getattr(self.layer, "recompute", None)
+        return policy
 
     def __call__(self, x_bld: Tensor, context: BlockContext) -> Tensor:
         """Maps tokens `[b, l, d]` to `[b, l, d]`: the block, plus the additions of modules to its output."""

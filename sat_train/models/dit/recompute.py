@@ -13,6 +13,8 @@ from sat_train.config.parts.record import Recompute
 from sat_train.models.dit.block import DitBlock
 from sat_train.models.dit.context import BlockContext
 
+# by what they keep, most first; with frozen weights `gemm` keeps more than `off`
+POLICIES: tuple[Recompute, ...] = ("off", "gemm", "attention", "full")
 _aten = torch.ops.aten
 _ATTENTION = [
     _aten._scaled_dot_product_flash_attention.default,

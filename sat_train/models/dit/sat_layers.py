@@ -8,14 +8,34 @@ from collections.abc import Iterator
 
 import torch
 from sat.model.transformer import BaseTransformer
-from sat.mpu import ColumnParallelLinear, RowParallelLinear
-from torch import nn
+from sat.mpu import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    get_model_parallel_group,
+    get_model_parallel_world_size,
+    mappings,
+)
+from torch import Tensor, nn
 
 from sat_train.models.dit.elementwise import ModulatedLayerNorm
 
 # the values of SAT's transformer for its layers, and of diffusers for all
 NORM_EPS = 1e-5
 LINEAR = (nn.Linear, ColumnParallelLinear, RowParallelLinear)  # classes of linear layers
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    """Sums over the ranks of a model, into a new tensor."""
+    if get_model_parallel_world_size() == 1:
+        return x
+    summed = x.clone()
+    torch.distributed.all_reduce(summed, group=get_model_parallel_group())
+    return summed
+
+
+# SAT's own writes into its input. The output of a matrix product that a block keeps for its backward would be
+# summed a second time, when the block runs again.
+mappings._reduce = _sum_over_ranks
 
 
 def build_layers(

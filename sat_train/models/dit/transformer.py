@@ -38,8 +38,8 @@ class DiffusionTransformer(BaseModel):
         spec: Its numbers; a `ModelSpec` works too.
         hook_order: By hook, names of the modules around it, outermost first; required where there are
             several.
-        recompute: What the backward of a block computes again, see `recomputing`.
-        recompute_every: One block in so many is recomputed; the others keep everything.
+        recompute: What the backward of a block computes again, see `recomputing`; an attribute `recompute` of
+            its layer comes first.
         inputs_on_host: What recomputed blocks keep of their inputs lies in host memory.
         device: Where parameters live; `meta` costs neither time nor memory.
         dtype: Dtype of parameters and of computation.
@@ -57,7 +57,6 @@ class DiffusionTransformer(BaseModel):
         *,
         hook_order: HookOrder | None = None,
         recompute: Recompute = "off",
-        recompute_every: int = 1,
         inputs_on_host: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -69,7 +68,7 @@ class DiffusionTransformer(BaseModel):
             super().__init__(None, transformer=layers)
             self.spec = spec
             self.hook_order: HookOrder = hook_order or {}
-            self.recompute, self.recompute_every = recompute, recompute_every
+            self.recompute = recompute
             self._run, self._host_inputs = recomputing, HostInputs() if inputs_on_host else None
             self.time_embed = _two_layers(spec.width, spec.time_width)
             if spec.ofs_width is not None:
@@ -249,8 +248,7 @@ class DiffusionTransformer(BaseModel):
 
     def run_block(self, block: DitBlock, hidden_bld: Tensor, context: BlockContext) -> Tensor:
         """Runs a block, or one of a `BlockStack`: compiled and recomputed as the model is."""
-        # decided outside of the graph: one that reads the index is compiled for each block
-        recompute = "off" if block.index % self.recompute_every else self.recompute
+        recompute = block.recompute or self.recompute  # outside of the graph, which a policy's blocks share
         inputs = self._host_inputs if recompute != "off" and torch.is_grad_enabled() else None
         with nullcontext() if inputs is None else inputs.around():
             return self._run(block, hidden_bld, context, recompute=recompute)

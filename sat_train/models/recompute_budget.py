@@ -1,0 +1,198 @@
+"""Chooses what each block recomputes, so that all of them keep at most a share of their activations.
+
+The cost of each policy is counted on the meta device, block by block, for eager blocks; compiled ones keep
+less. The choice is exact: of all that the budget allows, the one that computes the fewest FLOPs again, and
+among those moves the fewest bytes in elementwise operations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sat_train.config.parts.record import Recompute
+from sat_train.models.dit.block import DitBlock
+from sat_train.models.dit.context import BlockContext
+from sat_train.models.dit.recompute import POLICIES, recomputing
+from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.meters import FlopMeter, LivingTensors, Traffic, flash_attention, no_collectives
+
+
+class BlockCost(NamedTuple):
+    """Memory and recomputation of a policy in one block.
+
+    Args:
+        kept: Bytes that live between forward and backward, its input included.
+        linear: FLOPs of matrix products that are computed again.
+        attention: FLOPs of attention that are computed again.
+        moved: Bytes that elementwise operations read and write again.
+    """
+
+    kept: int
+    linear: int
+    attention: int
+    moved: int
+
+    def beyond(self, other: BlockCost) -> BlockCost:
+        """Returns what this one takes beyond another, and all that it keeps."""
+        again = (a - b for a, b in zip(self[1:], other[1:], strict=True))
+        return BlockCost(self.kept, *again)
+
+
+BlockCosts = tuple[BlockCost, ...]  # of each of POLICIES
+
+
+def count_block_costs(
+    dit: DiffusionTransformer, inputs: Mapping[str, Any], *, inputs_on_host: bool
+) -> dict[str, BlockCosts]:
+    """Counts the costs of all blocks in one forward, also of the blocks of branches.
+
+    Args:
+        dit: The model on the meta device.
+        inputs: Of its forward.
+        inputs_on_host: Recomputed blocks keep their input in host memory.
+
+    Returns:
+        By name of the block's layer, in the order in which blocks run.
+    """
+    names = {module: name for name, module in dit.named_modules()}
+    costs: dict[str, BlockCosts] = {}
+    known: dict[str, tuple[BlockCosts, Tensor]] = {}
+
+    def measured(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recompute: Recompute) -> Tensor:
+        kind = _kind(block, x_bld, context)
+        if kind not in known:
+            known[kind] = _costs_of(dit, block, x_bld, context, inputs_on_host)
+        costs[names[block.layer]], y_bld = known[kind]
+        return y_bld
+
+    run, dit._run = dit._run, measured
+    try:
+        with flash_attention(), no_collectives():
+            dit(**inputs)
+    finally:
+        dit._run = run
+    return costs
+
+
+def _kind(block: DitBlock, x_bld: Tensor, context: BlockContext) -> str:
+    """Returns a text that is the same for blocks that cost the same."""
+    own = [(type(each).__name__, _shapes(each.parameters(False))) for each in _modules(block)]
+    extras = sorted((name, _shapes([value])) for name, value in context.extras.items())
+    # a module without parts may read the index of its block
+    whole = any(part is None for acting in block.acting.values() for _, part in acting)
+    return repr((own, _shapes([x_bld, context.emb_bd]), extras, block.index if whole else None))
+
+
+def _modules(block: DitBlock) -> Iterable[torch.nn.Module]:
+    parts = [part for acting in block.acting.values() for _, part in acting if part is not None]
+    return itertools.chain.from_iterable(each.modules() for each in (*block.modules().values(), *parts))
+
+
+def _shapes(tensors: Iterable[Tensor]) -> list[tuple[object, ...]]:
+    return [(tuple(each.shape), each.dtype, each.requires_grad) for each in tensors]
+
+
+def _costs_of(
+    dit: DiffusionTransformer, block: DitBlock, x_bld: Tensor, context: BlockContext, inputs_on_host: bool
+) -> tuple[BlockCosts, Tensor]:
+    """Returns the cost of each policy, and the output."""
+    counts = [_cost_and_output(dit, block, x_bld, context, policy) for policy in POLICIES]
+    (plain, y_bld), left = counts[0], x_bld.nbytes if inputs_on_host else 0
+    others = [cost.beyond(plain) for cost, _ in counts[1:]]
+    costs = [cost._replace(kept=cost.kept - left) for cost in others]
+    return (plain.beyond(plain), *costs), _leaf(y_bld)
+
+
+def _cost_and_output(
+    dit: DiffusionTransformer, block: DitBlock, x_bld: Tensor, context: BlockContext, policy: Recompute
+) -> tuple[BlockCost, Tensor]:
+    x_bld, emb_bd = _leaf(x_bld), _leaf(context.emb_bd)
+    extras = {name: _leaf(value) for name, value in context.extras.items()}
+    context = context._replace(emb_bd=emb_bd, extras=MappingProxyType(extras))
+    shared = [x_bld, emb_bd, *extras.values()]
+    shared += [context.rotation_lk2] if context.rotation_lk2 is not None else []
+    living, flops, traffic = LivingTensors(dit, *shared), FlopMeter(), Traffic()
+    with flops, traffic, living:
+        y_bld = recomputing(block, x_bld.clone(), context, recompute=policy)
+        kept = living.now - y_bld.nbytes  # the next block keeps it, or nobody does
+        if y_bld.requires_grad:
+            y_bld.backward(torch.empty_like(y_bld))
+    for parameter in dit.parameters():
+        parameter.grad = None
+    attention = sum(count for name, count in flops.by_operation.items() if "attention" in name)
+    return BlockCost(kept, flops.total - attention, attention, traffic.moved), y_bld
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def policies_within(costs: Mapping[str, BlockCosts], budget: float) -> dict[str, Recompute]:
+    """Returns the policy of each block, by the name of its layer.
+
+    Blocks of a kind that keep more come last: they are freed first in the backward, before blocks that
+    recompute more need memory for it.
+
+    Args:
+        costs: From `count_block_costs`.
+        budget: Share of what `off` keeps beyond `full` that may be kept, 0 to 1.
+    """
+    off, full = (sum(own[at].kept for own in costs.values()) for at in (0, -1))
+    kinds: dict[BlockCosts, list[str]] = defaultdict(list)
+    for name, own in costs.items():
+        kinds[own].append(name)
+    counts = _cheapest([(own, len(names)) for own, names in kinds.items()], full + int(budget * (off - full)))
+    policies: dict[str, Recompute] = {}
+    for kind, (own, names) in enumerate(kinds.items()):
+        by_kept = sorted(range(len(POLICIES)), key=lambda at: own[at].kept)
+        chosen = [POLICIES[at] for at in by_kept for _ in range(counts[kind, at])]
+        policies |= dict(zip(names, chosen, strict=True))
+    return policies
+
+
+class _Choice(NamedTuple):
+    kept: int
+    flops: int
+    moved: int
+    taken: tuple[Any, ...] = ()  # (kind, policy) of the last block, and the choice without it
+
+    def with_block(self, cost: BlockCost, policy: tuple[int, int]) -> _Choice:
+        flops = self.flops + cost.linear + cost.attention
+        return _Choice(self.kept + cost.kept, flops, self.moved + cost.moved, (policy, self))
+
+    def counts(self) -> Counter[tuple[int, int]]:
+        """Returns the blocks of each kind and policy."""
+        counts: Counter[tuple[int, int]] = Counter()
+        while self.taken:
+            last, self = self.taken
+            counts[last] += 1
+        return counts
+
+
+def _cheapest(kinds: Sequence[tuple[BlockCosts, int]], allowed: int) -> Counter[tuple[int, int]]:
+    """Returns the blocks of each kind and policy that compute least again, and keep what is allowed."""
+    least = [min(cost.kept for cost in own) for own, _ in kinds]
+    left = sum(kept * count for kept, (_, count) in zip(least, kinds, strict=True))  # by the blocks to come
+    choices = [_Choice(0, 0, 0)]
+    for kind, (own, count) in enumerate(kinds):
+        for _ in range(count):
+            left -= least[kind]
+            more = (each.with_block(cost, (kind, at)) for each in choices for at, cost in enumerate(own))
+            choices = _undominated(each for each in more if each.kept + left <= allowed)
+    return choices[-1].counts()
+
+
+def _undominated(choices: Iterable[_Choice]) -> list[_Choice]:
+    """Returns the choices than which none keeps less and computes no more again; the cheapest is the last."""
+    best: list[_Choice] = []
+    for each in sorted(choices, key=lambda each: each[:3]):
+        if not best or each[1:3] < best[-1][1:3]:
+            best.append(each)
+    return best
