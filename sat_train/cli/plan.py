@@ -131,12 +131,17 @@ def _time_lines(plan: Plan) -> list[str]:
         ("MFU", f"{plan.mfu:.1%} of {plan.hardware.peak_tflops:g} TFLOP/s, {plan.tflops:,.0f} TFLOP a GPU"),
         ("throughput", f"{plan.samples_per_second:.3g} samples/s"),
         ("checkpoint", f"{plan.checkpoint_bytes / _GB:.3g} GB"),
-        ("cache", f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB for 1,000 captioned clips, one view each"),
+        ("cache", f"{_cache_of_thousand(plan)} for 1,000 captioned clips, one view each"),
     ]
     if plan.hours is not None:
         hours = f"{plan.hours:.3g} h, {plan.hours * plan.gpus:,.3g} GPU-hours, for {plan.steps:,} steps"
         rows.append(("the run", f"{hours}, with validation and saves"))
     return [f"{name:<{_WIDTH}}{text}" for name, text in rows]
+
+
+def _cache_of_thousand(plan: Plan) -> str:
+    minutes = plan.encoded_clip_s * 1000 / 60 / plan.gpus
+    return f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB and {minutes:.2g} minutes"
 
 
 def _ladder_lines(plan: Plan, climbs: Sequence[Climb]) -> list[str]:

@@ -17,6 +17,7 @@ from sat_train.distributed.collectives import (
     on_rank_0,
     wait_for_ranks,
 )
+from sat_train.distributed.lack_of_memory import SAMPLING_REMEDY, explaining_lack_of_memory
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
 from sat_train.distributed.work_queue import WorkQueue
@@ -48,7 +49,6 @@ from sat_train.sampling.request_fields import (
     read_fields_of_conditions,
 )
 from sat_train.sampling.video_file import spread_frames, write_contact_sheet, write_mp4
-from sat_train.training.memory import SAMPLING_REMEDY, explaining_lack_of_memory
 from sat_train.training.models import StartWeights, read_weights_and_updates
 from sat_train.weights.tensor_parallel import slice_weights
 

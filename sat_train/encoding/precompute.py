@@ -20,6 +20,7 @@ from sat_train.data.clips.bad_clip import BadClip
 from sat_train.data.dataset import VideoDataset
 from sat_train.data.failure_log import ClipFailure
 from sat_train.distributed.collectives import gather_objects
+from sat_train.distributed.lack_of_memory import PRECOMPUTE_REMEDY, explaining_lack_of_memory
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
 from sat_train.distributed.work_queue import WorkQueue, gather_after_work
@@ -98,7 +99,8 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
     if stop_request is not None:
         stop_request.defer()
     encoding = _Encoding(config, mesh, stage, encode, works, captions, stop_request)
-    encoding.run()
+    with explaining_lack_of_memory(PRECOMPUTE_REMEDY):
+        encoding.run()
     counts = gather_after_work(mesh, (encoding.encoded, encoding.failed, bool(stop_request)))
     log.info(
         "cache %s: %d entries encoded, %d samples reused, %d clips failed",

@@ -18,6 +18,7 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 _FIRST_LINE_S, _LINES_S, _BAR_S = 10, 60, 0.5
+_BAR_COLUMNS = 16
 _SLOW = 0.1  # share of the time from which waiting for data is reported
 
 
@@ -44,7 +45,7 @@ class WorkProgress:
     def __enter__(self) -> WorkProgress:
         self._began = self._shown_at = time.monotonic()
         if self._is_shown and sys.stderr.isatty():
-            columns = (BarColumn(), TextColumn("{task.description}"))
+            columns = (BarColumn(bar_width=_BAR_COLUMNS), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=console(), transient=True)
             self._task = self._bar.add_task(self.describe(0), total=self._total)
             self._bar.start()
@@ -53,6 +54,12 @@ class WorkProgress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        passed_s = time.monotonic() - self._began
+        if self._is_shown and passed_s > _FIRST_LINE_S and self._waited_s > _SLOW * passed_s:
+            log.info(
+                "%s: this rank spent %.0f %% of the time waiting for them; more args.num_workers may help",
+                *(self._unit, 100 * self._waited_s / passed_s),
+            )
 
     def awaited(self, items: Iterable[T]) -> Iterator[T]:
         """Yields items, and counts the time until each of them is there."""
@@ -86,11 +93,9 @@ class WorkProgress:
         Args:
             done: Items that all ranks have done.
         """
-        passed_s = time.monotonic() - self._began
         share = f"{self._unit}: {done:,} of {self._total:,}"
         if not done:
             return share
-        rate, waited = done / max(passed_s, 1e-9), self._waited_s / max(passed_s, 1e-9)
-        wait = f", {waited:.0%} of the time waiting for data (args.num_workers)" if waited > _SLOW else ""
+        rate = done / max(time.monotonic() - self._began, 1e-9)
         left = show_duration((self._total - done) / rate)
-        return f"{share} ({done / self._total:.0%}), {rate:.3g} {self._unit}/s, eta {left}{wait}"
+        return f"{share} ({done / self._total:.0%}), {rate:.3g} {self._unit}/s, eta {left}"

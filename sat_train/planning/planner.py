@@ -65,6 +65,7 @@ class Plan:
         mfu: Share of the card's peak that the model's FLOPs make of the step.
         tflops: FLOPs of the model of one step and rank, in 1e12.
         checkpoint_bytes: One checkpoint on disk, of all ranks.
+        encoded_clip_s: Seconds in which one GPU encodes a clip and its caption.
         cached_clip_bytes: A clip and its caption in the cache; encodings of `model.conditions` come on top.
         steps: Optimizer steps of the run; None where the configuration counts epochs.
         hours: Of the run with validations and saves; None likewise.
@@ -82,6 +83,7 @@ class Plan:
     mfu: float
     tflops: float
     checkpoint_bytes: float
+    encoded_clip_s: float
     cached_clip_bytes: float
     steps: int | None
     hours: float | None
@@ -138,6 +140,7 @@ class Planner:
             mfu=flops / step.total / (self.card.peak_tflops * 1e12),
             tflops=flops / 1e12,
             checkpoint_bytes=checkpoint,
+            encoded_clip_s=self._encoding_seconds(config, weights),
             cached_clip_bytes=_cached_clip_bytes(config),
             steps=args.train_iters,
             hours=self._hours(config, step, checkpoint / data_ranks, data_ranks),
@@ -219,11 +222,7 @@ class Planner:
         passes, samples = args.gradient_accumulation_steps, args.batch_size * args.gradient_accumulation_steps
         encoding = 0.0
         if config.require_data().cache == "off":
-            work, text_tokens = self._once(config, work_of_encoding), config.spec.text.max_length
-            on_host = args.text_encoder_device == "cpu"
-            encoding = samples * encoding_seconds(
-                work, weights, self.card, text_tokens=text_tokens, text_on_host=on_host
-            )
+            encoding = samples * self._encoding_seconds(config, weights)
         share = row_length(weights.trained, data_ranks if args.zero_stage else 1)
         computing = passes * (linear + attention + elementwise)
         copied = 2 * passes * (weights.host_bytes + _inputs_on_host(config, self._tokens(config)))
@@ -237,6 +236,15 @@ class Planner:
             optimizer=optimizer_seconds(config, self.card, elements=share),
             encoding=encoding,
             swapping=swapping_seconds(copied, computing=computing),
+        )
+
+    def _encoding_seconds(self, config: RunConfig, weights: Weights) -> float:
+        return encoding_seconds(
+            self._once(config, work_of_encoding),
+            weights,
+            self.card,
+            text_tokens=config.spec.text.max_length,
+            text_on_host=config.args.text_encoder_device == "cpu",
         )
 
     def _hours(self, config: RunConfig, step: StepTime, written: float, data_ranks: int) -> float | None:

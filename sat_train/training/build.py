@@ -25,6 +25,7 @@ from sat_train.config.summary import summarize
 from sat_train.config.values import show_rate
 from sat_train.data.batches import LoadedBatch
 from sat_train.distributed.collectives import broadcast_object, on_rank_0
+from sat_train.distributed.lack_of_memory import TRAINING_REMEDY, explaining_lack_of_memory
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.seeds import derive_seed
 from sat_train.distributed.signals import StopRequest
@@ -41,7 +42,6 @@ from sat_train.training.loop.model_flops import flops_counter, peak_of
 from sat_train.training.loop.state import TrainState
 from sat_train.training.loop.step import TrainStep
 from sat_train.training.loop.trainer import Trainer
-from sat_train.training.memory import TRAINING_REMEDY, explaining_lack_of_memory
 from sat_train.training.models import StartWeights, build_models, find_start_weights
 from sat_train.training.resume import (
     CALLBACKS_KEY,

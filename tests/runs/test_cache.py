@@ -125,7 +125,9 @@ def test_a_cache_that_cannot_be_written_is_read(words, tmp_path: Path, caplog) -
         assert caplog.text.count("the next run must hash these files again") == 1
 
 
-def test_a_full_disk_ends_no_run_that_fills_the_cache(words, tmp_path: Path, caplog, monkeypatch) -> None:
+def test_a_full_disk_ends_precompute_and_no_run_that_fills_the_cache(
+    words, tmp_path: Path, caplog, monkeypatch
+) -> None:
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -134,6 +136,8 @@ def test_a_full_disk_ends_no_run_that_fills_the_cache(words, tmp_path: Path, cap
     assert losses(words)[0] == losses([*words, "data.cache=off"])[0]
     assert caplog.text.count("training continues, and encoded samples wait in memory") == 1
     assert "encodings are lost and will be computed again by the next run" in caplog.text
+    with pytest.raises(DataError, match=r"No space left on device[\s\S]*free some space"):
+        precompute(load_run(words[:-1], purpose="precompute"), start_single_process())
 
 
 def test_precompute_encodes_what_training_reads(words, tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ TRAINING_REMEDY = (
     "args.batch_size=1 with more args.gradient_accumulation_steps, args.checkpoint_activations=true, LoRA, "
     "more GPUs, configs/parallel/zero3.yaml; sat-train plan computes what is enough"
 )
+PRECOMPUTE_REMEDY = (
+    "args.bf16=true, args.text_encoder_device=cpu, model.first_stage_config.params.tiling=true (other "
+    "latents, so in training too), fewer or smaller frames in data.params"
+)
 SAMPLING_REMEDY = (
     "args.bf16=true, model.first_stage_config.params.tile_samples=true (tiles are on unless switched off), "
     "a smaller args.sampling_image_size or args.sampling_num_frames"

@@ -3,11 +3,16 @@
 import pytest
 import torch
 
+from sat_train.distributed.lack_of_memory import (
+    PRECOMPUTE_REMEDY,
+    SAMPLING_REMEDY,
+    TRAINING_REMEDY,
+    explaining_lack_of_memory,
+)
 from sat_train.errors import TrainingError
-from sat_train.training.memory import SAMPLING_REMEDY, TRAINING_REMEDY, explaining_lack_of_memory
 
 
-@pytest.mark.parametrize("remedy", [TRAINING_REMEDY, SAMPLING_REMEDY])
+@pytest.mark.parametrize("remedy", [TRAINING_REMEDY, SAMPLING_REMEDY, PRECOMPUTE_REMEDY])
 def test_memory_that_is_not_there_is_named_with_what_helps(remedy):
     with (
         pytest.raises(TrainingError, match=r"out of memory: .*allocate memory") as caught,
