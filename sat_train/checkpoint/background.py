@@ -1,4 +1,8 @@
-"""Writes the files of a save in a thread, from a copy in host memory, while training continues."""
+"""Writes the files of a save in a thread, from a copy in host memory, while training continues.
+
+The thread makes the copy too, during the forward and backward passes of the next step: they change nothing of
+what is saved. The update waits for it.
+"""
 
 from __future__ import annotations
 
@@ -35,30 +39,42 @@ class BackgroundWriter:
         self.in_flight: SaveInFlight | None = None
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
+        self._is_copied = threading.Event()
+        self._is_copied.set()
 
     @property
     def is_writing(self) -> bool:
         """True while the thread writes."""
         return self._thread is not None and self._thread.is_alive()
 
+    def wait_until_copied(self) -> None:
+        """Waits until the state may change again."""
+        self._is_copied.wait()
+
     def start(self, state: RunState, write: Callable[[RunState], RankReport]) -> Callable[[], RankReport]:
-        """Copies a state and begins to write the copy; where there is no room for one, writes the state.
+        """Begins to copy a state and to write the copy; where there is no room for one, writes the state.
 
         Args:
-            state: May change once this has returned.
+            state: May change once `wait_until_copied` has returned.
             write: Writes it; reports a failure instead of raising.
 
         Returns:
             A function that waits for the files and returns the report.
         """
         assert not self.is_writing, "the last write has not been waited for"
-        copy = self._copied(state)
+        copy = self._prepared(state)
         if copy is None:
-            report = write(state)
+            report = self._posted(write(state))
             return lambda: report
         reports: list[RankReport] = []
-        thread = threading.Thread(target=lambda: reports.append(write(copy)), name="checkpoint", daemon=True)
-        self._thread = thread
+        copies = [copy]  # popped, so that the state is free once it is copied
+        del copy, state
+
+        def copy_and_write() -> None:
+            reports.append(self._posted(self._written(copies, write)))
+
+        self._is_copied.clear()
+        thread = self._thread = threading.Thread(target=copy_and_write, name="checkpoint", daemon=True)
         thread.start()
 
         def wait() -> RankReport:
@@ -72,13 +88,28 @@ class BackgroundWriter:
         if self.in_flight is not None:
             self.in_flight.finish_alone()
 
-    def _copied(self, state: RunState) -> RunState | None:
+    def _written(
+        self, copies: list[Callable[[], RunState]], write: Callable[[RunState], RankReport]
+    ) -> RankReport:
+        try:
+            copied = copies.pop()()
+        except Exception as error:  # the other ranks wait for the report
+            return RankReport(failure=f"the copy in host memory: {error!r}"[:300])
+        finally:
+            self._is_copied.set()
+        return write(copied)
+
+    def _posted(self, report: RankReport) -> RankReport:
+        return report if self.in_flight is None else self.in_flight.post(report)
+
+    def _prepared(self, state: RunState) -> Callable[[], RunState] | None:
+        """Returns the function that copies the state; None where there is no room for a copy."""
         tensors = state.tensors
         needed = self._copy.missing_bytes(tensors)
         if needed and not self._has_room(needed):
             return None
         try:
-            copy = state.with_tensors(self._copy.take(tensors))
+            copy = self._copy.prepare(tensors)
         except (RuntimeError, MemoryError) as error:
             log.warning("no copy of the state in host memory, training waits for this save: %s", error)
             return None
@@ -86,7 +117,7 @@ class BackgroundWriter:
             log.info(
                 "saves are written in the background, from a copy of %.0f MiB in host memory", needed / _MIB
             )
-        return copy
+        return lambda: state.with_tensors(copy())
 
     def _has_room(self, needed: int) -> bool:
         if not self._only_with_room:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,25 +31,54 @@ class HostCopy:
         held = [buffer.numel() for buffer in self._buffers]
         return 0 if sizes == held else sum(sizes)
 
-    @torch.no_grad()
-    def take(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Copies tensors, in place of the copies taken before.
+    def prepare(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+        """Allocates the memory for copies, which take the place of those before.
+
+        Returns:
+            A function for any thread that makes them: copies of the tensors as they are once all work is done
+            that the caller has queued on the device by now. Nothing may change the tensors until it returns.
 
         Raises:
             RuntimeError: There is not enough memory.
         """
-        storages = _storages(tensors)
         if self.missing_bytes(tensors):
             self._buffers.clear()
-            self._buffers += [_host_buffer(storage) for storage in storages.values()]
+            self._buffers += [_host_buffer(storage) for storage in _storages(tensors).values()]
+        queued = next((_queued(tensor.device) for tensor in tensors if tensor.is_cuda), None)
+        return lambda: self._copied(tensors, queued)
+
+    @torch.no_grad()
+    def _copied(self, tensors: list[Tensor], queued: torch.cuda.Event | None) -> list[Tensor]:
+        storages = _storages(tensors)
+        device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         copies = {}
-        for (key, storage), buffer in zip(storages.items(), self._buffers, strict=True):
-            source = torch.empty(0, dtype=torch.uint8, device=storage.device)
-            buffer.copy_(source.set_(storage), non_blocking=True)
-            copies[key] = buffer.untyped_storage()
-        if any(tensor.is_cuda for tensor in tensors):
-            torch.cuda.synchronize()
+        with _own_stream(device, queued):
+            for (key, storage), buffer in zip(storages.items(), self._buffers, strict=True):
+                source = torch.empty(0, dtype=torch.uint8, device=storage.device)
+                buffer.copy_(source.set_(storage), non_blocking=True)
+                copies[key] = buffer.untyped_storage()
         return [_same_view(tensor, copies[tensor.untyped_storage()._cdata]) for tensor in tensors]
+
+
+def _queued(device: torch.device) -> torch.cuda.Event:
+    """Returns the end of the work that is queued on the current stream."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device | None, after: torch.cuda.Event | None) -> Iterator[None]:
+    """Runs its body on a stream of its own, while the GPU computes, and waits for it; on the CPU as it is."""
+    if device is None or after is None:
+        yield
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_event(after)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
 
 
 def _storages(tensors: list[Tensor]) -> dict[int, torch.UntypedStorage]:

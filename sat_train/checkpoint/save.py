@@ -78,7 +78,7 @@ def begin_save(
         report = write(state)
         return lambda: commit(mesh, publish, report)
     save = writer.in_flight = SaveInFlight(mesh, temporary.name, publish)
-    wait = writer.start(state, lambda copy: save.post(write(copy)))
+    wait = writer.start(state, write)
     return lambda: commit(mesh, save.publish, wait())
 
 

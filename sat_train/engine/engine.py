@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class TrainEngine:
         slots: Trained elements that this rank owns, in the order of `masters` and `fragments`.
         zero_stage: 0 to 3.
         micro_steps: Backward passes of an optimizer step.
+        before_update: Called before the weights change; waits for whoever still reads them.
     """
 
     def __init__(self, engine: Any, mesh: ProcessMesh) -> None:
@@ -57,6 +58,7 @@ class TrainEngine:
         self.module: nn.Module = engine.module
         self.zero_stage = int(engine.zero_optimization_stage())
         self.micro_steps = int(engine.gradient_accumulation_steps())
+        self.before_update: Callable[[], None] = lambda: None
         self._read = StepRead()
         if self.zero_stage:
             read_norm_once(engine, self._read)
@@ -100,6 +102,7 @@ class TrainEngine:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         if flags is not None:
             self._read.expect(flags)
+        self.before_update()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return StepOutcome(bool(self._engine.was_step_applied()), norm, self._read.take_flags())

@@ -258,8 +258,10 @@ class Planner:
             batches = -(-args.eval_iters // data_ranks)
             seconds += args.train_iters // args.eval_interval * batches * args.eval_timesteps * forward
         if args.save is not None:
-            rate = _WRITING_GBPS if args.async_save == "off" else HOST_COPY_GBPS
-            seconds += -(-args.train_iters // args.save_interval) * written / (rate * 1e9)
+            waited = written / (_WRITING_GBPS * 1e9)
+            if args.async_save != "off":  # copied during the passes of the next step
+                waited = max(0.0, written / (HOST_COPY_GBPS * 1e9) - step.total)
+            seconds += -(-args.train_iters // args.save_interval) * waited
         return seconds / 3600
 
     def _weights(self, config: RunConfig) -> Weights:

@@ -238,6 +238,7 @@ def build_trainer(
     """
     encode = data.encoding.build_encode(mesh)
     writer = build_background_writer(config)
+    engine.before_update = writer.wait_until_copied
 
     def compute_loss(batch: LoadedBatch) -> torch.Tensor:
         # dropout draws from torch's global generator

@@ -124,6 +124,8 @@ def begin(
     from sat_train.checkpoint.save import begin_save
 
     fragments = engine.fragments()
+    if writer is not None:
+        engine.before_update = writer.wait_until_copied
     state = RunState(
         weights=engine.weights(left_out=frozen_names(engine.module) if lora else ()),
         fragments=fragments if average is None else average.add_tensors(fragments),

@@ -185,6 +185,20 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(rank_pool, ze
     assert rank_pool(2)(_overflowing, zero_stage) == [([True, False, True], True)] * 2
 
 
+def _weights_at_the_notice(mesh: ProcessMesh, zero_stage: int) -> tuple[set[bool], bool]:
+    """Returns whether the weights were those of the start at each notice of an update, and after it."""
+    engine, train_step, _ = build_toy(mesh, toy_run(batch_size=2, accumulation=2, zero_stage=zero_stage))
+    before, same = _weights(engine), set()
+    engine.before_update = lambda: same.add(torch.equal(before, _weights(engine)))
+    train_step.step(1, 1e-2)
+    return same, torch.equal(before, _weights(engine))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_no_weight_changes_before_its_readers_have_been_waited_for(rank_pool, zero_stage):
+    assert rank_pool(2)(_weights_at_the_notice, zero_stage) == [({True}, False)] * 2
+
+
 class HostReads(TorchFunctionMode):
     """Counts the places at which the host reads a tensor of the device, and would wait for a GPU.
 

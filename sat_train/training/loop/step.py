@@ -98,6 +98,7 @@ class TrainStep:
         waited += self._micro_step(losses, seen)
         flags = self._ask_ranks(losses)  # reduced while the backward pass runs, read with the gradient's norm
         self.engine.backward(self._pending)
+        self.engine.before_update()  # a callback may change weights
         before_update()
         outcome = self.engine.step(learning_rate, flags=flags)
         not_finite, stop_level, saving = outcome.flags

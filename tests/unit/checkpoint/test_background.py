@@ -37,6 +37,7 @@ def test_what_is_written_is_the_state_at_the_start_with_room_for_a_copy_and_with
 
         wait = writer.start(state, write)
         assert writer.is_writing == (ranks_here == 1)
+        writer.wait_until_copied()
         for tensor in state.tensors:
             tensor.zero_()
         stepped.set()
