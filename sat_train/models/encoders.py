@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sat_train.config import Geometry
+from sat_train.distributed.processors import threads_of_a_rank
 from sat_train.distributed.transfer import to_device
 from sat_train.log import get_logger
 
@@ -159,7 +161,10 @@ class Encoders:
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Encodes captions to (b, l, d), together: a GPU may round them differently than one by one."""
-        return to_device(self.text_encoder.encode(captions), self.device).to(self._dtype)
+        is_apart = self.text_device.type == "cpu" != self.device.type
+        with threads_of_a_rank() if is_apart else nullcontext():
+            text_bld = self.text_encoder.encode(captions)
+        return to_device(text_bld, self.device).to(self._dtype)
 
     def keep_texts(self, captions: Iterable[str]) -> None:
         """Encodes captions, keeps their embeddings in host memory, and frees the text encoder.

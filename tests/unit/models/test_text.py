@@ -45,7 +45,7 @@ def test_the_text_encoder_stays_on_the_cpu_while_encodings_go_to_the_device():
     """The meta device stands for a GPU: what comes from the CPU is there all the same."""
     words, device = ["args.text_encoder_device=cpu"], torch.device("meta")
     config = load_run_config(["configs/sft.yaml"], words, purpose="check", check_paths=False)
-    encoders = build_encoders(config, device)
+    encoders, threads = build_encoders(config, device), torch.get_num_threads()
     text = encoders.text(CAPTIONS[0])
     assert (text.device, text.shape) == (device, (config.spec.text.max_length, config.spec.text_width))
     assert {weight.device.type for weight in encoders.text_encoder.parameters()} == {"cpu"}
@@ -53,6 +53,7 @@ def test_the_text_encoder_stays_on_the_cpu_while_encodings_go_to_the_device():
     plain = load_run_config(["configs/sft.yaml"], purpose="check", check_paths=False)
     expected = build_encoders(plain, torch.device("cpu")).text(CAPTIONS[0])
     assert torch.equal(encoders.text_encoder.encode(CAPTIONS[:1])[0], expected)
+    assert torch.get_num_threads() == threads, "those that it takes are given back"
 
 
 def test_token_length_counts_the_end_token_and_is_what_is_cut():

@@ -1,0 +1,30 @@
+"""Processors of this machine, which its ranks share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sat_train.distributed.environment import RankEnv
+
+
+def available_processors() -> int:
+    """Returns the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def threads_of_a_rank() -> Iterator[None]:
+    """Computes on the CPU with this rank's share of the processors, where it has fewer threads.
+
+    torchrun gives each of several ranks one thread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, available_processors() // RankEnv.read().local_world_size))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
