@@ -26,6 +26,7 @@ _NAMES = {
     "args.sampling_steps": "num_inference_steps",
     "args.save": "output_path",
     "args.save_interval": "checkpointing_steps save_every save_steps",
+    "args.text_encoder_device": "t5_cpu t5xxl_device text_encoder_cpu",
     "args.train_data": "data_root dataset dataset_path instance_data_root train_data_dir video_root",
     "args.train_iters": "max_num_steps max_steps max_train_steps train_steps",
     "args.valid_prompts": "num_validation_videos validation_prompt validation_prompts",
