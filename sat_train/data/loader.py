@@ -164,6 +164,7 @@ class VideoLoader(Generic[Batches]):
         self._replaces_lost = replaces_lost
         self._position = batches.start
         self._micro_batches = batches.micro_batches(batches.start)
+        self._coming: MicroBatch | None = None
         self._iterator: Iterator[_Packed] | None = None
         self._board_wf = torch.full((max(1, num_workers), 4), _IDLE, dtype=torch.int64).share_memory_()
         self._end = weakref.finalize(self, _kill_workers, self._board_wf)
@@ -198,6 +199,7 @@ class VideoLoader(Generic[Batches]):
             self.close()
             self._position = self._batches.start
             self._micro_batches = self._batches.micro_batches(self._position)
+            self._coming = None
         return self
 
     def __next__(self) -> LoadedBatch:
@@ -230,13 +232,19 @@ class VideoLoader(Generic[Batches]):
             fingerprint=self.fingerprint,
         )
 
+    def upcoming(self) -> tuple[int, ...]:
+        """Returns the samples of the next batch, without waiting for it; empty behind the last one."""
+        self._coming = self._coming or next(self._micro_batches, None)
+        return () if self._coming is None else self._coming.mine
+
     def close(self) -> None:
         """Ends the workers. The loader can be used again and continues at its position."""
         self._iterator = None  # asks idle workers to leave and waits for them
         _kill_workers(self._board_wf)
 
     def _move(self, packed: _Packed) -> LoadedBatch:
-        micro_batch = next(self._micro_batches)
+        micro_batch = self._coming or next(self._micro_batches)
+        self._coming = None
         assert packed.batch is not None
         assert packed.batch.sample_indices == micro_batch.mine, (
             "the workers and the loader disagree on the order"

@@ -23,7 +23,7 @@ from sat_train.distributed.seeds import derive_seed
 from sat_train.distributed.transfer import to_device
 from sat_train.encoding.conditions.condition import Condition, DitInputs, Encoding
 from sat_train.encoding.conditions.latent_time import pad_in_time
-from sat_train.encoding.conditions.randomness import PromptRandomness, SampleRandomness
+from sat_train.encoding.conditions.randomness import DrawsAhead, PromptRandomness, SampleRandomness
 from sat_train.encoding.encoded_batch import CLIP, EncodedBatch
 from sat_train.models.adapter import adapters_off
 from sat_train.models.encoders import Encoders
@@ -73,6 +73,9 @@ class VideoDiffusion:
         seed: The run's seed.
         dtype: Dtype of the transformer's computation.
         device: Device of the computation.
+
+    Attributes:
+        draws: May draw the noise of the next batch before it is there.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class VideoDiffusion:
         )
         self.geometry: Geometry = dit.spec
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
+        self.draws = DrawsAhead(seed)
 
     # Training
 
@@ -159,7 +163,7 @@ class VideoDiffusion:
     def training_inputs(self, batch: EncodedBatch) -> TrainingInputs:
         """Draws all random numbers of the loss of a batch."""
         rows = add_losers(batch, self.conditions)
-        random = SampleRandomness(self.seed, rows.sample_indices, self.posterior_sampling)
+        random = SampleRandomness(self.seed, rows.sample_indices, self.posterior_sampling, self.draws)
         timesteps_b = self.noising.timesteps(random, rows.step_positions)
         return self._inputs(rows, random, timesteps_b, num_samples=len(batch.sample_indices), drops=True)
 

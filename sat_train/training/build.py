@@ -256,6 +256,7 @@ def build_trainer(
             stop_request=stop_request,
             count_flops=flops_counter(pipeline.dit, data.train.dataset),
             is_saving=lambda: writer.is_writing,
+            prepare_next=lambda: pipeline.draws.draw(data.train.upcoming()),
         ),
         meter=Meter(mesh, peak_tflops=peak_of(mesh.device)),
         learning_rate=build_learning_rate(config.args, data.train_iters),

@@ -35,6 +35,40 @@ class Randomness:
         return mean + (0.5 * moments["logvar"].float()).exp() * eps
 
 
+class DrawsAhead:
+    """Draws the unit normal numbers of the next batch while the host would only wait for the device.
+
+    They are those that the last batch had, of the same purposes and shapes. What the next one needs besides,
+    or in other shapes, as with buckets, is drawn when it comes.
+
+    Args:
+        seed: The run's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of the last batch, by purpose
+        self._drawn: dict[tuple[str, int, tuple[int, ...]], Tensor] = {}
+
+    def draw(self, sample_indices: Sequence[int]) -> None:
+        """Draws for samples to come, in place of what was drawn before."""
+        self._drawn = {
+            (purpose, index, shape): _normal(self._seed, purpose, index, shape)
+            for purpose, shape in self._shapes.items()
+            for index in sample_indices
+        }
+
+    def normal(self, purpose: str, index: int, shape: tuple[int, ...]) -> Tensor:
+        """Returns the numbers of a sample, which are not to be changed."""
+        self._shapes[purpose] = shape
+        drawn = self._drawn.get((purpose, index, shape))
+        return _normal(self._seed, purpose, index, shape) if drawn is None else drawn
+
+
+def _normal(seed: int, purpose: str, index: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=derive_generator(seed, purpose, index))
+
+
 @dataclass(frozen=True)
 class SampleRandomness(Randomness):
     """Draws for the samples of one batch, on the CPU, in full precision.
@@ -47,17 +81,18 @@ class SampleRandomness(Randomness):
         seed: The run's seed.
         sample_indices: Global index of each sample of the batch.
         posterior_sampling: Latents are drawn from their posterior; off, they are its mean.
+        ahead: Has drawn some of the normal numbers, from the same seed.
     """
 
     seed: int
     sample_indices: tuple[int, ...]
     posterior_sampling: bool = True
+    ahead: DrawsAhead | None = None
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Returns unit normal numbers, float32, of shape (b, *shape)."""
-        return torch.stack(
-            [torch.randn(shape, generator=generator) for generator in self._generators(purpose)]
-        )
+        ahead = self.ahead or DrawsAhead(self.seed)
+        return torch.stack([ahead.normal(purpose, index, tuple(shape)) for index in self.sample_indices])
 
     def uniform(self, purpose: str) -> Tensor:
         """Returns one number in [0, 1) for each sample, float64, of shape (b,)."""

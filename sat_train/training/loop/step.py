@@ -53,6 +53,7 @@ class TrainStep:
         stop_request: Holds whether this process was asked to stop.
         count_flops: FLOPs of the model on a batch, forward and backward.
         is_saving: Returns whether this rank is writing a checkpoint in the background.
+        prepare_next: Prepares the next step as far as it can without its batch, while the device computes.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TrainStep:
         stop_request: StopRequest,
         count_flops: Callable[[LoadedBatch], float] = lambda batch: 0.0,
         is_saving: Callable[[], bool] = lambda: False,
+        prepare_next: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine = engine
         self._compute_loss = compute_loss
@@ -72,7 +74,7 @@ class TrainStep:
         self._mesh = mesh
         self._stop_request = stop_request
         self._count_flops = count_flops
-        self._is_saving = is_saving
+        self._is_saving, self._prepare_next = is_saving, prepare_next
 
     def step(
         self, number: int, learning_rate: float, *, before_update: Callable[[], None] = lambda: None
@@ -98,6 +100,7 @@ class TrainStep:
         waited += self._micro_step(losses, seen)
         flags = self._ask_ranks(losses)  # reduced while the backward pass runs, read with the gradient's norm
         self.engine.backward(self._pending)
+        self._prepare_next()  # the device has its work by now
         self.engine.before_update()  # a callback may change weights
         before_update()
         outcome = self.engine.step(learning_rate, flags=flags)

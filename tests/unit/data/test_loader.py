@@ -81,6 +81,7 @@ def test_a_run_resumes_anywhere_with_another_number_of_ranks(clips, stopped_at):
     whole = [i for b in take(make_loader(make_dataset(clips), batch_size=4), 8) for i in b.clip_ids]
     before = make_loader(make_dataset(clips), batch_size=4)
     done = take(before, stopped_at // 4)
+    assert before.upcoming() == tuple(range(stopped_at, stopped_at + 4))
     assert before.position == DataPosition(stopped_at)
     ranks = [
         make_loader(make_dataset(clips), start=stopped_at, batch_size=2, rank=r, size=2) for r in range(2)
@@ -92,7 +93,8 @@ def test_a_run_resumes_anywhere_with_another_number_of_ranks(clips, stopped_at):
 def test_a_finite_loader_starts_over(clips):
     loader = make_loader(make_dataset(clips), batch_size=2, size=2, rank=1, stop=10, num_workers=1)
     for _ in range(2):
-        assert [batch.sample_indices for batch in loader] == [(2, 3), (6, 7), (9,)]
+        seen = [(loader.upcoming(), batch.sample_indices) for batch in loader]
+        assert seen == [((6, 7), (2, 3)), ((9,), (6, 7)), ((), (9,))]
     assert len(loader) == 3
     assert loader.num_samples == 10
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sat_train.config import load_run_config
 from sat_train.config.extensions import load_extensions
@@ -82,6 +83,36 @@ def test_an_encoded_sample_is_the_same_bits_whatever_is_beside_it_and_however_it
     expected = pipeline.training_loss(whole)
     assert torch.equal(pipeline.training_loss(mixed).loss_b, expected.loss_b)
     assert torch.equal(pipeline.training_loss(sent).loss_b, expected.loss_b)
+
+
+class NormalDraws(TorchFunctionMode):
+    """Counts draws of normal numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.randn
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("image_to_video", [False, True])
+def test_what_is_drawn_ahead_is_what_the_next_batch_would_draw(
+    make_pipeline, make_batch, encode, image_to_video
+):
+    pipeline = make_pipeline(**EVERYTHING, image_to_video=image_to_video)
+    first, second = (encode(pipeline, make_batch(indices)) for indices in ([0, 1], [2, 3]))
+    pipeline.training_inputs(first)
+    pipeline.draws.draw([2, 3])
+    with NormalDraws() as ahead:
+        inputs = pipeline.training_inputs(second)
+    assert ahead.count == 0
+    with NormalDraws() as late:
+        expected = make_pipeline(**EVERYTHING, image_to_video=image_to_video).training_inputs(second)
+    assert late.count >= 6, "posterior, noise and offset of two samples"
+    assert torch.equal(inputs.x0_btchw, expected.x0_btchw)
+    assert torch.equal(inputs.eps_btchw, expected.eps_btchw)
 
 
 def test_posteriors_are_sampled_or_their_mean_is_taken(make_pipeline, make_batch, encode):
