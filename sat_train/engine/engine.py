@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sat_train.checkpoint.fragments import Fragment, SavedFragments, Scalar
@@ -203,7 +202,6 @@ class TrainEngine:
                     whole[name] = parameter.detach().to("cpu", copy=True)
         return whole
 
-    def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
-        """Sums numbers of the weights that each rank owns. Ranks: all."""
-        sums = torch.tensor(numbers, device=self._mesh.device, dtype=torch.float64)
-        return [float(number) for number in sum_over_data(self._mesh, sums)]
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        """Sums a tensor over the ranks that own weights, on the device. Ranks: all."""
+        return sum_over_data(self._mesh, sums.to(self._mesh.device))

@@ -254,6 +254,12 @@ def test_a_step_waits_for_the_device_once_and_its_micro_steps_never(rank_pool, r
     assert rank_pool(ranks)(_reads, options) == [[[0, 1], [0, 1]]] * ranks
 
 
+def test_an_optimizer_that_estimates_its_rate_waits_once_more(rank_pool):
+    optimizer = {"type": "Prodigy", "params": {"lr": 1.0}}
+    options = {"zero_stage": 2, "precision": "bf16", "optimizer": optimizer}
+    assert rank_pool(2)(_reads, options) == [[[0, 2], [0, 2]]] * 2
+
+
 def _build_fp16(mesh: ProcessMesh) -> None:
     build_toy(mesh, toy_run(batch_size=4, precision="fp16", zero_stage=0))
 

@@ -36,14 +36,14 @@ class Prodigy(torch.optim.Optimizer):
 
     Attributes:
         counters: What it keeps besides the state of weights: estimate `d`, numerator `n`, steps `t`.
-        sum_over_ranks: Sums numbers over all ranks that own weights; the engine sets it.
+        sum_over_ranks: Sums a tensor over all ranks that own weights; the engine sets it.
     """
 
     def __init__(self, groups: list[dict[str, Any]], params: ProdigyParams) -> None:
         super().__init__(groups, {"lr": params.lr})
         self._params = params
         self.counters: dict[str, float] = {"d": params.d0, "n": 0.0, "t": 0.0}
-        self.sum_over_ranks: Callable[[list[float]], list[float]] = lambda numbers: numbers
+        self.sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums
 
     def metrics(self) -> dict[str, float]:
         """Returns the estimate, and the learning rate that comes of it."""
@@ -65,8 +65,8 @@ class Prodigy(torch.optim.Optimizer):
             if decay and not params.decouple:
                 weight.grad.add_(weight, alpha=decay)
             sums.append(self._average(weight, d, rate))
-        own = torch.stack(sums).double().sum(0).tolist() if sums else [0.0, 0.0]
-        moved, slope = self.sum_over_ranks(own)
+        own = torch.stack(sums).double().sum(0) if sums else torch.zeros(2, dtype=torch.float64)
+        moved, slope = self.sum_over_ranks(own).tolist()  # the only wait
         if slope == 0:  # there was no gradient
             return
         counters["n"] = params.betas[1] ** 0.5 * counters["n"] + moved
