@@ -175,6 +175,8 @@ class TrainEngine:
     def weights(self, *, left_out: Collection[str] = ()) -> dict[str, Tensor] | None:
         """Returns weights in the forward dtype, whole on this rank of the model axis, and buffers.
 
+        Weights are views, which change at the next step. Buffers are copies: a forward pass may change them.
+
         Args:
             left_out: Names of parameters to leave out, such as `frozen_base`.
 
@@ -185,6 +187,8 @@ class TrainEngine:
         """
         is_first = self._mesh.data_rank == 0
         state = self.module.state_dict()
+        buffers = self.module.named_buffers(remove_duplicate=False)
+        state.update({name: buffer.clone() for name, buffer in buffers if name in state})
         if self.zero_stage == 3:
             state.update(self._gathered(left_out, keep=is_first))
         return {name: tensor for name, tensor in state.items() if name not in left_out} if is_first else None

@@ -201,6 +201,8 @@ def _resume_is_exact(mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str,
         straight = train(engine, mesh.rank, range(3, 6)) if step == 3 else []
         assert read_manifest(commit()).files == read_manifest(waited).files, "the same bytes"
 
+    weights = engine.weights()
+    assert weights is None or weights["table"].data_ptr() != engine.module.table.data_ptr()
     # frozen weights come from the base; all else must come from the checkpoint, whatever was there before
     resumed = build_engine(mesh, zero_stage=zero_stage, dtype=dtype, lora=lora, seed=0 if lora else 1)
     point, _ = load(mesh, resumed, save_root)

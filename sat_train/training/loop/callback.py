@@ -143,7 +143,10 @@ class Callback:
         """Restores what `state_dict` gave at the step that the run resumes, before `started`."""
 
     def add_tensors(self, fragments: Sequence[Fragment]) -> Sequence[Fragment]:
-        """Returns the trained state of this rank with this callback's tensors, which are saved with it."""
+        """Returns the trained state of this rank with this callback's tensors, which are saved with it.
+
+        A save copies them while the next step computes: they may change from its `before_optimizer_step` on.
+        """
         return fragments
 
     def load_tensors(self, saved: SavedFragments) -> None:
