@@ -6,11 +6,13 @@ python benchmarks/cost.py [--hardware h100]
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from sat_train.config import load_run_config
+from sat_train.config import RunConfig, load_run_config
 from sat_train.config.hardware import find_hardware
 from sat_train.distributed.processes import start_single_process
+from sat_train.planning.ladder import Rung, use_memory
 from sat_train.planning.planner import Plan, Planner
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")
@@ -18,13 +20,14 @@ CACHED = ("data.cache=require", "data.cache_dir=cache", "args.valid_video_interv
 DAY_S = 86400
 
 
-def row(model: str, recipe: str, plan: Plan) -> str:
+def row(model: str, recipe: str, plan: Plan, recomputed: str) -> str:
     """Returns a line of the table."""
     samples = plan.samples_per_second * DAY_S
     memory, hours = plan.peak.total / 1e9, plan.gpus * 24 / samples * 1000
     cells = (
         f"{model}, {recipe}",
         f"{plan.gpus}",
+        recomputed,
         f"{memory:.0f}",
         f"{plan.step.total:.2f}",
         f"{plan.mfu:.0%}",
@@ -32,6 +35,14 @@ def row(model: str, recipe: str, plan: Plan) -> str:
         f"{hours:.2g}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def policy(config: RunConfig) -> str:
+    """Returns what a run recomputes."""
+    args = config.args
+    if args.checkpoint_budget is None:
+        return str(args.checkpoint_activations)
+    return f"budget {args.checkpoint_budget:g}"
 
 
 def main() -> None:
@@ -42,14 +53,23 @@ def main() -> None:
     card = find_hardware(parser.parse_args().hardware)
     start_single_process()
     configs = Path(__file__).resolve().parents[1] / "configs"
-    print("| run | GPUs | GB | s a step | MFU | samples in 24 hours | GPU-hours for 1,000 samples |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ("run", "GPUs", "recomputed", "GB", "s a step", "MFU", "samples in 24 hours")
+    print(f"| {' | '.join((*columns, 'GPU-hours for 1,000 samples'))} |")
+    print("|---|---|---|---|---|---|---|---|")
     for model in MODELS:
         for gpus in (1, 8, 64):
             for recipe in ("sft", "lora") if gpus > 1 or model == "cogvideox_2b" else ("lora",):
                 files = [configs / "model" / f"{model}.yaml", configs / f"{recipe}.yaml"]
-                config = load_run_config(files, CACHED, purpose="check", check_paths=False)
-                print(row(model, recipe, Planner(card, gpus).plan(config)), flush=True)
+                planner = Planner(card, gpus)
+
+                def load(rungs: Sequence[Rung], files: Sequence[Path] = tuple(files)) -> RunConfig:
+                    words = [*CACHED, *(word for rung in rungs for word in rung.words)]
+                    return load_run_config(files, words, purpose="check", check_paths=False)
+
+                config = load([])
+                climb = use_memory(planner, config, load) if config.args.recomputes else None
+                chosen = config if climb is None else load([climb.rung])
+                print(row(model, recipe, planner.plan(chosen), policy(chosen)), flush=True)
 
 
 if __name__ == "__main__":

@@ -66,10 +66,10 @@ SECONDS: dict[str, int] = {
     "runs/test_expected_curve.py": 11,
     "ranks/test_work_queue.py": 11,
     "unit/data/test_clip_pool.py": 11,
+    "unit/models/test_recompute_budget.py": 11,
     "unit/checkpoint/test_lora_files.py": 9,
     "unit/cli/test_stopped_early.py": 9,
     "parity/test_controlnet.py": 8,
-    "unit/models/test_recompute_budget.py": 8,
     "unit/cli/test_new_extension.py": 8,
     "runs/test_launch_scripts.py": 8,
 }

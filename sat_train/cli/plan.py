@@ -108,6 +108,7 @@ def _head(plan: Plan) -> list[str]:
     rows = [
         ("GPUs", f"{plan.gpus} x {plan.hardware.name}, {plan.hardware.memory_gib:g} GiB each"),
         ("weights", f"{plan.weights:,}, of which {plan.trained:,} train"),
+        ("blocks", "compiled, which takes compute capability 7.0" if plan.compiled else "not compiled"),
         ("samples", f"{plan.samples} a step, {plan.tokens:,} tokens each"),
     ]
     return [f"{name:<{_WIDTH}}{text}" for name, text in rows]

@@ -29,7 +29,10 @@ def compile_where_asked(dit: nn.Module, args: ArgsConfig, device: torch.device) 
         args: The settings.
         device: Where it trains.
     """
-    if not compiles_blocks(args, device):
+    reason = _reason(args, device)
+    if device.type == "cuda" and args.compile == "auto":
+        log.info("blocks: %s", f"not compiled, {reason}" if reason else "compiled (args.compile=off: not)")
+    if reason:
         return
     if device.type == "cuda":
         _share_processors()
@@ -45,15 +48,23 @@ def _share_processors() -> None:
 
 
 def compiles_blocks(args: ArgsConfig, device: torch.device) -> bool:
-    """Returns whether `args.compile` asks for compiled blocks; `auto` logs why a GPU does without them."""
+    """Returns whether the blocks of a run are compiled on a device."""
+    return not _reason(args, device)
+
+
+def compiles_on_gpus(args: ArgsConfig) -> bool:
+    """Returns whether the blocks of a run are compiled on GPUs that Triton supports."""
+    return args.compile == "blocks" or (
+        args.compile == "auto" and args.zero_stage < 3 and not _reason_of_host_memory(args)
+    )
+
+
+def _reason(args: ArgsConfig, device: torch.device) -> str:
+    """Returns why blocks are not compiled; nothing where they are."""
     if args.compile != "auto":
-        return args.compile == "blocks"
-    on_gpu = device.type == "cuda"
-    capability = torch.cuda.get_device_capability(device) if on_gpu else None
-    reason = reason_for_eager(args.zero_stage, capability) or _reason_of_host_memory(args)
-    if on_gpu:
-        log.info("blocks: %s", f"not compiled, {reason}" if reason else "compiled (args.compile=off: not)")
-    return not reason
+        return "" if args.compile == "blocks" else "args.compile is off"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return reason_for_eager(args.zero_stage, capability) or _reason_of_host_memory(args)
 
 
 def _reason_of_host_memory(args: ArgsConfig) -> str:

@@ -26,6 +26,14 @@ def counts_modules(config: RunConfig) -> bool:
     return bool(config.spec.modules) and all(config.spec.condition_widths.values())
 
 
+def counting_key(config: RunConfig) -> tuple[object, ...]:
+    """Returns what a count depends on besides settings of `args`: model, size of clips, dtype."""
+    data = config.require_data().params
+    # its `transformer_args` repeat settings of `args`
+    tree = config.model.model_dump(exclude={"network_config": {"params": {"transformer_args"}}})
+    return repr(tree), data.max_num_frames, data.video_size, compute_dtype(config.args)
+
+
 def build_meta_dit(config: RunConfig, *, layers: int | None = None) -> DiffusionTransformer:
     """Builds the transformer of a run, which trains and holds what the run does.
 

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from sat.model.transformer import BaseTransformerLayer
+from sat.mpu import get_model_parallel_world_size
 
 from sat_train.config import RunConfig
 from sat_train.config.parts.record import Recompute
 from sat_train.models.dit.recompute import POLICIES
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.meta_models import build_meta_dit, build_meta_inputs
+from sat_train.models.meta_models import build_meta_dit, build_meta_inputs, counting_key
 from sat_train.models.recompute_budget import BlockCost, BlockCosts, count_block_costs, policies_within
 
+# by what they depend on; a plan asks several times
+_COUNTED: dict[tuple[object, ...], dict[str, BlockCosts]] = {}
 
-def set_recomputation(dit: DiffusionTransformer, config: RunConfig) -> None:
+
+def set_recomputation(dit: DiffusionTransformer, config: RunConfig, *, compiled: bool = False) -> None:
     """Sets the policies of blocks that differ from `args.checkpoint_activations`.
 
     Args:
         dit: The transformer with its modules; what trains has been selected.
         config: The configuration.
+        compiled: Blocks are compiled; a budget is then one of what they keep.
 
     Ranks: any; all choose the same, from the same counts.
     """
     layers = _layers(dit)
     if config.args.checkpoint_budget is not None:
         dit.recompute = "full"  # modules that cannot be counted
-        policies = policies_within(_costs(config, len(dit.blocks)), config.args.checkpoint_budget)
+        policies = policies_within(_costs(config, len(dit.blocks), compiled), config.args.checkpoint_budget)
     else:
         policies = _left_out(config, layers)
     for name, policy in policies.items():
@@ -50,12 +55,28 @@ def without_recomputation(config: RunConfig) -> RunConfig:
     return replace(config, args=config.args.model_copy(update=off))
 
 
-def chosen_costs(config: RunConfig) -> list[BlockCost]:
+def chosen_costs(config: RunConfig, *, compiled: bool = False) -> list[BlockCost]:
     """Returns the cost of the policy that each block has."""
-    costs = _costs(config, config.spec.layers)
+    costs = _costs(config, config.spec.layers, compiled)
+    pairs = zip(costs.values(), _chosen(config, costs), strict=True)
+    return [own[POLICIES.index(policy)] for own, policy in pairs]
+
+
+def saved_by_compiling(config: RunConfig) -> list[int]:
+    """Returns the bytes that each block keeps less of where it is compiled; only `off` keeps less."""
+    if not blocks_differ(config) and config.args.recomputes:
+        return []
+    costs, eager = (_costs(config, config.spec.layers, compiled) for compiled in (True, False))
+    policies = _chosen(config, costs)
+    pairs = zip(costs, policies, strict=True)
+    return [eager[name][0].kept - costs[name][0].kept for name, policy in pairs if policy == "off"]
+
+
+def _chosen(config: RunConfig, costs: Mapping[str, BlockCosts]) -> list[Recompute]:
+    """Returns the policy of each block."""
     budget, default = config.args.checkpoint_budget, config.args.checkpoint_activations
     policies = _left_out(config, costs) if budget is None else policies_within(costs, budget)
-    return [own[POLICIES.index(policies.get(name, default))] for name, own in costs.items()]
+    return [policies.get(name, default) for name in costs]
 
 
 def recomputed_widths(config: RunConfig) -> list[int]:
@@ -71,10 +92,17 @@ def _left_out(config: RunConfig, names: Iterable[str]) -> dict[str, Recompute]:
     return {name: "off" for name in names if int(name.rpartition(".")[2]) % config.args.checkpoint_every}
 
 
-def _costs(config: RunConfig, num_blocks: int) -> dict[str, BlockCosts]:
+def _costs(config: RunConfig, num_blocks: int, compiled: bool) -> dict[str, BlockCosts]:
     """Counts blocks on samples of the largest size, in micro-batches of training."""
-    dit, inputs = build_meta_dit(config, layers=num_blocks), build_meta_inputs(config, config.args.batch_size)
-    return count_block_costs(dit, inputs, inputs_on_host=config.args.checkpoint_offload)
+    args, ranks = config.args, get_model_parallel_world_size()
+    settings = (args.batch_size, args.quantize_base, args.checkpoint_offload, num_blocks, ranks, compiled)
+    key = (*counting_key(config), *settings)
+    if key not in _COUNTED:
+        dit, inputs = build_meta_dit(config, layers=num_blocks), build_meta_inputs(config, args.batch_size)
+        _COUNTED[key] = count_block_costs(
+            dit, inputs, inputs_on_host=args.checkpoint_offload, compiled=compiled
+        )
+    return _COUNTED[key]
 
 
 def _layers(dit: DiffusionTransformer) -> dict[str, BaseTransformerLayer]:

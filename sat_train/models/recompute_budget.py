@@ -1,8 +1,8 @@
 """Chooses what each block recomputes, so that all of them keep at most a share of their activations.
 
-The cost of each policy is counted on the meta device, block by block, for eager blocks; compiled ones keep
-less. The choice is exact: of all that the budget allows, the one that computes the fewest FLOPs again, and
-among those moves the fewest bytes in elementwise operations.
+The cost of each policy is counted on the meta device, block by block, eager or compiled. The choice is exact:
+of all that the budget allows, the one that computes the fewest FLOPs again, and among those moves the fewest
+bytes in elementwise operations.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sat_train.config.parts.record import Recompute
+from sat_train.models.compiled_blocks import count_compiled_bytes
 from sat_train.models.dit.block import DitBlock
 from sat_train.models.dit.context import BlockContext
 from sat_train.models.dit.recompute import POLICIES, recomputing
@@ -49,7 +50,11 @@ BlockCosts = tuple[BlockCost, ...]  # of each of POLICIES
 
 
 def count_block_costs(
-    dit: DiffusionTransformer, inputs: Mapping[str, Any], *, inputs_on_host: bool
+    dit: DiffusionTransformer,
+    inputs: Mapping[str, Any],
+    *,
+    inputs_on_host: bool = False,
+    compiled: bool = False,
 ) -> dict[str, BlockCosts]:
     """Counts the costs of all blocks in one forward, also of the blocks of branches.
 
@@ -57,6 +62,7 @@ def count_block_costs(
         dit: The model on the meta device.
         inputs: Of its forward.
         inputs_on_host: Recomputed blocks keep their input in host memory.
+        compiled: Blocks are compiled: `off` keeps less, the other policies the same.
 
     Returns:
         By name of the block's layer, in the order in which blocks run.
@@ -68,7 +74,7 @@ def count_block_costs(
     def measured(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recompute: Recompute) -> Tensor:
         kind = _kind(block, x_bld, context)
         if kind not in known:
-            known[kind] = _costs_of(dit, block, x_bld, context, inputs_on_host)
+            known[kind] = _costs_of(dit, block, x_bld, context, inputs_on_host, compiled)
         costs[names[block.layer]], y_bld = known[kind]
         return y_bld
 
@@ -100,23 +106,29 @@ def _shapes(tensors: Iterable[Tensor]) -> list[tuple[object, ...]]:
 
 
 def _costs_of(
-    dit: DiffusionTransformer, block: DitBlock, x_bld: Tensor, context: BlockContext, inputs_on_host: bool
+    dit: DiffusionTransformer,
+    block: DitBlock,
+    x_bld: Tensor,
+    context: BlockContext,
+    inputs_on_host: bool,
+    compiled: bool,
 ) -> tuple[BlockCosts, Tensor]:
     """Returns the cost of each policy, and the output."""
     counts = [_cost_and_output(dit, block, x_bld, context, policy) for policy in POLICIES]
     (plain, y_bld), left = counts[0], x_bld.nbytes if inputs_on_host else 0
     others = [cost.beyond(plain) for cost, _ in counts[1:]]
     costs = [cost._replace(kept=cost.kept - left) for cost in others]
-    return (plain.beyond(plain), *costs), _leaf(y_bld)
+    off = plain.beyond(plain)
+    if compiled:
+        off = off._replace(kept=count_compiled_bytes(block, _leaf(x_bld), _with_leaves(context)))
+    return (off, *costs), _leaf(y_bld)
 
 
 def _cost_and_output(
     dit: DiffusionTransformer, block: DitBlock, x_bld: Tensor, context: BlockContext, policy: Recompute
 ) -> tuple[BlockCost, Tensor]:
-    x_bld, emb_bd = _leaf(x_bld), _leaf(context.emb_bd)
-    extras = {name: _leaf(value) for name, value in context.extras.items()}
-    context = context._replace(emb_bd=emb_bd, extras=MappingProxyType(extras))
-    shared = [x_bld, emb_bd, *extras.values()]
+    x_bld, context = _leaf(x_bld), _with_leaves(context)
+    shared = [x_bld, context.emb_bd, *context.extras.values()]
     shared += [context.rotation_lk2] if context.rotation_lk2 is not None else []
     living, flops, traffic = LivingTensors(dit, *shared), FlopMeter(), Traffic()
     with flops, traffic, living:
@@ -128,6 +140,11 @@ def _cost_and_output(
         parameter.grad = None
     attention = sum(count for name, count in flops.by_operation.items() if "attention" in name)
     return BlockCost(kept, flops.total - attention, attention, traffic.moved), y_bld
+
+
+def _with_leaves(context: BlockContext) -> BlockContext:
+    extras = {name: _leaf(value) for name, value in context.extras.items()}
+    return context._replace(emb_bd=_leaf(context.emb_bd), extras=MappingProxyType(extras))
 
 
 def _leaf(tensor: Tensor) -> Tensor:

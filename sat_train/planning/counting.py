@@ -28,6 +28,7 @@ from sat_train.models.meters import FlopMeter, LivingTensors, Traffic, flash_att
 from sat_train.models.recomputation import (
     blocks_differ,
     chosen_costs,
+    saved_by_compiling,
     set_recomputation,
     without_recomputation,
 )
@@ -58,24 +59,33 @@ class Work:
         return self.linear_flops + self.attention_flops + self.attention_backward_flops
 
 
-def count_peak(config: RunConfig, *, batch_size: int, training: bool = True) -> float:
+def count_peak(config: RunConfig, *, batch_size: int, training: bool = True, compiled: bool = False) -> float:
     """Returns the bytes that a forward and backward pass takes, without weights and their gradients.
 
     Args:
         config: Model, size of the clips and what is recomputed.
         batch_size: Samples.
         training: Off: a forward pass without gradients.
+        compiled: Blocks are compiled, and keep less where they recompute nothing; what one of them takes
+            besides counts as an eager one's.
     """
-    if training and blocks_differ(config):
-        return _peak(*_pass(config, batch_size, config.spec.layers, training))
-    return _extrapolated(config, lambda layers: [_peak(*_pass(config, batch_size, layers, training))])[0]
+
+    def peak(layers: int) -> list[float]:
+        return [_peak(*_pass(config, batch_size, layers, training, compiled))]
+
+    if not training:
+        return _extrapolated(config, peak)[0]
+    [most] = peak(config.spec.layers) if blocks_differ(config) else _extrapolated(config, peak)
+    less = saved_by_compiling(config) if compiled else []
+    # the block whose backward runs has what an eager one keeps
+    return most - sum(less[1:]) * batch_size / config.args.batch_size
 
 
-def count_work(config: RunConfig, *, batch_size: int, training: bool = True) -> Work:
-    """Returns the work of a forward and backward pass; see `count_peak`."""
+def count_work(config: RunConfig, *, batch_size: int, training: bool = True, compiled: bool = False) -> Work:
+    """Returns the work of a forward and backward pass of eager blocks; see `count_peak`."""
     if training and blocks_differ(config):
         plain = count_work(without_recomputation(config), batch_size=batch_size)
-        costs, samples = chosen_costs(config), batch_size / config.args.batch_size
+        costs, samples = chosen_costs(config, compiled=compiled), batch_size / config.args.batch_size
         return Work(
             moved_bytes=plain.moved_bytes + samples * sum(cost.moved for cost in costs),
             linear_flops=plain.linear_flops + samples * sum(cost.linear for cost in costs),
@@ -101,12 +111,12 @@ def _extrapolated(config: RunConfig, count: Callable[[int], Sequence[float]]) ->
 
 
 def _pass(
-    config: RunConfig, batch_size: int, layers: int, training: bool
+    config: RunConfig, batch_size: int, layers: int, training: bool, compiled: bool = False
 ) -> tuple[nn.Module, Callable[[], Any]]:
     """Returns a transformer of a few layers, and its pass."""
     dit = build_meta_dit(config, layers=layers).train(training)
     if training:
-        set_recomputation(dit, config)
+        set_recomputation(dit, config, compiled=compiled)
     inputs = build_meta_inputs(config, batch_size)
     for parameter in dit.parameters():
         if parameter.requires_grad:  # its gradient is counted with the states

@@ -20,6 +20,8 @@ from sat_train.planning.gpu_memory import Weights
 _TERA, _GIGA = 1e12, 1e9
 _HOST_UPDATE_S = 1.2e-8  # an element of torch's AdamW on one CPU thread
 _HOST_TFLOPS = 1.0  # of a rank's share of a server's processors, for matrix products in bf16
+# of the bytes that elementwise operations of an eager block move: `benchmarks/block.py compiled`
+_COMPILED_TRAFFIC = 0.75
 HOST_COPY_GBPS = 20  # between GPU and host
 
 
@@ -52,12 +54,13 @@ class StepTime:
         return sum((*parts, self.communication, self.optimizer, self.encoding, self.swapping))
 
 
-def computing_seconds(work: Work, card: Hardware) -> tuple[float, float, float]:
+def computing_seconds(work: Work, card: Hardware, *, compiled: bool) -> tuple[float, float, float]:
     """Returns seconds of matrix products, attention and elementwise operations."""
+    moved = work.moved_bytes * (_COMPILED_TRAFFIC if compiled else 1)
     linear = work.linear_flops / card.matmul_tflops
     forward = work.attention_flops / card.attention_tflops
     backward = work.attention_backward_flops / card.attention_backward_tflops
-    return linear / _TERA, (forward + backward) / _TERA, work.moved_bytes / card.memory_tbps / _TERA
+    return linear / _TERA, (forward + backward) / _TERA, moved / card.memory_tbps / _TERA
 
 
 def communication_seconds(

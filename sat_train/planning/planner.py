@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 from sat_train.config import RunConfig
 from sat_train.config.hardware import Hardware
+from sat_train.engine.compilation import compiles_on_gpus
 from sat_train.engine.owned import row_length
 from sat_train.models.build import compute_dtype, encoder_dtype
+from sat_train.models.meta_models import counting_key
 from sat_train.models.recomputation import recomputed_widths
 from sat_train.planning.counting import (
     Work,
@@ -58,6 +60,7 @@ class Plan:
         data_ranks: Ranks with batches of their own.
         weights: Weights of the transformer.
         trained: Those that train.
+        compiled: Blocks are compiled.
         tokens: Of one sample, text included.
         samples: Of one optimizer step, on all ranks.
         phases: Memory by phase.
@@ -76,6 +79,7 @@ class Plan:
     data_ranks: int
     weights: int
     trained: int
+    compiled: bool
     tokens: int
     samples: int
     phases: tuple[PhaseMemory, ...]
@@ -133,6 +137,7 @@ class Planner:
             data_ranks=data_ranks,
             weights=weights.transformer,
             trained=weights.num_trained,
+            compiled=compiles_on_gpus(args),
             tokens=tokens,
             samples=samples * data_ranks,
             phases=self.phases(config),
@@ -218,7 +223,7 @@ class Planner:
 
     def _step(self, config: RunConfig, weights: Weights, data_ranks: int) -> StepTime:
         args = config.args
-        linear, attention, elementwise = computing_seconds(self._work(config, args.batch_size), self.card)
+        linear, attention, elementwise = self._computing_seconds(config, args.batch_size)
         passes, samples = args.gradient_accumulation_steps, args.batch_size * args.gradient_accumulation_steps
         encoding = 0.0
         if config.require_data().cache == "off":
@@ -247,6 +252,12 @@ class Planner:
             text_on_host=config.args.text_encoder_device == "cpu",
         )
 
+    def _computing_seconds(
+        self, config: RunConfig, batch_size: int, *, training: bool = True
+    ) -> tuple[float, float, float]:
+        work = self._work(config, batch_size, training=training)
+        return computing_seconds(work, self.card, compiled=compiles_on_gpus(config.args))
+
     def _hours(self, config: RunConfig, step: StepTime, written: float, data_ranks: int) -> float | None:
         args = config.args
         if args.train_iters is None:
@@ -254,7 +265,7 @@ class Planner:
         seconds = args.train_iters * step.total
         if args.eval_interval is not None:
             batch = args.eval_batch_size or args.batch_size
-            forward = sum(computing_seconds(self._work(config, batch, training=False), self.card))
+            forward = sum(self._computing_seconds(config, batch, training=False))
             batches = -(-args.eval_iters // data_ranks)
             seconds += args.train_iters // args.eval_interval * batches * args.eval_timesteps * forward
         if args.save is not None:
@@ -269,20 +280,26 @@ class Planner:
 
     def _peak(self, config: RunConfig, batch_size: int, *, training: bool = True) -> float:
         return self._once(
-            config, count_peak, *_settings_of_passes(config), batch_size=batch_size, training=training
+            config,
+            count_peak,
+            *_settings_of_passes(config),
+            batch_size=batch_size,
+            training=training,
+            compiled=training and compiles_on_gpus(config.args),
         )
 
     def _work(self, config: RunConfig, batch_size: int, *, training: bool = True) -> Work:
         return self._once(
-            config, count_work, *_settings_of_passes(config), batch_size=batch_size, training=training
+            config,
+            count_work,
+            *_settings_of_passes(config),
+            batch_size=batch_size,
+            training=training,
+            compiled=training and compiles_on_gpus(config.args),
         )
 
     def _once(self, config: RunConfig, count: Callable[..., T], *depends_on: object, **options: Any) -> T:
-        data = config.require_data().params
-        # its `transformer_args` repeat settings of `args`
-        tree = config.model.model_dump(exclude={"network_config": {"params": {"transformer_args"}}})
-        model = (repr(tree), data.max_num_frames, data.video_size, compute_dtype(config.args))
-        key = (count, *model, *depends_on, *options.items())
+        key = (count, *counting_key(config), *depends_on, *options.items())
         if key not in self._known:
             self._known[key] = count(config, **options)
         known: T = self._known[key]

@@ -16,6 +16,7 @@ from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.encoding.build import build_encoders, turns_for_text
 from sat_train.encoding.encoded_batch import EncodedBatch
+from sat_train.engine.compilation import compiles_blocks
 from sat_train.errors import CheckpointError, ConfigError, Fault
 from sat_train.interchange.adapters import (
     holds_adapters,
@@ -246,7 +247,7 @@ def _build_trained(
         check_zeros_train(dit, surgery)
     if is_held:
         _hold_base(config, dit, mesh, start)
-    set_recomputation(dit, config)
+    set_recomputation(dit, config, compiled=compiles_blocks(config.args, mesh.device))
     return dit, surgery if start.resumed is None else None
 
 

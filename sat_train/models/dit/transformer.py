@@ -27,7 +27,7 @@ from sat_train.models.dit.host_inputs import HostInputs
 from sat_train.models.dit.initialization import initialize_weights
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.positions import PositionEmbedding
-from sat_train.models.dit.recompute import recomputing
+from sat_train.models.dit.recompute import recompute_elementwise, recomputing
 from sat_train.models.dit.sat_layers import NORM_EPS, build_layers, building
 
 
@@ -257,6 +257,7 @@ class DiffusionTransformer(BaseModel):
         """Compiles the block, once for all layers, for each size and mode. Call it before DeepSpeed."""
         # training and sampling of a dozen sizes; past the limit torch falls back to eager silently
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        recompute_elementwise()
         self._run = torch.compile(recomputing, backend=backend, dynamic=False)
 
     def add_mixin(self, name: str, new_mixin: BaseMixin, reinit: bool = False) -> None:
