@@ -142,7 +142,9 @@ def _time_lines(plan: Plan) -> list[str]:
 
 def _cache_of_thousand(plan: Plan) -> str:
     minutes = plan.encoded_clip_s * 1000 / 60 / plan.gpus
-    return f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB and {minutes:.2g} minutes"
+    names = ", ".join(plan.uncounted_conditions)
+    others = f" (without what {names} keeps)" if names else ""
+    return f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB{others} and {minutes:.2g} minutes"
 
 
 def _ladder_lines(plan: Plan, climbs: Sequence[Climb]) -> list[str]:

@@ -10,9 +10,10 @@ from sat_train.config import RunConfig
 from sat_train.config.hardware import Hardware
 from sat_train.engine.compilation import compiles_on_gpus
 from sat_train.engine.owned import row_length
-from sat_train.models.build import compute_dtype, encoder_dtype
+from sat_train.models.build import compute_dtype
 from sat_train.models.meta_models import counting_key
 from sat_train.models.recomputation import recomputed_widths
+from sat_train.planning.cache_size import count_clip_bytes, count_condition_bytes
 from sat_train.planning.counting import (
     Work,
     count_peak,
@@ -69,7 +70,8 @@ class Plan:
         tflops: FLOPs of the model of one step and rank, in 1e12.
         checkpoint_bytes: One checkpoint on disk, of all ranks.
         encoded_clip_s: Seconds in which one GPU encodes a clip and its caption.
-        cached_clip_bytes: A clip and its caption in the cache; encodings of `model.conditions` come on top.
+        cached_clip_bytes: A clip and its caption in the cache, with the encodings of `model.conditions`.
+        uncounted_conditions: Conditions whose encodings come on top.
         steps: Optimizer steps of the run; None where the configuration counts epochs.
         hours: Of the run with validations and saves; None likewise.
     """
@@ -89,6 +91,7 @@ class Plan:
     checkpoint_bytes: float
     encoded_clip_s: float
     cached_clip_bytes: float
+    uncounted_conditions: tuple[str, ...]
     steps: int | None
     hours: float | None
 
@@ -131,6 +134,8 @@ class Planner:
         samples = args.batch_size * args.gradient_accumulation_steps
         flops = samples * spec.training_flops(tokens, trains_base=not config.freezes_base)
         checkpoint = _checkpoint_bytes(config, weights)
+        fields = repr(config.require_data().fields)
+        conditions = self._once(config, count_condition_bytes, fields)
         return Plan(
             hardware=self.card,
             gpus=self.gpus,
@@ -146,7 +151,8 @@ class Planner:
             tflops=flops / 1e12,
             checkpoint_bytes=checkpoint,
             encoded_clip_s=self._encoding_seconds(config, weights),
-            cached_clip_bytes=_cached_clip_bytes(config),
+            cached_clip_bytes=count_clip_bytes(config) + conditions.total,
+            uncounted_conditions=conditions.uncounted,
             steps=args.train_iters,
             hours=self._hours(config, step, checkpoint / data_ranks, data_ranks),
         )
@@ -348,13 +354,3 @@ def _saved_weights_bytes(config: RunConfig, weights: Weights) -> float:
     """Returns the bytes of the weights in the dtype of computation that a checkpoint holds."""
     kept = weights.num_trained if config.freezes_base else weights.transformer
     return compute_dtype(config.args).itemsize * kept
-
-
-def _cached_clip_bytes(config: RunConfig) -> float:
-    """Returns the bytes of the posterior's moments and of the caption's embedding of a clip."""
-    spec, data = config.spec, config.require_data().params
-    latent = spec.latent(data.max_num_frames, *data.video_size)
-    moments = 2 * spec.out_channels * latent.height * latent.width
-    frames = latent.frames + (1 if "image" in spec.conditions else 0)
-    text = spec.text.max_length * spec.text_width * compute_dtype(config.args).itemsize
-    return moments * frames * encoder_dtype(config.args).itemsize + text

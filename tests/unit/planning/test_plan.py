@@ -12,6 +12,7 @@ from sat_train.cli.main import main
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.hardware import find_hardware, peak_tflops
 from sat_train.distributed.processes import start_single_process, stop_processes
+from sat_train.planning.cache_size import ConditionBytes, count_clip_bytes, count_condition_bytes
 from sat_train.planning.counting import count_peak, count_work
 from sat_train.planning.gpu_memory import count_weights
 from sat_train.planning.planner import Planner
@@ -96,6 +97,23 @@ def test_a_text_encoder_on_the_cpu_takes_host_memory_instead() -> None:
             assert ours.total == pytest.approx(other.total - size)
             host = 0 if ours.phase == "load" else size  # it is read through host memory anyway
             assert ours.host - other.host == pytest.approx(host)
+
+
+def test_the_cache_of_a_plan_holds_what_conditions_keep() -> None:
+    words = (
+        "data.fields={edges: {kind: video}, inside: {kind: mask}, camera: {kind: per_frame}}",
+        "model.conditions.edges={target: ControlVideo, params: {field: edges}}",
+        "model.conditions.inside={target: Inpainting, params: {mask: inside}}",
+        "model.conditions.camera={target: FieldValues, params: {field: camera}}",
+    )
+    plain, config = _read("cogvideox_tiny", "sft"), _read("cogvideox_tiny", "sft", words=words)
+    data, spec = config.require_data().params, config.spec
+    text = spec.text.max_length * spec.text_width * 4  # fp32
+    latent = spec.latent(data.max_num_frames, *data.video_size)
+    mask = latent.padded_frames * latent.height * latent.width * 4
+    moments = count_clip_bytes(plain) - text
+    assert count_condition_bytes(plain) == ConditionBytes(0, ())
+    assert count_condition_bytes(config) == ConditionBytes(int(2 * moments) + mask, ("camera",))
 
 
 def test_inputs_in_host_memory_and_a_base_in_few_bits_take_what_they_say() -> None:
