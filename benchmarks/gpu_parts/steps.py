@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, within
-from benchmarks.gpu_parts.random_run import build_run, read_run, run_steps
+from benchmarks.gpu_parts.random_run import RandomRun, build_run, read_run, run_steps
 from sat_train.planning.gpu_memory import CONTEXT_BYTES
 from sat_train.planning.planner import Plan, Planner
 
@@ -43,7 +44,20 @@ def step(setting: Setting, *, model: str, recipe: str, compiled: str) -> Iterato
     yield Finding("steps that updated the weights", steps.applied, f">= {least}", steps.applied >= least)
     yield Finding("first step, s", first.first_s)
     if setting.on_gpu:
+        yield at_most("waits for the GPU in a step", _waits(run), 1)
         yield from _against_plan(setting, plan, steps.median_s, is_eager=compiled == "off")
+
+
+def _waits(run: RandomRun) -> int:
+    """Returns how often the host waits for the GPU in a step: PyTorch warns of each such call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run.train_step.step(_STEPS + 2, 1e-4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def _against_plan(setting: Setting, plan: Plan, seconds: float, *, is_eager: bool) -> Iterator[Finding]:

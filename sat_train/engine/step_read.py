@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 class StepRead:
@@ -52,6 +53,16 @@ class StepRead:
         return flags
 
 
+class _NumbersFilledIn(TorchFunctionMode):
+    """Makes a tensor of one number on the device, where `torch.tensor` would copy it there, and wait."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.tensor and isinstance(args[0], float) and "device" in kwargs:
+            function, args = torch.full, ((), *args)
+        return function(*args, **kwargs)
+
+
 def read_norm_once(engine: Any, read: StepRead) -> None:
     """Makes DeepSpeed's ZeRO optimizer receive its norm in host memory.
 
@@ -63,9 +74,13 @@ def read_norm_once(engine: Any, read: StepRead) -> None:
     """
     optimizer: Any = engine.optimizer
     optimizer.check_overflow = lambda partition_gradients=True: None
-    if int(engine.zero_optimization_stage()) == 3:
-        groups = optimizer._get_norm_groups
-        optimizer._get_norm_groups = lambda: read.norms(groups())
-    else:
-        total = optimizer.scaled_global_norm
-        optimizer.scaled_global_norm = lambda norm_type=2: read.norms([total(norm_type)])[0]
+    is_stage_3 = int(engine.zero_optimization_stage()) == 3
+    name = "_get_norm_groups" if is_stage_3 else "scaled_global_norm"
+    compute = getattr(optimizer, name)
+
+    def norms_on_host(*options: Any, **more: Any) -> Any:
+        with _NumbersFilledIn():
+            norms = compute(*options, **more)
+        return read.norms(norms) if is_stage_3 else read.norms([norms])[0]
+
+    setattr(optimizer, name, norms_on_host)

@@ -200,7 +200,7 @@ def test_no_weight_changes_before_its_readers_have_been_waited_for(rank_pool, ze
 
 
 class HostReads(TorchFunctionMode):
-    """Counts the places at which the host reads a tensor of the device, and would wait for a GPU.
+    """Counts the places at which the host reads a tensor of the device or copies a number to it, and waits.
 
     In host memory are tensors made of Python's numbers, and what is computed from such tensors alone.
     """
@@ -215,10 +215,11 @@ class HostReads(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         on_host = all(any(each is other for other in self._in_host_memory) for each in tensors)
+        is_made, is_sent = function is torch.tensor, bool((kwargs or {}).get("device"))
         self.counts[-1] += not on_host and getattr(function, "__name__", "") in self.READS
+        self.counts[-1] += is_made and is_sent
         result = function(*args, **(kwargs or {}))
-        is_made = function is torch.tensor and not (kwargs or {}).get("device")
-        if on_host and (tensors or is_made) and isinstance(result, torch.Tensor):
+        if on_host and (tensors or (is_made and not is_sent)) and isinstance(result, torch.Tensor):
             self._in_host_memory.append(result)
         return result
 
