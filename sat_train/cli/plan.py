@@ -46,14 +46,14 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError([Fault("--gpus", str(options.gpus), expected, "the command line")])
 
     from sat_train.config.hardware import find_hardware
-    from sat_train.distributed.processes import start_single_process  # imports torch
+    from sat_train.distributed.processes import start_planned_rank  # imports torch
     from sat_train.planning.ladder import climb_down
     from sat_train.planning.planner import Planner
 
     card = find_hardware(options.hardware).scaled(options.efficiency)
     if options.gpu_memory is not None:
         card = replace(card, memory_gib=options.gpu_memory)
-    start_single_process()
+    start_planned_rank(config.args.model_parallel_size)
     planner = Planner(card, options.gpus)
     plan = planner.plan(config)
 
@@ -107,7 +107,7 @@ def _as_text(plan: Plan, climbs: Sequence[Climb], faster: Climb | None) -> str:
 def _head(plan: Plan) -> list[str]:
     rows = [
         ("GPUs", f"{plan.gpus} x {plan.hardware.name}, {plan.hardware.memory_gib:g} GiB each"),
-        ("weights", f"{plan.weights:,}, of which {plan.trained:,} train"),
+        ("weights of a rank", f"{plan.weights:,}, of which {plan.trained:,} train"),
         ("blocks", "compiled, which takes compute capability 7.0" if plan.compiled else "not compiled"),
         ("samples", f"{plan.samples} a step, {plan.tokens:,} tokens each"),
     ]

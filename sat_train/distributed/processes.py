@@ -117,6 +117,24 @@ def start_single_process(device: str = "cpu") -> ProcessMesh:
     return start_processes(RankEnv.single(), device=device)
 
 
+def start_planned_rank(model_parallel_size: int) -> ProcessMesh:
+    """Returns the mesh of the first of the ranks that share a model, without the others.
+
+    For counting on the meta device: sums over ranks return at once, and leave tensors as they are.
+    """
+    if model_parallel_size == 1:
+        return start_single_process()
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    stop_processes()
+    device, size = torch.device("cpu"), model_parallel_size
+    env = RankEnv(0, 0, size, size, "", 0, "single")
+    _prepare_deepspeed(env, device)
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=0, world_size=size)
+    return _lay_out(env, device, "fake", store, size)
+
+
 def stop_processes() -> None:
     """Leaves the process group, if there is one, without waiting for the other ranks."""
     global _mesh

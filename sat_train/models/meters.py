@@ -66,19 +66,23 @@ class LivingTensors(TorchDispatchMode):
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up the bytes that elementwise operations read and write.
+    """Adds up the bytes that elementwise operations read and write, and those of sums over ranks.
 
     Attributes:
         moved: The bytes so far.
+        summed: Those of tensors that are summed over the ranks of a model.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.moved = 0
+        self.moved = self.summed = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if name == "allreduce_":
+            self.summed += bytes_in(args[0])
+            return result
         if func.is_view or name in _NOT_MOVING or "empty" in name or "attention" in name:
             return result
         read = bytes_in(args[1:] if name == "copy_" else args)

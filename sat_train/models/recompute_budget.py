@@ -33,12 +33,14 @@ class BlockCost(NamedTuple):
         linear: FLOPs of matrix products that are computed again.
         attention: FLOPs of attention that are computed again.
         moved: Bytes that elementwise operations read and write again.
+        summed: Bytes that are summed over the ranks of a model again.
     """
 
     kept: int
     linear: int
     attention: int
     moved: int
+    summed: int = 0
 
     def beyond(self, other: BlockCost) -> BlockCost:
         """Returns what this one takes beyond another, and all that it keeps."""
@@ -139,7 +141,7 @@ def _cost_and_output(
     for parameter in dit.parameters():
         parameter.grad = None
     attention = sum(count for name, count in flops.by_operation.items() if "attention" in name)
-    return BlockCost(kept, flops.total - attention, attention, traffic.moved), y_bld
+    return BlockCost(kept, flops.total - attention, attention, traffic.moved, traffic.summed), y_bld
 
 
 def _with_leaves(context: BlockContext) -> BlockContext:

@@ -46,12 +46,14 @@ class Work:
         linear_flops: Of matrix products and convolutions; a multiply-add is two.
         attention_flops: Of attention's forward, what is recomputed included.
         attention_backward_flops: Of its backward, in which a flash kernel computes the scores again.
+        summed_bytes: Of tensors that are summed over the ranks of a model.
     """
 
     moved_bytes: float
     linear_flops: float
     attention_flops: float
     attention_backward_flops: float
+    summed_bytes: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -91,6 +93,7 @@ def count_work(config: RunConfig, *, batch_size: int, training: bool = True, com
             linear_flops=plain.linear_flops + samples * sum(cost.linear for cost in costs),
             attention_flops=plain.attention_flops + samples * sum(cost.attention for cost in costs),
             attention_backward_flops=plain.attention_backward_flops,
+            summed_bytes=plain.summed_bytes + samples * sum(cost.summed for cost in costs),
         )
     return Work(
         *_extrapolated(config, lambda layers: astuple(_work(_pass(config, batch_size, layers, training)[1])))
@@ -149,7 +152,7 @@ def _work(run: Callable[[], Any]) -> Work:
     attention = {name: count for name, count in flops.by_operation.items() if "attention" in name}
     backward = sum(count for name, count in attention.items() if "backward" in name)
     linear = flops.total - sum(attention.values())
-    return Work(traffic.moved, linear, sum(attention.values()) - backward, backward)
+    return Work(traffic.moved, linear, sum(attention.values()) - backward, backward, traffic.summed)
 
 
 def peak_of_encoding(config: RunConfig) -> float:

@@ -88,6 +88,17 @@ def communication_seconds(
     return volume * (data_ranks - 1) / data_ranks / card.collective_gbps(gpus) / _GIGA
 
 
+def summing_seconds(summed: float, card: Hardware, *, ranks: int) -> float:
+    """Returns the seconds of sums over the ranks of a model, which share a machine.
+
+    Args:
+        summed: Bytes of the tensors.
+        card: The card.
+        ranks: Ranks of a model; a sum sends each byte twice to all but one of them.
+    """
+    return 2 * summed * (ranks - 1) / ranks / card.link_gbps / _GIGA
+
+
 def swapping_seconds(copied: float, *, computing: float) -> float:
     """Returns the seconds of a step in which blocks wait for copies between host memory and the GPU.
 

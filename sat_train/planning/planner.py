@@ -30,6 +30,7 @@ from sat_train.planning.duration import (
     computing_seconds,
     encoding_seconds,
     optimizer_seconds,
+    summing_seconds,
     swapping_seconds,
 )
 from sat_train.planning.gpu_memory import (
@@ -59,7 +60,7 @@ class Plan:
         hardware: The card.
         gpus: Number of cards.
         data_ranks: Ranks with batches of their own.
-        weights: Weights of the transformer.
+        weights: Weights of the transformer on a rank.
         trained: Those that train.
         compiled: Blocks are compiled.
         tokens: Of one sample, text included.
@@ -132,8 +133,9 @@ class Planner:
         tokens = self._tokens(config)
         step = self._step(config, weights, data_ranks)
         samples = args.batch_size * args.gradient_accumulation_steps
-        flops = samples * spec.training_flops(tokens, trains_base=not config.freezes_base)
-        checkpoint = _checkpoint_bytes(config, weights)
+        shared_by = args.model_parallel_size
+        flops = samples * spec.training_flops(tokens, trains_base=not config.freezes_base) / shared_by
+        checkpoint = shared_by * _checkpoint_bytes(config, weights)
         fields = repr(config.require_data().fields)
         conditions = self._once(config, count_condition_bytes, fields)
         return Plan(
@@ -154,7 +156,7 @@ class Planner:
             cached_clip_bytes=count_clip_bytes(config) + conditions.total,
             uncounted_conditions=conditions.uncounted,
             steps=args.train_iters,
-            hours=self._hours(config, step, checkpoint / data_ranks, data_ranks),
+            hours=self._hours(config, step, checkpoint / data_ranks / shared_by, data_ranks),
         )
 
     def phases(self, config: RunConfig) -> tuple[PhaseMemory, ...]:
@@ -229,6 +231,7 @@ class Planner:
 
     def _step(self, config: RunConfig, weights: Weights, data_ranks: int) -> StepTime:
         args = config.args
+        work = self._work(config, args.batch_size)
         linear, attention, elementwise = self._computing_seconds(config, args.batch_size)
         passes, samples = args.gradient_accumulation_steps, args.batch_size * args.gradient_accumulation_steps
         encoding = 0.0
@@ -243,7 +246,8 @@ class Planner:
             elementwise=passes * elementwise,
             communication=communication_seconds(
                 config, weights, self.card, data_ranks=data_ranks, gpus=self.gpus
-            ),
+            )
+            + passes * summing_seconds(work.summed_bytes, self.card, ranks=args.model_parallel_size),
             optimizer=optimizer_seconds(config, self.card, elements=share),
             encoding=encoding,
             swapping=swapping_seconds(copied, computing=computing),

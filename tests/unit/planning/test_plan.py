@@ -12,6 +12,8 @@ from sat_train.cli.main import main
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.hardware import find_hardware, peak_tflops
 from sat_train.distributed.processes import start_single_process, stop_processes
+from sat_train.models.dit.sharding import tensor_parallel_layout
+from sat_train.models.meta_models import build_meta_dit
 from sat_train.planning.cache_size import ConditionBytes, count_clip_bytes, count_condition_bytes
 from sat_train.planning.counting import count_peak, count_work
 from sat_train.planning.gpu_memory import count_weights
@@ -71,6 +73,29 @@ def test_more_gpus_share_the_states_only() -> None:
         assert shared.optimizer == pytest.approx(phase.optimizer / 8, rel=0.1)
         assert shared.activations <= phase.activations
     assert eight.samples == 8 * one.samples
+
+
+def test_ranks_that_share_a_model_hold_and_compute_a_part_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", *TINY, "args.compile=off", "args.eval_interval=null", "data.cache=read", "--json"]
+    words += ["data.cache_dir=cache", "args.valid_video_interval=null", "args.checkpoint_activations=full"]
+    trees = []
+    for ranks in (1, 2):
+        assert main([*words, f"args.model_parallel_size={ranks}", "--gpus", str(ranks)]) == 0
+        trees.append(json.loads(capsys.readouterr().out))
+        stop_processes()
+    start_single_process()
+    whole, shared = trees
+    own = build_meta_dit(_read("cogvideox_tiny", "sft")).named_parameters()
+    on_all = sum(each.numel() for name, each in own if tensor_parallel_layout(name) is None)
+    assert 2 * shared["weights"] - on_all == whole["weights"]
+    assert shared["samples"] == whole["samples"]
+    assert shared["step"]["attention"] == pytest.approx(whole["step"]["attention"] / 2)
+    assert shared["step"]["linear"] == pytest.approx(whole["step"]["linear"] / 2, rel=0.1)
+    config = _read("cogvideox_tiny", "sft")
+    # both sums of a block, forward, recomputed and backward, of the tokens in fp32
+    row = config.args.batch_size * _tokens(config) * config.spec.width * 4
+    seconds = 2 * 6 * config.spec.layers * row / 2 / find_hardware("h100").link_gbps / 1e9
+    assert shared["step"]["communication"] == pytest.approx(seconds, rel=0.1)
 
 
 def test_a_single_rank_copies_the_whole_checkpoint_to_save_it_in_the_background() -> None:
