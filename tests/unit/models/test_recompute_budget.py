@@ -92,7 +92,7 @@ def test_no_other_choice_within_the_budget_computes_less_again() -> None:
 
     def total(taken: Mapping[str, Any]) -> tuple[int, ...]:
         chosen = [costs[name][POLICIES.index(policy)] for name, policy in taken.items()]
-        kept, linear, attention, moved = (sum(column) for column in zip(*chosen, strict=True))
+        kept, linear, attention, moved, _ = (sum(column) for column in zip(*chosen, strict=True))
         return kept, linear + attention, moved
 
     choices = itertools.product(POLICIES, repeat=len(costs))
