@@ -113,7 +113,24 @@ def import_deepspeed() -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     keep_deepspeed_from_nvml(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     _import_muon_uncompiled()
+    from deepspeed.runtime.zero import linear
+
+    linear.LinearFunctionForZeroStage3.forward = staticmethod(_linear)
     return cast(ModuleType, deepspeed)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Computes the linear layer of ZeRO-3, by which DeepSpeed replaces torch's in the whole process.
+
+    Its own adds the bias in place: to a product that a block has kept for its backward pass it would be added
+    again, when the block is computed a second time.
+
+    Source: microsoft/DeepSpeed@v0.19.8 `runtime/zero/linear.py` `LinearFunctionForZeroStage3.forward`.
+    """
+    if input.dim() == 2 and bias is not None:
+        return torch.addmm(bias, input, weight.t())
+    output = input.matmul(weight.t())
+    return output if bias is None else output + bias
 
 
 def _import_muon_uncompiled() -> None:

@@ -15,7 +15,9 @@ from tests.unit.models.narrow import inputs, randomized
 pytestmark = pytest.mark.ranks
 
 
-def _train(mesh: ProcessMesh, stage: int, added: str, compiled: bool) -> tuple[list[float], dict, int]:
+def _train(
+    mesh: ProcessMesh, stage: int, added: str, compiled: bool, recompute: str = "full"
+) -> tuple[list[float], dict, int]:
     """Returns the losses of three steps, the graph breaks and the number of graphs."""
     from torch._dynamo.utils import counters
 
@@ -24,7 +26,7 @@ def _train(mesh: ProcessMesh, stage: int, added: str, compiled: bool) -> tuple[l
     torch._dynamo.reset()
     counters.clear()
     # ZeRO-3 gathers every weight where a module computes: the learned table and the adapters among them
-    dit = randomized(positions="rotary_learned", recompute="full")
+    dit = randomized(positions="rotary_learned", recompute=recompute)
     if added == "modules":
         for name, mixin in {"control": Branch(0, 1), "motion": Fuser(1), "head": Head()}.items():
             dit.add_mixin(name, mixin)
@@ -67,3 +69,9 @@ def test_every_stage_and_compiled_blocks_give_the_same_losses(rank_pool, added):
         # with frozen weights the first block's input needs no gradient, which is a graph of its own; with
         # modules the blocks differ in who acts there
         assert graphs == (0 if not compiled else 1 if added == "base" else 2)
+
+
+@pytest.mark.parametrize("recompute", ["gemm", "attention"])
+def test_zero_3_leaves_products_alone_that_a_block_keeps_for_its_backward(rank_pool, recompute):
+    losses = {policy: rank_pool(1)(_train, 3, "base", False, policy)[0][0] for policy in ("off", recompute)}
+    assert losses[recompute] == losses["off"]
