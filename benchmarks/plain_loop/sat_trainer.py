@@ -6,8 +6,9 @@ from contextlib import ExitStack
 from types import ModuleType
 from unittest.mock import patch
 
-import deepspeed
 import torch
+
+from sat_train.engine.build import import_deepspeed
 
 
 def step(dit, compute_loss, adamw, *, max_norm):
@@ -33,7 +34,7 @@ def step(dit, compute_loss, adamw, *, max_norm):
             "reduce_bucket_size": 1_000_000_000,
         },
     }
-    engine, optimizer, _, _ = deepspeed.initialize(
+    engine, optimizer, _, _ = import_deepspeed().initialize(
         model=dit,
         model_parameters=get_optimizer_param_groups(dit),
         optimizer=adamw,
