@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sat_train.config.parts.record import Recompute
@@ -45,8 +46,46 @@ def recomputing(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recomp
         return block(x_bld, context)
     if recompute == "full":
         return checkpoint(block, x_bld, context, use_reentrant=False)
-    contexts = functools.partial(create_selective_checkpoint_contexts, _KEPT[recompute])
+    selective = create_selective_checkpoint_contexts if torch.compiler.is_compiling() else _contexts
+    contexts = functools.partial(selective, _KEPT[recompute])
     return checkpoint(block, x_bld, context, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(kept: list[torch._ops.OpOverload[..., Any]]) -> tuple[Any, Any]:
+    """Returns the modes of a block's forward and of its second run."""
+    caching, cached = create_selective_checkpoint_contexts(kept)
+    return caching, _SecondRun(cached, kept)
+
+
+class _SecondRun(TorchDispatchMode):
+    """Takes the outputs of kept operations from the first run.
+
+    torch's own mode expects all other operations of the first run too. ZeRO-3 gathers weights between them,
+    which takes other operations in the backward.
+
+    Args:
+        cached: torch's own mode.
+        kept: The kept operations.
+    """
+
+    def __init__(self, cached: Any, kept: list[torch._ops.OpOverload[..., Any]]) -> None:
+        super().__init__()
+        self._cached, self._kept = cached, kept
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Returns True, as torch's own mode does."""
+        return True
+
+    def __enter__(self) -> _SecondRun:
+        self._cached.func_counter.clear()
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._kept:
+            return self._cached.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def recompute_elementwise() -> None:
