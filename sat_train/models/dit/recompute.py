@@ -58,7 +58,7 @@ def _contexts(kept: list[torch._ops.OpOverload[..., Any]]) -> tuple[Any, Any]:
 
 
 class _SecondRun(TorchDispatchMode):
-    """Takes the outputs of kept operations from the first run.
+    """Second run of a block, with the outputs of kept operations from the first.
 
     torch's own mode expects all other operations of the first run too. ZeRO-3 gathers weights between them,
     which takes other operations in the backward.
