@@ -21,18 +21,6 @@ def budget_chooses_by_itself(config: ParsedConfig) -> Iterator[Fault]:
         yield config.fault("args.checkpoint_every", args.checkpoint_every, f"1: {instead}")
 
 
-@rule("args.checkpoint_activations", "args.checkpoint_budget", "args.zero_stage")
-def products_are_kept_of_whole_weights(config: ParsedConfig) -> Iterator[Fault]:
-    """DeepSpeed's linear layers of stage 3 add the bias to a product in place: it would be added twice."""
-    args = config.args
-    if args.zero_stage == 3 and args.checkpoint_activations == "gemm":
-        expected = "off, attention or full with args.zero_stage=3, whose linear layers change their products"
-        yield config.fault("args.checkpoint_activations", "gemm", expected)
-    if args.zero_stage == 3 and args.checkpoint_budget is not None:
-        expected = "null with args.zero_stage=3, whose linear layers change the products that it would keep"
-        yield config.fault("args.checkpoint_budget", args.checkpoint_budget, expected)
-
-
 @rule(
     *("args.checkpoint_activations", "args.checkpoint_every", "args.checkpoint_budget"),
     *("args.checkpoint_offload", "args.compile"),

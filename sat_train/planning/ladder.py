@@ -43,7 +43,7 @@ def memory_ladder(config: RunConfig, *, gpus: int) -> Iterator[Rung]:
         tiles = "model.first_stage_config.params.tiling=true"
         yield Rung("encode in tiles; seams are blended, so other latents", (tiles,))
     policies: tuple[Recompute, ...] = ("off", "gemm", "attention", "full")
-    policies = ("off", "attention", "full") if config.spec.adapter or stage == 3 else policies
+    policies = ("off", "attention", "full") if config.spec.adapter else policies
     at = policies.index(args.checkpoint_activations) if args.checkpoint_activations in policies else 0
     for policy in policies[at + 1 :] if args.checkpoint_budget is None else ("full",):
         yield _recomputing(config, policy)
@@ -89,8 +89,7 @@ def _rungs_of_the_states(config: RunConfig, gpus: int) -> Iterator[Rung]:
     if optimizer in ("Adam", "AdamW") and stage < 3 and config.args.model_parallel_size == 1:
         yield Rung("moments in 8 bits; needs bitsandbytes", ("deepspeed.optimizer.type=AdamW8bit",))
     if shares and stage < 3 and not config.freezes_base:
-        policy = _recomputing(config, "full").words
-        words = ("args.zero_stage=3", "deepspeed.optimizer.type=AdamW", "args.compile=off", *policy)
+        words = ("args.zero_stage=3", "deepspeed.optimizer.type=AdamW", "args.compile=off")
         yield Rung("divide the weights over the GPUs too; slower", words)
 
 
@@ -140,8 +139,6 @@ def use_memory(
         config: A run that fits and recomputes.
         reload: Reads its configuration with the words of some rungs.
     """
-    if config.args.zero_stage == 3:
-        return None  # takes no budget
     plan, room = planner.plan(config), _FILLED * planner.card.memory_gib * 2**30
     least, most = (
         max(phase.total for phase in planner.phases(reload([_recomputing(config, policy)])))

@@ -73,7 +73,7 @@ _WORDS = [
     "model.loss_terms.better={target: Preference, weight: 2.0, params: {beta: 50.0}}",
     "model.loss_terms.states={target: SmallStates, weight: 0.5}",
     "model.loss_terms.grey={target: Grey, weight: 0.125}",
-    "args.checkpoint_activations=attention",
+    "args.checkpoint_activations=gemm",
     "args.lr_decay_style=constant",
     "args.warmup=0",
 ]

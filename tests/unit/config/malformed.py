@@ -295,18 +295,6 @@ CASES = [
         "args.checkpoint_budget chooses a policy for each block",
     ),
     Case(
-        "products of pieces",
-        "args: {zero_stage: 3, checkpoint_activations: gemm}",
-        "args.checkpoint_activations",
-        "attention or full with args.zero_stage=3",
-    ),
-    Case(
-        "budget of pieces",
-        "args: {zero_stage: 3, checkpoint_budget: 0.5}",
-        "args.checkpoint_budget",
-        "null with args.zero_stage=3",
-    ),
-    Case(
         "budget of some blocks",
         "args: {checkpoint_budget: 0.5, checkpoint_every: 2}",
         "args.checkpoint_every",
