@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from sat_train.checkpoint.fragments import pack_fragments
 from sat_train.checkpoint.layout import fragments_file_name, model_file_name
 from sat_train.checkpoint.manifest import BaseWeights, Manifest
-from sat_train.checkpoint.publish import RankReport, commit, open_temporary
+from sat_train.checkpoint.publish import RankReport, commit, open_temporary, publish_files
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import HashingFile, write_file
 from tests.unit.checkpoint.transformers import PREFIX
@@ -65,4 +66,5 @@ def commit_weights(
         versions={},
     )
     temporary = open_temporary(mesh, run, step=step, expected_bytes=0)
-    return commit(mesh, temporary, run_directory=run, manifest=manifest, report=write(temporary))
+    files = partial(publish_files, temporary, run, manifest, lambda: None)
+    return commit(mesh, files, write(temporary))
