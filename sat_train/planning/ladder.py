@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sat_train.config import RunConfig
 from sat_train.config.parts.record import Recompute
+from sat_train.models.dit.recompute import POLICIES
 from sat_train.planning.planner import Plan, Planner, needs_encoders
 
 _LEAST_SAVING = 0.01  # of memory or time, for which a rung is worth its words
@@ -42,10 +43,10 @@ def memory_ladder(config: RunConfig, *, gpus: int) -> Iterator[Rung]:
     if not config.spec.vae.tiling:
         tiles = "model.first_stage_config.params.tiling=true"
         yield Rung("encode in tiles; seams are blended, so other latents", (tiles,))
-    policies: tuple[Recompute, ...] = ("off", "gemm", "attention", "full")
-    policies = ("off", "attention", "full") if config.spec.adapter else policies
+    # with frozen weights `gemm` keeps more than `off`
+    policies = tuple(each for each in POLICIES if each != "gemm" or not config.spec.adapter)
     at = policies.index(args.checkpoint_activations) if args.checkpoint_activations in policies else 0
-    for policy in policies[at + 1 :] if args.checkpoint_budget is None else ("full",):
+    for policy in policies[at + 1 :] if args.checkpoint_budget is None else POLICIES[-1:]:
         yield _recomputing(config, policy)
     if args.batch_size > 1:
         accumulated = args.batch_size * args.gradient_accumulation_steps

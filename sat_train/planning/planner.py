@@ -289,19 +289,15 @@ class Planner:
         return self._once(config, count_weights, config.args.quantize_base, config.args.block_swap)
 
     def _peak(self, config: RunConfig, batch_size: int, *, training: bool = True) -> float:
-        return self._once(
-            config,
-            count_peak,
-            *_settings_of_passes(config),
-            batch_size=batch_size,
-            training=training,
-            compiled=training and compiles_on_gpus(config.args),
-        )
+        return self._of_passes(config, count_peak, batch_size, training=training)
 
     def _work(self, config: RunConfig, batch_size: int, *, training: bool = True) -> Work:
+        return self._of_passes(config, count_work, batch_size, training=training)
+
+    def _of_passes(self, config: RunConfig, count: Callable[..., T], batch_size: int, *, training: bool) -> T:
         return self._once(
             config,
-            count_work,
+            count,
             *_settings_of_passes(config),
             batch_size=batch_size,
             training=training,
@@ -321,7 +317,8 @@ def _settings_of_passes(config: RunConfig) -> tuple[object, ...]:
     return (
         args.checkpoint_activations,
         args.checkpoint_every,
-        *(args.checkpoint_budget, args.batch_size),
+        args.checkpoint_budget,
+        args.batch_size,
         args.checkpoint_offload,
         args.quantize_base,
     )
