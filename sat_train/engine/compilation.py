@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sat_train.config import ArgsConfig
-from sat_train.distributed.processors import available_processors
+from sat_train.distributed.processors import processors_of_a_rank
 from sat_train.log import get_logger
 
 log = get_logger(__name__)
@@ -43,7 +43,7 @@ def _share_processors() -> None:
     """Lets the ranks of a machine compile with their share of its processors, and not each with all."""
     from torch._inductor import config
 
-    share = max(1, available_processors() // torch.cuda.device_count())
+    share = processors_of_a_rank()
     config.compile_threads = min(config.compile_threads or share, share)
 
 

@@ -134,7 +134,7 @@ def describe(metrics: TrainMetrics, train_iters: int, *, with_details: bool) -> 
         f"loss {_loss(metrics.loss)}",
         f"avg {_loss(metrics.loss_smoothed)}",
         lr,
-        f"grad {metrics.grad_norm:.2g}" if metrics.grad_norm is not None else "",
+        f"grad {metrics.grad_norm:.2g}",
         f"{_three_digits(metrics.step_time_s)} s/step",
         "" if metrics.mfu is None else f"mfu {metrics.mfu:.0%}",
         f"eta {show_duration(left_s)}",

@@ -74,7 +74,7 @@ class Meter:
         state: TrainState,
         *,
         lr: float,
-        grad_norm: float | None,
+        grad_norm: float,
         measured: Mapping[str, float] | None = None,
     ) -> TrainMetrics:
         """Returns the metrics of the step that has just ended, averaged since the last call.

@@ -24,7 +24,7 @@ class TrainMetrics:
         loss: Mean over the global batch of this step.
         loss_smoothed: Exponentially weighted mean of the losses of all steps.
         lr: Learning rate of this step.
-        grad_norm: Norm of the whole gradient before clipping; None when the engine has none.
+        grad_norm: Norm of the whole gradient before clipping.
         step_time_s: Mean seconds per step since the last report, without saving and validating.
         data_wait_s: Seconds of it in which this rank waited for the loader.
         samples_per_s: Samples of all ranks together.
@@ -39,7 +39,7 @@ class TrainMetrics:
     loss: float
     loss_smoothed: float
     lr: float
-    grad_norm: float | None
+    grad_norm: float
     step_time_s: float
     data_wait_s: float
     samples_per_s: float

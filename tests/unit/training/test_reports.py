@@ -48,7 +48,6 @@ def _at(step: int) -> SimpleNamespace:
 def test_a_line_names_what_people_look_at_and_the_time_left():
     (line,) = describe(_metrics(10), 40, with_details=False)
     assert line == "step 10/40 loss 0.500 avg 0.250 lr 1e-5 grad 0.1 2 s/step eta 1m"
-    assert "grad" not in describe(_metrics(10, grad_norm=None), 40, with_details=False)[0]
     assert " 2 s/step mfu 41% eta" in describe(_metrics(10, mfu=0.4123), 40, with_details=False)[0]
     details = describe(
         _metrics(10, skipped=2, measured={"bad_clips": 3}, data_wait_s=1.0), 40, with_details=True
@@ -218,11 +217,12 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_will_repeat(tmp_path):
 
 
 def test_trackers_get_numbers_only():
-    assert scalars(_metrics(3, grad_norm=None, measured={"bad_clips": 0})).keys() == {
+    assert scalars(_metrics(3, measured={"bad_clips": 0})).keys() == {
         f"train/{name}"
         for name in (
             "loss",
             "loss_smoothed",
+            "grad_norm",
             "lr",
             "step_time_s",
             "data_wait_s",
