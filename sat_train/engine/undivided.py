@@ -7,7 +7,7 @@ DeepSpeed's stages 1 and 2, which its stage 0 does not have.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,5 +87,13 @@ class UndividedParameters(torch.optim.Optimizer):
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
     """Returns the norm of all gradients as one vector, summed in float64, a float32 scalar."""
-    norms = torch._foreach_norm(gradients, 2, torch.float64)
+    on_cpu = gradients[0].device.type == "cpu"
+    norms = _norms_on_cpu(gradients) if on_cpu else torch._foreach_norm(gradients, 2, torch.float64)
     return torch.stack(list(norms)).square().sum().float().sqrt()
+
+
+def _norms_on_cpu(gradients: list[Tensor]) -> Iterator[Tensor]:
+    """Yields what `torch._foreach_norm` does, whose copies in float64 do not fit into a cache on a CPU."""
+    copy = gradients[0].new_empty(max(each.numel() for each in gradients), dtype=torch.float64)
+    for gradient in gradients:
+        yield torch.linalg.vector_norm(copy[: gradient.numel()].view_as(gradient).copy_(gradient))
