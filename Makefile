@@ -4,6 +4,8 @@ BIN := .venv/bin
 # Small models on small machines: one thread a process is faster than many processes fighting for the cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
+# Commands and tests start many processes, each of which would compile the package again.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test check bench clean
 

@@ -1,10 +1,11 @@
 """CPU tests never see a GPU, so that they are the same tests on every machine; failures are shown at once."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
+from sat_train.collector import collector_off_in_imports
 from tests.longest_first import sort_by_file, table_of
 
 
@@ -17,6 +18,13 @@ def pytest_configure(config: pytest.Config) -> None:
     reporter = config.pluginmanager.getplugin("terminalreporter")
     if reporter is not None:
         config.pluginmanager.register(ShowFailuresAtOnce(reporter))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keeps the garbage collector away from what the test files import."""
+    with collector_off_in_imports():
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,5 +1,6 @@
-"""Imports what ranks and commands need; `tests/forks.py` forks the process that has done so."""
+"""Imports what ranks and commands need and reads what they do; `tests/forks.py` forks the process."""
 
+import gc
 import os
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,12 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the commands set it before the
 try:
     for module in MODULES:
         import_module(module)
+    from sat_train.config import load_run_config
+
+    for name in ("sft", "lora"):
+        load_run_config([f"configs/{name}.yaml"], check_paths=False)
 except ImportError as error:  # multiprocessing would leave out what cannot be imported, and say nothing
     raise RuntimeError(f"tests/imports.py: {error}") from error
+gc.freeze()  # as in sat_train.testing.imports
 (THREADS,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "Threads:" in line)
 assert THREADS.split()[1] == "1", f"{THREADS}: a fork has none of them, and may wait for them forever"
