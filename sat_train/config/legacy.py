@@ -7,6 +7,7 @@ Source: zai-org/CogVideo@7a1af71 `sat/configs/*.yaml`, `sat/arguments.py`; THUDM
 from __future__ import annotations
 
 import fnmatch
+from functools import lru_cache
 from typing import Any
 
 _DIFFUSION = "sgm.modules.diffusionmodules"
@@ -71,6 +72,7 @@ WITHOUT_EFFECT = {key: why for why, keys in _KEYS_WITHOUT_EFFECT.items() for key
 _ALWAYS_FROZEN = ("first_stage_model", "conditioner")
 
 
+@lru_cache(maxsize=1024)
 def reason_without_effect(path: str) -> str:
     """Returns why a key of older files has no effect, or an empty text for all other keys."""
     return next((why for pattern, why in WITHOUT_EFFECT.items() if fnmatch.fnmatchcase(path, pattern)), "")

@@ -16,6 +16,7 @@ import fnmatch
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sat_train.config.aliases import remove_value
@@ -190,6 +191,7 @@ def about_class(path: str, value: str) -> str:
     return f"; a fork's class is a part here, which an extension registers ({PAGE})"
 
 
+@lru_cache(maxsize=1024)
 def _find(path: str) -> ForkKey | None:
     return next((key for pattern, key in FORK_KEYS.items() if fnmatch.fnmatchcase(path, pattern)), None)
 

@@ -7,11 +7,13 @@ nesting or repetition, and any `${...}` but the plain name of another key. Omega
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -60,16 +62,22 @@ def parse_yaml(text: str) -> Any:
     Raises:
         NotPlain: It cannot be read, or holds more than plain values. The message quotes none of it.
     """
+    content, blanks = copy.deepcopy(_parsed(text))
+    for path in blanks:
+        _fill_blank_section(content, path)
+    return content
+
+
+@lru_cache(maxsize=32)  # a process that reads several configurations meets the same files in all of them
+def _parsed(text: str) -> tuple[Any, list[list[str]]]:
+    """Returns the content of a text, and the paths of values that are left blank."""
     with _plain_or_refused():
         outline = _Outline()
         blanks = outline.read(text)
         if outline.is_scalar:
             raise NotPlain(WANTED_SECTIONS)
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    content = _with_text_keys(content)
-    for path in blanks:
-        _fill_blank_section(content, path)
-    return content
+    return _with_text_keys(content), blanks
 
 
 def parse_value(text: str) -> Any:
