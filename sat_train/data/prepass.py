@@ -29,7 +29,7 @@ from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.work_queue import gather_after_work
 
 _PROCESSES = 8  # headers are small and the wait is for the disk
-_CLIPS_A_PROCESS = 16  # fewer are read before another process has started
+_CLIPS_A_PROCESS = 64  # fewer are read in the time that another process costs
 _SHOWN = 10  # clips in one message
 
 Look = Callable[[Sequence[ClipRecord]], list[ClipInfo | BadClip]]

@@ -157,13 +157,17 @@ def build_loaded_vae(config: RunConfig, device: torch.device) -> VideoVAE:
     """Builds the autoencoder with the weights of `first_stage_config.params.ckpt_path`."""
     spec, path = config.spec, config.spec.vae.ckpt_path
     state_dict = read_vae_weights(path)
-    expected = build_vae(spec, device="meta").state_dict()
-    check_names_and_shapes(
-        {name: tuple(tensor.shape) for name, tensor in expected.items()},
-        {name: tuple(tensor.shape) for name, tensor in state_dict.items()},
-        where=path,
+
+    def check(outline: VideoVAE) -> None:
+        check_names_and_shapes(
+            {name: tuple(tensor.shape) for name, tensor in outline.state_dict().items()},
+            {name: tuple(tensor.shape) for name, tensor in state_dict.items()},
+            where=path,
+        )
+
+    return build_vae(
+        spec, state_dict=state_dict, check=check, device=device, dtype=encoder_dtype(config.args)
     )
-    return build_vae(spec, state_dict=state_dict, device=device, dtype=encoder_dtype(config.args))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ def build_vae(
     spec: ModelSpec,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
+    check: Callable[[VideoVAE], None] = lambda outline: None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VideoVAE:
@@ -28,8 +29,9 @@ def build_vae(
 
     Args:
         spec: The numbers of the model.
-        state_dict: Its weights under SAT's names, any dtype, checked by the caller; None leaves it
-            uninitialised, for the meta device.
+        state_dict: Its weights under SAT's names, any dtype; None leaves it uninitialised, for the meta
+            device.
+        check: Called with the VAE on the meta device, before it takes the weights.
         device: "meta" allocates nothing.
         dtype: Of the weights and the computation; fp32 or bf16.
 
@@ -48,6 +50,7 @@ def build_vae(
             tiling=tiles if own.tiling else None,
             sample_tiling=tiles if own.tile_samples else None,
         )
+    check(vae)
     if state_dict is not None:
         vae.load_state_dict(state_dict, assign=True)
     vae = vae.to(dtype=dtype)
