@@ -6,10 +6,12 @@ import contextlib
 import itertools
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.forks import ForkedCommand
 from tests.runs.launching import BIN, ROOT, SMALL, metrics, run_directories, run_words, start, wait_until
 from tests.runs.ranks_apart import WORK, end_all, start_ranks, start_work
 
@@ -21,6 +23,28 @@ for step in range(10 ** 6):
     open(f"{FOLDER}/{mesh.rank}.step", "w").close()
     time.sleep(0.05)
 """
+
+
+Strike = tuple[signal.Signals, int]
+Run = tuple[Path, list[ForkedCommand]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def struck(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Strike, Run]]:
+    """Four runs that have lost a rank; they wait for their time limit while the other tests run."""
+    runs: dict[Strike, Run] = {}
+    for number, lost in itertools.product((signal.SIGSTOP, signal.SIGKILL), (0, 1)):
+        folder = tmp_path_factory.mktemp(f"{number.name}-{lost}")
+        body = f"FOLDER = {str(folder)!r}\n{STEPS}"
+        runs[number, lost] = folder, start_work(body, world_size=2, minutes=0.25, logs=folder)
+    for (number, lost), (folder, ranks) in runs.items():
+        wait_until(lambda folder=folder: len(list(folder.glob("*.step"))) == 2)
+        os.kill(ranks[lost].pid, number)
+    yield runs
+    for _, ranks in runs.values():
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def outputs(folder: Path, world_size: int = 2) -> str:
@@ -80,27 +104,6 @@ def test_a_failure_at_work_is_shown_once_and_all_ranks_end_alike(tmp_path, body,
     assert "rank 1: " in output
 
 
-def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path: Path) -> None:
-    """Four runs at once, as each waits for its time limit."""
-    runs = {}
-    for number, lost in itertools.product((signal.SIGSTOP, signal.SIGKILL), (0, 1)):
-        folder = tmp_path / f"{number.name}-{lost}"
-        folder.mkdir()
-        body = f"FOLDER = {str(folder)!r}\n{STEPS}"
-        runs[number, lost] = folder, start_work(body, world_size=2, minutes=0.25, logs=folder)
-    for (number, lost), (folder, ranks) in runs.items():
-        wait_until(lambda folder=folder: len(list(folder.glob("*.step"))) == 2)
-        os.kill(ranks[lost].pid, number)
-    for (_, lost), (folder, ranks) in runs.items():
-        (code,) = end_all([ranks[1 - lost]], timeout_s=240)
-        ranks[lost].kill()
-        ranks[lost].wait()
-        output = (folder / f"{1 - lost}.txt").read_text(encoding="utf-8")
-        assert code == 1
-        assert f"rank {lost}" in output or (lost == 0 and "the store of the run" in output), output
-        assert "Traceback" not in output
-
-
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     ranks = start_ranks(
         lambda rank: ["-c", WORK, "", "0.05"] if rank == 0 else ["-c", ""], world_size=2, logs=tmp_path
@@ -124,6 +127,15 @@ def test_ranks_that_lose_torchrun_save_and_end(tmp_path: Path) -> None:
     finally:
         _kill_group(torchrun.pid)
     assert "has gone: rank 0 or its launcher was killed" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_rank_that_is_stopped_or_killed_is_named(struck: dict[Strike, Run]) -> None:
+    for (_, lost), (folder, ranks) in struck.items():
+        (code,) = end_all([ranks[1 - lost]], timeout_s=240)
+        output = (folder / f"{1 - lost}.txt").read_text(encoding="utf-8")
+        assert code == 1
+        assert f"rank {lost}" in output or (lost == 0 and "the store of the run" in output), output
+        assert "Traceback" not in output
 
 
 def _kill_group(pid: int) -> None:
