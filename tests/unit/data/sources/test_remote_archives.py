@@ -47,8 +47,9 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Indices are remembered in a folder of the test's own; the memory file system is empty."""
+    """Gives indices a folder of the test's own, empties the memory file system, and shortens pauses."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr("sat_train.data.clips.remote._WAITS_S", (0.01, 0.03, 0.09))
     fsspec.filesystem("memory").store.clear()
     return tmp_path / "caches"
 
