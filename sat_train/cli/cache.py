@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sat_train.config import load_run_config, split_command_line
+from sat_train.cli.options import parse_options
+from sat_train.config import load_run_config
+from sat_train.config.values import COMMAND_LINE
 from sat_train.encoding.cache.file_metadata import FileMetadata
 from sat_train.encoding.cache.key import EncoderDigests
 from sat_train.encoding.cache.prune import CacheStats, Staleness, list_entries, prune_entries, verify_entries
-from sat_train.errors import printable
+from sat_train.errors import ConfigError, Fault, printable
 from sat_train.log import configure_logging
 
 
@@ -31,13 +33,17 @@ def main(argv: Sequence[str]) -> int:
         SatTrainError: There is no cache in the folder, or the files given with `--base` are faulty.
     """
     configure_logging()
-    options, rest = _parser().parse_known_args(argv)
+    options, base, words = parse_options(_parser(), argv)
     if options.what == "verify":
+        if base or words:
+            unread = " ".join([*base, *words])
+            expected = "no configuration: it reads every entry"
+            raise ConfigError([Fault("verify", unread, expected, COMMAND_LINE)])
         return _verify(options.cache_dir)
     file_metadata = FileMetadata(options.cache_dir)
     staleness = Staleness(
         file_metadata,
-        encoder_digests=_encoder_digests(rest, file_metadata),
+        encoder_digests=_encoder_digests(base, words, file_metadata),
         drop_gone=options.gone,
         drop_failed=options.failed,
         asks_remote=options.remote,
@@ -59,9 +65,10 @@ def _verify(cache_dir: Path) -> int:
     return 1 if faults else 0
 
 
-def _encoder_digests(rest: Sequence[str], file_metadata: FileMetadata) -> EncoderDigests | None:
+def _encoder_digests(
+    base: Sequence[str], words: Sequence[str], file_metadata: FileMetadata
+) -> EncoderDigests | None:
     """Returns the encoder digests of the configuration on the command line, if there is one."""
-    base, words = split_command_line(rest)
     if not base and not words:
         return None
     from sat_train.encoding.digests import digest_encoders  # imports torch

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from sat_train.config import RunConfig, load_run_config, split_command_line
+from sat_train.cli.options import MOST_GIB, MOST_GPUS, check_gpus, parse_options, positive
+from sat_train.config import RunConfig, load_run_config
 from sat_train.config.explain import explain_key, list_values
 from sat_train.config.extensions import load_extensions
 from sat_train.config.facts import ClipCounts, RunFacts
@@ -24,8 +24,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: With every fault.
     """
-    options, rest = _parser().parse_known_args(argv)
-    base, words = split_command_line(rest)
+    options, base, words = parse_options(_parser(), argv)
     if options.schema:
         load_extensions(words)
         print(render_json_schema(), end="")
@@ -34,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
         print(explain_key(options.explain, None))
         return 0
     config = load_run_config(base, words, purpose="check", check_paths=not options.no_paths)
+    check_gpus("--ranks", options.ranks, config)
     for note in config.notes:
         print(note)
     if options.explain:
@@ -96,19 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of configs/schema.json")
     parser.add_argument("--no-paths", action="store_true", help="do not check that data and weights exist")
-    parser.add_argument("--ranks", type=positive(int), metavar="N", help="GPUs of the run, for its batch")
-    parser.add_argument("--card", type=positive(float), metavar="GIB", help="memory of one of them, in GiB")
+    gpus, gib = positive(int, MOST_GPUS), positive(float, MOST_GIB)
+    parser.add_argument("--ranks", type=gpus, metavar="N", help="GPUs of the run, for its batch")
+    parser.add_argument("--card", type=gib, metavar="GIB", help="memory of one of them, in GiB")
     return parser
-
-
-def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """Returns argparse's reader of a finite number above 0."""
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError(text)
-        return value
-
-    number.__name__ = "positive number"  # argparse shows it
-    return number

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sat_train.config import RunConfig, load_run_config, split_command_line
+from sat_train.cli.options import parse_options
+from sat_train.config import RunConfig, load_run_config
 from sat_train.data.buckets import SampleSpec
 from sat_train.data.build import build_field_readers, build_sample_spec, build_train_loader
 from sat_train.data.fields.reader import FieldReader
@@ -36,8 +37,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         SatTrainError: The configuration or the data are faulty.
     """
-    options, rest = _parser().parse_known_args(argv)
-    base, words = split_command_line(rest)
+    options, base, words = parse_options(_parser(), argv)
     config = load_run_config(base, words, purpose="check", check_paths=False)
     configure_logging()
     if not config.args.train_data:

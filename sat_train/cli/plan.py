@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from sat_train.cli.check import positive
-from sat_train.config import RunConfig, load_run_config, split_command_line
+from sat_train.cli.options import MOST_GIB, MOST_GPUS, check_gpus, parse_options, positive
+from sat_train.config import RunConfig, load_run_config
+from sat_train.config.values import show_duration
 from sat_train.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _GB = 1e9
 _GIB = 2**30
 _WIDTH = 24
+_MOST_EFFICIENCY = 2.0  # the assumed rates are two thirds of the peak: it is a factor, not per cent
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,16 +36,13 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: With every fault.
     """
-    options, rest = _parser().parse_known_args(argv)
-    base, words = split_command_line(rest)
+    options, base, words = parse_options(_parser(), argv)
     config = load_run_config(base, words, purpose="check", check_paths=False)
     if config.data is None:
         raise ConfigError(
             [Fault("data", "", "a section that gives the size of a clip: add configs/sft.yaml")]
         )
-    if options.gpus % config.args.model_parallel_size:
-        expected = f"a multiple of args.model_parallel_size = {config.args.model_parallel_size}"
-        raise ConfigError([Fault("--gpus", str(options.gpus), expected, "the command line")])
+    check_gpus("--gpus", options.gpus, config)
 
     from sat_train.config.hardware import find_hardware
     from sat_train.distributed.processes import start_planned_rank  # imports torch
@@ -129,22 +128,24 @@ def _time_lines(plan: Plan) -> list[str]:
     parts = ", ".join(f"{name} {seconds:.2g}" for name, seconds in step.items() if seconds)
     rows = [
         ("a step", f"{plan.step.total:.3g} s ({parts})"),
-        ("MFU", f"{plan.mfu:.1%} of {plan.hardware.peak_tflops:g} TFLOP/s, {plan.tflops:,.0f} TFLOP a GPU"),
+        ("MFU", f"{plan.mfu:.1%} of {plan.hardware.peak_tflops:g} TFLOP/s, {plan.tflops:,.3g} TFLOP a GPU"),
         ("throughput", f"{plan.samples_per_second:.3g} samples/s"),
         ("checkpoint", f"{plan.checkpoint_bytes / _GB:.3g} GB"),
         ("cache", f"{_cache_of_thousand(plan)} for 1,000 captioned clips, one view each"),
     ]
-    if plan.hours is not None:
-        hours = f"{plan.hours:.3g} h, {plan.hours * plan.gpus:,.3g} GPU-hours, for {plan.steps:,} steps"
-        rows.append(("the run", f"{hours}, with validation and saves"))
+    if plan.hours is None:
+        rows.append(("the run", "as long as its data: args.train_iters says how long before they are read"))
+    else:
+        hours = f"{show_duration(plan.hours * 3600)}, {plan.hours * plan.gpus:,.3g} GPU-hours"
+        rows.append(("the run", f"{hours}, for {plan.steps:,} steps, with validation and saves"))
     return [f"{name:<{_WIDTH}}{text}" for name, text in rows]
 
 
 def _cache_of_thousand(plan: Plan) -> str:
-    minutes = plan.encoded_clip_s * 1000 / 60 / plan.gpus
+    time = show_duration(plan.encoded_clip_s * 1000 / plan.gpus)
     names = ", ".join(plan.uncounted_conditions)
     others = f" (without what {names} keeps)" if names else ""
-    return f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB{others} and {minutes:.2g} minutes"
+    return f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB{others} and {time}"
 
 
 def _ladder_lines(plan: Plan, climbs: Sequence[Climb]) -> list[str]:
@@ -175,7 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         "[--extension NAME ...] [--gpus N] [--hardware NAME] [--gpu-memory GIB] [--efficiency X] [--json]",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=positive(int), default=1, metavar="N", help="GPUs of the run")
+    gpus = positive(int, MOST_GPUS)
+    parser.add_argument("--gpus", type=gpus, default=1, metavar="N", help="GPUs of the run")
     parser.add_argument(
         "--hardware",
         default="h100",
@@ -183,11 +185,11 @@ def _parser() -> argparse.ArgumentParser:
         help="h100, h200, a100, a100-40, l40s or rtx4090",
     )
     parser.add_argument(
-        "--gpu-memory", type=positive(float), metavar="GIB", help="its memory, where it differs"
+        "--gpu-memory", type=positive(float, MOST_GIB), metavar="GIB", help="its memory, where it differs"
     )
     parser.add_argument(
         "--efficiency",
-        type=positive(float),
+        type=positive(float, _MOST_EFFICIENCY),
         default=1.0,
         metavar="X",
         help="factor on the rates that the card is assumed to reach",

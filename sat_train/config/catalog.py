@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sat_train.config.other_trainers import OUR_KEYS
+from sat_train.config.other_trainers import OUR_KEYS, our_value
 from sat_train.config.parts.record import FILE_NAME, Record
 from sat_train.config.parts.reference import NameOf
 from sat_train.config.parts.registry import Choice, NameIn, parts_of, registry_revision
@@ -21,7 +21,10 @@ from sat_train.config.run import Sections
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 _LENGTHS = {"min_length": "at least", "max_length": "at most"}
 _PATTERNS = {FILE_NAME: "of letters, digits, `_`, `-` and `.`, which does not begin with `.`"}
+_OR_NULL = " or null"
 _PLACE_DIGITS = 6
+_NEAR_VALUE = 0.7  # cpu is 0.67 of gpu
+_WHOLE_WORD = 4  # letters
 _NEAR = 0.75  # `max_steps` is 0.61 of `sampling_steps`, and does not mean it
 _SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
@@ -180,11 +183,33 @@ def suggest_key(path: str) -> str:
     return min(elsewhere, key=lambda key: (key.count("."), key)) if elsewhere else ""
 
 
-def suggest_value(value: str, choices: list[str]) -> str:
-    """Returns the allowed value nearest to one that is not allowed, or an empty text."""
-    lowered = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(value.rpartition(".")[2].lower(), lowered, n=1, cutoff=0.5)
-    return lowered[near[0]] if near else ""
+def suggest_value(value: str, choices: Sequence[str], path: str = "") -> str:
+    """Returns the allowed value that one that is not allowed was probably meant to be, or an empty text.
+
+    It means the same elsewhere, is spelt nearly so, or is longer. Short words that differ in one letter, and
+    words with other digits, mean different things: cpu is no misspelt gpu, and int8 no int4.
+
+    Args:
+        value: The value.
+        choices: Those that are allowed.
+        path: Dotted path of the key, whose values may have other names elsewhere.
+    """
+    word = value.rpartition(".")[2].lower()
+    if ours := our_value(path, word, choices):
+        return ours
+    lowered = {choice.lower(): choice for choice in choices if _digits(choice) in ("", _digits(word))}
+    near = difflib.get_close_matches(word, lowered, n=1, cutoff=_NEAR_VALUE)
+    longer = sorted((choice for choice in lowered if _continues(word, choice)), key=len, reverse=True)
+    return next((lowered[choice] for choice in (*near, *longer)), "")
+
+
+def _digits(word: str) -> str:
+    return "".join(filter(str.isdigit, word))
+
+
+def _continues(word: str, choice: str) -> bool:
+    """Returns whether a word is a choice with more behind it, such as `cuda:0`."""
+    return len(choice) >= _WHOLE_WORD and word.startswith(choice)
 
 
 def _walk(record: type[Record], prefix: str) -> Iterator[Key]:
@@ -237,8 +262,15 @@ def _records_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[R
 
 
 def _describe(field: FieldInfo) -> str:
+    text, limits = _describe_type(field.annotation), _describe_limits(field.metadata)
+    kind = text.removesuffix(_OR_NULL)
+    return f"{kind}{limits}{text[len(kind) :]}"
+
+
+def _describe_limits(metadata: Sequence[Any]) -> str:
+    """Returns in words the limits of a type, with a space in front; empty where it has none."""
     limits = []
-    for constraint in field.metadata:
+    for constraint in metadata:
         if isinstance(constraint, NameOf):
             limits.append(f"that is a name in {constraint.group}")
         if pattern := getattr(constraint, "pattern", None):
@@ -249,14 +281,17 @@ def _describe(field: FieldInfo) -> str:
         for name, words in _LENGTHS.items():
             if (bound := getattr(constraint, name, None)) is not None:
                 limits.append(f"{words} {bound} long")
-    return " ".join([_describe_type(field.annotation), *([" and ".join(limits)] if limits else [])])
+    return f" {' and '.join(limits)}" if limits else ""
 
 
 def _describe_type(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         names = next((each.names for each in inner if isinstance(each, NameIn)), None)
-        return _describe_type(inner[0]) if names is None else f"one of {', '.join(names)}"
+        if names is not None:
+            return f"one of {', '.join(names)}"
+        limits = [one for each in inner[1:] for one in getattr(each, "metadata", [each])]
+        return _describe_type(inner[0]) + _describe_limits(limits)
     if origin is Literal:
         words = ["true" if item is True else "false" if item is False else str(item) for item in inner]
         return f"one of {', '.join(words)}" if len(words) > 1 else words[0]

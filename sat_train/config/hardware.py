@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sat_train.config.catalog import suggest_value
+from sat_train.config.values import COMMAND_LINE
 from sat_train.errors import ConfigError, Fault
 
 GPUS_OF_A_MACHINE = 8
@@ -81,7 +83,8 @@ def find_hardware(name: str) -> Hardware:
         ConfigError: It is not known.
     """
     if name not in HARDWARE:
-        raise ConfigError([Fault("--hardware", name, f"one of {', '.join(HARDWARE)}", "the command line")])
+        near = suggest_value(name.replace("_", "-"), list(HARDWARE))
+        raise ConfigError([Fault("--hardware", name, f"one of {', '.join(HARDWARE)}", COMMAND_LINE, near)])
     return HARDWARE[name]
 
 

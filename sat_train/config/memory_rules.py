@@ -27,12 +27,13 @@ def budget_chooses_by_itself(config: ParsedConfig) -> Iterator[Fault]:
 )
 def something_is_recomputed(config: ParsedConfig) -> Iterator[Fault]:
     args = config.args
+    reason = "args.checkpoint_activations is off"
+    if args.checkpoint_budget is not None:
+        reason = f"args.checkpoint_budget={args.checkpoint_budget:g} recomputes nothing"
     if args.checkpoint_every > 1 and not args.recomputes:
-        yield config.fault(
-            "args.checkpoint_every", args.checkpoint_every, "1: args.checkpoint_activations is off"
-        )
+        yield config.fault("args.checkpoint_every", args.checkpoint_every, f"1: {reason}")
     if args.checkpoint_offload and not args.recomputes:
-        expected = "false: args.checkpoint_activations is off, and no block keeps its input for that"
+        expected = f"false: {reason}, and no block keeps its input for that"
         yield config.fault("args.checkpoint_offload", True, expected)
     elif args.checkpoint_offload and args.compile == "blocks":
         expected = "false: a compiled block keeps its own inputs; args.compile=auto does without"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _LORA = "model.network_config.params.modules.lora_config.params"
 _T5 = "model.conditioner_config.params.emb_models.0.params"
 
@@ -52,6 +54,58 @@ _NAMES = {
     "model.null_condition": "negative_prompt",
 }
 OUR_KEYS = {name: key for key, names in _NAMES.items() for name in names.split()}
+# Our values, each with other words for it: first by key, then for every key that has the value.
+_VALUES: dict[str, dict[str, str]] = {
+    "args.attention": {
+        "auto": "default native pytorch sdpa torch",
+        "flash": "fa2 flash2 flash_attention flash_attention_2 flash_attn xformers",
+        "fa3": "flash3 flash_attention_3 flash_attn_3",
+        "math": "eager naive",
+    },
+    "args.checkpoint_activations": {
+        "full": "1 all block blocks layer uniform",
+        "attention": "sac selective",
+    },
+    "args.compile": {"off": "eager", "blocks": "block inductor regional"},
+    "args.lr_decay_style": {
+        "constant": "constant_with_warmup none",
+        "wsd": "warmup_stable_decay",
+    },
+    "args.mode": {"pretrain": "train training", "finetune": "full lora sft", "inference": "sample"},
+    "args.quantize_base": {"int8": "8 8bit q8", "nf4": "4 4bit fp4 int4 q4 qlora"},
+    "args.text_encoder_device": {"auto": "cuda gpu", "cpu": "host ram"},
+    "data.cache": {"fill": "on true write yes"},
+    "data.params.short_clip": {"skip": "drop filter ignore", "pad": "loop repeat"},
+    "data.params.window": {"head": "begin first start", "center": "middle"},
+}
+_VALUES_OF_ALL_KEYS = {
+    "auto": "default on true yes",
+    "cuda": "gpu nvidia",
+    "off": "disable disabled no none",
+}
+
+
+# Each word that is known at a key, or at `*`: at every key with the value.
+OTHER_WORDS = {
+    (path, word): ours
+    for path, table in {**_VALUES, "*": _VALUES_OF_ALL_KEYS}.items()
+    for ours, words in table.items()
+    for word in words.split()
+}
+
+
+def our_value(path: str, word: str, choices: Sequence[str]) -> str:
+    """Returns the choice that another word for it means, or an empty text.
+
+    Args:
+        path: Dotted path of the key, e.g. `args.attention`.
+        word: The word, in small letters.
+        choices: The values that the key accepts.
+    """
+    known = (OTHER_WORDS.get((path, word)), OTHER_WORDS.get(("*", word)))
+    return next((ours for ours in known if ours in choices), None) or ""
+
+
 # Modules of diffusers' transformer, and the one of SAT's that holds the same weights.
 LORA_TARGETS = {
     "to_q": r"attention\.query_key_value$",

@@ -100,7 +100,7 @@ def _fault(detail: ErrorDetails, path: str, merged: Merged) -> Fault:
         expected = f"a target: one of {', '.join(target_names(f'{path}.target'))}"
     elif kind in ("union_tag_invalid", "literal_error"):
         choices = _choices(path)
-        expected, suggestion = f"one of {', '.join(choices)}", suggest_value(text, choices)
+        expected, suggestion = f"one of {', '.join(choices)}", suggest_value(text, choices, path)
     elif kind == "string_type" and isinstance(value, (int, float)):
         expected = "text, in quotes where YAML would read a number or true and false"
     else:

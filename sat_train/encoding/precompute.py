@@ -96,6 +96,8 @@ def precompute(config: RunConfig, mesh: ProcessMesh, *, stop_request: StopReques
         "cache %s: %d of %d samples and %d captions to encode",
         *(cache.folder, num_missing, num_samples, len(captions)),
     )
+    if num_missing or captions:
+        encode.writer.check_folder()
     if stop_request is not None:
         stop_request.defer()
     encoding = _Encoding(config, mesh, stage, encode, works, captions, stop_request)
@@ -134,7 +136,7 @@ def _datasets(
         micro_steps = count_steps(config, batches) * config.args.gradient_accumulation_steps
         samples = batches.indices(batches.start, micro_steps)
         log.info(
-            "data.params.views is null, windows never repeat: each of the %d samples of a run on %d ranks "
+            "data.params.views is null, windows never repeat: each of the %d samples of a run (ranks: %d) "
             "will be used once; with data.params.views=4, %d samples are encoded and reused",
             *(len(samples), mesh.world_size, 4 * len(train)),
         )

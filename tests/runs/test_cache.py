@@ -136,6 +136,8 @@ def test_a_full_disk_ends_precompute_and_no_run_that_fills_the_cache(
     assert losses(words)[0] == losses([*words, "data.cache=off"])[0]
     assert caplog.text.count("training continues, and encoded samples wait in memory") == 1
     assert "encodings are lost and will be computed again by the next run" in caplog.text
+    # known before an encoder is loaded
+    monkeypatch.setattr("sat_train.models.encoders.Encoders.load", None)
     with pytest.raises(DataError, match=r"No space left on device[\s\S]*free some space"):
         precompute(load_run(words[:-1], purpose="precompute"), start_single_process())
 

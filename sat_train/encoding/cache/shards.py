@@ -28,6 +28,7 @@ log = get_logger(__name__)
 FOLDER = "shards"
 FORMAT = "sat_train cache 2"
 _MAX_HEADER_BYTES = 32_000_000
+_PROBE = ".probe"  # suffix of a file that is removed at once
 _MOST_ENTRIES = 5_000  # of one shard: a header of a few megabytes
 _RETRY_S = 60  # after a shard could not be written
 _MOST_WAITING = 4  # shards that may wait for a disk with room
@@ -195,10 +196,24 @@ class ShardWriter:
             return
         body = {key: asdict(info) for key, info in self._entries.items()}
         data = save(self._tensors, metadata={"format": FORMAT, "entries": json.dumps(body)})
-        name = f"{time.time_ns():020d}-{self._rank:05d}-{secrets.token_hex(4)}.safetensors"
+        self._write(".safetensors", data)
+        if self._retry_at is not None:
+            log.info("%s: the waiting samples are written", self._folder.parent)
+        self._tensors, self._entries, self._bytes, self._retry_at = {}, {}, 0, None
+
+    def check_folder(self) -> None:
+        """Writes a byte and removes it, so that a folder that takes nothing is known before work is done.
+
+        Raises:
+            DataError: The disk is full or cannot be written.
+        """
+        self._write(_PROBE, b"0").unlink(missing_ok=True)
+
+    def _write(self, suffix: str, data: bytes) -> Path:
+        path = self._folder / f"{time.time_ns():020d}-{self._rank:05d}-{secrets.token_hex(4)}{suffix}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_file(self._folder / name, lambda file: file.write(data))
+            write_file(path, lambda file: file.write(data))
             sync_folder(self._folder)
         except OSError as error:
             raise DataError(
@@ -206,9 +221,7 @@ class ShardWriter:
                 expected="a folder with room for the encoded samples",
                 remedy="free some space or choose another folder; shards published before remain",
             ) from error
-        if self._retry_at is not None:
-            log.info("%s: the waiting samples are written", self._folder.parent)
-        self._tensors, self._entries, self._bytes, self._retry_at = {}, {}, 0, None
+        return path
 
 
 def read_header(path: Path) -> Header:

@@ -46,6 +46,14 @@ class WriteBehind:
         self._wait(_MOST_WAITING - 1)
         self._waiting.append(self._thread.submit(self._write, key, CopyToHost(tensors), info))
 
+    def check_folder(self) -> None:
+        """Raises what the writer would raise once there are entries, before any is made.
+
+        Raises:
+            DataError: The disk is full or cannot be written.
+        """
+        self._writer.check_folder()
+
     def publish(self) -> None:
         """Waits for all entries, and publishes those that are pending.
 

@@ -116,7 +116,7 @@ CASES = [
         "'betas'",
     ),
     # wrong types and values
-    Case("text for a number", "args: {train_iters: many}", "args.train_iters", "a whole number or null >= 1"),
+    Case("text for a number", "args: {train_iters: many}", "args.train_iters", "a whole number >= 1 or null"),
     Case("number for a boolean", "args: {deterministic: 1}", "args.deterministic", "true or false"),
     Case("text for a boolean", "args: {wandb: 'yes please'}", "args.wandb", "true or false"),
     Case("fraction for a count", "args: {num_workers: 1.5}", "args.num_workers", "a whole number >= 0"),
@@ -287,6 +287,15 @@ CASES = [
     Case("width", "data: {params: {video_size: [64, 100]}}", "data.params.video_size", "[64, 96]"),
     Case("kernel", "args: {attention: cudnn, deterministic: true}", "args.attention", "flash or math"),
     Case("nothing recomputed", "args: {checkpoint_every: 2}", "args.checkpoint_every", "is off"),
+    Case(
+        "a budget that recomputes nothing",
+        "args: {checkpoint_budget: 1, checkpoint_activations: full, checkpoint_offload: true}",
+        "args.checkpoint_offload",
+        "args.checkpoint_budget=1 recomputes nothing",
+    ),
+    Case(
+        "no captions", "data: {captions_at_once: 0}", "data.captions_at_once", "a whole number >= 1 or auto"
+    ),
     Case("budget", "args: {checkpoint_budget: 2}", "args.checkpoint_budget", ">= 0 and <= 1"),
     Case(
         "two policies",

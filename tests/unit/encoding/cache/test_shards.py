@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,6 +223,19 @@ def test_a_full_disk_is_named_and_what_was_published_is_kept(tmp_path, monkeypat
     with pytest.raises(DataError, match=r"No space left on device[\s\S]*free some space"):
         write(tmp_path, [2])
     assert "key 1" in CacheIndex(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["a file in its place", "a folder that cannot be made"])
+def test_a_folder_that_takes_nothing_is_known_before_the_first_entry(tmp_path, kind):
+    writer = WriteBehind(ShardWriter(tmp_path / "cache"))
+    writer.check_folder()
+    assert not any((tmp_path / "cache" / FOLDER).iterdir()), "it leaves nothing"
+    assert not CacheIndex(tmp_path / "cache")
+
+    (tmp_path / "taken").write_text("")
+    place = tmp_path / "taken" if kind == "a file in its place" else Path("/proc/cache")
+    with pytest.raises(DataError, match=rf"data.cache_dir = {place}: .*\n.*a folder with room"):
+        WriteBehind(ShardWriter(place)).check_folder()
 
 
 def test_known_failures_are_reported_and_a_later_success_wins(tmp_path):
