@@ -136,12 +136,12 @@ def _merge(
             _merge_into_list(here, value, inner, name, sources)
         elif isinstance(value, dict):
             if not isinstance(here, dict):
-                forget_sources(sources, inner)
+                _forget_replaced(sources, inner, here)
                 into[key] = {}
                 sources[inner] = name
             _merge(into[key], value, inner, name, sources)
         else:
-            forget_sources(sources, inner)
+            _forget_replaced(sources, inner, here)
             into[key] = value
             sources[inner] = name
 
@@ -189,6 +189,13 @@ def _drop_params_of_other_target(
     for name in params.keys() - kept - ({key} if params is into else set()):
         del params[name]
         forget_sources(sources, f"{path}.{table.place}{name}")
+
+
+def _forget_replaced(sources: dict[str, str], path: str, value: Any) -> None:
+    if isinstance(value, dict | list):
+        forget_sources(sources, path)
+    else:  # no key is below it
+        sources.pop(path, None)
 
 
 def forget_sources(sources: dict[str, str], path: str) -> None:

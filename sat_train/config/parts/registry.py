@@ -339,4 +339,5 @@ def choices_in(value: Any, path: str = "") -> Iterator[tuple[str, Choice]]:
     else:
         items = enumerate(value) if isinstance(value, tuple) else ()
     for name, item in items:
-        yield from choices_in(item, f"{path}.{name}" if path else str(name))
+        if isinstance(item, (Record, dict, tuple)):
+            yield from choices_in(item, f"{path}.{name}" if path else str(name))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sat_train.config import load_run_config
-from sat_train.config.layers import EMBEDDED
+from sat_train.config.layers import EMBEDDED, Layer, merge_layers
 from sat_train.errors import ConfigError
 from tests.unit.config.conftest import Load
 
@@ -170,3 +170,11 @@ def test_an_incomplete_configuration_names_what_it_needs() -> None:
     assert "args.train_data" in line
     config = load_run_config(["configs/sample.yaml"], purpose="check", check_paths=False)
     assert "to sample it needs\n  - args.prompt" in config.needs
+
+
+@pytest.mark.parametrize("value", [1, [1, 2]])
+@pytest.mark.parametrize("before", [{"x": 1, "y": {"z": 2}}, [{"x": 1}, 2]])
+def test_a_value_that_replaces_another_leaves_no_source_below_it(before: object, value: object) -> None:
+    trees = {"first": {"a": before, "ab": 1}, "second": {"a": {"0": {"x": 3}}}, "last": {"a": value}}
+    merged = merge_layers([Layer(name, {"args": tree}, {}) for name, tree in trees.items()])
+    assert merged.sources == {"args": "first", "args.a": "last", "args.ab": "first"}
