@@ -12,6 +12,7 @@ MODULES = (
     "sat_train.cli.main",
     "sat_train.cli.convert",
     "sat_train.cli.data",
+    "pytest",
 )
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the commands set it before they import torch

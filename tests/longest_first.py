@@ -37,7 +37,6 @@ SECONDS: dict[str, int] = {
     "runs/test_extend_page.py": 24,
     "unit/test_hardware_lines.py": 24,
     "ranks/test_training_steps.py": 24,
-    "unit/config/test_every_key.py": 23,
     "unit/data/test_paces.py": 22,
     "unit/planning/test_plan.py": 22,
     "unit/data/sources/test_remote_archives.py": 22,
