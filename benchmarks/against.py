@@ -39,10 +39,13 @@ from torch import Tensor, nn
 from benchmarks.block import kept_bytes
 from benchmarks.gpu_parts.check import Setting, peak_of
 from benchmarks.gpu_parts.random_run import fill
+from sat_train.cli.main import run_cli
+from sat_train.cli.options import positive
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.hardware import find_hardware
 from sat_train.config.sat_args import build_sat_args
 from sat_train.distributed.processes import start_single_process
+from sat_train.errors import LaunchError
 from sat_train.models.build import build_dit
 from sat_train.models.recomputation import set_recomputation
 from sat_train.weights.diffusers_config import transformer_config
@@ -224,7 +227,8 @@ def _sat_settings(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
 def _importable(folder: Path) -> Iterator[None]:
     """Makes `dit_video_concat` importable without what the rest of `sgm` needs: lightning, xformers."""
     if not (folder / "dit_video_concat.py").is_file():
-        raise SystemExit(f"--sat {folder}: expected CogVideo's folder sat/, with dit_video_concat.py")
+        expected = "CogVideo's folder sat/, with dit_video_concat.py"
+        raise LaunchError(f"--sat {folder}: not that folder", expected=expected)
     for name in SGM:
         package = ModuleType(name)
         package.__path__ = [str(folder.joinpath(*name.split(".")))]
@@ -342,11 +346,14 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--base", nargs="+", default=[str(TINY)], help="a model file")
     parser.add_argument("--sat", type=Path, help="a checkout of CogVideo's sat/")
-    parser.add_argument("--layers", type=int, help="layers to build; the model's own when left out")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each")
+    parser.add_argument("--layers", type=positive(int, 1000), help="layers to build, else all")
+    parser.add_argument("--batch-size", type=positive(int, 1000), default=1)
+    parser.add_argument("--rounds", type=positive(int, 1000), default=7, help="timed steps of each")
     parser.add_argument(
-        "--recompute", default="off", help="off, gemm, attention or full; theirs: all or nothing"
+        "--recompute",
+        choices=("off", "gemm", "attention", "full"),
+        default="off",
+        help="off, gemm, attention or full; theirs: all or nothing",
     )
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 on a GPU, else fp32")
@@ -379,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_cli(main))

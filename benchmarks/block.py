@@ -27,6 +27,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sat_train.cli.main import run_cli
 from sat_train.config import NetworkSpec, RunConfig, load_run_config
 from sat_train.config.parts.adapter_parts import AdapterConfig
 from sat_train.config.parts.position_parts import PositionConfig
@@ -242,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_cli(main))

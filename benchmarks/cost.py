@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sat_train.cli.main import run_cli
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.hardware import find_hardware
 from sat_train.distributed.processes import start_single_process
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_cli(main))

@@ -12,7 +12,8 @@ It needs neither released weights nor a network: what a step costs does not depe
 line shows the measured value, the prediction and whether they agree; `--out` collects them as JSON lines.
 
 On one GPU each check is a process of its own: one that fails, hangs or runs out of memory does not end the
-others. The exit code is 1 where a check failed. Send the file with a report of a bug.
+others. The exit code is 1 where a check failed, and 2 where none could run. Send the file with a report of
+a bug.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sat_train.cli.main import run_cli
+from sat_train.cli.options import positive
+from sat_train.errors import LaunchError
 
 if TYPE_CHECKING:
     from benchmarks.gpu_parts.check import Check, Setting
@@ -50,10 +55,16 @@ def several_gpus() -> tuple[Check, ...]:
 
 
 def chosen(checks: Sequence[Check], options: argparse.Namespace) -> list[Check]:
-    """Returns the checks that are asked for; prints which do not fit into the minutes."""
+    """Returns the checks that are asked for; prints which do not fit into the minutes.
+
+    Raises:
+        LaunchError: There is none.
+    """
     unknown = set(options.only or ()) - {check.name for check in checks}
     if unknown:
-        raise SystemExit(f"no such check: {', '.join(sorted(unknown))}; see --list")
+        raise LaunchError(
+            f"--only: no check {', '.join(sorted(unknown))}", expected="checks that --list names"
+        )
     wanted = [check for check in checks if not options.only or check.name in options.only]
     taken, minutes = [], 0.0
     for check in wanted:
@@ -63,6 +74,11 @@ def chosen(checks: Sequence[Check], options: argparse.Namespace) -> list[Check]:
     left = [check.name for check in wanted if check not in taken]
     if left:
         print(f"no time for: {', '.join(left)}", flush=True)
+    if not taken:
+        least = min(check.minutes for check in wanted)
+        raise LaunchError(
+            f"--minutes {options.minutes:g}: no check is so short", expected=f"{least:g} or more"
+        )
     return taken
 
 
@@ -76,6 +92,8 @@ def run_here(checks: Sequence[Check], setting: Setting, out: Path | None) -> lis
     from benchmarks.gpu_parts.check import carry_out
 
     able = [check for check in checks if setting.on_gpu or check.on_cpu]
+    for check in (each for each in checks if each not in able):
+        print(f"  LEFT OUT {check.name}: only on a GPU", flush=True)
     return [check.name for check in able if not carry_out(check, setting, out)]
 
 
@@ -126,7 +144,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", metavar="CHECK", help="these checks")
     parser.add_argument("--list", action="store_true", help="print the checks and end")
-    parser.add_argument("--minutes", type=float, help="leave out what does not fit into so many minutes")
+    minutes = positive(float, 10_000)
+    parser.add_argument("--minutes", type=minutes, help="leave out what does not fit into so many minutes")
     parser.add_argument("--tiny", action="store_true", help="the embedded model in place of released sizes")
     parser.add_argument("--out", type=Path, help="append findings as JSON lines")
     parser.add_argument("--folder", type=Path, help="for what checks write; 30 GB for the checkpoint of 2B")
@@ -143,6 +162,8 @@ def main() -> int:
 
         print(f"one GPU:\n{listed(one_gpu())}\nseveral GPUs, with torchrun:\n{listed(several_gpus())}")
         return 0
+    if options.out and not options.out.absolute().parent.is_dir():
+        raise LaunchError(f"--out {options.out}: its folder does not exist", expected="a file in a folder")
     options.folder = options.folder or Path(tempfile.gettempdir()) / "gpu_check"
     options.folder.mkdir(parents=True, exist_ok=True)
     wanted = chosen(checks, options)
@@ -156,4 +177,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_cli(main))

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from sat_train.cli.main import run_cli
 from sat_train.config import RunConfig, load_run_config
 from sat_train.distributed.processes import start_single_process
 from sat_train.planning.counting import count_peak, peak_of_decoding
@@ -145,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_cli(main))

@@ -34,6 +34,8 @@ from sat_train.checkpoint.fragments import Fragment, read_fragments
 from sat_train.checkpoint.layout import fragments_file_name
 from sat_train.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from sat_train.checkpoint.run_state import RunState
+from sat_train.cli.main import run_cli
+from sat_train.cli.options import positive
 from sat_train.distributed.processes import start_single_process
 
 _FRAGMENTS = 20
@@ -221,10 +223,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mb", type=int, default=1000, help="size of the state in 1e6 bytes")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--mb", type=positive(int, 1_000_000), default=1000, help="size of the state in 1e6 bytes"
+    )
+    parser.add_argument("--rounds", type=positive(int, 1000), default=7)
     parser.add_argument("--folder", type=Path, help="where to save; removed afterwards")
     options = parser.parse_args()
+    if options.folder and not options.folder.is_dir():
+        parser.error(f"--folder {options.folder}: expected a folder that exists")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         saves = Saves(make_state(options.mb), Path(folder))
         measure(saves)  # allocates the copy
@@ -248,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_cli(main))

@@ -17,6 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sat_train.cli.main import run_cli
+from sat_train.cli.options import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -36,9 +39,11 @@ def rounds(
     ]
     command = [*base, "--extension", str(ROOT / "benchmarks/plain_loop"), *run, *words]
     for script, use in (("precompute", "fill"), ("train_video", "require")):
-        subprocess.run(
-            [sys.executable, f"launch/{script}.py", *command, f"data.cache={use}"], cwd=ROOT, check=True
+        done = subprocess.run(
+            [sys.executable, f"launch/{script}.py", *command, f"data.cache={use}"], cwd=ROOT, check=False
         )
+        if done.returncode:
+            raise SystemExit(done.returncode)  # it has said why
     (lines,) = (folder / "runs").glob("*/plain_loop.jsonl")
     return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
 
@@ -47,8 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100, help="of a round")
+    parser.add_argument("--rounds", type=positive(int, 1000), default=5)
+    parser.add_argument("--steps", type=positive(int, 100_000), default=100, help="of a round")
     parser.add_argument("--sat", action="store_true", help="let SAT's trainer take a turn, too")
     parser.add_argument("words", nargs="*", default=[], help="more of the command line")
     options = parser.parse_args()
@@ -69,4 +74,4 @@ def compare(times: list[dict[str, list[float]]], other: str, clock: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_cli(main))

@@ -34,16 +34,16 @@ COMMANDS = {
 _INTERRUPTED = 130
 
 
-def run_cli(command: Callable[[], int]) -> int:
+def run_cli(command: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit code; errors of the user are printed without a traceback.
 
     Args:
-        command: The command, which returns its exit code.
+        command: The command, which returns its exit code; None is 0.
     """
     # libraries' deprecation notices are not for the user
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        return command()
+        return command() or 0
     except SatTrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code

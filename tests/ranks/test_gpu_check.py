@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu_check import one_gpu, run_here, several_gpus
+from benchmarks.gpu_check import chosen, one_gpu, run_here, several_gpus
 from benchmarks.gpu_parts.check import Check, Finding, Setting, recognized
 from sat_train.config.hardware import HARDWARE, find_hardware
 from sat_train.distributed.processes import ProcessMesh, start_single_process
+from sat_train.errors import LaunchError
 
 H100 = find_hardware("h100")
 
@@ -32,6 +34,17 @@ def test_the_checks_of_one_gpu_run_on_a_cpu_and_one_that_fails_ends_no_other(tmp
     assert lines[1]["what"] == "ended: MemoryError"
     assert lines[1]["measured"] == "no more"
     assert {line["check"] for line in lines} == {check.name for check in checks if check.on_cpu}
+
+
+@pytest.mark.parametrize(
+    ("only", "minutes", "expected"),
+    [(["nothing"], None, "no check nothing"), (None, 1e-6, "no check is so short")],
+)
+def test_checks_of_which_none_runs_are_no_pass(
+    only: list[str] | None, minutes: float | None, expected: str
+) -> None:
+    with pytest.raises(LaunchError, match=expected):
+        chosen(one_gpu(), Namespace(only=only, minutes=minutes))
 
 
 def _several(mesh: ProcessMesh, folder: Path, names: list[str]) -> list[str]:
