@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sat_train.cli.options import MOST_GIB, MOST_GPUS, check_gpus, parse_options, positive
 from sat_train.config import RunConfig, load_run_config
-from sat_train.config.values import show_duration
+from sat_train.config.values import show_duration, show_figure
 from sat_train.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
     climbs = [] if plan.fits else climb_down(planner, config, reload)
     faster = _faster(planner, plan, climbs, reload)
-    print(_as_json(plan, climbs, faster) if options.json else _as_text(plan, climbs, faster))
+    print(_as_json(plan, climbs, faster) if options.json else as_text(plan, climbs, faster))
     return 0 if plan.fits else 1
 
 
@@ -94,7 +94,14 @@ def _climb_tree(climb: Climb) -> dict[str, Any]:
     return {**asdict(climb.rung), "total": climb.plan.peak.total, "step_s": climb.plan.step.total}
 
 
-def _as_text(plan: Plan, climbs: Sequence[Climb], faster: Climb | None) -> str:
+def as_text(plan: Plan, climbs: Sequence[Climb], faster: Climb | None) -> str:
+    """Returns what the command prints.
+
+    Args:
+        plan: Of the run as it is configured.
+        climbs: Measures that were taken until it fits, the last one with all of them.
+        faster: What the card still has room for; None: nothing.
+    """
     lines = [*_head(plan), "", *_memory_table(plan), "", *_time_lines(plan)]
     if not plan.fits:
         lines += ["", *_ladder_lines(plan, climbs)]
@@ -125,18 +132,19 @@ def _memory_table(plan: Plan) -> list[str]:
 
 def _time_lines(plan: Plan) -> list[str]:
     step = asdict(plan.step)
-    parts = ", ".join(f"{name} {seconds:.2g}" for name, seconds in step.items() if seconds)
+    parts = ", ".join(f"{name} {show_figure(seconds)}" for name, seconds in step.items() if seconds)
+    work = show_figure(plan.tflops)
     rows = [
-        ("a step", f"{plan.step.total:.3g} s ({parts})"),
-        ("MFU", f"{plan.mfu:.1%} of {plan.hardware.peak_tflops:g} TFLOP/s, {plan.tflops:,.3g} TFLOP a GPU"),
-        ("throughput", f"{plan.samples_per_second:.3g} samples/s"),
-        ("checkpoint", f"{plan.checkpoint_bytes / _GB:.3g} GB"),
+        ("a step", f"{show_figure(plan.step.total)} s ({parts})"),
+        ("MFU", f"{plan.mfu:.1%} of {plan.hardware.peak_tflops:g} TFLOP/s, {work} TFLOP a GPU"),
+        ("throughput", f"{show_figure(plan.samples_per_second)} samples/s"),
+        ("checkpoint", f"{show_figure(plan.checkpoint_bytes / _GB)} GB"),
         ("cache", f"{_cache_of_thousand(plan)} for 1,000 captioned clips, one view each"),
     ]
     if plan.hours is None:
         rows.append(("the run", "as long as its data: args.train_iters says how long before they are read"))
     else:
-        hours = f"{show_duration(plan.hours * 3600)}, {plan.hours * plan.gpus:,.3g} GPU-hours"
+        hours = f"{show_duration(plan.hours * 3600)}, {show_figure(plan.hours * plan.gpus)} GPU-hours"
         rows.append(("the run", f"{hours}, for {plan.steps:,} steps, with validation and saves"))
     return [f"{name:<{_WIDTH}}{text}" for name, text in rows]
 
@@ -145,7 +153,7 @@ def _cache_of_thousand(plan: Plan) -> str:
     time = show_duration(plan.encoded_clip_s * 1000 / plan.gpus)
     names = ", ".join(plan.uncounted_conditions)
     others = f" (without what {names} keeps)" if names else ""
-    return f"{plan.cached_clip_bytes * 1000 / _GB:.3g} GB{others} and {time}"
+    return f"{show_figure(plan.cached_clip_bytes * 1000 / _GB)} GB{others} and {time}"
 
 
 def _ladder_lines(plan: Plan, climbs: Sequence[Climb]) -> list[str]:
@@ -164,7 +172,7 @@ def _ladder_lines(plan: Plan, climbs: Sequence[Climb]) -> list[str]:
 
 def _climb_line(climb: Climb) -> str:
     typed = " ".join([*climb.rung.files, *climb.rung.words])
-    figures = f"{climb.plan.peak.total / _GB:.1f} GB, {climb.plan.step.total:.3g} s a step"
+    figures = f"{climb.plan.peak.total / _GB:.1f} GB, {show_figure(climb.plan.step.total)} s a step"
     return f"  {figures:<30}{climb.rung.meaning}: {typed}"
 
 

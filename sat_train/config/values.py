@@ -48,6 +48,11 @@ def show_rate(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
+def show_figure(value: float) -> str:
+    """Returns a computed figure with three digits, or whole: 0.0251, 3.42, 1,655."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def show_duration(seconds: float) -> str:
     """Formats a duration in its two largest units, rounded up: 3m, 1h05m, 2d04h."""
     if not math.isfinite(seconds):

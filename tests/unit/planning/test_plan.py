@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 
 import pytest
 
 from sat_train.cli.main import main
+from sat_train.cli.plan import as_text
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.hardware import find_hardware, peak_tflops
 from sat_train.distributed.processes import start_single_process, stop_processes
@@ -16,6 +19,7 @@ from sat_train.models.dit.sharding import tensor_parallel_layout
 from sat_train.models.meta_models import build_meta_dit
 from sat_train.planning.cache_size import ConditionBytes, count_clip_bytes, count_condition_bytes
 from sat_train.planning.counting import count_peak, count_work
+from sat_train.planning.duration import StepTime
 from sat_train.planning.gpu_memory import count_weights
 from sat_train.planning.planner import Planner
 
@@ -188,3 +192,14 @@ def test_cards_are_known_by_the_names_that_cuda_gives_them() -> None:
 def test_a_plan_says_why_it_has_no_length(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *TINY, "args.train_iters=null", "args.epochs=3"]) == 0
     assert "as long as its data" in capsys.readouterr().out
+
+
+def test_large_figures_of_a_plan_are_written_out() -> None:
+    plan = Planner(find_hardware("h100"), 1).plan(_read("cogvideox_tiny", "sft"))
+    slow = StepTime(**dict.fromkeys(asdict(plan.step), 1234.5))
+    large = replace(plan, step=slow, tflops=123456.0, hours=54321.0, cached_clip_bytes=10**10)
+    text = as_text(large, [], None)
+    assert "1,234" in text
+    assert "123,456 TFLOP" in text
+    assert "54,321 GPU-hours" in text
+    assert not re.search(r"\de\+\d", text)
