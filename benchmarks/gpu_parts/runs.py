@@ -100,7 +100,9 @@ def _save(mesh: ProcessMesh, run: RandomRun, folder: Path) -> None:
         base_weights=None,
         versions=library_versions(),
     )
-    state = RunState(run.engine.weights(), run.engine.fragments(), client_state={})
+    state = RunState(
+        run.engine.weights(), run.engine.fragments(), client_state={}, pieces=run.engine.pieces()
+    )
     save_training_checkpoint(mesh, state=state, run_directory=folder, manifest=manifest)
 
 

@@ -27,6 +27,7 @@ from sat_train.weights.tensor_parallel import merge_slices, slice_weights
 
 MASTER = "master"  # the fp32 weights
 AVERAGE = "ema"  # their exponential moving average
+PIECE = "piece"  # weights that the network computes with; only while a checkpoint is written
 
 Scalar = float | int
 
@@ -159,10 +160,15 @@ def read_fragments(
 
 def _read_model_rank(folder: Path, manifest: Manifest, model_rank: int) -> list[Fragment]:
     ranks = [manifest.global_rank(data_rank, model_rank) for data_rank in range(manifest.data_size)]
-    return [fragment for rank in ranks for fragment in _read_file(folder / fragments_file_name(rank))]
+    return [fragment for rank in ranks for fragment in read_fragment_file(folder / fragments_file_name(rank))]
 
 
-def _read_file(path: Path) -> list[Fragment]:
+def read_fragment_file(path: Path) -> list[Fragment]:
+    """Opens the fragments that one rank wrote; tensors are memory-mapped.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
     state = load_torch_file(path)
     check_all_plain(path, state)
     return [_checked(path, Fragment(**entry)) for entry in state["fragments"]]
@@ -210,6 +216,15 @@ def _incomplete(where: str, name: str, end: int) -> CheckpointError:
         expected="every element once",
         remedy="use another step",
     )
+
+
+def assemble(fragments: Sequence[Fragment], kind: str, *, where: str) -> LazyWeights:
+    """Returns whole parameters from the fragments of all data ranks.
+
+    Raises:
+        CheckpointError: Elements of a parameter are missing or duplicated.
+    """
+    return _assembled(_by_name(fragments, where), kind, where)
 
 
 def _assembled(runs: dict[str, list[Fragment]], kind: str, where: str) -> LazyWeights:

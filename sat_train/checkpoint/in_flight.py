@@ -8,6 +8,7 @@ failed one, so a thread answers for it while the save is in flight.
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sat_train.checkpoint.publish import RankReport
+from sat_train.distributed.collectives import wait_until
 from sat_train.distributed.meeting import read_pulse
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import SatTrainError
@@ -27,6 +29,7 @@ log = get_logger(__name__)
 _LOOK_EVERY_S = 1.0
 _LONGEST_S = 300.0  # for all ranks to write: as long as launchers wait after a signal
 _SILENT_S = 10.0  # a rank without a heartbeat for so long has been killed
+_GONE_S = 60.0  # so is one that no rank misses yet: its training would end all
 
 
 class SaveInFlight:
@@ -55,6 +58,18 @@ class SaveInFlight:
         if self._is_shared:
             self._set(self._reports[self._mesh.rank], json.dumps(asdict(report)))
         return report
+
+    def exchange(self, report: RankReport) -> list[RankReport]:
+        """Returns the reports of all ranks but the first data rank, which waits for them; else nothing.
+
+        It waits as long as they live.
+        """
+        if self._mesh.data_rank or report.failure:
+            return []
+        others = {rank: key for rank, key in self._reports.items() if rank >= self._mesh.model_size}
+        if silent := self._wait_for(others, silent_s=_GONE_S):
+            return [RankReport(failure=f"what rank {rank} was writing") for rank in silent]
+        return [_read(self._store.get(key)) for key in others.values()]
 
     def publish(self, reports: Sequence[RankReport]) -> Path:
         """Commits the files, or returns or raises what came of it when another thread did. Rank 0 only."""
@@ -96,7 +111,7 @@ class SaveInFlight:
             pass
 
     def _commit_alone(self) -> None:
-        if silent := self._wait_for(self._reports):
+        if silent := self._wait_for(self._reports, silent_s=_SILENT_S, longest_s=_LONGEST_S):
             log.error(
                 "the save that was being written is lost: nothing of %s",
                 ", ".join(map("rank {}".format, silent)),
@@ -109,20 +124,27 @@ class SaveInFlight:
         except (SatTrainError, OSError) as error:
             log.error("not saved: %s", error)
 
-    def _wait_for(self, keys: Mapping[int, str]) -> list[int]:
+    def _wait_for(
+        self, keys: Mapping[int, str], *, silent_s: float, longest_s: float = math.inf
+    ) -> list[int]:
         """Waits for a key of each rank; returns the ranks that it gave up."""
-        end = time.monotonic() + _LONGEST_S
+        end = time.monotonic() + longest_s
         last: dict[int, tuple[bytes, float]] = {}
-        while missing := [rank for rank, key in keys.items() if not self._store.check([key])]:
+        given_up: list[int] = []
+
+        def is_over() -> bool:
+            missing = [rank for rank, key in keys.items() if not self._store.check([key])]
             now = time.monotonic()
             for rank in missing:
                 pulse = read_pulse(self._store, rank)
                 if rank not in last or last[rank][0] != pulse:
                     last[rank] = pulse, now
-            if now > end or any(now - last[rank][1] > _SILENT_S for rank in missing):
-                return missing
-            time.sleep(0.1)
-        return []
+            if now > end or any(now - last[rank][1] > silent_s for rank in missing):
+                given_up.extend(missing)
+            return not missing or bool(given_up)
+
+        wait_until(is_over)
+        return given_up
 
     def _set(self, key: str, value: str) -> None:
         try:

@@ -9,6 +9,8 @@
                                  what trains, one file a rank: fp32 masters, optimizer state, average
 <run>/<step>/client_state.json   the position of the run, and its configuration
 <run>/.tmp-<step>-<id>/          a save in progress, or one that was killed
+<run>/.tmp-<step>-<id>/pieces_rank_01.pt
+                                 ZeRO-3: weights of one rank, until the first has merged them into SAT's file
 <run>/<step>.corrupt/            failed its verification; kept for inspection
 <run>/<step>.abandoned/          came after the step that somebody went back to; kept
 <run>/samples/                   validation videos, by step
@@ -52,6 +54,11 @@ def model_file_name(model_rank: int) -> str:
 def fragments_file_name(rank: int) -> str:
     """Returns the file name of the trained state that global rank `rank` owns."""
     return f"fragments_rank_{rank:02d}.pt"
+
+
+def pieces_file_name(rank: int) -> str:
+    """Returns the file name of the pieces of weights that global rank `rank` passes on to be merged."""
+    return f"pieces_rank_{rank:02d}.pt"
 
 
 def parse_step(name: str) -> int | None:

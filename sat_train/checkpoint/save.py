@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.serialization import get_crc32_options, set_crc32_options
 
 import sat_train
 from sat_train.checkpoint.background import BackgroundWriter
-from sat_train.checkpoint.fragments import pack_fragments
+from sat_train.checkpoint.fragments import PIECE, Fragment, assemble, pack_fragments, read_fragment_file
 from sat_train.checkpoint.in_flight import SaveInFlight
-from sat_train.checkpoint.layout import CLIENT_STATE, SAT_PREFIX, fragments_file_name, model_file_name
+from sat_train.checkpoint.layout import (
+    CLIENT_STATE,
+    SAT_PREFIX,
+    fragments_file_name,
+    model_file_name,
+    pieces_file_name,
+)
 from sat_train.checkpoint.manifest import Manifest
 from sat_train.checkpoint.publish import RankReport, commit, expected_size, open_temporary, publish_files
 from sat_train.checkpoint.run_state import RunState
+from sat_train.checkpoint.torch_file import write_lazily, write_tensors
+from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.files import FileRecord, HashingFile, write_file
+from sat_train.weights.lazy import LazyWeights
+
+Exchange = Callable[[RankReport], Sequence[RankReport]]
+Write = Callable[[HashingFile], None]
 
 
 def save_training_checkpoint(
@@ -69,75 +78,92 @@ def begin_save(
 
     Ranks: all.
     """
-    expected_bytes = expected_size(run_directory, _guess_bytes(mesh, state))
+    expected_bytes = expected_size(run_directory, _guess_bytes(mesh, state)) + _bytes_of_pieces(mesh, state)
     temporary = open_temporary(mesh, run_directory, step=manifest.step, expected_bytes=expected_bytes)
     client_state = json.dumps(state.client_state, indent=1, sort_keys=True) + "\n"
     write = partial(_write_rank, mesh, temporary, client_state)
     publish = partial(publish_files, temporary, run_directory, manifest, check_held)
     if writer is None:
-        report = write(state)
+        report = write(partial(gather_objects, mesh), state)
         return lambda: commit(mesh, publish, report)
     save = writer.in_flight = SaveInFlight(mesh, temporary.name, publish)
-    wait = writer.start(state, write)
+    wait = writer.start(state, partial(write, save.exchange))
     return lambda: commit(mesh, save.publish, wait())
 
 
-def _write_rank(mesh: ProcessMesh, folder: Path, client_state: str, state: RunState) -> RankReport:
-    """Writes this rank's files; reports a failure instead of raising, because the other ranks wait for it."""
+def _write_rank(
+    mesh: ProcessMesh, folder: Path, client_state: str, exchange: Exchange, state: RunState
+) -> RankReport:
+    """Writes this rank's files; reports a failure instead of raising, because the other ranks wait for it.
+
+    Where each rank holds pieces of the weights, the first data rank puts SAT's file together: from its own
+    pieces, and from files that the other ranks write for it.
+
+    Args:
+        exchange: Returns the reports of the ranks whose pieces this one needs, once they are written.
+    """
+    passed = _write_all(folder, _passed_on(mesh, state))
+    report = passed if passed.failure else _write_all(folder, _files(mesh, client_state, state))
+    if state.pieces is None:
+        return report
+    failure = next((other.failure for other in exchange(report) if other.failure), "")
+    if mesh.data_rank or report.failure:
+        return report
+    merged = RankReport(failure=f"it lacks {failure}") if failure else _merge(mesh, folder, state.pieces)
+    return RankReport(report.files + merged.files, merged.failure)
+
+
+def _write_all(folder: Path, files: Iterable[tuple[str, Write]]) -> RankReport:
     records: list[FileRecord] = []
-    for name, write in _files(mesh, client_state, state):
+    for name, write in files:
         try:
             records.append(write_file(folder / name, write))
         except Exception as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)[:300]
-            return RankReport(files=records, failure=f"{name}: {reason}")
-    return RankReport(files=records)
+            return RankReport(records, f"{name}: {_reason(error)}")
+    return RankReport(records)
 
 
-def _files(
-    mesh: ProcessMesh, client_state: str, state: RunState
-) -> Iterator[tuple[str, Callable[[HashingFile], None]]]:
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else repr(error)[:300]
+
+
+def _files(mesh: ProcessMesh, client_state: str, state: RunState) -> Iterator[tuple[str, Write]]:
     if state.weights is not None:
         module = {SAT_PREFIX + name: tensor for name, tensor in state.weights.items()}
-        yield model_file_name(mesh.model_rank), partial(_write_tensors, {"module": module})
-    yield fragments_file_name(mesh.rank), partial(_write_tensors, pack_fragments(state.fragments))
+        yield model_file_name(mesh.model_rank), partial(write_tensors, {"module": module})
+    yield fragments_file_name(mesh.rank), partial(write_tensors, pack_fragments(state.fragments))
     if mesh.rank == 0:
         yield CLIENT_STATE, partial(_write_text, client_state)
 
 
-def _write_tensors(content: dict[str, Any], file: HashingFile) -> None:
-    with _saving_fast():
-        torch.save(content, cast(IO[bytes], file))
+def _passed_on(mesh: ProcessMesh, state: RunState) -> Iterator[tuple[str, Write]]:
+    """Yields the file of the pieces that the first data rank needs; no part of the checkpoint."""
+    if state.pieces is not None and mesh.data_rank:
+        yield pieces_file_name(mesh.rank), partial(write_tensors, pack_fragments(state.pieces))
 
 
-class _Tags(threading.local):
-    """Place of tensors that `torch.save` notes, in the thread that writes; empty: where they are."""
-
-    place = ""
-
-
-_tags = _Tags()
-torch.serialization.register_package(0, lambda storage: _tags.place, lambda storage, location: None)
-
-
-@contextmanager
-def _saving_fast() -> Iterator[None]:
-    """Leaves out torch's checksum, as there is a SHA-256, and copies from the GPU through pinned memory.
-
-    Tensors are noted as lying on the CPU, so that a file does not depend on the device or on a copy.
-    """
-    from torch.utils.serialization import config
-
-    checksums, pins = get_crc32_options(), config.save.use_pinned_memory_for_d2h
-    set_crc32_options(False)
-    config.save.use_pinned_memory_for_d2h = torch.cuda.is_available()
-    _tags.place = "cpu"
+def _merge(mesh: ProcessMesh, folder: Path, own: Sequence[Fragment]) -> RankReport:
+    """Writes the weights of this model rank from the pieces of all data ranks, whose files it removes."""
+    name = model_file_name(mesh.model_rank)
+    ranks = range(mesh.model_rank + mesh.model_size, mesh.world_size, mesh.model_size)
+    paths = [folder / pieces_file_name(rank) for rank in ranks]
+    report = _write_all(folder, [(name, partial(_write_merged, own, paths))])
     try:
-        yield
-    finally:
-        _tags.place = ""
-        set_crc32_options(checksums)
-        config.save.use_pinned_memory_for_d2h = pins
+        for path in paths:  # mapped no more: NFS keeps a file that somebody maps
+            path.unlink()
+    except OSError as error:
+        return RankReport(failure=report.failure or f"{name}: {_reason(error)}")
+    return report
+
+
+def _write_merged(own: Sequence[Fragment], paths: Sequence[Path], file: HashingFile) -> None:
+    """Writes whole weights in the order of this rank's pieces, which hold the beginning of each."""
+    here = [replace(piece, tensors={PIECE: piece.tensors[PIECE].cpu()}) for piece in own]
+    others = [piece for path in paths for piece in read_fragment_file(path)]
+    whole = assemble([*here, *others], PIECE, where="the weights of all ranks").tensors
+    write_lazily(
+        "module", LazyWeights({SAT_PREFIX + each.name: whole[each.name] for each in own}, where=""), file
+    )
 
 
 def _write_text(text: str, file: HashingFile) -> None:
@@ -156,8 +182,14 @@ def library_versions() -> dict[str, str]:
 def _guess_bytes(mesh: ProcessMesh, state: RunState) -> int:
     """Estimates the size of all files: weights are written once for each rank of the model axis."""
     runs = [run for fragment in state.fragments for run in fragment.tensors.values()]
-    weights = (state.weights or {}).values()
-    return mesh.model_size * sum(map(_num_bytes, weights)) + mesh.world_size * sum(map(_num_bytes, runs))
+    weights = mesh.model_size * sum(map(_num_bytes, (state.weights or {}).values()))
+    return weights + _bytes_of_pieces(mesh, state) + mesh.world_size * sum(map(_num_bytes, runs))
+
+
+def _bytes_of_pieces(mesh: ProcessMesh, state: RunState) -> int:
+    """Estimates the bytes of all ranks' pieces, as if each had as many as this one."""
+    pieces = [run for piece in state.pieces or () for run in piece.tensors.values()]
+    return mesh.world_size * sum(map(_num_bytes, pieces))
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sat_train.checkpoint.fragments import Fragment, SavedFragments, Scalar
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.engine.slots import base_optimizer, find_slots
+from sat_train.engine.slots import base_optimizer, find_slots, held_piece
 from sat_train.engine.step_read import StepRead, read_norm_once
 from sat_train.engine.trained_state import compact, read_state, write_state
 from sat_train.weights.names import Shape
@@ -181,30 +181,29 @@ class TrainEngine:
             left_out: Names of parameters to leave out, such as `frozen_base`.
 
         Returns:
-            By name; None on all data ranks but the first.
-
-        Ranks: all.
+            By name; None on all data ranks but the first, and at stage 3.
         """
-        is_first = self._mesh.data_rank == 0
-        state = self.module.state_dict()
-        buffers = self.module.named_buffers(remove_duplicate=False)
-        state.update({name: buffer.clone() for name, buffer in buffers if name in state})
-        if self.zero_stage == 3:
-            state.update(self._gathered(left_out, keep=is_first))
-        return {name: tensor for name, tensor in state.items() if name not in left_out} if is_first else None
+        if self._mesh.data_rank or self.zero_stage == 3:
+            return None
+        return {name: tensor.detach() for name, tensor in self._state() if name not in left_out}
 
-    def _gathered(self, left_out: Collection[str], *, keep: bool) -> dict[str, Tensor]:
-        """Gathers one parameter at a time, to host memory."""
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    def pieces(self, *, left_out: Collection[str] = ()) -> list[Fragment] | None:
+        """Returns what `weights` does, as the pieces that this rank holds at stage 3; None at other stages.
 
-        whole = {}
-        for name, parameter in self.module.named_parameters():
-            if name in left_out:
-                continue
-            with GatheredParameters([parameter]):
-                if keep:
-                    whole[name] = parameter.detach().to("cpu", copy=True)
-        return whole
+        Args:
+            left_out: As for `weights`.
+        """
+        if self.zero_stage < 3:
+            return None
+        state = [(name, tensor) for name, tensor in self._state() if name not in left_out]
+        pieces = [held_piece(name, tensor, self._mesh) for name, tensor in state]
+        return [piece for piece in pieces if piece is not None]
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields parameters, and copies of the buffers, in the order of the module."""
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            yield name, buffers[name].clone() if name in buffers else tensor
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Sums a tensor over the ranks that own weights, on the device. Ranks: all."""

@@ -9,6 +9,7 @@ Source: microsoft/DeepSpeed@v0.19.8 `runtime/zero/stage_1_and_2.py`, `runtime/ze
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sat_train.checkpoint.fragments import PIECE, Fragment
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.weights.names import Shape
 
@@ -107,6 +109,20 @@ def _scattered(mesh: ProcessMesh, engine: Any, name: str, parameter: Any) -> Ite
     count = max(0, min(padded, int(parameter.ds_numel) - offset))
     flat = optimizer.fp32_partitioned_groups_flat[group]
     yield Slot(name, tuple(parameter.ds_shape), offset, flat, int(start), count)
+
+
+def held_piece(name: str, tensor: Any, mesh: ProcessMesh) -> Fragment | None:
+    """Returns what this rank holds of a weight at stage 3, a view; None where that is nothing.
+
+    What is not divided belongs to the first data rank, and so does the beginning of each weight.
+    """
+    held = getattr(tensor, "ds_tensor", None)
+    shape, whole = (tensor.shape, tensor) if held is None else (tensor.ds_shape, held)
+    offset = (math.prod(shape) if held is None else int(held.ds_numel)) * mesh.data_rank
+    count = max(0, min(whole.numel(), math.prod(shape) - offset))  # the last pieces are padded
+    if mesh.data_rank and not count:
+        return None
+    return Fragment(name, tuple(shape), offset, {PIECE: whole.detach().flatten()[:count]})
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -58,6 +58,7 @@ def build_save(
             writer=writer if in_background else None,
             state=RunState(
                 weights=trainer.engine.weights(left_out=left_out),
+                pieces=trainer.engine.pieces(left_out=left_out),
                 fragments=trainer.callbacks.add_tensors(trainer.engine.fragments()),
                 client_state=client_state,
             ),

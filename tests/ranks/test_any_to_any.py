@@ -22,6 +22,7 @@ from sat_train.models.dit.sharding import shard_weight
 if TYPE_CHECKING:
     from sat_train.engine.engine import TrainEngine
     from sat_train.training.callbacks.ema import ExponentialMovingAverage
+from tests.ranks.gathered import gathered_weights
 from tests.ranks.toy import frozen_names
 
 pytestmark = pytest.mark.ranks
@@ -138,7 +139,7 @@ def _start(mesh: ProcessMesh, layout: Layout, dtype: str) -> list[Fragment]:
 
 def _load_each(
     mesh: ProcessMesh, layout: Layout, dtype: str, path: Path, trained: range
-) -> list[tuple[list[Fragment], dict[str, Tensor] | None, list[Fragment]]]:
+) -> list[tuple[list[Fragment], dict[str, Tensor], list[Fragment]]]:
     """Loads every saved state into one engine: what was loaded, the weights that compute, a step later.
 
     Args:
@@ -152,8 +153,7 @@ def _load_each(
         engine.load(state, step=2, counters=engine.counters())
         average.load_tensors(state)
         loaded = _copies(engine, average)
-        weights = engine.weights(left_out=frozen_names(engine.module))
-        kept = None if weights is None else {name: tensor.clone() for name, tensor in weights.items()}
+        kept = gathered_weights(engine, frozen_names(engine.module))
         _train(engine, average, int(number in trained))
         results.append((loaded, kept, _copies(engine, average) if number in trained else []))
     return results
@@ -228,12 +228,10 @@ def _scalars(results: Iterable[list[Fragment]]) -> set[frozenset[tuple[str, floa
 
 
 def _check_computing(
-    target: Layout, weights: list[dict[str, Tensor] | None], masters: dict[str, Tensor], where: str
+    target: Layout, weights: list[dict[str, Tensor]], masters: dict[str, Tensor], where: str
 ) -> None:
-    """The weights that compute are the masters, rounded; the first data rank has them."""
-    assert [shard is not None for shard in weights] == [rank < target.model for rank in range(target.ranks)]
+    """The weights that compute are the masters, rounded."""
     for rank, shard in enumerate(weights[: target.model]):
-        assert shard is not None
         for name, tensor in shard.items():
             master = shard_weight(name, masters[name], rank=rank, size=target.model)
             assert torch.equal(tensor, master.to(tensor.dtype)), f"{where}: {name}"
@@ -266,8 +264,8 @@ def _missing_names(mesh: ProcessMesh, stage: int) -> list[str]:
     optimizer = engine._engine.optimizer
     missing = [name for name in PRIVATE_NAMES[stage] if not hasattr(optimizer, name)]
     parameter = next(p for p in engine.module.parameters() if p.requires_grad)
-    own = "_hp_mapping" if stage == 2 else "ds_numel"
-    return missing if hasattr(parameter, own) else [*missing, own]
+    own = ("_hp_mapping",) if stage == 2 else ("ds_numel", "ds_shape", "ds_tensor")
+    return missing + [name for name in own if not hasattr(parameter, name)]
 
 
 @pytest.mark.parametrize("stage", PRIVATE_NAMES)

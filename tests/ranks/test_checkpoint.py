@@ -13,7 +13,7 @@ import torch
 
 from sat_train.checkpoint.find import ResumePoint, find_resume_point
 from sat_train.checkpoint.fragments import SavedFragments
-from sat_train.checkpoint.layout import fragments_file_name
+from sat_train.checkpoint.layout import SAT_PREFIX, fragments_file_name, model_file_name
 from sat_train.checkpoint.manifest import BaseWeights, Manifest, read_manifest, verify_checkpoint
 from sat_train.distributed.collectives import on_rank_0, wait_until
 from sat_train.distributed.processes import ProcessMesh
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sat_train.checkpoint.background import BackgroundWriter
     from sat_train.engine.engine import TrainEngine
     from sat_train.training.callbacks.ema import ExponentialMovingAverage
+from tests.ranks.gathered import gathered_weights
 from tests.ranks.toy import CONSTANT, build_toy, frozen_names, toy_run
 
 pytestmark = pytest.mark.ranks
@@ -128,6 +129,7 @@ def begin(
         engine.before_update = writer.wait_until_copied
     state = RunState(
         weights=engine.weights(left_out=frozen_names(engine.module) if lora else ()),
+        pieces=engine.pieces(left_out=frozen_names(engine.module) if lora else ()),
         fragments=fragments if average is None else average.add_tensors(fragments),
         client_state={"smoothed_loss": 0.5, "names": ["a", "b"]},
     )
@@ -185,6 +187,22 @@ def new_run(mesh: ProcessMesh, save_root: Path) -> Path:
     return run_directory
 
 
+def _saved(path: Path, weights: Mapping[str, torch.Tensor]) -> bytes:
+    """Returns what a file of whole weights holds."""
+    from sat_train.checkpoint.torch_file import write_tensors
+
+    named = {SAT_PREFIX + name: tensor for name, tensor in weights.items()}
+    write_file(path, lambda file: write_tensors({"module": named}, file))
+    return path.read_bytes()
+
+
+def _check_no_buffer_is_shared(engine: TrainEngine) -> None:
+    """A forward pass may change a buffer while a save still reads."""
+    whole = [run for piece in engine.pieces() or () for run in piece.tensors.values()]
+    saved = {tensor.data_ptr() for tensor in (*whole, *(engine.weights() or {}).values())}
+    assert engine.module.get_buffer("table").data_ptr() not in saved
+
+
 def _resume_is_exact(mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str, lora: bool) -> None:
     from sat_train.checkpoint.background import BackgroundWriter
     from sat_train.checkpoint.load import read_client_state
@@ -196,13 +214,15 @@ def _resume_is_exact(mesh: ProcessMesh, root: Path, zero_stage: int, dtype: str,
     writer = BackgroundWriter(only_with_room=False)
     for step in (1, 3):  # the second copy takes the memory of the first
         train(engine, mesh.rank, range(step // 2, step))
+        gathered = gathered_weights(engine, frozen_names(engine.module) if lora else ())
         waited = save(mesh, engine, waiting, step=step, lora=lora)
         commit = begin(mesh, engine, run_directory, step=step, lora=lora, writer=writer)
         straight = train(engine, mesh.rank, range(3, 6)) if step == 3 else []
         assert read_manifest(commit()).files == read_manifest(waited).files, "the same bytes"
+        if zero_stage == 3:
+            assert (waited / model_file_name(0)).read_bytes() == _saved(waited / "gathered.pt", gathered)
+        _check_no_buffer_is_shared(engine)
 
-    weights = engine.weights()
-    assert weights is None or weights["table"].data_ptr() != engine.module.table.data_ptr()
     # frozen weights come from the base; all else must come from the checkpoint, whatever was there before
     resumed = build_engine(mesh, zero_stage=zero_stage, dtype=dtype, lora=lora, seed=0 if lora else 1)
     point, _ = load(mesh, resumed, save_root)

@@ -70,6 +70,7 @@ def _train_and_save(
         mesh,
         state=RunState(
             weights=engine.weights(left_out=frozen_names(engine.module) if has_lora else ()),
+            pieces=engine.pieces(left_out=frozen_names(engine.module) if has_lora else ()),
             fragments=average.add_tensors(engine.fragments()),
             client_state={},
         ),
