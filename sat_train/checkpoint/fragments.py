@@ -246,7 +246,7 @@ def joined(pieces: Sequence[Tensor], shape: Shape, where: str) -> LazyTensor:
 
 
 def read_run(pieces: Sequence[Tensor], offset: int, count: int, where: str) -> Tensor:
-    """Returns `count` elements from `offset` on of the concatenation of 1-D `pieces`.
+    """Returns `count` elements from `offset` on of the concatenation of 1-D `pieces`, in host memory.
 
     Raises:
         CheckpointError: The pieces hold fewer elements.
@@ -255,9 +255,9 @@ def read_run(pieces: Sequence[Tensor], offset: int, count: int, where: str) -> T
     for piece in pieces:
         first, last = max(offset - start, 0), min(offset + count - start, piece.numel())
         if first < last:
-            parts.append(piece[first:last])
+            parts.append(piece[first:last].cpu())
         start += piece.numel()
-    run = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else pieces[0][:0]
+    run = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else pieces[0][:0].cpu()
     if run.numel() != count:
         raise CheckpointError(
             f"{where} ends {count - run.numel()} elements early",

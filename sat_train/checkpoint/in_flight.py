@@ -62,14 +62,17 @@ class SaveInFlight:
     def exchange(self, report: RankReport) -> list[RankReport]:
         """Returns the reports of all ranks but the first data rank, which waits for them; else nothing.
 
-        It waits as long as they live.
+        It waits for as long as they live.
         """
         if self._mesh.data_rank or report.failure:
             return []
         others = {rank: key for rank, key in self._reports.items() if rank >= self._mesh.model_size}
-        if silent := self._wait_for(others, silent_s=_GONE_S):
-            return [RankReport(failure=f"what rank {rank} was writing") for rank in silent]
-        return [_read(self._store.get(key)) for key in others.values()]
+        try:
+            if silent := self._wait_for(others, silent_s=_GONE_S, longest_s=math.inf):
+                return [RankReport(failure=f"the files of rank {rank}") for rank in silent]
+            return [_read(self._store.get(key)) for key in others.values()]
+        except RuntimeError as error:
+            return [RankReport(failure=f"reports, as the store of the run has gone: {error}"[:300])]
 
     def publish(self, reports: Sequence[RankReport]) -> Path:
         """Commits the files, or returns or raises what came of it when another thread did. Rank 0 only."""
@@ -111,7 +114,7 @@ class SaveInFlight:
             pass
 
     def _commit_alone(self) -> None:
-        if silent := self._wait_for(self._reports, silent_s=_SILENT_S, longest_s=_LONGEST_S):
+        if silent := self._wait_for(self._reports):
             log.error(
                 "the save that was being written is lost: nothing of %s",
                 ", ".join(map("rank {}".format, silent)),
@@ -125,7 +128,7 @@ class SaveInFlight:
             log.error("not saved: %s", error)
 
     def _wait_for(
-        self, keys: Mapping[int, str], *, silent_s: float, longest_s: float = math.inf
+        self, keys: Mapping[int, str], *, silent_s: float = _SILENT_S, longest_s: float = _LONGEST_S
     ) -> list[int]:
         """Waits for a key of each rank; returns the ranks that it gave up."""
         end = time.monotonic() + longest_s

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -158,12 +157,10 @@ def _merge(mesh: ProcessMesh, folder: Path, own: Sequence[Fragment]) -> RankRepo
 
 def _write_merged(own: Sequence[Fragment], paths: Sequence[Path], file: HashingFile) -> None:
     """Writes whole weights in the order of this rank's pieces, which hold the beginning of each."""
-    here = [replace(piece, tensors={PIECE: piece.tensors[PIECE].cpu()}) for piece in own]
     others = [piece for path in paths for piece in read_fragment_file(path)]
-    whole = assemble([*here, *others], PIECE, where="the weights of all ranks").tensors
-    write_lazily(
-        "module", LazyWeights({SAT_PREFIX + each.name: whole[each.name] for each in own}, where=""), file
-    )
+    whole = assemble([*own, *others], PIECE, where="the weights of all ranks").tensors
+    ordered = {SAT_PREFIX + piece.name: whole[piece.name] for piece in own}
+    write_lazily("module", LazyWeights(ordered, where=""), file)
 
 
 def _write_text(text: str, file: HashingFile) -> None:

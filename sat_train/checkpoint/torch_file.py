@@ -22,10 +22,12 @@ def write_tensors(content: Mapping[str, Any], file: HashingFile) -> None:
 
 
 def write_lazily(key: str, weights: LazyWeights, file: HashingFile) -> None:
-    """Writes `{key: weights}`, byte for byte as `write_tensors` would, with one tensor in memory at a time."""
+    """Writes `{key: weights}`, the same bytes as `write_tensors`, with one tensor in memory at a time."""
     filled = _FilledFile(file, weights)
     with _saving_fast(), skip_data():
-        torch.save({key: {name: _hollow(lazy) for name, lazy in weights.tensors.items()}}, filled)
+        torch.save(
+            {key: {name: _hollow(lazy) for name, lazy in weights.tensors.items()}}, cast(IO[bytes], filled)
+        )
     filled.check()
 
 
@@ -64,8 +66,9 @@ class _FilledFile:
 
 
 def _hollow(lazy: LazyTensor) -> Tensor:
-    """Returns a tensor whose memory is never touched, and so never taken, even where kernels are deterministic:
-    `torch.empty` fills it there.
+    """Returns a tensor whose memory is never touched, and so never taken.
+
+    `torch.empty` would fill it where kernels are deterministic.
     """
     strides = torch.empty(lazy.shape, device="meta").stride()
     return torch.empty(0, dtype=lazy.dtype).set_(torch.UntypedStorage(lazy.num_bytes), 0, lazy.shape, strides)

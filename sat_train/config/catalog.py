@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -67,6 +67,21 @@ class Targets:
     place: str = "params."
 
 
+@dataclass(frozen=True)
+class NamedTarget:
+    """The target that a configuration names.
+
+    Args:
+        name: Its name.
+        table: The choices of its place.
+        params: Record of its settings.
+    """
+
+    name: str
+    table: Targets
+    params: type[Record]
+
+
 def all_keys() -> dict[str, Key]:
     """Returns every key by path; where there is a choice of targets, the keys of all of them."""
     return _keys_at(registry_revision())
@@ -90,14 +105,27 @@ def keys_of_targets(path: str, values: Mapping[str, Any]) -> dict[str, Key]:
     """
     keys, parts = dict(all_keys()), path.split(".")
     for place in (".".join(parts[: end + 1]) for end in range(len(parts))):
-        table = slot_targets().get(pattern_of(place))
-        record = table and table.params.get(values.get(f"{place}.{table.key}", ""))
-        if table is None or not record or not table.place:
+        named = named_target(place, values.get)
+        if named is None or not named.table.place:
             continue
-        settings = f"{pattern_of(place)}.{table.place}"
+        settings = f"{pattern_of(place)}.{named.table.place}"
         keys = {name: key for name, key in keys.items() if not name.startswith(settings)}
-        keys |= {key.path: key for key in _walk(record, settings)}
+        keys |= {key.path: key for key in _walk(named.params, settings)}
     return keys
+
+
+def named_target(place: str, value_of: Callable[[str], object]) -> NamedTarget | None:
+    """Returns the target that a configuration names at a place; None where it names none that exists.
+
+    Args:
+        place: Dotted path, e.g. `model.conditions.pose`.
+        value_of: Returns the value at a dotted path.
+    """
+    table = slot_targets().get(pattern_of(place))
+    if table is None:
+        return None
+    name = str(value_of(f"{place}.{table.key}"))
+    return NamedTarget(name, table, table.params[name]) if name in table.params else None
 
 
 def entry_of_mapping(path: str) -> Key | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,6 +14,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from sat_train.config.aliases import get_value
 from sat_train.config.catalog import (
     all_keys,
+    named_target,
     pattern_of,
     slot_targets,
     suggest_key,
@@ -119,16 +121,15 @@ def _about_extensions(path: str, suggestion: str) -> str:
 
 def _expected_key(path: str, merged: Merged) -> tuple[str, str]:
     """Returns the expectation for an unknown key: of a part, the settings of that part."""
-    place, _, key = path.rpartition(".params.")
-    if (table := slot_targets().get(pattern_of(place))) is None:
-        place, _, key = path.rpartition(".")
-        table = slot_targets().get(pattern_of(place))
-    name = get_value(merged.tree, f"{place}.{table.key}") if table is not None else None
-    record = table.params.get(str(name)) if table is not None else None
-    if table is None or record is None or (table.place and pattern_of(path) not in all_keys()):
+    places = (path.rpartition(separator)[0] for separator in (".params.", "."))
+    named = next(
+        filter(None, (named_target(place, partial(get_value, merged.tree)) for place in places)), None
+    )
+    if named is None or (named.table.place and pattern_of(path) not in all_keys()):
         return "a key that exists", suggest_key(path)
-    near = difflib.get_close_matches(key, record.model_fields, n=1)
-    return f"a setting of {name}: {', '.join(record.model_fields)}", "".join(near)
+    settings = named.params.model_fields
+    near = difflib.get_close_matches(path.rpartition(".")[2], settings, n=1)
+    return f"a setting of {named.name}: {', '.join(settings)}", "".join(near)
 
 
 def _expected(path: str) -> str:

@@ -8,6 +8,9 @@ What its keys do, in microsoft/DeepSpeed@v0.19.8 (`runtime/engine.py`, `runtime/
   `overlap_comm`, and reduce it when it is full: stage 2 in every micro-step, stage 1 in the last. A reduced
   bucket is copied once more, because slices for the ranks are made contiguous (not with `reduce_scatter:
   false`), and again where `communication_data_type` is another dtype.
+* `use_multi_rank_bucket_allreduce: false` at stages 1 and 2 reduces a bucket once for each owner. With
+  `overlap_comm`, `allreduce_and_copy` waits for the device before each of them, as the last slices may still
+  be copied; DeepSpeed's default and ours, one all-reduce of the bucket, waits on streams only.
 * Stage 3 keeps one bucket, in the dtype of communication, and reduce-scatters it.
 * `allgather_bucket_size` is read by none, as PyTorch gathers into one tensor.
 * fp32 accumulation at stage 1 in bf16 would replace the optimizer's wrapper by `BF16_Optimizer`.

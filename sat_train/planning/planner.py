@@ -201,8 +201,7 @@ class Planner:
             most = max(self._peak(config, 2, training=False), self._once(config, peak_of_decoding))
             yield replace(training, phase="videos", activations=most)
         if args.save is not None:
-            gathered = _saved_weights_bytes(config, weights) if args.zero_stage == 3 else 0.0
-            yield replace(training, phase="save", host=training.host + gathered)
+            yield replace(training, phase="save")
 
     def _precompute(self, config: RunConfig, encoders: EncoderMemory) -> PhaseMemory:
         """Returns the larger of captions, which come first, and clips, for which T5 is freed."""
@@ -227,7 +226,8 @@ class Planner:
         data_ranks = self._data_ranks(config)
         if layout_stage(config, data_ranks) == 0:
             owned = (owned + MASTER_BYTES * weights.num_trained) / data_ranks
-        return _saved_weights_bytes(config, weights) + owned
+        sharing = data_ranks if config.args.zero_stage == 3 else 1
+        return _saved_weights_bytes(config, weights) / sharing + owned
 
     def _step(self, config: RunConfig, weights: Weights, data_ranks: int) -> StepTime:
         args = config.args

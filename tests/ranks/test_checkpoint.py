@@ -320,21 +320,28 @@ def test_fragments_that_a_stranger_wrote_are_refused_by_their_file_on_all_ranks(
         assert str(tmp_path / name) in messages[0], name
 
 
-def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path, in_background: bool) -> str:
+def _a_failed_write_is_agreed(
+    mesh: ProcessMesh, save_root: Path, zero_stage: int, failing: str, in_background: bool
+) -> str:
+    """Saves where one file of one rank cannot be written.
+
+    Args:
+        failing: Name of the file, which only one rank writes.
+    """
     from sat_train.checkpoint import save as saving
     from sat_train.checkpoint.background import BackgroundWriter
 
-    engine = build_engine(mesh, zero_stage=2, dtype="fp32", lora=False)
+    engine = build_engine(mesh, zero_stage=zero_stage, dtype="fp32", lora=False)
     run_directory = new_run(mesh, save_root)
     save(mesh, engine, run_directory, step=1)
     train(engine, mesh.rank, range(1))
 
     def full_disk(path: Path, write: Any) -> Any:
-        raise OSError(28, "No space left on device")
+        if path.name == failing:
+            raise OSError(28, "No space left on device")
+        return write_file(path, write)
 
-    honest = saving.write_file
-    if mesh.rank == 1:
-        saving.write_file = full_disk
+    honest, saving.write_file = saving.write_file, full_disk
     writer = BackgroundWriter(only_with_room=False) if in_background else None
     commit = begin(mesh, engine, run_directory, step=2, writer=writer)
     train(engine, mesh.rank, range(1, 2))
@@ -351,17 +358,28 @@ def _a_failed_write_is_agreed(mesh: ProcessMesh, save_root: Path, in_background:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("zero_stage", "failing", "rank"),
+    [
+        (2, "fragments_rank_01.pt", 1),
+        (3, "pieces_rank_01.pt", 1),
+        (3, "fragments_rank_00.pt", 0),
+        (3, "mp_rank_00_model_states.pt", 0),
+    ],
+)
 def test_one_rank_that_cannot_write_fails_the_save_on_all(
-    rank_pool: Callable[..., Any], tmp_path: Path
+    rank_pool: Callable[..., Any], tmp_path: Path, zero_stage: int, failing: str, rank: int
 ) -> None:
     for in_background in (False, True):
         root = tmp_path / str(in_background)
-        messages = rank_pool(2)(_a_failed_write_is_agreed, root, in_background)
+        messages = rank_pool(2)(_a_failed_write_is_agreed, root, zero_stage, failing, in_background)
         assert messages[0] == messages[1]
-        assert "rank 1: fragments_rank_01.pt: No space left on device" in messages[0]
+        assert f"rank {rank}: {failing}: No space left on device" in messages[0]
 
 
-def _fails_alone(mesh: ProcessMesh, save_root: Path, failing: int, disk_is_full: bool) -> None:
+def _fails_alone(
+    mesh: ProcessMesh, save_root: Path, zero_stage: int, failing: int, disk_is_full: bool
+) -> None:
     """Trains until one rank fails while another has not yet written its files of step 2, and may not."""
     from sat_train.checkpoint import save as saving
     from sat_train.checkpoint.background import BackgroundWriter
@@ -390,7 +408,8 @@ def _fails_alone(mesh: ProcessMesh, save_root: Path, failing: int, disk_is_full:
 
     if mesh.rank != failing:
         saving.write_file = write_late
-    engine, train_step, _ = build_toy(mesh, toy_run(batch_size=2), is_saving=mesh.rank != failing)
+    config = toy_run(batch_size=2, zero_stage=zero_stage)
+    engine, train_step, _ = build_toy(mesh, config, is_saving=mesh.rank != failing)
 
     def save(trainer: Any, *, in_background: bool) -> Callable[[], Path]:
         return begin(mesh, engine, run_directory, step=trainer.state.step, writer=writer)
@@ -417,12 +436,14 @@ def _fails_alone(mesh: ProcessMesh, save_root: Path, failing: int, disk_is_full:
     trainer.run()
 
 
-@pytest.mark.parametrize(("failing", "disk_is_full"), [(0, False), (1, False), (1, True)])
+@pytest.mark.parametrize(
+    ("zero_stage", "failing", "disk_is_full"), [(1, 0, False), (3, 0, False), (3, 1, False), (1, 1, True)]
+)
 def test_a_save_in_flight_is_finished_when_one_rank_fails_alone_unless_a_write_fails(
-    rank_pool: Callable[..., Any], tmp_path: Path, failing: int, disk_is_full: bool
+    rank_pool: Callable[..., Any], tmp_path: Path, zero_stage: int, failing: int, disk_is_full: bool
 ) -> None:
     with pytest.raises(FailedOnRank, match="broken on one rank"):
-        rank_pool(2)(_fails_alone, tmp_path, failing, disk_is_full)
+        rank_pool(2)(_fails_alone, tmp_path, zero_stage, failing, disk_is_full)
     steps = list(tmp_path.glob("exp-*/2"))
     assert len(steps) == (not disk_is_full)
     assert all(verify_checkpoint(step).step == 2 for step in steps)
@@ -433,7 +454,7 @@ def _killed_in_a_save(mesh: ProcessMesh, save_root: Path) -> None:
     from sat_train.checkpoint import save as saving
     from sat_train.checkpoint.background import BackgroundWriter
 
-    engine = build_engine(mesh, zero_stage=2, dtype="fp32", lora=False)
+    engine = build_engine(mesh, zero_stage=3, dtype="fp32", lora=False)
     run_directory = new_run(mesh, save_root)
     save(mesh, engine, run_directory, step=1)
     train(engine, mesh.rank, range(1))
@@ -443,7 +464,7 @@ def _killed_in_a_save(mesh: ProcessMesh, save_root: Path) -> None:
 
 
 def _resumed_step(mesh: ProcessMesh, save_root: Path) -> int:
-    return load(mesh, build_engine(mesh, zero_stage=2, dtype="fp32", lora=False), save_root)[0].step
+    return load(mesh, build_engine(mesh, zero_stage=3, dtype="fp32", lora=False), save_root)[0].step
 
 
 def test_a_rank_killed_in_a_save_leaves_the_earlier_checkpoint(
