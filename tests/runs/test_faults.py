@@ -10,7 +10,7 @@ from benchmarks.fault_parts.trials import Recipe
 from benchmarks.faults import run_trials, table
 
 SEED, TRIALS = 23, 8
-RECIPES = (Recipe("lora", 2, "on"), Recipe("sft", 1, "off"))
+RECIPES = (Recipe("lora", 3, "on"), Recipe("sft", 1, "off"))
 
 
 @pytest.mark.ranks
