@@ -102,15 +102,18 @@ def test_ranks_that_share_a_model_hold_and_compute_a_part_of_it(capsys: pytest.C
     assert shared["step"]["communication"] == pytest.approx(seconds, rel=0.1)
 
 
-def test_a_single_rank_copies_the_whole_checkpoint_to_save_it_in_the_background() -> None:
-    words = ("args.eval_interval=null", "args.valid_video_interval=null")
-    planner = Planner(find_hardware("h100"), gpus=1)
+@pytest.mark.parametrize(("preset", "gpus", "stage"), [("lora", 1, 1), ("sft", 4, 3)])
+def test_ranks_that_divide_all_state_copy_the_checkpoint_between_them_to_save_it_in_the_background(
+    preset: str, gpus: int, stage: int
+) -> None:
+    words = ("args.eval_interval=null", "args.valid_video_interval=null", f"args.zero_stage={stage}")
+    planner = Planner(find_hardware("h100"), gpus=gpus)
     background, waiting = (
-        planner.plan(_read("cogvideox_tiny", "lora", words=(*words, f"args.async_save={mode}")))
+        planner.plan(_read("cogvideox_tiny", preset, words=(*words, f"args.async_save={mode}")))
         for mode in ("on", "off")
     )
     for ours, other in zip(background.phases, waiting.phases, strict=True):
-        copied = background.checkpoint_bytes if ours.phase in ("step", "save") else 0.0
+        copied = background.checkpoint_bytes / gpus if ours.phase in ("step", "save") else 0.0
         assert ours.host - other.host == pytest.approx(copied, rel=0.01)
 
 
