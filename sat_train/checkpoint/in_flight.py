@@ -29,7 +29,7 @@ log = get_logger(__name__)
 _LOOK_EVERY_S = 1.0
 _LONGEST_S = 300.0  # for all ranks to write: as long as launchers wait after a signal
 _SILENT_S = 10.0  # a rank without a heartbeat for so long has been killed
-_GONE_S = 60.0  # so is one that no rank misses yet: its training would end all
+_GONE_S = 60.0  # the same while nothing has failed: giving up too early would lose a save
 
 
 class SaveInFlight:

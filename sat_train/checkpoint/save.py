@@ -108,7 +108,9 @@ def _write_rank(
     failure = next((other.failure for other in exchange(report) if other.failure), "")
     if mesh.data_rank or report.failure:
         return report
-    merged = RankReport(failure=f"it lacks {failure}") if failure else _merge(mesh, folder, state.pieces)
+    if failure:
+        return RankReport(report.files, f"{model_file_name(mesh.model_rank)} lacks {failure}")
+    merged = _merge(mesh, folder, state.pieces)
     return RankReport(report.files + merged.files, merged.failure)
 
 
