@@ -13,8 +13,8 @@ half a second, four to five times the copy of 1 GB; one of 5B on eight GPUs take
 20 GB/s from 0.4 s to 1 s.
 
 At ZeRO-3 each of two ranks saves from an engine of DeepSpeed; the times are those of the first rank, which
-merges the weights of both. In place of a save as before, the weights are gathered to its host memory, parameter
-by parameter, for which the loop used to stand still.
+merges the weights of both. In place of a save as before, the weights are gathered to its host memory,
+parameter by parameter, for which the loop used to stand still.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A step that rank 0 committed alone, without callbacks, is treated like any other once the run is resumed."""
+"""A step that rank 0 committed alone, without callbacks, is like any other once the run is resumed."""
 
 from __future__ import annotations
 
