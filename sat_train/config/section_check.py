@@ -122,8 +122,8 @@ def _about_extensions(path: str, suggestion: str) -> str:
 def _expected_key(path: str, merged: Merged) -> tuple[str, str]:
     """Returns the expectation for an unknown key: of a part, the settings of that part."""
     value_of = partial(get_value, merged.tree)
-    with_params, beside = (path.rpartition(separator)[0] for separator in (".params.", "."))
-    named = named_target(with_params, value_of) or named_target(beside, value_of)
+    inside, around = (path.rpartition(separator)[0] for separator in (".params.", "."))
+    named = named_target(inside, value_of) or named_target(around, value_of)
     if named is None or (named.table.place and pattern_of(path) not in all_keys()):
         return "a key that exists", suggest_key(path)
     settings = named.params.model_fields
