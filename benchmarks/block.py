@@ -37,7 +37,7 @@ from sat_train.models.dit.recompute import POLICIES
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.meta_models import build_meta_dit, build_meta_inputs
 from sat_train.models.meters import Traffic, bytes_in, flash_attention
-from sat_train.models.recompute_budget import count_block_costs
+from sat_train.models.recompute_budget import count_block_costs, count_compiled_blocks
 from sat_train.models.trainable import select_configured
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")
@@ -127,9 +127,12 @@ def compiled(options: argparse.Namespace) -> None:
     torch._logging.set_logs(inductor_metrics=True)  # without it nothing is counted
     for name, config in read_models():
         dit, inputs = build_meta_dit(config, layers=2), build_meta_inputs(config, 1)
-        (*_, costs) = count_block_costs(dit, inputs, compiled=True).values()
+        (*_, costs), (*_, off) = (
+            count(dit, inputs).values() for count in (count_block_costs, count_compiled_blocks)
+        )
         row = costs[-1].kept  # `full` keeps its input
         kept = {policy: cost.kept / row for policy, cost in zip(POLICIES, costs, strict=True)}
+        kept["off"] = off / row
         print(f"{name:<22} kept " + "   ".join(f"{policy} {rows:4.1f}" for policy, rows in kept.items()))
     for recipe in ("sft", "lora"):
         _, block = small_block(

@@ -19,7 +19,7 @@ from pathlib import Path
 from sat_train.cli.main import run_cli
 from sat_train.config import RunConfig, load_run_config
 from sat_train.distributed.processes import start_single_process
-from sat_train.planning.counting import count_peak, peak_of_decoding
+from sat_train.planning.counting import count_decoding, count_passes
 from sat_train.planning.gpu_memory import (
     CONTEXT_BYTES,
     Weights,
@@ -38,7 +38,7 @@ def training_bytes(config: RunConfig, *, gpus: int, passes: float) -> float:
     Args:
         config: Model and recipe; the ZeRO stage is read from it.
         gpus: Data ranks.
-        passes: From `count_peak`.
+        passes: From `count_passes`.
     """
     states = count_states(config, count_weights(config), data_ranks=gpus)
     lasting = states.weights + states.gradients + states.optimizer + states.buffers
@@ -47,7 +47,7 @@ def training_bytes(config: RunConfig, *, gpus: int, passes: float) -> float:
 
 def sampling_bytes(config: RunConfig, weights: Weights) -> float:
     """Returns what sampling one video takes: all weights, and denoising or decoding, whichever is more."""
-    most = max(count_peak(config, batch_size=2, training=False), peak_of_decoding(config))
+    most = max(count_passes(config, batch_size=2, training=False).peak, count_decoding(config).peak)
     return 2 * weights.transformer + count_encoders(config, weights).gpu + most + CONTEXT_BYTES
 
 
@@ -85,7 +85,9 @@ def figures(model: Path) -> Figures:
     """Counts everything for one model file."""
     sft, lora = load(model, "sft"), load(model, "lora")
     weights = count_weights(sft)
-    sft_passes, lora_passes = ([count_peak(config, batch_size=b) for b in (1, 2)] for config in (sft, lora))
+    sft_passes, lora_passes = (
+        [count_passes(config, batch_size=b).peak for b in (1, 2)] for config in (sft, lora)
+    )
     one, two = (_gb(training_bytes(sft, gpus=8, passes=passes)) for passes in sft_passes)
     lora_one, lora_two = (_gb(training_bytes(lora, gpus=1, passes=passes)) for passes in lora_passes)
     return Figures(
@@ -103,7 +105,7 @@ def _gb(count: float) -> int:
 
 def lora_gb(config: RunConfig) -> int:
     """Returns GB of one GPU for LoRA with one sample, everything cached, rounded up, with the context."""
-    return _gb(training_bytes(config, gpus=1, passes=count_peak(config, batch_size=1)))
+    return _gb(training_bytes(config, gpus=1, passes=count_passes(config, batch_size=1).peak))
 
 
 def hardware_lines(model: Path) -> str:
@@ -123,7 +125,7 @@ def recompute_row(model: Path, recipe: str, *, gpus: int) -> str:
     cells = []
     for policy in ("off", "gemm", "attention", "full"):
         config = load(model, recipe, f"args.checkpoint_activations={policy}")
-        need = training_bytes(config, gpus=gpus, passes=count_peak(config, batch_size=1))
+        need = training_bytes(config, gpus=gpus, passes=count_passes(config, batch_size=1).peak)
         cells.append(str(_gb(need)))
     return f"| {model.stem}, {recipe}, {gpus} GPUs | {' | '.join(cells)} |"
 

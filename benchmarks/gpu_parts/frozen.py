@@ -23,7 +23,7 @@ from sat_train.models.text.t5_encoder import T5_XXL, T5Encoder
 from sat_train.models.text.tokenizer import read_tokenizer
 from sat_train.models.vae.build import build_vae
 from sat_train.models.vae.video_vae import VideoVAE
-from sat_train.planning.counting import peak_of_captions, peak_of_decoding, peak_of_encoding, work_of_encoding
+from sat_train.planning.counting import count_captions, count_decoding, count_encoding
 from sat_train.planning.duration import encoding_seconds
 from sat_train.planning.gpu_memory import Weights
 
@@ -39,8 +39,8 @@ def autoencoder(setting: Setting, *, model: str) -> Iterator[Finding]:
     config = read_run(setting, model, "sft", "args.bf16=true")
     vae, clip, latent = _vae(setting, config), *_inputs(setting, config)
     for name, run, planned in (
-        ("encoding", partial(vae.encode_moments, clip), peak_of_encoding(config)),
-        ("decoding", partial(vae.decode, latent), peak_of_decoding(config)),
+        ("encoding", partial(vae.encode_moments, clip), count_encoding(config).peak),
+        ("decoding", partial(vae.decode, latent), count_decoding(config).peak),
     ):
         with torch.no_grad():
             peak = peak_of(setting, vae, run)
@@ -50,7 +50,7 @@ def autoencoder(setting: Setting, *, model: str) -> Iterator[Finding]:
             yield from _times(setting, name, run)
     if setting.on_gpu:
         weights = Weights(transformer=0, trained=(), vae=0, text_encoder=0)
-        work = work_of_encoding(config)
+        work = count_encoding(config).work
         planned = encoding_seconds(work, weights, setting.card, text_tokens=0, text_on_host=False)
         seconds = seconds_of(setting, partial(_encode, vae, clip))
         yield within("encoding a clip, s", seconds, planned, least=0.4, most=1.5)
@@ -59,7 +59,7 @@ def autoencoder(setting: Setting, *, model: str) -> Iterator[Finding]:
     tiled = _vae(setting, read_run(setting, model, "sft", "args.bf16=true", _TILED))
     with torch.no_grad():
         peak = peak_of(setting, tiled, partial(tiled.decode, latent))
-    yield at_most("decoding in tiles: peak, MB", peak / 1e6, _WORKSPACE * peak_of_decoding(config) / 1e6)
+    yield at_most("decoding in tiles: peak, MB", peak / 1e6, _WORKSPACE * count_decoding(config).peak / 1e6)
 
 
 def _encode(vae: VideoVAE, clip: Tensor) -> None:
@@ -103,7 +103,7 @@ def text_encoder(setting: Setting) -> Iterator[Finding]:
     captions = [f"a caption, number {index}" for index in range(_CAPTIONS)]
     texts = []
     peak = peak_of(setting, encoder, lambda: texts.append(encoder.encode(captions)))
-    planned = _WORKSPACE * peak_of_captions(config)
+    planned = _WORKSPACE * count_captions(config).peak
     yield at_most("peak besides weights, MB", peak / 1e6, planned / 1e6)
     expected = f"{_CAPTIONS} x {encoder.max_length}, finite"
     is_right = texts[0].shape[:2] == (_CAPTIONS, encoder.max_length) and bool(texts[0].isfinite().all())

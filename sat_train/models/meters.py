@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -21,10 +22,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from sat_train.models.meta_outputs import run_on_meta
+
+T = TypeVar("T")
 _NOT_MOVING = ("mm", "addmm", "bmm", "baddbmm", "_unsafe_view")  # their time depends on arithmetic
 
 
-class LivingTensors(TorchDispatchMode):
+class Meter(TorchDispatchMode):
+    """Runs each operation, and counts it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = run_on_meta(func, args, kwargs or {})
+        self.count(func, args, kwargs or {}, result)
+        return result
+
+    def count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Counts an operation that has run."""
+        raise NotImplementedError
+
+
+class LivingTensors(Meter):
     """Counts the bytes of all storages that operations make, as long as each lives.
 
     Args:
@@ -44,14 +61,13 @@ class LivingTensors(TorchDispatchMode):
         self._weights = [tensor.untyped_storage() for tensor in weights]
         self._known.update(storage._cdata for storage in self._weights)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+    def count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Counts the storages that an operation has made."""
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return out
+                self._count_storage(tensor.untyped_storage())
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count_storage(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or not size:
             return
@@ -65,7 +81,7 @@ class LivingTensors(TorchDispatchMode):
         self.now -= size
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(Meter):
     """Adds up the bytes that elementwise operations read and write, and those of sums over ranks.
 
     Attributes:
@@ -77,22 +93,21 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.moved = self.summed = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Adds what an operation reads and writes."""
         name = func.overloadpacket.__name__
         if name == "allreduce_":
             self.summed += bytes_in(args[0])
-            return result
+            return
         if func.is_view or name in _NOT_MOVING or "empty" in name or "attention" in name:
-            return result
+            return
         read = bytes_in(args[1:] if name == "copy_" else args)
         self.moved += bytes_in(result) + (0 if "zeros" in name or "fill" in name else read)
         if name == "native_layer_norm" and not args[0].is_contiguous():
             self.moved += 2 * bytes_in(args[0])  # its kernel makes a contiguous copy first
-        return result
 
 
-class FlopMeter(TorchDispatchMode):
+class FlopMeter(Meter):
     """Adds up FLOPs by torch's formulas, without torch's own counter's decomposition of every operation.
 
     Attributes:
@@ -108,12 +123,90 @@ class FlopMeter(TorchDispatchMode):
         """All of them."""
         return self.by_operation.total()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    @property
+    def attention(self) -> int:
+        """Those of attention, its backward included."""
+        return self._of_attention("")
+
+    @property
+    def attention_backward(self) -> int:
+        """Those of attention's backward."""
+        return self._of_attention("backward")
+
+    @property
+    def linear(self) -> int:
+        """Those of matrix products and convolutions."""
+        return self.total - self.attention
+
+    def _of_attention(self, word: str) -> int:
+        counts = self.by_operation.items()
+        return sum(count for name, count in counts if "attention" in name and word in name)
+
+    def count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Adds an operation's FLOPs."""
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.by_operation[str(func.overloadpacket)] += formula(*args, **(kwargs or {}), out_val=result)
-        return result
+            self.by_operation[str(func.overloadpacket)] += formula(*args, **kwargs, out_val=result)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a stretch of a run counted.
+
+    Args:
+        rise: The most bytes that lived at once, beyond those that lived before it.
+        moved: As in `Traffic`.
+        summed: As in `Traffic`.
+        flops: By operation.
+    """
+
+    rise: int
+    moved: int
+    summed: int
+    flops: Counter[str]
+
+
+class RunMeter(Meter):
+    """Counts what a run keeps, moves and computes, all in one.
+
+    Args:
+        apart_from: A module whose weights are not counted.
+        others: Further tensors that are not counted.
+
+    Attributes:
+        living: What lives.
+        traffic: What is moved.
+        flops: What is computed.
+    """
+
+    def __init__(self, apart_from: nn.Module, *others: Tensor) -> None:
+        super().__init__()
+        self.living, self.traffic, self.flops = LivingTensors(apart_from, *others), Traffic(), FlopMeter()
+
+    def count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Counts an operation in all three."""
+        for meter in (self.living, self.traffic, self.flops):
+            meter.count(func, args, kwargs, result)
+
+    def stretch(self, run: Callable[[], T]) -> tuple[T, Stretch]:
+        """Runs a part of the run, and returns its result and what it counted."""
+        living, traffic, flops = self.living, self.traffic, self.flops
+        start, peak = living.now, living.peak
+        moved, summed, known = traffic.moved, traffic.summed, Counter(flops.by_operation)
+        living.peak = start
+        result = run()
+        stretch = Stretch(
+            living.peak - start, traffic.moved - moved, traffic.summed - summed, flops.by_operation - known
+        )
+        living.peak = max(living.peak, peak)
+        return result, stretch
+
+    def repeat(self, stretch: Stretch) -> None:
+        """Counts a stretch again; what it leaves behind is made, and counted, by the caller."""
+        self.living.peak = max(self.living.peak, self.living.now + stretch.rise)
+        self.traffic.moved += stretch.moved
+        self.traffic.summed += stretch.summed
+        self.flops.by_operation += stretch.flops
 
 
 def bytes_in(value: Any) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from sat.model.transformer import BaseTransformerLayer
 from sat.mpu import get_model_parallel_world_size
@@ -13,10 +15,16 @@ from sat_train.config.parts.record import Recompute
 from sat_train.models.dit.recompute import POLICIES
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.meta_models import build_meta_dit, build_meta_inputs, counting_key
-from sat_train.models.recompute_budget import BlockCost, BlockCosts, count_block_costs, policies_within
+from sat_train.models.recompute_budget import (
+    BlockCost,
+    BlockCosts,
+    count_block_costs,
+    count_compiled_blocks,
+    policies_within,
+)
 
 # by what they depend on; a plan asks several times
-_COUNTED: dict[tuple[object, ...], dict[str, BlockCosts]] = {}
+_COUNTED: dict[tuple[object, ...], dict[str, Any]] = {}
 
 
 def set_recomputation(dit: DiffusionTransformer, config: RunConfig, *, compiled: bool = False) -> None:
@@ -94,14 +102,24 @@ def _left_out(config: RunConfig, names: Iterable[str]) -> dict[str, Recompute]:
 
 def _costs(config: RunConfig, num_blocks: int, compiled: bool) -> dict[str, BlockCosts]:
     """Counts blocks on samples of the largest size, in micro-batches of training."""
+    on_host = config.args.checkpoint_offload
+    count = partial(count_block_costs, inputs_on_host=on_host)
+    costs: dict[str, BlockCosts] = _counted(config, num_blocks, count, "eager", on_host)
+    if not compiled:
+        return costs
+    kept: dict[str, int] = _counted(config, num_blocks, count_compiled_blocks, "compiled")
+    return {name: (own[0]._replace(kept=kept[name]), *own[1:]) for name, own in costs.items()}
+
+
+def _counted(
+    config: RunConfig, num_blocks: int, count: Callable[..., dict[str, Any]], *depends_on: object
+) -> dict[str, Any]:
     args, ranks = config.args, get_model_parallel_world_size()
-    settings = (args.batch_size, args.quantize_base, args.checkpoint_offload, num_blocks, ranks, compiled)
-    key = (*counting_key(config), *settings)
+    settings = (args.batch_size, args.quantize_base, num_blocks, ranks)
+    key = (*counting_key(config), *settings, *depends_on)
     if key not in _COUNTED:
         dit, inputs = build_meta_dit(config, layers=num_blocks), build_meta_inputs(config, args.batch_size)
-        _COUNTED[key] = count_block_costs(
-            dit, inputs, inputs_on_host=args.checkpoint_offload, compiled=compiled
-        )
+        _COUNTED[key] = count(dit, inputs)
     return _COUNTED[key]
 
 

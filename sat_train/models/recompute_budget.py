@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from sat_train.models.dit.block import DitBlock
 from sat_train.models.dit.context import BlockContext
 from sat_train.models.dit.recompute import POLICIES, recomputing
 from sat_train.models.dit.transformer import DiffusionTransformer
-from sat_train.models.meters import FlopMeter, LivingTensors, Traffic, flash_attention, no_collectives
+from sat_train.models.meters import RunMeter, flash_attention, no_collectives
+
+T = TypeVar("T")
 
 
 class BlockCost(NamedTuple):
@@ -52,11 +55,7 @@ BlockCosts = tuple[BlockCost, ...]  # of each of POLICIES
 
 
 def count_block_costs(
-    dit: DiffusionTransformer,
-    inputs: Mapping[str, Any],
-    *,
-    inputs_on_host: bool = False,
-    compiled: bool = False,
+    dit: DiffusionTransformer, inputs: Mapping[str, Any], *, inputs_on_host: bool = False
 ) -> dict[str, BlockCosts]:
     """Counts the costs of all blocks in one forward, also of the blocks of branches.
 
@@ -64,29 +63,52 @@ def count_block_costs(
         dit: The model on the meta device.
         inputs: Of its forward.
         inputs_on_host: Recomputed blocks keep their input in host memory.
-        compiled: Blocks are compiled: `off` keeps less, the other policies the same.
 
     Returns:
         By name of the block's layer, in the order in which blocks run.
     """
-    names = {module: name for name, module in dit.named_modules()}
-    costs: dict[str, BlockCosts] = {}
-    known: dict[str, tuple[BlockCosts, Tensor]] = {}
+    return _count_blocks(dit, inputs, partial(_costs_of, dit, inputs_on_host))
 
-    def measured(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recompute: Recompute) -> Tensor:
+
+def count_compiled_blocks(dit: DiffusionTransformer, inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Counts the bytes that each block keeps where it is compiled and recomputes nothing.
+
+    Where it recomputes, it keeps what an eager one does.
+
+    Args:
+        dit: The model on the meta device.
+        inputs: Of its forward.
+
+    Returns:
+        By name of the block's layer, in the order in which blocks run.
+    """
+    return _count_blocks(dit, inputs, _compiled_bytes)
+
+
+def _count_blocks(
+    dit: DiffusionTransformer,
+    inputs: Mapping[str, Any],
+    count: Callable[[DitBlock, Tensor, BlockContext], tuple[T, Tensor]],
+) -> dict[str, T]:
+    """Returns counts of all blocks; of those that cost the same, one is counted, and its output is theirs."""
+    names = {module: name for name, module in dit.named_modules()}
+    counts: dict[str, T] = {}
+    known: dict[str, tuple[T, Tensor]] = {}
+
+    def counted(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recompute: Recompute) -> Tensor:
         kind = _kind(block, x_bld, context)
         if kind not in known:
-            known[kind] = _costs_of(dit, block, x_bld, context, inputs_on_host, compiled)
-        costs[names[block.layer]], y_bld = known[kind]
+            known[kind] = count(block, x_bld, context)
+        counts[names[block.layer]], y_bld = known[kind]
         return y_bld
 
-    run, dit._run = dit._run, measured
+    run, dit._run = dit._run, counted
     try:
         with flash_attention(), no_collectives():
             dit(**inputs)
     finally:
         dit._run = run
-    return costs
+    return counts
 
 
 def _kind(block: DitBlock, x_bld: Tensor, context: BlockContext) -> str:
@@ -108,22 +130,19 @@ def _shapes(tensors: Iterable[Tensor]) -> list[tuple[object, ...]]:
 
 
 def _costs_of(
-    dit: DiffusionTransformer,
-    block: DitBlock,
-    x_bld: Tensor,
-    context: BlockContext,
-    inputs_on_host: bool,
-    compiled: bool,
+    dit: DiffusionTransformer, inputs_on_host: bool, block: DitBlock, x_bld: Tensor, context: BlockContext
 ) -> tuple[BlockCosts, Tensor]:
     """Returns the cost of each policy, and the output."""
     counts = [_cost_and_output(dit, block, x_bld, context, policy) for policy in POLICIES]
     (plain, y_bld), left = counts[0], x_bld.nbytes if inputs_on_host else 0
     others = [cost.beyond(plain) for cost, _ in counts[1:]]
     costs = [cost._replace(kept=cost.kept - left) for cost in others]
-    off = plain.beyond(plain)
-    if compiled:
-        off = off._replace(kept=count_compiled_bytes(block, _leaf(x_bld), _with_leaves(context)))
-    return (off, *costs), _leaf(y_bld)
+    return (plain.beyond(plain), *costs), _leaf(y_bld)
+
+
+def _compiled_bytes(block: DitBlock, x_bld: Tensor, context: BlockContext) -> tuple[int, Tensor]:
+    x_bld, context = _leaf(x_bld), _with_leaves(context)
+    return count_compiled_bytes(block, x_bld, context), _leaf(block(x_bld, context))
 
 
 def _cost_and_output(
@@ -132,16 +151,16 @@ def _cost_and_output(
     x_bld, context = _leaf(x_bld), _with_leaves(context)
     shared = [x_bld, context.emb_bd, *context.extras.values()]
     shared += [context.rotation_lk2] if context.rotation_lk2 is not None else []
-    living, flops, traffic = LivingTensors(dit, *shared), FlopMeter(), Traffic()
-    with flops, traffic, living:
+    meter = RunMeter(dit, *shared)
+    with meter:
         y_bld = recomputing(block, x_bld.clone(), context, recompute=policy)
-        kept = living.now - y_bld.nbytes  # the next block keeps it, or nobody does
+        kept = meter.living.now - y_bld.nbytes  # the next block keeps it, or nobody does
         if y_bld.requires_grad:
             y_bld.backward(torch.empty_like(y_bld))
     for parameter in dit.parameters():
         parameter.grad = None
-    attention = sum(count for name, count in flops.by_operation.items() if "attention" in name)
-    return BlockCost(kept, flops.total - attention, attention, traffic.moved, traffic.summed), y_bld
+    flops, traffic = meter.flops, meter.traffic
+    return BlockCost(kept, flops.linear, flops.attention, traffic.moved, traffic.summed), y_bld
 
 
 def _with_leaves(context: BlockContext) -> BlockContext:

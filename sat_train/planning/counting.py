@@ -6,13 +6,13 @@ Not counted: workspaces of libraries, fragmentation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sat_train.config import RunConfig
 from sat_train.models.encoders import captions_at_once
@@ -24,7 +24,7 @@ from sat_train.models.meta_models import (
     build_meta_vae,
     counts_modules,
 )
-from sat_train.models.meters import FlopMeter, LivingTensors, Traffic, flash_attention
+from sat_train.models.meters import RunMeter, flash_attention
 from sat_train.models.recomputation import (
     blocks_differ,
     chosen_costs,
@@ -32,6 +32,7 @@ from sat_train.models.recomputation import (
     set_recomputation,
     without_recomputation,
 )
+from sat_train.planning.chunks import CountedChunks
 
 # blocks of the two models that are counted; all blocks keep and take the same, so the rest is a line
 _DEPTHS = (2, 4)
@@ -61,62 +62,80 @@ class Work:
         return self.linear_flops + self.attention_flops + self.attention_backward_flops
 
 
-def count_peak(config: RunConfig, *, batch_size: int, training: bool = True, compiled: bool = False) -> float:
-    """Returns the bytes that a forward and backward pass takes, without weights and their gradients.
+@dataclass(frozen=True)
+class Count:
+    """Memory and work of a run of a network.
+
+    Args:
+        peak: The most bytes that live at once, without weights and their gradients.
+        work: Its work.
+    """
+
+    peak: float
+    work: Work
+
+
+def count_passes(
+    config: RunConfig,
+    *,
+    batch_size: int,
+    training: bool = True,
+    compiled: bool = False,
+    plain: Work | None = None,
+) -> Count:
+    """Counts a forward and backward pass.
 
     Args:
         config: Model, size of the clips and what is recomputed.
         batch_size: Samples.
         training: Off: a forward pass without gradients.
         compiled: Blocks are compiled, and keep less where they recompute nothing; what one of them takes
-            besides counts as an eager one's.
+            besides counts as an eager one's, and so does all work.
+        plain: Work of passes that recompute nothing, where it is known.
     """
-
-    def peak(layers: int) -> list[float]:
-        return [_peak(*_pass(config, batch_size, layers, training, compiled))]
-
-    if not training:
-        return _extrapolated(config, peak)[0]
-    [most] = peak(config.spec.layers) if blocks_differ(config) else _extrapolated(config, peak)
-    less = saved_by_compiling(config) if compiled else []
+    if not training or not blocks_differ(config):
+        count = _extrapolated(config, partial(_pass, config, batch_size, training, compiled))
+    else:
+        most = _pass(config, batch_size, training, compiled, config.spec.layers).peak
+        plain = plain or count_passes(without_recomputation(config), batch_size=batch_size).work
+        count = Count(most, _with_chosen(config, plain, batch_size, compiled))
+    less = saved_by_compiling(config) if training and compiled else []
     # the block whose backward runs has what an eager one keeps
-    return most - sum(less[1:]) * batch_size / config.args.batch_size
+    return replace(count, peak=count.peak - sum(less[1:]) * batch_size / config.args.batch_size)
 
 
-def count_work(config: RunConfig, *, batch_size: int, training: bool = True, compiled: bool = False) -> Work:
-    """Returns the work of a forward and backward pass of eager blocks; see `count_peak`."""
-    if training and blocks_differ(config):
-        plain = count_work(without_recomputation(config), batch_size=batch_size)
-        costs, samples = chosen_costs(config, compiled=compiled), batch_size / config.args.batch_size
-        return Work(
-            moved_bytes=plain.moved_bytes + samples * sum(cost.moved for cost in costs),
-            linear_flops=plain.linear_flops + samples * sum(cost.linear for cost in costs),
-            attention_flops=plain.attention_flops + samples * sum(cost.attention for cost in costs),
-            attention_backward_flops=plain.attention_backward_flops,
-            summed_bytes=plain.summed_bytes + samples * sum(cost.summed for cost in costs),
-        )
+def _with_chosen(config: RunConfig, plain: Work, batch_size: int, compiled: bool) -> Work:
+    """Returns the work of passes in which one block recomputes another part than the next."""
+    costs, samples = chosen_costs(config, compiled=compiled), batch_size / config.args.batch_size
     return Work(
-        *_extrapolated(config, lambda layers: astuple(_work(_pass(config, batch_size, layers, training)[1])))
+        moved_bytes=plain.moved_bytes + samples * sum(cost.moved for cost in costs),
+        linear_flops=plain.linear_flops + samples * sum(cost.linear for cost in costs),
+        attention_flops=plain.attention_flops + samples * sum(cost.attention for cost in costs),
+        attention_backward_flops=plain.attention_backward_flops,
+        summed_bytes=plain.summed_bytes + samples * sum(cost.summed for cost in costs),
     )
 
 
-def _extrapolated(config: RunConfig, count: Callable[[int], Sequence[float]]) -> list[float]:
-    """Returns counts at the model's depth: of all blocks, or on a line through two models of fewer.
+def _extrapolated(config: RunConfig, count: Callable[[int], Count]) -> Count:
+    """Returns a count at the model's depth: of all blocks, or on a line through two models of fewer.
 
     Modules act in some blocks only, so these are counted as they are.
     """
     layers = config.spec.layers
     if counts_modules(config):
-        return list(count(layers))
+        return count(layers)
     low, high = (count(depth) for depth in _DEPTHS)
     steps = (layers - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
-    return [a + (b - a) * steps for a, b in zip(low, high, strict=True)]
+
+    def at_depth(a: float, b: float) -> float:
+        return a + (b - a) * steps
+
+    work = Work(*map(at_depth, astuple(low.work), astuple(high.work)))
+    return Count(at_depth(low.peak, high.peak), work)
 
 
-def _pass(
-    config: RunConfig, batch_size: int, layers: int, training: bool, compiled: bool = False
-) -> tuple[nn.Module, Callable[[], Any]]:
-    """Returns a transformer of a few layers, and its pass."""
+def _pass(config: RunConfig, batch_size: int, training: bool, compiled: bool, layers: int) -> Count:
+    """Counts the pass of a transformer of a few layers."""
     dit = build_meta_dit(config, layers=layers).train(training)
     if training:
         set_recomputation(dit, config, compiled=compiled)
@@ -131,55 +150,42 @@ def _pass(
         if training:
             loss.backward()
 
-    return dit, run
+    return _count(RunMeter(dit), run)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _peak(module: nn.Module, run: Callable[[], Any]) -> int:
-    living = LivingTensors(module)
-    with flash_attention(), living:
+def _count(meter: RunMeter, run: Callable[[], Any]) -> Count:
+    with flash_attention(), meter:
         run()
-    return living.peak
+    flops, traffic = meter.flops, meter.traffic
+    forward = flops.attention - flops.attention_backward
+    work = Work(traffic.moved, flops.linear, forward, flops.attention_backward, traffic.summed)
+    return Count(meter.living.peak, work)
 
 
-def _work(run: Callable[[], Any]) -> Work:
-    traffic, flops = Traffic(), FlopMeter()
-    with flash_attention(), flops, traffic:
-        run()
-    attention = {name: count for name, count in flops.by_operation.items() if "attention" in name}
-    backward = sum(count for name, count in attention.items() if "backward" in name)
-    linear = flops.total - sum(attention.values())
-    return Work(traffic.moved, linear, sum(attention.values()) - backward, backward, traffic.summed)
-
-
-def peak_of_encoding(config: RunConfig) -> float:
-    """Returns the bytes that the autoencoder's encoding of one clip takes."""
-    return _peak(*_encoding(config))
-
-
-def work_of_encoding(config: RunConfig) -> Work:
-    """Returns the work of the autoencoder's encoding of one clip."""
-    return _work(_encoding(config)[1])
-
-
-def peak_of_captions(config: RunConfig) -> float:
-    """Returns the bytes that T5 takes for the captions that precompute gives it together on a GPU."""
+def count_captions(config: RunConfig) -> Count:
+    """Counts T5 with the captions that precompute gives it together on a GPU."""
     count = captions_at_once(config.require_data().captions_at_once, on_gpu=True)
     ids = torch.empty(count, config.spec.text.max_length, dtype=torch.int64, device="meta")
     encoder = build_meta_text_encoder(config)
-    return _peak(encoder, partial(encoder, ids))
+    return _count(RunMeter(encoder), partial(encoder, ids))
 
 
-def peak_of_decoding(config: RunConfig) -> float:
-    """Returns the bytes that the autoencoder's decoding of one video takes."""
-    vae = build_meta_vae(config)
-    return _peak(vae, partial(vae.decode, build_meta_latent(config, 1, vae.z_channels), vae.sample_tiling))
-
-
-def _encoding(config: RunConfig) -> tuple[nn.Module, Callable[[], Any]]:
+def count_encoding(config: RunConfig) -> Count:
+    """Counts the autoencoder's encoding of one clip."""
     vae, data = build_meta_vae(config), config.require_data().params
     clip = torch.empty(1, data.max_num_frames, 3, *data.video_size, device="meta")
-    return vae, partial(vae.encode_moments, clip)
+    meter = RunMeter(vae)
+    vae.add_module("encoder", CountedChunks(vae.encoder, meter))
+    return _count(meter, partial(vae.encode_moments, clip))
+
+
+def count_decoding(config: RunConfig) -> Count:
+    """Counts the autoencoder's decoding of one video."""
+    vae = build_meta_vae(config)
+    meter, latent = RunMeter(vae), build_meta_latent(config, 1, vae.z_channels)
+    vae.add_module("decoder", CountedChunks(vae.decoder, meter))
+    return _count(meter, partial(vae.decode, latent, vae.sample_tiling))

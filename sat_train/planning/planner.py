@@ -12,16 +12,14 @@ from sat_train.engine.compilation import compiles_on_gpus
 from sat_train.engine.owned import row_length
 from sat_train.models.build import compute_dtype
 from sat_train.models.meta_models import counting_key
-from sat_train.models.recomputation import recomputed_widths
+from sat_train.models.recomputation import blocks_differ, recomputed_widths, without_recomputation
 from sat_train.planning.cache_size import count_clip_bytes, count_condition_bytes
 from sat_train.planning.counting import (
-    Work,
-    count_peak,
-    count_work,
-    peak_of_captions,
-    peak_of_decoding,
-    peak_of_encoding,
-    work_of_encoding,
+    Count,
+    count_captions,
+    count_decoding,
+    count_encoding,
+    count_passes,
 )
 from sat_train.planning.duration import (
     HOST_COPY_GBPS,
@@ -191,15 +189,15 @@ class Planner:
             encoders=loaded.gpu,
             host=on_host + self._copy_of_saves(config, weights, states),
         )
-        passes = self._peak(config, args.batch_size)
+        passes = self._passes(config, args.batch_size).peak
         inputs = _inputs_on_host(config, self._tokens(config))
         yield replace(training, activations=max(passes, states.update), host=training.host + inputs)
         if args.eval_interval is not None:
-            forward = self._peak(config, args.eval_batch_size or args.batch_size, training=False)
+            forward = self._passes(config, args.eval_batch_size or args.batch_size, training=False).peak
             yield replace(training, phase="validation", activations=forward)
         if samples_videos(config):
-            most = max(self._peak(config, 2, training=False), self._once(config, peak_of_decoding))
-            yield replace(training, phase="videos", activations=most)
+            denoising, decoding = self._passes(config, 2, training=False), self._once(config, count_decoding)
+            yield replace(training, phase="videos", activations=max(denoising.peak, decoding.peak))
         if args.save is not None:
             yield replace(training, phase="save")
 
@@ -208,13 +206,13 @@ class Planner:
         host = encoders.gpu + encoders.host
         clips = PhaseMemory(
             "precompute",
-            activations=self._once(config, peak_of_encoding),
+            activations=self._once(config, count_encoding).peak,
             encoders=encoders.gpu if config.model.conditions else encoders.vae,
             host=host,
         )
         if not encoders.text:
             return clips
-        peak = self._once(config, peak_of_captions, config.require_data().captions_at_once)
+        peak = self._once(config, count_captions, config.require_data().captions_at_once).peak
         captions = PhaseMemory("precompute", activations=peak, encoders=encoders.gpu, host=host)
         return max(captions, clips, key=lambda phase: phase.total)
 
@@ -231,7 +229,7 @@ class Planner:
 
     def _step(self, config: RunConfig, weights: Weights, data_ranks: int) -> StepTime:
         args = config.args
-        work = self._work(config, args.batch_size)
+        work = self._passes(config, args.batch_size).work
         linear, attention, elementwise = self._computing_seconds(config, args.batch_size)
         passes, samples = args.gradient_accumulation_steps, args.batch_size * args.gradient_accumulation_steps
         encoding = 0.0
@@ -255,7 +253,7 @@ class Planner:
 
     def _encoding_seconds(self, config: RunConfig, weights: Weights) -> float:
         return encoding_seconds(
-            self._once(config, work_of_encoding),
+            self._once(config, count_encoding).work,
             weights,
             self.card,
             text_tokens=config.spec.text.max_length,
@@ -265,7 +263,7 @@ class Planner:
     def _computing_seconds(
         self, config: RunConfig, batch_size: int, *, training: bool = True
     ) -> tuple[float, float, float]:
-        work = self._work(config, batch_size, training=training)
+        work = self._passes(config, batch_size, training=training).work
         return computing_seconds(work, self.card, compiled=compiles_on_gpus(config.args))
 
     def _hours(self, config: RunConfig, step: StepTime, written: float, data_ranks: int) -> float | None:
@@ -288,20 +286,20 @@ class Planner:
     def _weights(self, config: RunConfig) -> Weights:
         return self._once(config, count_weights, config.args.quantize_base, config.args.block_swap)
 
-    def _peak(self, config: RunConfig, batch_size: int, *, training: bool = True) -> float:
-        return self._of_passes(config, count_peak, batch_size, training=training)
-
-    def _work(self, config: RunConfig, batch_size: int, *, training: bool = True) -> Work:
-        return self._of_passes(config, count_work, batch_size, training=training)
-
-    def _of_passes(self, config: RunConfig, count: Callable[..., T], batch_size: int, *, training: bool) -> T:
+    def _passes(self, config: RunConfig, batch_size: int, *, training: bool = True) -> Count:
+        if not training:
+            config = without_recomputation(config)
+        plain = None
+        if blocks_differ(config):
+            plain = self._passes(without_recomputation(config), batch_size).work
         return self._once(
             config,
-            count,
+            count_passes,
             *_settings_of_passes(config),
             batch_size=batch_size,
             training=training,
             compiled=training and compiles_on_gpus(config.args),
+            plain=plain,
         )
 
     def _once(self, config: RunConfig, count: Callable[..., T], *depends_on: object, **options: Any) -> T:

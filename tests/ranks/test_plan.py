@@ -83,7 +83,7 @@ def test_lasting_bytes_are_those_of_the_engine(rank_pool: Callable[..., Any], re
 
 def _passes_as_planned(mesh: ProcessMesh) -> None:
     from sat_train.models.meters import LivingTensors
-    from sat_train.planning.counting import count_peak
+    from sat_train.planning.counting import count_passes
     from sat_train.training.models import StartWeights, build_trained_dit
 
     policies = [("sft", policy, "off") for policy in ("off", "gemm", "attention", "full")]
@@ -99,7 +99,7 @@ def _passes_as_planned(mesh: ProcessMesh) -> None:
                 parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
         with LivingTensors(dit) as living:
             dit(**inputs).float().square().mean().backward()
-        planned = count_peak(config, batch_size=1)
+        planned = count_passes(config, batch_size=1).peak
         assert living.peak == pytest.approx(planned, rel=CLOSE), (recipe, policy, kind)
 
 

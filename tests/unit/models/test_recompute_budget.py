@@ -17,7 +17,12 @@ from sat_train.models.build import build_dit
 from sat_train.models.dit.recompute import POLICIES
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.meters import FlopMeter, LivingTensors, flash_attention
-from sat_train.models.recompute_budget import BlockCost, count_block_costs, policies_within
+from sat_train.models.recompute_budget import (
+    BlockCost,
+    count_block_costs,
+    count_compiled_blocks,
+    policies_within,
+)
 from tests.networks import add_adapters
 from tests.unit.models.test_build import load
 from tests.unit.models.test_control_branch import CONTROL, branch
@@ -119,10 +124,8 @@ def test_what_is_counted_of_a_compiled_block_is_what_it_saves(spec: ModelSpec) -
     given = dict(zip(("latent_btchw", "timesteps_b", "text_bld"), inputs(spec), strict=True))
     on_meta = {name: each.to("meta") for name, each in given.items()}
     twin = copy.deepcopy(dit).to("meta")
-    counted, eager = (
-        [own[0].kept for own in count_block_costs(twin, on_meta, compiled=compiled).values()]
-        for compiled in (True, False)
-    )
+    counted = list(count_compiled_blocks(twin, on_meta).values())
+    eager = [own[0].kept for own in count_block_costs(twin, on_meta).values()]
     dit.compile_blocks(backend="aot_eager_decomp_partition")
     saving = Saving(dit._run)
     dit._run = saving

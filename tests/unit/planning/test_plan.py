@@ -18,7 +18,7 @@ from sat_train.distributed.processes import start_single_process, stop_processes
 from sat_train.models.dit.sharding import tensor_parallel_layout
 from sat_train.models.meta_models import build_meta_dit
 from sat_train.planning.cache_size import ConditionBytes, count_clip_bytes, count_condition_bytes
-from sat_train.planning.counting import count_peak, count_work
+from sat_train.planning.counting import count_passes
 from sat_train.planning.duration import StepTime
 from sat_train.planning.gpu_memory import count_weights
 from sat_train.planning.planner import Planner
@@ -51,7 +51,7 @@ def _tokens(config: RunConfig) -> int:
 )
 def test_work_is_that_of_the_closed_forms(recipe: str, policy: str, linear: float, attention: float) -> None:
     config = _read("cogvideox_5b", recipe, words=(f"args.checkpoint_activations={policy}",))
-    flops, work = config.spec.flops(_tokens(config)), count_work(config, batch_size=1)
+    flops, work = config.spec.flops(_tokens(config)), count_passes(config, batch_size=1).work
     adapters = 0.037 if recipe == "lora" else 0.0  # of the linear layers
     assert work.linear_flops == pytest.approx(linear * flops.linear * (1 + adapters), rel=0.02)
     assert work.attention_flops + work.attention_backward_flops == pytest.approx(
@@ -154,7 +154,7 @@ def test_inputs_in_host_memory_and_a_base_in_few_bits_take_what_they_say() -> No
         _read("cogvideox_5b", "lora", words=(full, *more)) for more in ((), ("args.checkpoint_offload=true",))
     )
     row = _tokens(config) * config.spec.width * 2
-    saved = count_peak(config, batch_size=1) - count_peak(offloaded, batch_size=1)
+    saved = count_passes(config, batch_size=1).peak - count_passes(offloaded, batch_size=1).peak
     assert saved == pytest.approx((config.spec.layers - 2) * row, rel=0.01)  # two are on the GPU at a time
     plain = count_weights(config)
     assert plain.text_encoder == pytest.approx(4.762e9, rel=1e-3)  # T5-XXL, where its folder is not there
