@@ -39,6 +39,7 @@ class CountedChunks(nn.Module):
         """Codes one chunk, as the coder does."""
         key = (x.shape, x.stride(), state.at_start)  # the tails of a clip have the shapes of its chunks
         if key not in self._known:
+            coded: Tensor
             coded, stretch = self._meter.stretch(partial(self.coder, x, state))
             tails = {conv: tail.shape for conv, tail in state.tails.items()}
             self._known[key] = _Chunk(stretch, coded.shape, tails)

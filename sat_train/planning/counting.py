@@ -93,13 +93,16 @@ def count_passes(
             besides counts as an eager one's, and so does all work.
         plain: Work of passes that recompute nothing, where it is known.
     """
-    if not training or not blocks_differ(config):
-        count = _extrapolated(config, partial(_pass, config, batch_size, training, compiled))
-    else:
-        most = _pass(config, batch_size, training, compiled, config.spec.layers).peak
+    count_blocks = partial(_pass, config, batch_size, training, compiled)
+    if not training:
+        return _extrapolated(config, count_blocks)
+    if blocks_differ(config):
         plain = plain or count_passes(without_recomputation(config), batch_size=batch_size).work
-        count = Count(most, _with_chosen(config, plain, batch_size, compiled))
-    less = saved_by_compiling(config) if training and compiled else []
+        work = _with_chosen(config, plain, batch_size, compiled)
+        count = Count(count_blocks(config.spec.layers).peak, work)
+    else:
+        count = _extrapolated(config, count_blocks)
+    less = saved_by_compiling(config) if compiled else []
     # the block whose backward runs has what an eager one keeps
     return replace(count, peak=count.peak - sum(less[1:]) * batch_size / config.args.batch_size)
 
