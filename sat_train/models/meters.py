@@ -28,7 +28,7 @@ T = TypeVar("T")
 _NOT_MOVING = ("mm", "addmm", "bmm", "baddbmm", "_unsafe_view")  # their time depends on arithmetic
 
 
-class Meter(TorchDispatchMode):
+class OperationMeter(TorchDispatchMode):
     """Runs each operation, and counts it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,7 +41,7 @@ class Meter(TorchDispatchMode):
         raise NotImplementedError
 
 
-class LivingTensors(Meter):
+class LivingTensors(OperationMeter):
     """Counts the bytes of all storages that operations make, as long as each lives.
 
     Args:
@@ -81,7 +81,7 @@ class LivingTensors(Meter):
         self.now -= size
 
 
-class Traffic(Meter):
+class Traffic(OperationMeter):
     """Adds up the bytes that elementwise operations read and write, and those of sums over ranks.
 
     Attributes:
@@ -107,7 +107,7 @@ class Traffic(Meter):
             self.moved += 2 * bytes_in(args[0])  # its kernel makes a contiguous copy first
 
 
-class FlopMeter(Meter):
+class FlopMeter(OperationMeter):
     """Adds up FLOPs by torch's formulas, without torch's own counter's decomposition of every operation.
 
     Attributes:
@@ -151,7 +151,7 @@ class FlopMeter(Meter):
 
 @dataclass(frozen=True)
 class Stretch:
-    """What a stretch of a run counted.
+    """Counts of a stretch of a run.
 
     Args:
         rise: The most bytes that lived at once, beyond those that lived before it.
@@ -166,7 +166,7 @@ class Stretch:
     flops: Counter[str]
 
 
-class RunMeter(Meter):
+class RunMeter(OperationMeter):
     """Counts what a run keeps, moves and computes, all in one.
 
     Args:
