@@ -19,6 +19,7 @@ from pathlib import Path
 from sat_train.cli.main import run_cli
 from sat_train.config import RunConfig, load_run_config
 from sat_train.distributed.processes import start_single_process
+from sat_train.engine.compilation import compiles_on_gpus
 from sat_train.planning.counting import count_decoding, count_passes
 from sat_train.planning.gpu_memory import (
     CONTEXT_BYTES,
@@ -32,13 +33,18 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GB = 1e9
 
 
+def passes_bytes(config: RunConfig, samples: int) -> float:
+    """Returns what a forward and backward pass takes of a GPU, compiled where GPUs compile."""
+    return count_passes(config, batch_size=samples, compiled=compiles_on_gpus(config.args)).peak
+
+
 def training_bytes(config: RunConfig, *, gpus: int, passes: float) -> float:
     """Returns what one training step takes of a GPU, with a complete cache and no validation videos.
 
     Args:
         config: Model and recipe; the ZeRO stage is read from it.
         gpus: Data ranks.
-        passes: From `count_passes`.
+        passes: From `passes_bytes`.
     """
     states = count_states(config, count_weights(config), data_ranks=gpus)
     lasting = states.weights + states.gradients + states.optimizer + states.buffers
@@ -86,7 +92,7 @@ def figures(model: Path) -> Figures:
     sft, lora = load(model, "sft"), load(model, "lora")
     weights = count_weights(sft)
     sft_passes, lora_passes = (
-        [count_passes(config, batch_size=b).peak for b in (1, 2)] for config in (sft, lora)
+        [passes_bytes(config, samples) for samples in (1, 2)] for config in (sft, lora)
     )
     one, two = (_gb(training_bytes(sft, gpus=8, passes=passes)) for passes in sft_passes)
     lora_one, lora_two = (_gb(training_bytes(lora, gpus=1, passes=passes)) for passes in lora_passes)
@@ -105,7 +111,7 @@ def _gb(count: float) -> int:
 
 def lora_gb(config: RunConfig) -> int:
     """Returns GB of one GPU for LoRA with one sample, everything cached, rounded up, with the context."""
-    return _gb(training_bytes(config, gpus=1, passes=count_passes(config, batch_size=1).peak))
+    return _gb(training_bytes(config, gpus=1, passes=passes_bytes(config, 1)))
 
 
 def hardware_lines(model: Path) -> str:

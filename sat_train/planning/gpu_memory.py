@@ -110,7 +110,7 @@ class StateMemory:
 
     Args:
         weights: The transformer's, in the dtype of computation.
-        gradients: As they are when the backward pass ends.
+        gradients: The most that lasts between operations of a backward pass.
         optimizer: Masters, states and the moving average that are on the GPU.
         offloaded: Those that are in host memory.
         swapped: Weights that are in host memory.
@@ -157,10 +157,12 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
     masters = 0 if stage == 0 else MASTER_BYTES
     states = (masters + average + config.deepspeed.optimizer.params.bytes_per_weight()) * share
     frozen_and_padded = total - weights.held - trained + (share * data_ranks if stage in (1, 2) else trained)
+    # stage 1 reduces in the last micro-step, during its backward pass as stage 2 does in each
+    whole = stage == 0 or (stage == 1 and config.args.gradient_accumulation_steps > 1)
     summed = MASTER_BYTES if config.deepspeed.data_types.grad_accum_dtype == "fp32" else element
     return StateMemory(
         weights=element * (total / data_ranks if stage == 3 else frozen_and_padded) + weights.held_bytes,
-        gradients=summed * (trained if stage < 2 else share),
+        gradients=summed * (trained if whole else share),
         optimizer=0.0 if is_offloaded else states,
         offloaded=states if is_offloaded else 0.0,
         swapped=weights.host_bytes,

@@ -166,6 +166,7 @@ def _recomputing(config: RunConfig, policy: Recompute) -> Rung:
     words += ["args.checkpoint_every=1"] * (args.checkpoint_every > 1)
     words += ["args.checkpoint_budget=null"] * (args.checkpoint_budget is not None)
     more = policy != "off"
+    words += ["args.checkpoint_offload=false"] * (args.checkpoint_offload and not more)
     return Rung("recompute more in the backward pass; slower" if more else "keep everything", tuple(words))
 
 

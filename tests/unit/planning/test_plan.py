@@ -186,6 +186,16 @@ def test_words_of_the_ladder_make_the_run_fit(capsys: pytest.CaptureFixture[str]
     assert "Computed, not measured." in capsys.readouterr().out
 
 
+def test_a_run_that_keeps_inputs_in_host_memory_may_keep_everything_on_the_card(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["args.checkpoint_offload=true", "args.checkpoint_activations=full", "args.compile=off", "--json"]
+    small = [*TINY, "data.params.max_num_frames=5", "args.valid_video_interval=null", *words]
+    assert main(["plan", *small]) == 0
+    faster = json.loads(capsys.readouterr().out)["faster"]
+    assert "args.checkpoint_offload=false" in faster["words"]
+
+
 def test_cards_are_known_by_the_names_that_cuda_gives_them() -> None:
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA L40S"]
     assert [peak_tflops(name) for name in names] == [989, 312, 165, 362]
