@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sat_train.config import RunConfig
 from sat_train.config.hardware import Hardware
+from sat_train.engine.compilation import compiles_on_gpus
 from sat_train.engine.reduction import reduced_element_bytes, reduces_to_owners
 from sat_train.models.build import compute_dtype
 from sat_train.planning.counting import Work
@@ -20,8 +21,9 @@ from sat_train.planning.gpu_memory import Weights
 _TERA, _GIGA = 1e12, 1e9
 _HOST_UPDATE_S = 1.2e-8  # an element of torch's AdamW on one CPU thread
 _HOST_TFLOPS = 1.0  # of a rank's share of a server's processors, for matrix products in bf16
-# of the bytes that elementwise operations of an eager block move: `benchmarks/block.py compiled`
-_COMPILED_TRAFFIC = 0.75
+# bytes that elementwise operations of a compiled block move, by those of an eager one, with all weights and
+# with frozen ones: `benchmarks/block.py compiled --width 512`
+_COMPILED_TRAFFIC, _COMPILED_TRAFFIC_FROZEN = 126 / 172, 110 / 153
 HOST_COPY_GBPS = 20  # between GPU and host
 
 
@@ -54,13 +56,26 @@ class StepTime:
         return sum((*parts, self.communication, self.optimizer, self.encoding, self.swapping))
 
 
-def computing_seconds(work: Work, card: Hardware, *, compiled: bool) -> tuple[float, float, float]:
-    """Returns seconds of matrix products, attention and elementwise operations."""
-    moved = work.moved_bytes * (_COMPILED_TRAFFIC if compiled else 1)
+def moved_share(config: RunConfig) -> float:
+    """Returns what elementwise operations move on GPUs, as a share of what those of eager blocks move."""
+    if not compiles_on_gpus(config.args):
+        return 1.0
+    return _COMPILED_TRAFFIC_FROZEN if config.freezes_base else _COMPILED_TRAFFIC
+
+
+def computing_seconds(work: Work, card: Hardware, *, moved: float) -> tuple[float, float, float]:
+    """Returns seconds of matrix products, attention and elementwise operations.
+
+    Args:
+        work: Of eager blocks.
+        card: The card.
+        moved: From `moved_share`.
+    """
     linear = work.linear_flops / card.matmul_tflops
     forward = work.attention_flops / card.attention_tflops
     backward = work.attention_backward_flops / card.attention_backward_tflops
-    return linear / _TERA, (forward + backward) / _TERA, moved / card.memory_tbps / _TERA
+    elementwise = moved * work.moved_bytes / card.memory_tbps
+    return linear / _TERA, (forward + backward) / _TERA, elementwise / _TERA
 
 
 def communication_seconds(

@@ -27,6 +27,7 @@ from sat_train.planning.duration import (
     communication_seconds,
     computing_seconds,
     encoding_seconds,
+    moved_share,
     optimizer_seconds,
     summing_seconds,
     swapping_seconds,
@@ -264,7 +265,7 @@ class Planner:
         self, config: RunConfig, batch_size: int, *, training: bool = True
     ) -> tuple[float, float, float]:
         work = self._passes(config, batch_size, training=training).work
-        return computing_seconds(work, self.card, compiled=compiles_on_gpus(config.args))
+        return computing_seconds(work, self.card, moved=moved_share(config))
 
     def _hours(self, config: RunConfig, step: StepTime, written: float, data_ranks: int) -> float | None:
         args = config.args
