@@ -138,6 +138,20 @@ def make_setting(*, tiny: bool, folder: Path) -> Setting:
     return Setting(mesh, card or find_hardware("h100"), tiny, folder)
 
 
+def check_card() -> None:
+    """Checks that there is a GPU, without which checks of released sizes take hours.
+
+    Raises:
+        LaunchError: There is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise LaunchError(
+            "no GPU that torch can use", expected="a CUDA device", remedy="--tiny runs on a CPU, too"
+        )
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -167,6 +181,8 @@ def main() -> int:
     options.folder = options.folder or Path(tempfile.gettempdir()) / "gpu_check"
     options.folder.mkdir(parents=True, exist_ok=True)
     wanted = chosen(checks, options)
+    if not options.tiny and not options.here:
+        check_card()
     if is_several or options.here:
         failed = run_here(wanted, make_setting(tiny=options.tiny, folder=options.folder), options.out)
     else:

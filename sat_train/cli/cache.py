@@ -61,7 +61,7 @@ def _verify(cache_dir: Path) -> int:
     whole, faults = verify_entries(cache_dir)
     for fault in faults:
         print(printable(fault))
-    print(f"{whole} entries are whole, {len(faults)} faults")
+    print(f"{whole} entries are whole, {len(faults)} {'fault' if len(faults) == 1 else 'faults'}")
     return 1 if faults else 0
 
 

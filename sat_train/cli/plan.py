@@ -12,11 +12,14 @@ from sat_train.cli.options import MOST_GIB, MOST_GPUS, check_gpus, parse_options
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.values import show_duration, show_figure
 from sat_train.errors import ConfigError, Fault
+from sat_train.log import configure_logging, get_logger
 
 if TYPE_CHECKING:
     from sat_train.planning.gpu_memory import PhaseMemory
     from sat_train.planning.ladder import Climb, Rung
     from sat_train.planning.planner import Plan, Planner
+
+log = get_logger(__name__)
 
 _GB = 1e9
 _GIB = 2**30
@@ -43,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
             [Fault("data", "", "a section that gives the size of a clip: add configs/sft.yaml")]
         )
     check_gpus("--gpus", options.gpus, config)
+
+    configure_logging()
+    log.info("counting what a step of the model takes: up to half a minute for 5B")
 
     from sat_train.config.hardware import find_hardware
     from sat_train.distributed.processes import start_planned_rank  # imports torch

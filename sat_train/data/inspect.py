@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sat_train.config.values import show_duration
 from sat_train.data.buckets import SampleSpec
 from sat_train.data.clip_pool import look_into_clips
 from sat_train.data.clips.bad_clip import BadClip, one_clip
@@ -343,7 +344,7 @@ class SetReport:
         yield "clips", f"{len(self.clips)}, of which {usable} usable"
         if infos:
             durations = [info.duration for info in infos]
-            yield "length", f"{sum(durations) / 3600:.2f} h in all; {_spread(durations, 's')} each"
+            yield "length", f"{show_duration(sum(durations))} in all; {_spread(durations, 's')} each"
             windows = sum(clip.windows for clip in self.clips)
             decoded = sum(clip.decoded for clip in self.clips)
             yield "windows", f"{windows} of a sample's length that share no frame; {decoded} were decoded"

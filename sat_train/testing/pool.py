@@ -47,7 +47,6 @@ def _serve(connection: Connection) -> None:
             rank, world_size, port, model_parallel_size, function, args = connection.recv()
         except EOFError:
             return
-        gc.freeze()  # the imports of the function's file; no collection need look through them
         try:
             env = RankEnv(rank, rank, world_size, world_size, "127.0.0.1", port, "torchrun")
             mesh = start_processes(
