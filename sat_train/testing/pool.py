@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,7 @@ from typing import Any, cast
 from sat_train.testing.ports import HeldPort
 
 TIMEOUT_MINUTES = 2  # of collectives; neither gloo's own default nor NCCL's
+_MOST_RUNS = 25  # of a process: hooks of ZeRO-3 keep groups alive, whose threads wake 150 times a second
 _GRACE_S = 5  # how long the others may take to fail too once one rank has failed
 
 
@@ -38,29 +40,42 @@ def _serve(connection: Connection) -> None:
     """A rank process: takes calls until the test session ends."""
     import torch
 
-    from sat_train.distributed.environment import RankEnv
-    from sat_train.distributed.processes import start_processes, stop_processes
+    from sat_train.distributed.processes import stop_processes
 
     torch.set_num_threads(1)
     while True:
         try:
-            rank, world_size, port, model_parallel_size, function, args = connection.recv()
+            call = connection.recv()
         except EOFError:
             return
         try:
-            env = RankEnv(rank, rank, world_size, world_size, "127.0.0.1", port, "torchrun")
-            mesh = start_processes(
-                env,
-                device="cpu",
-                model_parallel_size=model_parallel_size,
-                timeout_minutes=TIMEOUT_MINUTES,
-            )
-            connection.send((True, function(mesh, *args)))
+            connection.send((True, _carry_out(*call)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
         finally:
             _destroy_engines()
             stop_processes()
+            gc.collect()  # the run's groups end with it
+
+
+def _carry_out(
+    rank: int,
+    world_size: int,
+    port: int,
+    model_parallel_size: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> Any:
+    from sat_train.distributed.environment import RankEnv
+    from sat_train.distributed.processes import start_processes
+
+    mesh = start_processes(
+        RankEnv(rank, rank, world_size, world_size, "127.0.0.1", port, "torchrun"),
+        device="cpu",
+        model_parallel_size=model_parallel_size,
+        timeout_minutes=TIMEOUT_MINUTES,
+    )
+    return function(mesh, *args)
 
 
 _destroyed: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -76,8 +91,6 @@ def _destroy_engines() -> None:
         if engine not in _destroyed:
             _destroyed.add(engine)
             engine.destroy()
-    del engines
-    gc.collect()
 
 
 class FailedOnRank(AssertionError):
@@ -85,7 +98,7 @@ class FailedOnRank(AssertionError):
 
 
 class RankPool:
-    """Runs functions on gloo ranks. Processes start when first needed and live until `close`.
+    """Runs functions on gloo ranks. Processes start when first needed and serve some runs each.
 
     Each world size has its own: ZeRO-3 counts modules from the start of the process and compares the ranks.
 
@@ -96,6 +109,7 @@ class RankPool:
     def __init__(self, start: StartProcess = start_process) -> None:
         self._start_process = start
         self._worlds: dict[int, list[tuple[Any, Connection]]] = {}
+        self._runs: Counter[int] = Counter()
 
     def run(
         self,
@@ -113,7 +127,10 @@ class RankPool:
         Raises:
             FailedOnRank: With the traceback of the first rank that raised; the next call starts new ones.
         """
+        if self._runs[world_size] == _MOST_RUNS:
+            self._end(world_size)
         ranks = self._worlds.get(world_size) or self._start(world_size)
+        self._runs[world_size] += 1
         with HeldPort() as port:
             for rank, (_, connection) in enumerate(ranks):
                 connection.send((rank, world_size, port.number, model_parallel_size, function, args))
@@ -139,6 +156,7 @@ class RankPool:
         return ranks
 
     def _end(self, world_size: int) -> None:
+        del self._runs[world_size]
         for process, connection in self._worlds.pop(world_size):
             connection.close()
             process.kill()
