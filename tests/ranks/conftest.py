@@ -16,6 +16,12 @@ def living_ranks() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_ranks(living_ranks: RankPool) -> None:
+    """A file that comes after many runs gets new processes."""
+    living_ranks.renew()
+
+
 @pytest.fixture(scope="session")
 def rank_pool(living_ranks: RankPool) -> Callable[[int], Callable[..., list[Any]]]:
     """`rank_pool(world_size)(function, *args, model_parallel_size=1)` -> the result of every rank.
