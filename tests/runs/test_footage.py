@@ -71,7 +71,7 @@ def test_inspect_finds_every_clip_and_nothing_wrong_with_it(footage: Path, tmp_p
     assert table["rates"] == "25 (3), 29.97 (2)"
     assert table["sizes"] == "144x193 (2), 272x640 (2), 720x1280 (1)"  # 176x144 with pixels of 128:117
     assert table["codecs"] == "h264 (5)"
-    assert table["length"].startswith("1m in all; 4.004 to 10s")
+    assert table["length"].startswith("34s in all; 4.004 to 10s")
     assert table["duplicates"].startswith("2 clips, such as ")
     assert table["not clips"] == "1 .db"
 

@@ -79,7 +79,7 @@ def test_check_takes_the_number_of_gpus_and_their_memory(capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as caught:
         main(["check", *files, "--ranks", "0"])
     assert caught.value.code == 2
-    assert "--ranks: invalid positive number value: '0'" in capsys.readouterr().err
+    assert "--ranks: 0: expected a whole number above 0, at most 100,000" in capsys.readouterr().err
 
 
 def test_check_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def test_every_clip_is_counted_once(report):
     ]
     message = dict(report.lines())
     assert message["clips"] == "8, of which 5 usable"
-    assert message["length"].startswith("1m in all; 0.8 to 4s, median 2 each")
+    assert message["length"].startswith("15s in all; 0.8 to 4s, median 2 each")
     assert message["windows"] == "7 of a sample's length that share no frame; 7 were decoded"
     assert message["  9x32x32"] == "5 clips"
     assert message["rates"] == "30 (6), 25 (1)"
