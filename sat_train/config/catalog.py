@@ -214,8 +214,9 @@ def suggest_key(path: str) -> str:
 def suggest_value(value: str, choices: Sequence[str], path: str = "") -> str:
     """Returns the allowed value that one that is not allowed was probably meant to be, or an empty text.
 
-    It means the same elsewhere, is spelt nearly so, or is longer. Short words that differ in one letter, and
-    words with other digits, mean different things: cpu is no misspelt gpu, and int8 no int4.
+    It means the same elsewhere, is spelt nearly so, or one is the beginning of the other. Short words that
+    differ in one letter, and words with other digits, mean different things: cpu is no misspelt gpu, and int8
+    no int4.
 
     Args:
         value: The value.
@@ -227,17 +228,18 @@ def suggest_value(value: str, choices: Sequence[str], path: str = "") -> str:
         return ours
     lowered = {choice.lower(): choice for choice in choices if _digits(choice) in ("", _digits(word))}
     near = difflib.get_close_matches(word, lowered, n=1, cutoff=_NEAR_VALUE)
-    longer = sorted((choice for choice in lowered if _continues(word, choice)), key=len, reverse=True)
-    return next((lowered[choice] for choice in (*near, *longer)), "")
+    within = sorted((choice for choice in lowered if _continues(word, choice)), key=len, reverse=True)
+    beyond = [choice for choice in lowered if _continues(choice, word)]
+    return next((lowered[choice] for choice in (*near, *within, *(beyond if len(beyond) == 1 else ()))), "")
 
 
 def _digits(word: str) -> str:
     return "".join(filter(str.isdigit, word))
 
 
-def _continues(word: str, choice: str) -> bool:
-    """Returns whether a word is a choice with more behind it, such as `cuda:0`."""
-    return len(choice) >= _WHOLE_WORD and word.startswith(choice)
+def _continues(word: str, beginning: str) -> bool:
+    """Returns whether a word is another with more behind it, such as `cuda:0`."""
+    return len(beginning) >= _WHOLE_WORD and word.startswith(beginning)
 
 
 def _walk(record: type[Record], prefix: str) -> Iterator[Key]:
