@@ -42,9 +42,10 @@ _PATIENCE = 4  # times its minutes until a check is ended
 
 def one_gpu() -> tuple[Check, ...]:
     """Returns the checks of one GPU, the most important first."""
-    from benchmarks.gpu_parts import blocks, frozen, machine, runs, steps
+    from benchmarks.gpu_parts import blocks, frozen, ladder, machine, runs, steps
 
-    return (*machine.CHECKS, *blocks.CHECKS, *steps.CHECKS, *frozen.CHECKS, *runs.CHECKS)
+    heavy = (*steps.CHECKS, *ladder.CHECKS, *frozen.CHECKS)
+    return (*machine.CHECKS, *blocks.CHECKS, *heavy, *runs.CHECKS)
 
 
 def several_gpus() -> tuple[Check, ...]:

@@ -5,29 +5,35 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.gpu_parts.check import Setting
+from benchmarks.gpu_parts.check import Setting, release
 from sat_train.config import RunConfig, load_run_config
 from sat_train.data.batches import StepPosition
+from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.distributed.signals import StopRequest
 from sat_train.encoding.build import build_encoders
 from sat_train.encoding.encoded_batch import EncodedBatch
 from sat_train.engine.build import build_engine
+from sat_train.engine.compilation import compiles_blocks
 from sat_train.engine.engine import TrainEngine
 from sat_train.models.adapter import start_adapters
+from sat_train.models.attention import attention_kernels
 from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.sharding import full_shape, shard_weight
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.frozen_layers import hold_frozen_weights
 from sat_train.models.recomputation import set_recomputation
 from sat_train.models.trainable import select_configured
 from sat_train.objective.build import build_pipeline
+from sat_train.planning.gpu_memory import CONTEXT_BYTES, PhaseMemory
+from sat_train.planning.planner import Planner
 from sat_train.training.loop.step import TrainStep
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -73,17 +79,20 @@ def build_random_dit(setting: Setting, config: RunConfig) -> DiffusionTransforme
 
     Ranks: all.
     """
+    args, device = config.args, setting.mesh.device
     dit = build_dit(
         config.spec,
-        device=setting.mesh.device,
-        dtype=compute_dtype(config.args),
-        recompute=config.args.checkpoint_activations,
+        device=device,
+        dtype=compute_dtype(args),
+        recompute=args.checkpoint_activations,
+        inputs_on_host=args.checkpoint_offload,
         initialize=False,
     )
     fill(dit, setting.mesh)
     start_adapters(dit, setting.mesh, seed=0)
     select_configured(dit, config.model)
-    set_recomputation(dit, config)
+    hold_frozen_weights(dit, device=device, quantization=args.quantize_base, swapped=args.block_swap)
+    set_recomputation(dit, config, compiled=compiles_blocks(args, device))
     return dit
 
 
@@ -182,12 +191,54 @@ def run_steps(setting: Setting, run: RandomRun, count: int, *, rate: float = 1e-
     Ranks: all.
     """
     results, seconds = [], []
-    for number in range(1, count + 1):
-        start = time.perf_counter()
-        results.append(run.train_step.step(number, rate))
-        setting.wait()
-        seconds.append(time.perf_counter() - start)
+    with attention_kernels(run.config.args, setting.mesh.device):
+        for number in range(1, count + 1):
+            start = time.perf_counter()
+            results.append(run.train_step.step(number, rate))
+            setting.wait()
+            seconds.append(time.perf_counter() - start)
     losses, norms = [float(result.loss) for result in results], [result.grad_norm for result in results]
     applied = sum(result.applied for result in results)
     median = statistics.median(seconds[2:] or seconds)
     return Steps(tuple(losses), tuple(norms), applied, seconds[0], median)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's first steps.
+
+    Args:
+        steps: The steps, with losses of all ranks.
+        peak: Bytes of the GPU at most on this rank; 0 on a CPU.
+    """
+
+    steps: Steps
+    peak: float
+
+
+def measure_steps(setting: Setting, config: RunConfig, count: int) -> Measured:
+    """Builds a run, runs its first steps and forgets it.
+
+    Ranks: all.
+    """
+    run = build_run(setting, config)
+    if setting.on_gpu:  # building takes another peak than training
+        torch.cuda.reset_peak_memory_stats(setting.mesh.device)
+    steps = run_steps(setting, run, count)
+    losses = torch.tensor(steps.losses, device=setting.mesh.device)
+    mean = sum_over_data(setting.mesh, losses) / setting.mesh.data_size
+    peak = float(torch.cuda.max_memory_allocated(setting.mesh.device)) if setting.on_gpu else 0.0
+    del run
+    release()
+    return Measured(replace(steps, losses=tuple(mean.tolist())), peak)
+
+
+def planned_peak(setting: Setting, config: RunConfig) -> float:
+    """Returns the bytes of a step as the allocator counts them, without context and libraries."""
+    return step_bytes(Planner(setting.card, setting.mesh.world_size).phases(config))
+
+
+def step_bytes(phases: Sequence[PhaseMemory]) -> float:
+    """Returns the bytes of the step among planned phases, without context and libraries."""
+    step = next(phase for phase in phases if phase.phase == "step")
+    return replace(step, buffers=step.buffers - CONTEXT_BYTES).total

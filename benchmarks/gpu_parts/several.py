@@ -12,15 +12,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, release, seconds_of, within
-from benchmarks.gpu_parts.random_run import Steps, build_run, read_run, run_steps
+from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, seconds_of, within
+from benchmarks.gpu_parts.random_run import Measured, Steps, measure_steps, planned_peak, read_run
 from benchmarks.gpu_parts.runs import found_run, losses_of, short_run
 from sat_train.checkpoint.layout import committed_steps
-from sat_train.distributed.collectives import on_rank_0, sum_over_data
+from sat_train.config import RunConfig
+from sat_train.distributed.collectives import on_rank_0
 from sat_train.distributed.environment import RankEnv
 from sat_train.distributed.processes import start_processes, stop_processes
-from sat_train.planning.gpu_memory import CONTEXT_BYTES
-from sat_train.planning.planner import Planner
 from sat_train.training.build import train
 
 _STEPS = 4
@@ -74,23 +73,20 @@ def stages(setting: Setting) -> Iterator[Finding]:
     expected: Steps | None = None
     for stage in (1, 2, 3):
         words = (*_WORDS, f"args.zero_stage={stage}")
-        steps, peak = _measured(setting, words)
-        expected = expected or steps
+        found = _measured(setting, words)
+        steps, expected = found.steps, expected or found.steps
         yield at_most(f"stage {stage}: error of losses", _error(steps, expected), _SUMS)
         yield Finding(f"stage {stage}: a step, s", steps.median_s)
         if setting.on_gpu:
-            config = read_run(setting, "cogvideox_5b", "sft", *words)
-            phases = Planner(setting.card, setting.mesh.world_size).phases(config)
-            planned = next(phase for phase in phases if phase.phase == "step")
-            limit = replace(planned, buffers=planned.buffers - CONTEXT_BYTES).total / 1e9
-            yield within(f"stage {stage}: peak, GB", peak / 1e9, limit, least=0.7, most=1.05)
+            limit = planned_peak(setting, _config(setting, words)) / 1e9
+            yield within(f"stage {stage}: peak, GB", found.peak / 1e9, limit, least=0.7, most=1.05)
 
 
 def reductions(setting: Setting) -> Iterator[Finding]:
     """Yields losses and seconds of the ways in which stage 2 reduces gradients."""
     expected: Steps | None = None
     for name, words in _WAYS.items():
-        steps, _ = _measured(setting, (*_WORDS, "args.zero_stage=2", *words))
+        steps = _measured(setting, (*_WORDS, "args.zero_stage=2", *words)).steps
         expected = expected or steps
         yield at_most(f"{name}: error of losses", _error(steps, expected), _SUMS)
         yield Finding(f"{name}: a step, s", steps.median_s, expected.median_s)
@@ -104,7 +100,7 @@ def tensor_parallelism(setting: Setting) -> Iterator[Finding]:
     if setting.mesh.world_size % 2:
         yield Finding("ranks", setting.mesh.world_size, "an even number, to share models in pairs")
         return
-    expected, _ = _measured(setting, (*_WORDS, "args.zero_stage=1"))
+    expected = _measured(setting, (*_WORDS, "args.zero_stage=1")).steps
     store, env = PrefixStore("pairs", setting.mesh.store), _env(setting)
     stop_processes()
     device = "cuda" if setting.on_gpu else "cpu"
@@ -112,7 +108,7 @@ def tensor_parallelism(setting: Setting) -> Iterator[Finding]:
     paired = replace(setting, mesh=mesh)
     for compiled in ("off", "blocks") if setting.on_gpu else ("off",):
         words = (*_WORDS, "args.zero_stage=1", "args.model_parallel_size=2", "args.batch_size=2")
-        steps, _ = _measured(paired, (*words, f"args.compile={compiled}"))
+        steps = _measured(paired, (*words, f"args.compile={compiled}")).steps
         name = "pairs, compiled" if compiled == "blocks" else "pairs"
         yield at_most(f"{name}: error of losses", _error(steps, expected), _SUMS)
         yield Finding(f"{name}: a step, s", steps.median_s, expected.median_s)
@@ -125,18 +121,12 @@ def _env(setting: Setting) -> RankEnv:
     return RankEnv.read()
 
 
-def _measured(setting: Setting, words: Sequence[str]) -> tuple[Steps, float]:
-    """Returns steps with losses of all ranks, and the peak of this rank."""
-    run = build_run(setting, read_run(setting, "cogvideox_5b", "sft", *words))
-    if setting.on_gpu:
-        torch.cuda.reset_peak_memory_stats(setting.mesh.device)
-    steps = run_steps(setting, run, 2 if setting.tiny else _STEPS)
-    losses = torch.tensor(steps.losses, device=setting.mesh.device)
-    mean = sum_over_data(setting.mesh, losses) / setting.mesh.data_size
-    peak = float(torch.cuda.max_memory_allocated(setting.mesh.device)) if setting.on_gpu else 0.0
-    del run
-    release()
-    return replace(steps, losses=tuple(mean.tolist())), peak
+def _measured(setting: Setting, words: Sequence[str]) -> Measured:
+    return measure_steps(setting, _config(setting, words), 2 if setting.tiny else _STEPS)
+
+
+def _config(setting: Setting, words: Sequence[str]) -> RunConfig:
+    return read_run(setting, "cogvideox_5b", "sft", *words)
 
 
 def _error(steps: Steps, expected: Steps) -> float:

@@ -62,7 +62,8 @@ def held_base_is_frozen(config: ParsedConfig) -> Iterator[Fault]:
 def swapped_blocks_save_memory(config: ParsedConfig) -> Iterator[Fault]:
     count, layers = config.args.block_swap, config.spec.layers
     if 0 < count < 3 or count > layers:
-        expected = f"0, or 3 to {layers}, the blocks of this model: two are always on the GPU"
+        some = f", or 3 to {layers}" if layers >= 3 else ""
+        expected = f"0{some}: two of this model's {layers} blocks are always on the GPU"
         yield config.fault("args.block_swap", count, expected)
     if count and config.args.compile == "blocks":
         expected = "0: a compiled block cannot wait for its weights; args.compile=auto does without"
