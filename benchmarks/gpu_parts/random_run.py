@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +42,7 @@ _WORDS = (
     *("data.cache=require", "data.cache_dir=cache", "args.train_data=[unread]", "args.batch_size=1"),
     *("args.eval_interval=null", "args.valid_video_interval=null"),
 )
+_BATCHES = 8
 SMALL = (
     *("data.params.max_num_frames=5", "data.params.video_size=[32,32]"),
     "model.network_config.params.num_layers=2",
@@ -147,10 +148,9 @@ def build_run(setting: Setting, config: RunConfig) -> RandomRun:
     pipeline = build_pipeline(config, dit=dit, encoders=build_encoders(config, setting.mesh.device))
     engine = build_engine(config, dit, setting.mesh)
 
-    def batches() -> Iterator[EncodedBatch]:
-        for index in itertools.count():
-            position = index * config.args.batch_size * setting.mesh.data_size
-            yield random_batch(setting, config, position=position % 64)
+    consumed = config.args.batch_size * setting.mesh.data_size
+    # drawn before: a loader's workers would, while the GPU computes
+    drawn = [random_batch(setting, config, position=number * consumed) for number in range(_BATCHES)]
 
     def compute_loss(batch: EncodedBatch) -> torch.Tensor:
         loss: torch.Tensor = pipeline.training_loss(batch, network=engine).loss
@@ -159,7 +159,7 @@ def build_run(setting: Setting, config: RunConfig) -> RandomRun:
     train_step = TrainStep(
         engine=engine,
         compute_loss=compute_loss,
-        batches=batches(),
+        batches=itertools.cycle(drawn),
         mesh=setting.mesh,
         stop_request=StopRequest(),
     )
@@ -228,6 +228,7 @@ def measure_steps(setting: Setting, config: RunConfig, count: int) -> Measured:
     losses = torch.tensor(steps.losses, device=setting.mesh.device)
     mean = sum_over_data(setting.mesh, losses) / setting.mesh.data_size
     peak = float(torch.cuda.max_memory_allocated(setting.mesh.device)) if setting.on_gpu else 0.0
+    run.engine.close()
     del run
     release()
     return Measured(replace(steps, losses=tuple(mean.tolist())), peak)

@@ -106,6 +106,13 @@ class TrainEngine:
         norm = float(self._engine.get_global_grad_norm())
         return StepOutcome(bool(self._engine.was_step_applied()), norm, self._read.take_flags())
 
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks off the weights, which would keep all of a run in memory.
+
+        Nothing can be trained with it afterwards.
+        """
+        self._engine.destroy()
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the whole averaged gradient of each parameter that trains, before clipping, fp32.
 

@@ -91,6 +91,7 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
         stop_request.defer()
         with kernels:
             trainer.run()
+        engine.close()
         say_where_stopped(config, trainer)
     finally:
         if run_directory.lock is not None:
