@@ -53,13 +53,19 @@ class StepRead:
         return flags
 
 
-class _NumbersFilledIn(TorchFunctionMode):
-    """Makes a tensor of one number on the device, where `torch.tensor` would copy it there, and wait."""
+class _NothingRead(TorchFunctionMode):
+    """Computes on the device what DeepSpeed's norms would wait for.
+
+    `torch.tensor` copies its number to the device, and `masked_fill_` reads its value from there.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.tensor and isinstance(args[0], float) and "device" in kwargs:
             function, args = torch.full, ((), *args)
+        if function is torch.Tensor.masked_fill_ and len(args) == 3 and isinstance(args[2], Tensor):
+            tensor, mask, value = args
+            function, args = torch.Tensor.copy_, (tensor, torch.where(mask, value, tensor))
         return function(*args, **kwargs)
 
 
@@ -79,7 +85,7 @@ def read_norm_once(engine: Any, read: StepRead) -> None:
     compute = getattr(optimizer, name)
 
     def norms_on_host(*options: Any, **more: Any) -> Any:
-        with _NumbersFilledIn():
+        with _NothingRead():
             norms = compute(*options, **more)
         return read.norms(norms) if is_stage_3 else read.norms([norms])[0]
 
