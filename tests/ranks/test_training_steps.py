@@ -218,6 +218,8 @@ class HostReads(TorchFunctionMode):
         is_made, is_sent = function is torch.tensor, bool((kwargs or {}).get("device"))
         self.counts[-1] += not on_host and getattr(function, "__name__", "") in self.READS
         self.counts[-1] += is_made and is_sent
+        is_filled = function is torch.Tensor.masked_fill_  # reads its value, where that is a tensor
+        self.counts[-1] += is_filled and isinstance(args[2], torch.Tensor)
         result = function(*args, **(kwargs or {}))
         if on_host and (tensors or (is_made and not is_sent)) and isinstance(result, torch.Tensor):
             self._in_host_memory.append(result)
