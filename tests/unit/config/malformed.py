@@ -311,7 +311,9 @@ CASES = [
     ),
     Case("nothing offloaded", "args: {checkpoint_offload: true}", "args.checkpoint_offload", "is off"),
     Case("few bits train", "args: {quantize_base: nf4}", "args.quantize_base", "configs/lora.yaml"),
-    Case("no fourth block", FROZEN + "args: {block_swap: 2}", "args.block_swap", "blocks are always on the GPU"),
+    Case(
+        "no fourth block", FROZEN + "args: {block_swap: 2}", "args.block_swap", "blocks are always on the GPU"
+    ),
     Case(
         "swapped and compiled",
         FROZEN + "args: {block_swap: 3, compile: blocks}",
