@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.gpu_parts.check import Setting, release
 from sat_train.config import RunConfig, load_run_config
@@ -59,10 +58,17 @@ def read_run(setting: Setting, model: str, recipe: str, *words: str) -> RunConfi
     return load_run_config([str(file) for file in files], more, purpose="check", check_paths=False)
 
 
-def fill(module: nn.Module, mesh: ProcessMesh) -> None:
+def fill(
+    module: nn.Module, mesh: ProcessMesh, *, deviation: Callable[[str, Tensor], float] = lambda *_: 0.02
+) -> None:
     """Fills weights where they lie, with the same numbers on any mesh of such devices.
 
-    Matrices get small noise, biases zeros, norms ones.
+    Matrices get noise, biases zeros, norms ones.
+
+    Args:
+        module: The weights.
+        mesh: The process mesh.
+        deviation: Returns the standard deviation of the noise of a matrix, by its name.
     """
     generator = torch.Generator(mesh.device).manual_seed(0)
     with torch.no_grad():
@@ -71,7 +77,8 @@ def fill(module: nn.Module, mesh: ProcessMesh) -> None:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             shape = full_shape(name, tuple(parameter.shape), mesh.model_size)
-            whole = torch.empty(shape, device=mesh.device).normal_(std=0.02, generator=generator)
+            whole = torch.empty(shape, device=mesh.device)
+            whole.normal_(std=deviation(name, parameter), generator=generator)
             parameter.copy_(shard_weight(name, whole, rank=mesh.model_rank, size=mesh.model_size))
 
 
@@ -124,6 +131,26 @@ def random_batch(setting: Setting, config: RunConfig, *, position: int = 0) -> E
     return batch.pin_memory() if setting.on_gpu else batch
 
 
+class _Batches(Iterator[EncodedBatch]):
+    """Some batches again and again; the samples of the next are known, as a loader's are.
+
+    Args:
+        batches: The batches.
+    """
+
+    def __init__(self, batches: Sequence[EncodedBatch]) -> None:
+        self._batches, self._taken = batches, 0
+
+    def __next__(self) -> EncodedBatch:
+        batch = self._batches[self._taken % len(self._batches)]
+        self._taken += 1
+        return batch
+
+    def upcoming(self) -> tuple[int, ...]:
+        """Returns the samples of the next batch."""
+        return self._batches[self._taken % len(self._batches)].sample_indices
+
+
 @dataclass(frozen=True)
 class RandomRun:
     """A run as training has it, on random weights.
@@ -150,18 +177,21 @@ def build_run(setting: Setting, config: RunConfig) -> RandomRun:
 
     consumed = config.args.batch_size * setting.mesh.data_size
     # drawn before: a loader's workers would, while the GPU computes
-    drawn = [random_batch(setting, config, position=number * consumed) for number in range(_BATCHES)]
+    batches = _Batches(
+        [random_batch(setting, config, position=number * consumed) for number in range(_BATCHES)]
+    )
 
-    def compute_loss(batch: EncodedBatch) -> torch.Tensor:
-        loss: torch.Tensor = pipeline.training_loss(batch, network=engine).loss
+    def compute_loss(batch: EncodedBatch) -> Tensor:
+        loss: Tensor = pipeline.training_loss(batch, network=engine).loss
         return loss
 
     train_step = TrainStep(
         engine=engine,
         compute_loss=compute_loss,
-        batches=itertools.cycle(drawn),
+        batches=batches,
         mesh=setting.mesh,
         stop_request=StopRequest(),
+        prepare_next=lambda: pipeline.draws.draw(batches.upcoming()),
     )
     return RandomRun(config, engine, train_step)
 

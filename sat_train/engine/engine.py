@@ -107,7 +107,7 @@ class TrainEngine:
         return StepOutcome(bool(self._engine.was_step_applied()), norm, self._read.take_flags())
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off the weights, which would keep all of a run in memory.
+        """Removes DeepSpeed's hooks from the weights, which would keep all of a run in memory.
 
         Nothing can be trained with it afterwards.
         """
