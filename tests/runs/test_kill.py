@@ -87,11 +87,12 @@ def test_kills_lose_at_most_one_save_interval_each_or_the_one_that_is_written(tm
         assert step >= reached - most, f"start {attempt} went on from {step} after {reached} steps"
         was_in_background = in_background
         reached = max(logged_steps(save))
-    finished = run("train_video.py", words(save, STEPS))
+    last = reached + 2 * SAVE_INTERVAL  # the rate is constant, so that a run's length changes no step
+    finished = run("train_video.py", words(save, last))
     assert finished.returncode == 0, finished.output
     assert len(run_directories(save)) == 1, "auto resumes the one folder"
 
-    straight = run("train_video.py", words(tmp_path / "straight", STEPS))
+    straight = run("train_video.py", [*words(tmp_path / "straight", last), f"args.save_interval={last}"])
     assert straight.returncode == 0, straight.output
     killed_losses = {step: line["loss"] for step, line in training_lines(run_directories(save)[0]).items()}
     straight_folder = run_directories(tmp_path / "straight")[0]
