@@ -184,15 +184,17 @@ def legal_starts(
     return (first, first + slack) if fixed is None else (first + fixed * slack,) * 2
 
 
-def check_pace(clip: Clip, window: str, fps: int, first: float, last: float, **part) -> None:
-    """There is a legal t0 such that each frame i is the file's nearest to t0 + i / fps."""
-    for number, (chunk, chunks, numbers) in enumerate(sampled(clip, window, fps, **part)):
+def check_pace(clip: Clip, window: str, fps: int, first: float, last: float, **part) -> set[int]:
+    """Returns the frames; there is a legal t0 such that each frame i is the nearest to t0 + i / fps."""
+    samples = sampled(clip, window, fps, **part)
+    for number, (chunk, chunks, numbers) in enumerate(samples):
         if window == "chunks":
             check_count(clip, chunks, last - first, fps)
         low, high = clip.starts(numbers, fps)
         legal = legal_starts(window, first, last, fps, (number, chunk, chunks))
         case = f"{clip.path.name} {window} {fps} {part}: {numbers} for t0 {low:.5f}..{high:.5f} of {legal}"
         assert max(low, legal[0]) <= min(high, legal[1]) + clip.tick, case
+    return {number for _, _, numbers in samples for number in numbers}
 
 
 def check_count(clip: Clip, chunks: int, seconds: float, fps: int) -> None:
@@ -224,8 +226,8 @@ def test_a_file_s_clock_may_begin_anywhere(shifted_clips, window):
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_part_of_a_file_keeps_the_pace(even_clips, uneven_clips, shifted_clips, window):
-    for clip in (*even_clips[::5], *uneven_clips[::3], *shifted_clips[::2]):
-        for fps, end in itertools.product(PACES, (1.7, None)):
+    for clip, fps in zip((*even_clips[::5], *uneven_clips[::3], *shifted_clips[::2]), itertools.cycle(PACES)):
+        for end in (1.7, None):
             last = clip.shown[-1] if end is None else min(end, clip.shown[-1])
             check_pace(clip, window, fps, 0.4, last, start=0.4, end=end)
 
@@ -234,8 +236,7 @@ def test_a_part_of_a_file_keeps_the_pace(even_clips, uneven_clips, shifted_clips
 def test_skipped_frames_are_out_of_reach_and_the_others_keep_the_pace(even_clips, shifted_clips, window):
     for clip in (*even_clips[3::6], *shifted_clips):
         rate, skip = 1 / (2 * clip.half), 2
-        check_pace(clip, window, 16, skip / rate, clip.shown[-1] - skip / rate, skip_frms_num=skip)
-        numbers = {n for *_, numbers in sampled(clip, window, 16, skip_frms_num=skip) for n in numbers}
+        numbers = check_pace(clip, window, 16, skip / rate, clip.shown[-1] - skip / rate, skip_frms_num=skip)
         first = clip.first_number
         assert first + skip <= min(numbers), clip.path.name
         assert max(numbers) < first + len(clip.shown) - skip, clip.path.name
@@ -267,7 +268,7 @@ def test_every_frame_is_reachable_up_to_the_last(tmp_path, window, rate):
 
 @pytest.mark.parametrize("window", ["random", "uniform", "chunks"])
 def test_every_frame_is_reachable_at_a_variable_rate(uneven_clips, window):
-    for clip in uneven_clips[:4]:
+    for clip in uneven_clips[1:4:2]:  # mkv and ts; whole rates have shown mp4
         assert not unseen(clip.path, len(clip.shown), window), clip.path.name
 
 
