@@ -116,14 +116,13 @@ def test_new_weights_follow_the_global_generator(spec):
     assert tensor_parallel_layout(key) == tensor_parallel_layout(f"mixins.control.stack.{key}") == (0, 3)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_branch_is_compiled_and_checkpointed_as_the_base_is(spec, checkpointing):
+def test_a_branch_is_compiled_and_checkpointed_as_the_base_is(spec):
     torch._dynamo.reset()
     counters.clear()
     results = []
     for backend in (None, "aot_eager"):
         torch.manual_seed(5)
-        dit = network(spec, recompute="full" if checkpointing else "off")
+        dit = network(spec, recompute="full")
         dit.add_mixin("control", Branch(spec, layers=2))
         dit.add_mixin("camera", Branch(spec, layers=3, heads=1))
         if backend:
