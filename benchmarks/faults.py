@@ -7,8 +7,8 @@ Each trial trains two layers of the tiny model on two ranks (full or LoRA, ZeRO 
 of the recipes save in the background) while one thing goes wrong, then resumes it as a person would. Laws: no
 run hangs; a resumed run ends with the losses and weights of one that nothing happened to; at most one save
 interval is done twice (three where the disk refuses saves; one more where saves are in the background); the
-cause is named, without a traceback. Exit code 1 when a law was broken. The disk can only be filled up where this user
-may mount a tmpfs.
+cause is named, without a traceback. Exit code 1 when a law was broken. The disk can only be filled up where
+this user may mount a tmpfs.
 """
 
 from __future__ import annotations
