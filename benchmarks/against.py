@@ -133,7 +133,7 @@ def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, *, compile
         config.spec,
         device=device,
         dtype=dtype,
-        recompute=args.checkpoint_activations,
+        recompute=args.recompute,
         initialize=False,
     )
     fill(dit, start_single_process())
@@ -150,7 +150,7 @@ def of_diffusers(config: RunConfig, dit: nn.Module, like: dict[str, Any]) -> Con
     assert not unexpected, f"diffusers' model has no {unexpected}"
     assert all("pos_embedding" in name for name in missing), f"ours has no {missing}"
     model.to(**like).train()
-    if config.args.checkpoint_activations != "off":
+    if config.args.recompute != "off":
         model.enable_gradient_checkpointing()
     rotates = model.config.use_rotary_positional_embeddings
     rotary: list[Any] = []
@@ -192,7 +192,7 @@ def _sat_settings(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     positions |= {"hidden_size_head": spec.head_width} if rotates else {}
     kind = "Rotary3DPositionEmbeddingMixin" if rotates else "Basic3DPositionEmbeddingMixin"
     args = vars(build_sat_args(config))
-    args["checkpoint_activations"] = config.args.checkpoint_activations != "off"
+    args["checkpoint_activations"] = config.args.recompute != "off"
     return {
         "transformer_args": Namespace(**args),
         "num_frames": (spec.trained_latent[0] - 1) * spec.temporal_compression + 1,

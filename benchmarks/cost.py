@@ -6,14 +6,13 @@ python benchmarks/cost.py [--hardware h100]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from sat_train.cli.main import run_cli
 from sat_train.config import RunConfig, load_run_config
 from sat_train.config.hardware import find_hardware
 from sat_train.distributed.processes import start_single_process
-from sat_train.planning.ladder import Rung, use_memory
+from sat_train.planning.activations import settle
 from sat_train.planning.planner import Plan, Planner
 
 MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox1.5_5b")
@@ -41,9 +40,7 @@ def row(model: str, recipe: str, plan: Plan, recomputed: str) -> str:
 def policy(config: RunConfig) -> str:
     """Returns what a run recomputes."""
     args = config.args
-    if args.checkpoint_budget is None:
-        return str(args.checkpoint_activations)
-    return f"budget {args.checkpoint_budget:g}"
+    return args.recompute if args.checkpoint_budget is None else f"budget {args.checkpoint_budget:g}"
 
 
 def main() -> None:
@@ -62,15 +59,9 @@ def main() -> None:
             for recipe in ("sft", "lora") if gpus > 1 or model == "cogvideox_2b" else ("lora",):
                 files = [configs / "model" / f"{model}.yaml", configs / f"{recipe}.yaml"]
                 planner = Planner(card, gpus)
-
-                def load(rungs: Sequence[Rung], files: Sequence[Path] = tuple(files)) -> RunConfig:
-                    words = [*CACHED, *(word for rung in rungs for word in rung.words)]
-                    return load_run_config(files, words, purpose="check", check_paths=False)
-
-                config = load([])
-                climb = use_memory(planner, config, load) if config.args.recomputes else None
-                chosen = config if climb is None else load([climb.rung])
-                print(row(model, recipe, planner.plan(chosen), policy(chosen)), flush=True)
+                config = load_run_config(files, CACHED, purpose="check", check_paths=False)
+                config = settle(planner, config)
+                print(row(model, recipe, planner.plan(config), policy(config)), flush=True)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def build_random_dit(setting: Setting, config: RunConfig) -> DiffusionTransforme
         config.spec,
         device=device,
         dtype=compute_dtype(args),
-        recompute=args.checkpoint_activations,
+        recompute=args.recompute,
         inputs_on_host=args.checkpoint_offload,
         initialize=False,
     )

@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
     from sat_train.config.hardware import find_hardware
     from sat_train.distributed.processes import start_planned_rank  # imports torch
+    from sat_train.planning.activations import settle
     from sat_train.planning.ladder import climb_down
     from sat_train.planning.planner import Planner
 
@@ -60,12 +61,13 @@ def main(argv: Sequence[str]) -> int:
         card = replace(card, memory_gib=options.gpu_memory)
     start_planned_rank(config.args.model_parallel_size)
     planner = Planner(card, options.gpus)
+    config = settle(planner, config)
     plan = planner.plan(config)
 
     def reload(rungs: Sequence[Rung]) -> RunConfig:
         files = [*base, *(file for rung in rungs for file in rung.files)]
         more = [*words, *(word for rung in rungs for word in rung.words)]
-        return load_run_config(files, more, purpose="check", check_paths=False)
+        return settle(planner, load_run_config(files, more, purpose="check", check_paths=False))
 
     climbs = [] if plan.fits else climb_down(planner, config, reload)
     faster = _faster(planner, plan, climbs, reload)
@@ -121,6 +123,7 @@ def _head(plan: Plan) -> list[str]:
         ("GPUs", f"{plan.gpus} x {plan.hardware.name}, {plan.hardware.memory_gib:g} GiB each"),
         ("weights of a rank", f"{plan.weights:,}, of which {plan.trained:,} train"),
         ("blocks", "compiled, which takes compute capability 7.0" if plan.compiled else "not compiled"),
+        ("activations", plan.activations),
         ("samples", f"{plan.samples} a step, {plan.tokens:,} tokens each"),
     ]
     return [f"{name:<{_WIDTH}}{text}" for name, text in rows]

@@ -34,7 +34,7 @@ _MEET_TO_REPORT_S = 30  # longest time that a failed rank looks for the others
 
 def train(words: Sequence[str] | None = None) -> int:
     """Trains a model; returns the exit code. Without `words`, those of this process."""
-    return run_on_ranks("train", ("sat_train.training.build", "train"), words)
+    return run_on_ranks("train", ("sat_train.cli.train_videos", "train"), words)
 
 
 def sample(words: Sequence[str] | None = None) -> int:

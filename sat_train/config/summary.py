@@ -9,6 +9,7 @@ from sat_train.config.facts import RunFacts
 from sat_train.config.learning_rate import build_learning_rate
 from sat_train.config.paths import shorten_assets
 from sat_train.config.run import RunConfig
+from sat_train.config.schema.args import ArgsConfig
 from sat_train.config.schema.data_section import DataConfig
 
 
@@ -123,17 +124,23 @@ def _rate(config: RunConfig, facts: RunFacts) -> str:
 def _memory(config: RunConfig) -> str:
     args = config.args
     parts = [f"ZeRO-{args.zero_stage}"]
-    if args.checkpoint_budget is not None:
-        parts.append(f"activations within {args.checkpoint_budget:g} of their memory, the rest recomputed")
-    elif args.recomputes:
-        some = "" if args.checkpoint_every == 1 else f" in one block of {args.checkpoint_every}"
-        parts.append(f"activations recomputed ({args.checkpoint_activations}){some}")
+    parts += [f"activations {describe_activations(args)}"] * args.recomputes
     parts += ["inputs of blocks in host memory"] * args.checkpoint_offload
     parts += [f"frozen base in {args.quantize_base}"] * (args.quantize_base != "off")
     parts += [f"{args.block_swap} blocks in host memory"] * (args.block_swap > 0)
     parts += ["T5 on the CPU"] * (args.text_encoder_device == "cpu")
     parts += [f"tensor parallel over {args.model_parallel_size}"] * (args.model_parallel_size > 1)
     return ", ".join(parts)
+
+
+def describe_activations(args: ArgsConfig) -> str:
+    """Returns in words what of the activations is kept for the backward pass."""
+    if args.checkpoint_budget is not None:
+        return f"kept within {args.checkpoint_budget:g} of their memory, the rest recomputed"
+    if not args.recomputes:
+        return "kept"
+    some = "" if args.checkpoint_every == 1 else f" in one block of {args.checkpoint_every}"
+    return f"recomputed ({args.checkpoint_activations}){some}"
 
 
 def _validation(config: RunConfig) -> str:

@@ -58,6 +58,7 @@ class ProcessMesh:
 
 
 _mesh: ProcessMesh | None = None
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is its older name
 
 
 def start_processes(
@@ -162,6 +163,7 @@ def _choose_device(device: str, env: RankEnv) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise LaunchError("args.device = cuda", expected="a CUDA device", remedy="use args.device=cpu")
+    _let_segments_grow()
     count = torch.cuda.device_count()
     # a process that sees one GPU got it from the launcher; the roll call checks that no other has the same
     index = 0 if count == 1 else env.local_rank
@@ -174,6 +176,15 @@ def _choose_device(device: str, env: RankEnv) -> torch.device:
     where = torch.device("cuda", index)
     torch.cuda.set_device(where)
     return where
+
+
+def _let_segments_grow() -> None:
+    """Lets PyTorch's allocator map memory as it is needed, unless the environment says how it works.
+
+    Segments of fixed sizes left 12 GB of 63 unused in a step of 2B on an H100, and cost no time.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def _identify_gpu(device: torch.device) -> str:

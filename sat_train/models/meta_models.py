@@ -50,7 +50,7 @@ def build_meta_dit(config: RunConfig, *, layers: int | None = None) -> Diffusion
         spec,
         device=meta,
         dtype=compute_dtype(config.args),
-        recompute=config.args.checkpoint_activations,
+        recompute=config.args.recompute,
         inputs_on_host=config.args.checkpoint_offload,
         initialize=False,
     )

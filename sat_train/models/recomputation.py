@@ -54,13 +54,18 @@ def blocks_differ(config: RunConfig) -> bool:
 
 def without_recomputation(config: RunConfig) -> RunConfig:
     """Returns a configuration whose backward pass computes nothing again."""
-    off = {
-        "checkpoint_activations": "off",
+    return keeping(config, 1)
+
+
+def keeping(config: RunConfig, share: float) -> RunConfig:
+    """Returns a configuration that keeps a share of activations: 0 is `full`, 1 is `off`."""
+    changes = {
+        "checkpoint_activations": "off" if share == 1 else "full",
         "checkpoint_every": 1,
-        "checkpoint_budget": None,
-        "checkpoint_offload": False,
+        "checkpoint_budget": share if 0 < share < 1 else None,
+        "checkpoint_offload": config.args.checkpoint_offload and share < 1,
     }
-    return replace(config, args=config.args.model_copy(update=off))
+    return replace(config, args=config.args.model_copy(update=changes))
 
 
 def chosen_costs(config: RunConfig, *, compiled: bool = False) -> list[BlockCost]:
@@ -82,7 +87,7 @@ def saved_by_compiling(config: RunConfig) -> list[int]:
 
 def _chosen(config: RunConfig, costs: Mapping[str, BlockCosts]) -> list[Recompute]:
     """Returns the policy of each block."""
-    budget, default = config.args.checkpoint_budget, config.args.checkpoint_activations
+    budget, default = config.args.checkpoint_budget, config.args.recompute
     policies = _left_out(config, costs) if budget is None else policies_within(costs, budget)
     return [policies.get(name, default) for name in costs]
 

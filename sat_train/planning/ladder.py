@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sat_train.config import RunConfig
 from sat_train.config.parts.record import Recompute
 from sat_train.models.dit.recompute import POLICIES
+from sat_train.planning.activations import share_that_fits
 from sat_train.planning.planner import Plan, Planner, needs_encoders
 
 _LEAST_SAVING = 0.01  # of memory or time, for which a rung is worth its words
-_FILLED = 0.95  # of the card: allocators lose some
-_SHARES = 20  # budgets of activations are tried in twentieths
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def memory_ladder(config: RunConfig, *, gpus: int) -> Iterator[Rung]:
         yield Rung("encode in tiles; seams are blended, so other latents", (tiles,))
     # with frozen weights `gemm` keeps more than `off`
     policies = tuple(each for each in POLICIES if each != "gemm" or not config.spec.adapter)
-    at = policies.index(args.checkpoint_activations) if args.checkpoint_activations in policies else 0
+    at = policies.index(args.recompute) if args.recompute in policies else 0
     for policy in policies[at + 1 :] if args.checkpoint_budget is None else POLICIES[-1:]:
         yield _recomputing(config, policy)
     if args.batch_size > 1:
@@ -53,7 +51,7 @@ def memory_ladder(config: RunConfig, *, gpus: int) -> Iterator[Rung]:
         words = ("args.batch_size=1", f"args.gradient_accumulation_steps={accumulated}")
         yield Rung("one sample at a time, as many a step as before", words)
     if not args.checkpoint_offload:
-        policy = args.checkpoint_activations if args.recomputes else "full"
+        policy = args.recompute if args.recomputes else "full"
         words = ("args.checkpoint_offload=true", f"args.checkpoint_activations={policy}", *_eager(config))
         yield Rung("inputs of recomputed blocks in host memory; blocks are not compiled", words)
     yield from _rungs_of_the_states(config, gpus)
@@ -140,23 +138,13 @@ def use_memory(
         config: A run that fits and recomputes.
         reload: Reads its configuration with the words of some rungs.
     """
-    plan, room = planner.plan(config), _FILLED * planner.card.memory_gib * 2**30
-    least, most = (
-        max(phase.total for phase in planner.phases(reload([_recomputing(config, policy)])))
-        for policy in ("full", "off")
-    )
-    over, steps = most - room, _SHARES
-    while most > least:
-        steps -= max(math.ceil(over / (most - least) * _SHARES), 0)
-        if steps <= 0:
-            return None
-        rung = _recomputing(config, "off") if steps == _SHARES else _keeping(config, steps / _SHARES)
-        filled = planner.plan(reload([rung]))
-        over = filled.peak.total - room
-        if over <= 0:
-            faster = filled.step.total < plan.step.total * (1 - _LEAST_SAVING)
-            return Climb(rung, filled) if faster else None
-    return None
+    share = share_that_fits(planner, config)
+    if not share:
+        return None
+    rung = _recomputing(config, "off") if share == 1 else _keeping(config, share)
+    filled = planner.plan(reload([rung]))
+    faster = filled.step.total < planner.plan(config).step.total * (1 - _LEAST_SAVING)
+    return Climb(rung, filled) if faster else None
 
 
 def _recomputing(config: RunConfig, policy: Recompute) -> Rung:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from sat_train.config import RunConfig
 from sat_train.config.hardware import Hardware
+from sat_train.config.summary import describe_activations
 from sat_train.engine.compilation import compiles_on_gpus
 from sat_train.engine.owned import row_length
 from sat_train.models.build import compute_dtype
@@ -61,6 +62,7 @@ class Plan:
         data_ranks: Ranks with batches of their own.
         weights: Weights of the transformer on a rank.
         trained: Those that train.
+        activations: What the backward pass computes again, in words.
         compiled: Blocks are compiled.
         tokens: Of one sample, text included.
         samples: Of one optimizer step, on all ranks.
@@ -82,6 +84,7 @@ class Plan:
     weights: int
     trained: int
     compiled: bool
+    activations: str
     tokens: int
     samples: int
     phases: tuple[PhaseMemory, ...]
@@ -144,6 +147,7 @@ class Planner:
             weights=weights.transformer,
             trained=weights.num_trained,
             compiled=compiles_on_gpus(args),
+            activations=describe_activations(args),
             tokens=tokens,
             samples=samples * data_ranks,
             phases=self.phases(config),
@@ -171,15 +175,27 @@ class Planner:
     def _data_ranks(self, config: RunConfig) -> int:
         return max(self.gpus // config.args.model_parallel_size, 1)
 
+    def training_peak(self, config: RunConfig) -> float:
+        """Returns the bytes of one GPU in the largest phase of training: step, validation, videos or save."""
+        weights = self._weights(config)
+        states = count_states(config, weights, data_ranks=self._data_ranks(config))
+        return max(phase.total for phase in self._training_phases(config, weights, states))
+
     def _phases(self, config: RunConfig, weights: Weights, states: StateMemory) -> Iterator[PhaseMemory]:
         args, encoders = config.args, count_encoders(config, weights)
-        loaded = encoders if needs_encoders(config) else EncoderMemory(0.0, 0.0, 0.0)
+        loaded = _loaded_encoders(config, encoders)
         read = compute_dtype(args).itemsize * weights.transformer if weights.held else 0.0
         host = loaded.gpu + loaded.host + states.swapped + read
         yield PhaseMemory("load", weights=states.weights, encoders=loaded.gpu, host=host)
+        yield self._precompute(config, encoders)
+        yield from self._training_phases(config, weights, states)
+
+    def _training_phases(
+        self, config: RunConfig, weights: Weights, states: StateMemory
+    ) -> Iterator[PhaseMemory]:
+        args, loaded = config.args, _loaded_encoders(config, count_encoders(config, weights))
         if _forgets_text_encoder(config):
             loaded = replace(loaded, text=0.0, host=0.0)
-        yield self._precompute(config, encoders)
         on_host = loaded.host + states.offloaded + states.swapped
         training = PhaseMemory(
             "step",
@@ -311,10 +327,14 @@ class Planner:
         return known
 
 
+def _loaded_encoders(config: RunConfig, encoders: EncoderMemory) -> EncoderMemory:
+    return encoders if needs_encoders(config) else EncoderMemory(0.0, 0.0, 0.0)
+
+
 def _settings_of_passes(config: RunConfig) -> tuple[object, ...]:
     args = config.args
     return (
-        args.checkpoint_activations,
+        args.recompute,
         args.checkpoint_every,
         args.checkpoint_budget,
         args.batch_size,

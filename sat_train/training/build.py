@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -58,8 +58,18 @@ log = get_logger(__name__)
 
 
 @explaining_lack_of_memory(TRAINING_REMEDY)
-def train(config: RunConfig, mesh: ProcessMesh) -> None:
+def train(
+    config: RunConfig,
+    mesh: ProcessMesh,
+    *,
+    settle: Callable[[RunConfig, ProcessMesh], RunConfig] = lambda config, mesh: config,
+) -> None:
     """Builds a run, trains it and leaves its folder in order.
+
+    Args:
+        config: The configuration, which the run records.
+        mesh: The process mesh.
+        settle: Settles what depends on the GPUs, for the models. Called by all ranks.
 
     Raises:
         SatTrainError: Any fault that a user can cause.
@@ -81,8 +91,11 @@ def train(config: RunConfig, mesh: ProcessMesh) -> None:
             log.warning("%s", warning)
         start = find_start_weights(config, mesh, run_directory.point)
         encoders, needed = data.encoding.encoders, data.needs_encoders
-        pipeline = build_models(config, mesh, start, encoders, with_encoders=needed, sample=data.first_sample)
-        engine = build_engine(config, pipeline.dit, mesh)
+        settled = settle(config, mesh)
+        pipeline = build_models(
+            settled, mesh, start, encoders, with_encoders=needed, sample=data.first_sample
+        )
+        engine = build_engine(settled, pipeline.dit, mesh)
         trainer = build_trainer(config, mesh, run_directory, data, pipeline, start, engine, stop_request)
         if run_directory.point is not None:
             restore(mesh, run_directory.point, trainer, start.base)

@@ -223,7 +223,7 @@ def _build_trained(
         config.spec,
         device="cpu" if is_held else mesh.device,
         dtype=compute_dtype(config.args),
-        recompute=config.args.checkpoint_activations,
+        recompute=config.args.recompute,
         inputs_on_host=config.args.checkpoint_offload,
         seed=config.args.seed,
         initialize=start.located is None and start.resumed is None,

@@ -14,7 +14,7 @@ from tests.runs.launching import ROOT, SMALL, run_directories, training_lines, w
 
 FAST = [
     *("args.log_interval=1", "args.eval_interval=null", "args.valid_video_interval=null"),
-    *("args.num_workers=0", "args.tensorboard=false", *SMALL),
+    *("args.num_workers=0", "args.tensorboard=false", "args.checkpoint_activations=auto", *SMALL),
 ]
 
 

@@ -118,11 +118,12 @@ Text = str
 FileName = Annotated[str, Field(pattern=FILE_NAME)]
 # Key of a mapping, which is a part of a dotted path.
 PlainName = Annotated[str, Field(pattern=PLAIN_NAME)]
+Recompute = Literal["off", "gemm", "attention", "full"]
 # CogVideo's files have a truth value here.
-Recompute = Annotated[
-    Literal["off", "gemm", "attention", "full"],
+RecomputeChoice = Annotated[
+    Literal["auto", "off", "gemm", "attention", "full"],
     BeforeValidator(_truth_to_policy),
-    WithJsonSchema({"enum": ["off", "gemm", "attention", "full", True, False]}),
+    WithJsonSchema({"enum": ["auto", "off", "gemm", "attention", "full", True, False]}),
 ]
 Switch = Annotated[
     Literal["auto", "on", "off"],

@@ -15,6 +15,7 @@ from sat_train.config.parts.record import (
     PlainName,
     Quantization,
     Recompute,
+    RecomputeChoice,
     Record,
     Switch,
     Text,
@@ -108,11 +109,12 @@ class ArgsConfig(Record):
     fp16: bool = Field(False, description="Compute in float16 with a loss scale.")
     bf16: bool = Field(False, description="Compute in bfloat16.")
     zero_stage: ZeroStage = Field(1, description="DeepSpeed ZeRO stage. 0 works in fp32 only.")
-    checkpoint_activations: Recompute = Field(
+    checkpoint_activations: RecomputeChoice = Field(
         "off",
-        description="What the backward pass computes again instead of keeping it. full (or true): all but "
-        "the input of each block; attention: all but that and the output of attention; gemm: all but the "
-        "outputs of matrix products and attention; off (or false): nothing.",
+        description="What the backward pass computes again instead of keeping it. auto: as little as the "
+        "memory of the GPUs allows; full (or true): all but the input of each block; attention: all but that "
+        "and the output of attention; gemm: all but the outputs of matrix products and attention; off (or "
+        "false): nothing.",
     )
     checkpoint_every: int = Field(
         1, ge=1, description="Recompute one block in so many; 2: every second block keeps its activations."
@@ -313,11 +315,16 @@ class ArgsConfig(Record):
     )
 
     @property
+    def recompute(self) -> Recompute:
+        """Returns the policy of blocks that have none of their own; `auto` is `full` until it is settled."""
+        return "full" if self.checkpoint_activations == "auto" else self.checkpoint_activations
+
+    @property
     def recomputes(self) -> bool:
         """Returns whether the backward pass computes activations again."""
         if self.checkpoint_budget is not None:
             return self.checkpoint_budget < 1
-        return self.checkpoint_activations != "off"
+        return self.recompute != "off"
 
     def all_callbacks(self) -> tuple[CallbackConfig, ...]:
         """Returns the callbacks that flags enable, then those of `callbacks`, which win over a flag."""

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from sat_train.config.parts.adapter_parts import AdapterConfig
 from sat_train.config.parts.position_parts import PositionConfig
-from sat_train.config.parts.record import Recompute, Record
+from sat_train.config.parts.record import RecomputeChoice, Record
 
 
 def _patch_to_triple(value: Any) -> Any:
@@ -63,7 +63,7 @@ class NetworkModules(Record):
 class TransformerArgs(Record):
     """Arguments of SAT's BaseModel in CogVideo's files."""
 
-    checkpoint_activations: Recompute = Field(
+    checkpoint_activations: RecomputeChoice = Field(
         "off", description="The same setting as `args.checkpoint_activations`."
     )
     model_parallel_size: int = Field(1, ge=1, description="The same setting as `args.model_parallel_size`.")

@@ -127,3 +127,25 @@ def test_two_processes_on_one_gpu_are_distinguished_from_two_that_see_one_each(
             call_the_roll(store, envs[0], timedelta(seconds=5))
     else:
         assert len(call_the_roll(store, envs[1], timedelta(seconds=5))) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_the_allocator_may_grow_its_segments_unless_the_environment_says_how_it_works(
+    monkeypatch, given, expected
+):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # restored at the end, whatever the code sets
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    _sees_gpus(monkeypatch, ["uuid0"])
+    processes._choose_device("auto", RankEnv.single())
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected

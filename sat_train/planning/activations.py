@@ -1,0 +1,109 @@
+"""`args.checkpoint_activations: auto`: the share of activations that the GPUs have room to keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from sat_train.config import RunConfig
+from sat_train.config.hardware import find_hardware
+from sat_train.config.summary import describe_activations
+from sat_train.distributed.collectives import gather_objects, on_rank_0
+from sat_train.distributed.processes import ProcessMesh
+from sat_train.engine.compilation import compiles_blocks
+from sat_train.log import get_logger
+from sat_train.models.recomputation import keeping
+from sat_train.planning.planner import Planner
+
+log = get_logger(__name__)
+
+FILLED = 0.95  # of a card: allocators lose some
+SHARES = 20  # shares are tried in twentieths
+_ANY_CARD = "h100"  # memory does not depend on how fast a card is
+
+
+def largest_share(peak_of: Callable[[float], float], room: float) -> float | None:
+    """Returns the largest share of activations that can be kept.
+
+    Args:
+        peak_of: Bytes of a GPU where this share is kept; they grow with it.
+        room: Bytes that there are.
+
+    Returns:
+        From 0, where everything is recomputed, to 1; None where even that does not fit.
+    """
+    least, most = peak_of(0), peak_of(1)
+    if least > room:
+        return None
+    steps, peak = SHARES, most
+    while steps and peak > room:
+        steps = max(steps - math.ceil((peak - room) / (most - least) * SHARES), 0)
+        peak = peak_of(steps / SHARES)
+    return steps / SHARES
+
+
+def is_open(config: RunConfig) -> bool:
+    """Returns whether `auto` has to be settled.
+
+    A budget, `args.checkpoint_every` and `args.checkpoint_offload` say what is recomputed; without a policy
+    theirs is `full`.
+    """
+    args = config.args
+    says = args.checkpoint_budget is not None or args.checkpoint_every > 1 or args.checkpoint_offload
+    return args.checkpoint_activations == "auto" and not says
+
+
+def settle(planner: Planner, config: RunConfig) -> RunConfig:
+    """Returns a configuration that keeps as many activations as the planner's card has room for.
+
+    It recomputes everything where nothing fits, and stays as it is without `auto`.
+    """
+    if not is_open(config):
+        return config
+    return keeping(config, share_that_fits(planner, config) or 0)
+
+
+def share_that_fits(planner: Planner, config: RunConfig) -> float | None:
+    """Returns the largest share of activations that the planner's card has room for; None if it fits none."""
+    return largest_share(
+        lambda share: planner.training_peak(keeping(config, share)), FILLED * planner.card.memory_gib * 2**30
+    )
+
+
+def settle_for_gpus(config: RunConfig, mesh: ProcessMesh) -> RunConfig:
+    """Returns a configuration that keeps as many activations as the GPUs of this run have room for.
+
+    It is the same on all ranks, by the GPU with the least free memory; on a CPU it keeps all.
+
+    Ranks: all; rank 0 counts.
+    """
+    if not is_open(config):
+        return config
+    if mesh.device.type != "cuda":
+        return keeping(config, 1)
+    free = min(gather_objects(mesh, torch.cuda.mem_get_info(mesh.device)[0]))
+    counted = config if compiles_blocks(config.args, mesh.device) else _eager(config)
+    share = on_rank_0(mesh, lambda: _counted_share(counted, mesh, free), may_take_long=True)
+    settled = keeping(config, share)
+    log.info("activations: %s (args.checkpoint_activations=auto)", describe_activations(settled.args))
+    return settled
+
+
+def _eager(config: RunConfig) -> RunConfig:
+    return replace(config, args=config.args.model_copy(update={"compile": "off"}))
+
+
+def _counted_share(config: RunConfig, mesh: ProcessMesh, free: float) -> float:
+    log.info("counting which activations %.0f GB of GPU memory have room for", free / 1e9)
+    try:
+        card = replace(find_hardware(_ANY_CARD), memory_gib=free / 2**30)
+        share = share_that_fits(Planner(card, mesh.world_size), config)
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # of a module that needs a device
+        log.warning("this model cannot be counted: %s", str(error).partition("\n")[0])
+        return 0
+    if share is None:
+        log.warning("this run may not fit the GPU; sat-train plan says what takes less memory")
+    return share or 0

@@ -1,0 +1,126 @@
+"""`args.checkpoint_activations: auto`: as many activations are kept as there is room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sat_train.config import RunConfig, load_run_config
+from sat_train.config.hardware import find_hardware
+from sat_train.distributed.processes import start_single_process, stop_processes
+from sat_train.models.recomputation import keeping
+from sat_train.planning import activations
+from sat_train.planning.activations import FILLED, SHARES, largest_share, settle, settle_for_gpus
+from sat_train.planning.planner import Planner
+
+AUTO = "args.checkpoint_activations=auto"
+SMALL = ("data.params.max_num_frames=5", "data.params.video_size=[32,32]", "args.compile=off")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    start_single_process()
+    yield
+    stop_processes()
+
+
+def _read(*words: str) -> RunConfig:
+    return load_run_config(["configs/sft.yaml"], [*SMALL, *words])
+
+
+@pytest.mark.parametrize(
+    "growth",
+    [
+        lambda share: share,
+        lambda share: share**3,
+        lambda share: share**0.3,
+        lambda share: round(4 * share) / 4,
+        lambda share: 0.0,
+    ],
+    ids=["even", "late", "early", "steps", "none"],
+)
+def test_what_is_kept_fits_and_everything_is_where_that_fits(growth: Callable[[float], float]) -> None:
+    def peak_of(share: float) -> float:
+        return 100 + 50 * growth(share)
+
+    for room in range(90, 160):
+        share = largest_share(peak_of, room)
+        assert (share is None) == (room < 100)
+        if share is not None:
+            assert peak_of(share) <= room
+            assert (share * SHARES).is_integer()
+            assert (share == 1) == (peak_of(1) <= room)
+
+
+def test_more_memory_never_keeps_less() -> None:
+    shares = [largest_share(lambda share: 100 + 50 * share, room) or 0 for room in range(90, 160)]
+    assert shares == sorted(shares)
+    assert len(set(shares)) > SHARES / 2
+
+
+def test_auto_keeps_what_the_card_has_room_for() -> None:
+    config, card = _read(AUTO), find_hardware("h100")
+    peaks = [Planner(card, 1).training_peak(keeping(config, share)) for share in (0, 1)]
+    assert peaks[0] < peaks[1]
+    rooms = {"less than full": 0.5 * peaks[0], "half": sum(peaks) / 2, "more than off": 2 * peaks[1]}
+    settled = {}
+    for name, room in rooms.items():
+        planner = Planner(replace(card, memory_gib=room / FILLED / 2**30), 1)
+        settled[name] = settle(planner, config)
+        if name != "less than full":
+            assert planner.training_peak(settled[name]) <= room
+    assert settled["less than full"] == keeping(config, 0)
+    assert settled["more than off"] == keeping(config, 1)
+    budget = settled["half"].args.checkpoint_budget
+    assert budget is not None
+    assert 0 < budget < 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("args.checkpoint_activations=off",),
+        ("args.checkpoint_activations=attention",),
+        (AUTO, "args.checkpoint_budget=0.5"),
+        (AUTO, "args.checkpoint_every=2"),
+        (AUTO, "args.checkpoint_offload=true"),
+    ],
+)
+def test_what_is_said_otherwise_stays(words: tuple[str, ...]) -> None:
+    config, mesh = _read(*words), start_single_process()
+    assert settle(Planner(find_hardware("h100"), 1), config) is config
+    assert settle_for_gpus(config, replace(mesh, device=torch.device("cuda", 0))) is config
+    assert config.args.recomputes == (words[0] != "args.checkpoint_activations=off")
+
+
+def test_a_cpu_keeps_everything() -> None:
+    config = _read(AUTO)
+    assert settle_for_gpus(config, start_single_process()) == keeping(config, 1)
+
+
+@pytest.mark.parametrize(("gigabytes", "share"), [(0.001, 0), (1000, 1)])
+def test_a_run_is_settled_by_the_free_memory_of_its_gpu(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: float, share: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 1e9, 1e15))
+    config = _read(AUTO)
+    mesh = replace(start_single_process(), device=torch.device("cuda", 0))
+    monkeypatch.setattr(activations, "gather_objects", lambda mesh, value: [1e15, value])
+    monkeypatch.setattr(activations, "on_rank_0", lambda mesh, function, may_take_long: function())
+    assert settle_for_gpus(config, mesh) == keeping(config, share)
+
+
+def test_a_model_that_cannot_be_counted_recomputes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(planner: Planner, config: RunConfig) -> float:
+        raise NotImplementedError("no meta kernel\nfor this")
+
+    monkeypatch.setattr(Planner, "training_peak", fail)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
+    monkeypatch.setattr(activations, "gather_objects", lambda mesh, value: [value])
+    monkeypatch.setattr(activations, "on_rank_0", lambda mesh, function, may_take_long: function())
+    config = _read(AUTO)
+    mesh = replace(start_single_process(), device=torch.device("cuda", 0))
+    assert settle_for_gpus(config, mesh) == keeping(config, 0)
