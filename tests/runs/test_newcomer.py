@@ -27,7 +27,7 @@ FIRST_LORA = (ROOT / "docs" / "first_lora.md").read_text(encoding="utf-8")
 PROMPT = "a big grey rabbit crawls out of its burrow onto a green meadow"
 # What makes the pages' runs short; everything else is typed as it stands there.
 SHORT = {
-    "train": "args.train_iters=200 args.eval_interval=200 args.save_interval=200 "
+    "train": "args.train_iters=120 args.eval_interval=120 args.save_interval=120 "
     "args.valid_video_interval=null",
     "sample": "args.sampling_steps=8",
     "check": "--no-paths",  # the released weights are not here
@@ -90,11 +90,11 @@ def test_your_first_lora_goes_from_clips_to_a_model_in_diffusers(
 
     words, log = shell_words(shortened(next(lines)), cwd=tmp_path), tmp_path / "log.txt"
     process = start_sat_train(words[1:], cwd=tmp_path, log=log)
-    stopped = interrupted(process, log, after="step 20/200")
+    stopped = interrupted(process, log, after="step 20/120")
     assert "Traceback" not in stopped.output
     (saved,) = re.findall(r"saved step (\d+); resume with args\.resume=auto", stopped.output)
-    assert 20 <= int(saved) < 200
-    assert f"training steps {int(saved) + 1} to 200" in done(next(lines), tmp_path)
+    assert 20 <= int(saved) < 120
+    assert f"training steps {int(saved) + 1} to 120" in done(next(lines), tmp_path)
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
     for _ in ("before", "after"):
@@ -102,7 +102,7 @@ def test_your_first_lora_goes_from_clips_to_a_model_in_diffusers(
     (base,) = (tmp_path / "before").glob("*.mp4")
     (ours,) = (tmp_path / "after").glob("*.mp4")
     frames = frames_of(ours).astype(float)
-    assert np.abs(frames - frames_of(base)).mean() > 10  # of 255: the LoRA is seen
+    assert np.abs(frames - frames_of(base)).mean() > 6  # of 255: the LoRA is seen
     done(next(lines), tmp_path)
     assert (tmp_path / "my_lora" / "pytorch_lora_weights.safetensors").is_file()
     printed = done(next(lines), tmp_path)
