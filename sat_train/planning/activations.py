@@ -10,11 +10,13 @@ import torch
 
 from sat_train.config import RunConfig
 from sat_train.config.hardware import find_hardware
+from sat_train.config.parts.loss_term_parts import DIFFUSION
 from sat_train.config.summary import describe_activations
 from sat_train.distributed.collectives import gather_objects, on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.compilation import compiles_blocks
 from sat_train.log import get_logger
+from sat_train.models.meta_models import counts_modules
 from sat_train.models.recomputation import keeping
 from sat_train.planning.planner import Planner
 
@@ -56,14 +58,24 @@ def is_open(config: RunConfig) -> bool:
     return args.checkpoint_activations == "auto" and not says
 
 
+def is_counted(config: RunConfig) -> bool:
+    """Returns whether a plan counts all that a step keeps.
+
+    It does not count what terms of the loss keep, nor modules whose inputs have a shape that is not known.
+    """
+    spec = config.spec
+    return not set(spec.loss_terms) - {DIFFUSION} and (not spec.modules or counts_modules(config))
+
+
 def settle(planner: Planner, config: RunConfig) -> RunConfig:
     """Returns a configuration that keeps as many activations as the planner's card has room for.
 
-    It recomputes everything where nothing fits, and stays as it is without `auto`.
+    It recomputes everything where nothing fits or not all is counted, and stays as it is without `auto`.
     """
     if not is_open(config):
         return config
-    return keeping(config, share_that_fits(planner, config) or 0)
+    share = share_that_fits(planner, config) if is_counted(config) else None
+    return keeping(config, share or 0)
 
 
 def share_that_fits(planner: Planner, config: RunConfig) -> float | None:
@@ -84,7 +96,9 @@ def settle_for_gpus(config: RunConfig, mesh: ProcessMesh) -> RunConfig:
         return config
     if mesh.device.type != "cuda":
         return keeping(config, 1)
-    free = min(gather_objects(mesh, torch.cuda.mem_get_info(mesh.device)[0]))
+    # what PyTorch holds already is part of the plan, or is given back
+    ours = torch.cuda.mem_get_info(mesh.device)[0] + torch.cuda.memory_reserved(mesh.device)
+    free = min(gather_objects(mesh, ours))
     counted = config if compiles_blocks(config.args, mesh.device) else _eager(config)
     share = on_rank_0(mesh, lambda: _counted_share(counted, mesh, free), may_take_long=True)
     settled = keeping(config, share)
@@ -97,6 +111,9 @@ def _eager(config: RunConfig) -> RunConfig:
 
 
 def _counted_share(config: RunConfig, mesh: ProcessMesh, free: float) -> float:
+    if not is_counted(config):
+        log.info("what terms of the loss and modules of extensions keep is not counted: all is recomputed")
+        return 0
     log.info("counting which activations %.0f GB of GPU memory have room for", free / 1e9)
     try:
         card = replace(find_hardware(_ANY_CARD), memory_gib=free / 2**30)

@@ -105,7 +105,8 @@ def test_a_cpu_keeps_everything() -> None:
 def test_a_run_is_settled_by_the_free_memory_of_its_gpu(
     monkeypatch: pytest.MonkeyPatch, gigabytes: float, share: float
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 1e9, 1e15))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 1e9 / 2, 1e15))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: gigabytes * 1e9 / 2)
     config = _read(AUTO)
     mesh = replace(start_single_process(), device=torch.device("cuda", 0))
     monkeypatch.setattr(activations, "gather_objects", lambda mesh, value: [1e15, value])
@@ -119,8 +120,25 @@ def test_a_model_that_cannot_be_counted_recomputes_everything(monkeypatch: pytes
 
     monkeypatch.setattr(Planner, "training_peak", fail)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(activations, "gather_objects", lambda mesh, value: [value])
     monkeypatch.setattr(activations, "on_rank_0", lambda mesh, function, may_take_long: function())
     config = _read(AUTO)
     mesh = replace(start_single_process(), device=torch.device("cuda", 0))
     assert settle_for_gpus(config, mesh) == keeping(config, 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "counted"),
+    [
+        ("condition/control_channels", True),
+        ("condition/control_branch", True),
+        ("condition/preference", False),
+        ("condition/inpainting", False),
+    ],
+)
+def test_a_run_with_more_than_is_counted_recomputes_everything(file: str, counted: bool) -> None:
+    paths = ["configs/sft.yaml", f"configs/{file}.yaml"]
+    config = load_run_config(paths, [*SMALL, AUTO], purpose="check", check_paths=False)
+    planner = Planner(replace(find_hardware("h100"), memory_gib=1e6), 1)
+    assert settle(planner, config) == keeping(config, 1 if counted else 0)
