@@ -13,7 +13,7 @@ from torch import nn
 
 from sat_train.config import RunConfig
 from sat_train.engine.owned import row_length
-from sat_train.engine.reduction import bucket_bytes
+from sat_train.engine.reduction import bucket_bytes, overlaps
 from sat_train.engine.undivided import is_undivided
 from sat_train.models.build import compute_dtype, encoder_dtype
 from sat_train.models.frozen_layers import hold_frozen_weights
@@ -113,6 +113,7 @@ class StateMemory:
         gradients: The most that lasts between operations of a backward pass.
         optimizer: Masters, states and the moving average that are on the GPU.
         offloaded: Those that are in host memory.
+        offloaded_copies: Gradients, and weights on their way, that are in host memory with these.
         swapped: Weights that are in host memory.
         buffers: Of collectives.
         update: What the update takes besides, when activations are gone.
@@ -122,6 +123,7 @@ class StateMemory:
     gradients: float
     optimizer: float
     offloaded: float
+    offloaded_copies: float
     swapped: float
     buffers: float
     update: float
@@ -157,17 +159,25 @@ def count_states(config: RunConfig, weights: Weights, *, data_ranks: int) -> Sta
     masters = 0 if stage == 0 else MASTER_BYTES
     states = (masters + average + config.deepspeed.optimizer.params.bytes_per_weight()) * share
     frozen_and_padded = total - weights.held - trained + (share * data_ranks if stage in (1, 2) else trained)
-    # stage 1 reduces in the last micro-step, during its backward pass as stage 2 does in each
-    whole = stage == 0 or (stage == 1 and config.args.gradient_accumulation_steps > 1)
+    accumulates = config.args.gradient_accumulation_steps > 1
+    # stage 1 reduces in the last micro-step, and during its backward pass where it overlaps; stage 2 in each
+    is_late = accumulates or not overlaps(zero, data_ranks=data_ranks, on_gpu=True)
+    whole = stage == 0 or (stage == 1 and is_late)
+    # gradients leave for host memory as buckets are reduced, and add up there
+    kept = trained if whole else 0.0 if is_offloaded else share
+    copies = MASTER_BYTES + element * (2 if stage == 2 and accumulates else 1)
     summed = MASTER_BYTES if config.deepspeed.data_types.grad_accum_dtype == "fp32" else element
     return StateMemory(
         weights=element * (total / data_ranks if stage == 3 else frozen_and_padded) + weights.held_bytes,
-        gradients=summed * (trained if whole else share),
+        gradients=summed * kept,
         optimizer=0.0 if is_offloaded else states,
         offloaded=states if is_offloaded else 0.0,
+        offloaded_copies=copies * share if is_offloaded else 0.0,
         swapped=weights.host_bytes,
         buffers=(stage > 0 or data_ranks > 1)
-        * bucket_bytes(config.deepspeed, trained=trained, data_ranks=data_ranks, element=element),
+        * bucket_bytes(config.deepspeed, trained=trained, data_ranks=data_ranks, element=element)
+        # one gradient on its way from host memory
+        + (element * max(weights.trained) if is_offloaded and stage < 3 else 0.0),
         # the fp32 gradient, and DeepSpeed's flat copy of the half-precision one
         update=0.0
         if is_offloaded or stage == 0

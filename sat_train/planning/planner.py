@@ -196,7 +196,7 @@ class Planner:
         args, loaded = config.args, _loaded_encoders(config, count_encoders(config, weights))
         if _forgets_text_encoder(config):
             loaded = replace(loaded, text=0.0, host=0.0)
-        on_host = loaded.host + states.offloaded + states.swapped
+        on_host = loaded.host + states.offloaded + states.offloaded_copies + states.swapped
         training = PhaseMemory(
             "step",
             weights=states.weights,
