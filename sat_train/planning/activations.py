@@ -85,6 +85,16 @@ def share_that_fits(planner: Planner, config: RunConfig) -> float | None:
     )
 
 
+def free_memory(device: torch.device) -> float:
+    """Returns the bytes of a GPU that this process may use; infinity on a CPU.
+
+    They include what PyTorch holds already, which is part of the plan, or is given back.
+    """
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] + float(torch.cuda.memory_reserved(device))
+
+
 def settle_for_gpus(config: RunConfig, mesh: ProcessMesh) -> RunConfig:
     """Returns a configuration that keeps as many activations as the GPUs of this run have room for.
 
@@ -94,11 +104,9 @@ def settle_for_gpus(config: RunConfig, mesh: ProcessMesh) -> RunConfig:
     """
     if not is_open(config):
         return config
-    if mesh.device.type != "cuda":
+    free = min(gather_objects(mesh, free_memory(mesh.device)))
+    if math.isinf(free):
         return keeping(config, 1)
-    # what PyTorch holds already is part of the plan, or is given back
-    ours = torch.cuda.mem_get_info(mesh.device)[0] + torch.cuda.memory_reserved(mesh.device)
-    free = min(gather_objects(mesh, ours))
     counted = config if compiles_blocks(config.args, mesh.device) else _eager(config)
     share = on_rank_0(mesh, lambda: _counted_share(counted, mesh, free), may_take_long=True)
     settled = keeping(config, share)

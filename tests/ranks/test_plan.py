@@ -140,3 +140,22 @@ def test_activations_of_all_layers_are_those_that_two_and_four_layers_predict(
     rank_pool: Callable[..., Any],
 ) -> None:
     rank_pool(1)(_passes_as_planned)
+
+
+def _settle(mesh: ProcessMesh, free: list[float]) -> Any:
+    from sat_train.planning import activations
+
+    config = _config("sft", "args.checkpoint_activations=auto")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "free_memory", lambda device: free[mesh.rank])
+        args = activations.settle_for_gpus(config, mesh).args
+    return args.checkpoint_activations, args.checkpoint_budget
+
+
+@pytest.mark.parametrize(
+    ("free", "policy"), [([1e12, 1e6], "full"), ([1e6, 1e12], "full"), ([1e12, 1e11], "off")]
+)
+def test_all_ranks_recompute_what_the_gpu_with_the_least_memory_must(
+    rank_pool: Callable[..., Any], free: list[float], policy: str
+) -> None:
+    assert rank_pool(2)(_settle, free) == [(policy, None), (policy, None)]

@@ -13,7 +13,14 @@ from sat_train.config.hardware import find_hardware
 from sat_train.distributed.processes import start_single_process, stop_processes
 from sat_train.models.recomputation import keeping
 from sat_train.planning import activations
-from sat_train.planning.activations import FILLED, SHARES, largest_share, settle, settle_for_gpus
+from sat_train.planning.activations import (
+    FILLED,
+    SHARES,
+    free_memory,
+    largest_share,
+    settle,
+    settle_for_gpus,
+)
 from sat_train.planning.planner import Planner
 
 AUTO = "args.checkpoint_activations=auto"
@@ -90,9 +97,9 @@ def test_auto_keeps_what_the_card_has_room_for() -> None:
     ],
 )
 def test_what_is_said_otherwise_stays(words: tuple[str, ...]) -> None:
-    config, mesh = _read(*words), start_single_process()
+    config = _read(*words)
     assert settle(Planner(find_hardware("h100"), 1), config) is config
-    assert settle_for_gpus(config, replace(mesh, device=torch.device("cuda", 0))) is config
+    assert settle_for_gpus(config, start_single_process()) is config
     assert config.args.recomputes == (words[0] != "args.checkpoint_activations=off")
 
 
@@ -101,17 +108,10 @@ def test_a_cpu_keeps_everything() -> None:
     assert settle_for_gpus(config, start_single_process()) == keeping(config, 1)
 
 
-@pytest.mark.parametrize(("gigabytes", "share"), [(0.001, 0), (1000, 1)])
-def test_a_run_is_settled_by_the_free_memory_of_its_gpu(
-    monkeypatch: pytest.MonkeyPatch, gigabytes: float, share: float
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 1e9 / 2, 1e15))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: gigabytes * 1e9 / 2)
-    config = _read(AUTO)
-    mesh = replace(start_single_process(), device=torch.device("cuda", 0))
-    monkeypatch.setattr(activations, "gather_objects", lambda mesh, value: [1e15, value])
-    monkeypatch.setattr(activations, "on_rank_0", lambda mesh, function, may_take_long: function())
-    assert settle_for_gpus(config, mesh) == keeping(config, share)
+def test_memory_that_pytorch_holds_is_free_for_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6e9, 8e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(1e9))
+    assert free_memory(torch.device("cuda", 0)) == 7e9
 
 
 def test_a_model_that_cannot_be_counted_recomputes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +119,9 @@ def test_a_model_that_cannot_be_counted_recomputes_everything(monkeypatch: pytes
         raise NotImplementedError("no meta kernel\nfor this")
 
     monkeypatch.setattr(Planner, "training_peak", fail)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(activations, "gather_objects", lambda mesh, value: [value])
-    monkeypatch.setattr(activations, "on_rank_0", lambda mesh, function, may_take_long: function())
+    monkeypatch.setattr(activations, "free_memory", lambda device: 1e12)
     config = _read(AUTO)
-    mesh = replace(start_single_process(), device=torch.device("cuda", 0))
-    assert settle_for_gpus(config, mesh) == keeping(config, 0)
+    assert settle_for_gpus(config, start_single_process()) == keeping(config, 0)
 
 
 @pytest.mark.parametrize(
