@@ -137,10 +137,12 @@ def describe_activations(args: ArgsConfig) -> str:
     """Returns in words what of the activations is kept for the backward pass."""
     if args.checkpoint_budget is not None:
         return f"kept within {args.checkpoint_budget:g} of their memory, the rest recomputed"
+    if args.keeps_what_fits:
+        return "kept as the memory of the GPUs allows"
     if not args.recomputes:
         return "kept"
     some = "" if args.checkpoint_every == 1 else f" in one block of {args.checkpoint_every}"
-    return f"recomputed ({args.checkpoint_activations}){some}"
+    return f"recomputed ({args.recompute}){some}"
 
 
 def _validation(config: RunConfig) -> str:

@@ -47,17 +47,6 @@ def largest_share(peak_of: Callable[[float], float], room: float) -> float | Non
     return steps / SHARES
 
 
-def is_open(config: RunConfig) -> bool:
-    """Returns whether `auto` has to be settled.
-
-    A budget, `args.checkpoint_every` and `args.checkpoint_offload` say what is recomputed; without a policy
-    theirs is `full`.
-    """
-    args = config.args
-    says = args.checkpoint_budget is not None or args.checkpoint_every > 1 or args.checkpoint_offload
-    return args.checkpoint_activations == "auto" and not says
-
-
 def is_counted(config: RunConfig) -> bool:
     """Returns whether a plan counts all that a step keeps.
 
@@ -72,7 +61,7 @@ def settle(planner: Planner, config: RunConfig) -> RunConfig:
 
     It recomputes everything where nothing fits or not all is counted, and stays as it is without `auto`.
     """
-    if not is_open(config):
+    if not config.args.keeps_what_fits:
         return config
     share = share_that_fits(planner, config) if is_counted(config) else None
     return keeping(config, share or 0)
@@ -102,7 +91,7 @@ def settle_for_gpus(config: RunConfig, mesh: ProcessMesh) -> RunConfig:
 
     Ranks: all; rank 0 counts.
     """
-    if not is_open(config):
+    if not config.args.keeps_what_fits:
         return config
     free = min(gather_objects(mesh, free_memory(mesh.device)))
     if math.isinf(free):

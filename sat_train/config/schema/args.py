@@ -315,6 +315,15 @@ class ArgsConfig(Record):
     )
 
     @property
+    def keeps_what_fits(self) -> bool:
+        """Returns whether `checkpoint_activations: auto` has to be settled.
+
+        A budget, `checkpoint_every` and `checkpoint_offload` say what is recomputed.
+        """
+        says = self.checkpoint_budget is not None or self.checkpoint_every > 1 or self.checkpoint_offload
+        return self.checkpoint_activations == "auto" and not says
+
+    @property
     def recompute(self) -> Recompute:
         """Returns the policy of blocks that have none of their own; `auto` is `full` until it is settled."""
         return "full" if self.checkpoint_activations == "auto" else self.checkpoint_activations
