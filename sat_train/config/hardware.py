@@ -27,7 +27,7 @@ class Hardware:
         convolution_tflops: 3D convolutions of the autoencoder.
         attention_tflops: Forward of attention.
         attention_backward_tflops: Its backward.
-        memory_tbps: Elementwise operations, TB/s.
+        memory_tbps: Compiled elementwise operations, TB/s.
         link_gbps: Collectives within a machine, GB/s.
         network_gbps: Collectives between machines, GB/s for each GPU.
     """
@@ -59,19 +59,21 @@ class Hardware:
         return self.link_gbps if gpus <= GPUS_OF_A_MACHINE else self.network_gbps
 
 
-# Matrix products at two thirds of the peak, convolutions at a quarter, elementwise operations at 0.8 of the
-# memory's bandwidth. Attention on Hopper: cuDNN's figures in the FlashAttention-3 paper (arXiv:2407.08608,
-# figures 5 and 6, head width 64); elsewhere FlashAttention-2 (arXiv:2307.08691, figures 4 and 5), or the same
-# share of the peak. 400 Gb/s of network for each GPU of a machine with NVLink, 100 without.
+# The H100's rates of matrix products, convolutions and attention (cuDNN's kernels) are measured in steps and
+# in the autoencoder, at the card's limit of power; a kernel alone is faster by a tenth (docs/benchmarks.md).
+# The others' are scaled by it: matrix products at three quarters of the peak (L40S: 0.6), convolutions at
+# 0.22, attention at 0.95 forward and 0.92 backward of what FlashAttention-2 reaches at a head width of 64
+# (arXiv:2307.08691, figures 4 and 5), or the same share of the peak. Elementwise operations: 0.8 of the
+# memory's bandwidth. 400 Gb/s of network for each GPU of a machine with NVLink, 100 without.
 HARDWARE = {
     card.name: card
     for card in (
-        Hardware("h100", 80, 989, 650, 250, 413, 433, 2.7, 300, 50),
-        Hardware("h200", 141, 989, 650, 250, 413, 433, 3.9, 300, 50),
-        Hardware("a100", 80, 312, 220, 80, 190, 165, 1.6, 200, 25),
-        Hardware("a100-40", 40, 312, 220, 80, 190, 165, 1.25, 200, 25),
-        Hardware("l40s", 48, 362, 200, 80, 130, 115, 0.7, 20, 12),
-        Hardware("rtx4090", 24, 165, 130, 40, 90, 80, 0.8, 20, 12),
+        Hardware("h100", 80, 989, 745, 215, 395, 400, 2.7, 300, 50),
+        Hardware("h200", 141, 989, 745, 215, 395, 400, 3.9, 300, 50),
+        Hardware("a100", 80, 312, 235, 68, 180, 152, 1.6, 200, 25),
+        Hardware("a100-40", 40, 312, 235, 68, 180, 152, 1.25, 200, 25),
+        Hardware("l40s", 48, 362, 215, 68, 124, 106, 0.7, 20, 12),
+        Hardware("rtx4090", 24, 165, 125, 36, 86, 74, 0.8, 20, 12),
     )
 }
 

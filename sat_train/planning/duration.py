@@ -16,7 +16,7 @@ from sat_train.engine.compilation import compiles_on_gpus
 from sat_train.engine.reduction import reduced_element_bytes, reduces_to_owners
 from sat_train.models.build import compute_dtype
 from sat_train.planning.counting import Work
-from sat_train.planning.gpu_memory import Weights
+from sat_train.planning.gpu_memory import MASTER_BYTES, Weights
 
 _TERA, _GIGA = 1e12, 1e9
 _HOST_UPDATE_S = 1.2e-8  # an element of torch's AdamW on one CPU thread
@@ -24,6 +24,12 @@ _HOST_TFLOPS = 1.0  # of a rank's share of a server's processors, for matrix pro
 # bytes that elementwise operations of a compiled block move, by those of an eager one, with all weights and
 # with frozen ones: `benchmarks/block.py compiled --width 512`
 _COMPILED_TRAFFIC, _COMPILED_TRAFFIC_FROZEN = 126 / 172, 110 / 153
+# rate of an eager block's elementwise operations, by that of a compiled one's: 1.01 TB in 0.66 s of an H100
+_EAGER_RATE = 0.57
+# bytes a weight that DeepSpeed moves besides the update, in half precision: the gradient into bucket and
+# partition (8), flat (4), in fp32 (6), unscaled (8), its norm in double precision (18), the master into the
+# weight (4)
+_DEEPSPEED_TRAFFIC = 48
 HOST_COPY_GBPS = 20  # between GPU and host
 
 
@@ -56,25 +62,25 @@ class StepTime:
         return sum((*parts, self.communication, self.optimizer, self.encoding, self.swapping))
 
 
-def moved_share(config: RunConfig) -> float:
-    """Returns what elementwise operations move on GPUs, as a share of what those of eager blocks move."""
+def elementwise_factor(config: RunConfig) -> float:
+    """Returns the time of elementwise operations, by that of an eager block's bytes at the card's rate."""
     if not compiles_on_gpus(config.args):
-        return 1.0
+        return 1 / _EAGER_RATE
     return _COMPILED_TRAFFIC_FROZEN if config.freezes_base else _COMPILED_TRAFFIC
 
 
-def computing_seconds(work: Work, card: Hardware, *, moved: float) -> tuple[float, float, float]:
+def computing_seconds(work: Work, card: Hardware, *, elementwise_factor: float) -> tuple[float, float, float]:
     """Returns seconds of matrix products, attention and elementwise operations.
 
     Args:
         work: Of eager blocks.
         card: The card.
-        moved: From `moved_share`.
+        elementwise_factor: From the function of this name.
     """
     linear = work.linear_flops / card.matmul_tflops
     forward = work.attention_flops / card.attention_tflops
     backward = work.attention_backward_flops / card.attention_backward_tflops
-    elementwise = moved * work.moved_bytes / card.memory_tbps
+    elementwise = elementwise_factor * work.moved_bytes / card.memory_tbps
     return linear / _TERA, (forward + backward) / _TERA, elementwise / _TERA
 
 
@@ -125,14 +131,15 @@ def swapping_seconds(copied: float, *, computing: float) -> float:
 
 
 def optimizer_seconds(config: RunConfig, card: Hardware, *, elements: float) -> float:
-    """Returns the seconds of the update of so many elements: reads and writes of masters and states.
+    """Returns the seconds of the update of so many elements: masters, states, and copies of DeepSpeed's.
 
     In host memory one thread computes it, between copies of gradients and weights.
     """
     if config.deepspeed.zero_optimization.offload_optimizer.device == "cpu":
         return elements * (_HOST_UPDATE_S + 4 / HOST_COPY_GBPS / _GIGA)
     state = config.deepspeed.optimizer.params.bytes_per_weight()
-    return elements * (2 * (4 + state) + 4 + 2) / card.memory_tbps / _TERA
+    copies = _DEEPSPEED_TRAFFIC if compute_dtype(config.args).itemsize < MASTER_BYTES else 0
+    return elements * (2 * (4 + state) + 4 + 2 + copies) / card.memory_tbps / _TERA
 
 
 def encoding_seconds(
@@ -141,4 +148,5 @@ def encoding_seconds(
     """Returns the seconds of autoencoder and T5 for one sample."""
     text = 2 * weights.text_encoder * text_tokens / (_HOST_TFLOPS if text_on_host else card.matmul_tflops)
     convolutions = work.linear_flops / card.convolution_tflops
-    return (text + convolutions) / _TERA + work.moved_bytes / card.memory_tbps / _TERA
+    elementwise = work.moved_bytes / card.memory_tbps / _EAGER_RATE
+    return (text + convolutions + elementwise) / _TERA

@@ -27,8 +27,8 @@ from sat_train.planning.duration import (
     StepTime,
     communication_seconds,
     computing_seconds,
+    elementwise_factor,
     encoding_seconds,
-    moved_share,
     optimizer_seconds,
     summing_seconds,
     swapping_seconds,
@@ -133,7 +133,7 @@ class Planner:
         data_ranks = self._data_ranks(config)
         weights = self._weights(config)
         tokens = self._tokens(config)
-        step = self._step(config, weights, data_ranks)
+        step = self.step_time(config)
         samples = args.batch_size * args.gradient_accumulation_steps
         shared_by = args.model_parallel_size
         flops = samples * spec.training_flops(tokens, trains_base=not config.freezes_base) / shared_by
@@ -244,8 +244,9 @@ class Planner:
         sharing = data_ranks if config.args.zero_stage == 3 else 1
         return _saved_weights_bytes(config, weights) / sharing + owned
 
-    def _step(self, config: RunConfig, weights: Weights, data_ranks: int) -> StepTime:
-        args = config.args
+    def step_time(self, config: RunConfig) -> StepTime:
+        """Returns the seconds of one optimizer step."""
+        args, weights, data_ranks = config.args, self._weights(config), self._data_ranks(config)
         work = self._passes(config, args.batch_size).work
         linear, attention, elementwise = self._computing_seconds(config, args.batch_size)
         passes, samples = args.gradient_accumulation_steps, args.batch_size * args.gradient_accumulation_steps
@@ -281,7 +282,7 @@ class Planner:
         self, config: RunConfig, batch_size: int, *, training: bool = True
     ) -> tuple[float, float, float]:
         work = self._passes(config, batch_size, training=training).work
-        return computing_seconds(work, self.card, moved=moved_share(config))
+        return computing_seconds(work, self.card, elementwise_factor=elementwise_factor(config))
 
     def _hours(self, config: RunConfig, step: StepTime, written: float, data_ranks: int) -> float | None:
         args = config.args
