@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from sat_train import files as files_module
 from sat_train.checkpoint import publish
 from sat_train.checkpoint.manifest import Manifest
 from sat_train.checkpoint.publish import RankReport
@@ -90,42 +93,71 @@ def holds_step(folder: Path, step: int) -> bool:
 _POINTS = ("fsync", "replace", "rename", "mkdir", "open", "rmdir", "unlink")
 
 
-def _die_at(number: int) -> None:
-    """From now on this process dies at its `number`-th file operation; a write stops half-way."""
-    count = 0
+@contextmanager
+def _interrupted(interrupt: Callable[[], None]) -> Iterator[None]:
+    """Calls a function before each file operation and in the middle of each write, but its own."""
+    is_interrupting = False
 
-    def dies() -> bool:
-        nonlocal count
-        count += 1
-        return count == number
+    def pause() -> None:
+        nonlocal is_interrupting
+        if not is_interrupting:
+            is_interrupting = True
+            interrupt()
+            is_interrupting = False
 
     def before(function: Callable[..., Any]) -> Callable[..., Any]:
-        def killed(*args: Any, **options: Any) -> Any:
-            if dies():
-                os.kill(os.getpid(), signal.SIGKILL)
+        def late(*args: Any, **options: Any) -> Any:
+            pause()
             return function(*args, **options)
 
-        return killed
+        return late
 
-    for name in _POINTS:
-        setattr(os, name, before(getattr(os, name)))
-    write = files_module.HashingFile.write
+    write = HashingFile.write
 
-    def half_written(self: files_module.HashingFile, data: Any) -> int:
-        if dies():
-            write(self, memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
-            self._raw.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return write(self, data)
+    def in_halves(self: HashingFile, data: Any) -> int:
+        whole = memoryview(data).cast("B")
+        half = write(self, whole[: whole.nbytes // 2])
+        self._raw.flush()
+        pause()
+        return half + write(self, whole[half:])
 
-    files_module.HashingFile.write = half_written  # type: ignore[method-assign]
+    with ExitStack() as patches:
+        for name in _POINTS:
+            patches.enter_context(patch.object(os, name, before(getattr(os, name))))
+        patches.enter_context(patch.object(HashingFile, "write", in_halves))
+        yield
 
 
 def run_killed(action: Callable[[], object], number: int) -> int:
     """Runs `action` in a forked process that dies at its `number`-th file operation; returns how it ended."""
     child = os.fork()
     if child == 0:
-        _die_at(number)
-        action()
+        count = itertools.count(1)
+
+        def die() -> None:
+            if next(count) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with _interrupted(die):
+            action()
         os._exit(0)
     return os.waitpid(child, 0)[1]
+
+
+def states_of_kills(action: Callable[[], object], run: Path, root: Path) -> list[Path]:
+    """Runs `action`; returns copies of a folder as a kill at each file operation leaves it, and as it ends.
+
+    A kill leaves what the process has handed to the system, which is what a copy finds; a process forked for
+    each operation would cost a hundred times as much.
+    """
+    copies: list[Path] = []
+
+    def copy() -> None:
+        target = root / f"killed{len(copies)}" / run.name
+        shutil.copytree(run, target)
+        copies.append(target)
+
+    with _interrupted(copy):
+        action()
+    copy()
+    return copies

@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from sat_train.checkpoint.manifest import verify_checkpoint
 from sat_train.checkpoint.retention import prune_checkpoints, remove_leftovers
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.errors import CheckpointError
-from tests.unit.checkpoint.folders import FILES, commit, holds_step, run_directory, run_killed
+from tests.unit.checkpoint.folders import FILES, commit, holds_step, run_directory, states_of_kills
 
 
 def test_a_published_folder_holds_the_files_and_their_hashes(mesh: ProcessMesh, tmp_path: Path) -> None:
@@ -43,31 +42,28 @@ def test_a_step_that_is_saved_again_replaces_the_old_one(mesh: ProcessMesh, tmp_
 
 
 def test_a_save_killed_at_any_point_never_leaves_a_torn_checkpoint(mesh: ProcessMesh, tmp_path: Path) -> None:
-    ended, number = signal.SIGKILL, 0
+    run = run_directory(tmp_path)
+    commit(mesh, run, 1)
+
+    def save_and_prune() -> None:
+        commit(mesh, run, 2)
+        prune_checkpoints(run, keep_last=1)
+
+    states = states_of_kills(save_and_prune, run, tmp_path)
     seen = set()
-    while ended:
-        number += 1
-        run = run_directory(tmp_path, name=f"exp{number}")
-        commit(mesh, run, 1)
-
-        def save_and_prune(run: Path = run) -> None:
-            commit(mesh, run, 2)
-            prune_checkpoints(run, keep_last=1)
-
-        ended = run_killed(save_and_prune, number)
-        assert ended in (0, signal.SIGKILL)
-        newest = newest_verified(run)
+    for number, state in enumerate(states):
+        newest = newest_verified(state)
         assert newest is not None, f"nothing to resume from after a kill at operation {number}"
-        assert holds_step(run / str(newest.step), newest.step)
-        assert not list(run.glob("*.corrupt")), f"a torn folder was committed at operation {number}"
+        assert holds_step(state / str(newest.step), newest.step)
+        assert not list(state.glob("*.corrupt")), f"a torn folder was committed at operation {number}"
         seen.add(newest.step)
 
-        remove_leftovers(run)
-        assert not list(run.glob(".tmp-*"))
-        commit(mesh, run, 3)
-        assert (run / LATEST).read_text() == "3"
+        remove_leftovers(state)
+        assert not list(state.glob(".tmp-*"))
+        commit(mesh, state, 3)
+        assert (state / LATEST).read_text() == "3"
     assert seen == {1, 2}
-    assert number > 20
+    assert len(states) > 20
 
 
 # --- a disk that is full
