@@ -1,6 +1,6 @@
 """The first hour on a GPU: measures what could only be computed, and says where the two disagree.
 
-    python benchmarks/gpu_check.py                                  # one GPU, all checks, about 35 minutes
+    python benchmarks/gpu_check.py                                  # one GPU, all checks, about 25 minutes
     python benchmarks/gpu_check.py --list
     python benchmarks/gpu_check.py --only env attention step_5b_lora --out findings.jsonl
     python benchmarks/gpu_check.py --minutes 15                     # those that fit, in this order

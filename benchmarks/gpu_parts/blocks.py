@@ -128,6 +128,6 @@ def _inputs(setting: Setting, config: RunConfig) -> dict[str, Tensor]:
 
 CHECKS = (
     Check("precision", 1, "bf16 and fp16 follow fp32; the loss scale settles", precision),
-    Check("compile", 4, "compiled blocks: speed, memory, same gradients", compilation),
-    Check("recompute", 2, "peak of each policy against the plan; same gradients", recomputation),
+    Check("compile", 2, "compiled blocks: speed, memory, same gradients", compilation),
+    Check("recompute", 1, "peak of each policy against the plan; same gradients", recomputation),
 )

@@ -138,5 +138,5 @@ def _times(setting: Setting, run: Callable[[], Tensor]) -> tuple[float, float]:
 CHECKS = (
     Check("env", 0.1, "versions, memory, and what compilation needs", environment),
     Check("collectives", 0.1, "NCCL starts, and answers", collectives),
-    Check("attention", 2, "which kernel runs, how exactly and how fast", attention),
+    Check("attention", 0.5, "which kernel runs, how exactly and how fast", attention),
 )

@@ -11,25 +11,29 @@ import torch
 
 from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, within
 from benchmarks.gpu_parts.random_run import RandomRun, build_run, read_run, run_steps, step_bytes
+from sat_train.config.summary import describe_activations
 from sat_train.models.attention import attention_kernels
+from sat_train.planning.activations import settle_for_gpus
 from sat_train.planning.planner import Plan, Planner
 
 _STEPS = 6
 _MODELS = {"2b": "cogvideox_2b", "5b": "cogvideox_5b", "1.5": "cogvideox1.5_5b"}
 # what is run: model, recipe, words, and minutes on one H100
 _RUNS = (
-    ("2b", "sft", "off", 1.5),
-    ("2b", "sft", "blocks", 2.5),
-    ("2b", "lora", "blocks", 2.5),
-    ("5b", "lora", "off", 2.0),
-    ("5b", "lora", "blocks", 3.0),
-    ("1.5", "lora", "blocks", 4.0),
+    ("2b", "sft", "off", 1),
+    ("2b", "sft", "blocks", 1),
+    ("2b", "lora", "blocks", 1),
+    ("5b", "lora", "off", 1.5),
+    ("5b", "lora", "blocks", 1.5),
+    ("1.5", "lora", "blocks", 3),
 )
 
 
 def step(setting: Setting, *, model: str, recipe: str, compiled: str) -> Iterator[Finding]:
     """Yields what a training step of a run costs."""
-    config = read_run(setting, _MODELS[model], recipe, f"args.compile={compiled}")
+    words = (f"args.compile={compiled}", "args.checkpoint_activations=auto")
+    config = settle_for_gpus(read_run(setting, _MODELS[model], recipe, *words), setting.mesh)
+    yield Finding("activations", describe_activations(config.args))
     plan = Planner(setting.card, setting.mesh.world_size).plan(config)
     run = build_run(setting, config)
     first = run_steps(setting, run, 1)
