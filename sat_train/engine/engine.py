@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sat_train.checkpoint.fragments import Fragment, SavedFragments, Scalar
 from sat_train.distributed.collectives import sum_over_data
 from sat_train.distributed.processes import ProcessMesh
+from sat_train.distributed.processors import threads_of_a_rank
 from sat_train.engine.slots import base_optimizer, find_slots, held_piece
 from sat_train.engine.step_read import StepRead, read_norm_once
 from sat_train.engine.trained_state import compact, read_state, write_state
@@ -102,7 +104,8 @@ class TrainEngine:
         if flags is not None:
             self._read.expect(flags)
         self.before_update()
-        self._engine.step()
+        with threads_of_a_rank() if self._engine.zero_use_cpu_optimizer() else nullcontext():
+            self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return StepOutcome(bool(self._engine.was_step_applied()), norm, self._read.take_flags())
 

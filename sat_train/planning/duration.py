@@ -19,7 +19,7 @@ from sat_train.planning.counting import Work
 from sat_train.planning.gpu_memory import MASTER_BYTES, Weights
 
 _TERA, _GIGA = 1e12, 1e9
-_HOST_UPDATE_S = 1.2e-8  # an element of torch's AdamW on one CPU thread
+_HOST_UPDATE_S = 2.4e-9  # an element of torch's AdamW on 16 cores, measured
 _HOST_TFLOPS = 1.0  # of a rank's share of a server's processors, for matrix products in bf16
 # bytes that elementwise operations of a compiled block move, by those of an eager one, with all weights and
 # with frozen ones: `benchmarks/block.py compiled --width 512`
@@ -133,7 +133,7 @@ def swapping_seconds(copied: float, *, computing: float) -> float:
 def optimizer_seconds(config: RunConfig, card: Hardware, *, elements: float) -> float:
     """Returns the seconds of the update of so many elements: masters, states, and copies of DeepSpeed's.
 
-    In host memory one thread computes it, between copies of gradients and weights.
+    In host memory the processors of the rank compute it, between copies of gradients and weights.
     """
     if config.deepspeed.zero_optimization.offload_optimizer.device == "cpu":
         return elements * (_HOST_UPDATE_S + 4 / HOST_COPY_GBPS / _GIGA)

@@ -305,3 +305,30 @@ def _load_at_stage_3(mesh: ProcessMesh) -> str:
 def test_state_of_whole_weights_is_not_divided(rank_pool: Callable[..., Any]) -> None:
     (message,) = rank_pool(1)(_load_at_stage_3)
     assert "step 1 holds exp_avg_sq_row, exp_avg_sq_col, exp_avg_res_row, exp_avg_res_col of first" in message
+
+
+def _threads(mesh: ProcessMesh, layout: Layout) -> tuple[int, int, int]:
+    """Returns the threads before an update, in it and after it."""
+    from sat_train.distributed import processors
+
+    engine, before, seen = _engine(mesh, "AdamW", layout), torch.get_num_threads(), []
+    update = engine._optimizer.step
+
+    def counted(*options: Any, **more: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return update(*options, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processors, "processors_of_a_rank", lambda: before + 2)
+        patch.setattr(engine._optimizer, "step", counted)
+        _train(mesh, engine, "AdamW", range(1))
+    (inside,) = seen
+    return before, inside, torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("offload", "more"), [("cpu", 2), ("none", 0)])
+def test_an_update_in_host_memory_takes_the_processors_of_its_rank(
+    rank_pool: Callable[..., Any], offload: str, more: int
+) -> None:
+    ((before, inside, after),) = rank_pool(1)(_threads, Layout(1, 2, offload))
+    assert (inside, after) == (before + more, before)
