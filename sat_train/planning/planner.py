@@ -62,8 +62,8 @@ class Plan:
         data_ranks: Ranks with batches of their own.
         weights: Weights of the transformer on a rank.
         trained: Those that train.
-        activations: What the backward pass computes again, in words.
         compiled: Blocks are compiled.
+        activations: What is kept of them for the backward pass, in words.
         tokens: Of one sample, text included.
         samples: Of one optimizer step, on all ranks.
         phases: Memory by phase.
