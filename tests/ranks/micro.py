@@ -1,8 +1,9 @@
-"""Whole runs in seconds: a micro model with random weights on the demo clips."""
+"""Whole runs in a second: a micro model with random weights on a few of the demo's clips."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sat_train.config import RunConfig, load_run_config
+from sat_train.config.paths import ASSETS
 from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.distributed.seeds import derive_generator
 
@@ -22,6 +24,8 @@ _MICRO = """
 args:
   load: {folder}/dit.safetensors
   save: {folder}/runs
+  train_data: ["{folder}/train"]
+  valid_data: ["asset:demo/valid"]
   batch_size: 2
   num_workers: 0
   log_interval: 1
@@ -37,7 +41,7 @@ model:
         latent_height: 4, latent_width: 4}}
   first_stage_config:
     params:
-      ckpt_path: {folder}/vae.safetensors
+      ckpt_path: {folder}/vae.pt
       encoder_config: {{params: {{ch: 4, ch_mult: [1, 1, 1, 1]}}}}
       decoder_config: {{params: {{ch: 4, ch_mult: [1, 1, 1, 1]}}}}
 deepspeed:
@@ -46,18 +50,27 @@ deepspeed:
 
 
 def write_micro(folder: Path, *, heads: int = 1) -> None:
-    """Writes `micro.yaml` and the weights it names. Demo clips and tiny T5 are those of the package."""
+    """Writes `micro.yaml`, and the weights and clips it names. The tiny T5 is that of the package."""
     from sat_train.models.build import build_dit
     from sat_train.models.vae.build import build_vae
 
-    folder.mkdir(parents=True, exist_ok=True)
+    _copy_clips(folder / "train")
     (folder / "micro.yaml").write_text(_MICRO.format(folder=folder, heads=heads, width=64 * heads))
     start_single_process()
     config = micro_run(folder, check_paths=False)
     dit = build_dit(config.spec, device="cpu", dtype=torch.float32)
     vae = build_vae(config.spec, device="meta")
     save_random(dit, folder / "dit.safetensors")
-    save_random(vae, folder / "vae.safetensors")
+    # read whole, where a file of safetensors is opened for each of 300 tensors
+    torch.save(random_state(vae), folder / "vae.pt")
+
+
+def _copy_clips(target: Path) -> None:
+    """Copies a dozen of the demo's clips of all kinds: a run looks into each of its clips as it begins."""
+    for kind in ("videos", "labels"):
+        (target / kind).mkdir(parents=True)
+        for path in sorted((ASSETS / "demo/train" / kind).iterdir())[::5]:
+            shutil.copy(path, target / kind)
 
 
 def micro_run(folder: Path, *words: str, preset: str = "sft", check_paths: bool = True) -> RunConfig:
@@ -101,10 +114,14 @@ def run_directory(folder: Path, name: str) -> Path:
 
 
 def save_random(module: nn.Module, path: Path) -> None:
+    save_file(random_state(module), path)
+
+
+def random_state(module: nn.Module) -> dict[str, Any]:
     """Every gate is open: weights that begin at zero would keep gradients from what lies behind them."""
     state: dict[str, Any] = {}
     for index, (name, tensor) in enumerate(module.state_dict().items()):
         noise = torch.randn(tensor.shape, generator=derive_generator(0, "micro", index))
         is_norm = tensor.dim() == 1 and name.endswith("weight")
         state[name] = (1.0 if is_norm else 0.0) + 0.1 * noise
-    save_file(state, path)
+    return state
