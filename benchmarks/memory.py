@@ -38,15 +38,16 @@ def passes_bytes(config: RunConfig, samples: int) -> float:
     return count_passes(config, batch_size=samples, compiled=compiles_on_gpus(config.args)).peak
 
 
-def training_bytes(config: RunConfig, *, gpus: int, passes: float) -> float:
+def training_bytes(config: RunConfig, weights: Weights, *, gpus: int, passes: float) -> float:
     """Returns what one training step takes of a GPU, with a complete cache and no validation videos.
 
     Args:
         config: Model and recipe; the ZeRO stage is read from it.
+        weights: From `count_weights`.
         gpus: Data ranks.
         passes: From `passes_bytes`.
     """
-    states = count_states(config, count_weights(config), data_ranks=gpus)
+    states = count_states(config, weights, data_ranks=gpus)
     lasting = states.weights + states.gradients + states.optimizer + states.buffers
     return lasting + max(passes, states.update) + CONTEXT_BYTES
 
@@ -90,15 +91,17 @@ class Figures:
 def figures(model: Path) -> Figures:
     """Counts everything for one model file."""
     sft, lora = load(model, "sft"), load(model, "lora")
-    weights = count_weights(sft)
+    weights, lora_weights = count_weights(sft), count_weights(lora)
     sft_passes, lora_passes = (
         [passes_bytes(config, samples) for samples in (1, 2)] for config in (sft, lora)
     )
-    one, two = (_gb(training_bytes(sft, gpus=8, passes=passes)) for passes in sft_passes)
-    lora_one, lora_two = (_gb(training_bytes(lora, gpus=1, passes=passes)) for passes in lora_passes)
+    one, two = (_gb(training_bytes(sft, weights, gpus=8, passes=passes)) for passes in sft_passes)
+    lora_one, lora_two = (
+        _gb(training_bytes(lora, lora_weights, gpus=1, passes=passes)) for passes in lora_passes
+    )
     return Figures(
         sft_8=(one, two),
-        sft_1=_gb(training_bytes(sft, gpus=1, passes=sft_passes[0])),
+        sft_1=_gb(training_bytes(sft, weights, gpus=1, passes=sft_passes[0])),
         lora=(lora_one, lora_two),
         encoders=round(count_encoders(sft, weights).gpu / GB),
         sample=_gb(sampling_bytes(sft, weights)),
@@ -111,7 +114,7 @@ def _gb(count: float) -> int:
 
 def lora_gb(config: RunConfig) -> int:
     """Returns GB of one GPU for LoRA with one sample, everything cached, rounded up, with the context."""
-    return _gb(training_bytes(config, gpus=1, passes=passes_bytes(config, 1)))
+    return _gb(training_bytes(config, count_weights(config), gpus=1, passes=passes_bytes(config, 1)))
 
 
 def hardware_lines(model: Path) -> str:
@@ -132,7 +135,8 @@ def recompute_row(model: Path, recipe: str, *, gpus: int) -> str:
     cells = []
     for policy in ("off", "gemm", "attention", "full"):
         config = load(model, recipe, f"args.checkpoint_activations={policy}")
-        need = training_bytes(config, gpus=gpus, passes=count_passes(config, batch_size=1).peak)
+        passes = count_passes(config, batch_size=1).peak
+        need = training_bytes(config, count_weights(config), gpus=gpus, passes=passes)
         cells.append(str(_gb(need)))
     return f"| {model.stem}, {recipe}, {gpus} GPUs | {' | '.join(cells)} |"
 
