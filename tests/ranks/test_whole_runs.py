@@ -105,7 +105,7 @@ CASES = [
 def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
     rank_pool, folder, preset, world_size, words
 ):
-    """The run goes on from its third step a second time; what it had made of it before is set aside."""
+    """The run resumes at its third step, which sets what it had done after it aside."""
     name = f"{preset}{world_size}{''.join(words)}".replace("args.", "").replace("=", "").replace(".", "")
     words = _words(name, STEPS, *words, "args.save_interval=3")
     rank_pool(world_size)(train_micro, folder, words, preset)
