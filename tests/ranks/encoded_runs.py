@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from sat_train.config import RunConfig, load_run_config
 from sat_train.models.vae.video_vae import VideoVAE
@@ -34,9 +33,9 @@ def make_set(folder: Path, names: str) -> Path:
 
 
 def make_vae(path: Path, seed: int = 0) -> Path:
-    """Writes random weights for the autoencoder of the embedded model."""
+    """Writes random weights for the autoencoder of the embedded model, as a file of torch's."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae = VideoVAE(ch=8, ch_mult=(1, 2, 4, 4), num_res_blocks=1, z_channels=16, norm_num_groups=4)
-    save_file({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, path)
+    torch.save(vae.state_dict(), path)
     return path

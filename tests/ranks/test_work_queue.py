@@ -91,7 +91,7 @@ def _precompute(mesh: ProcessMesh, words: list[str]) -> int:
 def test_precompute_survives_skew_and_gives_the_work_to_who_is_free(rank_pool, tmp_path: Path) -> None:
     words = [
         *(f"args.train_data=[{make_set(tmp_path / 'set', 'abc')}]", "args.valid_data=null"),
-        *(f"model.first_stage_config.params.ckpt_path={make_vae(tmp_path / 'vae.safetensors')}",),
+        *(f"model.first_stage_config.params.ckpt_path={make_vae(tmp_path / 'vae.pt')}",),
         *(f"data.cache_dir={tmp_path / 'cache'}", "data.params.views=3", "args.eval_interval=null"),
         *("args.valid_video_interval=null", "args.train_iters=4"),
     ]

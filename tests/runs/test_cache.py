@@ -53,7 +53,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             "args.save_interval=3",
         ),
         *("args.eval_iters=1", "args.eval_batch_size=1", "args.valid_video_interval=null"),
-        f"model.first_stage_config.params.ckpt_path={make_vae(folder / 'vae.safetensors')}",
+        f"model.first_stage_config.params.ckpt_path={make_vae(folder / 'vae.pt')}",
     ]
 
 
@@ -156,7 +156,7 @@ def test_precompute_encodes_what_training_reads(words, tmp_path: Path) -> None:
 def test_another_autoencoder_misses(words, tmp_path: Path) -> None:
     words = [*words, f"data.cache_dir={tmp_path / 'cache'}", "data.params.views=1"]
     precompute(load_run(words, purpose="precompute"), start_single_process())
-    other = make_vae(tmp_path / "other.safetensors", seed=1)
+    other = make_vae(tmp_path / "other.pt", seed=1)
     with pytest.raises(DataError, match="not in"):
         losses([*words, f"model.first_stage_config.params.ckpt_path={other}", "data.cache=require"])
 
