@@ -8,7 +8,7 @@ import torch
 
 from sat_train.config import RunConfig, load_run_config
 from sat_train.distributed.processes import ProcessMesh, start_single_process
-from tests.ranks.micro import ROOT, save_random
+from tests.ranks.micro import ROOT, random_state, save_random
 from tools.make_control_videos import write_sets
 
 FAMILIES = ("cogvideox_tiny", "cogvideox_tiny_i2v", "cogvideox1.5_tiny", "cogvideox1.5_tiny_i2v")
@@ -46,7 +46,7 @@ model:
         latent_height: 4, latent_width: 4}}
   first_stage_config:
     params:
-      ckpt_path: {folder}/vae.safetensors
+      ckpt_path: {folder}/vae.pt
       encoder_config: {{params: {{ch: 4, ch_mult: [1, 1, 1, 1]}}}}
       decoder_config: {{params: {{ch: 4, ch_mult: [1, 1, 1, 1]}}}}
 """
@@ -68,7 +68,7 @@ def write_condition_runs(folder: Path) -> None:
         save_random(
             build_dit(config.spec, device="cpu", dtype=torch.float32), folder / f"{family}.safetensors"
         )
-    save_random(build_vae(config.spec, device="meta"), folder / "vae.safetensors")
+    torch.save(random_state(build_vae(config.spec, device="meta")), folder / "vae.pt")  # as in write_micro
 
 
 def condition_run(folder: Path, family: str, kind: str, *words: str) -> RunConfig:

@@ -31,12 +31,13 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def recipe(preset: str, folder: Path) -> RunConfig:
-    """The recipe as it is, but for a shorter warm-up, so that ten steps move the weights."""
+    """The recipe as it is, but for short clips, and a short warm-up, so that ten steps move the weights."""
     files = [f"{preset}.yaml", f"recipe/diffusers_{preset}.yaml"]
     words = [
         *(f"args.train_iters={STEPS}", f"args.warmup={WARMUP}", f"args.save={folder}/runs"),
         *("args.eval_interval=null", "args.valid_video_interval=null", "args.log_interval=1"),
         *("args.num_workers=0", "args.tensorboard=false", f"args.experiment_name={preset}"),
+        "data.params.max_num_frames=9",
     ]
     return load_run_config([CONFIGS / file for file in files], words)
 

@@ -15,7 +15,7 @@ from tests.slurm.cluster import Cluster
 
 DEMO = ROOT / "sat_train" / "assets" / "demo" / "train"
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
-STEPS = 40
+STEPS = 24  # a job is stopped after a few, and requeued a few later
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
