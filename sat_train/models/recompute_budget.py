@@ -82,13 +82,24 @@ def count_compiled_blocks(dit: DiffusionTransformer, inputs: Mapping[str, Any]) 
     Returns:
         By name of the block's layer, in the order in which blocks run.
     """
-    return _count_blocks(dit, inputs, _compiled_bytes)
+    return _count_blocks(dit, inputs, _compiled_bytes, _as_behind_another)
+
+
+def _as_behind_another(block: DitBlock, x_bld: Tensor) -> Tensor:
+    """Returns a block's input as it is behind another one.
+
+    With adapters the first block's needs no gradient, so it keeps a little less; to trace it, too, would take
+    seconds.
+    """
+    trains = any(each.requires_grad for module in _modules(block) for each in module.parameters(False))
+    return x_bld.detach().requires_grad_(trains or x_bld.requires_grad)
 
 
 def _count_blocks(
     dit: DiffusionTransformer,
     inputs: Mapping[str, Any],
     count: Callable[[DitBlock, Tensor, BlockContext], tuple[T, Tensor]],
+    prepare: Callable[[DitBlock, Tensor], Tensor] = lambda block, x_bld: x_bld,
 ) -> dict[str, T]:
     """Returns counts of all blocks; of those that cost the same, one is counted, and its output is theirs."""
     names = {module: name for name, module in dit.named_modules()}
@@ -96,6 +107,7 @@ def _count_blocks(
     known: dict[str, tuple[T, Tensor]] = {}
 
     def counted(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recompute: Recompute) -> Tensor:
+        x_bld = prepare(block, x_bld)
         kind = _kind(block, x_bld, context)
         if kind not in known:
             known[kind] = count(block, x_bld, context)
