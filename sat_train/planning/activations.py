@@ -15,6 +15,7 @@ from sat_train.config.summary import describe_activations
 from sat_train.distributed.collectives import gather_objects, on_rank_0
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.engine.compilation import compiles_blocks
+from sat_train.errors import SatTrainError
 from sat_train.log import get_logger
 from sat_train.models.meta_models import counts_modules
 from sat_train.models.recomputation import keeping
@@ -115,7 +116,9 @@ def _counted_share(config: RunConfig, mesh: ProcessMesh, free: float) -> float:
     try:
         card = replace(find_hardware(_ANY_CARD), memory_gib=free / 2**30)
         share = share_that_fits(Planner(card, mesh.world_size), config)
-    except (RuntimeError, NotImplementedError, TypeError) as error:  # of a module that needs a device
+    except SatTrainError:
+        raise
+    except Exception as error:  # of a module that needs a device, or of the compiler: the run goes on without
         log.warning("this model cannot be counted: %s", str(error).partition("\n")[0])
         return 0
     if share is None:

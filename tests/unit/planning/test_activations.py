@@ -114,9 +114,12 @@ def test_memory_that_pytorch_holds_is_free_for_the_run(monkeypatch: pytest.Monke
     assert free_memory(torch.device("cuda", 0)) == 7e9
 
 
-def test_a_model_that_cannot_be_counted_recomputes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [NotImplementedError, AssertionError, AttributeError])
+def test_a_model_that_cannot_be_counted_recomputes_everything(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
     def fail(planner: Planner, config: RunConfig) -> float:
-        raise NotImplementedError("no meta kernel\nfor this")
+        raise kind("no meta kernel\nfor this")
 
     monkeypatch.setattr(Planner, "training_peak", fail)
     monkeypatch.setattr(activations, "free_memory", lambda device: 1e12)
