@@ -24,6 +24,7 @@ from sat_train.interchange.locate import read_transformer_weights
 
 RANKS = 2
 STEPS, SAVE_INTERVAL = 8, 2
+_WHOLE = f"step {STEPS}/{STEPS}"  # the run was faster than the fault
 ASSETS = Path(__file__).resolve().parents[2] / "sat_train/assets"
 DEMO = ASSETS / "demo/train"
 LAYERS = 2  # of the tiny model's six: ZeRO-3 takes its time by the module
@@ -252,18 +253,18 @@ def draw_fault(chance: random.Random) -> Fault:
     one, number = [chance.randrange(RANKS)], chance.randrange(STEPS)
     pattern = chance.choice(_FAILING_FILES)
     reporter = chance.choice(_REPORTERS)
-    ended = r"saved step|saved .*/\d+|nothing was trained|before the start|stopped before|step 8/8"
+    ended = rf"saved step|saved .*/\d+|nothing was trained|before the start|stopped before|{_WHOLE}"
     kinds = [
         _signals("SIGTERM, one rank", signal.SIGTERM, one, ended),
         _signals("SIGTERM, all ranks", signal.SIGTERM, list(range(RANKS)), ended),
         _signals("SIGINT, one rank", signal.SIGINT, one, ended),
         _signals("SIGINT, all ranks", signal.SIGINT, list(range(RANKS)), ended),
-        _signals("SIGKILL, one rank", signal.SIGKILL, one, r"rank \d|another rank|lost|step 8/8"),
+        _signals("SIGKILL, one rank", signal.SIGKILL, one, rf"rank \d|another rank|lost|{_WHOLE}"),
         _signals("SIGKILL, all ranks", signal.SIGKILL, list(range(RANKS)), r""),
-        Fault("disk full", r"No space left|step 8/8", strike=_fill, mend=_free, intervals=3),
+        Fault("disk full", rf"No space left|{_WHOLE}", strike=_fill, mend=_free, intervals=3),
         Fault(
             "disk read-only",
-            r"Read-only file system|step 8/8",
+            rf"Read-only file system|{_WHOLE}",
             strike=_touch,
             injection=lambda trial_folder: read_only(trial_folder.trigger, trial_folder.root / "disk"),
             mend=_untouch,
@@ -271,7 +272,7 @@ def draw_fault(chance: random.Random) -> Fault:
         ),
         Fault(
             "EIO on one file",
-            r"Input/output error|step 8/8",
+            rf"Input/output error|{_WHOLE}",
             strike=_touch,
             injection=lambda trial_folder: unreadable(
                 trial_folder.trigger, f"{trial_folder.root}/disk/{pattern}"
@@ -281,12 +282,12 @@ def draw_fault(chance: random.Random) -> Fault:
         ),
         Fault(
             "callback raises",
-            rf"{reporter[1]} failed.*injected into|step 8/8",
+            rf"{reporter[1]} failed.*injected into|{_WHOLE}",
             injection=lambda trial_folder: RaisingCallback(*reporter, at_call=number),
         ),
         Fault(
             "clip vanishes",
-            r"bad clip|cannot be used|No such file|step 8/8",
+            rf"bad clip|cannot be used|No such file|{_WHOLE}",
             strike=lose_a_clip,
             same_numbers=False,
         ),

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, peak_of, seconds_of, within
+from benchmarks.gpu_parts.check import (
+    Check,
+    Finding,
+    Setting,
+    at_most,
+    peak_of,
+    relative_error,
+    seconds_of,
+    within,
+)
 from benchmarks.gpu_parts.random_run import build_random_dit, build_run, read_run, run_steps
 from sat_train.config import RunConfig
 from sat_train.models.attention import attention_kernels
@@ -25,19 +34,15 @@ def precision(setting: Setting) -> Iterator[Finding]:
     whole = run_steps(setting, build_run(setting, read_run(setting, model, "sft")), steps)
     yield Finding("fp32: last loss", whole.losses[-1])
     half = run_steps(setting, build_run(setting, read_run(setting, model, "sft", "args.bf16=true")), steps)
-    yield at_most("bf16: relative error of losses", _difference(half.losses, whole.losses), 0.03)
+    yield at_most("bf16: relative error of losses", relative_error(half.losses, whole.losses), 0.03)
     if not setting.on_gpu:
         return  # torch computes float16 on the CPU, but not all of it
     run = build_run(setting, read_run(setting, model, "sft", "args.fp16=true"))
     scaled = run_steps(setting, run, 30)
     yield at_most("fp16: steps skipped until the scale fits", 30 - scaled.applied, 16)
-    yield at_most("fp16: relative error of losses", _difference(scaled.losses[:1], whole.losses[:1]), 0.03)
+    yield at_most("fp16: relative error of losses", relative_error(scaled.losses[:1], whole.losses[:1]), 0.03)
     scale = float(run.engine.counters()["cur_scale"])
     yield Finding("fp16: loss scale", scale, ">= 1", scale >= 1 and math.isfinite(scaled.losses[-1]))
-
-
-def _difference(found: tuple[float, ...], expected: tuple[float, ...]) -> float:
-    return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,11 @@ def at_most(what: str, measured: float, limit: float) -> Finding:
     return Finding(what, measured, f"<= {limit:.4g}", measured <= limit)
 
 
+def relative_error(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Returns the largest error of values, relative to those that are expected."""
+    return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+
+
 def recognized(device_name: str, memory_gib: float) -> Hardware | None:
     """Returns the card of the planner's table with this name, and the memory that is nearest."""
     cards = cards_named(device_name)

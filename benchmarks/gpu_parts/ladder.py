@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, within
+from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, relative_error, within
 from benchmarks.gpu_parts.random_run import Measured, measure_steps, planned_peak, read_run
 
 _LAYERS = 8
@@ -51,10 +51,12 @@ def _compared(setting: Setting, recipe: str, rungs: dict[str, tuple[str, ...]]) 
         found = measure_steps(setting, config, 2 if setting.tiny else _STEPS)
         expected = expected or found
         bits = next((bits for bits in _ROUNDED if bits in name), None)
-        first = abs(found.steps.losses[0] / expected.steps.losses[0] - 1)
+        losses, wanted = found.steps.losses, expected.steps.losses
+        first = relative_error(losses[:1], wanted[:1])
         yield at_most(f"{name}: error of the first loss", first, _ROUNDED[bits] if bits else 0.0)
-        worst = max(abs(a / b - 1) for a, b in zip(found.steps.losses, expected.steps.losses, strict=True))
-        yield at_most(f"{name}: error of losses", worst, _ROUNDED[bits] if bits else _HALF)
+        yield at_most(
+            f"{name}: error of losses", relative_error(losses, wanted), _ROUNDED[bits] if bits else _HALF
+        )
         yield Finding(f"{name}: a step, s", found.steps.median_s, expected.steps.median_s)
         if setting.on_gpu:
             planned = planned_peak(setting, config)

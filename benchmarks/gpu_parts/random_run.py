@@ -272,4 +272,4 @@ def planned_peak(setting: Setting, config: RunConfig) -> float:
 def step_bytes(phases: Sequence[PhaseMemory]) -> float:
     """Returns the bytes of the step among planned phases, without context and libraries."""
     step = next(phase for phase in phases if phase.phase == "step")
-    return replace(step, buffers=step.buffers - CONTEXT_BYTES).total
+    return step.total - CONTEXT_BYTES

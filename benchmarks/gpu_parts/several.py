@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, seconds_of, within
+from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, relative_error, seconds_of, within
 from benchmarks.gpu_parts.random_run import Measured, Steps, measure_steps, planned_peak, read_run
 from benchmarks.gpu_parts.runs import found_run, losses_of, short_run
 from sat_train.checkpoint.layout import committed_steps
@@ -75,7 +75,7 @@ def stages(setting: Setting) -> Iterator[Finding]:
         words = (*_WORDS, f"args.zero_stage={stage}")
         found = _measured(setting, words)
         steps, expected = found.steps, expected or found.steps
-        yield at_most(f"stage {stage}: error of losses", _error(steps, expected), _SUMS)
+        yield at_most(f"stage {stage}: error of losses", relative_error(steps.losses, expected.losses), _SUMS)
         yield Finding(f"stage {stage}: a step, s", steps.median_s)
         if setting.on_gpu:
             limit = planned_peak(setting, _config(setting, words)) / 1e9
@@ -88,7 +88,7 @@ def reductions(setting: Setting) -> Iterator[Finding]:
     for name, words in _WAYS.items():
         steps = _measured(setting, (*_WORDS, "args.zero_stage=2", *words)).steps
         expected = expected or steps
-        yield at_most(f"{name}: error of losses", _error(steps, expected), _SUMS)
+        yield at_most(f"{name}: error of losses", relative_error(steps.losses, expected.losses), _SUMS)
         yield Finding(f"{name}: a step, s", steps.median_s, expected.median_s)
 
 
@@ -110,7 +110,7 @@ def tensor_parallelism(setting: Setting) -> Iterator[Finding]:
         words = (*_WORDS, "args.zero_stage=1", "args.model_parallel_size=2", "args.batch_size=2")
         steps = _measured(paired, (*words, f"args.compile={compiled}")).steps
         name = "pairs, compiled" if compiled == "blocks" else "pairs"
-        yield at_most(f"{name}: error of losses", _error(steps, expected), _SUMS)
+        yield at_most(f"{name}: error of losses", relative_error(steps.losses, expected.losses), _SUMS)
         yield Finding(f"{name}: a step, s", steps.median_s, expected.median_s)
 
 
@@ -127,10 +127,6 @@ def _measured(setting: Setting, words: Sequence[str]) -> Measured:
 
 def _config(setting: Setting, words: Sequence[str]) -> RunConfig:
     return read_run(setting, "cogvideox_5b", "sft", *words)
-
-
-def _error(steps: Steps, expected: Steps) -> float:
-    return max(abs(a / b - 1) for a, b in zip(steps.losses, expected.losses, strict=True))
 
 
 def train_for_others(setting: Setting) -> Iterator[Finding]:
