@@ -14,6 +14,7 @@ AOTAutograd's partitioner decides, and `moved` what the kernels that Inductor ha
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +32,10 @@ from sat_train.cli.main import run_cli
 from sat_train.config import NetworkSpec, RunConfig, load_run_config
 from sat_train.config.parts.adapter_parts import AdapterConfig
 from sat_train.config.parts.position_parts import PositionConfig
+from sat_train.config.parts.record import Recompute
 from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import add_adapters_of, build_dit
-from sat_train.models.dit.recompute import POLICIES
+from sat_train.models.dit.recompute import POLICIES, recomputing
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.meta_models import build_meta_dit, build_meta_inputs
 from sat_train.models.meters import Traffic, bytes_in, flash_attention
@@ -71,14 +73,20 @@ def kept_bytes(block: Block, tables: tuple[Tensor, ...]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def our_block(dit: DiffusionTransformer, latent: Tensor, text: Tensor) -> Block:
+def our_block(
+    dit: DiffusionTransformer, latent: Tensor, text: Tensor, *, recompute: Recompute = "off"
+) -> Block:
     """Returns our block as a function of its tokens and time features."""
     like = {"dtype": dit.dtype, "device": latent.device}
     emb = torch.randn(len(latent), dit.spec.time_width, **like)
     context = dit.block_context(emb, latent, text)
     tokens = context.text_length + context.grid.tokens
     x = torch.randn(len(latent), tokens, dit.spec.width, **like, requires_grad=True)
-    return lambda x, emb: dit.blocks[0](x, context._replace(emb_bd=emb)), (x, emb)
+
+    def run(x: Tensor, emb: Tensor) -> Tensor:
+        return recomputing(dit.blocks[0], x, context._replace(emb_bd=emb), recompute=recompute)
+
+    return run, (x, emb)
 
 
 def diffusers_block(ours: Block, spec: NetworkSpec, text_length: int) -> Block:
@@ -113,13 +121,14 @@ def count() -> None:
         size = (1, shape.padded_frames, spec.in_channels, shape.height, shape.width)
         latent = torch.empty(size, device="meta")
         text = torch.empty(1, spec.text.max_length, spec.text_width, device="meta")
-        ours = our_block(dit, latent, text)
-        rotation = dit.block_context(ours[1][1], latent, text).rotation_lk2
-        blocks = {name: (ours, () if rotation is None else (rotation,))}
+        ours, again = (our_block(dit, latent, text, recompute=each) for each in ("off", "full"))
+        row, rotation = bytes_in(ours[1][0]), dit.block_context(ours[1][1], latent, text).rotation_lk2
+        tables = () if rotation is None else (rotation,)
+        print(f"{name:<22} {_counted(ours, again, tables, row=row)}")
         if spec.adapter is None:
-            blocks["  diffusers"] = (diffusers_block(ours, spec, text.shape[1]), ())
-        for label, (block, tables) in blocks.items():
-            print(f"{label:<22} {_counted(block, tables, row=bytes_in(ours[1][0]))}")
+            run, inputs = theirs = diffusers_block(ours, spec, text.shape[1])
+            again = (functools.partial(checkpoint, run, use_reentrant=False), inputs)
+            print(f"  {'diffusers':<20} {_counted(theirs, again, (), row=row)}")
 
 
 def compiled(options: argparse.Namespace) -> None:
@@ -161,11 +170,10 @@ def _reported(block: Block, *, bans: bool, row: int) -> str:
     return f"kept {kept / row:5.1f}   moved {moved / row:4.0f}"
 
 
-def _counted(block: Block, tables: tuple[Tensor, ...], *, row: int) -> str:
-    run, inputs = block
+def _counted(block: Block, recomputed: Block, tables: tuple[Tensor, ...], *, row: int) -> str:
     kept = kept_bytes(block, tables) / row
     with Traffic() as traffic:
-        _forward_backward((lambda *given: checkpoint(run, *given, use_reentrant=False), inputs))
+        _forward_backward(recomputed)
     return f"kept {kept:5.1f}   moved {traffic.moved / row:4.0f}"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from sat_train.config.parts.record import Recompute
 from sat_train.models.dit.block import DitBlock
 from sat_train.models.dit.context import BlockContext
+from sat_train.models.dit.elementwise import compute_norm_again, norm_behind
 
 # by what they keep, most first; with frozen weights `gemm` keeps more than `off`
 POLICIES: tuple[Recompute, ...] = ("off", "gemm", "attention", "full")
@@ -39,16 +42,73 @@ def recomputing(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recomp
         block: The block.
         x_bld: Tokens.
         context: Its other inputs.
-        recompute: `off` keeps everything, `gemm` the outputs of matrix products and attention, `attention`
-            that of attention, `full` the block's input alone.
+        recompute: `off` keeps everything but the outputs of modulated norms, `gemm` the outputs of matrix
+            products and attention, `attention` that of attention, `full` the block's input alone.
     """
-    if recompute == "off" or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return block(x_bld, context)
+    if recompute == "off":
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _norms_computed_again():
+            return block(x_bld, context)
     if recompute == "full":
         return checkpoint(block, x_bld, context, use_reentrant=False)
     selective = create_selective_checkpoint_contexts if torch.compiler.is_compiling() else _contexts
     contexts = functools.partial(selective, _KEPT[recompute])
     return checkpoint(block, x_bld, context, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _norms_computed_again() -> Iterator[None]:
+    """Lets matrix products behind modulated norms keep no input: their backward computes the norm again.
+
+    All else that is kept goes to the hooks that are in force outside. Compiled blocks need no such help.
+    """
+    keep, give_back = torch._C._autograd._top_saved_tensors_default_hooks(True) or (_keep, _give_back)
+
+    def pack(tensor: Tensor) -> Any:
+        norm = norm_behind(tensor)
+        place = (tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return keep(tensor) if norm is None else _NormOutput(norm, *place)
+
+    def unpack(kept: Any) -> Tensor:
+        return kept.compute() if isinstance(kept, _NormOutput) else give_back(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class _NormOutput(NamedTuple):
+    """A tensor in the output of a norm, which is not kept.
+
+    Args:
+        norm: Autograd's node of the norm.
+        size: Size of the tensor.
+        stride: Its strides.
+        offset: Where it begins.
+    """
+
+    norm: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def compute(self) -> Tensor:
+        """Returns the tensor."""
+        return compute_norm_again(self.norm).as_strided(self.size, self.stride, self.offset)
+
+
+def _keep(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, tensor._version
+
+
+def _give_back(kept: tuple[Tensor, int]) -> Tensor:
+    """Returns a tensor that is as it was; autograd checks that only where there are no hooks."""
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {list(tensor.shape)} that a block keeps for its backward was changed in place"
+        )
+    return tensor
 
 
 def _contexts(kept: list[torch._ops.OpOverload[..., Any]]) -> tuple[Any, Any]:

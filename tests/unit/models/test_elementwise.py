@@ -1,19 +1,24 @@
 """The elementwise steps of a block: the plain formulas, their gradients, and what they keep."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sat_train.models.dit.context import BlockContext
 from sat_train.models.dit.elementwise import (
     ModulatedLayerNorm,
     Segments,
     gated_sum,
+    norm_behind,
     rotate_pairs,
     spread_over_tokens,
 )
-from tests.networks import build_network
+from sat_train.models.dit.recompute import recomputing
+from sat_train.models.dit.transformer import DiffusionTransformer
+from tests.networks import add_adapters, build_network
 
 # text and the rest; text, frames of their own, and the rest
 SEGMENTS = [Segments(0), Segments(2), Segments(5), Segments(1, 2, 2), Segments(2, 1, 2), Segments(0, 3, 1)]
@@ -90,19 +95,75 @@ def test_a_compiler_gets_formulas_with_the_same_values():
         assert torch.allclose(torch.compile(step, backend="eager", fullgraph=True)(), step(), atol=1e-6)
 
 
-def test_a_layer_keeps_twenty_rows_for_its_backward():
-    """Products' inputs, attention's, and the tokens before each norm: nothing of a modulation or rotation."""
-    dit = build_network(width=256, heads=4, latent_size=(8, 16, 16))
-    context = dit.block_context(torch.randn(1, 16), torch.randn(1, 8, 4, 16, 16), torch.randn(1, 5, 12))
-    x = torch.randn(1, 5 + context.grid.tokens, 256, requires_grad=True)
-    kept: dict[int, Tensor] = {}
+def kept_of(run: Callable[[], Tensor], shared: Tensor) -> int:
+    """Returns the bytes that a forward keeps for its backward, without weights and a tensor of all layers."""
+    kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        dit.blocks[0](x, context)
-    kept.pop(context.rotation_lk2.untyped_storage()._cdata)  # one for all layers
-    assert sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) < 20.5 * x.nbytes
+        run()
+    kept.pop(shared.untyped_storage()._cdata)
+    return sum(kept.values())
+
+
+def test_a_layer_keeps_eighteen_rows_for_its_backward():
+    """Products' inputs but those behind a norm, attention's, and the tokens before each norm."""
+    dit = build_network(width=256, heads=4, latent_size=(8, 16, 16))
+    context = dit.block_context(torch.randn(1, 16), torch.randn(1, 8, 4, 16, 16), torch.randn(1, 5, 12))
+    x = torch.randn(1, 5 + context.grid.tokens, 256, requires_grad=True)
+    kept = kept_of(lambda: recomputing(dit.blocks[0], x, context, recompute="off"), context.rotation_lk2)
+    assert kept < 18.5 * x.nbytes
+    plain = kept_of(lambda: dit.blocks[0](x, context), context.rotation_lk2)
+    assert plain - kept == 2 * x.nbytes
+
+
+def block_in_training(*, adapted: bool) -> tuple[DiffusionTransformer, BlockContext, Tensor]:
+    dit = build_network()
+    if adapted:
+        dit.requires_grad_(False)
+        add_adapters(dit, rank=2)
+    torch.manual_seed(0)
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    context = dit.block_context(torch.randn(2, 16), torch.randn(2, 3, 4, 4, 6), torch.randn(2, 5, 12))
+    return dit, context, torch.randn(2, 5 + context.grid.tokens, 64, requires_grad=True)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("levels", [(), (4,)], ids=["one level", "a level of each frame"])
+def test_norms_that_are_computed_again_change_no_bit_of_a_gradient(adapted, levels):
+    dit, context, x = block_in_training(adapted=adapted)
+    context = context._replace(emb_bd=torch.randn(2, *levels, 16))
+    trained = [each for each in dit.blocks[0].layer.parameters() if each.requires_grad]
+    plain, again = (
+        torch.autograd.grad(run().square().sum(), [x, *trained])
+        for run in (
+            lambda: dit.blocks[0](x, context),
+            lambda: recomputing(dit.blocks[0], x, context, recompute="off"),
+        )
+    )
+    assert all(map(torch.equal, plain, again))
+
+
+def test_a_norm_whose_output_was_changed_in_place_is_kept():
+    norm, linear = ModulatedLayerNorm(6), nn.Linear(6, 3)
+    x, shift, scale = torch.randn(2, 5, 6), torch.randn(2, 2, 6), torch.randn(2, 2, 6, requires_grad=True)
+    modulated = norm(x, shift, scale, Segments(2))
+    assert norm_behind(modulated) is norm_behind(modulated.flatten(0, 1)) is not None
+    with torch.no_grad():
+        modulated.mul_(2)
+    assert norm_behind(modulated) is norm_behind(linear(modulated)) is None
+
+
+def test_a_change_in_place_of_what_a_block_keeps_is_an_error():
+    """Autograd sees such a change only where nothing is computed again."""
+    dit, context, x = block_in_training(adapted=False)
+    y = recomputing(dit.blocks[0], x, context, recompute="off")
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match=r"shape \[2, 23, 64\] .* was changed in place"):
+        y.sum().backward()
