@@ -46,6 +46,7 @@ from sat_train.config.hardware import find_hardware
 from sat_train.config.sat_args import build_sat_args
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import LaunchError
+from sat_train.models.attention import attention_kernels
 from sat_train.models.build import build_dit
 from sat_train.models.recomputation import set_recomputation
 from sat_train.weights.diffusers_config import transformer_config
@@ -140,7 +141,13 @@ def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, *, compile
     set_recomputation(dit, config)
     if compiled:
         dit.compile_blocks()
-    return Contender("ours", dit, lambda given: dit(given.latent, given.timesteps, given.text))
+
+    def predict(given: Inputs) -> Tensor:
+        with attention_kernels(args, device):
+            out: Tensor = dit(given.latent, given.timesteps, given.text)
+        return out
+
+    return Contender("ours", dit, predict)
 
 
 def of_diffusers(config: RunConfig, dit: nn.Module, like: dict[str, Any]) -> Contender:

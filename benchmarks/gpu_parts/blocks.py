@@ -19,7 +19,7 @@ from benchmarks.gpu_parts.check import (
     seconds_of,
     within,
 )
-from benchmarks.gpu_parts.random_run import build_random_dit, build_run, read_run, run_steps
+from benchmarks.gpu_parts.random_run import build_random_dit, open_run, read_run, run_steps
 from sat_train.config import RunConfig
 from sat_train.models.attention import attention_kernels
 from sat_train.planning.counting import count_passes
@@ -31,17 +31,19 @@ _HALF = 0.01  # losses and norms of half precision, which add up in another orde
 def precision(setting: Setting) -> Iterator[Finding]:
     """Yields how far losses in half precision are from those in fp32, and whether fp16 settles."""
     model, steps = "cogvideox_tiny", 3
-    whole = run_steps(setting, build_run(setting, read_run(setting, model, "sft")), steps)
+    with open_run(setting, read_run(setting, model, "sft")) as run:
+        whole = run_steps(setting, run, steps)
     yield Finding("fp32: last loss", whole.losses[-1])
-    half = run_steps(setting, build_run(setting, read_run(setting, model, "sft", "args.bf16=true")), steps)
+    with open_run(setting, read_run(setting, model, "sft", "args.bf16=true")) as run:
+        half = run_steps(setting, run, steps)
     yield at_most("bf16: relative error of losses", relative_error(half.losses, whole.losses), 0.03)
     if not setting.on_gpu:
         return  # torch computes float16 on the CPU, but not all of it
-    run = build_run(setting, read_run(setting, model, "sft", "args.fp16=true"))
-    scaled = run_steps(setting, run, 30)
+    with open_run(setting, read_run(setting, model, "sft", "args.fp16=true")) as run:
+        scaled = run_steps(setting, run, 30)
+        scale = float(run.engine.counters()["cur_scale"])
     yield at_most("fp16: steps skipped until the scale fits", 30 - scaled.applied, 16)
     yield at_most("fp16: relative error of losses", relative_error(scaled.losses[:1], whole.losses[:1]), 0.03)
-    scale = float(run.engine.counters()["cur_scale"])
     yield Finding("fp16: loss scale", scale, ">= 1", scale >= 1 and math.isfinite(scaled.losses[-1]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -166,8 +167,9 @@ class RandomRun:
     train_step: TrainStep
 
 
-def build_run(setting: Setting, config: RunConfig) -> RandomRun:
-    """Builds a run.
+@contextmanager
+def open_run(setting: Setting, config: RunConfig) -> Iterator[RandomRun]:
+    """Builds a run, and gives its memory back afterwards, however that ends.
 
     Ranks: all.
     """
@@ -193,7 +195,10 @@ def build_run(setting: Setting, config: RunConfig) -> RandomRun:
         stop_request=StopRequest(),
         prepare_next=lambda: pipeline.draws.draw(batches.upcoming()),
     )
-    return RandomRun(config, engine, train_step)
+    try:
+        yield RandomRun(config, engine, train_step)
+    finally:
+        engine.close()
 
 
 @dataclass(frozen=True)
@@ -251,14 +256,13 @@ def measure_steps(setting: Setting, config: RunConfig, count: int) -> Measured:
 
     Ranks: all.
     """
-    run = build_run(setting, config)
-    if setting.on_gpu:  # building takes another peak than training
-        torch.cuda.reset_peak_memory_stats(setting.mesh.device)
-    steps = run_steps(setting, run, count)
+    with open_run(setting, config) as run:
+        if setting.on_gpu:  # building takes another peak than training
+            torch.cuda.reset_peak_memory_stats(setting.mesh.device)
+        steps = run_steps(setting, run, count)
     losses = torch.tensor(steps.losses, device=setting.mesh.device)
     mean = sum_over_data(setting.mesh, losses) / setting.mesh.data_size
     peak = float(torch.cuda.max_memory_allocated(setting.mesh.device)) if setting.on_gpu else 0.0
-    run.engine.close()
     del run
     release()
     return Measured(replace(steps, losses=tuple(mean.tolist())), peak)

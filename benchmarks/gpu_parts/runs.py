@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_parts.check import Check, Finding, Setting, seconds_of, within
-from benchmarks.gpu_parts.random_run import CONFIGS, RandomRun, build_run, read_run, run_steps
+from benchmarks.gpu_parts.random_run import CONFIGS, RandomRun, open_run, read_run, run_steps
 from sat_train.checkpoint.manifest import Manifest
 from sat_train.checkpoint.save import RunState, library_versions, save_training_checkpoint
 from sat_train.config import RunConfig, load_run_config
@@ -72,12 +72,12 @@ def resumption(setting: Setting) -> Iterator[Finding]:
 def saving(setting: Setting) -> Iterator[Finding]:
     """Yields how long a checkpoint of full fine-tuning of 2B stalls the run."""
     config = read_run(setting, "cogvideox_2b", "sft", "args.compile=off", "args.checkpoint_activations=full")
-    run = build_run(setting, config)
-    run_steps(setting, run, 1)
     folder = setting.folder / "saved"
     on_rank_0(setting.mesh, lambda: shutil.rmtree(folder, ignore_errors=True))
     on_rank_0(setting.mesh, lambda: folder.mkdir(parents=True))
-    seconds = seconds_of(setting, lambda: _save(setting.mesh, run, folder))
+    with open_run(setting, config) as run:
+        run_steps(setting, run, 1)
+        seconds = seconds_of(setting, lambda: _save(setting.mesh, run, folder))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
     yield Finding("checkpoint, GB", size)
     yield Finding("stall, s", seconds, size / _WRITING_GBPS)

@@ -10,13 +10,13 @@ from functools import partial
 import torch
 
 from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, within
-from benchmarks.gpu_parts.random_run import RandomRun, build_run, read_run, run_steps, step_bytes
+from benchmarks.gpu_parts.random_run import RandomRun, open_run, read_run, run_steps, step_bytes
 from sat_train.config.summary import describe_activations
 from sat_train.models.attention import attention_kernels
 from sat_train.planning.activations import settle_for_gpus
 from sat_train.planning.planner import Plan, Planner
 
-_STEPS = 6
+_STEPS = 4
 _MODELS = {"2b": "cogvideox_2b", "5b": "cogvideox_5b", "1.5": "cogvideox1.5_5b"}
 # what is run: model, recipe, words, and minutes on one H100
 _RUNS = (
@@ -35,7 +35,11 @@ def step(setting: Setting, *, model: str, recipe: str, compiled: str) -> Iterato
     config = settle_for_gpus(read_run(setting, _MODELS[model], recipe, *words), setting.mesh)
     yield Finding("activations", describe_activations(config.args))
     plan = Planner(setting.card, setting.mesh.world_size).plan(config)
-    run = build_run(setting, config)
+    with open_run(setting, config) as run:
+        yield from _of_run(setting, run, plan, is_eager=compiled == "off")
+
+
+def _of_run(setting: Setting, run: RandomRun, plan: Plan, *, is_eager: bool) -> Iterator[Finding]:
     first = run_steps(setting, run, 1)
     if setting.on_gpu:  # building takes another peak than training
         torch.cuda.reset_peak_memory_stats(setting.mesh.device)
@@ -43,12 +47,12 @@ def step(setting: Setting, *, model: str, recipe: str, compiled: str) -> Iterato
     finite = all(map(math.isfinite, steps.losses))
     yield Finding("last loss", steps.losses[-1], "finite", finite)
     # a dynamic loss scale settles in the first steps
-    least = 1 if config.args.fp16 else _STEPS
+    least = 1 if run.config.args.fp16 else _STEPS
     yield Finding("steps that updated the weights", steps.applied, f">= {least}", steps.applied >= least)
     yield Finding("first step, s", first.first_s)
     if setting.on_gpu:
         yield at_most("waits for the GPU in a step", _waits(setting, run), 1)
-        yield from _against_plan(setting, plan, steps.median_s, is_eager=compiled == "off")
+        yield from _against_plan(setting, plan, steps.median_s, is_eager=is_eager)
 
 
 def _waits(setting: Setting, run: RandomRun) -> int:
