@@ -22,7 +22,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,8 +46,8 @@ from sat_train.config.hardware import find_hardware
 from sat_train.config.sat_args import build_sat_args
 from sat_train.distributed.processes import start_single_process
 from sat_train.errors import LaunchError
-from sat_train.models.attention import attention_kernels
 from sat_train.models.build import build_dit
+from sat_train.models.kernels import chosen_kernels
 from sat_train.models.recomputation import set_recomputation
 from sat_train.weights.diffusers_config import transformer_config
 from sat_train.weights.diffusers_keys import transformer_to_diffusers
@@ -81,15 +81,28 @@ class Contender:
         name: In the table.
         module: The model.
         predict: Its prediction for inputs.
+        kernels: Returns a context for forward and backward.
     """
 
     name: str
     module: nn.Module
     predict: Callable[[Inputs], Tensor]
+    kernels: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def loss(self, inputs: Inputs) -> Tensor:
+    def output(self, inputs: Inputs) -> Tensor:
+        """Returns its prediction, fp32."""
+        with torch.no_grad(), self.kernels():
+            return self.predict(inputs).float()
+
+    def forward(self, inputs: Inputs) -> Tensor:
         """Returns the loss that all share."""
-        return F.mse_loss(self.predict(inputs).float(), inputs.target)
+        with self.kernels():
+            return F.mse_loss(self.predict(inputs).float(), inputs.target)
+
+    def forward_backward(self, inputs: Inputs) -> None:
+        """Adds the gradients of the loss to those of the weights."""
+        with self.kernels():
+            self.forward(inputs).backward()
 
 
 @dataclass(frozen=True)
@@ -129,12 +142,12 @@ class RotaryTables(CogVideoXImageToVideoPipeline):
 
 def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> Contender:
     """Builds ours, with random weights."""
-    args = config.args
+    own = config.args.model_copy(update={"bf16": dtype == torch.bfloat16})
     dit = build_dit(
         config.spec,
         device=device,
         dtype=dtype,
-        recompute=args.recompute,
+        recompute=own.recompute,
         initialize=False,
     )
     fill(dit, start_single_process())
@@ -143,11 +156,10 @@ def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, *, compile
         dit.compile_blocks()
 
     def predict(given: Inputs) -> Tensor:
-        with attention_kernels(args, device):
-            out: Tensor = dit(given.latent, given.timesteps, given.text)
+        out: Tensor = dit(given.latent, given.timesteps, given.text)
         return out
 
-    return Contender("ours", dit, predict)
+    return Contender("ours", dit, predict, lambda: chosen_kernels(own, device))
 
 
 def of_diffusers(config: RunConfig, dit: nn.Module, like: dict[str, Any]) -> Contender:
@@ -283,9 +295,8 @@ def draw_inputs(config: RunConfig, batch_size: int, like: dict[str, Any]) -> Inp
 
 def compare(contenders: Sequence[Contender], inputs: Inputs, setting: Setting, *, rounds: int) -> list[Row]:
     """Measures the contenders; the first is the one that the others are compared with."""
-    with torch.no_grad():
-        outputs = [each.predict(inputs).float() for each in contenders]
-    kept = [kept_bytes((lambda *_, c=each: c.loss(inputs), ()), ()) for each in contenders]
+    outputs = [each.output(inputs) for each in contenders]
+    kept = [kept_bytes((lambda *_, c=each: c.forward(inputs), ()), ()) for each in contenders]
     peaks = [_peak(each, inputs, setting) for each in contenders]
     steps = [_step_of(each, inputs) for each in contenders]
     for step in steps:
@@ -306,7 +317,7 @@ def _peak(contender: Contender, inputs: Inputs, setting: Setting) -> float:
         for parameter in contender.module.parameters()
         if parameter.requires_grad
     ]
-    peak = peak_of(setting, contender.module, lambda: contender.loss(inputs).backward())
+    peak = peak_of(setting, contender.module, lambda: contender.forward_backward(inputs))
     for hook in hooks:
         hook.remove()
     return peak
@@ -318,7 +329,7 @@ def _step_of(contender: Contender, inputs: Inputs) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        contender.loss(inputs).backward()
+        contender.forward_backward(inputs)
         torch.nn.utils.clip_grad_norm_(weights, 0.1)
         optimizer.step()
 

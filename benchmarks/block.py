@@ -37,6 +37,7 @@ from sat_train.distributed.processes import start_single_process
 from sat_train.models.build import add_adapters_of, build_dit
 from sat_train.models.dit.recompute import POLICIES, recomputing
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.half_on_cpu import half_products
 from sat_train.models.meta_models import build_meta_dit, build_meta_inputs
 from sat_train.models.meters import Traffic, bytes_in, flash_attention
 from sat_train.models.recompute_budget import count_block_costs, count_compiled_blocks
@@ -214,9 +215,13 @@ def timed(options: argparse.Namespace) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         spec, ours = small_block(options.width, device, dtype)
         theirs = diffusers_block(ours, spec, TEXT)
-        pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(options.repeats + 1)][1:]
-        seconds = [statistics.median(column) for column in zip(*pairs, strict=True)]
-        ratio = statistics.median(own / other for own, other in pairs)
+        pairs = []
+        for _ in range(options.repeats + 1):
+            with half_products(device, dtype):
+                seconds_of_ours = _seconds(ours)
+            pairs.append((seconds_of_ours, _seconds(theirs)))
+        seconds = [statistics.median(column) for column in zip(*pairs[1:], strict=True)]
+        ratio = statistics.median(own / other for own, other in pairs[1:])
         print(
             f"{dtype!s:<15} ours {seconds[0] * 1e3:7.1f} ms   diffusers {seconds[1] * 1e3:7.1f} ms   "
             f"ratio {ratio:.2f} (median of {options.repeats})"

@@ -24,11 +24,11 @@ from sat_train.engine.build import build_engine
 from sat_train.engine.compilation import compiles_blocks
 from sat_train.engine.engine import TrainEngine
 from sat_train.models.adapter import start_adapters
-from sat_train.models.attention import attention_kernels
 from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.sharding import full_shape, shard_weight
 from sat_train.models.dit.transformer import DiffusionTransformer
 from sat_train.models.frozen_layers import hold_frozen_weights
+from sat_train.models.kernels import chosen_kernels
 from sat_train.models.recomputation import set_recomputation
 from sat_train.models.trainable import select_configured
 from sat_train.objective.build import build_pipeline
@@ -226,7 +226,7 @@ def run_steps(setting: Setting, run: RandomRun, count: int, *, rate: float = 1e-
     Ranks: all.
     """
     results, seconds = [], []
-    with attention_kernels(run.config.args, setting.mesh.device):
+    with chosen_kernels(run.config.args, setting.mesh.device):
         for number in range(1, count + 1):
             start = time.perf_counter()
             results.append(run.train_step.step(number, rate))

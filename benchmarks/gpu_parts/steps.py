@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu_parts.check import Check, Finding, Setting, at_most, within
 from benchmarks.gpu_parts.random_run import RandomRun, open_run, read_run, run_steps, step_bytes
 from sat_train.config.summary import describe_activations
-from sat_train.models.attention import attention_kernels
+from sat_train.models.kernels import chosen_kernels
 from sat_train.planning.activations import settle_for_gpus
 from sat_train.planning.planner import Plan, Planner
 
@@ -57,7 +57,7 @@ def _of_run(setting: Setting, run: RandomRun, plan: Plan, *, is_eager: bool) -> 
 
 def _waits(setting: Setting, run: RandomRun) -> int:
     """Returns how often the host waits for the GPU in a step: PyTorch warns of each such call."""
-    kernels = attention_kernels(run.config.args, setting.mesh.device)
+    kernels = chosen_kernels(run.config.args, setting.mesh.device)
     with kernels, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

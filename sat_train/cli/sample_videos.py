@@ -27,9 +27,9 @@ from sat_train.interchange.locate import locate_weights
 from sat_train.interchange.module_files import check_module_files
 from sat_train.interchange.shared_loading import load_weights_once
 from sat_train.log import console, get_logger
-from sat_train.models.attention import attention_kernels
 from sat_train.models.build import build_dit, compute_dtype
 from sat_train.models.dit.transformer import DiffusionTransformer
+from sat_train.models.kernels import chosen_kernels
 from sat_train.models.loaded_adapters import add_adapters_for
 from sat_train.models.low_rank import scales_of
 from sat_train.objective.build import build_pipeline
@@ -68,7 +68,7 @@ def sample(config: RunConfig, mesh: ProcessMesh) -> None:
     for note in config.notes:
         log.info("%s", note)
     stop_request = StopRequest("stopped before the first video").listen()
-    kernels = attention_kernels(config.args, mesh.device)
+    kernels = chosen_kernels(config.args, mesh.device)
     requests, settings = read_requests(config), build_sampling(config)
     reader = build_request_reader(config, settings)
     if reader is not None:

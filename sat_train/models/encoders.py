@@ -14,6 +14,7 @@ from sat_train.config import Geometry
 from sat_train.distributed.processors import threads_of_a_rank
 from sat_train.distributed.transfer import to_device
 from sat_train.log import get_logger
+from sat_train.models.half_on_cpu import half_products
 
 if TYPE_CHECKING:
     from sat_train.models.text.t5 import T5TextEncoder
@@ -131,7 +132,8 @@ class Encoders:
         Returns:
             `mean` and `logvar` of the posterior, unscaled, (t, c, h, w), in the autoencoder's dtype.
         """
-        mean, logvar = self.vae.encode_moments(frames_tchw[None])
+        with half_products(self.device, self._vae_dtype):
+            mean, logvar = self.vae.encode_moments(frames_tchw[None])
         return {"mean": mean[0].to(self._vae_dtype), "logvar": logvar[0].to(self._vae_dtype)}
 
     @property
@@ -149,8 +151,9 @@ class Encoders:
     def decode(self, latent_btchw: Tensor) -> Tensor:
         """Decodes unscaled latents to uint8 video_btchw on the CPU, one sample at a time."""
         vae = self.vae
-        videos = (vae.decode(latent, vae.sample_tiling) for latent in latent_btchw.split(1))
-        return torch.cat([unit_to_pixels(video).cpu() for video in videos])
+        with half_products(self.device, self._vae_dtype):
+            videos = (vae.decode(latent, vae.sample_tiling) for latent in latent_btchw.split(1))
+            return torch.cat([unit_to_pixels(video).cpu() for video in videos])
 
     def text(self, caption: str) -> Tensor:
         """Encodes a caption to (l, d)."""
@@ -162,7 +165,8 @@ class Encoders:
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Encodes captions to (b, l, d), together: a GPU may round them differently than one by one."""
         is_apart = self.text_device.type == "cpu" != self.device.type
-        with threads_of_a_rank() if is_apart else nullcontext():
+        threads = threads_of_a_rank() if is_apart else nullcontext()
+        with threads, half_products(self.text_device, self._dtype):
             text_bld = self.text_encoder.encode(captions)
         return to_device(text_bld, self.device).to(self._dtype)
 

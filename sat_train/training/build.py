@@ -34,7 +34,7 @@ from sat_train.engine.engine import TrainEngine
 from sat_train.errors import CheckpointError, LaunchError, Stopped
 from sat_train.files import reading
 from sat_train.log import get_logger
-from sat_train.models.attention import attention_kernels
+from sat_train.models.kernels import chosen_kernels
 from sat_train.objective.video_diffusion import VideoDiffusion
 from sat_train.training.callbacks.build import build_callbacks, early_stop_reason, owes_validation
 from sat_train.training.loop.meter import Meter
@@ -78,7 +78,7 @@ def train(
     """
     stop_request = StopRequest().listen()
     set_determinism(config.args.deterministic)
-    kernels = attention_kernels(config.args, mesh.device)
+    kernels = chosen_kernels(config.args, mesh.device)
     run_directory = open_run_directory(config, mesh)
     try:
         data = open_data(config, mesh, point=run_directory.point, run_directory=run_directory.folder)

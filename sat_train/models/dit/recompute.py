@@ -28,6 +28,8 @@ _ATTENTION = [
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
 _PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default]
+# devices whose memory is worth more than the time of a norm; the meta device stands for a GPU
+_COMPUTES_NORMS_AGAIN = ("cuda", "meta")
 # outputs of these operations are kept; all else but the block's input is computed again
 _KEPT: dict[Recompute, list[torch._ops.OpOverload[..., Any]]] = {
     "attention": _ATTENTION,
@@ -42,13 +44,14 @@ def recomputing(block: DitBlock, x_bld: Tensor, context: BlockContext, *, recomp
         block: The block.
         x_bld: Tokens.
         context: Its other inputs.
-        recompute: `off` keeps everything but the outputs of modulated norms, `gemm` the outputs of matrix
-            products and attention, `attention` that of attention, `full` the block's input alone.
+        recompute: `off` keeps everything, on a GPU without the outputs of modulated norms; `gemm` keeps the
+            outputs of matrix products and attention, `attention` that of attention, `full` the block's input.
     """
     if not torch.is_grad_enabled():
         return block(x_bld, context)
     if recompute == "off":
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else _norms_computed_again():
+        computes_norms = x_bld.device.type in _COMPUTES_NORMS_AGAIN and not torch.compiler.is_compiling()
+        with _norms_computed_again() if computes_norms else contextlib.nullcontext():
             return block(x_bld, context)
     if recompute == "full":
         return checkpoint(block, x_bld, context, use_reentrant=False)
@@ -67,8 +70,9 @@ def _norms_computed_again() -> Iterator[None]:
 
     def pack(tensor: Tensor) -> Any:
         norm = norm_behind(tensor)
-        place = (tensor.shape, tensor.stride(), int(tensor.storage_offset()))
-        return keep(tensor) if norm is None else _NormOutput(norm, *place)
+        if norm is None:
+            return keep(tensor)
+        return _NormOutput(norm, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(kept: Any) -> Tensor:
         return kept.compute() if isinstance(kept, _NormOutput) else give_back(kept)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sat_train.models.dit import recompute
 from sat_train.models.dit.context import BlockContext
 from sat_train.models.dit.elementwise import (
     ModulatedLayerNorm,
@@ -95,6 +96,11 @@ def test_a_compiler_gets_formulas_with_the_same_values():
         assert torch.allclose(torch.compile(step, backend="eager", fullgraph=True)(), step(), atol=1e-6)
 
 
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    monkeypatch.setattr(recompute, "_COMPUTES_NORMS_AGAIN", ("cpu",))
+
+
 def kept_of(run: Callable[[], Tensor], shared: Tensor) -> int:
     """Returns the bytes that a forward keeps for its backward, without weights and a tensor of all layers."""
     kept = {}
@@ -110,7 +116,7 @@ def kept_of(run: Callable[[], Tensor], shared: Tensor) -> int:
     return sum(kept.values())
 
 
-def test_a_layer_keeps_eighteen_rows_for_its_backward():
+def test_a_layer_keeps_eighteen_rows_for_its_backward(like_a_gpu):
     """Products' inputs but those behind a norm, attention's, and the tokens before each norm."""
     dit = build_network(width=256, heads=4, latent_size=(8, 16, 16))
     context = dit.block_context(torch.randn(1, 16), torch.randn(1, 8, 4, 16, 16), torch.randn(1, 5, 12))
@@ -135,7 +141,7 @@ def block_in_training(*, adapted: bool) -> tuple[DiffusionTransformer, BlockCont
 
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("levels", [(), (4,)], ids=["one level", "a level of each frame"])
-def test_norms_that_are_computed_again_change_no_bit_of_a_gradient(adapted, levels):
+def test_norms_that_are_computed_again_change_no_bit_of_a_gradient(adapted, levels, like_a_gpu):
     dit, context, x = block_in_training(adapted=adapted)
     context = context._replace(emb_bd=torch.randn(2, *levels, 16))
     trained = [each for each in dit.blocks[0].layer.parameters() if each.requires_grad]
@@ -159,7 +165,7 @@ def test_a_norm_whose_output_was_changed_in_place_is_kept():
     assert norm_behind(modulated) is norm_behind(linear(modulated)) is None
 
 
-def test_a_change_in_place_of_what_a_block_keeps_is_an_error():
+def test_a_change_in_place_of_what_a_block_keeps_is_an_error(like_a_gpu):
     """Autograd sees such a change only where nothing is computed again."""
     dit, context, x = block_in_training(adapted=False)
     y = recomputing(dit.blocks[0], x, context, recompute="off")
