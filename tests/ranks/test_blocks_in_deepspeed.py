@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.models.adapter import adapter_state_dict, start_adapters
+from sat_train.models.dit import recompute as policies
 from sat_train.models.trainable import select_trainable
 from tests.networks import add_adapters
 from tests.unit.models.mixins import Branch, Fuser, Head
@@ -70,6 +73,17 @@ def test_every_stage_and_compiled_blocks_give_the_same_losses(rank_pool, added):
         # with frozen weights the first block's input needs no gradient, which is a graph of its own; with
         # modules the blocks differ in who acts there
         assert graphs == (0 if not compiled else 1 if added == "base" else 2)
+
+
+def _train_like_a_gpu(mesh: ProcessMesh, added: str) -> tuple[list[float], dict, int]:
+    with patch.object(policies, "_COMPUTES_NORMS_AGAIN", ("cpu",)):
+        return _train(mesh, 3, added, False, "off")
+
+
+@pytest.mark.parametrize("added", ["base", "Lora"])
+def test_zero_3_computes_norms_again_as_they_were(rank_pool, added):
+    plain = rank_pool(1)(_train, 3, added, False, "off")[0][0]
+    assert rank_pool(1)(_train_like_a_gpu, added)[0][0] == plain
 
 
 @pytest.mark.parametrize("recompute", ["gemm", "attention"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from sat_train.distributed.processes import ProcessMesh, start_single_process
 from sat_train.errors import CheckpointError, ConfigError
 from sat_train.models.adapter import adapted_layers, merge_adapters, start_adapters
+from sat_train.models.dit import recompute
 from sat_train.models.dit.mixin import Mixin
 from sat_train.models.dit.sharding import merge_shards, shard_weight, tensor_parallel_layout
 from sat_train.models.dit.transformer import DiffusionTransformer
@@ -72,7 +74,8 @@ def _run(
 
 
 def _on_rank(mesh: ProcessMesh, weights: dict[str, Tensor], positions: str, added: str):
-    return _run(weights, mesh, positions, added)
+    with patch.object(recompute, "_COMPUTES_NORMS_AGAIN", ("cpu",)):  # as on a GPU
+        return _run(weights, mesh, positions, added)
 
 
 @pytest.mark.ranks
@@ -113,9 +116,13 @@ def _compiled_as_eager(mesh: ProcessMesh) -> dict[str, str]:
         twin, {name: each.to("meta") for name, each in given.items()}, inputs_on_host=False
     )
     outputs, gradients = [], []
-    for budget, compiled in ((1, False), (0.5, False), (0.5, True)):
+    for policies, compiled in (
+        (("off", "off"), False),
+        (("attention", "gemm"), False),
+        (("attention", "gemm"), True),
+    ):
         dit = _build("rotary_learned", "lora")
-        for name, policy in policies_within(costs, budget).items():
+        for name, policy in zip(costs, policies, strict=True):
             dit.get_submodule(name).recompute = policy
         start_adapters(dit, mesh, seed=0)
         with torch.no_grad():
@@ -139,7 +146,7 @@ def _compiled_as_eager(mesh: ProcessMesh) -> dict[str, str]:
 def test_compiled_blocks_of_two_ranks_compute_what_eager_ones_do(rank_pool):
     policies, same = rank_pool(2)(_compiled_as_eager, model_parallel_size=2)
     assert policies == same
-    assert set(policies.values()) == {"attention", "gemm"}
+    assert len(set(policies.values())) > 1
 
 
 class _OwnHeads(Mixin):
