@@ -125,10 +125,11 @@ def reading(
     except SatTrainError:
         raise
     except Exception as problem:
-        raise error(f"{path}: {_reason(problem)}", expected=expected, remedy=remedy) from problem
+        raise error(f"{path}: {reason_of(problem)}", expected=expected, remedy=remedy) from problem
 
 
-def _reason(problem: Exception) -> str:
+def reason_of(problem: Exception) -> str:
+    """Returns an error in a few words on one line."""
     if isinstance(problem, OSError) and problem.strerror:
         return problem.strerror
     text = " ".join(str(problem).split())

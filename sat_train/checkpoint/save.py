@@ -28,7 +28,7 @@ from sat_train.checkpoint.run_state import RunState
 from sat_train.checkpoint.torch_file import write_lazily, write_tensors
 from sat_train.distributed.collectives import gather_objects
 from sat_train.distributed.processes import ProcessMesh
-from sat_train.files import FileRecord, HashingFile, write_file
+from sat_train.files import FileRecord, HashingFile, reason_of, write_file
 from sat_train.weights.lazy import LazyWeights
 
 Exchange = Callable[[RankReport], Sequence[RankReport]]
@@ -120,12 +120,8 @@ def _write_all(folder: Path, files: Iterable[tuple[str, Write]]) -> RankReport:
         try:
             records.append(write_file(folder / name, write))
         except Exception as error:
-            return RankReport(records, f"{name}: {_reason(error)}")
+            return RankReport(records, f"{name}: {reason_of(error)}")
     return RankReport(records)
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else repr(error)[:300]
 
 
 def _files(mesh: ProcessMesh, client_state: str, state: RunState) -> Iterator[tuple[str, Write]]:
@@ -153,7 +149,7 @@ def _merge(mesh: ProcessMesh, folder: Path, own: Sequence[Fragment]) -> RankRepo
         for path in paths:  # mapped no more: NFS keeps a file that somebody maps
             path.unlink()
     except OSError as error:
-        return RankReport(failure=report.failure or f"{name}: {_reason(error)}")
+        return RankReport(failure=report.failure or f"{name}: {reason_of(error)}")
     return report
 
 
