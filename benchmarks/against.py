@@ -24,6 +24,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,8 +37,7 @@ import torch.nn.functional as F
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-from benchmarks.block import kept_bytes
-from benchmarks.gpu_parts.check import Setting, peak_of
+from benchmarks.gpu_parts.check import Setting, kept_bytes, peak_of
 from benchmarks.gpu_parts.random_run import fill
 from sat_train.cli.main import run_cli
 from sat_train.cli.options import positive
@@ -95,14 +95,18 @@ class Contender:
             return self.predict(inputs).float()
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Returns the loss that all share."""
+        """Returns the loss."""
         with self.kernels():
-            return F.mse_loss(self.predict(inputs).float(), inputs.target)
+            return self._loss(inputs)
 
     def forward_backward(self, inputs: Inputs) -> None:
         """Adds the gradients of the loss to those of the weights."""
         with self.kernels():
-            self.forward(inputs).backward()
+            self._loss(inputs).backward()
+
+    def _loss(self, inputs: Inputs) -> Tensor:
+        """Returns the loss that all share."""
+        return F.mse_loss(self.predict(inputs).float(), inputs.target)
 
 
 @dataclass(frozen=True)
@@ -154,12 +158,12 @@ def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, *, compile
     set_recomputation(dit, config)
     if compiled:
         dit.compile_blocks()
-
-    def predict(given: Inputs) -> Tensor:
-        out: Tensor = dit(given.latent, given.timesteps, given.text)
-        return out
-
-    return Contender("ours", dit, predict, lambda: chosen_kernels(own, device))
+    return Contender(
+        "ours",
+        dit,
+        lambda given: dit(given.latent, given.timesteps, given.text),
+        lambda: chosen_kernels(own, device),
+    )
 
 
 def of_diffusers(config: RunConfig, dit: nn.Module, like: dict[str, Any]) -> Contender:
@@ -296,7 +300,7 @@ def draw_inputs(config: RunConfig, batch_size: int, like: dict[str, Any]) -> Inp
 def compare(contenders: Sequence[Contender], inputs: Inputs, setting: Setting, *, rounds: int) -> list[Row]:
     """Measures the contenders; the first is the one that the others are compared with."""
     outputs = [each.output(inputs) for each in contenders]
-    kept = [kept_bytes((lambda *_, c=each: c.forward(inputs), ()), ()) for each in contenders]
+    kept = [kept_bytes(partial(each.forward, inputs)) for each in contenders]
     peaks = [_peak(each, inputs, setting) for each in contenders]
     steps = [_step_of(each, inputs) for each in contenders]
     for step in steps:

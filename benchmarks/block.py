@@ -16,18 +16,23 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch._functorch.config
 import torch._inductor.config
 import torch._inductor.metrics
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.gpu_parts.check import kept_bytes
 from sat_train.cli.main import run_cli
 from sat_train.config import NetworkSpec, RunConfig, load_run_config
 from sat_train.config.parts.adapter_parts import AdapterConfig
@@ -55,23 +60,6 @@ ONE_LAYER = "model.network_config.params.num_layers=1"
 
 # a block as a function of inputs, and the inputs
 Block = tuple[Callable[..., Any], tuple[Tensor, ...]]
-
-
-def kept_bytes(block: Block, tables: tuple[Tensor, ...]) -> int:
-    """Returns the bytes that a forward keeps for its backward, without weights and shared tables."""
-    run, inputs = block
-    shared = {table.untyped_storage()._cdata for table in tables}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-        if not is_weight and tensor.untyped_storage()._cdata not in shared:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(*inputs)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def our_block(
@@ -153,7 +141,7 @@ def compiled(options: argparse.Namespace) -> None:
             print(f"{recipe}, {label:<18} {_reported(block, bans=bans, row=row)}", flush=True)
         with Traffic() as traffic:
             _forward_backward(block)
-        kept = kept_bytes(block, ()) / row
+        kept = kept_bytes(functools.partial(block[0], *block[1])) / row
         print(f"{recipe}, {'eager':<18} kept {kept:5.1f}   moved {traffic.moved / row:4.0f}")
 
 
@@ -164,7 +152,7 @@ def _reported(block: Block, *, bans: bool, row: int) -> str:
     run, inputs = block
     with torch._functorch.config.patch(dict.fromkeys(BANS, bans)), torch._inductor.config.patch(SERIAL):
         code = torch.compile(run, dynamic=False)
-        kept = kept_bytes((code, inputs), ())
+        kept = kept_bytes(functools.partial(code, *inputs))
         _forward_backward((code, inputs))
     nodes = torch._inductor.metrics.nodes_num_elem
     moved = sum(4 * quarter for node, quarter in nodes if not node.is_extern())
@@ -172,7 +160,7 @@ def _reported(block: Block, *, bans: bool, row: int) -> str:
 
 
 def _counted(block: Block, recomputed: Block, tables: tuple[Tensor, ...], *, row: int) -> str:
-    kept = kept_bytes(block, tables) / row
+    kept = kept_bytes(functools.partial(block[0], *block[1]), shared=tables) / row
     with Traffic() as traffic:
         _forward_backward(recomputed)
     return f"kept {kept:5.1f}   moved {traffic.moved / row:4.0f}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 from sat_train.config import NetworkSpec
 from sat_train.config.parts.adapter_parts import AdapterConfig
 from sat_train.config.parts.position_parts import PositionConfig
 from sat_train.models.build import add_adapters_of
+from sat_train.models.dit import recompute
 from sat_train.models.dit.transformer import DiffusionTransformer
 
 SMALL: dict[str, Any] = {
@@ -54,3 +57,8 @@ def add_adapters(dit: DiffusionTransformer, kind: str = "Lora", *, seed: int = 0
     renamed = {"rank": "r", "alpha": "lora_alpha"}
     params = {renamed.get(name, name): value for name, value in settings.items()}
     add_adapters_of(dit, AdapterConfig.of(kind, params), seed=seed)
+
+
+def norms_as_on_a_gpu() -> AbstractContextManager[object]:
+    """Returns a context in which the backward on a CPU computes norms again, as it does on a GPU."""
+    return patch.object(recompute, "_COMPUTES_NORMS_AGAIN", ("cpu",))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sat_train.config.hardware import Hardware, cards_named
 from sat_train.distributed.processes import ProcessMesh
@@ -132,6 +132,27 @@ def peak_of(setting: Setting, module: nn.Module, run: Callable[[], object]) -> f
     run()
     setting.wait()
     return torch.cuda.max_memory_allocated(setting.mesh.device) - before
+
+
+def kept_bytes(run: Callable[[], object], *, shared: Sequence[Tensor] = ()) -> int:
+    """Returns the bytes that a forward keeps for its backward, without weights.
+
+    Args:
+        run: The forward.
+        shared: Tensors that are not counted, such as tables of all blocks.
+    """
+    left_out = {tensor.untyped_storage()._cdata for tensor in shared}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        if not is_weight and tensor.untyped_storage()._cdata not in left_out:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def seconds_of(setting: Setting, run: Callable[[], object], *, repeats: int = 1) -> float:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 import pytest
 import torch
 
 from sat_train.distributed.processes import ProcessMesh
 from sat_train.models.adapter import adapter_state_dict, start_adapters
-from sat_train.models.dit import recompute as policies
 from sat_train.models.trainable import select_trainable
-from tests.networks import add_adapters
+from tests.networks import add_adapters, norms_as_on_a_gpu
 from tests.unit.models.mixins import Branch, Fuser, Head
 from tests.unit.models.narrow import inputs, randomized
 
@@ -76,7 +73,7 @@ def test_every_stage_and_compiled_blocks_give_the_same_losses(rank_pool, added):
 
 
 def _train_like_a_gpu(mesh: ProcessMesh, added: str) -> tuple[list[float], dict, int]:
-    with patch.object(policies, "_COMPUTES_NORMS_AGAIN", ("cpu",)):
+    with norms_as_on_a_gpu():
         return _train(mesh, 3, added, False, "off")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -116,10 +115,10 @@ def test_lasting_bytes_are_those_of_the_engine(rank_pool: Callable[..., Any], re
 
 
 def _passes_as_planned(mesh: ProcessMesh) -> None:
-    from sat_train.models.dit import recompute
     from sat_train.models.meters import LivingTensors
     from sat_train.planning.counting import count_passes
     from sat_train.training.models import StartWeights, build_trained_dit
+    from tests.networks import norms_as_on_a_gpu
 
     policies = [("sft", policy, "off") for policy in ("off", "gemm", "attention", "full")]
     policies += [("lora", "full", "off"), ("lora", "off", "nf4")]
@@ -132,8 +131,7 @@ def _passes_as_planned(mesh: ProcessMesh) -> None:
         for parameter in dit.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
-        as_on_a_gpu = patch.object(recompute, "_COMPUTES_NORMS_AGAIN", ("cpu",))
-        with as_on_a_gpu, LivingTensors(dit) as living:
+        with norms_as_on_a_gpu(), LivingTensors(dit) as living:
             dit(**inputs).float().square().mean().backward()
         planned = count_passes(config, batch_size=1).peak
         assert living.peak == pytest.approx(planned, rel=CLOSE), (recipe, policy, kind)
@@ -149,8 +147,8 @@ def _settle(mesh: ProcessMesh, free: list[float]) -> Any:
     from sat_train.planning import activations
 
     config = _config("sft", "args.checkpoint_activations=auto")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(activations, "free_memory", lambda device: free[mesh.rank])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "free_memory", lambda device: free[mesh.rank])
         args = activations.settle_for_gpus(config, mesh).args
     return args.checkpoint_activations, args.checkpoint_budget
 

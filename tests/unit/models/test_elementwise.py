@@ -1,13 +1,13 @@
 """The elementwise steps of a block: the plain formulas, their gradients, and what they keep."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sat_train.models.dit import recompute
+from benchmarks.gpu_parts.check import kept_bytes
 from sat_train.models.dit.context import BlockContext
 from sat_train.models.dit.elementwise import (
     ModulatedLayerNorm,
@@ -19,7 +19,7 @@ from sat_train.models.dit.elementwise import (
 )
 from sat_train.models.dit.recompute import recomputing
 from sat_train.models.dit.transformer import DiffusionTransformer
-from tests.networks import add_adapters, build_network
+from tests.networks import add_adapters, build_network, norms_as_on_a_gpu
 
 # text and the rest; text, frames of their own, and the rest
 SEGMENTS = [Segments(0), Segments(2), Segments(5), Segments(1, 2, 2), Segments(2, 1, 2), Segments(0, 3, 1)]
@@ -97,23 +97,9 @@ def test_a_compiler_gets_formulas_with_the_same_values():
 
 
 @pytest.fixture
-def like_a_gpu(monkeypatch):
-    monkeypatch.setattr(recompute, "_COMPUTES_NORMS_AGAIN", ("cpu",))
-
-
-def kept_of(run: Callable[[], Tensor], shared: Tensor) -> int:
-    """Returns the bytes that a forward keeps for its backward, without weights and a tensor of all layers."""
-    kept = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    kept.pop(shared.untyped_storage()._cdata)
-    return sum(kept.values())
+def like_a_gpu() -> Iterator[None]:
+    with norms_as_on_a_gpu():
+        yield
 
 
 def test_a_layer_keeps_eighteen_rows_for_its_backward(like_a_gpu):
@@ -121,9 +107,10 @@ def test_a_layer_keeps_eighteen_rows_for_its_backward(like_a_gpu):
     dit = build_network(width=256, heads=4, latent_size=(8, 16, 16))
     context = dit.block_context(torch.randn(1, 16), torch.randn(1, 8, 4, 16, 16), torch.randn(1, 5, 12))
     x = torch.randn(1, 5 + context.grid.tokens, 256, requires_grad=True)
-    kept = kept_of(lambda: recomputing(dit.blocks[0], x, context, recompute="off"), context.rotation_lk2)
+    shared = [context.rotation_lk2]
+    kept = kept_bytes(lambda: recomputing(dit.blocks[0], x, context, recompute="off"), shared=shared)
     assert kept < 18.5 * x.nbytes
-    plain = kept_of(lambda: dit.blocks[0](x, context), context.rotation_lk2)
+    plain = kept_bytes(lambda: dit.blocks[0](x, context), shared=shared)
     assert plain - kept == 2 * x.nbytes
 
 
